@@ -1,0 +1,11 @@
+"""What vLLM's public seams cannot do: one patch per file, each idempotent, and loud when the
+seam has moved. Each names the vLLM versions that it was read against."""
+
+from __future__ import annotations
+
+
+def apply_patches() -> None:
+    """Applies every patch once per process."""
+    from vllm_adafuse.patches import hf_config
+
+    hf_config.apply()

@@ -1,0 +1,47 @@
+"""Lets a config that names an adapter choose its architecture.
+
+`--hf-overrides '{"adafuse_adapter": DIR}'` sets an attribute on the Hugging Face config and no
+more; the architecture must follow before vLLM looks it up. `ModelConfig` builds that config by
+one call of `get_config`, in the front end, before any other process starts: the result is passed
+on here, so that a bad adapter is refused at once.
+
+Read against vLLM 0.26.0 (config/model.py:559) and 0.32.0 (config/model.py:669).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+_MARK = "_adafuse_wrapped"
+
+
+def apply() -> None:
+    """Wraps `vllm.config.model.get_config`.
+
+    Raises:
+        RuntimeError: the seam has moved in this vLLM.
+    """
+    import vllm.config.model as seam
+
+    original = getattr(seam, "get_config", None)
+    if getattr(original, _MARK, False):
+        return
+    source = inspect.getsource(seam.ModelConfig.__post_init__)
+    if original is None or "get_config(" not in source:
+        raise RuntimeError(
+            "vllm-adafuse: vllm.config.model.ModelConfig no longer calls get_config, so an "
+            "adapter could be ignored in silence; use a vLLM from 0.26 to 0.33"
+        )
+
+    @functools.wraps(original)
+    def get_config(model, *args, **kwargs):
+        hf_config = original(model, *args, **kwargs)
+        if hasattr(hf_config, "adafuse_adapter") or hasattr(hf_config, "adafuse"):
+            from vllm_adafuse.serving.attach import attach_adapter
+
+            attach_adapter(hf_config, str(model))
+        return hf_config
+
+    setattr(get_config, _MARK, True)
+    seam.get_config = get_config

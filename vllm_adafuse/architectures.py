@@ -1,0 +1,72 @@
+"""The decoder families that can carry an AdaFuse adapter: one line each.
+
+A family belongs here if its vLLM class keeps the decoder at `.model` with
+`embed_input_ids`, `.layers[i].input_layernorm` and vLLM's own linear layers, and its
+Hugging Face class names them `model.embed_tokens` and `model.layers.{i}`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm_adafuse.errors import AdapterError
+
+PREFIX = "AdaFuse"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How one family differs from Llama.
+
+    Attributes:
+        name: the class name in Hugging Face's config.json and in vLLM.
+        module: the module of `vllm.model_executor.models` that defines it.
+        norm_offset: RMSNorm multiplies by `norm_offset + weight`.
+        scaled_embedding: embeddings are multiplied by sqrt(hidden_size), rounded to
+            the model's dtype, before the first layer.
+    """
+
+    name: str
+    module: str
+    norm_offset: float = 0.0
+    scaled_embedding: bool = False
+
+    @property
+    def adafuse_name(self) -> str:
+        """The name under which the served class is registered with vLLM."""
+        return PREFIX + self.name
+
+
+ARCHITECTURES = {
+    a.name: a
+    for a in (
+        Architecture("LlamaForCausalLM", "llama"),
+        Architecture("MistralForCausalLM", "mistral"),
+        Architecture("Qwen2ForCausalLM", "qwen2"),
+        Architecture("Qwen3ForCausalLM", "qwen3"),
+        Architecture("Gemma2ForCausalLM", "gemma2", norm_offset=1.0, scaled_embedding=True),
+        Architecture("Phi3ForCausalLM", "phi3"),
+    )
+}
+
+
+def find_architecture(names: list[str] | None, where: str) -> Architecture:
+    """The table's line for a config's `architectures` (AdaFuse names are accepted too).
+
+    Args:
+        names: `architectures` of a config.json.
+        where: the file or directory to name in the error.
+
+    Raises:
+        AdapterError: none of the names is in the table.
+    """
+    for name in names or []:
+        if name.removeprefix(PREFIX) in ARCHITECTURES:
+            return ARCHITECTURES[name.removeprefix(PREFIX)]
+    raise AdapterError(
+        f"backbone {where}",
+        [
+            f"config.json: architectures is {names}; AdaFuse adapters are served on "
+            f"{', '.join(ARCHITECTURES)}. Use a backbone of one of these families"
+        ],
+    )

@@ -1,0 +1,8 @@
+"""AdaFuse inside vLLM.
+
+    attach.py   config: an adapter named -> checked, architecture chosen      (front end)
+    models.py   AdaFuse<Architecture> classes, made from vLLM's own           (worker)
+    router.py   static route buffers, passports, live router                  (worker)
+    bank.py     expert weights of one projection, sharded with it             (worker)
+    linear.py   the linear method that adds the deltas                        (worker)
+"""

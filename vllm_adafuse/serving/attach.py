@@ -1,0 +1,65 @@
+"""Turns a backbone's config into that of an adapted model, in vLLM's front end."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from vllm.logger import init_logger
+
+from vllm_adafuse.adapter import load_adapter
+from vllm_adafuse.backbone import Backbone
+from vllm_adafuse.errors import AdapterError
+
+logger = init_logger(__name__)
+
+# Where a composed checkpoint keeps its adapter, and the section that says so.
+SECTION, ADAPTER_KEY, FINGERPRINT_KEY = "adafuse", "adapter", "fingerprint"
+
+
+def attach_adapter(hf_config: Any, model: str) -> None:
+    """Checks the adapter that a config names and sets the architecture that serves it.
+
+    The adapter is named by `adafuse_adapter` (a directory; from `--hf-overrides`) or by the
+    section `adafuse` of a composed checkpoint (relative to that checkpoint). What the workers
+    need is left in `hf_config.adafuse`. It holds the adapter's fingerprint, because vLLM's
+    compile cache is keyed by the config: an adapter of another shape must not meet old graphs.
+
+    Args:
+        hf_config: the backbone's `PretrainedConfig`, changed.
+        model: the path or hub name given to vLLM.
+
+    Raises:
+        AdapterError: the adapter or the backbone cannot be used.
+    """
+    path = _adapter_path(hf_config, model)
+    backbone = Backbone.from_hf_config(hf_config, model)
+    adapter = load_adapter(path, backbone)
+    hf_config.architectures = [backbone.architecture.adafuse_name]
+    hf_config.adafuse = {ADAPTER_KEY: str(adapter.path), FINGERPRINT_KEY: adapter.fingerprint}
+    logger.info(
+        "AdaFuse: serving adapter %s on %s as %s",
+        adapter.path, model, backbone.architecture.adafuse_name,
+    )  # fmt: skip
+
+
+def _adapter_path(hf_config: Any, model: str) -> str:
+    override = getattr(hf_config, "adafuse_adapter", None)
+    if override is not None:
+        if not isinstance(override, str) or not override:
+            raise AdapterError(
+                f"--hf-overrides for {model}",
+                [f"adafuse_adapter is {override!r}, expected the path of an adapter directory"],
+            )
+        return os.path.abspath(os.path.expanduser(override))
+    section = hf_config.adafuse
+    named = section.get(ADAPTER_KEY) if isinstance(section, dict) else None
+    if not isinstance(named, str) or not named:
+        raise AdapterError(
+            f"checkpoint {model}",
+            [
+                f"config.json: `adafuse` is {section!r}, expected an object with `adapter`, the "
+                "adapter's directory; make checkpoints with vllm-adafuse compose"
+            ],
+        )
+    return os.path.join(model, named)

@@ -1,0 +1,136 @@
+"""The expert weights of one projection, as this rank of tensor parallelism holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+
+from vllm_adafuse import kernels
+from vllm_adafuse.serving.router import Route
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One slice of a projection's output: columns [start, start + width) of `full`."""
+
+    full: int
+    start: int
+    width: int
+
+
+def output_shards(layer: LinearBase) -> list[Shard]:
+    """The slices of a projection's output that this rank computes, in their order in y.
+
+    Raises:
+        TypeError: a linear layer whose sharding is not known.
+    """
+    if isinstance(layer, (RowParallelLinear, ReplicatedLinear)):
+        return [Shard(layer.output_size, 0, layer.output_size)]
+    rank, size = layer.tp_rank, layer.tp_size
+    if isinstance(layer, QKVParallelLinear):
+        kv_rank = rank // layer.num_kv_head_replicas
+        heads = (
+            (layer.total_num_heads, layer.num_heads, layer.head_size, rank),
+            (layer.total_num_kv_heads, layer.num_kv_heads, layer.head_size, kv_rank),
+            (layer.total_num_kv_heads, layer.num_kv_heads, layer.v_head_size, kv_rank),
+        )
+        return [Shard(total * dim, at * own * dim, own * dim) for total, own, dim, at in heads]
+    if isinstance(layer, MergedColumnParallelLinear):
+        return [Shard(full, rank * (full // size), full // size) for full in layer.output_sizes]
+    if isinstance(layer, ColumnParallelLinear):
+        width = layer.output_size // size
+        return [Shard(layer.output_size, rank * width, width)]
+    raise TypeError(f"vllm-adafuse does not know how {type(layer).__name__} is sharded")
+
+
+class ExpertBank(torch.nn.Module):
+    """A [P, E, R, in] and B [E, R, sum of widths] of the P adapted parts of one projection.
+
+    A part is one Hugging Face linear (q_proj of vLLM's qkv_proj). Parts without an adapter take
+    no memory. The buffers are not persistent, so no loader of vLLM writes or misses them.
+
+    Args:
+        layer: vLLM's linear layer.
+        parts: full names of its Hugging Face linears in the order of their outputs, None for
+            one without an adapter.
+        num_experts: E.
+        rank: R, the largest rank.
+        dtype: of the model.
+        route: the step's static buffers.
+    """
+
+    def __init__(
+        self,
+        layer: LinearBase,
+        parts: Sequence[str | None],
+        num_experts: int,
+        rank: int,
+        dtype: torch.dtype,
+        route: Route,
+    ):
+        super().__init__()
+        self.route = route
+        self.parts = [name for name in parts if name]
+        shards = output_shards(layer)
+        # One Hugging Face linear may be all of a packed projection (Phi-3).
+        groups = [shards] if len(parts) == 1 else [[shard] for shard in shards]
+        if len(groups) != len(parts):
+            raise ValueError(f"{layer.prefix} has {len(groups)} parts, expected {list(parts)}")
+        self.part_shards: list[list[Shard]] = []
+        self.offsets: list[int] = []
+        self.widths: list[int] = []
+        offset = 0
+        for name, group in zip(parts, groups):
+            width = sum(shard.width for shard in group)
+            if name:
+                self.part_shards.append(group)
+                self.offsets.append(offset)
+                self.widths.append(width)
+            offset += width
+        self.input_slice = slice(None)
+        size_in = layer.input_size
+        if isinstance(layer, RowParallelLinear):
+            size_in = layer.input_size_per_partition
+            self.input_slice = slice(layer.tp_rank * size_in, (layer.tp_rank + 1) * size_in)
+        a = torch.zeros(len(self.parts), num_experts, rank, size_in, dtype=dtype)
+        b = torch.zeros(num_experts, rank, sum(self.widths), dtype=dtype)
+        self.register_buffer("bank_a", a, persistent=False)
+        self.register_buffer("bank_b", b, persistent=False)
+
+    @property
+    def nbytes(self) -> int:
+        return self.bank_a.nbytes + self.bank_b.nbytes
+
+    def load(self, read: Callable[[str], torch.Tensor]) -> None:
+        """Copies this rank's shards out of the adapter.
+
+        Args:
+            read: tensor name -> tensor on the CPU, unsharded.
+        """
+        column = 0
+        for part, (name, shards) in enumerate(zip(self.parts, self.part_shards)):
+            self.bank_a[part].copy_(read(f"{name}.lora_A")[..., self.input_slice])
+            rows = read(f"{name}.lora_B")
+            start = 0
+            for shard in shards:
+                first = start + shard.start
+                own = rows[:, first : first + shard.width]
+                self.bank_b[..., column : column + shard.width].copy_(own.transpose(1, 2))
+                column, start = column + shard.width, start + shard.full
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """y + delta, in place. x: [T, in], y: [T, out] of this rank."""
+        expert_ids, weights = self.route.expert_ids, self.route.weights
+        s = kernels.shrink(x, self.bank_a, expert_ids, weights)
+        kernels.expand(y, s, self.bank_b, expert_ids, self.offsets, self.widths)
+        return y

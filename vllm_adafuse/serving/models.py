@@ -1,0 +1,169 @@
+"""AdaFuse<Architecture>: vLLM's own decoder classes with routes, banks and wrapped linears.
+
+The classes are made on first use by `__getattr__` (vLLM asks for them by name), so that
+importing this module imports no model.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.sequence import IntermediateTensors
+
+from vllm_adafuse.adapter import Adapter, check_adapter
+from vllm_adafuse.architectures import ARCHITECTURES, PREFIX, Architecture
+from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.serving.attach import ADAPTER_KEY, FINGERPRINT_KEY
+from vllm_adafuse.serving.bank import ExpertBank
+from vllm_adafuse.serving.linear import wrap_linear
+from vllm_adafuse.serving.router import AfterLoading, Route, Router
+
+logger = init_logger(__name__)
+
+# Names under which routes travel to later pipeline stages.
+ROUTE_IDS, ROUTE_WEIGHTS = "adafuse_expert_ids", "adafuse_weights"
+
+
+class AdaFuseMixin:
+    """Put before a vLLM `…ForCausalLM` class by `make_class`."""
+
+    architecture: Architecture
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        hf_config = vllm_config.model_config.hf_config
+        self.adafuse_adapter = _open_checked(hf_config.adafuse)
+        adapter_config = self.adafuse_adapter.config
+        route = Route(_max_tokens(vllm_config), adapter_config.top_k)
+        self.adafuse_banks = self._wrap_projections(route, vllm_config.model_config.dtype)
+        stock_factory = self.make_empty_intermediate_tensors
+
+        def make_empty_intermediate_tensors(
+            batch_size: int, dtype: torch.dtype, device: torch.device
+        ) -> IntermediateTensors:
+            tensors = stock_factory(batch_size, dtype, device)
+            shape = (batch_size, adapter_config.top_k)
+            tensors[ROUTE_IDS] = torch.zeros(shape, dtype=torch.int32, device=device)
+            tensors[ROUTE_WEIGHTS] = torch.zeros(shape, dtype=torch.float32, device=device)
+            return tensors
+
+        self.make_empty_intermediate_tensors = make_empty_intermediate_tensors
+        first = get_pp_group().is_first_rank
+        # The last module, so that its AfterLoading runs when all others are loaded.
+        self.adafuse_router = Router(
+            adapter_config,
+            route,
+            hf_config.hidden_size,
+            hf_config.vocab_size if first else 0,
+            hf_config.rms_norm_eps,
+        )
+        self.adafuse_router.quant_method = AfterLoading(self._load_adapter)
+
+    def _wrap_projections(self, route: Route, dtype: torch.dtype) -> list[ExpertBank]:
+        adapter, banks = self.adafuse_adapter, []
+        adapted = set(adapter.projections)
+        packed = self.packed_modules_mapping
+        for index in range(self.model.start_layer, self.model.end_layer):
+            layer = self.model.layers[index]
+            for name, linear in list(layer.named_modules()):
+                if not isinstance(linear, LinearBase):
+                    continue
+                block, _, leaf = name.rpartition(".")
+                names = [f"model.layers.{index}.{block}.{n}" for n in packed.get(leaf, [leaf])]
+                parts = [n if n in adapted else None for n in names]
+                if any(parts):
+                    config = adapter.config
+                    bank = ExpertBank(linear, parts, config.num_experts, config.rank, dtype, route)
+                    wrap_linear(linear, bank)
+                    banks.append(bank)
+        return banks
+
+    @torch.no_grad()
+    def _load_adapter(self) -> None:
+        adapter, router = self.adafuse_adapter, self.adafuse_router
+        with adapter.reader() as read:
+            for bank in self.adafuse_banks:
+                bank.load(read)
+            if get_pp_group().is_first_rank:
+                router.load(
+                    read,
+                    "router.bias" in adapter.tensors,
+                    self.embed_input_ids,
+                    self.model.layers[0].input_layernorm,
+                    self.architecture.norm_offset,
+                )
+        config = adapter.config
+        logger.info(
+            "AdaFuse: %d experts, top-%d, ranks %s, modules %s in %d projections; "
+            "expert banks %d bytes, passports %d bytes on this device",
+            config.num_experts,
+            config.top_k,
+            "/".join(map(str, sorted(set(config.ranks)))),
+            ",".join(config.target_modules),
+            len(adapter.projections),
+            sum(bank.nbytes for bank in self.adafuse_banks),
+            router.passport_bytes,
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        router = self.adafuse_router
+        if intermediate_tensors is None:
+            router(input_ids, inputs_embeds)
+        else:
+            tensors = dict(intermediate_tensors.tensors)
+            router.receive(tensors.pop(ROUTE_IDS), tensors.pop(ROUTE_WEIGHTS))
+            intermediate_tensors = IntermediateTensors(tensors)
+        out = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+        if isinstance(out, IntermediateTensors):
+            rows = positions.shape[-1]
+            out[ROUTE_IDS] = router.route.expert_ids[:rows]
+            out[ROUTE_WEIGHTS] = router.route.weights[:rows]
+        return out
+
+
+def _open_checked(section: dict[str, str]) -> Adapter:
+    """Opens the adapter that the front end has checked; it must not have changed since."""
+    path = section[ADAPTER_KEY]
+    adapter, problems = check_adapter(path, values=False)
+    if not problems and adapter.fingerprint != section[FINGERPRINT_KEY]:
+        problems = [
+            f"its fingerprint is {adapter.fingerprint}, expected {section[FINGERPRINT_KEY]}: the "
+            "files differ from those checked at start; give every machine the same adapter"
+        ]
+    if problems:
+        raise AdapterError(f"adapter {path}", problems)
+    return adapter
+
+
+def _max_tokens(vllm_config: VllmConfig) -> int:
+    """Rows that one step can have, captured graphs' padding included."""
+    sizes = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
+    return max(vllm_config.scheduler_config.max_num_batched_tokens, *sizes)
+
+
+def make_class(architecture: Architecture) -> type:
+    """The AdaFuse class of one line of the table."""
+    module = importlib.import_module(f"vllm.model_executor.models.{architecture.module}")
+    stock = getattr(module, architecture.name)
+    body = {"architecture": architecture, "__module__": __name__, "__doc__": stock.__doc__}
+    return type(architecture.adafuse_name, (AdaFuseMixin, stock), body)
+
+
+def __getattr__(name: str) -> type:
+    architecture = ARCHITECTURES.get(name.removeprefix(PREFIX))
+    if architecture is None or architecture.adafuse_name != name:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return globals().setdefault(name, make_class(architecture))

@@ -1,0 +1,158 @@
+"""Routes: one decision per token at the entrance, read by every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+from vllm_adafuse import kernels
+from vllm_adafuse.config import AdapterConfig
+
+# Rows whose routes are computed at once when the passports are stamped.
+PASSPORT_CHUNK = 1024
+
+
+class Route(torch.nn.Module):
+    """The step's routes in static buffers: CUDA graphs replay over their addresses.
+
+    Attributes:
+        expert_ids: [N, k] int32, valid experts in every row at all times.
+        weights: [N, k] float32, with LoRA's scale alpha / r multiplied in.
+    """
+
+    def __init__(self, rows: int, top_k: int):
+        super().__init__()
+        ids = torch.zeros(rows, top_k, dtype=torch.int32)
+        self.register_buffer("expert_ids", ids, persistent=False)
+        weights = torch.zeros(rows, top_k, dtype=torch.float32)
+        self.register_buffer("weights", weights, persistent=False)
+
+
+class Router(torch.nn.Module):
+    """Fills a `Route`: from the passports for token ids, by the live router for embeddings.
+
+    Args:
+        config: the adapter's.
+        route: the buffers to fill.
+        hidden_size: H.
+        vocab_size: V.
+        norm_eps: epsilon of layer 0's norm.
+    """
+
+    def __init__(
+        self,
+        config: AdapterConfig,
+        route: Route,
+        hidden_size: int,
+        vocab_size: int,
+        norm_eps: float,
+    ):
+        super().__init__()
+        self.config, self.route, self.norm_eps = config, route, norm_eps
+        experts, shape = config.num_experts, (vocab_size, config.top_k)
+        f32 = torch.float32
+        for name, tensor in (
+            ("weight", torch.zeros(experts, hidden_size, dtype=f32)),
+            ("bias", torch.zeros(experts, dtype=f32)),
+            ("norm_weight", torch.ones(hidden_size, dtype=f32)),
+            ("scales", torch.tensor(config.scales, dtype=f32)),
+            ("passport_ids", torch.zeros(shape, dtype=torch.int32)),
+            ("passport_weights", torch.zeros(shape, dtype=f32)),
+        ):
+            self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def passport_bytes(self) -> int:
+        return self.passport_ids.nbytes + self.passport_weights.nbytes
+
+    def gate(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Routes of embeddings [T, H] as they enter layer 0: ids and weights [T, k]."""
+        norm = self.norm_weight if self.config.router_input == "first_norm" else None
+        return kernels.gate(
+            embeddings,
+            self.weight,
+            self.bias,
+            norm,
+            self.scales,
+            norm_eps=self.norm_eps,
+            temperature=self.config.temperature,
+            top_k=self.config.top_k,
+            softmax_first=self.config.router_weights == "softmax_topk",
+        )
+
+    def forward(self, input_ids: torch.Tensor | None, embeddings: torch.Tensor | None) -> None:
+        """Writes the step's routes.
+
+        Args:
+            input_ids: [T] token ids; not read where embeddings are given.
+            embeddings: [T, H] prompt embeddings, or None.
+        """
+        if embeddings is None:
+            kernels.gather_routes(
+                input_ids,
+                self.passport_ids,
+                self.passport_weights,
+                self.route.expert_ids,
+                self.route.weights,
+            )
+        else:
+            self.receive(*self.gate(embeddings))
+
+    def receive(self, expert_ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """Writes routes [T, k] computed elsewhere (by another pipeline stage)."""
+        self.route.expert_ids[: expert_ids.shape[0]].copy_(expert_ids)
+        self.route.weights[: weights.shape[0]].copy_(weights)
+
+    def load(
+        self,
+        read: Callable[[str], torch.Tensor],
+        has_bias: bool,
+        embed: Callable[[torch.Tensor], torch.Tensor],
+        norm: torch.nn.Module,
+        norm_offset: float,
+    ) -> None:
+        """Loads the router and stamps the passports of the whole vocabulary.
+
+        Args:
+            read: adapter tensor name -> tensor on the CPU.
+            has_bias: the adapter has router.bias.
+            embed: token ids [T] -> embeddings [T, H] as they enter layer 0.
+            norm: layer 0's input norm.
+            norm_offset: its factors are norm_offset + weight.
+        """
+        self.weight.copy_(read("router.weight"))
+        if has_bias:
+            self.bias.copy_(read("router.bias"))
+        self.norm_weight.copy_(norm.weight.float() + norm_offset)
+        vocab_size = self.passport_ids.shape[0]
+        for start in range(0, vocab_size, PASSPORT_CHUNK):
+            stop = min(start + PASSPORT_CHUNK, vocab_size)
+            tokens = torch.arange(start, stop, device=self.passport_ids.device)
+            ids, weights = self.gate(embed(tokens))
+            self.passport_ids[start:stop].copy_(ids)
+            self.passport_weights[start:stop].copy_(weights)
+
+
+class AfterLoading(QuantizeMethodBase):
+    """Runs a function when vLLM has loaded the backbone's weights, by whatever loader.
+
+    Every loader, the dummy one too, ends by calling `process_weights_after_loading` of each
+    module's `quant_method`, in module order: the module that holds this comes last.
+    """
+
+    supports_pre_processed_weights = True
+    requires_device_loading = False
+
+    def __init__(self, function: Callable[[], None]):
+        self.function = function
+
+    def create_weights(self, layer: torch.nn.Module, *args, **kwargs) -> None:
+        raise NotImplementedError("AfterLoading holds no weights")
+
+    def apply(self, layer: torch.nn.Module, *args, **kwargs) -> torch.Tensor:
+        raise NotImplementedError("AfterLoading computes nothing")
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        self.function()
