@@ -1,0 +1,92 @@
+"""vLLM engines in the test's process, tiny backbones, and the comparison with the reference."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from vllm_adafuse import reference
+from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.tiny import make_tiny_backbone
+
+MAX_LOGPROB_ERROR = 1e-3
+
+
+@contextmanager
+def engine(base: Path, adapter: Path | None = None, **options):
+    """A vLLM engine; its distributed state is torn down at the end."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    options = {
+        "gpu_memory_utilization": 0.2,
+        "enforce_eager": True,
+        "dtype": "float32",
+        "max_model_len": 256,
+        "seed": 0,
+    } | options
+    if adapter is not None:
+        options["hf_overrides"] = {"adafuse_adapter": str(adapter)}
+    llm = LLM(str(base), **options)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def make_pair(root: Path, architecture="LlamaForCausalLM", config=None, **adapter) -> tuple:
+    """A tiny backbone and a random float32 adapter under `root`: (base, adapter)."""
+    base = make_tiny_backbone(root / "base", architecture, **config or {})
+    adapter = {"num_experts": 4, "top_k": 2, "r": 4, "dtype": torch.float32} | adapter
+    return base, make_random_adapter(base, root / "adapter", **adapter)
+
+
+def greedy(max_tokens: int = 12, **options):
+    from vllm import SamplingParams
+
+    defaults = {"temperature": 0, "max_tokens": max_tokens, "logprobs": 1, "ignore_eos": True}
+    return SamplingParams(**defaults | options)
+
+
+def completion(output) -> tuple[list[int], list[float]]:
+    """Tokens of a request's first sequence and their logprobs."""
+    sequence = output.outputs[0]
+    tokens = list(sequence.token_ids)
+    return tokens, [at[token].logprob for token, at in zip(tokens, sequence.logprobs)]
+
+
+@torch.no_grad()
+def logprobs_of(model, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+    """Log-probabilities [len(tokens), V] that a Hugging Face model gives at each of `tokens`."""
+    logits = model(torch.tensor([prompt + tokens], device=model.device)).logits[0]
+    return torch.log_softmax(logits[len(prompt) - 1 : -1].float(), -1).cpu()
+
+
+def assert_greedy_equals(outputs, model) -> None:
+    """Every token is the model's own greedy choice after the tokens before it, logprobs agree."""
+    worst = 0.0
+    for output in outputs:
+        tokens, logprobs = completion(output)
+        expected = logprobs_of(model, output.prompt_token_ids, tokens)
+        assert tokens == expected.argmax(-1).tolist(), output.prompt
+        difference = torch.tensor(logprobs) - expected.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        worst = max(worst, difference.abs().max().item())
+    assert worst <= MAX_LOGPROB_ERROR
+
+
+def assert_same_completions(outputs, others, tolerance: float = 1e-4) -> None:
+    """Equal tokens, and logprobs within a tolerance."""
+    for one, other in zip(outputs, others, strict=True):
+        tokens, logprobs = completion(one)
+        other_tokens, other_logprobs = completion(other)
+        assert tokens == other_tokens, one.prompt
+        assert max(abs(a - b) for a, b in zip(logprobs, other_logprobs)) <= tolerance
+
+
+def load_reference(base: Path, adapter: Path, **options):
+    return reference.load(base, adapter, **{"dtype": torch.float32} | options)
