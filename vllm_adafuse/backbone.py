@@ -93,6 +93,27 @@ class Backbone:
         return {name.rsplit(".", 1)[1] for name in self.linears}
 
 
+def find_local_backbone(name: str) -> Path | None:
+    """The directory of a backbone on this machine, without asking the network.
+
+    Args:
+        name: a directory, or a hub name whose snapshot is in the Hugging Face cache.
+
+    Returns:
+        The directory that holds its config.json, or None.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if (Path(name) / "config.json").is_file():
+        return Path(name)
+    try:
+        cached = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # a path that does not exist is no hub name
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
 def load_backbone_tensors(path: str, names: list[str]) -> dict[str, torch.Tensor]:
     """Reads single tensors of a checkpoint directory of safetensors files.
 
@@ -103,14 +124,19 @@ def load_backbone_tensors(path: str, names: list[str]) -> dict[str, torch.Tensor
 
     root = Path(path)
     index = root / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = json.loads(index.read_text())["weight_map"]
-        files = {name: root / weight_map[name] for name in names if name in weight_map}
-    else:
-        files = {}
-        for file in sorted(root.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as tensors:
-                files.update({name: file for name in names if name in tensors.keys()})
+    try:
+        if index.is_file():
+            weight_map = json.loads(index.read_text())["weight_map"]
+            files = {name: root / weight_map[name] for name in names if name in weight_map}
+        else:
+            files = {}
+            for file in sorted(root.glob("*.safetensors")):
+                with safe_open(file, framework="pt") as tensors:
+                    files.update({name: file for name in names if name in tensors.keys()})
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
+        raise AdapterError(
+            f"backbone {path}", [f"its safetensors files or their index cannot be read: {e!r}"]
+        ) from e
     if missing := [name for name in names if name not in files]:
         raise AdapterError(
             f"backbone {path}",

@@ -12,6 +12,8 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 FORMAT_VERSION = 1
 MAX_EXPERTS = 1024
+# A composed checkpoint's config.json: the section that names the adapter's directory.
+SECTION, ADAPTER_KEY, FINGERPRINT_KEY = "adafuse", "adapter", "fingerprint"
 ROUTER_INPUTS = ("first_norm", "embedding")
 ROUTER_WEIGHTS = ("topk_softmax", "softmax_topk")
 REQUIRED = (

@@ -9,12 +9,10 @@ from vllm.logger import init_logger
 
 from vllm_adafuse.adapter import load_adapter
 from vllm_adafuse.backbone import Backbone
+from vllm_adafuse.config import ADAPTER_KEY, FINGERPRINT_KEY
 from vllm_adafuse.errors import AdapterError
 
 logger = init_logger(__name__)
-
-# Where a composed checkpoint keeps its adapter, and the section that says so.
-SECTION, ADAPTER_KEY, FINGERPRINT_KEY = "adafuse", "adapter", "fingerprint"
 
 
 def attach_adapter(hf_config: Any, model: str) -> None:

@@ -1,0 +1,119 @@
+"""Routes without serving: what the router decides for tokens, or for the whole vocabulary."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from vllm_adafuse import kernels
+from vllm_adafuse.adapter import Adapter
+from vllm_adafuse.backbone import EMBEDDING, FIRST_NORM, Backbone, load_backbone_tensors
+from vllm_adafuse.errors import AdapterError
+
+# Rows routed at once: bounds the float64 copy of their embeddings.
+CHUNK = 4096
+
+
+class OfflineRouter:
+    """An adapter's router on the CPU; reads two tensors of the backbone and no other.
+
+    Embeddings stay in the dtype of the checkpoint, so that an engine told to serve another
+    dtype may decide near ties the other way.
+
+    Args:
+        adapter: a checked adapter.
+        base: the backbone's directory.
+
+    Raises:
+        AdapterError: the backbone lacks a tensor, or a shape does not fit its config.
+    """
+
+    def __init__(self, adapter: Adapter, base: str | Path):
+        backbone = Backbone.from_path(str(base))
+        self.config, self.norm_eps = adapter.config, backbone.norm_eps
+        self.scaled_embedding = backbone.architecture.scaled_embedding
+        first_norm = self.config.router_input == "first_norm"
+        names = [EMBEDDING, FIRST_NORM] if first_norm else [EMBEDDING]
+        tensors = load_backbone_tensors(str(base), names)
+        _expect_shape(base, tensors, EMBEDDING, (backbone.vocab_size, backbone.hidden_size))
+        self.embedding = tensors[EMBEDDING]
+        self.norm_weight = None
+        if first_norm:
+            _expect_shape(base, tensors, FIRST_NORM, (backbone.hidden_size,))
+            self.norm_weight = tensors[FIRST_NORM].float() + backbone.architecture.norm_offset
+        with adapter.reader() as read:
+            self.weight = read("router.weight").float()
+            has_bias = "router.bias" in adapter.tensors
+            self.bias = read("router.bias").float() if has_bias else None
+        if self.weight.shape[1] != backbone.hidden_size:
+            raise AdapterError(
+                f"adapter {adapter.path}",
+                [
+                    f"tensor router.weight has shape {list(self.weight.shape)}, but the backbone "
+                    f"{base} has hidden_size {backbone.hidden_size}"
+                ],
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the rows of the embedding."""
+        return self.embedding.shape[0]
+
+    def routes(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The experts of tokens and their plain gates (without LoRA's scale).
+
+        Args:
+            token_ids: [T] integers.
+
+        Returns:
+            Expert ids [T, k] int32 by falling logit, gates [T, k] float32.
+        """
+        parts = [self._routes(chunk) for chunk in token_ids.split(CHUNK)]
+        ids, gates = zip(*parts)
+        return torch.cat(ids), torch.cat(gates)
+
+    def _routes(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        embeddings = self.embedding[token_ids]
+        if self.scaled_embedding:
+            factor = math.sqrt(embeddings.shape[-1])
+            embeddings = embeddings * torch.tensor(factor, dtype=embeddings.dtype)
+        return kernels.gate(
+            embeddings,
+            self.weight,
+            self.bias,
+            self.norm_weight,
+            torch.ones(self.config.num_experts),
+            norm_eps=self.norm_eps,
+            temperature=self.config.temperature,
+            top_k=self.config.top_k,
+            softmax_first=self.config.router_weights == "softmax_topk",
+        )
+
+
+def vocabulary_routes(adapter: Adapter, base: str | Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The passports of a whole vocabulary, with plain gates.
+
+    Args:
+        adapter: a checked adapter.
+        base: the backbone's directory.
+
+    Returns:
+        Expert ids [V, k] int32 by falling logit, gates [V, k] float32.
+
+    Raises:
+        AdapterError: as `OfflineRouter`.
+    """
+    router = OfflineRouter(adapter, base)
+    return router.routes(torch.arange(router.vocab_size))
+
+
+def _expect_shape(
+    base: str | Path, tensors: dict[str, torch.Tensor], name: str, shape: tuple[int, ...]
+) -> None:
+    if (found := tuple(tensors[name].shape)) != shape:
+        raise AdapterError(
+            f"backbone {base}",
+            [f"tensor {name} has shape {list(found)}, but config.json says {list(shape)}"],
+        )
