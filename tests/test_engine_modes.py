@@ -1,0 +1,99 @@
+"""Random backbones, compiled graphs and their cache, and a plugin that stays out of the way."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from engines import assert_greedy_equals, completion, engine, greedy, load_reference, make_pair
+from safetensors.torch import load_file
+from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.tiny import real_prompts
+
+PROMPTS = real_prompts(8)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return make_pair(tmp_path_factory.mktemp("pair"))
+
+
+def test_dummy_backbone_still_loads_the_adapter(pair):
+    base, adapter = pair
+
+    def banks(model):
+        router = model.adafuse_router
+        loaded = {name: bank.bank_a.clone() for bank in model.adafuse_banks for name in bank.parts}
+        return loaded, router.weight.clone(), router.passport_ids.clone(), model.model.norm.weight
+
+    with engine(base, adapter, load_format="dummy") as llm:
+        loaded, router, passports, norm = llm.apply_model(banks)[0]
+        assert len(llm.generate(PROMPTS, greedy(), use_tqdm=False)) == len(PROMPTS)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    assert torch.equal(router, tensors["router.weight"])
+    for name, bank_a in loaded.items():
+        parts = bank_a.shape[0]
+        assert any(torch.equal(bank_a[p], tensors[f"{name}.lora_A"]) for p in range(parts))
+    assert len(loaded) == 21
+    assert passports.unique().tolist() == [0, 1, 2, 3]
+    assert not torch.equal(norm, load_file(base / "model.safetensors")["model.norm.weight"])
+
+
+GENERATE = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import conftest
+from engines import completion, engine, greedy
+from vllm_adafuse.tiny import real_prompts
+base, adapter, options = json.loads(sys.argv[2])
+with engine(base, adapter, **options) as llm:
+    model = llm.apply_model(lambda model: type(model).__name__)[0]
+    outputs = llm.generate(real_prompts(8), greedy(), use_tqdm=False)
+print("RESULT", json.dumps([model, [completion(output) for output in outputs]]))
+"""
+
+
+def generate(base, adapter=None, env=(), **options) -> tuple[str, list]:
+    """Model class, and tokens and logprobs of PROMPTS, from a fresh process."""
+    arguments = json.dumps([str(base), adapter and str(adapter), options])
+    command = [sys.executable, "-c", GENERATE, os.path.dirname(__file__), arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(env))
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
+    return json.loads(line.removeprefix("RESULT "))
+
+
+def test_without_an_adapter_the_plugin_changes_nothing(pair):
+    with_plugin = generate(pair[0])
+    without = generate(pair[0], env={"VLLM_PLUGINS": "none"}.items())
+    assert with_plugin[0] == "LlamaForCausalLM"
+    assert with_plugin == without
+
+
+def test_compiled_graphs_and_their_cache(pair, tmp_path):
+    """First start, second start from the cache, and another adapter on the same backbone."""
+    base, adapter = pair
+    other = make_random_adapter(base, tmp_path / "other", num_experts=3, r=2, seed=9)
+    env = {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}.items()
+    for run in (adapter, adapter, other):
+        name, completions = generate(base, run, env, enforce_eager=False)
+        assert name == "AdaFuseLlamaForCausalLM"
+        assert_completions_equal(completions, base, run)
+
+
+def assert_completions_equal(completions, base, adapter):
+    from types import SimpleNamespace
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    outputs = []
+    for prompt, (tokens, logprobs) in zip(PROMPTS, completions, strict=True):
+        at = [{token: SimpleNamespace(logprob=value)} for token, value in zip(tokens, logprobs)]
+        sequence = SimpleNamespace(token_ids=tokens, logprobs=at)
+        ids = tokenizer(prompt).input_ids
+        outputs.append(SimpleNamespace(prompt=prompt, prompt_token_ids=ids, outputs=[sequence]))
+        assert completion(outputs[-1])[0] == tokens
+    assert_greedy_equals(outputs, load_reference(base, adapter))
