@@ -90,6 +90,18 @@ def test_single_tokens_equal_the_vocabulary(llama):
     assert torch.equal(some_ids, ids[tokens]) and torch.equal(some_gates, gates[tokens])
 
 
+@pytest.mark.parametrize("token", [-1, VOCAB])
+def test_refuses_tokens_outside_the_vocabulary(llama, token):
+    router = OfflineRouter(load_adapter(llama[1]), llama[0])
+    with pytest.raises(AdapterError, match=f"token id {token} has no row"):
+        router.routes(torch.tensor([3, token]))
+
+
+def test_no_tokens_have_no_routes(llama):
+    ids, gates = OfflineRouter(load_adapter(llama[1]), llama[0]).routes(torch.tensor([]).long())
+    assert ids.shape == gates.shape == (0, 2)
+
+
 def test_refuses_backbone_of_another_hidden_size(llama, tmp_path):
     wide = make_tiny_backbone(tmp_path / "wide", hidden_size=64)
     with pytest.raises(AdapterError, match="hidden_size 64"):

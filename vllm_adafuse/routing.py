@@ -32,6 +32,7 @@ class OfflineRouter:
 
     def __init__(self, adapter: Adapter, base: str | Path):
         backbone = Backbone.from_path(str(base))
+        self.base = base
         self.config, self.norm_eps = adapter.config, backbone.norm_eps
         self.scaled_embedding = backbone.architecture.scaled_embedding
         first_norm = self.config.router_input == "first_norm"
@@ -69,7 +70,19 @@ class OfflineRouter:
 
         Returns:
             Expert ids [T, k] int32 by falling logit, gates [T, k] float32.
+
+        Raises:
+            AdapterError: a token id without a row in the embedding.
         """
+        outside = token_ids[(token_ids < 0) | (token_ids >= self.vocab_size)]
+        if outside.numel():
+            raise AdapterError(
+                f"backbone {self.base}",
+                [
+                    f"token id {int(outside[0])} has no row in its embedding, which has "
+                    f"{self.vocab_size}; take the tokenizer that belongs to this backbone"
+                ],
+            )
         parts = [self._routes(chunk) for chunk in token_ids.split(CHUNK)]
         ids, gates = zip(*parts)
         return torch.cat(ids), torch.cat(gates)

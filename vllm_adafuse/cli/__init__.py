@@ -1,0 +1,1 @@
+"""The command line `vllm-adafuse`: one file per subcommand, heavy imports inside `run`."""

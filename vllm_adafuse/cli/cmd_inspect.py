@@ -1,0 +1,212 @@
+"""`vllm-adafuse inspect`: what an adapter holds, and which part of the vocabulary meets whom."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+from vllm_adafuse.cli.colors import terminal_style
+from vllm_adafuse.cli.common import (
+    ADAPTER_HELP,
+    BASE_HELP,
+    Opened,
+    add_example,
+    console,
+    human_bytes,
+    open_adapter,
+    printable,
+    ranges,
+    share,
+    usable,
+)
+from vllm_adafuse.errors import AdapterError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from vllm_adafuse.adapter import Adapter
+
+DESCRIPTION = """\
+Shows the experts of an adapter (ranks, scales, and the share of the vocabulary that each serves,
+as a token's first choice and as any of its k), its modules with shapes and bytes, its router, and
+the memory that serving takes for it. The shares need the backbone's embedding; no GPU is used.
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Registers the subcommand."""
+    parser = commands.add_parser(
+        "inspect", help="show experts, modules, bytes and routes", description=DESCRIPTION
+    )
+    add_example(parser, "  vllm-adafuse inspect ./adapter --base ./Llama-2-7b-hf")
+    parser.add_argument("adapter", metavar="ADAPTER_DIR", help=ADAPTER_HELP)
+    parser.add_argument("--base", help=BASE_HELP)
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints tables, or the same as JSON."""
+    opened = open_adapter(args.adapter, args.base)
+    adapter = usable(args.adapter, opened)
+    report = _report(adapter, opened)
+    if args.json:
+        print(json.dumps(report, ensure_ascii=False, indent=2))
+    else:
+        _show(report)
+    return 0
+
+
+def _report(adapter: Adapter, opened: Opened) -> dict[str, Any]:
+    """The JSON document; shares and what needs V are None without a backbone."""
+    config = adapter.config
+    shares, why_not = None, None
+    if opened.base is None:
+        why_not = opened.note
+    else:
+        try:
+            shares = _vocabulary_shares(adapter, opened.base)
+        except AdapterError as e:  # a directory without weights, say
+            why_not = "; ".join(e.problems)
+    vocab_size = opened.backbone.vocab_size if opened.backbone else None
+    experts = [
+        {
+            "name": config.expert_names[e],
+            "rank": config.ranks[e],
+            "alpha": config.alphas[e],
+            "scale": config.scales[e],
+            "share_first": shares[0][e] if shares else None,
+            "share_any": shares[1][e] if shares else None,
+        }
+        for e in range(config.num_experts)
+    ]
+    return {
+        "adapter": str(adapter.path),
+        "base_model": config.base_model,
+        "base": str(opened.base) if opened.base else None,
+        "note": opened.note,
+        "num_experts": config.num_experts,
+        "top_k": config.top_k,
+        "router": {
+            "input": config.router_input,
+            "weights": config.router_weights,
+            "temperature": config.temperature,
+            "bias": "router.bias" in adapter.tensors,
+        },
+        "experts": experts,
+        "no_shares_because": why_not,
+        "modules": _modules(adapter),
+        "bytes": sum(info.nbytes for info in adapter.tensors.values()),
+        "vocab_size": vocab_size,
+        "passport_bytes": vocab_size and vocab_size * config.top_k * 8,
+    }
+
+
+def _vocabulary_shares(adapter: Adapter, base: Path) -> tuple[list[float], list[float]]:
+    """Parts of the vocabulary that have each expert as first choice, and as any of the k."""
+    import torch
+
+    from vllm_adafuse.routing import vocabulary_routes
+
+    ids, _ = vocabulary_routes(adapter, base)
+    experts = adapter.config.num_experts
+    first = torch.bincount(ids[:, 0], minlength=experts)
+    of_any = torch.bincount(ids.flatten(), minlength=experts)
+    return (first / len(ids)).tolist(), (of_any / len(ids)).tolist()
+
+
+def _modules(adapter: Adapter) -> list[dict[str, Any]]:
+    """Adapted projections, grouped where module and shape agree."""
+    groups: dict[tuple, list[tuple[int, int]]] = defaultdict(list)
+    for name in adapter.projections:
+        a, b = (adapter.tensors[f"{name}.lora_{side}"] for side in "AB")
+        parts = name.split(".")
+        key = (parts[-1], a.shape[2], b.shape[1], str(a.dtype).removeprefix("torch."))
+        groups[key].append((int(parts[2]), a.nbytes + b.nbytes))
+    return [
+        {
+            "module": module,
+            "layers": sorted(layer for layer, _ in found),
+            "in": size_in,
+            "out": size_out,
+            "dtype": dtype,
+            "bytes": sum(nbytes for _, nbytes in found),
+        }
+        for (module, size_in, size_out, dtype), found in sorted(groups.items())
+    ]
+
+
+def _show(report: dict[str, Any]) -> None:
+    out, router = console(), report["router"]
+    bias = "with" if router["bias"] else "without"
+    out.print(printable(f"adapter {report['adapter']}"), style="bold")
+    out.print(printable(report["note"]))
+    out.print(
+        f"{report['num_experts']} experts, top-{report['top_k']}; router: "
+        f"input {router['input']}, weights {router['weights']}, "
+        f"temperature {router['temperature']:g}, {bias} bias"
+    )
+    _show_experts(out, report)
+    _show_modules(out, report)
+    passports = report["passport_bytes"]
+    if passports is None:
+        size = f"vocabulary x {report['top_k']} x 8 bytes"
+    else:
+        size = f"{human_bytes(passports)} ({report['vocab_size']} x {report['top_k']} x 8 bytes)"
+    out.print(f"tensors {human_bytes(report['bytes'])}, passports when served {size}")
+
+
+def _show_experts(out: Console, report: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    has_shares = report["no_shares_because"] is None
+    table = Table(title="experts", title_justify="left")
+    table.add_column("#", justify="right")
+    table.add_column("name", overflow="fold")
+    for column in ("rank", "alpha", "scale"):
+        table.add_column(column, justify="right")
+    if has_shares:
+        table.add_column("first choice", justify="right")
+        table.add_column(f"any of {report['top_k']}", justify="right")
+    for index, expert in enumerate(report["experts"]):
+        row = [
+            str(index),
+            Text(printable(expert["name"]), terminal_style(index)),
+            str(expert["rank"]),
+            f"{expert['alpha']:g}",
+            f"{expert['scale']:g}",
+        ]
+        if has_shares:
+            row += [share(expert["share_first"]), share(expert["share_any"])]
+        table.add_row(*row)
+    out.print(table)
+    if has_shares:
+        out.print("first choice, any: shares of the vocabulary, every token counted once")
+    else:
+        out.print(printable(f"no shares of the vocabulary: {report['no_shares_because']}"))
+
+
+def _show_modules(out: Console, report: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="modules", title_justify="left")
+    table.add_column("module", overflow="fold")
+    table.add_column("layers", overflow="fold")
+    for column in ("in", "out", "dtype", "size"):
+        table.add_column(column, justify="right")
+    for module in report["modules"]:
+        table.add_row(
+            Text(printable(module["module"])),
+            ranges(module["layers"]),
+            str(module["in"]),
+            str(module["out"]),
+            module["dtype"],
+            human_bytes(module["bytes"]),
+        )
+    out.print(table)

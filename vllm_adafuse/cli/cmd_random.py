@@ -1,0 +1,103 @@
+"""`vllm-adafuse random`: an adapter with random weights, to try a backbone or to load-test."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from vllm_adafuse.cli.common import add_example, printable, require_base
+from vllm_adafuse.config import ROUTER_INPUTS, ROUTER_WEIGHTS
+from vllm_adafuse.errors import AdapterError
+
+DESCRIPTION = """\
+Writes an adapter for a backbone with random weights, so sized that its deltas matter. It makes
+the model talk nonsense, at the speed of a trained adapter of the same shape.
+"""
+
+
+def integers(text: str) -> list[int]:
+    """"4,8,16" -> [4, 8, 16]."""
+    return [int(part) for part in text.split(",")]
+
+
+def numbers(text: str) -> list[float]:
+    """"8,16.5" -> [8.0, 16.5]."""
+    return [float(part) for part in text.split(",")]
+
+
+def layer_ranges(text: str) -> list[int]:
+    """"0-3,5" -> [0, 1, 2, 3, 5]."""
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        low, high = int(first), int(last or first)
+        if high < low:
+            raise ValueError(f"{part} runs backwards")
+        layers.update(range(low, high + 1))
+    return sorted(layers)
+
+
+def names(text: str) -> list[str]:
+    """"q_proj,v_proj" -> ["q_proj", "v_proj"]."""
+    return [part.strip() for part in text.split(",")]
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Registers the subcommand."""
+    parser = commands.add_parser(
+        "random", help="make an adapter with random weights", description=DESCRIPTION
+    )
+    add_example(
+        parser,
+        "  vllm-adafuse random ./Llama-2-7b-hf ./adapter --num-experts 4 --top-k 2 "
+        "--r 4,8,16,16 \\\n      --target-modules q_proj,v_proj --layers 0-3,5",
+    )
+    parser.add_argument("base", metavar="BASE", help="the backbone: a directory or a cached name")
+    parser.add_argument("out", metavar="OUT", help="the adapter directory to make")
+    add = parser.add_argument
+    add("--num-experts", type=int, default=8, metavar="E", help="experts (default 8)")
+    add("--top-k", type=int, default=2, metavar="K", help="experts per token (default 2)")
+    add("--r", type=integers, default=[16], metavar="R", help="rank, or E ranks: 4,8,16,16")
+    add("--lora-alpha", type=numbers, metavar="ALPHA", help="alpha, or E of them (default 2 r)")
+    add("--target-modules", type=names, metavar="NAMES", help="q_proj,v_proj (default: all)")
+    add("--layers", type=layer_ranges, metavar="LAYERS", help="adapted layers: 0-3,5 (default all)")
+    add("--router-input", choices=ROUTER_INPUTS, default=ROUTER_INPUTS[0])
+    add("--router-weights", choices=ROUTER_WEIGHTS, default=ROUTER_WEIGHTS[0])
+    add("--router-temperature", type=float, default=1.0, metavar="T")
+    add("--use-rslora", action="store_true", help="scale by alpha / sqrt(r) instead of alpha / r")
+    add("--router-bias", action="store_true", help="also write router.bias")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    add("--seed", type=int, default=0, help="of the weights (default 0)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the adapter, with a progress bar on stderr."""
+    import torch
+
+    from vllm_adafuse.random_adapter import make_random_adapter
+
+    out = Path(args.out)
+    if out.is_dir() and any(out.iterdir()):
+        raise AdapterError(f"output directory {out}", ["it is not empty; name a new directory"])
+    alphas = args.lora_alpha
+    made = make_random_adapter(
+        require_base(args.base),
+        out,
+        num_experts=args.num_experts,
+        top_k=args.top_k,
+        r=args.r[0] if len(args.r) == 1 else args.r,
+        lora_alpha=alphas[0] if alphas and len(alphas) == 1 else alphas,
+        target_modules=args.target_modules,
+        layers=args.layers,
+        router_bias=args.router_bias,
+        dtype=getattr(torch, args.dtype),
+        seed=args.seed,
+        progress=True,
+        router_input=args.router_input,
+        router_weights=args.router_weights,
+        router_temperature=args.router_temperature,
+        use_rslora=args.use_rslora,
+    )
+    print(printable(f"wrote {made}; look into it with: vllm-adafuse inspect {made}"))
+    return 0

@@ -1,0 +1,142 @@
+"""`vllm-adafuse route`: which experts each token of a text uses."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_adafuse.cli.colors import terminal_style
+from vllm_adafuse.cli.common import (
+    ADAPTER_HELP,
+    BASE_HELP,
+    add_example,
+    console,
+    open_adapter,
+    printable,
+    share,
+    usable,
+)
+from vllm_adafuse.cli.tokens import RoutedToken, describe, first_choices, route_text, visible
+from vllm_adafuse.errors import AdapterError
+
+if TYPE_CHECKING:
+    from vllm_adafuse.adapter import Adapter
+
+DESCRIPTION = """\
+Shows which experts each token of a text uses. AdaFuse decides once per token, from its embedding,
+so this needs the backbone's tokenizer, embedding and first norm, and no GPU. Weights are the
+router's, before LoRA's scale alpha / r. In the text, · is a space, ↵ a newline, → a tab.
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Registers the subcommand."""
+    parser = commands.add_parser(
+        "route", help="colour a text by the experts of its tokens", description=DESCRIPTION
+    )
+    add_example(parser, '  vllm-adafuse route ./adapter --text "def add(a, b):" --html route.html')
+    parser.add_argument("adapter", metavar="ADAPTER_DIR", help=ADAPTER_HELP)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", help="the text")
+    source.add_argument("--file", metavar="FILE", help="a UTF-8 file with the text; - for stdin")
+    parser.add_argument("--base", help=BASE_HELP)
+    parser.add_argument("--html", metavar="FILE", help="also write a standalone page")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Routes the text, then prints it in colours or as JSON, and writes the page."""
+    text = args.text if args.file is None else _read(args.file)
+    opened = open_adapter(args.adapter, args.base)
+    adapter = usable(args.adapter, opened)
+    if opened.base is None:
+        raise AdapterError(
+            f"adapter {args.adapter}",
+            [
+                f"routes need the embedding and the tokenizer of its backbone "
+                f"{adapter.config.base_model}, which is not on this machine; name it with --base"
+            ],
+        )
+    tokens = route_text(adapter, opened.base, text)
+    if args.html:
+        _write_page(Path(args.html), adapter, opened.base, tokens)
+    if args.json:
+        print(json.dumps(_report(adapter, opened.base, text, tokens), ensure_ascii=False, indent=2))
+    else:
+        _show(adapter, tokens)
+    return 0
+
+
+def _read(file: str) -> str:
+    try:
+        return sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")
+    except UnicodeDecodeError as e:
+        raise AdapterError(f"text {file}", [f"it is not UTF-8 ({e}); convert it first"]) from e
+
+
+def _write_page(file: Path, adapter: Adapter, base: Path, tokens: list[RoutedToken]) -> None:
+    from vllm_adafuse.cli.page import render_page
+
+    config = adapter.config
+    facts = (
+        f"{len(tokens)} tokens, coloured by their first expert. {config.num_experts} experts, "
+        f"top-{config.top_k}. Backbone {base}"
+    )
+    file.write_text(render_page(f"Routes of {adapter.path.name}", facts, config.expert_names, tokens))
+    print(printable(f"wrote {file}"), file=sys.stderr)
+
+
+def _report(adapter: Adapter, base: Path, text: str, tokens: list[RoutedToken]) -> dict:
+    names = adapter.config.expert_names
+    return {
+        "adapter": str(adapter.path),
+        "base": str(base),
+        "text": text,
+        "tokens": [
+            {
+                "id": token.id,
+                "text": token.text,
+                "experts": [
+                    {"expert": e, "name": names[e], "weight": weight}
+                    for e, weight in token.experts
+                ],
+            }
+            for token in tokens
+        ],
+    }
+
+
+def _show(adapter: Adapter, tokens: list[RoutedToken]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    names, out = adapter.config.expert_names, console()
+    coloured = Text(overflow="fold")
+    for token in tokens:
+        coloured.append(visible(token.text, breaks=True), terminal_style(token.first))
+    out.print(coloured)
+    out.print()
+
+    counts = first_choices(tokens)
+    legend = Text("first expert: ")
+    for expert, count in counts.items():
+        legend.append(f" {printable(names[expert])} ", terminal_style(expert))
+        legend.append(f" {share(count / len(tokens))}  ")
+    if rest := len(names) - len(counts):
+        legend.append(f"({rest} of {len(names)} experts are no token's first)")
+    out.print(legend)
+    out.print()
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("#", justify="right")
+    table.add_column("token", overflow="fold")
+    table.add_column("id", justify="right")
+    table.add_column("experts and weights", overflow="fold")
+    for place, token in enumerate(tokens):
+        shown = Text(visible(token.text), terminal_style(token.first))
+        table.add_row(str(place), shown, str(token.id), Text(describe(token, names)))
+    out.print(table)

@@ -1,0 +1,69 @@
+"""`vllm-adafuse`: the entry point and what all subcommands share in failing."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import vllm_adafuse
+from vllm_adafuse.cli import cmd_check, cmd_compose, cmd_inspect, cmd_random, cmd_route
+from vllm_adafuse.cli.common import printable
+from vllm_adafuse.errors import AdapterError
+
+EPILOG = """\
+examples, in the order of a first visit:
+  vllm-adafuse random BASE adapter               make an adapter with random weights to play with
+  vllm-adafuse check adapter                     all faults of an adapter, before it is served
+  vllm-adafuse inspect adapter                   its experts, and their share of the vocabulary
+  vllm-adafuse route adapter --text "Hello you"  which experts each token of a text uses
+  vllm-adafuse compose BASE adapter composed     one directory for `vllm serve composed`
+
+BASE is a checkpoint directory, or the name of one in the Hugging Face cache; nothing is
+downloaded. `vllm-adafuse COMMAND --help` says more.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands; its result carries `run(args) -> exit code`."""
+    parser = argparse.ArgumentParser(
+        prog="vllm-adafuse",
+        description="Adapters that are mixtures of LoRA experts, routed per token, for vLLM: "
+        "check them, look into them, pack them for serving.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=vllm_adafuse.__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in (cmd_check, cmd_inspect, cmd_route, cmd_compose, cmd_random):
+        command.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand.
+
+    Args:
+        argv: arguments after the program's name; default those of the process.
+
+    Returns:
+        0, or 1 after one message on stderr. Wrong usage leaves with exit code 2 (SystemExit).
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except BrokenPipeError:  # `… | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (AdapterError, OSError) as e:
+        message = "\n".join(printable(line) for line in str(e).split("\n"))
+        print(f"vllm-adafuse: {message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("vllm-adafuse: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""A text coloured by expert as one standalone HTML page: no scripts, nothing fetched."""
+
+from __future__ import annotations
+
+from html import escape
+
+from vllm_adafuse.cli.colors import hue, level
+from vllm_adafuse.cli.common import printable, share
+from vllm_adafuse.cli.tokens import RoutedToken, describe, first_choices, visible
+
+STYLE = """
+:root { color-scheme: light dark; --page: #fff; --ink: #1a1a1a; --soft: #666; --line: #ddd;
+  --light: 82%; --step: 6%; --sat: 70%; }
+@media (prefers-color-scheme: dark) { :root { --page: #16181c; --ink: #eee; --soft: #a0a4ab;
+  --line: #3a3d44; --light: 26%; --step: 6%; --sat: 55%; } }
+body { font: 16px/1.6 system-ui, sans-serif; margin: 2rem auto 6rem; max-width: 60rem;
+  padding: 0 1rem; background: var(--page); color: var(--ink); }
+h1 { font-size: 1.4rem; margin: 0; }
+.facts, .rest { color: var(--soft); font-size: .9rem; overflow-wrap: anywhere; }
+.e { background: hsl(var(--h) var(--sat) calc(var(--light) + var(--s) * var(--step)));
+  border-radius: 3px; }
+.text { font: 15px/2 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
+  border: 1px solid var(--line); border-radius: 6px; padding: 1rem; }
+.text .e { padding: .15em 0; box-shadow: inset 1px 0 var(--page); }
+.text .e:hover { outline: 2px solid var(--ink); }
+.text .e:hover::after { content: attr(data-tip); position: fixed; left: 1rem; right: 1rem;
+  bottom: 1rem; padding: .6rem 1rem; background: var(--ink); color: var(--page);
+  border-radius: 6px; font: 15px/1.5 system-ui, sans-serif; z-index: 1; }
+.w { opacity: .45; }
+.legend { display: flex; flex-wrap: wrap; gap: .5rem; padding: 0; list-style: none; }
+.legend .e { padding: .1rem .6rem; font-size: .9rem; overflow-wrap: anywhere; }
+table { border-collapse: collapse; font-size: .9rem; }
+th, td { text-align: left; padding: .15rem 1rem .15rem 0; border-bottom: 1px solid var(--line);
+  vertical-align: top; overflow-wrap: anywhere; }
+td:first-child { color: var(--soft); }
+td code { white-space: pre-wrap; padding: 0 .2em; }
+"""
+
+
+def render_page(
+    title: str, facts: str, names: tuple[str, ...], tokens: list[RoutedToken]
+) -> str:
+    """The page.
+
+    Args:
+        title: its heading.
+        facts: one line under it.
+        names: of all experts.
+        tokens: the text.
+
+    Returns:
+        HTML; everything given is escaped.
+    """
+    counts = first_choices(tokens)
+    rules = "".join(
+        f".e{e} {{ --h: {hue(e)}; --s: {level(e)}; }}\n"
+        # Pointing at an expert in the legend fades the tokens of the others.
+        f"body:has(.legend .e{e}:hover) .text .e:not(.e{e}) {{ opacity: .25; }}\n"
+        for e in counts
+    )
+    legend = "".join(
+        f'<li class="e e{e}">{escape(printable(names[e]))} · '
+        f"{share(count / len(tokens))}</li>\n"
+        for e, count in counts.items()
+    )
+    rest = len(names) - len(counts)
+    spans = "<wbr>".join(_span(token, names) for token in tokens)
+    rows = "".join(
+        f'<tr><td>{place}</td><td><code class="e e{token.first}">'
+        f"{escape(visible(token.text))}</code></td><td>{token.id}</td>"
+        f"<td>{escape(describe(token, names))}</td></tr>\n"
+        for place, token in enumerate(tokens)
+    )
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(printable(title))}</title>
+<style>{STYLE}{rules}</style>
+</head>
+<body>
+<h1>{escape(printable(title))}</h1>
+<p class="facts">{escape(printable(facts))}</p>
+<ul class="legend">
+{legend}</ul>
+<p class="rest">{rest_sentence(rest)} Point at a token to see its experts and weights.</p>
+<div class="text">{spans}</div>
+<details>
+<summary>All {len(tokens)} tokens</summary>
+<table>
+<tr><th>#</th><th>token</th><th>id</th><th>experts and weights</th></tr>
+{rows}</table>
+</details>
+</body>
+</html>
+"""
+
+
+def rest_sentence(rest: int) -> str:
+    """What the legend leaves out."""
+    if rest == 0:
+        return "Every expert is the first choice of some token."
+    return f"{rest} more {'expert is' if rest == 1 else 'experts are'} no token's first choice."
+
+
+def _span(token: RoutedToken, names: tuple[str, ...]) -> str:
+    tip = f"{visible(token.text)} (id {token.id}): {describe(token, names)}"
+    shown = escape(visible(token.text, breaks=True))
+    for sign in "·↵→":
+        shown = shown.replace(sign, f'<span class="w">{sign}</span>')
+    return f'<span class="e e{token.first}" data-tip="{escape(tip)}">{shown}</span>'

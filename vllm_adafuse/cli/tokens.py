@@ -1,0 +1,105 @@
+"""A text as tokens with their experts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_adafuse.cli.common import printable
+from vllm_adafuse.errors import AdapterError
+
+if TYPE_CHECKING:
+    from vllm_adafuse.adapter import Adapter
+
+# What stands for a token that adds no character of its own: the later bytes of one.
+CONTINUATION = "⋯"
+
+
+@dataclass(frozen=True)
+class RoutedToken:
+    """One token of a text.
+
+    Attributes:
+        id: token id.
+        text: its part of the text; all parts together are the text, but for special tokens.
+        experts: (expert, weight) of its k experts, by falling logit; LoRA's scale left out.
+    """
+
+    id: int
+    text: str
+    experts: tuple[tuple[int, float], ...]
+
+    @property
+    def first(self) -> int:
+        """The expert with the largest weight."""
+        return self.experts[0][0]
+
+
+def route_text(adapter: Adapter, base: Path, text: str) -> list[RoutedToken]:
+    """Tokenizes a text as a prompt (special tokens added) and routes its tokens.
+
+    Args:
+        adapter: a checked adapter.
+        base: the backbone's directory, with its tokenizer.
+        text: any text.
+
+    Raises:
+        AdapterError: no usable tokenizer or weights in `base`.
+    """
+    import torch
+
+    from vllm_adafuse.routing import OfflineRouter
+
+    pieces = _tokenize(base, text)
+    token_ids = torch.tensor([token for token, _ in pieces], dtype=torch.long)
+    ids, weights = OfflineRouter(adapter, base).routes(token_ids)
+    return [
+        RoutedToken(token, piece, tuple(zip(experts, gates)))
+        for (token, piece), experts, gates in zip(pieces, ids.tolist(), weights.tolist())
+    ]
+
+
+def _tokenize(base: Path, text: str) -> list[tuple[int, str]]:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    except (OSError, ValueError, ImportError) as e:
+        raise AdapterError(f"backbone {base}", [f"no usable tokenizer: {e}"]) from e
+    if not tokenizer.is_fast:
+        return [(token, tokenizer.decode([token])) for token in tokenizer(text)["input_ids"]]
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    pieces, end = [], 0
+    for token, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"]):
+        if start == stop:
+            piece = tokenizer.convert_ids_to_tokens(token)
+        else:
+            # From the last end: some tokenizers leave a token's leading space out.
+            piece = text[end:stop] or CONTINUATION
+        pieces.append((token, piece))
+        end = max(end, stop)
+    return pieces
+
+
+def first_choices(tokens: list[RoutedToken]) -> dict[int, int]:
+    """Expert -> tokens whose first expert it is, by index."""
+    return dict(sorted(Counter(token.first for token in tokens).items()))
+
+
+def visible(text: str, breaks: bool = False) -> str:
+    """The text with its white space made visible.
+
+    Args:
+        text: a token's text.
+        breaks: also break the line after each newline's sign.
+    """
+    newline = "↵\n" if breaks else "↵"
+    signs = {" ": "·", "\n": newline, "\t": "→"}
+    return "".join(signs.get(c) or printable(c) for c in text)
+
+
+def describe(token: RoutedToken, names: tuple[str, ...]) -> str:
+    """"math 0.73, code 0.27"."""
+    return ", ".join(f"{printable(names[e])} {weight:.3f}" for e, weight in token.experts)
