@@ -1,0 +1,1 @@
+"""Measurements: every result is a JSON file in benchmarks/results/, never overwritten."""

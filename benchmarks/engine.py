@@ -1,0 +1,190 @@
+"""Decode and prefill of whole vLLM engines, the stock backbone beside ours.
+
+    python -m benchmarks.engine --model llama-2-7b --batches 1,8,32,128 --repeats 5
+
+Random weights (`load_format="dummy"`), random prompts, full CUDA graphs, greedy. Both engines live
+side by side in processes of their own and take turns, so that drift of the clock hits both alike.
+Decode time per step is the difference of a long and a short generation over the difference of
+their lengths; prefill is the time of prompts with one token each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks import record
+
+SHAPES = {
+    "llama-2-7b": ("LlamaForCausalLM", 4096, 11008, 32, 32, 32, 32000),
+    "mistral-7b": ("MistralForCausalLM", 4096, 14336, 32, 32, 8, 32000),
+    "llama-2-13b": ("LlamaForCausalLM", 5120, 13824, 40, 40, 40, 32000),
+    "qwen2.5-0.5b": ("Qwen2ForCausalLM", 896, 4864, 24, 14, 2, 151936),
+    "tiny": ("LlamaForCausalLM", 128, 256, 2, 4, 2, 1000),
+}
+
+
+@dataclass
+class Options:
+    """What to measure; checked at construction."""
+
+    model: str = "llama-2-7b"
+    layers: int | None = None
+    engines: list[str] = field(default_factory=lambda: ["stock", "adafuse"])
+    batches: list[int] = field(default_factory=lambda: [1, 8, 32, 128])
+    prefill: tuple[int, int] = (16, 1000)
+    prompt: int = 128
+    steps: tuple[int, int] = (8, 136)
+    repeats: int = 5
+    experts: int = 8
+    top_k: int = 2
+    r: int = 16
+    dtype: str = "bfloat16"
+    memory: float = 0.4
+
+    def __post_init__(self):
+        if self.model not in SHAPES:
+            raise ValueError(f"model is {self.model}, expected one of {', '.join(SHAPES)}")
+        unknown = set(self.engines) - {"stock", "adafuse", "lora"}
+        if unknown:
+            raise ValueError(f"engines has {unknown}, expected stock, adafuse or lora")
+
+
+def write_config(options: Options, path: Path) -> None:
+    """A checkpoint directory with nothing but a config.json."""
+    from vllm_adafuse.tiny import tiny_config
+
+    name, hidden, inter, layers, heads, kv_heads, vocab = SHAPES[options.model]
+    config = tiny_config(
+        name,
+        hidden_size=hidden,
+        intermediate_size=inter,
+        num_hidden_layers=options.layers or layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=hidden // heads,
+        vocab_size=vocab,
+        max_position_embeddings=16384,
+    )
+    config.save_pretrained(path)
+
+
+def start(kind: str, options: Options, root: Path):
+    """One engine of a kind on the shared backbone."""
+    import torch
+    from vllm import LLM
+    from vllm_adafuse.random_adapter import make_random_adapter
+
+    extra = {}
+    if kind == "adafuse":
+        adapter = make_random_adapter(
+            root / "base",
+            root / "adapter",
+            num_experts=options.experts,
+            top_k=options.top_k,
+            r=options.r,
+            dtype=torch.bfloat16,
+        )
+        extra["hf_overrides"] = {"adafuse_adapter": str(adapter)}
+    if kind == "lora":
+        extra |= {"enable_lora": True, "max_lora_rank": max(8, options.r), "max_loras": 1}
+    longest = max(options.prefill[1] + 8, options.prompt + options.steps[1] + 8)
+    begin = time.perf_counter()
+    llm = LLM(
+        str(root / "base"),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        dtype=options.dtype,
+        gpu_memory_utilization=options.memory,
+        max_model_len=longest,
+        max_num_seqs=max(options.batches),
+        enable_prefix_caching=False,
+        compilation_config={"cudagraph_capture_sizes": sorted(set(options.batches))},
+        **extra,
+    )
+    return llm, time.perf_counter() - begin
+
+
+def timed(llm, count: int, length: int, tokens: int, vocab: int, rng: random.Random) -> float:
+    """Seconds for `count` random prompts of `length` ids, `tokens` tokens each."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    prompts = [
+        {"prompt_token_ids": [rng.randrange(3, vocab) for _ in range(length)]} for _ in range(count)
+    ]
+    begin = time.perf_counter()
+    llm.generate(prompts, params, use_tqdm=False)
+    return time.perf_counter() - begin
+
+
+def measure(options: Options) -> list[dict]:
+    """Runs every engine in turn at every size; one row per engine and size."""
+    vocab, rng = SHAPES[options.model][-1], random.Random(0)
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        write_config(options, root / "base")
+        engines, rows = {}, []
+        for kind in options.engines:
+            engines[kind], seconds = start(kind, options, root)
+            rows.append({"engine": kind, "what": "start", "unit": "s", "value": seconds})
+        short, long = options.steps
+        sizes = [("decode", batch) for batch in options.batches] + [("prefill", options.prefill[0])]
+        for what, batch in sizes:
+            times: dict[str, list[float]] = {kind: [] for kind in engines}
+            for repeat in range(options.repeats + 1):
+                for kind, llm in engines.items():
+                    if what == "decode":
+                        small = timed(llm, batch, options.prompt, short, vocab, rng)
+                        large = timed(llm, batch, options.prompt, long, vocab, rng)
+                        value = (large - small) / (long - short) * 1e3
+                    else:
+                        length = options.prefill[1]
+                        value = timed(llm, batch, length, 1, vocab, rng) * 1e3
+                    if repeat:  # the first is warm-up
+                        times[kind].append(value)
+            base = statistics.median(times[options.engines[0]])
+            for kind, values in times.items():
+                row = {"engine": kind, "what": what, "batch": batch, "unit": "ms"}
+                row |= record.summary(values)
+                row["overhead"] = row["median"] / base - 1
+                rows.append(row)
+                print(
+                    f"{what:8} {batch:4} {kind:8} {row['median']:9.3f} ms "
+                    f"({row['min']:.3f} to {row['max']:.3f}) {row['overhead']:+.1%}",
+                    flush=True,
+                )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    numbers = lambda text: [int(n) for n in text.split(",")]  # noqa: E731
+    parser.add_argument("--model", default="llama-2-7b", choices=SHAPES)
+    parser.add_argument("--layers", type=int, help="fewer layers, while working")
+    parser.add_argument("--engines", default="stock,adafuse", type=lambda t: t.split(","))
+    parser.add_argument("--batches", default="1,8,32,128", type=numbers)
+    parser.add_argument("--repeats", default=5, type=int)
+    parser.add_argument("--experts", default=8, type=int)
+    parser.add_argument("--top-k", default=2, type=int)
+    parser.add_argument("--r", default=16, type=int)
+    parser.add_argument("--memory", default=0.4, type=float)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--out", type=Path, help="folder of the result file")
+    parser.add_argument("--commit", default="", help="of the measured code")
+    arguments = vars(parser.parse_args())
+    out, commit = arguments.pop("out"), arguments.pop("commit")
+    options = Options(**arguments)
+    rows = measure(options)
+    path = record.save("engine", [{"options": vars(options)}, *rows], out, commit)
+    print(json.dumps({"saved": str(path)}))
+
+
+if __name__ == "__main__":
+    main()
