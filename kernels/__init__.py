@@ -6,12 +6,7 @@
     expand         s, B, routes, y        -> y + delta
 
 A route is a pair of [T, k] tensors, expert ids (int32) and weights (float32), written once per
-step and read by every layer. Nothing here imports vLLM. Importing the package registers the ops.
+step and read by every layer. Nothing here imports vLLM. Importing a module registers its op; this
+file imports none of them, because transformers imports whatever `kernels` it finds on its path,
+and in this repository's root that is this folder.
 """
-
-from vllm_adafuse.kernels.expand import expand
-from vllm_adafuse.kernels.gate import gate
-from vllm_adafuse.kernels.gather_routes import gather_routes
-from vllm_adafuse.kernels.shrink import shrink
-
-__all__ = ["expand", "gate", "gather_routes", "shrink"]

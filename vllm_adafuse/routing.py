@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_adafuse import kernels
+from vllm_adafuse.kernels.gate import gate
 from vllm_adafuse.adapter import Adapter
 from vllm_adafuse.backbone import EMBEDDING, FIRST_NORM, Backbone, load_backbone_tensors
 from vllm_adafuse.errors import AdapterError
@@ -92,7 +92,7 @@ class OfflineRouter:
         if self.scaled_embedding:
             factor = math.sqrt(embeddings.shape[-1])
             embeddings = embeddings * torch.tensor(factor, dtype=embeddings.dtype)
-        return kernels.gate(
+        return gate(
             embeddings,
             self.weight,
             self.bias,

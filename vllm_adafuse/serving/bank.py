@@ -15,7 +15,8 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
-from vllm_adafuse import kernels
+from vllm_adafuse.kernels.expand import expand
+from vllm_adafuse.kernels.shrink import shrink
 from vllm_adafuse.serving.router import Route
 
 
@@ -131,6 +132,6 @@ class ExpertBank(torch.nn.Module):
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """y + delta, in place. x: [T, in], y: [T, out] of this rank."""
         expert_ids, weights = self.route.expert_ids, self.route.weights
-        s = kernels.shrink(x, self.bank_a, expert_ids, weights)
-        kernels.expand(y, s, self.bank_b, expert_ids, self.offsets, self.widths)
+        s = shrink(x, self.bank_a, expert_ids, weights)
+        expand(y, s, self.bank_b, expert_ids, self.offsets, self.widths)
         return y

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
-from vllm_adafuse import kernels
 from vllm_adafuse.config import AdapterConfig
+from vllm_adafuse.kernels.gate import gate
+from vllm_adafuse.kernels.gather_routes import gather_routes
 
 # Rows whose routes are computed at once when the passports are stamped.
 PASSPORT_CHUNK = 1024
@@ -67,10 +68,10 @@ class Router(torch.nn.Module):
     def passport_bytes(self) -> int:
         return self.passport_ids.nbytes + self.passport_weights.nbytes
 
-    def gate(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def decide(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Routes of embeddings [T, H] as they enter layer 0: ids and weights [T, k]."""
         norm = self.norm_weight if self.config.router_input == "first_norm" else None
-        return kernels.gate(
+        return gate(
             embeddings,
             self.weight,
             self.bias,
@@ -90,7 +91,7 @@ class Router(torch.nn.Module):
             embeddings: [T, H] prompt embeddings, or None.
         """
         if embeddings is None:
-            kernels.gather_routes(
+            gather_routes(
                 input_ids,
                 self.passport_ids,
                 self.passport_weights,
@@ -98,7 +99,7 @@ class Router(torch.nn.Module):
                 self.route.weights,
             )
         else:
-            self.receive(*self.gate(embeddings))
+            self.receive(*self.decide(embeddings))
 
     def receive(self, expert_ids: torch.Tensor, weights: torch.Tensor) -> None:
         """Writes routes [T, k] computed elsewhere (by another pipeline stage)."""
@@ -130,7 +131,7 @@ class Router(torch.nn.Module):
         for start in range(0, vocab_size, PASSPORT_CHUNK):
             stop = min(start + PASSPORT_CHUNK, vocab_size)
             tokens = torch.arange(start, stop, device=self.passport_ids.device)
-            ids, weights = self.gate(embed(tokens))
+            ids, weights = self.decide(embed(tokens))
             self.passport_ids[start:stop].copy_(ids)
             self.passport_weights[start:stop].copy_(weights)
 
