@@ -60,9 +60,9 @@ def find_architecture(names: list[str] | None, where: str) -> Architecture:
     Raises:
         AdapterError: none of the names is in the table.
     """
-    for name in names or []:
-        if name.removeprefix(PREFIX) in ARCHITECTURES:
-            return ARCHITECTURES[name.removeprefix(PREFIX)]
+    for name in names if isinstance(names, list) else []:
+        if str(name).removeprefix(PREFIX) in ARCHITECTURES:
+            return ARCHITECTURES[str(name).removeprefix(PREFIX)]
     raise AdapterError(
         f"backbone {where}",
         [

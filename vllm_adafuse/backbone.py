@@ -48,7 +48,7 @@ class Backbone:
             path: directory or hub name, for messages.
 
         Raises:
-            AdapterError: the architecture is not in the table.
+            AdapterError: the architecture is not in the table, or its model cannot be built.
         """
         from transformers import AutoModelForCausalLM
 
@@ -56,8 +56,14 @@ class Backbone:
         plain = copy.deepcopy(hf_config)
         if hasattr(plain, "quantization_config"):
             del plain.quantization_config
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(plain)
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(plain)
+        except Exception as e:  # whatever a model's code makes of a damaged config
+            raise AdapterError(
+                f"backbone {path}",
+                [f"transformers cannot build the model of its config.json: {e!r}"],
+            ) from e
         linears = {
             name: (module.in_features, module.out_features)
             for name, module in model.named_modules()
@@ -84,7 +90,7 @@ class Backbone:
 
         try:
             hf_config = AutoConfig.from_pretrained(path)
-        except (OSError, ValueError) as e:
+        except Exception as e:  # transformers' checks of a config raise errors of many types
             raise AdapterError(f"backbone {path}", [f"no usable config.json: {e}"]) from e
         return cls.from_hf_config(hf_config, path)
 
@@ -124,31 +130,30 @@ def load_backbone_tensors(path: str, names: list[str]) -> dict[str, torch.Tensor
 
     root = Path(path)
     index = root / "model.safetensors.index.json"
+    files, loaded = {}, {}
     try:
         if index.is_file():
-            weight_map = json.loads(index.read_text())["weight_map"]
+            weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
             files = {name: root / weight_map[name] for name in names if name in weight_map}
         else:
-            files = {}
             for file in sorted(root.glob("*.safetensors")):
                 with safe_open(file, framework="pt") as tensors:
                     files.update({name: file for name in names if name in tensors.keys()})
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
+        for name, file in files.items():
+            with safe_open(file, framework="pt") as tensors:
+                loaded[name] = tensors.get_tensor(name)
+    except (OSError, SafetensorError) as e:
         raise AdapterError(
-            f"backbone {path}", [f"its safetensors files or their index cannot be read: {e!r}"]
+            f"backbone {path}", [f"its safetensors files cannot be read ({e}); copy them again"]
+        ) from e
+    except (ValueError, KeyError, TypeError) as e:
+        raise AdapterError(
+            f"backbone {path}",
+            [f"{index.name}: expected a JSON object with weight_map, found none ({e!r})"],
         ) from e
     if missing := [name for name in names if name not in files]:
         raise AdapterError(
             f"backbone {path}",
             [f"tensor {name} is in none of its safetensors files" for name in missing],
         )
-    loaded = {}
-    for name, file in files.items():
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                loaded[name] = tensors.get_tensor(name)
-        except (OSError, SafetensorError) as e:
-            raise AdapterError(f"backbone {path}", [f"{file.name}: {e}"]) from e
     return loaded
-
-

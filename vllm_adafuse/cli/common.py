@@ -81,6 +81,7 @@ def open_adapter(path: str, base: str | None, values: bool = False) -> Opened:
     if found is None:
         adapter, problems = check_adapter(path, values=False)
         if adapter is None:
+            problems = check_adapter(path, values=values)[1]
             return Opened(None, None, None, "no backbone was looked for", problems)
         name = adapter.config.base_path(adapter.path)
         found = find_local_backbone(name)

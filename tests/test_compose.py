@@ -1,0 +1,205 @@
+"""Composed checkpoints: what is in them, who can load them, and what is refused."""
+
+import errno
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from vllm_adafuse.adapter import load_adapter
+from vllm_adafuse.backbone import Backbone
+from vllm_adafuse.compose import compose
+from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.routing import vocabulary_routes
+from vllm_adafuse.tiny import make_tiny_backbone
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path = make_tiny_backbone(tmp_path_factory.mktemp("base"))
+    (path / "original").mkdir()
+    (path / "original" / "consolidated.00.pth").write_bytes(b"never taken")
+    return path
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    path = make_random_adapter(base, tmp_path_factory.mktemp("adapter"), num_experts=4, r=4)
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(config | {"x_note": "kept"}))
+    return path
+
+
+def names(path):
+    return {str(p.relative_to(path)) for p in path.rglob("*") if not p.is_dir()}
+
+
+def test_hard_links(base, adapter, tmp_path):
+    before = {p.name: p.read_bytes() for p in base.iterdir() if p.is_file()}
+    out = compose(base, adapter, tmp_path / "out")
+    assert names(out) == {p.name for p in base.iterdir() if p.is_file()} | {
+        "adafuse/adapter_config.json",
+        "adafuse/adapter_model.safetensors",
+    }
+    for name in before.keys() - {"config.json"}:
+        assert (out / name).samefile(base / name) and not (out / name).is_symlink()
+    assert (out / "adafuse" / "adapter_model.safetensors").samefile(
+        adapter / "adapter_model.safetensors"
+    )
+    assert before == {p.name: p.read_bytes() for p in base.iterdir() if p.is_file()}
+
+
+def test_config(base, adapter, tmp_path):
+    out = compose(base, adapter, tmp_path / "out")
+    plain = json.loads((base / "config.json").read_text())
+    config = json.loads((out / "config.json").read_text())
+    assert config.pop("adafuse") == {"adapter": "adafuse"}
+    assert config.pop("architectures") == ["AdaFuseLlamaForCausalLM"]
+    assert plain.pop("architectures") == ["LlamaForCausalLM"]
+    assert config == plain
+
+
+def test_composed_adapter_is_the_adapter_and_finds_its_backbone(base, adapter, tmp_path):
+    out = compose(base, adapter, tmp_path / "out")
+    moved = tmp_path / "moved"
+    out.rename(moved)
+    composed = load_adapter(moved / "adafuse", Backbone.from_path(str(moved)))
+    assert composed.config.base_path(composed.path) == str(moved)
+    raw = [
+        json.loads((d / "adapter_config.json").read_text()) for d in (adapter, moved / "adafuse")
+    ]
+    assert raw[0] | {"base_model_name_or_path": ".."} == raw[1] and raw[1]["x_note"] == "kept"
+    routes = vocabulary_routes(load_adapter(adapter), base)
+    assert all(torch.equal(a, b) for a, b in zip(routes, vocabulary_routes(composed, moved)))
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Gemma2ForCausalLM"])
+def test_transformers_loads_the_plain_backbone(architecture, tmp_path):
+    base = make_tiny_backbone(tmp_path / "base", architecture)
+    adapter = make_random_adapter(base, tmp_path / "adapter", num_experts=2, r=2)
+    out = compose(base, adapter, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(base).chat_template
+    inputs = tokenizer("The value of the expression", return_tensors="pt")["input_ids"]
+    plain, composed = (AutoModelForCausalLM.from_pretrained(d).eval() for d in (base, out))
+    assert type(composed) is type(plain)
+    with torch.no_grad():
+        assert torch.equal(composed(inputs).logits, plain(inputs).logits)
+    written = [
+        pipeline("text-generation", model=str(d))("The value", max_new_tokens=5, do_sample=False)
+        for d in (base, out)
+    ]
+    assert written[0] == written[1]
+
+
+def test_copy_shares_no_file(base, adapter, tmp_path):
+    out = compose(base, adapter, tmp_path / "out", copy=True)
+    linked = compose(base, adapter, tmp_path / "linked")
+    assert names(out) == names(linked)
+    for name in names(out):
+        assert (out / name).read_bytes() == (linked / name).read_bytes()
+        assert os.stat(out / name).st_nlink == 1 and not (out / name).is_symlink()
+
+
+def test_symbolic_links_across_file_systems(base, adapter, tmp_path, monkeypatch):
+    def link(source, target):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", link)
+    out = compose(base, adapter, tmp_path / "out")
+    weights = out / "model.safetensors"
+    assert weights.is_symlink() and weights.readlink() == (base / "model.safetensors").resolve()
+    assert not (out / "config.json").is_symlink()
+    assert load_adapter(out / "adafuse", Backbone.from_path(str(out)))
+
+
+@pytest.fixture
+def cached(base, tmp_path):
+    """The backbone as a hub cache keeps it: relative links from a snapshot to blobs."""
+    snapshot, blobs = tmp_path / "cache" / "snapshots" / "abc", tmp_path / "cache" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(p for p in base.iterdir() if p.is_file()):
+        shutil.copy(file, blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    return snapshot
+
+
+@pytest.mark.parametrize("how", ["hard", "symbolic", "copy"])
+def test_links_of_a_hub_cache_are_resolved(cached, adapter, tmp_path, monkeypatch, how):
+    if how == "symbolic":
+        monkeypatch.setattr(
+            os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EXDEV, "other device"))
+        )
+    out = compose(cached, adapter, tmp_path / "out", copy=how == "copy")
+    weights = out / "model.safetensors"
+    assert weights.is_symlink() == (how == "symbolic")
+    assert weights.samefile(cached / "model.safetensors") == (how != "copy")
+    assert weights.read_bytes() == (cached / "model.safetensors").read_bytes()
+
+
+def test_empty_directory_is_taken_and_full_one_refused(base, adapter, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    compose(base, adapter, out)
+    before = {name: (out / name).read_bytes() for name in names(out)}
+    with pytest.raises(AdapterError, match="not empty"):
+        compose(base, adapter, out)
+    assert before == {name: (out / name).read_bytes() for name in names(out)}
+
+
+def test_refuses_the_backbone_itself(base, adapter, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(base)
+    for out in (base, base / "original" / "..", link):
+        with pytest.raises(AdapterError, match="backbone itself"):
+            compose(base, adapter, out)
+    assert (base / "config.json").exists() and not (base / "adafuse").exists()
+
+
+def test_refuses_a_file_as_output(base, adapter, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(AdapterError, match="is a file or a link"):
+        compose(base, adapter, tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_unfit_adapter_leaves_nothing_behind(base, adapter, tmp_path):
+    wide = make_tiny_backbone(tmp_path / "wide", hidden_size=64)
+    with pytest.raises(AdapterError, match=r"expected \[4, 64\]"):
+        compose(wide, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_failure_half_way_leaves_nothing_behind(base, adapter, tmp_path, monkeypatch, copy):
+    broken = shutil.copytree(base, tmp_path / "broken")
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("vllm_adafuse.compose._write_object", fail)
+    with pytest.raises(OSError, match="No space left"):
+        compose(broken, adapter, tmp_path / "out", copy)
+    assert not (tmp_path / "out").exists()
+    assert names(broken) == names(base)
+
+
+def test_dangling_link_in_the_backbone(cached, adapter, tmp_path):
+    (cached / "vocab.json").symlink_to("../../blobs/none")
+    with pytest.raises(FileNotFoundError, match="blobs/none"):
+        compose(cached, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_composing_again_replaces_the_adapter(base, adapter, tmp_path):
+    first = compose(base, adapter, tmp_path / "first")
+    other = make_random_adapter(base, tmp_path / "other", num_experts=2, r=2)
+    second = compose(first, other, tmp_path / "second")
+    assert load_adapter(second / "adafuse").config.num_experts == 2
+    config = json.loads((second / "config.json").read_text())
+    assert config["architectures"] == ["AdaFuseLlamaForCausalLM"]
