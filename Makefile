@@ -17,11 +17,13 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
 # pip tells of every package; every 20th is enough to see that it moves.
-PROGRESS := awk '/^(Collecting|Requirement already|Obtaining)/ { if (++n % 20 == 0) print "  " n " packages" } \
-	/^Installing collected/ { print "  unpacking" } { fflush() }'
+PROGRESS := awk '/^(Collecting|Requirement already|Obtaining)/ && ++n % 20 == 0 \
+	{ print "  " n " packages" } /^Installing collected/ { print "  unpacking" } { fflush() }'
+# A machine may have package mirrors that lack some packages; that is no news.
+QUIET := 2> >(grep -v "is neither a file nor a directory" >&2 || true)
 
 help:
-	@echo "make demo    serve a small adapted model, offline and over the API (first run: a few minutes)"
+	@echo "make demo    serve a small adapted model, offline and over the API (first run: minutes)"
 	@echo "make test    run the tests; PYTEST_ARGS='-k routing -x' is passed on to pytest"
 	@echo "make setup   only make the environment in .venv (PYTHON=python3.11 chooses the interpreter)"
 	@echo "make clean   remove .venv, demo/ and caches"
@@ -39,7 +41,8 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 check-python:
-	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11" >&2; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "$(PYTHON) not found: install Python 3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, $(if $(GPU),10,11)))' || { \
 		echo "$$($(PYTHON) --version) is too old: vllm-adafuse needs Python 3.10 or newer (the" \
 			"pinned CPU environment 3.11). Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -51,13 +54,13 @@ $(STAMP): $(LOCK) pyproject.toml | check-python
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 ifeq ($(GPU),yes)
 	@echo "Installing vLLM's CUDA build and what it needs ..."
-	@$(PIP) install -e '.[test]' | $(PROGRESS)
+	@$(PIP) install -e '.[test]' $(QUIET) | $(PROGRESS)
 else
 	@echo "Installing torch (CPU build, 190 MB) ..."
 	@$(PIP) install --no-deps -q "$$(grep '^torch==' $(LOCK))" 2>/dev/null || \
 		$(PIP) install --no-deps --extra-index-url $(TORCH_INDEX) "$$(grep '^torch==' $(LOCK))"
 	@echo "Installing the $$(grep -c == $(LOCK)) packages of $(LOCK) ..."
-	@$(PIP) install --no-deps -r $(LOCK) | $(PROGRESS)
+	@$(PIP) install --no-deps -r $(LOCK) $(QUIET) | $(PROGRESS)
 	@echo "Installing vllm-adafuse from this directory ..."
 	@$(PIP) install --no-deps --no-build-isolation -q -e .
 	@$(BIN)/python -m vllm_adafuse.cpu_metadata

@@ -1,0 +1,350 @@
+"""The whole way of an adapter, on a model made on the spot: `python -m vllm_adafuse.demo`.
+
+Makes a small backbone and an adapter (random weights, no downloads), generates offline through
+the plugin, shows how tokens were routed, then serves the same adapter and asks the server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from vllm_adafuse import reference
+from vllm_adafuse.adapter import load_adapter
+from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.routing import OfflineRouter
+from vllm_adafuse.server import Server, running_server, vllm_serve
+from vllm_adafuse.tiny import make_tiny_backbone, real_prompts
+
+COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_magenta")
+BACKBONE = {"vocab_size": 4001, "hidden_size": 256, "intermediate_size": 512}
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the demo; each is a command-line flag."""
+
+    directory: str = _option("demo", "where backbone, adapter and logs are kept between runs")
+    prompts: int = _option(16, "prompts of the offline batch")
+    tokens: int = _option(24, "tokens to generate for each")
+    experts: int = _option(8, "experts of the adapter (E)")
+    top_k: int = _option(2, "experts that each token uses (k)")
+    rank: int = _option(8, "rank of each expert")
+    seed: int = _option(0, "seed of the random weights")
+    timeout: float = _option(300.0, "seconds that the server may take to start")
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the demo has made."""
+
+    base: Path
+    adapter: Path
+    on_gpu: bool
+
+    @property
+    def engine_log(self) -> Path:
+        return self.base.with_name("engine.log")
+
+    @property
+    def serve_log(self) -> Path:
+        return self.base.with_name("serve.log")
+
+    @property
+    def overrides(self) -> dict[str, str]:
+        """The one thing that names the adapter to vLLM."""
+        return {"adafuse_adapter": str(self.adapter)}
+
+
+def set_environment() -> bool:
+    """Sets vLLM's variables, before it is imported; what the user has set stays.
+
+    Returns:
+        Whether there is an NVIDIA GPU.
+    """
+    on_gpu = torch.cuda.is_available()
+    defaults = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    if not on_gpu:
+        defaults |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    return on_gpu
+
+
+def make_place(options: Options, on_gpu: bool) -> Place:
+    """Makes backbone and adapter, or finds those of an earlier run with the same options."""
+    root = Path(options.directory).resolve()
+    root.mkdir(parents=True, exist_ok=True)
+    base, adapter, stamp = root / "backbone", root / "adapter", root / "made_with.json"
+    keys = ("experts", "top_k", "rank", "seed")
+    recipe = json.dumps({**BACKBONE, **{k: v for k, v in asdict(options).items() if k in keys}})
+    if not stamp.is_file() or stamp.read_text() != recipe:
+        make_tiny_backbone(base, seed=options.seed, **BACKBONE)
+        make_random_adapter(
+            base,
+            adapter,
+            num_experts=options.experts,
+            top_k=options.top_k,
+            r=options.rank,
+            seed=options.seed,
+        )
+        stamp.write_text(recipe)
+    return Place(base, adapter, on_gpu)
+
+
+@contextlib.contextmanager
+def output_to(log: Path) -> Iterator[None]:
+    """Sends this process's stdout and stderr to a file, C++'s and child processes' too."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, copy in enumerate(saved, start=1):
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+@contextlib.contextmanager
+def offline_engine(place: Place) -> Iterator[Any]:
+    """A `vllm.LLM` with the adapter, gone at the end: the server needs its memory."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    small = {"gpu_memory_utilization": 0.2, "enforce_eager": True, "dtype": "float32"}
+    small = {} if place.on_gpu else small
+    llm = LLM(str(place.base), hf_overrides=place.overrides, disable_log_stats=True, **small)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def reference_tokens(
+    place: Place, prompts: Sequence[Sequence[int]], count: int, adapted: bool
+) -> list[list[int]]:
+    """What plain transformers says, with the adapter by the reference or without it."""
+    from transformers import AutoModelForCausalLM
+
+    if adapted:
+        model = reference.load(place.base, place.adapter, dtype="auto")
+    else:
+        model = AutoModelForCausalLM.from_pretrained(place.base, dtype="auto").eval()
+    said = []
+    for prompt in track(prompts, "  plain transformers", console=console, transient=True):
+        ids = torch.tensor([list(prompt)])
+        mask = torch.ones_like(ids)
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False)
+        said.append(out[0, ids.shape[1] :].tolist())
+    return said
+
+
+def show_effect(place: Place, outputs: Sequence[Any], tokens: int) -> None:
+    """How many of the texts are the reference's, and how many the bare backbone's.
+
+    Raises:
+        RuntimeError: the adapter had no effect.
+    """
+    prompts = [output.prompt_token_ids for output in outputs]
+    served = [list(output.outputs[0].token_ids) for output in outputs]
+    equal, bare = (
+        sum(a == b for a, b in zip(served, reference_tokens(place, prompts, tokens, adapted)))
+        for adapted in (True, False)
+    )
+    console.print(
+        f"{equal} of these {len(served)} texts are token for token those of the reference "
+        f"(plain transformers), {bare} those of the backbone without the adapter."
+    )
+    if equal <= bare:
+        raise RuntimeError("the texts are not those of the adapted model")
+
+
+def printable(text: str) -> Text:
+    """Text on one line: random weights say any byte."""
+    return Text("".join(c if c.isprintable() else " " for c in text).strip())
+
+
+def show_texts(outputs: Sequence[Any]) -> None:
+    """Prompts and what the adapted model made of them."""
+    table = Table("prompt", "goes on", title="LLM.generate", show_lines=True)
+    for output in outputs:
+        table.add_row(printable(output.prompt), printable(output.outputs[0].text))
+    console.print(table)
+
+
+def show_routes(place: Place, tokens: Sequence[int], tokenizer: Any) -> None:
+    """Every token of one prompt with its experts and their weights."""
+    adapter = load_adapter(place.adapter)
+    ids, gates = OfflineRouter(adapter, place.base).routes(torch.tensor(list(tokens)))
+    names = adapter.config.expert_names
+    table = Table("token", "id", "experts and weights", title="Routes of the first prompt")
+    for token, experts, weights in zip(tokens, ids.tolist(), gates.tolist()):
+        cell = Text()
+        for expert, weight in zip(experts, weights):
+            cell.append(f"{names[expert]} {weight:.2f}  ", COLOURS[expert % len(COLOURS)])
+        first = COLOURS[experts[0] % len(COLOURS)]
+        table.add_row(Text(repr(tokenizer.decode([token])), first), str(token), cell)
+    console.print(table)
+
+
+def show_server(place: Place, server: Server, prompt: str, offline: str, tokens: int) -> None:
+    """A chat completion and a streamed completion, asked by the official client."""
+    import httpx
+    import openai
+
+    for line in place.serve_log.read_text("utf-8", errors="replace").splitlines():
+        if "AdaFuse: " in line:
+            console.print(Text("  " + line.split("AdaFuse: ", 1)[1], "dim"))
+    # The server is on loopback: a proxy named in the environment has no part in it.
+    with httpx.Client(trust_env=False) as http:
+        client = openai.OpenAI(
+            base_url=server.api, api_key="none", http_client=http, timeout=60, max_retries=0
+        )
+        model = client.models.list().data[0].id
+        question = "Which experts does this token need?"
+        answer = client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": question}],
+            max_tokens=tokens,
+            temperature=0,
+        )
+        console.print(Text("chat: ", "bold") + Text(question))
+        console.print(Text("  -> ") + printable(answer.choices[0].message.content or ""))
+        console.print(Text("streamed: ", "bold") + printable(prompt))
+        console.print("  ->", end=" ")
+        text = ""
+        stream = client.completions.create(
+            model=model, prompt=prompt, max_tokens=tokens, temperature=0, stream=True
+        )
+        for chunk in stream:
+            piece = chunk.choices[0].text if chunk.choices else ""
+            text += piece
+            console.print(Text("".join(c if c.isprintable() else " " for c in piece)), end="")
+        console.print()
+    if not text:
+        raise RuntimeError("the server streamed no text")
+    same = "the same text" if text == offline else "another text (a near tie in other company)"
+    console.print(f"[dim]{same} as offline for this prompt[/dim]")
+
+
+class Stages:
+    """Says what is under way and how long it took; remembers it for the error message."""
+
+    name = "starting"
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self.name, start = name, time.monotonic()
+        console.print(Text(f"\n{name} ...", "bold"), soft_wrap=True)
+        yield
+        console.print(f"[dim]{time.monotonic() - start:.1f} s[/dim]")
+
+
+def run(options: Options, stage: Stages) -> None:
+    """Runs the demo.
+
+    Args:
+        options: of the demo.
+        stage: names what is under way.
+    """
+    on_gpu = set_environment()
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    console.print(
+        "The weights are random, so every text below is babble: its sense is that it is the "
+        "adapted model's own.",
+        soft_wrap=True,
+    )
+    with stage(f"making a small backbone and an adapter in {options.directory}/"):
+        place = make_place(options, on_gpu)
+    with stage(f"generating for {options.prompts} prompts with LLM.generate"):
+        with output_to(place.engine_log), offline_engine(place) as llm:
+            tokenizer = llm.get_tokenizer()
+            from vllm import SamplingParams
+
+            sampling = SamplingParams(temperature=0, max_tokens=options.tokens)
+            outputs = llm.generate(real_prompts(options.prompts), sampling)
+        show_texts(outputs)
+        show_effect(place, outputs, options.tokens)
+    with stage("routing one of these prompts"):
+        show_routes(place, outputs[0].prompt_token_ids, tokenizer)
+    overrides = json.dumps(place.overrides)
+    command = vllm_serve(place.base, "--hf-overrides", overrides)
+    shown = f"vllm serve {options.directory}/backbone --hf-overrides '{overrides}'"
+    with stage(f"starting {shown}"):
+        if not on_gpu:
+            command += ["--enforce-eager", "--gpu-memory-utilization", "0.2", "--dtype", "float32"]
+        env = {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        with running_server(command, place.serve_log, options.timeout, env) as server:
+            console.print(f"healthy at {server.url}; its log: {place.serve_log}", soft_wrap=True)
+            first = outputs[0]
+            show_server(place, server, first.prompt, first.outputs[0].text, options.tokens)
+    console.print("\n[bold]Done: the adapter was served offline and over the API.[/bold]")
+
+
+def parse_options(argv: Sequence[str] | None = None) -> Options:
+    """Options from a command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vllm_adafuse.demo",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for option in fields(Options):
+        parser.add_argument(
+            "--" + option.name.replace("_", "-"),
+            type=type(option.default),
+            default=option.default,
+            help=option.metadata["help"],
+        )
+    return Options(**vars(parser.parse_args(argv)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the demo; returns the exit code."""
+    options, stage = parse_options(argv), Stages()
+    try:
+        run(options, stage)
+    except Exception as e:
+        log = Path(options.directory, "error.log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(traceback.format_exc())
+        message = f"\nThe demo failed while {stage.name}: {e}\n(traceback: {log}, logs beside it)"
+        console.print(Text(message, "red"))
+        return 1
+    return 0
+
+
+console = Console(highlight=False)
+
+if __name__ == "__main__":
+    sys.exit(main())
