@@ -10,6 +10,8 @@ import json
 import math
 import os
 import re
+import stat
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,12 +20,14 @@ from pathlib import Path
 import torch
 
 from vllm_adafuse.backbone import Backbone
-from vllm_adafuse.config import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, parse_config
+from vllm_adafuse.config import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, parse_config, show, some
 from vllm_adafuse.errors import AdapterError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-MAX_CONFIG_BYTES = 16 << 20
-_LORA = re.compile(r"(model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+))\.lora_([AB])")
+MAX_CONFIG_BYTES = 1 << 20
+_LORA = re.compile(
+    r"(model\.layers\.(0|[1-9]\d{0,5})\.(?:self_attn|mlp)\.(\w{1,64}))\.lora_([AB])", re.ASCII
+)
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 
 
@@ -91,7 +95,9 @@ def load_adapter(path: str | Path, backbone: Backbone | None = None) -> Adapter:
 def check_adapter(
     path: str | Path, backbone: Backbone | None = None, values: bool = True
 ) -> tuple[Adapter | None, list[str]]:
-    """Collects every problem of an adapter directory, in the order files, config, tensors, values.
+    """Collects every problem of an adapter directory, in the order config, tensors, values.
+
+    Raises nothing for what an adapter may hold: tensors are checked even beside a bad config.
 
     Args:
         path: the directory.
@@ -101,84 +107,122 @@ def check_adapter(
     Returns:
         The adapter (None if its files cannot be read), and the problems: none means usable.
     """
-    root = Path(os.path.abspath(Path(path).expanduser()))
-    problems = _check_directory(root)
+    root = Path(os.path.abspath(os.path.expanduser(path)))
+    entries, problems = _list_directory(root)
     if problems:
         return None, problems
-    raw, problems = _read_json(root / CONFIG_FILE)
-    config = None
-    if not problems:
-        config, problems = parse_config(raw)
-    tensors, file_problems = _read_header(root)
+    config, problems = _read_config(root / CONFIG_FILE)
+    alike = _Alike()
+    tensors, file_problems = _read_header(root / WEIGHTS_FILE, entries, alike)
     problems += file_problems
-    if config is None or tensors is None:
+    if tensors is None:
         return None, problems
-    adapter = Adapter(root, config, tensors)
-    shape_problems = _check_tensors(adapter)
-    if backbone is not None:
-        shape_problems += _check_backbone(adapter, backbone)
-    problems += shape_problems
-    if values and not shape_problems:
-        problems += _check_values(adapter)
-    return adapter, problems
+    if config and backbone:
+        problems += _check_targets(config, backbone)
+    problems += _check_tensors(tensors, config, backbone, alike)
+    if values:
+        problems += _check_values(root, tensors.keys() - alike.bad, config)
+    return Adapter(root, config, tensors) if config else None, problems
 
 
-def _reason(e: OSError) -> str:
-    return e.strerror or str(e)
+class _Alike:
+    """Problems of tensors. Those that differ in the name only share a line: one wrong number in
+    the config may touch every tensor of the file."""
+
+    def __init__(self):
+        self.names: dict[str, list[str]] = {}
+
+    def add(self, name: str, text: str) -> None:
+        self.names.setdefault(text, []).append(name)
+
+    @property
+    def bad(self) -> set[str]:
+        return {name for names in self.names.values() for name in names}
+
+    def lines(self) -> list[str]:
+        return [f"{WEIGHTS_FILE}: tensor {some(n)}: {text}" for text, n in self.names.items()]
 
 
-def _check_directory(root: Path) -> list[str]:
+def _reason(e: Exception) -> str:
+    return getattr(e, "strerror", None) or str(e)
+
+
+def _list_directory(root: Path) -> tuple[set[str], list[str]]:
     try:
-        entries = {entry.name for entry in os.scandir(root)}
+        return set(os.listdir(root)), []
     except FileNotFoundError:
-        return [f"{root}: no such directory; name the directory that holds {CONFIG_FILE}"]
+        return set(), [f"{root}: no such directory; name the directory that holds {CONFIG_FILE}"]
     except NotADirectoryError:
-        return [f"{root}: is a file, expected the directory that holds {CONFIG_FILE}"]
+        return set(), [f"{root}: is a file, expected the directory that holds {CONFIG_FILE}"]
+    except (OSError, ValueError) as e:  # ValueError: a NUL in the path
+        return set(), [
+            f"{show(str(root))[1:-1]}: cannot be read ({_reason(e)}), expected a readable "
+            f"directory that holds {CONFIG_FILE}; check its permissions and links"
+        ]
+
+
+def _check_file(file: Path) -> list[str]:
+    """Refuses what cannot be opened, and what would block or never end: pipes and devices."""
+    try:
+        mode = file.stat().st_mode
+        if stat.S_ISREG(mode):
+            file.open("rb").close()
+            return []
+    except FileNotFoundError:
+        return [f"{file}: missing; an adapter directory holds this file"]
     except OSError as e:
-        return [f"{root}: cannot be read ({_reason(e)}); check its permissions and links"]
-    problems = []
-    if CONFIG_FILE not in entries:
-        problems.append(f"{root / CONFIG_FILE}: missing; an adapter directory holds this file")
-    if WEIGHTS_FILE not in entries:
-        pickles = [name for name in _PICKLES if name in entries]
-        instead = f" ({pickles[0]} is a pickle, which is never read)" if pickles else ""
-        problems.append(
-            f"{root / WEIGHTS_FILE}: missing{instead}; save the weights with safetensors"
-        )
-    return problems
+        return [
+            f"{file}: cannot be read ({_reason(e)}), expected a readable file; check its "
+            "permissions and links"
+        ]
+    kind = "a directory" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+    return [f"{file}: is {kind}, expected a regular file; replace it with the file"]
 
 
-def _read_json(file: Path) -> tuple[object, list[str]]:
-    repeated: list[str] = []
+def _read_config(file: Path) -> tuple[AdapterConfig | None, list[str]]:
+    if problems := _check_file(file):
+        return None, problems
+    repeated: dict[str, None] = {}
 
     def pairs(items: list[tuple[str, object]]) -> dict:
-        keys = [key for key, _ in items]
-        repeated.extend(sorted({key for key in keys if keys.count(key) > 1}))
+        repeated.update({k: None for k, n in Counter(key for key, _ in items).items() if n > 1})
         return dict(items)
 
     try:
-        if (size := file.stat().st_size) > MAX_CONFIG_BYTES:
-            return None, [f"{file}: {size} bytes, expected at most {MAX_CONFIG_BYTES}"]
-        raw = json.loads(file.read_text("utf-8"), object_pairs_hook=pairs)
+        with file.open("rb") as opened:
+            content = opened.read(MAX_CONFIG_BYTES + 1)
+        if len(content) > MAX_CONFIG_BYTES:
+            return None, [
+                f"{file}: is {file.stat().st_size} bytes long, expected at most "
+                f"{MAX_CONFIG_BYTES}; is this another file under that name?"
+            ]
+        raw = json.loads(content.decode("utf-8"), object_pairs_hook=pairs)
     except OSError as e:
-        return None, [f"{file}: cannot be read ({_reason(e)})"]
+        return None, [f"{file}: cannot be read ({_reason(e)}), expected a readable file"]
     except (ValueError, RecursionError) as e:
-        return None, [f"{file}: is not valid JSON ({e}); write it again as UTF-8 JSON"]
-    return raw, [f"{file}: key `{key}` stands there twice; keep one" for key in repeated]
+        return None, [f"{file}: is not valid JSON ({e}), expected a UTF-8 JSON object; mend it"]
+    config, problems = parse_config(raw)
+    if repeated:
+        twice = f"{CONFIG_FILE}: key `{some(list(repeated))}` stands there twice; keep one"
+        return None, [twice, *problems]
+    return config, problems
 
 
 @contextmanager
 def _open_weights(file: Path) -> Iterator:
     from safetensors import SafetensorError, safe_open
 
+    subject = f"adapter {file.parent}"
+    if problems := _check_file(file):
+        raise AdapterError(subject, problems)
     try:
         with safe_open(file, framework="pt") as tensors:
             yield tensors
     except OSError as e:
-        raise AdapterError(f"adapter {file.parent}", [f"{file}: cannot be read ({_reason(e)})"])
+        raise AdapterError(subject, [f"{file}: cannot be read ({_reason(e)})"]) from e
     except SafetensorError as e:
         raise AdapterError(
-            f"adapter {file.parent}",
+            subject,
             [
                 f"{file}: is not a sound safetensors file ({e}); the file is truncated, "
                 "damaged or of another kind: save or copy it again"
@@ -186,138 +230,137 @@ def _open_weights(file: Path) -> Iterator:
         ) from e
 
 
-def _read_header(root: Path) -> tuple[dict[str, TensorInfo] | None, list[str]]:
-    problems, tensors = [], {}
+def _read_header(
+    file: Path, entries: set[str], alike: _Alike
+) -> tuple[dict[str, TensorInfo] | None, list[str]]:
+    if file.name not in entries:
+        pickles = [name for name in _PICKLES if name in entries]
+        instead = f"; {pickles[0]} is a pickle, which is never read" if pickles else ""
+        return None, [f"{file}: missing{instead}; save the weights with safetensors"]
+    tensors = {}
     try:
-        with _open_weights(root / WEIGHTS_FILE) as weights:
+        with _open_weights(file) as weights:
             for name in weights.keys():
                 view = weights.get_slice(name)
                 dtype = DTYPES.get(view.get_dtype())
                 if dtype is None:
-                    problems.append(
-                        f"{WEIGHTS_FILE}: tensor {name} has dtype {view.get_dtype()}, "
-                        f"expected one of {', '.join(DTYPES)}"
-                    )
+                    found, expected = view.get_dtype(), ", ".join(DTYPES)
+                    alike.add(name, f"dtype {found}, expected one of {expected}; convert it")
                 tensors[name] = TensorInfo(tuple(view.get_shape()), dtype or torch.float32)
     except AdapterError as e:
         return None, e.problems
-    return tensors, problems
+    return tensors, []
 
 
-def _expect_shape(adapter: Adapter, name: str, shape: tuple[int, ...], why: str) -> list[str]:
-    found = adapter.tensors[name].shape
-    if found == shape:
-        return []
-    return [
-        f"{WEIGHTS_FILE}: tensor {name} has shape {list(found)}, expected {list(shape)} ({why})"
+def _made_for(config: AdapterConfig | None, backbone: Backbone) -> str:
+    made_for = f"; the adapter was made for {show(config.base_model)[1:-1]}" if config else ""
+    return f"the backbone {backbone.path}{made_for}"
+
+
+def _check_targets(config: AdapterConfig, backbone: Backbone) -> list[str]:
+    absent = [module for module in config.target_modules if module not in backbone.modules()]
+    return absent and [
+        f"{CONFIG_FILE}: `target_modules` lists {some(absent)}, expected only "
+        f"{', '.join(sorted(backbone.modules()))}, which {_made_for(config, backbone)} has"
     ]
 
 
-def _check_tensors(adapter: Adapter) -> list[str]:
-    """Names, pairs and the dimensions that the config alone fixes."""
-    config, tensors, problems = adapter.config, adapter.tensors, []
-    experts, rank = config.num_experts, config.rank
-    if "router.weight" not in tensors:
-        problems.append(f"{WEIGHTS_FILE}: tensor router.weight is missing; it is required")
-    elif len(shape := tensors["router.weight"].shape) != 2 or shape[0] != experts:
+def _check_tensors(
+    tensors: dict[str, TensorInfo],
+    config: AdapterConfig | None,
+    backbone: Backbone | None,
+    alike: _Alike,
+) -> list[str]:
+    """Names, pairs and shapes. What an absent config or backbone would fix is left open."""
+    # A dimension that is a word stands for any size.
+    experts, rank = (config.num_experts, config.rank) if config else ("num_experts", "r")
+    hidden = backbone.hidden_size if backbone else "hidden"
+    why = f"num_experts is {experts}, the largest r is {rank}" if config else "format"
+    why += f"; {_made_for(config, backbone)}" if backbone else ""
+
+    def expect(name: str, *dims: int | str) -> None:
+        found = tensors[name].shape
+        fits = [isinstance(want, str) or want == have for want, have in zip(dims, found)]
+        if len(found) != len(dims) or not all(fits):
+            expected = ", ".join(map(str, dims))
+            alike.add(name, f"shape {list(found)}, expected [{expected}] ({why})")
+
+    problems = []
+    if "router.weight" in tensors:
+        expect("router.weight", experts, hidden)
+    else:
         problems.append(
-            f"{WEIGHTS_FILE}: tensor router.weight has shape {list(shape)}, "
-            f"expected [{experts}, hidden] (num_experts is {experts})"
+            f"{WEIGHTS_FILE}: tensor router.weight is missing, expected [{experts}, {hidden}]; "
+            "save it with the experts"
         )
     if "router.bias" in tensors:
-        problems += _expect_shape(adapter, "router.bias", (experts,), "[num_experts]")
-    for name, info in tensors.items():
+        expect("router.bias", experts)
+    for name in tensors:
         if name in ("router.weight", "router.bias"):
             continue
         match = _LORA.fullmatch(name)
         if not match:
-            problems.append(
-                f"{WEIGHTS_FILE}: unknown tensor {name}; expected router.weight, router.bias or "
-                "model.layers.{i}.{self_attn or mlp}.{module}.lora_A / lora_B"
+            alike.add(
+                name,
+                "unknown name, expected router.weight, router.bias or "
+                "model.layers.{i}.{self_attn or mlp}.{module}.lora_A / lora_B; leave it out",
             )
-            continue
-        projection, _, module, side = match.groups()
-        other = f"{projection}.lora_{'B' if side == 'A' else 'A'}"
-        if other not in tensors:
-            problems.append(
-                f"{WEIGHTS_FILE}: tensor {name} is half a pair; expected {other} beside it"
-            )
-        if module not in config.target_modules:
-            problems.append(
-                f"{WEIGHTS_FILE}: tensor {name} belongs to module {module}, but target_modules "
-                f"lists only {', '.join(config.target_modules)}; list it or leave the tensor out"
-            )
-        dims = [experts, rank, "in"] if side == "A" else [experts, "out", rank]
-        if len(info.shape) != 3 or any(
-            isinstance(want, int) and want != have for want, have in zip(dims, info.shape)
-        ):
-            problems.append(
-                f"{WEIGHTS_FILE}: tensor {name} has shape {list(info.shape)}, expected "
-                f"[{', '.join(map(str, dims))}] (num_experts is {experts}, the largest r is {rank})"
-            )
-    if not adapter.projections and not problems:
-        problems.append(f"{WEIGHTS_FILE}: holds no lora_A / lora_B pair; nothing would be adapted")
-    return problems
-
-
-def _check_backbone(adapter: Adapter, backbone: Backbone) -> list[str]:
-    """Names and dimensions that the backbone fixes."""
-    config, problems = adapter.config, []
-    made_for = f"the backbone {backbone.path}; this adapter was made for {config.base_model}"
-    for module in config.target_modules:
-        if module not in backbone.modules():
-            problems.append(
-                f"{CONFIG_FILE}: target_modules lists {module}, which {made_for} does not have; "
-                f"it has {', '.join(sorted(backbone.modules()))}"
-            )
-    router = adapter.tensors.get("router.weight")
-    if router and len(router.shape) == 2 and router.shape[1] != backbone.hidden_size:
-        problems.append(
-            f"{WEIGHTS_FILE}: tensor router.weight has shape {list(router.shape)}, expected "
-            f"[{config.num_experts}, {backbone.hidden_size}] for {made_for}"
-        )
-    for name in adapter.tensors:
-        match = _LORA.fullmatch(name)
-        if not match:
             continue
         projection, layer, module, side = match.groups()
-        if int(layer) >= backbone.num_layers:
-            problems.append(
-                f"{WEIGHTS_FILE}: tensor {name} is for layer {layer}, expected layers 0 to "
-                f"{backbone.num_layers - 1} for {made_for}"
+        other = f"{projection}.lora_{'B' if side == 'A' else 'A'}"
+        if other not in tensors:
+            alike.add(name, f"half a pair, expected {other} beside it; save both or neither")
+        if config and module not in config.target_modules:
+            alike.add(
+                name,
+                f"its module {module} is not in `target_modules` of {CONFIG_FILE}, expected one "
+                f"of {some(config.target_modules)}; list it or leave the tensor out",
             )
-        elif projection not in backbone.linears:
-            if module in backbone.modules() or module not in config.target_modules:
-                problems.append(f"{WEIGHTS_FILE}: tensor {name} fits no linear of {made_for}")
-        else:
+        size_in, size_out = "in", "out"
+        if backbone and int(layer) >= backbone.num_layers:
+            alike.add(
+                name,
+                f"no such layer, expected layers 0 to {backbone.num_layers - 1} "
+                f"for {_made_for(config, backbone)}",
+            )
+        elif backbone and projection in backbone.linears:
             size_in, size_out = backbone.linears[projection]
-            experts, rank = config.num_experts, config.rank
-            shape = (experts, rank, size_in) if side == "A" else (experts, size_out, rank)
-            problems += _expect_shape(adapter, name, shape, made_for)
+        elif backbone and (module in backbone.modules() or not config):
+            alike.add(name, f"fits no linear of {_made_for(config, backbone)}; leave it out")
+        expect(name, experts, *((rank, size_in) if side == "A" else (size_out, rank)))
+    problems += alike.lines()
+    if not problems and not any(name.endswith("lora_A") for name in tensors):
+        problems.append(
+            f"{WEIGHTS_FILE}: holds no tensor but the router's, expected at least one lora_A / "
+            "lora_B pair; nothing would be adapted"
+        )
     return problems
 
 
-def _check_values(adapter: Adapter) -> list[str]:
-    """Reads every tensor once: finite, and zero past each expert's rank."""
-    config, problems = adapter.config, []
-    short = [(e, r) for e, r in enumerate(config.ranks) if r < config.rank]
+def _check_values(root: Path, names: set[str], config: AdapterConfig | None) -> list[str]:
+    """Reads tensors once: finite, and zero past each expert's rank."""
+    problems = []
+    ranks = config.ranks if config else ()
+    short = [(e, r) for e, r in enumerate(ranks) if r < max(ranks)]
     try:
-        with adapter.reader() as read:
-            for name in adapter.tensors:
-                tensor = read(name)
+        with _open_weights(root / WEIGHTS_FILE) as weights:
+            for name in sorted(names):
+                tensor = weights.get_tensor(name)
                 bad = ~torch.isfinite(tensor)
                 if bad.any():
                     where = bad.nonzero()[0].tolist()
                     problems.append(
                         f"{WEIGHTS_FILE}: tensor {name} has {int(bad.sum())} values that are NaN "
-                        f"or Inf, the first at {where}; expected finite numbers"
+                        f"or Inf, the first at {where}, expected finite numbers; train or save "
+                        "it again"
                     )
                 for e, r in short if _LORA.fullmatch(name) else ():
                     past = tensor[e, r:] if name.endswith("A") else tensor[e, :, r:]
                     if past.any():
                         problems.append(
                             f"{WEIGHTS_FILE}: tensor {name} is not zero past rank {r} of expert "
-                            f"{e} ({config.expert_names[e]}); set r to its real rank or clear it"
+                            f"{e} ({show(config.expert_names[e])[1:-1]}), expected zeros; set r "
+                            "to its real rank or clear it"
                         )
     except AdapterError as e:
         problems += e.problems

@@ -34,6 +34,8 @@ OPTIONAL = (
     "router.temperature",
     "expert_names",
 )
+# Scales and temperatures are used in float32: 0 and Inf are reached sooner there.
+_TINY, _LARGE = 1.2e-38, 3.4e38
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,25 @@ class AdapterConfig:
     def base_path(self, adapter_dir: Path) -> str:
         """The backbone's path (relative ones start at the adapter's directory) or hub name."""
         local = Path(adapter_dir, self.base_model)
-        return str(local.resolve()) if local.exists() else self.base_model
+        try:
+            return str(local.resolve()) if local.exists() else self.base_model
+        except (OSError, ValueError, RuntimeError):  # too long, a NUL in it, a loop of links
+            return self.base_model
+
+
+def show(value: Any) -> str:
+    """A value out of a file as short ASCII JSON: safe to print, whatever it holds."""
+    try:
+        text = json.dumps(value, default=str)
+    except RecursionError:
+        return "a deeply nested value"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def some(names: list[str]) -> str:
+    """The first names of a list that may be long; "a, b, c and 12 more"."""
+    listed = [show(name)[1:-1] for name in names[:3]]
+    return ", ".join(listed) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 class _Keys:
@@ -115,8 +135,7 @@ class _Keys:
         self.values, self.problems = values, []
 
     def bad(self, key: str, expected: str) -> None:
-        found = json.dumps(self.values[key], default=str)
-        found = found if len(found) <= 80 else found[:77] + "..."
+        found = show(self.values[key])
         self.problems.append(f"{CONFIG_FILE}: `{key}` is {found}, expected {expected}")
 
     def get(self, key: str, default: Any, accept, expected: str) -> Any:
@@ -149,12 +168,12 @@ def _is_int(low: int, high: int):
     return lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
 
 
-def _is_positive(v: Any) -> bool:
-    return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and v > 0
-
-
 def _is_number(v: Any) -> bool:
-    return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+    return isinstance(v, (int, float)) and not isinstance(v, bool) and -_LARGE <= v <= _LARGE
+
+
+def _is_positive(v: Any) -> bool:
+    return _is_number(v) and v >= _TINY
 
 
 def _is_names(v: Any) -> bool:
@@ -167,14 +186,15 @@ def _unnest(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     router = raw.get("router", {})
     if not isinstance(router, dict):
         problems.append(
-            f"{CONFIG_FILE}: `router` is {json.dumps(router)}, expected an object, or the "
+            f"{CONFIG_FILE}: `router` is {show(router)}, expected an object, or the "
             "keys `router.input`, `router.weights`, `router.temperature`"
         )
         return values
     for key, value in router.items():
         if f"router.{key}" in values:
             problems.append(
-                f"{CONFIG_FILE}: `router.{key}` is given twice, flat and inside `router`; keep one"
+                f"{CONFIG_FILE}: key `router.{show(key)[1:-1]}` is given twice, flat and inside "
+                "`router`; keep one"
             )
         values[f"router.{key}"] = value
     return values
@@ -187,7 +207,10 @@ def parse_config(raw: Any) -> tuple[AdapterConfig | None, list[str]]:
         The config, or None where a problem keeps it from being built; every problem found.
     """
     if not isinstance(raw, dict):
-        return None, [f"{CONFIG_FILE}: holds a {type(raw).__name__}, expected a JSON object"]
+        return None, [
+            f"{CONFIG_FILE}: holds a {type(raw).__name__}, expected a JSON object with the keys "
+            f"{', '.join(REQUIRED)}"
+        ]
     problems: list[str] = []
     keys = _Keys(_unnest(raw, problems))
     values, problems = keys.values, keys.problems + problems
@@ -206,15 +229,20 @@ def parse_config(raw: Any) -> tuple[AdapterConfig | None, list[str]]:
         return None, problems  # a newer format's keys would only be misread
     for key in REQUIRED:
         if key not in values:
-            problems.append(f"{CONFIG_FILE}: `{key}` is missing; it is required")
-    for key in values:
-        if key not in REQUIRED + OPTIONAL and not str(key).startswith("x_"):
-            problems.append(
-                f"{CONFIG_FILE}: unknown key `{key}`; known are {', '.join(REQUIRED + OPTIONAL)}, "
-                "and any key that begins with x_"
-            )
+            problems.append(f"{CONFIG_FILE}: key `{key}` is missing; it is required, add it")
+    known = REQUIRED + OPTIONAL
+    if unknown := [key for key in values if key not in known and not key.startswith("x_")]:
+        problems.append(
+            f"{CONFIG_FILE}: unknown key `{some(unknown)}`; known are {', '.join(known)}, "
+            "and any key that begins with x_"
+        )
 
-    base = keys.get("base_model_name_or_path", None, lambda v: isinstance(v, str) and v, "a path")
+    base = keys.get(
+        "base_model_name_or_path",
+        None,
+        lambda v: isinstance(v, str) and v,
+        "a path or a hub name",
+    )
     experts = keys.get(
         "num_experts", None, _is_int(1, MAX_EXPERTS), f"an integer from 1 to {MAX_EXPERTS}"
     )
@@ -225,10 +253,10 @@ def parse_config(raw: Any) -> tuple[AdapterConfig | None, list[str]]:
         f"an integer from 1 to num_experts ({experts or MAX_EXPERTS})",
     )
     ranks = keys.per_expert("r", experts, _is_int(1, 1 << 16), "a positive integer")
-    alphas = keys.per_expert("lora_alpha", experts, _is_number, "a finite number")
+    alphas = keys.per_expert("lora_alpha", experts, _is_number, "a finite float32 number")
     targets = keys.get("target_modules", None, _is_names, "a list of module names")
     if targets and len(set(targets)) < len(targets):
-        keys.bad("target_modules", "no name twice")
+        keys.bad("target_modules", "every name once")
     rslora = keys.get("use_rslora", False, lambda v: isinstance(v, bool), "true or false")
     keys.get(
         "routing",
@@ -242,7 +270,9 @@ def parse_config(raw: Any) -> tuple[AdapterConfig | None, list[str]]:
     router_weights = keys.get(
         "router.weights", "topk_softmax", lambda v: v in ROUTER_WEIGHTS, f"one of {ROUTER_WEIGHTS}"
     )
-    temperature = keys.get("router.temperature", 1.0, _is_positive, "a finite number above 0")
+    temperature = keys.get(
+        "router.temperature", 1.0, _is_positive, "a finite number above 0"
+    )
     names = keys.get(
         "expert_names",
         [f"expert_{e}" for e in range(experts or 0)],
