@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     adapter = usable(args.adapter, opened)
     report = _report(adapter, opened)
     if args.json:
-        print(json.dumps(report, ensure_ascii=False, indent=2))
+        print(json.dumps(report, indent=2))
     else:
         _show(report)
     return 0

@@ -50,7 +50,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Routes the text, then prints it in colours or as JSON, and writes the page."""
-    text = args.text if args.file is None else _read(args.file)
+    text = _read(args)
     opened = open_adapter(args.adapter, args.base)
     adapter = usable(args.adapter, opened)
     if opened.base is None:
@@ -65,17 +65,22 @@ def run(args: argparse.Namespace) -> int:
     if args.html:
         _write_page(Path(args.html), adapter, opened.base, tokens)
     if args.json:
-        print(json.dumps(_report(adapter, opened.base, text, tokens), ensure_ascii=False, indent=2))
+        print(json.dumps(_report(adapter, opened.base, text, tokens), indent=2))
     else:
         _show(adapter, tokens)
     return 0
 
 
-def _read(file: str) -> str:
+def _read(args: argparse.Namespace) -> str:
     try:
-        return sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")
-    except UnicodeDecodeError as e:
-        raise AdapterError(f"text {file}", [f"it is not UTF-8 ({e}); convert it first"]) from e
+        if args.file is None:
+            args.text.encode("utf-8")  # a shell may hand over any bytes
+            return args.text
+        data = sys.stdin.buffer.read() if args.file == "-" else Path(args.file).read_bytes()
+        return data.decode("utf-8")
+    except UnicodeError as e:
+        where = args.file or "--text"
+        raise AdapterError(f"text of {where}", [f"it is not UTF-8 ({e}); convert it first"]) from e
 
 
 def _write_page(file: Path, adapter: Adapter, base: Path, tokens: list[RoutedToken]) -> None:
@@ -86,7 +91,8 @@ def _write_page(file: Path, adapter: Adapter, base: Path, tokens: list[RoutedTok
         f"{len(tokens)} tokens, coloured by their first expert. {config.num_experts} experts, "
         f"top-{config.top_k}. Backbone {base}"
     )
-    file.write_text(render_page(f"Routes of {adapter.path.name}", facts, config.expert_names, tokens))
+    page = render_page(f"Routes of {adapter.path.name}", facts, config.expert_names, tokens)
+    file.write_text(page, "utf-8")
     print(printable(f"wrote {file}"), file=sys.stderr)
 
 

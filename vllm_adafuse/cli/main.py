@@ -50,9 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 1 after one message on stderr. Wrong usage leaves with exit code 2 (SystemExit).
     """
+    for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 shows escapes
+        stream.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(argv)
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:  # `… | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
