@@ -6,6 +6,7 @@ found. Start it with `ServeForks()`; as a script it is the warm process, one JSO
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -23,6 +24,16 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",  # a pool of threads does not survive a fork
 }
+
+# What a refused command imports; what is not listed is imported again by every child.
+WARM = [
+    *(f"vllm.entrypoints.cli.{name}" for name in ("openai", "serve", "launch", "collect_env")),
+    "vllm.entrypoints.cli.benchmark.main",
+    "vllm.entrypoints.cli.run_batch",
+    "vllm.model_executor.model_loader",
+    "transformers.models.llama.modeling_llama",
+    "vllm_adafuse.serving.attach",
+]
 
 
 class ServeForks:
@@ -115,20 +126,15 @@ def _wait(pid: int) -> dict:
 def _serve_requests() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what an import prints must not mix with the answers
-    import vllm.entrypoints.cli.benchmark.main
-    import vllm.entrypoints.cli.collect_env
-    import vllm.entrypoints.cli.launch
-    import vllm.entrypoints.cli.main
-    import vllm.entrypoints.cli.openai
-    import vllm.entrypoints.cli.run_batch
-    import vllm.entrypoints.cli.serve  # noqa: F401
-    import vllm_adafuse.serving.attach  # noqa: F401
+    for name in WARM:
+        importlib.import_module(name)
+    from vllm.entrypoints.cli.main import main
 
     for line in sys.stdin:
         sys.stdout.flush()
         pid = os.fork()
         if not pid:
-            _child(vllm.entrypoints.cli.main.main, json.loads(line))
+            _child(main, json.loads(line))
         answers.write(json.dumps(_wait(pid)) + "\n")
         answers.flush()
 
