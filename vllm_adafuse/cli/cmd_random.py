@@ -61,9 +61,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--lora-alpha", type=numbers, metavar="ALPHA", help="alpha, or E of them (default 2 r)")
     add("--target-modules", type=names, metavar="NAMES", help="q_proj,v_proj (default: all)")
     add("--layers", type=layer_ranges, metavar="LAYERS", help="adapted layers: 0-3,5 (default all)")
-    add("--router-input", choices=ROUTER_INPUTS, default=ROUTER_INPUTS[0])
-    add("--router-weights", choices=ROUTER_WEIGHTS, default=ROUTER_WEIGHTS[0])
-    add("--router-temperature", type=float, default=1.0, metavar="T")
+    inputs, weights = ROUTER_INPUTS, ROUTER_WEIGHTS
+    add("--router-input", choices=inputs, default=inputs[0], help="what the router reads")
+    add("--router-weights", choices=weights, default=weights[0], help="from logits to weights")
+    add("--router-temperature", type=float, default=1.0, metavar="T", help="divides the logits")
     add("--use-rslora", action="store_true", help="scale by alpha / sqrt(r) instead of alpha / r")
     add("--router-bias", action="store_true", help="also write router.bias")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
