@@ -1,4 +1,4 @@
-"""Bad input: `vllm serve` refuses every broken adapter, ends by itself and leaves nothing behind."""
+"""Bad input: `vllm serve` refuses every broken adapter, ends by itself and leaves nothing."""
 
 import json
 import os
