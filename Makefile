@@ -17,7 +17,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
 # pip tells of every package; every 20th is enough to see that it moves.
-PROGRESS := awk '/^(Collecting|Requirement already|Obtaining)/ && ++n % 20 == 0 \
+PROGRESS := awk '/^(Collecting|Processing|Requirement already)/ && ++n % 20 == 0 \
 	{ print "  " n " packages" } /^Installing collected/ { print "  unpacking" } { fflush() }'
 # A machine may have package mirrors that lack some packages; that is no news.
 QUIET := 2> >(grep -v "is neither a file nor a directory" >&2 || true)
