@@ -2,8 +2,9 @@
 
     gate           hidden states          -> routes   (live router; fills the passports once)
     gather_routes  token ids, passports   -> routes   (one gather per step)
-    shrink         x, A, routes           -> s        (rank-space activations of chosen experts)
-    expand         s, B, routes, y        -> y + delta
+    sgmm           x, y, banks, routes    -> y + deltas of the chosen experts
+      shrink       its first kernel: x into the rank space of the experts
+      expand       its second kernel: out of it, added to y
 
 A route is a pair of [T, k] tensors, expert ids (int32) and weights (float32), written once per
 step and read by every layer. Nothing here imports vLLM. Importing a module registers its op; this

@@ -14,10 +14,11 @@ import functools
 import inspect
 
 _MARK = "_adafuse_wrapped"
+_CALLS = ("get_config(", "_apply_dict_overrides(")
 
 
 def apply() -> None:
-    """Wraps `vllm.config.model.get_config`.
+    """Wraps `vllm.config.model.get_config`, and refuses what would go past it.
 
     Raises:
         RuntimeError: the seam has moved in this vLLM.
@@ -28,10 +29,11 @@ def apply() -> None:
     if getattr(original, _MARK, False):
         return
     source = inspect.getsource(seam.ModelConfig.__post_init__)
-    if original is None or "get_config(" not in source:
+    if original is None or any(call not in source for call in _CALLS):
         raise RuntimeError(
-            "vllm-adafuse: vllm.config.model.ModelConfig no longer calls get_config, so an "
-            "adapter could be ignored in silence; use a vLLM from 0.26 to 0.33"
+            "vllm-adafuse: vllm.config.model.ModelConfig no longer calls "
+            f"{' and '.join(_CALLS)}, so an adapter could be ignored in silence; use a vLLM "
+            "from 0.26 to 0.33"
         )
 
     @functools.wraps(original)
@@ -43,5 +45,17 @@ def apply() -> None:
             attach_adapter(hf_config, str(model))
         return hf_config
 
+    apply_dicts = seam.ModelConfig._apply_dict_overrides
+
+    @functools.wraps(apply_dicts)
+    def _apply_dict_overrides(self, config, overrides):
+        # Overrides that are objects come later, past `get_config`: none of ours is one.
+        if "adafuse_adapter" in overrides:
+            from vllm_adafuse.serving.attach import adapter_override
+
+            adapter_override(overrides["adafuse_adapter"], str(self.model))
+        return apply_dicts(self, config, overrides)
+
     setattr(get_config, _MARK, True)
     seam.get_config = get_config
+    seam.ModelConfig._apply_dict_overrides = _apply_dict_overrides

@@ -104,7 +104,7 @@ def make_random_adapter(
     hidden = backbone.hidden_size
     tensors = {"router.weight": normal(num_experts, hidden, scale=hidden**-0.5)}
     if router_bias:
-        tensors["router.bias"] = normal(num_experts, scale=0.5)
+        tensors["router.bias"] = normal(num_experts, scale=0.05)
     names = [
         name
         for name in backbone.linears

@@ -44,12 +44,7 @@ def attach_adapter(hf_config: Any, model: str) -> None:
 def _adapter_path(hf_config: Any, model: str) -> str:
     override = getattr(hf_config, "adafuse_adapter", None)
     if override is not None:
-        if not isinstance(override, str) or not override:
-            raise AdapterError(
-                f"--hf-overrides for {model}",
-                [f"adafuse_adapter is {override!r}, expected the path of an adapter directory"],
-            )
-        return os.path.abspath(os.path.expanduser(override))
+        return adapter_override(override, model)
     section = hf_config.adafuse
     named = section.get(ADAPTER_KEY) if isinstance(section, dict) else None
     if not isinstance(named, str) or not named:
@@ -61,3 +56,17 @@ def _adapter_path(hf_config: Any, model: str) -> str:
             ],
         )
     return os.path.join(model, named)
+
+
+def adapter_override(value: Any, model: str) -> str:
+    """The directory that `--hf-overrides` names, absolute.
+
+    Raises:
+        AdapterError: it is not a path.
+    """
+    if not isinstance(value, str) or not value:
+        raise AdapterError(
+            f"--hf-overrides for {model}",
+            [f"adafuse_adapter is {value!r}, expected the path of an adapter directory"],
+        )
+    return os.path.abspath(os.path.expanduser(value))

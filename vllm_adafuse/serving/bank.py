@@ -15,8 +15,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
-from vllm_adafuse.kernels.expand import expand
-from vllm_adafuse.kernels.shrink import shrink
+from vllm_adafuse.kernels.sgmm import sgmm
 from vllm_adafuse.serving.router import Route
 
 
@@ -131,7 +130,9 @@ class ExpertBank(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """y + delta, in place. x: [T, in], y: [T, out] of this rank."""
-        expert_ids, weights = self.route.expert_ids, self.route.weights
-        s = shrink(x, self.bank_a, expert_ids, weights)
-        expand(y, s, self.bank_b, expert_ids, self.offsets, self.widths)
+        route = self.route
+        sgmm(
+            y, x, self.bank_a, self.bank_b, route.expert_ids, route.weights,
+            self.offsets, self.widths,
+        )  # fmt: skip
         return y
