@@ -31,9 +31,9 @@ def gpu_pair(root, architecture="LlamaForCausalLM", config=WIDE, **adapter):
 
 
 def gpu_engine(base, adapter=None, **options):
-    return engine(
-        base, adapter, **{"dtype": "bfloat16", "gpu_memory_utilization": 0.3} | options
-    )
+    # A fixed cache: tests may share the GPU (pytest -n 4).
+    defaults = {"dtype": "bfloat16", "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2 << 30}
+    return engine(base, adapter, **defaults | options)
 
 
 def distances(outputs, base, adapter) -> tuple[float, float]:
@@ -61,6 +61,11 @@ def test_logprobs_are_as_close_as_the_bf16_reference(architecture, tmp_path, rec
     assert served <= 1.2 * reference + 1e-4
 
 
+def graphs(**config) -> dict:
+    config |= {"cudagraph_mode": "FULL", "cudagraph_capture_sizes": [24]}
+    return {"enforce_eager": False, "compilation_config": config}
+
+
 def assert_same_until_a_tie(ours, others, margin=0.06):
     """Equal tokens; a difference only where the two best tokens were a bf16 rounding apart."""
     ties = 0
@@ -72,7 +77,7 @@ def assert_same_until_a_tie(ours, others, margin=0.06):
                 assert best[1] - best[0] < margin, (at, a, b, best)
                 ties += 1
                 break
-    assert ties <= len(ours) // 4
+    assert ties <= len(ours) // 2
 
 
 def test_eager_compiled_and_captured_agree(tmp_path):
@@ -82,20 +87,18 @@ def test_eager_compiled_and_captured_agree(tmp_path):
     modes = {
         "eager": {"enforce_eager": True},
         # The same kernels, replayed: token for token, to the last bit of the logprobs.
-        "captured": {
-            "enforce_eager": False,
-            "compilation_config": {
-                "mode": 0, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": [24],
-            },
-        },
-        "compiled": GRAPHS,
-    }  # fmt: skip
+        "captured": graphs(mode=0),
+        "compiled": graphs(mode=3, backend="eager"),
+        # Inductor fuses norms and activations, and rounds less often.
+        "inductor": graphs(mode=3),
+    }
     for name, options in modes.items():
         with gpu_engine(base, adapter, **options) as llm:
             runs[name] = llm.generate(PROMPTS, params, use_tqdm=False)
     eager = [completion(output) for output in runs["eager"]]
     assert [completion(output) for output in runs["captured"]] == eager
-    assert_same_until_a_tie(runs["compiled"], runs["eager"])
+    assert [completion(output) for output in runs["compiled"]] == eager
+    assert_same_until_a_tie(runs["inductor"], runs["eager"])
 
 
 @pytest.mark.parametrize("runner", ["0", "1"])
@@ -182,8 +185,9 @@ def add_reference_deltas(model, adapter: str) -> None:
             module.register_forward_hook(hook)
 
 
-def test_fp8_backbone(tmp_path):
+def test_fp8_backbone(tmp_path, monkeypatch):
     """Our deltas on vLLM's fp8 linears against the formulas' deltas on the same fp8 backbone."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # hooks need the model here
     base, adapter = gpu_pair(tmp_path)
     params = greedy(max_tokens=1, prompt_logprobs=0)
 

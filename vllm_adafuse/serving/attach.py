@@ -12,7 +12,8 @@ from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.config import ADAPTER_KEY, FINGERPRINT_KEY
 from vllm_adafuse.errors import AdapterError
 
-logger = init_logger(__name__)
+# vLLM shows only what is logged below its own name.
+logger = init_logger("vllm.adafuse")
 
 
 def attach_adapter(hf_config: Any, model: str) -> None:

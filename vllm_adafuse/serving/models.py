@@ -24,7 +24,8 @@ from vllm_adafuse.serving.bank import ExpertBank
 from vllm_adafuse.serving.linear import wrap_linear
 from vllm_adafuse.serving.router import AfterLoading, Route, Router
 
-logger = init_logger(__name__)
+# vLLM shows only what is logged below its own name.
+logger = init_logger("vllm.adafuse")
 
 # Names under which routes travel to later pipeline stages.
 ROUTE_IDS, ROUTE_WEIGHTS = "adafuse_expert_ids", "adafuse_weights"
