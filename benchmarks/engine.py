@@ -170,6 +170,8 @@ def measure(options: Options) -> list[dict]:
                     f"({row['min']:.3f} to {row['max']:.3f}) {row['overhead']:+.1%}",
                     flush=True,
                 )
+        for llm in engines.values():
+            llm.llm_engine.engine_core.shutdown()
     return rows
 
 
