@@ -102,6 +102,8 @@ def start(kind: str, options: Options, root: Path):
         extra |= {"enable_lora": True, "max_lora_rank": max(8, options.r), "max_loras": 1}
     longest = max(options.prefill[1] + 8, options.prompt + options.steps[1] + 8)
     begin = time.perf_counter()
+    # The adapter was made by torch's threads in this process: engines must not be forks of it.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for the function below
     llm = LLM(
         str(root / "base"),

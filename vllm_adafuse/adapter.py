@@ -337,6 +337,19 @@ def _check_tensors(
     return problems
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keeps torch from starting OpenMP's threads: vLLM may fork this process afterwards, and a
+    child that inherits OpenMP without its threads hangs at its first parallel loop."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def _check_values(root: Path, names: set[str], config: AdapterConfig | None) -> list[str]:
     """Reads tensors once: finite, and zero past each expert's rank."""
     problems = []
