@@ -103,7 +103,7 @@ def start(kind: str, options: Options, root: Path):
     longest = max(options.prefill[1] + 8, options.prompt + options.steps[1] + 8)
     begin = time.perf_counter()
     # The adapter was made by torch's threads in this process: engines must not be forks of it.
-    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for the function below
     llm = LLM(
         str(root / "base"),

@@ -10,7 +10,7 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 # On a GPU an engine's process takes its memory and its graphs along when it ends.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "1" if HAS_GPU else "0")
-os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # apply_model, collective_rpc
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

@@ -85,7 +85,7 @@ def set_environment() -> bool:
     on_gpu = torch.cuda.is_available()
     defaults = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     # The demo computes before it starts vLLM: a fork would inherit torch's threads and hang.
-    defaults["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"
+    defaults["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     if not on_gpu:
         defaults |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
     for name, value in defaults.items():
