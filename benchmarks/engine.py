@@ -20,6 +20,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from benchmarks import record
 
 SHAPES = {
@@ -83,7 +85,6 @@ def _loaded_bytes(worker) -> int:
 
 def start(kind: str, options: Options, root: Path):
     """One engine of a kind on the shared backbone."""
-    import torch
     from vllm import LLM
     from vllm_adafuse.random_adapter import make_random_adapter
 
@@ -102,8 +103,6 @@ def start(kind: str, options: Options, root: Path):
         extra |= {"enable_lora": True, "max_lora_rank": max(8, options.r), "max_loras": 1}
     longest = max(options.prefill[1] + 8, options.prompt + options.steps[1] + 8)
     begin = time.perf_counter()
-    # The adapter was made by torch's threads in this process: engines must not be forks of it.
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for the function below
     llm = LLM(
         str(root / "base"),
@@ -194,6 +193,8 @@ def main() -> None:
     parser.add_argument("--commit", default="", help="of the measured code")
     arguments = vars(parser.parse_args())
     out, commit = arguments.pop("out"), arguments.pop("commit")
+    # vLLM forks this process: a pool of threads would hang in the copy.
+    torch.set_num_threads(1)
     options = Options(**arguments)
     rows = measure(options)
     path = record.save("engine", [{"options": vars(options)}, *rows], out, commit)

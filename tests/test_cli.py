@@ -1,7 +1,5 @@
 """The command line, in this process through `main`; and once as users start it."""
 
-import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
