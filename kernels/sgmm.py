@@ -1,10 +1,11 @@
 """SGMM, segmented gather matrix multiplication: the deltas of all chosen experts of one projection.
 
-    y[t] += Σ_j weights[t, j] B[expert_ids[t, j]] (A[expert_ids[t, j]] x[t])
+    y[t] += Σ_e gates[t, e] B[e] (A[e] x[t])
 
 (AdaFuse, arXiv 2603.11873, section 3; for a packed projection every part has its own A.) It is
-`shrink`, then `expand`. Which kernels run depends on the number of tokens alone, so that one
-captured CUDA graph per size is right for every routing.
+`shrink`, then `expand`, added to whatever the projection itself computed: the way over a quantised
+backbone. Which kernels run depends on the number of tokens alone, so that one captured CUDA graph
+per size is right for every routing.
 """
 
 from __future__ import annotations
@@ -15,36 +16,39 @@ import torch
 
 from vllm_adafuse.kernels.expand import expand_torch, expand_triton
 from vllm_adafuse.kernels.registry import register_op
-from vllm_adafuse.kernels.shrink import shrink_torch, shrink_triton
-
-# Up to this many tokens the gathering kernels run, beyond it dense products over all experts.
-MAX_DECODE_TOKENS = 256
+from vllm_adafuse.kernels.scratch import Scratch
+from vllm_adafuse.kernels.shrink import MAX_SHRINK_TOKENS, shrink_torch, shrink_triton
 
 
-def sgmm_torch(y, x, bank_a, bank_b, expert_ids, weights, offsets, widths) -> None:
+def sgmm_torch(y, x, bank_a, bank_b, gates, parts, widths) -> None:
     """The reference; see `sgmm`."""
-    s = shrink_torch(x, bank_a, expert_ids, weights)
-    expand_torch(y, s, bank_b, expert_ids, offsets, widths)
+    expand_torch(y, shrink_torch(x, bank_a, gates), bank_b, parts, widths)
 
 
-def sgmm_triton(y, x, bank_a, bank_b, expert_ids, weights, offsets, widths) -> None:
-    """The decode kernels; see `sgmm`."""
-    s = shrink_triton(x, bank_a, expert_ids, weights)
-    expand_triton(y, s, bank_b, expert_ids, offsets, widths)
+def shrink(x, bank_a, gates, present, scratch: Scratch) -> torch.Tensor:
+    """s [T, P, E * R] by the kernel that suits the number of tokens."""
+    if x.is_cuda and x.shape[0] <= MAX_SHRINK_TOKENS:
+        return shrink_triton(x, bank_a, gates, present, scratch)
+    return shrink_torch(x, bank_a, gates)
 
 
-def _run(y, x, bank_a, bank_b, expert_ids, weights, offsets, widths) -> None:
-    run = sgmm_triton if x.is_cuda and x.shape[0] <= MAX_DECODE_TOKENS else sgmm_torch
-    run(y, x, bank_a, bank_b, expert_ids, weights, offsets, widths)
-
-
-def _fake(y, x, bank_a, bank_b, expert_ids, weights, offsets, widths) -> None:
+def _run(y, x, bank_a, bank_b, gates, present, low, partial, tickets, unread, parts, widths):
+    if not x.is_cuda:
+        return sgmm_torch(y, x, bank_a, bank_b, gates, parts, widths)
+    s = shrink(x, bank_a, gates, present, Scratch(low, partial, tickets, unread))
+    expand_triton(y, s, bank_b, present, parts, widths)
     return None
 
 
+def _fake(*arguments) -> None:
+    return None
+
+
+# The scratch is changed and nothing of it is read by any other op: torch need not know.
 _op = register_op(
-    "sgmm(Tensor(a!) y, Tensor x, Tensor bank_a, Tensor bank_b, Tensor expert_ids, "
-    "Tensor weights, int[] offsets, int[] widths) -> ()",
+    "sgmm(Tensor(a!) y, Tensor x, Tensor bank_a, Tensor bank_b, Tensor gates, Tensor present, "
+    "Tensor low, Tensor partial, Tensor tickets, Tensor unread, int[] parts, int[] widths) "
+    "-> ()",
     _run,
     _fake,
 )
@@ -55,9 +59,10 @@ def sgmm(
     x: torch.Tensor,
     bank_a: torch.Tensor,
     bank_b: torch.Tensor,
-    expert_ids: torch.Tensor,
-    weights: torch.Tensor,
-    offsets: Sequence[int],
+    gates: torch.Tensor,
+    present: torch.Tensor,
+    scratch: Scratch,
+    parts: Sequence[int],
     widths: Sequence[int],
 ) -> None:
     """Adds the experts' deltas of T tokens to a projection's output, in place.
@@ -66,10 +71,14 @@ def sgmm(
         y: [T, out], the projection's own output, changed; rows contiguous.
         x: [T, in], its input, dtype of y; rows contiguous.
         bank_a: [P, E, R, in], dtype of x.
-        bank_b: [E, R, sum(widths)], dtype of x; the parts side by side.
-        expert_ids: [N, k] int32, N >= T, the step's routes; rows past T are not read.
-        weights: [N, k] float32, LoRA's scale included.
-        offsets: where each of the P parts begins in y.
+        bank_b: [sum of the adapted widths, E, R], dtype of x.
+        gates: [N, E] float32, N >= T, LoRA's scale included; rows past T are not read.
+        present: [E] int32, see `spread_routes`.
+        scratch: of the device.
+        parts: for each of up to three parts of y its index in the banks, -1 for none.
         widths: columns of each part.
     """
-    _op(y, x, bank_a, bank_b, expert_ids, weights, offsets, widths)
+    _op(
+        y, x, bank_a, bank_b, gates, present,
+        scratch.low, scratch.partial, scratch.tickets, scratch.unread, parts, widths,
+    )  # fmt: skip

@@ -1,105 +1,170 @@
-"""LoRA shrink of the chosen experts: s[t, p, j] = weights[t, j] * A[p, expert_ids[t, j]] x[t].
+"""LoRA shrink of the chosen experts: s[t, p, e] = gates[t, e] A[p, e] x[t].
 
 p counts the parts of a packed projection (q, k, v), which have shrinks of their own. This is the
-first half of SGMM (AdaFuse, arXiv 2603.11873, section 3). The decode kernel gives each expert to a
-few programs, which read its A once for all tokens that chose it, each program a slice of `in`;
-their partial sums are left to `expand`, which adds them in a fixed order, so that results do not
-vary. An expert that no token chose is not read.
+first half of SGMM (AdaFuse, arXiv 2603.11873, section 3). The decode kernel cuts `in` into slices,
+so that many programs read one expert's A; the last of them adds their sums in a fixed order. An
+expert that no token chose is not read. Rows of s are zero where the token did not choose.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
 from vllm_adafuse.kernels.registry import matmul_f32
+from vllm_adafuse.kernels.scratch import Scratch
 
-# Programs to aim for: enough loads in flight for any current GPU.
-_PROGRAMS = 256
-_BLOCK_IN = 128
-
-
-def splits(parts: int, experts: int, size_in: int) -> int:
-    """How many slices of `in` are summed apart: a function of the bank alone, never of T."""
-    return max(1, min(triton.cdiv(size_in, _BLOCK_IN), _PROGRAMS // (parts * experts), 16))
+BLOCK_IN = 128
+# Elements of `in` that one program reads: longer slices finish late, shorter ones are many.
+_SLICE = 1024
 
 
 @triton.jit
-def _shrink_kernel(
-    x_ptr, a_ptr, ids_ptr, weights_ptr, s_ptr,
-    n_tokens, x_stride, size_in, slice_in,
-    top_k, n_parts, n_experts, rank,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_IN: tl.constexpr,
+def last_sums(acc, partial_ptr, ticket_ptr, slot, split, splits,
+              ROWS: tl.constexpr, BLOCK_T: tl.constexpr):  # fmt: skip
+    """Leaves a program's sums [ROWS, T]; the last of its slot gets all, added in their order."""
+    at = tl.arange(0, ROWS)[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
+    base = partial_ptr + slot * splits * (ROWS * BLOCK_T) + at
+    tl.store(base + split * (ROWS * BLOCK_T), acc, cache_modifier=".cg")
+    tl.debug_barrier()
+    last = tl.atomic_add(ticket_ptr + slot, 1, sem="acq_rel") == splits - 1
+    tl.debug_barrier()
+    if last:
+        tl.store(ticket_ptr + slot, 0)  # as the next launch expects it
+        acc = tl.zeros([ROWS, BLOCK_T], dtype=tl.float32)
+        for other in range(splits):
+            acc += tl.load(base + other * (ROWS * BLOCK_T), cache_modifier=".cg")
+    return acc, last
+
+
+@triton.jit
+def shrink_program(
+    pid, x_ptr, a_ptr, gates_ptr, present_ptr, s_ptr, partial_ptr, ticket_ptr,
+    counter_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_parts, slices,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_IN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    part, expert = tl.program_id(0) // n_experts, tl.program_id(0) % n_experts
-    split, block = tl.program_id(1), tl.program_id(2)
-    rows = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    slots, ranks = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
-    here = (rows < n_tokens)[:, None] & (slots < top_k)[None, :]
-    at = rows[:, None] * top_k + slots[None, :]
-    chosen = tl.load(ids_ptr + at, mask=here, other=-1) == expert
-    if tl.max(chosen.to(tl.int32)) > 0:
-        weight = tl.sum(tl.where(chosen, tl.load(weights_ptr + at, mask=here, other=0.0), 0.0), 1)
-        slot = tl.sum(tl.where(chosen, slots[None, :], 0), 1)
-        used = tl.max(chosen.to(tl.int32), 1) > 0
-        a_row = (part * n_experts + expert).to(tl.int64) * rank + ranks
-        sums = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
-        first = split * slice_in
-        for start in range(first, tl.minimum(first + slice_in, size_in), BLOCK_IN):
-            k = start + tl.arange(0, BLOCK_IN)
-            x = tl.load(
-                x_ptr + rows[:, None].to(tl.int64) * x_stride + k[None, :],
-                mask=used[:, None] & (k < size_in)[None, :], other=0.0,
-            )  # fmt: skip
-            a = tl.load(
-                a_ptr + a_row[None, :] * size_in + k[:, None],
-                mask=(ranks < rank)[None, :] & (k < size_in)[:, None], other=0.0,
-            )  # fmt: skip
-            sums += tl.dot(x, a, input_precision="ieee")
-        target = (split * n_tokens + rows) * n_parts + part
-        target = (target * top_k + slot)[:, None] * rank + ranks[None, :]
-        mask = used[:, None] & (ranks < rank)[None, :]
-        tl.store(s_ptr + target, sums * weight[:, None], mask=mask)
+    """A slice of `in` for one block of ranks of one expert of one part: s [T, BLOCK_R].
+
+    When its s is stored, the counter rises by one.
+    """
+    slot, split = pid // slices, pid % slices
+    blocks = tl.cdiv(rank, BLOCK_R)
+    part, expert, block = slot // (n_experts * blocks), (slot // blocks) % n_experts, slot % blocks
+    rows = tl.arange(0, BLOCK_T)
+    ranks = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    here, real = rows < n_tokens, ranks < rank
+    used = tl.load(present_ptr + expert) != 0
+    # Of an expert that no token chose one program remains: it writes the zeros.
+    if used | (split == 0):
+        sums = tl.zeros([BLOCK_R, BLOCK_T], dtype=tl.float32)
+        last = True
+        if used:
+            a_rows = ((part * n_experts + expert) * rank + ranks).to(tl.int64) * size_in
+            slice_in = tl.cdiv(tl.cdiv(size_in, slices), BLOCK_IN) * BLOCK_IN
+            end = tl.minimum((split + 1) * slice_in, size_in)
+            for start in tl.range(split * slice_in, end, BLOCK_IN, num_stages=STAGES):
+                k = start + tl.arange(0, BLOCK_IN)
+                inside = k < end
+                a = tl.load(
+                    a_ptr + a_rows[:, None] + k[None, :],
+                    mask=real[:, None] & inside[None, :], other=0.0,
+                )  # fmt: skip
+                x = tl.load(
+                    x_ptr + rows[None, :] * x_stride + k[:, None],
+                    mask=here[None, :] & inside[:, None], other=0.0,
+                )  # fmt: skip
+                sums = tl.dot(a, x, sums, input_precision="ieee")
+            sums, last = last_sums(
+                sums, partial_ptr, ticket_ptr, slot, split, slices, BLOCK_R, BLOCK_T
+            )
+        if last:
+            gates = tl.load(gates_ptr + rows * n_experts + expert, mask=here, other=0.0)
+            at = ((rows * n_parts + part) * n_experts + expert)[None, :] * rank + ranks[:, None]
+            # Not a bare product: what another token sees of this expert must not matter.
+            s = tl.where(gates[None, :] != 0, sums * gates[None, :], 0.0)
+            s = s.to(s_ptr.dtype.element_ty)
+            tl.store(s_ptr + at, s, mask=here[None, :] & real[:, None])
+            tl.debug_barrier()
+            tl.atomic_add(counter_ptr, 1, sem="release")
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def _shrink_kernel(
+    x_ptr, a_ptr, gates_ptr, present_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
+    n_tokens, x_stride, size_in, n_experts, rank, n_parts, slices,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_IN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    shrink_program(
+        tl.program_id(0), x_ptr, a_ptr, gates_ptr, present_ptr, s_ptr, partial_ptr, ticket_ptr,
+        counter_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_parts, slices,
+        BLOCK_T, BLOCK_R, BLOCK_IN, STAGES,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ShrinkGrid:
+    """How the programs of a bank's shrink are cut: a function of the bank alone, never of T."""
+
+    block_r: int
+    slices: int
+    slots: int
+
+    @classmethod
+    def of(cls, bank_a: torch.Tensor) -> ShrinkGrid:
+        parts, experts, rank, size_in = bank_a.shape
+        block_r = min(32, max(16, triton.next_power_of_2(rank)))
+        slots = parts * experts * triton.cdiv(rank, block_r)
+        return cls(block_r, max(1, min(8, size_in // _SLICE)), slots)
+
+    @property
+    def programs(self) -> int:
+        return self.slots * self.slices
+
+
+# Up to this many tokens the Triton kernel runs, beyond it one dense product over all experts.
+MAX_SHRINK_TOKENS = 64
 
 
 def shrink_triton(
-    x: torch.Tensor, bank_a: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
+    x: torch.Tensor,
+    bank_a: torch.Tensor,
+    gates: torch.Tensor,
+    present: torch.Tensor,
+    scratch: Scratch,
 ) -> torch.Tensor:
-    """Projects T tokens into the rank space of their experts, in one launch.
+    """Projects up to 64 tokens into the rank space of their experts, in one launch.
 
     Args:
         x: [T, in], the projection's input; rows contiguous.
         bank_a: [P, E, R, in] contiguous, dtype of x.
-        expert_ids: [N, k] int32, N >= T; rows past T are not read.
-        weights: [N, k] float32.
+        gates: [N, E] float32, N >= T; rows past T are not read.
+        present: [E] int32, 0 for experts without a gate in the first T rows.
+        scratch: of the device.
 
     Returns:
-        s: [S, T, P, k, R] float32, weighted; the sum over S slices of `in` is meant.
+        s: [T, P, E * R], dtype of x, in the scratch.
     """
-    tokens, top_k = x.shape[0], expert_ids.shape[1]
+    tokens = x.shape[0]
     parts, experts, rank, size_in = bank_a.shape
-    count = splits(parts, experts, size_in)
-    s = torch.empty(count, tokens, parts, top_k, rank, dtype=torch.float32, device=x.device)
-    slice_in = triton.cdiv(triton.cdiv(size_in, count), _BLOCK_IN) * _BLOCK_IN
-    block_t = min(max(16, triton.next_power_of_2(tokens)), 64)
-    _shrink_kernel[(parts * experts, count, triton.cdiv(tokens, block_t))](
-        x, bank_a, expert_ids, weights, s,
-        tokens, x.stride(0), size_in, slice_in,
-        top_k, parts, experts, rank,
-        BLOCK_T=block_t, BLOCK_K=triton.next_power_of_2(top_k),
-        BLOCK_R=max(16, triton.next_power_of_2(rank)), BLOCK_IN=_BLOCK_IN,
-        num_warps=4, num_stages=3 if rank <= 64 else 2,
+    grid = ShrinkGrid.of(bank_a)
+    s = scratch.s(x.dtype, tokens, parts, experts * rank)
+    _shrink_kernel[(grid.programs,)](
+        x, bank_a, gates, present, s, scratch.partial, scratch.tickets, scratch.unread,
+        tokens, x.stride(0), size_in, experts, rank, parts, grid.slices,
+        BLOCK_T=max(16, triton.next_power_of_2(tokens)), BLOCK_R=grid.block_r,
+        BLOCK_IN=BLOCK_IN, STAGES=3, num_warps=4, num_stages=3,
     )  # fmt: skip
     return s
 
 
-def shrink_torch(
-    x: torch.Tensor, bank_a: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    """The reference and the path of long batches: see `shrink_triton`, here with S = 1."""
-    tokens = x.shape[0]
-    parts, experts, rank, size_in = bank_a.shape
+def shrink_torch(x: torch.Tensor, bank_a: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """The reference and the path of long batches: see `shrink_triton`."""
+    tokens, size_in = x.shape
+    parts, experts, rank, _ = bank_a.shape
     every = matmul_f32(x, bank_a.view(-1, size_in).t()).view(tokens, parts, experts, rank)
-    index = expert_ids[:tokens].long()[:, None, :, None].expand(-1, parts, -1, rank)
-    return (every.gather(2, index) * weights[:tokens, None, :, None])[None]
+    s = torch.empty(tokens, parts, experts, rank, dtype=x.dtype, device=x.device)
+    torch.mul(every, gates[:tokens, None, :, None], out=s)
+    return s.view(tokens, parts, experts * rank)

@@ -5,86 +5,150 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from vllm_adafuse.config import AdapterConfig  # noqa: F401  (the package must be installed)
+import torch.nn.functional as F
+from vllm_adafuse.kernels.scratch import Scratch
+from vllm_adafuse.kernels.stream_linear import scratch_sizes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass
 class Problem:
-    """One projection: see `vllm_adafuse.kernels.sgmm.sgmm`."""
+    """One projection: see `vllm_adafuse.kernels.linear.linear`."""
 
-    y: torch.Tensor
     x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
     bank_a: torch.Tensor
     bank_b: torch.Tensor
-    expert_ids: torch.Tensor
-    weights: torch.Tensor
-    offsets: list[int]
+    gates: torch.Tensor
+    present: torch.Tensor
+    scratch: Scratch
+    parts: list[int]
     widths: list[int]
 
-    def arguments(self) -> tuple:
-        return tuple(vars(self).values())
+    @property
+    def s_shape(self) -> tuple[int, int, int]:
+        parts, experts, rank, _ = self.bank_a.shape
+        return self.x.shape[0], parts, experts * rank
+
+
+def make_gates(tokens, experts, top_k, seed=0, one=None) -> torch.Tensor:
+    """[T, E] float32: k weights a row; all tokens choose the expert `one` where it is given."""
+    g = torch.Generator().manual_seed(seed)
+    order = torch.rand(tokens, experts, generator=g)
+    if one is not None:
+        order[:, one] = -1
+    ids = order.argsort(1)[:, :top_k]
+    weights = torch.rand(tokens, top_k, generator=g) + 0.1
+    return torch.zeros(tokens, experts).scatter_(1, ids, weights).to(DEVICE)
 
 
 def make_problem(
-    tokens, size_in, widths, experts, top_k, rank, dtype=torch.float32, gap=0, seed=0, one=None
-) -> Problem:
-    """Scaled normal data; `gap` columns of y before each part belong to no part.
+    tokens, size_in, widths, experts, top_k, rank, dtype=torch.float32, seed=0, one=None,
+    parts=None, bias=False,
+) -> Problem:  # fmt: skip
+    """Scaled normal data, rows of gates past T that hold NaN, and scratch that does.
 
     Args:
-        one: put every token on this expert first (top_k 1 only makes all equal).
+        parts: index in the banks of each slice of the output, default a bank of its own each.
     """
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape, scale=1.0):
         return (torch.randn(*shape, generator=g) * scale).to(dtype).to(DEVICE)
 
-    ids = torch.rand(tokens + 3, experts, generator=g).argsort(1)[:, :top_k].int()
-    if one is not None:
-        ids[:, 0] = one
-        for row in ids:  # the others stay distinct
-            row[1:] = torch.tensor([e for e in range(experts) if e != one][: top_k - 1])
-    offsets, end = [], 0
-    for width in widths:
-        offsets.append(end + gap)
-        end += gap + width
+    parts = list(range(len(widths))) if parts is None else parts
+    adapted = sum(width for width, part in zip(widths, parts) if part >= 0)
+    gates = make_gates(tokens, experts, top_k, seed, one)
+    garbage = torch.full((3, experts), float("nan"), device=DEVICE)
+    bank_a = normal(max(parts) + 1, experts, rank, size_in, scale=size_in**-0.5)
+    scratch = Scratch.make(*scratch_sizes(bank_a, sum(widths)), torch.device(DEVICE))
+    scratch.low.fill_(255)  # NaN in every dtype
+    scratch.partial.fill_(float("nan"))
     return Problem(
-        y=normal(tokens, end + gap),
         x=normal(tokens, size_in),
-        bank_a=normal(len(widths), experts, rank, size_in, scale=size_in**-0.5),
-        bank_b=normal(experts, rank, sum(widths), scale=rank**-0.5),
-        expert_ids=ids.to(DEVICE),
-        weights=torch.rand(tokens + 3, top_k, generator=g).to(DEVICE),
-        offsets=offsets,
+        weight=normal(sum(widths), size_in, scale=size_in**-0.5),
+        bias=normal(sum(widths)) if bias else None,
+        bank_a=bank_a,
+        bank_b=normal(adapted, experts, rank, scale=rank**-0.5),
+        gates=torch.cat([gates, garbage]),
+        present=(gates != 0).any(0).int(),
+        scratch=scratch,
+        parts=parts,
         widths=list(widths),
     )
 
 
 def shrink_truth(p: Problem) -> torch.Tensor:
-    """s [T, P, k, R] in float64, token by token."""
-    tokens = p.x.shape[0]
-    rows = []
+    """s [T, P, E * R] in float64, token by token and only of the experts that it chose."""
+    tokens, parts, _ = p.s_shape
+    s = torch.zeros(tokens, parts, *p.bank_a.shape[1:3], dtype=torch.float64, device=p.x.device)
     for t in range(tokens):
-        chosen = p.expert_ids[t].long()
-        s = torch.einsum("pjri,i->pjr", p.bank_a[:, chosen].double(), p.x[t].double())
-        rows.append(s * p.weights[t].double()[None, :, None])
-    return torch.stack(rows)
+        for e in p.gates[t].nonzero()[:, 0].tolist():
+            s[t, :, e] = p.gates[t, e].double() * (p.bank_a[:, e].double() @ p.x[t].double())
+    return s.flatten(2)
 
 
 def delta_truth(p: Problem) -> torch.Tensor:
     """The deltas [T, out] in float64; zero where no part is."""
-    s, delta = shrink_truth(p), torch.zeros_like(p.y, dtype=torch.float64)
+    s, tokens = shrink_truth(p), p.x.shape[0]
+    delta = torch.zeros(tokens, sum(p.widths), dtype=torch.float64, device=p.x.device)
+    row = column = 0
+    for part, width in zip(p.parts, p.widths):
+        if part >= 0:
+            b = p.bank_b[row : row + width].double().flatten(1)
+            delta[:, column : column + width] = s[:, part] @ b.T
+            row += width
+        column += width
+    return delta
+
+
+def linear_truth(p: Problem, activation: str = "", dtype=torch.float64) -> torch.Tensor:
+    """The whole projection in float64; or, as plain torch would in `dtype`, op by op."""
+    y = p.x.to(dtype) @ p.weight.to(dtype).T
+    if p.bias is not None:
+        y = y + p.bias.to(dtype)
+    y = y + (delta_truth(p) if dtype == torch.float64 else plain_delta(p))
+    if not activation:
+        return y
+    gate, up = y.chunk(2, -1)
+    act = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    return act * up
+
+
+def plain_delta(p: Problem) -> torch.Tensor:
+    """The deltas by the obvious code in the problem's own dtype."""
+    delta = p.x.new_zeros(p.x.shape[0], sum(p.widths))
     for t in range(p.x.shape[0]):
-        b = p.bank_b[p.expert_ids[t].long()].double()
-        column = 0
-        for part, (offset, width) in enumerate(zip(p.offsets, p.widths)):
-            columns = b[:, :, column : column + width]
-            delta[t, offset : offset + width] = torch.einsum("jr,jro->o", s[t, part], columns)
-            column += width
+        for e in p.gates[t].nonzero()[:, 0].tolist():
+            row = column = 0
+            for part, width in zip(p.parts, p.widths):
+                if part >= 0:
+                    up = p.bank_b[row : row + width, e] @ (p.bank_a[part, e] @ p.x[t])
+                    delta[t, column : column + width] += p.gates[t, e].to(up.dtype) * up
+                    row += width
+                column += width
     return delta
 
 
 def error(out: torch.Tensor, truth: torch.Tensor) -> float:
     """Relative error ‖out − truth‖ / ‖truth‖; NaN never passes a comparison."""
     return ((out.double() - truth).norm() / truth.norm()).item()
+
+
+
+
+SHAPES = {
+    # tokens, in, widths, experts, k, rank
+    "one-token": (1, 200, [72], 4, 2, 8),
+    "packed-qkv-gqa": (5, 160, [96, 32, 32], 4, 2, 4),
+    "not-a-multiple": (3, 131, [77, 130], 3, 2, 5),
+    "rank-one": (2, 64, [64], 2, 1, 1),
+    "rank-256": (2, 70, [66], 2, 1, 256),
+    "every-expert": (4, 64, [64], 5, 5, 3),
+    "one-expert": (4, 96, [80], 1, 1, 16),
+    "many-experts": (3, 64, [64], 64, 3, 2),
+    "slices": (3, 2100, [70], 3, 1, 20),
+    "thirty-tokens": (30, 64, [64, 70], 4, 2, 4),
+}

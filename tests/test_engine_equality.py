@@ -47,3 +47,29 @@ def test_greedy_tokens_equal_the_reference(name, tmp_path):
         tokens = list(output.outputs[0].token_ids)
         changed += tokens != logprobs_of(bare, output.prompt_token_ids, tokens).argmax(-1).tolist()
     assert changed >= 3
+
+
+@pytest.mark.parametrize("name", ["llama-partial", "qwen2", "gemma2", "phi3", "phi3-partial"])
+def test_projections_fused_as_on_a_gpu(name, tmp_path, monkeypatch):
+    """On a GPU a plain projection, its deltas and the MLP's activation are one op: here too."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm_adafuse.serving import linear
+
+    def can_fuse(layer):
+        return type(layer.quant_method) is UnquantizedLinearMethod
+
+    monkeypatch.setattr(linear, "_can_fuse", can_fuse)
+    # vLLM's CPU build packs weights for a product of its own.
+    monkeypatch.setattr(
+        linear.FusedLinearMethod, "process_weights_after_loading", lambda self, layer: None
+    )
+    architecture, options = CASES[name]
+    base, adapter = make_pair(tmp_path, architecture, **options)
+    with engine(base, adapter) as llm:
+        methods = llm.apply_model(
+            lambda model: [type(m.quant_method).__name__ for m in model.modules()
+                           if hasattr(m, "adafuse_bank")]
+        )[0]  # fmt: skip
+        outputs = llm.generate(real_prompts(20), greedy(), use_tqdm=False)
+    assert set(methods) == {"FusedLinearMethod"}
+    assert_greedy_equals(outputs, load_reference(base, adapter))

@@ -15,7 +15,9 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
+from vllm_adafuse.kernels.linear import linear
 from vllm_adafuse.kernels.sgmm import sgmm
+from vllm_adafuse.kernels.stream_linear import scratch_sizes
 from vllm_adafuse.serving.router import Route
 
 
@@ -54,10 +56,9 @@ def output_shards(layer: LinearBase) -> list[Shard]:
 
 
 class ExpertBank(torch.nn.Module):
-    """A [P, E, R, in] and B [E, R, sum of widths] of the P adapted parts of one projection.
+    """A [P, E, R, in] and B [sum of widths, E, R] of the P adapted linears of one projection.
 
-    A part is one Hugging Face linear (q_proj of vLLM's qkv_proj). Parts without an adapter take
-    no memory. The buffers are not persistent, so no loader of vLLM writes or misses them.
+    Those are Hugging Face's (q_proj of vLLM's qkv_proj); one without an adapter takes no memory. The buffers are not persistent, so no loader of vLLM writes or misses them.
 
     Args:
         layer: vLLM's linear layer.
@@ -67,6 +68,7 @@ class ExpertBank(torch.nn.Module):
         rank: R, the largest rank.
         dtype: of the model.
         route: the step's static buffers.
+        index: of the projection, its row in the route's counters.
     """
 
     def __init__(
@@ -77,33 +79,33 @@ class ExpertBank(torch.nn.Module):
         rank: int,
         dtype: torch.dtype,
         route: Route,
+        index: int,
     ):
         super().__init__()
-        self.route = route
-        self.parts = [name for name in parts if name]
+        self.route, self.index = route, index
+        self.names = [name for name in parts if name]
         shards = output_shards(layer)
         # One Hugging Face linear may be all of a packed projection (Phi-3).
         groups = [shards] if len(parts) == 1 else [[shard] for shard in shards]
         if len(groups) != len(parts):
             raise ValueError(f"{layer.prefix} has {len(groups)} parts, expected {list(parts)}")
         self.part_shards: list[list[Shard]] = []
-        self.offsets: list[int] = []
+        # The slices of y: which of the adapted linears each belongs to (-1: none), its columns.
+        self.parts: list[int] = []
         self.widths: list[int] = []
-        offset = 0
         for name, group in zip(parts, groups):
-            width = sum(shard.width for shard in group)
+            self.parts += [len(self.part_shards) if name else -1] * len(group)
+            self.widths += [shard.width for shard in group]
             if name:
                 self.part_shards.append(group)
-                self.offsets.append(offset)
-                self.widths.append(width)
-            offset += width
         self.input_slice = slice(None)
         size_in = layer.input_size
         if isinstance(layer, RowParallelLinear):
             size_in = layer.input_size_per_partition
             self.input_slice = slice(layer.tp_rank * size_in, (layer.tp_rank + 1) * size_in)
-        a = torch.zeros(len(self.parts), num_experts, rank, size_in, dtype=dtype)
-        b = torch.zeros(num_experts, rank, sum(self.widths), dtype=dtype)
+        adapted = sum(shard.width for group in self.part_shards for shard in group)
+        a = torch.zeros(len(self.names), num_experts, rank, size_in, dtype=dtype)
+        b = torch.zeros(adapted, num_experts, rank, dtype=dtype)
         self.register_buffer("bank_a", a, persistent=False)
         self.register_buffer("bank_b", b, persistent=False)
 
@@ -117,22 +119,35 @@ class ExpertBank(torch.nn.Module):
         Args:
             read: tensor name -> tensor on the CPU, unsharded.
         """
-        column = 0
-        for part, (name, shards) in enumerate(zip(self.parts, self.part_shards)):
+        row = 0
+        for part, (name, shards) in enumerate(zip(self.names, self.part_shards)):
             self.bank_a[part].copy_(read(f"{name}.lora_A")[..., self.input_slice])
-            rows = read(f"{name}.lora_B")
+            full = read(f"{name}.lora_B")
             start = 0
             for shard in shards:
                 first = start + shard.start
-                own = rows[:, first : first + shard.width]
-                self.bank_b[..., column : column + shard.width].copy_(own.transpose(1, 2))
-                column, start = column + shard.width, start + shard.full
+                own = full[:, first : first + shard.width]
+                self.bank_b[row : row + shard.width].copy_(own.transpose(0, 1))
+                row, start = row + shard.width, start + shard.full
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def scratch_sizes(self) -> tuple[int, int, int]:
+        return scratch_sizes(self.bank_a, sum(self.widths))
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """y + delta, in place. x: [T, in], y: [T, out] of this rank."""
         route = self.route
         sgmm(
-            y, x, self.bank_a, self.bank_b, route.expert_ids, route.weights,
-            self.offsets, self.widths,
+            y, x, self.bank_a, self.bank_b, route.gates, route.present, route.scratch,
+            self.parts, self.widths,
         )  # fmt: skip
         return y
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str
+    ) -> torch.Tensor:
+        """activation(x Wᵀ + bias + delta): the projection itself with its deltas."""
+        route = self.route
+        return linear(
+            x, weight, bias, self.bank_a, self.bank_b, route.gates, route.present,
+            route.counters, self.index, route.scratch, self.parts, self.widths, activation,
+        )  # fmt: skip

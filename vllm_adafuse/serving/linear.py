@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
+from vllm import envs
+from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+)
+from vllm.platforms import current_platform
 
 from vllm_adafuse.serving.bank import ExpertBank
 
@@ -42,12 +49,61 @@ class AdaFuseLinearMethod(LinearMethodBase):
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return layer.adafuse_bank(x, self.inner.apply(layer, x, bias))
+        return layer.adafuse_bank.add(x, self.inner.apply(layer, x, bias))
 
 
-def wrap_linear(layer: LinearBase, bank: ExpertBank) -> None:
-    """Gives a projection its expert bank."""
+class FusedLinearMethod(AdaFuseLinearMethod):
+    """Computes an unquantised projection together with its deltas.
+
+    Args:
+        inner: vLLM's unquantised method, which still makes and loads the weight.
+        activation: what follows the projection and is done here too, "" for nothing.
+    """
+
+    def __init__(self, inner: UnquantizedLinearMethod, activation: str):
+        super().__init__(inner)
+        self.activation = activation
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return layer.adafuse_bank.linear(x, layer.weight, bias, self.activation)
+
+
+def _can_fuse(layer: LinearBase) -> bool:
+    """Whether the projection is a plain product on a GPU, which vLLM leaves to the vendor."""
+    plain = type(layer.quant_method) is UnquantizedLinearMethod
+    return plain and current_platform.is_cuda_alike() and not envs.VLLM_BATCH_INVARIANT
+
+
+def _take_activation(layer: LinearBase, block: torch.nn.Module) -> str:
+    """Takes the activation of an MLP out of it, where the kernels know it; "" otherwise."""
+    act = getattr(block, "act_fn", None)
+    if getattr(block, "gate_up_proj", None) is not layer:
+        return ""
+    if type(act) is SiluAndMul:
+        name = "silu"
+    elif type(act) is GeluAndMul and act.approximate == "tanh":
+        name = "gelu_tanh"
+    else:
+        return ""
+    block.act_fn = torch.nn.Identity()
+    return name
+
+
+def wrap_linear(layer: LinearBase, block: torch.nn.Module, bank: ExpertBank) -> None:
+    """Gives a projection its expert bank.
+
+    Args:
+        layer: the projection.
+        block: the module that it belongs to (attention or MLP).
+        bank: its experts.
+    """
     layer.adafuse_bank = bank
-    layer.quant_method = AdaFuseLinearMethod(layer.quant_method)
+    if _can_fuse(layer):
+        activation = _take_activation(layer, block)
+        layer.quant_method = FusedLinearMethod(layer.quant_method, activation)
+    else:
+        layer.quant_method = AdaFuseLinearMethod(layer.quant_method)
     # Newer vLLM may hand an fp8 projection an input that is quantised already.
     layer.requires_unquantized_input = True

@@ -41,7 +41,7 @@ class AdaFuseMixin:
         hf_config = vllm_config.model_config.hf_config
         self.adafuse_adapter = _open_checked(hf_config.adafuse)
         adapter_config = self.adafuse_adapter.config
-        route = Route(_max_tokens(vllm_config), adapter_config.top_k)
+        route = Route(_max_tokens(vllm_config), adapter_config.top_k, adapter_config.num_experts)
         self.adafuse_banks = self._wrap_projections(route, vllm_config.model_config.dtype)
         stock_factory = self.make_empty_intermediate_tensors
 
@@ -80,9 +80,13 @@ class AdaFuseMixin:
                 parts = [n if n in adapted else None for n in names]
                 if any(parts):
                     config = adapter.config
-                    bank = ExpertBank(linear, parts, config.num_experts, config.rank, dtype, route)
-                    wrap_linear(linear, bank)
+                    bank = ExpertBank(
+                        linear, parts, config.num_experts, config.rank, dtype, route, len(banks)
+                    )
+                    wrap_linear(linear, layer.get_submodule(block), bank)
                     banks.append(bank)
+        # A pipeline stage may have no adapted layer, but still passes routes on.
+        route.reserve(max(1, len(banks)), [(1, 1, 1), *(bank.scratch_sizes() for bank in banks)])
         return banks
 
     @torch.no_grad()

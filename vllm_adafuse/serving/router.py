@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -10,6 +10,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm_adafuse.config import AdapterConfig
 from vllm_adafuse.kernels.gate import gate
 from vllm_adafuse.kernels.gather_routes import gather_routes
+from vllm_adafuse.kernels.scratch import Scratch
+from vllm_adafuse.kernels.spread_routes import spread_routes
 
 # Rows whose routes are computed at once when the passports are stamped.
 PASSPORT_CHUNK = 1024
@@ -21,14 +23,41 @@ class Route(torch.nn.Module):
     Attributes:
         expert_ids: [N, k] int32, valid experts in every row at all times.
         weights: [N, k] float32, with LoRA's scale alpha / r multiplied in.
+        gates: [N, E] float32, the weights at their experts' places.
+        present: [E] int32, the experts that the step needs.
+        counters: [projections, 4] int32, on which programs of one launch wait for each other.
+        scratch: what all launches share.
     """
 
-    def __init__(self, rows: int, top_k: int):
+    def __init__(self, rows: int, top_k: int, num_experts: int):
         super().__init__()
-        ids = torch.zeros(rows, top_k, dtype=torch.int32)
-        self.register_buffer("expert_ids", ids, persistent=False)
-        weights = torch.zeros(rows, top_k, dtype=torch.float32)
-        self.register_buffer("weights", weights, persistent=False)
+        f32, i32 = torch.float32, torch.int32
+        for name, tensor in (
+            ("expert_ids", torch.zeros(rows, top_k, dtype=i32)),
+            ("weights", torch.zeros(rows, top_k, dtype=f32)),
+            ("gates", torch.zeros(rows, num_experts, dtype=f32)),
+            ("present", torch.ones(num_experts, dtype=i32)),
+        ):
+            self.register_buffer(name, tensor, persistent=False)
+
+    def reserve(self, projections: int, sizes: Iterable[tuple[int, int, int]]) -> None:
+        """Makes counters and scratch; `sizes` are those of `scratch_sizes` of each projection."""
+        low, floats, tickets = (max(column) for column in zip(*sizes))
+        scratch = Scratch.make(low, floats, tickets, self.gates.device)
+        for name, tensor in scratch._asdict().items():
+            self.register_buffer(name, tensor, persistent=False)
+        counters = torch.zeros(projections, 4, dtype=torch.int32)
+        self.register_buffer("counters", counters, persistent=False)
+
+    @property
+    def scratch(self) -> Scratch:
+        return Scratch(self.low, self.partial, self.tickets, self.unread)
+
+    def spread(self, tokens: int) -> None:
+        """Prepares what layers read, from the first `tokens` rows of ids and weights."""
+        spread_routes(
+            self.expert_ids, self.weights, self.gates, self.present, self.counters, tokens
+        )
 
 
 class Router(torch.nn.Module):
@@ -98,6 +127,7 @@ class Router(torch.nn.Module):
                 self.route.expert_ids,
                 self.route.weights,
             )
+            self.route.spread(input_ids.shape[0])
         else:
             self.receive(*self.decide(embeddings))
 
@@ -105,6 +135,7 @@ class Router(torch.nn.Module):
         """Writes routes [T, k] computed elsewhere (by another pipeline stage)."""
         self.route.expert_ids[: expert_ids.shape[0]].copy_(expert_ids)
         self.route.weights[: weights.shape[0]].copy_(weights)
+        self.route.spread(weights.shape[0])
 
     def load(
         self,

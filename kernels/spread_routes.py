@@ -1,0 +1,116 @@
+"""What every layer of a step needs to know of its routes, once per step:
+
+    gates[t, e] = Σ_j weights[t, j] [expert_ids[t, j] = e]        present[e] = any_t gates[t, e] ≠ 0
+
+Rows of `gates` mask the experts of a token, `present` skips the bytes of experts that no token
+chose. The counters by which the programs of one launch wait for each other begin at zero.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_adafuse.kernels.registry import register_op
+
+# Up to this many tokens `present` tells the truth; longer batches touch all experts, and say so.
+MAX_PRESENT_TOKENS = 256
+
+
+@triton.jit
+def _spread_routes_kernel(
+    ids_ptr, weights_ptr, gates_ptr, present_ptr, counters_ptr,
+    n_tokens, top_k, n_experts, n_counters,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, ONE: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    rows, experts = pid * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E)
+    here = rows < n_tokens
+    gates = tl.zeros([BLOCK_T, BLOCK_E], dtype=tl.float32)
+    for slot in range(top_k):
+        ids = tl.load(ids_ptr + rows * top_k + slot, mask=here, other=-1)
+        weights = tl.load(weights_ptr + rows * top_k + slot, mask=here, other=0.0)
+        gates += tl.where(ids[:, None] == experts[None, :], weights[:, None], 0.0)
+    mask = here[:, None] & (experts < n_experts)[None, :]
+    tl.store(gates_ptr + rows[:, None] * n_experts + experts[None, :], gates, mask=mask)
+    if pid == 0:
+        used = tl.max((gates != 0.0).to(tl.int32), 0) if ONE else experts * 0 + 1
+        tl.store(present_ptr + experts, used, mask=experts < n_experts)
+        at = tl.arange(0, 256)
+        for start in range(0, n_counters, 256):
+            tl.store(counters_ptr + start + at, at * 0, mask=start + at < n_counters)
+
+
+def spread_routes_triton(
+    expert_ids: torch.Tensor,
+    weights: torch.Tensor,
+    gates: torch.Tensor,
+    present: torch.Tensor,
+    counters: torch.Tensor,
+    tokens: int,
+) -> None:
+    """One launch; see `spread_routes`."""
+    top_k, experts = expert_ids.shape[1], gates.shape[1]
+    one = tokens <= MAX_PRESENT_TOKENS
+    block = max(16, triton.next_power_of_2(tokens)) if one else 64
+    _spread_routes_kernel[(triton.cdiv(tokens, block),)](
+        expert_ids, weights, gates, present, counters,
+        tokens, top_k, experts, counters.numel(),
+        BLOCK_T=block, BLOCK_E=max(2, triton.next_power_of_2(experts)), ONE=one,
+        num_warps=8 if block >= 128 else 4,
+    )  # fmt: skip
+
+
+def spread_routes_torch(
+    expert_ids: torch.Tensor,
+    weights: torch.Tensor,
+    gates: torch.Tensor,
+    present: torch.Tensor,
+    counters: torch.Tensor,
+    tokens: int,
+) -> None:
+    """The reference; see `spread_routes`."""
+    rows = gates[:tokens].zero_()
+    rows.scatter_(1, expert_ids[:tokens].long(), weights[:tokens])
+    used = (rows != 0).any(0) if tokens <= MAX_PRESENT_TOKENS else torch.ones_like(present)
+    present.copy_(used)
+    counters.zero_()
+
+
+def _run(expert_ids, weights, gates, present, counters, tokens) -> None:
+    run = spread_routes_triton if gates.is_cuda else spread_routes_torch
+    run(expert_ids, weights, gates, present, counters, tokens)
+
+
+def _fake(expert_ids, weights, gates, present, counters, tokens) -> None:
+    return None
+
+
+_op = register_op(
+    "spread_routes(Tensor expert_ids, Tensor weights, Tensor(a!) gates, Tensor(b!) present, "
+    "Tensor(c!) counters, SymInt tokens) -> ()",
+    _run,
+    _fake,
+)
+
+
+def spread_routes(
+    expert_ids: torch.Tensor,
+    weights: torch.Tensor,
+    gates: torch.Tensor,
+    present: torch.Tensor,
+    counters: torch.Tensor,
+    tokens: int,
+) -> None:
+    """Writes a step's gates, the experts present in it, and zeroes the counters.
+
+    Args:
+        expert_ids: [N, k] int32 routes, each row without repeats; contiguous like all here.
+        weights: [N, k] float32.
+        gates: [N, E] float32, its first T rows written.
+        present: [E] int32, written: 1 where a token has a gate, or everywhere in long batches.
+        counters: int32 of any shape, zeroed.
+        tokens: T <= N.
+    """
+    _op(expert_ids, weights, gates, present, counters, tokens)

@@ -1,0 +1,252 @@
+"""A projection and the deltas of its experts in one launch, for a few tokens:
+
+    y[t] = W x[t] + bias + Σ_e B[:, e] s[t, p, e]          s[t, p, e] = gates[t, e] A[p, e] x[t]
+
+and, for gate_up, at once the activation that follows it: act(y_gate) * y_up.
+
+With few tokens a projection is the time to read W. The grid streams W in tiles of rows, with the
+tokens as the narrow side of the product. Its first programs compute the shrink s; a tile adds its
+expand at the end, when s has long been there. So the experts cost their bytes and no launch.
+
+A tile waits for the shrink on a counter. That cannot hang: programs start in the order of their
+numbers, so those that are waited for run before, or beside, all that wait. SGMM (AdaFuse, arXiv
+2603.11873, section 3), here inside the base product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_adafuse.kernels.expand import ACTIVATIONS, activate
+from vllm_adafuse.kernels.scratch import Scratch
+from vllm_adafuse.kernels.shrink import (
+    BLOCK_IN,
+    MAX_SHRINK_TOKENS,
+    ShrinkGrid,
+    last_sums,
+    shrink_program,
+)
+
+# Beyond it the vendor's product with launches of their own for the experts is faster.
+MAX_STREAM_TOKENS = 32
+MAX_SPLIT = 4
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a product is cut.
+
+    Attributes:
+        rows: of W in a tile, a power of two.
+        cols: elements of `in` in a step of the loop, a power of two.
+        split: programs that share a tile, each with a slice of `in`.
+        warps: of a program.
+        stages: steps in flight.
+    """
+
+    rows: int = 64
+    cols: int = 128
+    split: int = 1
+    warps: int = 4
+    stages: int = 3
+
+    def __post_init__(self):
+        for name in ("rows", "cols", "warps"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"Tiles: {name} is {value}, expected a power of two")
+        if not 1 <= self.split <= MAX_SPLIT:
+            raise ValueError(f"Tiles: split is {self.split}, expected 1 to {MAX_SPLIT}")
+
+    @classmethod
+    def choose(cls, tokens: int, size_in: int, rows: int, activation: str, itemsize: int) -> Tiles:
+        """A sane cut for any device: tiles for some 130 processors or more, deep loads.
+
+        Found on an H200 at the shapes of Llama-2-7B; docs/kernel-notes.md has the figures.
+        """
+        height = 64 if rows >= 64 * 160 and not activation else 32
+        while height > 16 and rows < height * 96:
+            height //= 2
+        programs = triton.cdiv(rows, height)
+        split = 1
+        if not activation and (size_in >= 8192 or tokens > 16) and programs <= 160:
+            split = 2
+        stages = 5 if programs <= 160 and not activation else 3
+        return cls(height, 128 if itemsize == 2 else 64, split, 4, stages)
+
+
+def scratch_sizes(bank_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
+    """Bytes of s, floats of partial sums and tickets that a projection of `rows` rows may need."""
+    parts, experts, rank, _ = bank_a.shape
+    grid, tokens = ShrinkGrid.of(bank_a), MAX_SHRINK_TOKENS
+    low = tokens * parts * experts * rank * bank_a.element_size()
+    padded = rows + 3 * 64
+    sums = grid.programs * grid.block_r * tokens + MAX_SPLIT * padded * MAX_STREAM_TOKENS
+    return low, sums, grid.slots + padded // 16
+
+
+@triton.jit
+def _add_delta(
+    acc, b_ptr, b_rows, present_ptr, s_ptr, counter_ptr,
+    n_tokens, part, n_parts, n_experts, rank, n_slots,
+    BLOCK_T: tl.constexpr, BLOCK_ER: tl.constexpr,
+):  # fmt: skip
+    """acc [rows, T] + B[rows] s[part]; waits until all of s is there."""
+    tokens, columns, size = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_ER), n_experts * rank
+    here = tokens < n_tokens
+    b_at = b_ptr + b_rows.to(tl.int64)[:, None] * size
+    s_at = s_ptr + (tokens * n_parts + part)[None, :] * size
+    for start in range(0, size, BLOCK_ER):
+        at = start + columns
+        used = tl.load(present_ptr + at // rank, mask=at < size, other=0) != 0
+        if tl.max(used.to(tl.int32)) > 0:
+            # B is asked for before the wait: it does not depend on it.
+            b = tl.load(b_at + at[None, :], mask=used[None, :], other=0.0)
+            while tl.atomic_add(counter_ptr, 0, sem="acquire") < n_slots:
+                pass
+            tl.debug_barrier()
+            s = tl.load(
+                s_at + at[:, None],
+                mask=here[None, :] & used[:, None], other=0.0, cache_modifier=".cg",
+            )  # fmt: skip
+            acc = tl.dot(b, s, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def _stream_linear_kernel(
+    x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, y_ptr,
+    gates_ptr, present_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
+    n_tokens, x_stride, y_stride, size_in, n_experts, rank, n_parts, n_slots, slices,
+    WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
+    PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACT: tl.constexpr, EVEN: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_ER: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, SHRINK_COLS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    pid, n_shrinks = tl.program_id(0), n_slots * slices
+    if pid < n_shrinks:
+        shrink_program(
+            pid, x_ptr, a_ptr, gates_ptr, present_ptr, s_ptr, partial_ptr, ticket_ptr,
+            counter_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_parts, slices,
+            BLOCK_T, BLOCK_R, SHRINK_COLS, STAGES,
+        )  # fmt: skip
+    else:
+        # Which tile of which part, and which slice of `in`. With ACT a tile is of gate and up.
+        tile, split = (pid - n_shrinks) // SPLIT, (pid - n_shrinks) % SPLIT
+        TILES0: tl.constexpr = (WIDTH0 + ROWS - 1) // ROWS
+        TILES01: tl.constexpr = TILES0 + ((WIDTH1 + ROWS - 1) // ROWS if ACT == 0 else 0)
+        # B has no rows for parts without experts.
+        SKIP1: tl.constexpr = WIDTH0 if PART0 < 0 else 0
+        SKIP2: tl.constexpr = SKIP1 + (WIDTH1 if PART1 < 0 else 0)
+        second, third = tile >= TILES0, tile >= TILES01
+        local = tile - tl.where(third, TILES01, tl.where(second, TILES0, 0))
+        width = tl.where(third, WIDTH2, tl.where(second, WIDTH1, WIDTH0))
+        first = tl.where(third, WIDTH0 + WIDTH1, tl.where(second, WIDTH0, 0))
+        part = tl.where(third, PART2, tl.where(second, PART1, PART0))
+        skipped = tl.where(third, SKIP2, tl.where(second, SKIP1, 0))
+        local_rows = local * ROWS + tl.arange(0, ROWS)
+        rows = first + tl.minimum(local_rows, width - 1)
+        tokens = tl.arange(0, BLOCK_T)
+        here = tokens < n_tokens
+        slice_in = tl.cdiv(tl.cdiv(size_in, SPLIT), COLS) * COLS
+        begin = split * slice_in
+        end = tl.minimum(begin + slice_in, size_in)
+        w_at = w_ptr + rows.to(tl.int64)[:, None] * size_in
+        x_at = x_ptr + tokens[None, :] * x_stride
+        acc = tl.zeros([ROWS, BLOCK_T], dtype=tl.float32)
+        acc_up = acc
+        for start in tl.range(begin, end, COLS, num_stages=STAGES):
+            k = start + tl.arange(0, COLS)
+            cut = k < end
+            if EVEN:
+                x = tl.load(x_at + k[:, None], mask=here[None, :], other=0.0)
+                w = tl.load(w_at + k[None, :], eviction_policy="evict_first")
+            else:
+                x = tl.load(x_at + k[:, None], mask=here[None, :] & cut[:, None], other=0.0)
+                w = tl.load(w_at + k[None, :], mask=cut[None, :], other=0.0)
+            acc = tl.dot(w, x, acc, input_precision="ieee")
+            if ACT != 0:
+                up_at = w_at + WIDTH0 * size_in
+                if EVEN:
+                    w = tl.load(up_at + k[None, :], eviction_policy="evict_first")
+                else:
+                    w = tl.load(up_at + k[None, :], mask=cut[None, :], other=0.0)
+                acc_up = tl.dot(w, x, acc_up, input_precision="ieee")
+        if (part >= 0) & (split == 0):
+            acc = _add_delta(
+                acc, b_ptr, rows - skipped, present_ptr, s_ptr, counter_ptr,
+                n_tokens, part, n_parts, n_experts, rank, n_slots, BLOCK_T, BLOCK_ER,
+            )  # fmt: skip
+        last = True
+        if SPLIT > 1:
+            acc, last = last_sums(
+                acc, partial_ptr + n_shrinks * (BLOCK_R * BLOCK_T), ticket_ptr + n_slots,
+                tile, split, SPLIT, ROWS, BLOCK_T,
+            )  # fmt: skip
+        if last:
+            if HAS_BIAS:
+                acc += tl.load(bias_ptr + rows).to(tl.float32)[:, None]
+            if ACT != 0:
+                if PART1 >= 0:
+                    acc_up = _add_delta(
+                        acc_up, b_ptr, rows + WIDTH0 - SKIP1, present_ptr, s_ptr, counter_ptr,
+                        n_tokens, PART1, n_parts, n_experts, rank, n_slots, BLOCK_T, BLOCK_ER,
+                    )  # fmt: skip
+                if HAS_BIAS:
+                    acc_up += tl.load(bias_ptr + WIDTH0 + rows).to(tl.float32)[:, None]
+                acc = activate(acc, acc_up, ACT)
+            y_at = y_ptr + tokens[None, :] * y_stride + rows[:, None]
+            mask = (local_rows < width)[:, None] & here[None, :]
+            tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def stream_linear_triton(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    bank_a: torch.Tensor,
+    bank_b: torch.Tensor,
+    gates: torch.Tensor,
+    present: torch.Tensor,
+    counter: torch.Tensor,
+    scratch: Scratch,
+    parts: Sequence[int],
+    widths: Sequence[int],
+    activation: str = "",
+    tiles: Tiles | None = None,
+) -> torch.Tensor:
+    """One launch; see `vllm_adafuse.kernels.linear.linear`.
+
+    Args:
+        counter: [>= 1] int32, zero; of this launch alone until the next step.
+        tiles: how to cut, default `Tiles.choose`.
+    """
+    tokens, size_in = x.shape
+    act = ACTIVATIONS.index(activation)
+    n_parts, experts, rank, _ = bank_a.shape
+    rows = widths[0] if act else sum(widths)
+    tiles = tiles or Tiles.choose(tokens, size_in, rows, activation, x.element_size())
+    grid = ShrinkGrid.of(bank_a)
+    widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
+    count = sum(triton.cdiv(w, tiles.rows) for w in (widths[:1] if act else widths))
+    y = x.new_empty(tokens, rows)
+    _stream_linear_kernel[(grid.programs + count * tiles.split,)](
+        x, weight, bias, bank_a, bank_b, y,
+        gates, present, scratch.s(x.dtype, tokens, n_parts, experts * rank),
+        scratch.partial, scratch.tickets, counter,
+        tokens, x.stride(0), y.stride(0), size_in, experts, rank, n_parts, grid.slots, grid.slices,
+        WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
+        PART0=parts[0], PART1=parts[1], PART2=parts[2],
+        HAS_BIAS=bias is not None, ACT=act, EVEN=size_in % (tiles.cols * tiles.split) == 0,
+        SPLIT=tiles.split, BLOCK_T=max(16, triton.next_power_of_2(tokens)), BLOCK_R=grid.block_r,
+        BLOCK_ER=min(128, max(16, triton.next_power_of_2(experts * rank))),
+        ROWS=tiles.rows, COLS=tiles.cols, SHRINK_COLS=BLOCK_IN, STAGES=tiles.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    return y

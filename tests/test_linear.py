@@ -1,0 +1,73 @@
+"""The adapted projection as one op, on every path that the number of tokens selects."""
+
+import pytest
+import torch
+from ops import DEVICE, error, linear_truth, make_problem
+from vllm_adafuse.kernels.linear import linear
+
+# On a GPU: the streaming kernel, shrink's own kernel, dense shrink.
+TOKENS = [1, 7, 40, 100]
+
+
+def arguments(p, activation=""):
+    counters = torch.zeros(3, 4, dtype=torch.int32, device=DEVICE)
+    return (
+        p.x, p.weight, p.bias, p.bank_a, p.bank_b, p.gates, p.present, counters, 1, p.scratch,
+        p.parts, p.widths, activation,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("activation,parts", [("", [0, 1]), ("silu", [0, 1]), ("silu", [-1, 0])])
+def test_equals_float64(tokens, activation, parts):
+    p = make_problem(tokens, 96, [80, 80], 4, 2, 4, parts=parts, bias=True)
+    out = linear(*arguments(p, activation))
+    assert error(out, linear_truth(p, activation)) <= 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("activation", ["", "silu"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_no_worse_than_plain_torch(tokens, activation, dtype):
+    p = make_problem(tokens, 1024, [512, 512], 8, 2, 16, dtype=dtype)
+    truth, plain = linear_truth(p, activation), linear_truth(p, activation, dtype)
+    assert error(linear(*arguments(p, activation)), truth) <= 1.2 * error(plain, truth)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_replays_with_other_routes():
+    p = make_problem(8, 512, [256, 256], 4, 2, 8)
+    other = make_problem(8, 512, [256, 256], 4, 2, 8, seed=1)
+    call = arguments(p)
+    linear(*call)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call[7].zero_()
+        out = linear(*call)
+    for gates, present in ((other.gates, other.present), (p.gates.clone(), p.present.clone())):
+        p.gates.copy_(gates), p.present.copy_(present)
+        graph.replay()
+        assert error(out, linear_truth(p)) <= 1e-5
+
+
+def test_inside_torch_compile():
+    p = make_problem(4, 64, [64], 4, 2, 4)
+    call = arguments(p)
+    compiled = torch.compile(
+        lambda x: linear(x * 2.0, *call[1:]) + 1.0, fullgraph=True, backend="aot_eager"
+    )
+    p.x *= 0.5
+    out = compiled(p.x) - 1.0
+    p.x *= 2.0
+    assert error(out, linear_truth(p)) <= 1e-5
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="checks the schema and fakes once")
+@pytest.mark.parametrize("activation", ["", "silu"])
+def test_schema_and_fake(activation):
+    p = make_problem(4, 64, [64, 64], 4, 2, 4)
+    x, *rest = arguments(p, activation)
+    scratch = rest.pop(8)
+    flat = (x, *rest[:8], *scratch, *rest[8:])
+    torch.library.opcheck(torch.ops.vllm_adafuse.linear.default, flat)

@@ -1,0 +1,42 @@
+"""Routes to gates: the same weights at their experts' places, who is present, counters at zero."""
+
+import pytest
+import torch
+from ops import DEVICE
+from vllm_adafuse.kernels.spread_routes import (
+    MAX_PRESENT_TOKENS,
+    spread_routes,
+    spread_routes_torch,
+    spread_routes_triton,
+)
+
+
+def routes(tokens, experts, top_k):
+    g = torch.Generator().manual_seed(tokens)
+    ids = torch.rand(tokens + 2, experts, generator=g).argsort(1)[:, :top_k].int()
+    ids[:, 0] = 1  # so that others may be absent
+    for row in ids:
+        row[1:] = torch.tensor([e for e in range(experts) if e != 1][: top_k - 1])
+    return ids.to(DEVICE), torch.rand(tokens + 2, top_k, generator=g).to(DEVICE)
+
+
+@pytest.mark.parametrize("run", [spread_routes, spread_routes_torch, spread_routes_triton])
+@pytest.mark.parametrize("experts,top_k", [(1, 1), (5, 2), (8, 8), (64, 3)])
+@pytest.mark.parametrize("tokens", [1, 37, MAX_PRESENT_TOKENS, MAX_PRESENT_TOKENS + 1])
+def test_gates_present_and_counters(run, tokens, experts, top_k):
+    if experts == 1:
+        ids, weights = torch.zeros(tokens + 2, 1, dtype=torch.int32, device=DEVICE), None
+        weights = torch.rand(tokens + 2, 1, device=DEVICE)
+    else:
+        ids, weights = routes(tokens, experts, top_k)
+    gates = torch.full((tokens + 2, experts), 7.0, device=DEVICE)
+    present = torch.full((experts,), 7, dtype=torch.int32, device=DEVICE)
+    counters = torch.full((300, 4), 7, dtype=torch.int32, device=DEVICE)
+    run(ids, weights, gates, present, counters, tokens)
+    for t in range(tokens):
+        for e in range(experts):
+            chosen = (ids[t] == e).nonzero()
+            assert gates[t, e] == (weights[t, chosen[0, 0]] if len(chosen) else 0)
+    assert (gates[tokens:] == 7).all() and not counters.any()
+    used = [int(e in ids[:tokens]) for e in range(experts)]
+    assert present.tolist() == (used if tokens <= MAX_PRESENT_TOKENS else [1] * experts)
