@@ -1,0 +1,206 @@
+"""Adapted projections beside the bare ones, at the shapes of real models.
+
+    python -m benchmarks.kernels --models llama-2-7b,mistral-7b --tokens 1,8,32,128,1024
+
+Each row: the op with its experts, the vendor's product of the bare projection (with the activation
+of gate_up by torch.compile), and the time to move the bytes at this device's measured copy
+bandwidth. Everything runs from CUDA graphs over weights that are larger than the cache together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from vllm_adafuse.kernels.linear import linear, linear_torch
+from vllm_adafuse.kernels.scratch import Scratch
+from vllm_adafuse.kernels.spread_routes import spread_routes
+from vllm_adafuse.kernels.stream_linear import scratch_sizes
+
+from benchmarks import record
+from benchmarks.engine import SHAPES
+
+CACHE = 256 << 20  # bytes of weights to go round, beyond any L2
+LARGE = 4096  # tokens from which one copy of the weights is enough
+
+
+@dataclass
+class Options:
+    """What to measure."""
+
+    models: list[str] = field(default_factory=lambda: ["llama-2-7b"])
+    tokens: list[int] = field(default_factory=lambda: [1, 8, 32, 64, 128, 256, 1024, 8192])
+    experts: int = 8
+    top_k: int = 2
+    r: int = 16
+    repeats: int = 9
+    dtype: str = "bfloat16"
+
+
+@dataclass
+class Projection:
+    """One kind of projection: widths of its parts and what follows it."""
+
+    name: str
+    size_in: int
+    widths: list[int]
+    activation: str = ""
+
+
+def projections(model: str) -> list[Projection]:
+    _, hidden, inter, _, heads, kv_heads, _ = SHAPES[model]
+    kv = hidden // heads * kv_heads
+    return [
+        Projection("qkv", hidden, [hidden, kv, kv]),
+        Projection("o", hidden, [hidden]),
+        Projection("gate_up", hidden, [inter, inter], "silu"),
+        Projection("down", inter, [hidden]),
+    ]
+
+
+def time_us(function, count: int, repeats: int) -> list[float]:
+    """Microseconds per call of a function that makes `count` calls, from a CUDA graph."""
+    function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    times = []
+    for repeat in range(repeats + 2):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(3):
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        if repeat >= 2:
+            times.append(begin.elapsed_time(end) * 1e3 / 3 / count)
+    return times
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second of a device-to-device copy, read and written."""
+    a = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    us = statistics.median(time_us(lambda: b.copy_(a), 1, 5))
+    return 2 * a.nbytes / us * 1e6
+
+
+def measure_one(p: Projection, tokens: int, options: Options, bandwidth: float) -> dict:
+    dtype = getattr(torch, options.dtype)
+    experts, rank, parts = options.experts, options.r, list(range(len(p.widths)))
+
+    def normal(*shape, scale=1.0):
+        return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+
+    out = sum(p.widths)
+    weight_bytes = out * p.size_in * dtype.itemsize
+    copies = 1 if tokens >= LARGE else max(2, -(-CACHE // weight_bytes))
+    layers = [
+        (
+            normal(out, p.size_in, scale=p.size_in**-0.5),
+            normal(len(parts), experts, rank, p.size_in, scale=p.size_in**-0.5),
+            normal(out, experts, rank, scale=rank**-0.5),
+        )
+        for _ in range(copies)
+    ]
+    x = normal(tokens, p.size_in)
+    ids = torch.rand(tokens, experts, device="cuda").argsort(1)[:, : options.top_k].int()
+    weights = torch.rand(tokens, options.top_k, device="cuda")
+    gates = torch.zeros(tokens, experts, device="cuda")
+    present = torch.zeros(experts, dtype=torch.int32, device="cuda")
+    counters = torch.zeros(copies, 4, dtype=torch.int32, device="cuda")
+    scratch = Scratch.make(*scratch_sizes(layers[0][1], out), x.device)
+    spread_routes(ids, weights, gates, present, counters, tokens)
+
+    def ours():
+        counters.zero_()
+        for i, (w, a, b) in enumerate(layers):
+            linear(
+                x, w, None, a, b, gates, present, counters, i, scratch,
+                parts, p.widths, p.activation,
+            )  # fmt: skip
+
+    @torch.compile(dynamic=False)
+    def act(y):
+        gate, up = y.chunk(2, -1)
+        return F.silu(gate) * up
+
+    def bare():
+        for w, _, _ in layers:
+            y = F.linear(x, w)
+            if p.activation:
+                act(y)
+
+    def by_torch():
+        for w, a, b in layers:
+            linear_torch(x, w, None, a, b, gates, parts, p.widths, p.activation)
+
+    used = int(present.sum()) if tokens <= 256 else experts
+    expert_bytes = used * rank * (len(parts) * p.size_in + out) * dtype.itemsize
+    wide = out // 2 if p.activation else out
+    moved = weight_bytes + expert_bytes + tokens * (p.size_in + wide) * dtype.itemsize
+    row = {"projection": p.name, "tokens": tokens, "unit": "us"}
+    for name, function in (("bare", bare), ("ours", ours), ("torch", by_torch)):
+        row[name] = record.summary(time_us(function, copies, options.repeats))
+    median = row["ours"]["median"]
+    row["floor"] = moved / bandwidth * 1e6
+    row["tb_s"] = moved / median / 1e6
+    row["overhead"] = median / row["bare"]["median"] - 1
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    defaults = Options()
+
+    def numbers(text: str) -> list[int]:
+        return [int(n) for n in text.split(",")]
+
+    parser.add_argument("--models", default=defaults.models, type=lambda t: t.split(","))
+    parser.add_argument("--tokens", default=defaults.tokens, type=numbers)
+    parser.add_argument("--experts", default=defaults.experts, type=int)
+    parser.add_argument("--top-k", default=defaults.top_k, type=int)
+    parser.add_argument("--r", default=defaults.r, type=int)
+    parser.add_argument("--repeats", default=defaults.repeats, type=int)
+    parser.add_argument("--dtype", default=defaults.dtype)
+    parser.add_argument("--out", type=Path, help="folder of the result file")
+    parser.add_argument("--commit", default="", help="of the measured code")
+    arguments = vars(parser.parse_args())
+    out, commit = arguments.pop("out"), arguments.pop("commit")
+    options = Options(**arguments)
+    bandwidth = copy_bandwidth()
+    print(f"copy: {bandwidth / 1e12:.2f} TB/s", flush=True)
+    rows = [{"options": vars(options), "copy_bytes_per_s": bandwidth}]
+    for model in options.models:
+        for tokens in options.tokens:
+            total = {"bare": 0.0, "ours": 0.0}
+            for p in projections(model):
+                row = {"model": model} | measure_one(p, tokens, options, bandwidth)
+                rows.append(row)
+                for name in total:
+                    total[name] += row[name]["median"]
+                print(
+                    f"{model:14} {tokens:5} {p.name:8} bare {row['bare']['median']:8.1f}  "
+                    f"ours {row['ours']['median']:8.1f} {row['overhead']:+6.1%}  torch "
+                    f"{row['torch']['median']:8.1f}  floor {row['floor']:7.1f} us  "
+                    f"{row['tb_s']:.2f} TB/s",
+                    flush=True,
+                )
+            print(
+                f"{model:14} {tokens:5} layer    bare {total['bare']:8.1f}  "
+                f"ours {total['ours']:8.1f} {total['ours'] / total['bare'] - 1:+6.1%}",
+                flush=True,
+            )
+    print(json.dumps({"saved": str(record.save("kernels", rows, out, commit))}))
+
+
+if __name__ == "__main__":
+    main()
