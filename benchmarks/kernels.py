@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from vllm_adafuse.kernels.linear import linear, linear_torch
+from vllm_adafuse.kernels.linear import bank_a_of, linear, linear_torch
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.spread_routes import spread_routes
 from vllm_adafuse.kernels.stream_linear import scratch_sizes
@@ -85,7 +85,7 @@ def time_us(function, count: int, repeats: int) -> list[float]:
 
 def copy_bandwidth() -> float:
     """Bytes per second of a device-to-device copy, read and written."""
-    a = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
+    a = torch.empty(1 << 30, dtype=torch.float32, device="cuda")
     b = torch.empty_like(a)
     us = statistics.median(time_us(lambda: b.copy_(a), 1, 5))
     return 2 * a.nbytes / us * 1e6
@@ -103,8 +103,7 @@ def measure_one(p: Projection, tokens: int, options: Options, bandwidth: float) 
     copies = 1 if tokens >= LARGE else max(2, -(-CACHE // weight_bytes))
     layers = [
         (
-            normal(out, p.size_in, scale=p.size_in**-0.5),
-            normal(len(parts), experts, rank, p.size_in, scale=p.size_in**-0.5),
+            normal(out + len(parts) * experts * rank, p.size_in, scale=p.size_in**-0.5),
             normal(out, experts, rank, scale=rank**-0.5),
         )
         for _ in range(copies)
@@ -115,14 +114,14 @@ def measure_one(p: Projection, tokens: int, options: Options, bandwidth: float) 
     gates = torch.zeros(tokens, experts, device="cuda")
     present = torch.zeros(experts, dtype=torch.int32, device="cuda")
     counters = torch.zeros(copies, 4, dtype=torch.int32, device="cuda")
-    scratch = Scratch.make(*scratch_sizes(layers[0][1], out), x.device)
+    scratch = Scratch.make(*scratch_sizes(bank_a_of(*layers[0], out), out), x.device)
     spread_routes(ids, weights, gates, present, counters, tokens)
 
     def ours():
         counters.zero_()
-        for i, (w, a, b) in enumerate(layers):
+        for i, (joint, b) in enumerate(layers):
             linear(
-                x, w, None, a, b, gates, present, counters, i, scratch,
+                x, joint, None, b, gates, present, counters, i, scratch,
                 parts, p.widths, p.activation,
             )  # fmt: skip
 
@@ -132,14 +131,14 @@ def measure_one(p: Projection, tokens: int, options: Options, bandwidth: float) 
         return F.silu(gate) * up
 
     def bare():
-        for w, _, _ in layers:
-            y = F.linear(x, w)
+        for joint, _ in layers:
+            y = F.linear(x, joint[:out])
             if p.activation:
                 act(y)
 
     def by_torch():
-        for w, a, b in layers:
-            linear_torch(x, w, None, a, b, gates, parts, p.widths, p.activation)
+        for joint, b in layers:
+            linear_torch(x, joint, None, b, gates, parts, p.widths, p.activation)
 
     used = int(present.sum()) if tokens <= 256 else experts
     expert_bytes = used * rank * (len(parts) * p.size_in + out) * dtype.itemsize

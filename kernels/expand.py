@@ -32,20 +32,25 @@ def activate(gate, up, ACT: tl.constexpr):
 
 @triton.jit
 def _delta(
-    s_ptr, b_ptr, present_ptr, rows, here, columns, inside, part, b_first,
-    n_parts, n_experts, rank,
-    BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_ER: tl.constexpr,
+    s_ptr, s_stride, gates_ptr, present_ptr, b_at, rows, here, inside, part, n_experts, rank,
+    RAW: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_ER: tl.constexpr,
 ):  # fmt: skip
     """Σ_e B[columns, e] s[rows, part, e], [BLOCK_T, BLOCK_OUT] float32."""
     size, at = n_experts * rank, tl.arange(0, BLOCK_ER)
-    s_at = s_ptr + (rows.to(tl.int64) * n_parts + part)[:, None] * size
-    b_at = b_ptr + (b_first + columns).to(tl.int64)[None, :] * size
+    s_at = s_ptr + rows.to(tl.int64)[:, None] * s_stride + part * size
     sums = tl.zeros([BLOCK_T, BLOCK_OUT], dtype=tl.float32)
     for start in range(0, size, BLOCK_ER):
         er = start + at
         used = tl.load(present_ptr + er // rank, mask=er < size, other=0) != 0
         if tl.max(used.to(tl.int32)) > 0:
-            s = tl.load(s_at + er[None, :], mask=here[:, None] & used[None, :], other=0.0)
+            mask = here[:, None] & used[None, :]
+            s = tl.load(s_at + er[None, :], mask=mask, other=0.0)
+            if RAW:
+                gates = tl.load(
+                    gates_ptr + rows[:, None] * n_experts + (er // rank)[None, :],
+                    mask=mask, other=0.0,
+                )  # fmt: skip
+                s = tl.where(gates != 0, s.to(tl.float32) * gates, 0.0).to(s.dtype)
             b = tl.load(b_at + er[:, None], mask=used[:, None] & inside[None, :], other=0.0)
             sums = tl.dot(s, b, sums, input_precision="ieee")
     return sums
@@ -53,74 +58,79 @@ def _delta(
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _expand_kernel(
-    y_ptr, out_ptr, s_ptr, b_ptr, present_ptr,
-    n_tokens, y_stride, out_stride, n_parts, n_experts, rank,
+    y_ptr, bias_ptr, out_ptr, s_ptr, b_ptr, gates_ptr, present_ptr,
+    n_tokens, y_stride, out_stride, s_stride, n_experts, rank,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
-    PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr, ACT: tl.constexpr,
+    PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACT: tl.constexpr, RAW: tl.constexpr, ALL: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_ER: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    here = rows < n_tokens
-    tile = tl.program_id(0)
-    y_at = y_ptr + rows.to(tl.int64)[:, None] * y_stride
-    out_at = out_ptr + rows.to(tl.int64)[:, None] * out_stride
-    # Parts without experts have no tiles and no rows of B.
+    tile, size = tl.program_id(0), n_experts * rank
+    # Parts without experts have no rows of B; no tiles either, unless they must be copied.
     B1: tl.constexpr = WIDTH0 if PART0 >= 0 else 0
     B2: tl.constexpr = B1 + (WIDTH1 if PART1 >= 0 else 0)
+    TILED0: tl.constexpr = WIDTH0 if (PART0 >= 0 or ALL) else 0
+    TILED1: tl.constexpr = WIDTH1 if (PART1 >= 0 or ALL) else 0
     if ACT == 0:
-        TILES0: tl.constexpr = (B1 + BLOCK_OUT - 1) // BLOCK_OUT
-        TILES01: tl.constexpr = TILES0 + (B2 - B1 + BLOCK_OUT - 1) // BLOCK_OUT
+        TILES0: tl.constexpr = (TILED0 + BLOCK_OUT - 1) // BLOCK_OUT
+        TILES01: tl.constexpr = TILES0 + (TILED1 + BLOCK_OUT - 1) // BLOCK_OUT
         second, third = tile >= TILES0, tile >= TILES01
         part = tl.where(third, PART2, tl.where(second, PART1, PART0))
         width = tl.where(third, WIDTH2, tl.where(second, WIDTH1, WIDTH0))
         offset = tl.where(third, WIDTH0 + WIDTH1, tl.where(second, WIDTH0, 0))
         b_first = tl.where(third, B2, tl.where(second, B1, 0))
         tile -= tl.where(third, TILES01, tl.where(second, TILES0, 0))
-        columns = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-        inside = columns < width
-        mask = here[:, None] & inside[None, :]
-        delta = _delta(
-            s_ptr, b_ptr, present_ptr, rows, here, columns, inside, part, b_first,
-            n_parts, n_experts, rank, BLOCK_T, BLOCK_OUT, BLOCK_ER,
-        )  # fmt: skip
-        at = offset + columns[None, :]
-        y = tl.load(y_at + at, mask=mask, other=0.0).to(tl.float32) + delta
-        tl.store(out_at + at, y.to(out_ptr.dtype.element_ty), mask=mask)
     else:
-        columns = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-        inside = columns < WIDTH0
+        part, width, offset, b_first = PART0, WIDTH0, 0, 0
+    columns = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    inside = columns < width
+    b_at = b_ptr + (b_first + columns).to(tl.int64)[None, :] * size
+    for block in range(tl.program_id(1), tl.cdiv(n_tokens, BLOCK_T), tl.num_programs(1)):
+        rows = block * BLOCK_T + tl.arange(0, BLOCK_T)
+        here = rows < n_tokens
         mask = here[:, None] & inside[None, :]
-        gate = tl.load(y_at + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(y_at + WIDTH0 + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        if PART0 >= 0:
-            gate += _delta(
-                s_ptr, b_ptr, present_ptr, rows, here, columns, inside, PART0, 0,
-                n_parts, n_experts, rank, BLOCK_T, BLOCK_OUT, BLOCK_ER,
+        y_at = y_ptr + rows.to(tl.int64)[:, None] * y_stride + (offset + columns)[None, :]
+        y = tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            bias_at = bias_ptr + offset + columns
+            y += tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if part >= 0:
+            y += _delta(
+                s_ptr, s_stride, gates_ptr, present_ptr, b_at, rows, here, inside, part,
+                n_experts, rank, RAW, BLOCK_T, BLOCK_OUT, BLOCK_ER,
             )  # fmt: skip
-        if PART1 >= 0:
-            up += _delta(
-                s_ptr, b_ptr, present_ptr, rows, here, columns, inside, PART1, B1,
-                n_parts, n_experts, rank, BLOCK_T, BLOCK_OUT, BLOCK_ER,
-            )  # fmt: skip
-        out = activate(gate, up, ACT).to(out_ptr.dtype.element_ty)
-        tl.store(out_at + columns[None, :], out, mask=mask)
+        if ACT != 0:
+            up = tl.load(y_at + WIDTH0, mask=mask, other=0.0).to(tl.float32)
+            if HAS_BIAS:
+                up += tl.load(bias_at + WIDTH0, mask=inside, other=0.0).to(tl.float32)[None, :]
+            if PART1 >= 0:
+                up += _delta(
+                    s_ptr, s_stride, gates_ptr, present_ptr, b_at + B1 * size, rows, here,
+                    inside, PART1, n_experts, rank, RAW, BLOCK_T, BLOCK_OUT, BLOCK_ER,
+                )  # fmt: skip
+            y = activate(y, up, ACT)
+        out_at = out_ptr + rows.to(tl.int64)[:, None] * out_stride + (offset + columns)[None, :]
+        tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(y, out, s, bank_b, present, parts, widths, act) -> None:
-    tokens, n_parts, size = s.shape
-    experts = bank_b.shape[1]
+def _launch(y, bias, out, s, s_stride, bank_b, gates, present, parts, widths, act) -> None:
+    tokens, (_, experts, rank) = y.shape[0], bank_b.shape
+    every = out is not y
     # An activation takes gate and up in one tile.
-    tiled = widths[:1] if act else [w for w, part in zip(widths, parts) if part >= 0]
+    tiled = widths[:1] if act else [w for w, part in zip(widths, parts) if part >= 0 or every]
     tiles = sum(triton.cdiv(w, _BLOCK_OUT) for w in tiled)
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
     block_t = min(64, max(16, triton.next_power_of_2(tokens)))
-    _expand_kernel[(tiles, triton.cdiv(tokens, block_t))](
-        y, out, s, bank_b, present,
-        tokens, y.stride(0), out.stride(0), n_parts, experts, size // experts,
+    # Some programs for each processor; longer batches give them more blocks of tokens.
+    blocks = min(triton.cdiv(tokens, block_t), max(1, 2048 // tiles))
+    _expand_kernel[(tiles, blocks)](
+        y, bias, out, s, bank_b, gates, present,
+        tokens, y.stride(0), out.stride(0), s_stride, experts, rank,
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
-        PART0=parts[0], PART1=parts[1], PART2=parts[2], ACT=act,
+        PART0=parts[0], PART1=parts[1], PART2=parts[2],
+        HAS_BIAS=bias is not None, ACT=act, RAW=gates is not None, ALL=every,
         BLOCK_T=block_t, BLOCK_OUT=_BLOCK_OUT,
-        BLOCK_ER=min(128, max(16, triton.next_power_of_2(size))),
+        BLOCK_ER=min(128, max(16, triton.next_power_of_2(experts * rank))),
         num_warps=4, num_stages=2,
     )  # fmt: skip
 
@@ -143,31 +153,36 @@ def expand_triton(
         parts: for each of up to three parts of y its index in s, -1 for one without experts.
         widths: columns of each part.
     """
-    _launch(y, y, s, bank_b, present, parts, widths, 0)
+    _launch(y, None, y, s, s.stride(0), bank_b, None, present, parts, widths, 0)
 
 
-def expand_act_triton(
-    y: torch.Tensor,
-    s: torch.Tensor,
+def expand_joint_triton(
+    joint: torch.Tensor,
+    bias: torch.Tensor | None,
     bank_b: torch.Tensor,
+    gates: torch.Tensor,
     present: torch.Tensor,
     parts: Sequence[int],
     widths: Sequence[int],
-    activation: str,
+    activation: str = "",
 ) -> torch.Tensor:
-    """act(gate + delta) * (up + delta), in one launch.
+    """From the outputs of [W; A] to those of the adapted projection, in one launch.
 
     Args:
-        y: [T, 2 I], gate and up side by side: two parts of I columns.
-        s, bank_b, present, parts, widths: as in `expand_triton`.
-        activation: "silu" or "gelu_tanh".
+        joint: [T, out + P E R]: W x, then A x of all experts, not yet weighted.
+        bias: [out], or None.
+        bank_b, present, parts, widths: as in `expand_triton`.
+        gates: [N, E] float32, N >= T.
+        activation: "", or "silu" or "gelu_tanh" of gate and up: two parts of I columns.
 
     Returns:
-        [T, I], dtype of y.
+        [T, out], or [T, I] after an activation.
     """
-    out = y.new_empty(y.shape[0], widths[0])
-    _launch(y, out, s, bank_b, present, parts, widths, ACTIVATIONS.index(activation))
-    return out
+    act, out = ACTIVATIONS.index(activation), sum(widths)
+    result = joint.new_empty(joint.shape[0], widths[0] if act else out)
+    s = joint[:, out:]
+    _launch(joint, bias, result, s, joint.stride(0), bank_b, gates, present, parts, widths, act)
+    return result
 
 
 def expand_torch(

@@ -3,9 +3,9 @@
     y = x Wᵀ + bias + Σ_e gates[:, e] B[e] A[e] x          (SGMM, see sgmm.py)
     out = y, or act(y_gate) * y_up for gate_up
 
-Few tokens take one launch that streams W (stream_linear.py). Beyond them the vendor's product does
-the base, and the experts ride on the pass of the activation where there is one. The choice falls
-by the number of tokens alone.
+W and A stand in one tensor, [W; A]. Few tokens take one launch that streams it (stream_linear.py).
+Beyond them one product of the vendor's gives W x and A x together, and one pass adds the expand and
+goes on to the activation. The choice falls by the number of tokens alone.
 """
 
 from __future__ import annotations
@@ -15,53 +15,50 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from vllm_adafuse.kernels.expand import (
-    activate_torch,
-    expand_act_triton,
-    expand_torch,
-    expand_triton,
-)
+from vllm_adafuse.kernels.expand import activate_torch, expand_joint_triton, expand_torch
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.scratch import Scratch
-from vllm_adafuse.kernels.sgmm import shrink
 from vllm_adafuse.kernels.shrink import shrink_torch
 from vllm_adafuse.kernels.stream_linear import MAX_STREAM_TOKENS, stream_linear_triton
 
 
-def linear_torch(x, weight, bias, bank_a, bank_b, gates, parts, widths, activation):
+def linear_torch(x, joint, bias, bank_b, gates, parts, widths, activation):
     """The reference; see `linear`."""
-    y = F.linear(x, weight, bias)
-    expand_torch(y, shrink_torch(x, bank_a, gates), bank_b, parts, widths)
+    out = sum(widths)
+    y = F.linear(x, joint[:out], bias)
+    expand_torch(y, shrink_torch(x, bank_a_of(joint, bank_b, out), gates), bank_b, parts, widths)
     return activate_torch(y, activation) if activation else y
 
 
+def bank_a_of(joint: torch.Tensor, bank_b: torch.Tensor, out: int) -> torch.Tensor:
+    """The view [P, E, R, in] of a joint tensor's last rows."""
+    return joint[out:].view(-1, *bank_b.shape[1:], joint.shape[1])
+
+
 def _run(
-    x, weight, bias, bank_a, bank_b, gates, present, counters, index, low, partial, tickets, unread,
+    x, joint, bias, bank_b, gates, present, counters, index, low, partial, tickets, unread,
     parts, widths, activation,
 ):  # fmt: skip
     if not x.is_cuda:
-        return linear_torch(x, weight, bias, bank_a, bank_b, gates, parts, widths, activation)
-    scratch = Scratch(low, partial, tickets, unread)
+        return linear_torch(x, joint, bias, bank_b, gates, parts, widths, activation)
+    out = sum(widths)
     if x.shape[0] <= MAX_STREAM_TOKENS:
         return stream_linear_triton(
-            x, weight, bias, bank_a, bank_b, gates, present, counters[index], scratch,
-            parts, widths, activation,
+            x, joint[:out], bias, bank_a_of(joint, bank_b, out), bank_b, gates, present,
+            counters[index], Scratch(low, partial, tickets, unread), parts, widths, activation,
         )  # fmt: skip
-    y = F.linear(x, weight, bias)
-    s = shrink(x, bank_a, gates, present, scratch)
-    if activation:
-        return expand_act_triton(y, s, bank_b, present, parts, widths, activation)
-    expand_triton(y, s, bank_b, present, parts, widths)
-    return y
+    both = F.linear(x, joint)
+    return expand_joint_triton(both, bias, bank_b, gates, present, parts, widths, activation)
 
 
-def _fake(x, weight, *arguments):
-    return x.new_empty(x.shape[0], weight.shape[0] // (2 if arguments[-1] else 1))
+def _fake(x, joint, bias, bank_b, *arguments):
+    *_, widths, activation = arguments
+    return x.new_empty(x.shape[0], widths[0] if activation else sum(widths))
 
 
 # The scratch is changed and nothing of it is read by any other op: torch need not know.
 _op = register_op(
-    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor bank_a, Tensor bank_b, Tensor gates, "
+    "linear(Tensor x, Tensor joint, Tensor? bias, Tensor bank_b, Tensor gates, "
     "Tensor present, Tensor counters, int index, Tensor low, Tensor partial, Tensor tickets, "
     "Tensor unread, int[] parts, int[] widths, str activation) -> Tensor",
     _run,
@@ -71,9 +68,8 @@ _op = register_op(
 
 def linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    joint: torch.Tensor,
     bias: torch.Tensor | None,
-    bank_a: torch.Tensor,
     bank_b: torch.Tensor,
     gates: torch.Tensor,
     present: torch.Tensor,
@@ -88,9 +84,8 @@ def linear(
 
     Args:
         x: [T, in]; rows contiguous.
-        weight: [out, in] contiguous, dtype of x.
+        joint: [out + P E R, in] contiguous, dtype of x: W, then A [P, E, R, in].
         bias: [out] or None.
-        bank_a: [P, E, R, in], dtype of x.
         bank_b: [sum of the adapted widths, E, R], dtype of x.
         gates: [N, E] float32, N >= T, LoRA's scale included; rows past T are not read.
         present: [E] int32, see `spread_routes`, which also zeroes the next.
@@ -105,7 +100,7 @@ def linear(
         [T, out], or [T, out / 2] after an activation.
     """
     return _op(
-        x, weight, bias, bank_a, bank_b, gates, present, counters, index,
+        x, joint, bias, bank_b, gates, present, counters, index,
         scratch.low, scratch.partial, scratch.tickets, scratch.unread,
         parts, widths, activation,
     )  # fmt: skip

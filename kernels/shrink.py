@@ -19,7 +19,7 @@ from vllm_adafuse.kernels.scratch import Scratch
 
 BLOCK_IN = 128
 # Elements of `in` that one program reads: longer slices finish late, shorter ones are many.
-_SLICE = 1024
+_SLICE = 4096
 
 
 @triton.jit
@@ -77,9 +77,10 @@ def shrink_program(
                     mask=here[None, :] & inside[:, None], other=0.0,
                 )  # fmt: skip
                 sums = tl.dot(a, x, sums, input_precision="ieee")
-            sums, last = last_sums(
-                sums, partial_ptr, ticket_ptr, slot, split, slices, BLOCK_R, BLOCK_T
-            )
+            if slices > 1:
+                sums, last = last_sums(
+                    sums, partial_ptr, ticket_ptr, slot, split, slices, BLOCK_R, BLOCK_T
+                )
         if last:
             gates = tl.load(gates_ptr + rows * n_experts + expert, mask=here, other=0.0)
             at = ((rows * n_parts + part) * n_experts + expert)[None, :] * rank + ranks[:, None]

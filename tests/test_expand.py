@@ -5,7 +5,7 @@ import torch
 from ops import delta_truth, error, make_problem, shrink_truth
 from vllm_adafuse.kernels.expand import (
     activate_torch,
-    expand_act_triton,
+    expand_joint_triton,
     expand_torch,
     expand_triton,
 )
@@ -31,14 +31,19 @@ def test_equals_float64(shape, run):
     assert error(y.double() - before, delta_truth(p)) <= 1e-5
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["", "silu", "gelu_tanh"])
 @pytest.mark.parametrize("parts", [[0, 1], [0, 0], [-1, 0], [0, -1]])
-def test_the_activation_equals_float64(parts, activation):
-    p = make_problem(5, 48, [140, 140], 3, 2, 4, parts=parts)
-    y = 3 * torch.randn(5, 280, device=p.x.device)
-    s = shrink_truth(p).float()
-    out = expand_act_triton(y, s, p.bank_b, p.present, p.parts, p.widths, activation)
-    assert error(out, activate_torch(y.double() + delta_truth(p), activation)) <= 1e-5
+@pytest.mark.parametrize("tokens", [5, 70])
+def test_from_joint_outputs_equals_float64(tokens, parts, activation):
+    p = make_problem(tokens, 48, [140, 140], 3, 2, 4, parts=parts)
+    y = 3 * torch.randn(tokens, 280, device=p.x.device)
+    raw = torch.einsum("peri,ti->tper", p.bank_a.double(), p.x.double()).flatten(1).float()
+    joint, bias = torch.cat([y, raw], 1), torch.randn(280, device=y.device)
+    out = expand_joint_triton(
+        joint, bias, p.bank_b, p.gates, p.present, p.parts, p.widths, activation
+    )
+    truth = y.double() + bias.double() + delta_truth(p)
+    assert error(out, activate_torch(truth, activation) if activation else truth) <= 1e-5
 
 
 def test_experts_not_chosen_are_not_read():

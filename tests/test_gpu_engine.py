@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -115,7 +116,9 @@ def test_eager_compiled_and_captured_agree(tmp_path):
         # Inductor fuses norms and activations, and rounds less often.
         "inductor": graphs(mode=3),
     }
-    runs = {name: run_apart(base, adapter, options)[0] for name, options in modes.items()}
+    with ThreadPoolExecutor(len(modes)) as pool:
+        started = [pool.submit(run_apart, base, adapter, options) for options in modes.values()]
+    runs = {name: run.result()[0] for name, run in zip(modes, started)}
     assert runs["captured"] == runs["eager"]
     assert runs["compiled"] == runs["eager"]
     assert_same_until_a_tie(runs["inductor"], runs["eager"])

@@ -5,20 +5,21 @@ import torch
 from ops import DEVICE, error, linear_truth, make_problem
 from vllm_adafuse.kernels.linear import linear
 
-# On a GPU: the streaming kernel, shrink's own kernel, dense shrink.
-TOKENS = [1, 7, 40, 100]
+# On a GPU: the streaming kernel, and the joint product.
+TOKENS = [1, 32, 33, 100]
 
 
 def arguments(p, activation=""):
+    joint = torch.cat([p.weight, p.bank_a.view(-1, p.x.shape[1])])
     counters = torch.zeros(3, 4, dtype=torch.int32, device=DEVICE)
     return (
-        p.x, p.weight, p.bias, p.bank_a, p.bank_b, p.gates, p.present, counters, 1, p.scratch,
+        p.x, joint, p.bias, p.bank_b, p.gates, p.present, counters, 1, p.scratch,
         p.parts, p.widths, activation,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("activation,parts", [("", [0, 1]), ("silu", [0, 1]), ("silu", [-1, 0])])
+@pytest.mark.parametrize("activation,parts", [("", [0, 1]), ("", [-1, 0]), ("silu", [0, 1]), ("silu", [-1, 0])])
 def test_equals_float64(tokens, activation, parts):
     p = make_problem(tokens, 96, [80, 80], 4, 2, 4, parts=parts, bias=True)
     out = linear(*arguments(p, activation))
@@ -43,7 +44,7 @@ def test_a_captured_graph_replays_with_other_routes():
     linear(*call)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call[7].zero_()
+        call[6].zero_()
         out = linear(*call)
     for gates, present in ((other.gates, other.present), (p.gates.clone(), p.present.clone())):
         p.gates.copy_(gates), p.present.copy_(present)
@@ -68,6 +69,6 @@ def test_inside_torch_compile():
 def test_schema_and_fake(activation):
     p = make_problem(4, 64, [64, 64], 4, 2, 4)
     x, *rest = arguments(p, activation)
-    scratch = rest.pop(8)
-    flat = (x, *rest[:8], *scratch, *rest[8:])
+    scratch = rest.pop(7)
+    flat = (x, *rest[:7], *scratch, *rest[7:])
     torch.library.opcheck(torch.ops.vllm_adafuse.linear.default, flat)

@@ -48,8 +48,8 @@ def test_half_precision_is_no_worse_than_plain_torch(name, dtype):
 
 
 def test_a_token_does_not_see_its_company():
-    p = make_problem(16, 2048, [64, 32], 4, 2, 4)
-    other = make_problem(16, 2048, [64, 32], 4, 2, 4, seed=1)
+    p = make_problem(16, 8192, [64, 32], 4, 2, 4)
+    other = make_problem(16, 8192, [64, 32], 4, 2, 4, seed=1)
     for name in ("weight", "bank_a", "bank_b"):
         setattr(other, name, getattr(p, name))
     for name in ("x", "gates"):

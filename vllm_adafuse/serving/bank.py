@@ -142,12 +142,21 @@ class ExpertBank(torch.nn.Module):
         )  # fmt: skip
         return y
 
+    def join(self, weight: torch.nn.Parameter) -> None:
+        """Moves a weight [out, in] that is still to be loaded, and A below it, into one tensor."""
+        out, size_in = weight.shape
+        rows = self.bank_a.numel() // size_in
+        joint = torch.zeros(out + rows, size_in, dtype=weight.dtype, device=weight.device)
+        weight.data = joint[:out]
+        self.register_buffer("joint", joint, persistent=False)
+        self.register_buffer("bank_a", joint[out:].view(self.bank_a.shape), persistent=False)
+
     def linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str
+        self, x: torch.Tensor, bias: torch.Tensor | None, activation: str
     ) -> torch.Tensor:
-        """activation(x Wᵀ + bias + delta): the projection itself with its deltas."""
+        """activation(x Wᵀ + bias + delta): the projection itself, joined before, with its deltas."""
         route = self.route
         return linear(
-            x, weight, bias, self.bank_a, self.bank_b, route.gates, route.present,
+            x, self.joint, bias, self.bank_b, route.gates, route.present,
             route.counters, self.index, route.scratch, self.parts, self.widths, activation,
         )  # fmt: skip

@@ -67,7 +67,7 @@ class FusedLinearMethod(AdaFuseLinearMethod):
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return layer.adafuse_bank.linear(x, layer.weight, bias, self.activation)
+        return layer.adafuse_bank.linear(x, bias, self.activation)
 
 
 def _can_fuse(layer: LinearBase) -> bool:
@@ -102,6 +102,7 @@ def wrap_linear(layer: LinearBase, block: torch.nn.Module, bank: ExpertBank) -> 
     layer.adafuse_bank = bank
     if _can_fuse(layer):
         activation = _take_activation(layer, block)
+        bank.join(layer.weight)
         layer.quant_method = FusedLinearMethod(layer.quant_method, activation)
     else:
         layer.quant_method = AdaFuseLinearMethod(layer.quant_method)
