@@ -112,7 +112,7 @@ def measure_one(p: Projection, tokens: int, options: Options, bandwidth: float) 
     ids = torch.rand(tokens, experts, device="cuda").argsort(1)[:, : options.top_k].int()
     weights = torch.rand(tokens, options.top_k, device="cuda")
     gates = torch.zeros(tokens, experts, device="cuda")
-    present = torch.zeros(experts, dtype=torch.int32, device="cuda")
+    present = torch.zeros(1, dtype=torch.int64, device="cuda")
     counters = torch.zeros(copies, 4, dtype=torch.int32, device="cuda")
     scratch = Scratch.make(*scratch_sizes(bank_a_of(*layers[0], out), out), x.device)
     spread_routes(ids, weights, gates, present, counters, tokens)
@@ -140,7 +140,7 @@ def measure_one(p: Projection, tokens: int, options: Options, bandwidth: float) 
         for joint, b in layers:
             linear_torch(x, joint, None, b, gates, parts, p.widths, p.activation)
 
-    used = int(present.sum()) if tokens <= 256 else experts
+    used = int(gates.any(0).sum())
     expert_bytes = used * rank * (len(parts) * p.size_in + out) * dtype.itemsize
     wide = out // 2 if p.activation else out
     moved = weight_bytes + expert_bytes + tokens * (p.size_in + wide) * dtype.itemsize

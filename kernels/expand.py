@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 
 ACTIVATIONS = ("", "silu", "gelu_tanh")
-_BLOCK_OUT = 128
+# With fewer tokens most experts are absent, and each is asked whether it is there.
+_SKIP_TOKENS = 8
 
 
 @triton.jit
@@ -31,41 +32,61 @@ def activate(gate, up, ACT: tl.constexpr):
 
 
 @triton.jit
+def _add_expert(
+    sums, s_at, gates_ptr, b_at, rows, expert, start, here, inside, n_experts,
+    RANK: tl.constexpr, RAW: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """sums + B s over a block of one expert's ranks."""
+    r = start + tl.arange(0, BLOCK_R)
+    at, real = expert * RANK + r, r < RANK
+    s = tl.load(s_at + at[None, :], mask=here[:, None] & real[None, :], other=0.0)
+    b = tl.load(b_at + at[:, None], mask=real[:, None] & inside[None, :], other=0.0)
+    if RAW:
+        gates_at = gates_ptr + rows * n_experts + expert
+        gates = tl.load(gates_at, mask=here, other=0.0)[:, None]
+        s = tl.where(gates != 0, s.to(tl.float32) * gates, 0.0).to(s.dtype)
+    return tl.dot(s, b, sums, input_precision="ieee")
+
+
+@triton.jit
 def _delta(
-    s_ptr, s_stride, gates_ptr, present_ptr, b_at, rows, here, inside, part, n_experts, rank,
-    RAW: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_ER: tl.constexpr,
+    s_ptr, s_stride, gates_ptr, present_ptr, b_at, rows, here, inside, part, n_experts,
+    RANK: tl.constexpr, RAW: tl.constexpr, SKIP: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Σ_e B[columns, e] s[rows, part, e], [BLOCK_T, BLOCK_OUT] float32."""
-    size, at = n_experts * rank, tl.arange(0, BLOCK_ER)
-    s_at = s_ptr + rows.to(tl.int64)[:, None] * s_stride + part * size
+    s_at = s_ptr + rows.to(tl.int64)[:, None] * s_stride + part * n_experts * RANK
     sums = tl.zeros([BLOCK_T, BLOCK_OUT], dtype=tl.float32)
-    for start in range(0, size, BLOCK_ER):
-        er = start + at
-        used = tl.load(present_ptr + er // rank, mask=er < size, other=0) != 0
-        if tl.max(used.to(tl.int32)) > 0:
-            mask = here[:, None] & used[None, :]
-            s = tl.load(s_at + er[None, :], mask=mask, other=0.0)
-            if RAW:
-                gates = tl.load(
-                    gates_ptr + rows[:, None] * n_experts + (er // rank)[None, :],
-                    mask=mask, other=0.0,
+    BLOCKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
+    if not SKIP:  # nearly every expert is there: loads are asked for ahead
+        for i in tl.range(n_experts * BLOCKS, num_stages=3):
+            sums = _add_expert(
+                sums, s_at, gates_ptr, b_at, rows, i // BLOCKS, i % BLOCKS * BLOCK_R, here,
+                inside, n_experts, RANK, RAW, BLOCK_R,
+            )  # fmt: skip
+    else:
+        present = tl.load(present_ptr)
+        for i in range(n_experts * BLOCKS):
+            if (present >> (i // BLOCKS)) & 1 != 0:
+                sums = _add_expert(
+                    sums, s_at, gates_ptr, b_at, rows, i // BLOCKS, i % BLOCKS * BLOCK_R, here,
+                    inside, n_experts, RANK, RAW, BLOCK_R,
                 )  # fmt: skip
-                s = tl.where(gates != 0, s.to(tl.float32) * gates, 0.0).to(s.dtype)
-            b = tl.load(b_at + er[:, None], mask=used[:, None] & inside[None, :], other=0.0)
-            sums = tl.dot(s, b, sums, input_precision="ieee")
     return sums
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _expand_kernel(
     y_ptr, bias_ptr, out_ptr, s_ptr, b_ptr, gates_ptr, present_ptr,
-    n_tokens, y_stride, out_stride, s_stride, n_experts, rank,
+    n_tokens, y_stride, out_stride, s_stride, n_experts,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
     PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACT: tl.constexpr, RAW: tl.constexpr, ALL: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_ER: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACT: tl.constexpr,
+    RAW: tl.constexpr, SKIP: tl.constexpr, ALL: tl.constexpr,
+    RANK: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    tile, size = tl.program_id(0), n_experts * rank
+    tile, size = tl.program_id(0), n_experts * RANK
     # Parts without experts have no rows of B; no tiles either, unless they must be copied.
     B1: tl.constexpr = WIDTH0 if PART0 >= 0 else 0
     B2: tl.constexpr = B1 + (WIDTH1 if PART1 >= 0 else 0)
@@ -83,34 +104,34 @@ def _expand_kernel(
     else:
         part, width, offset, b_first = PART0, WIDTH0, 0, 0
     columns = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    inside = columns < width
+    # A mask that ends in the middle of a tile makes loads narrow: only where it must be.
+    inside = columns >= 0 if EVEN else columns < width
     b_at = b_ptr + (b_first + columns).to(tl.int64)[None, :] * size
-    for block in range(tl.program_id(1), tl.cdiv(n_tokens, BLOCK_T), tl.num_programs(1)):
-        rows = block * BLOCK_T + tl.arange(0, BLOCK_T)
-        here = rows < n_tokens
-        mask = here[:, None] & inside[None, :]
-        y_at = y_ptr + rows.to(tl.int64)[:, None] * y_stride + (offset + columns)[None, :]
-        y = tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
+    rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    here = rows < n_tokens
+    mask = here[:, None] & inside[None, :]
+    y_at = y_ptr + rows.to(tl.int64)[:, None] * y_stride + (offset + columns)[None, :]
+    y = tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        bias_at = bias_ptr + offset + columns
+        y += tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if part >= 0:
+        y += _delta(
+            s_ptr, s_stride, gates_ptr, present_ptr, b_at, rows, here, inside, part,
+            n_experts, RANK, RAW, SKIP, BLOCK_T, BLOCK_OUT, BLOCK_R,
+        )  # fmt: skip
+    if ACT != 0:
+        up = tl.load(y_at + WIDTH0, mask=mask, other=0.0).to(tl.float32)
         if HAS_BIAS:
-            bias_at = bias_ptr + offset + columns
-            y += tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)[None, :]
-        if part >= 0:
-            y += _delta(
-                s_ptr, s_stride, gates_ptr, present_ptr, b_at, rows, here, inside, part,
-                n_experts, rank, RAW, BLOCK_T, BLOCK_OUT, BLOCK_ER,
+            up += tl.load(bias_at + WIDTH0, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if PART1 >= 0:
+            up += _delta(
+                s_ptr, s_stride, gates_ptr, present_ptr, b_at + B1 * size, rows, here,
+                inside, PART1, n_experts, RANK, RAW, SKIP, BLOCK_T, BLOCK_OUT, BLOCK_R,
             )  # fmt: skip
-        if ACT != 0:
-            up = tl.load(y_at + WIDTH0, mask=mask, other=0.0).to(tl.float32)
-            if HAS_BIAS:
-                up += tl.load(bias_at + WIDTH0, mask=inside, other=0.0).to(tl.float32)[None, :]
-            if PART1 >= 0:
-                up += _delta(
-                    s_ptr, s_stride, gates_ptr, present_ptr, b_at + B1 * size, rows, here,
-                    inside, PART1, n_experts, rank, RAW, BLOCK_T, BLOCK_OUT, BLOCK_ER,
-                )  # fmt: skip
-            y = activate(y, up, ACT)
-        out_at = out_ptr + rows.to(tl.int64)[:, None] * out_stride + (offset + columns)[None, :]
-        tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=mask)
+        y = activate(y, up, ACT)
+    out_at = out_ptr + rows.to(tl.int64)[:, None] * out_stride + (offset + columns)[None, :]
+    tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def _launch(y, bias, out, s, s_stride, bank_b, gates, present, parts, widths, act) -> None:
@@ -118,20 +139,21 @@ def _launch(y, bias, out, s, s_stride, bank_b, gates, present, parts, widths, ac
     every = out is not y
     # An activation takes gate and up in one tile.
     tiled = widths[:1] if act else [w for w, part in zip(widths, parts) if part >= 0 or every]
-    tiles = sum(triton.cdiv(w, _BLOCK_OUT) for w in tiled)
-    widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
     block_t = min(64, max(16, triton.next_power_of_2(tokens)))
-    # Some programs for each processor; longer batches give them more blocks of tokens.
-    blocks = min(triton.cdiv(tokens, block_t), max(1, 2048 // tiles))
-    _expand_kernel[(tiles, blocks)](
+    block_out = 128 if block_t == 64 else 64
+    tiles = sum(triton.cdiv(w, block_out) for w in tiled)
+    widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
+    _expand_kernel[(tiles, triton.cdiv(tokens, block_t))](
         y, bias, out, s, bank_b, gates, present,
-        tokens, y.stride(0), out.stride(0), s_stride, experts, rank,
+        tokens, y.stride(0), out.stride(0), s_stride, experts,
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         PART0=parts[0], PART1=parts[1], PART2=parts[2],
-        HAS_BIAS=bias is not None, ACT=act, RAW=gates is not None, ALL=every,
-        BLOCK_T=block_t, BLOCK_OUT=_BLOCK_OUT,
-        BLOCK_ER=min(128, max(16, triton.next_power_of_2(experts * rank))),
-        num_warps=4, num_stages=2,
+        HAS_BIAS=bias is not None, ACT=act,
+        RAW=gates is not None, SKIP=tokens < _SKIP_TOKENS, ALL=every,
+        RANK=rank, EVEN=all(w % block_out == 0 for w in tiled),
+        BLOCK_T=block_t, BLOCK_OUT=block_out,
+        BLOCK_R=min(64, max(16, triton.next_power_of_2(rank))),
+        num_warps=8 if block_t == 64 else 4, num_stages=2,
     )  # fmt: skip
 
 
@@ -149,7 +171,7 @@ def expand_triton(
         y: [T, out], the projection's own output; rows contiguous.
         s: [T, P, E * R], dtype of y, from `shrink`.
         bank_b: [sum of the adapted widths, E, R] contiguous, dtype of y.
-        present: [E] int32, 0 for experts whose s is zero everywhere.
+        present: [1] int64, bit 0 for experts whose s is zero everywhere.
         parts: for each of up to three parts of y its index in s, -1 for one without experts.
         widths: columns of each part.
     """

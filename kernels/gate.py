@@ -13,7 +13,6 @@ many tokens stand in the batch, so that a live route equals the token's passport
 from __future__ import annotations
 
 import torch
-
 from vllm_adafuse.kernels.registry import register_op
 
 

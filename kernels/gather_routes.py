@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
 from vllm_adafuse.kernels.registry import register_op
 
 

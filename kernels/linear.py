@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-
 from vllm_adafuse.kernels.expand import activate_torch, expand_joint_triton, expand_torch
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.scratch import Scratch
@@ -88,7 +87,7 @@ def linear(
         bias: [out] or None.
         bank_b: [sum of the adapted widths, E, R], dtype of x.
         gates: [N, E] float32, N >= T, LoRA's scale included; rows past T are not read.
-        present: [E] int32, see `spread_routes`, which also zeroes the next.
+        present: [1] int64, see `spread_routes`, which also zeroes the next.
         counters: [C, 4] int32, a row for each projection.
         index: of this projection's row.
         scratch: of the device.

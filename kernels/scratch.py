@@ -1,4 +1,4 @@
-"""Memory that the launches of one device share, one after the other: made once, before any graph."""
+"""Memory that the launches of a device share, one after the other: made once, before any graph."""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-
 from vllm_adafuse.kernels.expand import expand_torch, expand_triton
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.scratch import Scratch
@@ -73,7 +72,7 @@ def sgmm(
         bank_a: [P, E, R, in], dtype of x.
         bank_b: [sum of the adapted widths, E, R], dtype of x.
         gates: [N, E] float32, N >= T, LoRA's scale included; rows past T are not read.
-        present: [E] int32, see `spread_routes`.
+        present: [1] int64, see `spread_routes`.
         scratch: of the device.
         parts: for each of up to three parts of y its index in the banks, -1 for none.
         widths: columns of each part.

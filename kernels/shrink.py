@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-
 from vllm_adafuse.kernels.registry import matmul_f32
 from vllm_adafuse.kernels.scratch import Scratch
 
@@ -56,7 +55,7 @@ def shrink_program(
     rows = tl.arange(0, BLOCK_T)
     ranks = block * BLOCK_R + tl.arange(0, BLOCK_R)
     here, real = rows < n_tokens, ranks < rank
-    used = tl.load(present_ptr + expert) != 0
+    used = (tl.load(present_ptr) >> expert) & 1 != 0
     # Of an expert that no token chose one program remains: it writes the zeros.
     if used | (split == 0):
         sums = tl.zeros([BLOCK_R, BLOCK_T], dtype=tl.float32)
@@ -142,7 +141,7 @@ def shrink_triton(
         x: [T, in], the projection's input; rows contiguous.
         bank_a: [P, E, R, in] contiguous, dtype of x.
         gates: [N, E] float32, N >= T; rows past T are not read.
-        present: [E] int32, 0 for experts without a gate in the first T rows.
+        present: [1] int64, a bit for each expert with a gate in the first T rows.
         scratch: of the device.
 
     Returns:

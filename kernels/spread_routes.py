@@ -1,6 +1,7 @@
 """What every layer of a step needs to know of its routes, once per step:
 
-    gates[t, e] = Σ_j weights[t, j] [expert_ids[t, j] = e]        present[e] = any_t gates[t, e] ≠ 0
+    gates[t, e] = Σ_j weights[t, j] [expert_ids[t, j] = e]
+    bit e of present = any_t gates[t, e] ≠ 0
 
 Rows of `gates` mask the experts of a token, `present` skips the bytes of experts that no token
 chose. The counters by which the programs of one launch wait for each other begin at zero.
@@ -11,7 +12,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
 from vllm_adafuse.kernels.registry import register_op
 
 # Up to this many tokens `present` tells the truth; longer batches touch all experts, and say so.
@@ -35,8 +35,11 @@ def _spread_routes_kernel(
     mask = here[:, None] & (experts < n_experts)[None, :]
     tl.store(gates_ptr + rows[:, None] * n_experts + experts[None, :], gates, mask=mask)
     if pid == 0:
-        used = tl.max((gates != 0.0).to(tl.int32), 0) if ONE else experts * 0 + 1
-        tl.store(present_ptr + experts, used, mask=experts < n_experts)
+        if ONE:
+            used = tl.max((gates != 0.0).to(tl.int64), 0)
+            tl.store(present_ptr, tl.sum(used << experts.to(tl.int64), 0))
+        else:
+            tl.store(present_ptr, -1)
         at = tl.arange(0, 256)
         for start in range(0, n_counters, 256):
             tl.store(counters_ptr + start + at, at * 0, mask=start + at < n_counters)
@@ -73,8 +76,11 @@ def spread_routes_torch(
     """The reference; see `spread_routes`."""
     rows = gates[:tokens].zero_()
     rows.scatter_(1, expert_ids[:tokens].long(), weights[:tokens])
-    used = (rows != 0).any(0) if tokens <= MAX_PRESENT_TOKENS else torch.ones_like(present)
-    present.copy_(used)
+    if tokens <= MAX_PRESENT_TOKENS:
+        bits = (rows != 0).any(0).long() << torch.arange(rows.shape[1], device=rows.device)
+        torch.sum(bits, 0, keepdim=True, out=present)
+    else:
+        present.fill_(-1)
     counters.zero_()
 
 
@@ -109,7 +115,7 @@ def spread_routes(
         expert_ids: [N, k] int32 routes, each row without repeats; contiguous like all here.
         weights: [N, k] float32.
         gates: [N, E] float32, its first T rows written.
-        present: [E] int32, written: 1 where a token has a gate, or everywhere in long batches.
+        present: [1] int64, written: a bit for each expert with a gate; all bits in long batches.
         counters: int32 of any shape, zeroed.
         tokens: T <= N.
     """

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-
 from vllm_adafuse.kernels.expand import ACTIVATIONS, activate
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import (
@@ -93,17 +92,19 @@ def scratch_sizes(bank_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
 @triton.jit
 def _add_delta(
     acc, b_ptr, b_rows, present_ptr, s_ptr, counter_ptr,
-    n_tokens, part, n_parts, n_experts, rank, n_slots,
-    BLOCK_T: tl.constexpr, BLOCK_ER: tl.constexpr,
+    n_tokens, part, n_parts, n_experts, n_slots,
+    RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_ER: tl.constexpr,
 ):  # fmt: skip
     """acc [rows, T] + B[rows] s[part]; waits until all of s is there."""
-    tokens, columns, size = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_ER), n_experts * rank
+    tokens, columns, size = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_ER), n_experts * RANK
+    present = tl.load(present_ptr)
     here = tokens < n_tokens
     b_at = b_ptr + b_rows.to(tl.int64)[:, None] * size
     s_at = s_ptr + (tokens * n_parts + part)[None, :] * size
     for start in range(0, size, BLOCK_ER):
         at = start + columns
-        used = tl.load(present_ptr + at // rank, mask=at < size, other=0) != 0
+        # Of a known rank, so that loads know how long their masks stay the same.
+        used = ((present >> (at // RANK)) & 1 != 0) & (at < size)
         if tl.max(used.to(tl.int32)) > 0:
             # B is asked for before the wait: it does not depend on it.
             b = tl.load(b_at + at[None, :], mask=used[None, :], other=0.0)
@@ -122,18 +123,19 @@ def _add_delta(
 def _stream_linear_kernel(
     x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, y_ptr,
     gates_ptr, present_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
-    n_tokens, x_stride, y_stride, size_in, n_experts, rank, n_parts, n_slots, slices,
+    n_tokens, x_stride, y_stride, size_in, n_experts, n_parts, n_slots, slices,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
     PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACT: tl.constexpr, EVEN: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_ER: tl.constexpr,
+    RANK: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, SHRINK_COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid, n_shrinks = tl.program_id(0), n_slots * slices
     if pid < n_shrinks:
         shrink_program(
             pid, x_ptr, a_ptr, gates_ptr, present_ptr, s_ptr, partial_ptr, ticket_ptr,
-            counter_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_parts, slices,
+            counter_ptr, n_tokens, x_stride, size_in, n_experts, RANK, n_parts, slices,
             BLOCK_T, BLOCK_R, SHRINK_COLS, STAGES,
         )  # fmt: skip
     else:
@@ -181,7 +183,7 @@ def _stream_linear_kernel(
         if (part >= 0) & (split == 0):
             acc = _add_delta(
                 acc, b_ptr, rows - skipped, present_ptr, s_ptr, counter_ptr,
-                n_tokens, part, n_parts, n_experts, rank, n_slots, BLOCK_T, BLOCK_ER,
+                n_tokens, part, n_parts, n_experts, n_slots, RANK, BLOCK_T, BLOCK_ER,
             )  # fmt: skip
         last = True
         if SPLIT > 1:
@@ -196,7 +198,7 @@ def _stream_linear_kernel(
                 if PART1 >= 0:
                     acc_up = _add_delta(
                         acc_up, b_ptr, rows + WIDTH0 - SKIP1, present_ptr, s_ptr, counter_ptr,
-                        n_tokens, PART1, n_parts, n_experts, rank, n_slots, BLOCK_T, BLOCK_ER,
+                        n_tokens, PART1, n_parts, n_experts, n_slots, RANK, BLOCK_T, BLOCK_ER,
                     )  # fmt: skip
                 if HAS_BIAS:
                     acc_up += tl.load(bias_ptr + WIDTH0 + rows).to(tl.float32)[:, None]
@@ -240,13 +242,13 @@ def stream_linear_triton(
         x, weight, bias, bank_a, bank_b, y,
         gates, present, scratch.s(x.dtype, tokens, n_parts, experts * rank),
         scratch.partial, scratch.tickets, counter,
-        tokens, x.stride(0), y.stride(0), size_in, experts, rank, n_parts, grid.slots, grid.slices,
+        tokens, x.stride(0), y.stride(0), size_in, experts, n_parts, grid.slots, grid.slices,
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         PART0=parts[0], PART1=parts[1], PART2=parts[2],
         HAS_BIAS=bias is not None, ACT=act, EVEN=size_in % (tiles.cols * tiles.split) == 0,
         SPLIT=tiles.split, BLOCK_T=max(16, triton.next_power_of_2(tokens)), BLOCK_R=grid.block_r,
         BLOCK_ER=min(128, max(16, triton.next_power_of_2(experts * rank))),
-        ROWS=tiles.rows, COLS=tiles.cols, SHRINK_COLS=BLOCK_IN, STAGES=tiles.stages,
+        RANK=rank, ROWS=tiles.rows, COLS=tiles.cols, SHRINK_COLS=BLOCK_IN, STAGES=tiles.stages,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return y

@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-
 from vllm_adafuse.cli.main import main
 from vllm_adafuse.random_adapter import make_random_adapter
 from vllm_adafuse.tiny import make_tiny_backbone

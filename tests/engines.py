@@ -74,7 +74,9 @@ def assert_greedy_equals(outputs, model) -> None:
         tokens, logprobs = completion(output)
         expected = logprobs_of(model, output.prompt_token_ids, tokens)
         assert tokens == expected.argmax(-1).tolist(), output.prompt
-        difference = torch.tensor(logprobs) - expected.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        difference = (
+            torch.tensor(logprobs) - expected.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        )
         worst = max(worst, difference.abs().max().item())
     assert worst <= MAX_LOGPROB_ERROR
 

@@ -44,6 +44,11 @@ def make_gates(tokens, experts, top_k, seed=0, one=None) -> torch.Tensor:
     return torch.zeros(tokens, experts).scatter_(1, ids, weights).to(DEVICE)
 
 
+def bits(used: torch.Tensor) -> torch.Tensor:
+    """[1] int64 with the bits of experts [E] that are used."""
+    return (used.long() << torch.arange(len(used), device=used.device)).sum(0, keepdim=True)
+
+
 def make_problem(
     tokens, size_in, widths, experts, top_k, rank, dtype=torch.float32, seed=0, one=None,
     parts=None, bias=False,
@@ -73,7 +78,7 @@ def make_problem(
         bank_a=bank_a,
         bank_b=normal(adapted, experts, rank, scale=rank**-0.5),
         gates=torch.cat([gates, garbage]),
-        present=(gates != 0).any(0).int(),
+        present=bits((gates != 0).any(0)),
         scratch=scratch,
         parts=parts,
         widths=list(widths),

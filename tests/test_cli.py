@@ -8,7 +8,6 @@ import pytest
 import torch
 from cli_fixtures import adapter, base, copied, edit_config, run  # noqa: F401 (fixtures)
 from safetensors.torch import load_file, save_file
-
 from vllm_adafuse.adapter import load_adapter
 from vllm_adafuse.cli.main import main
 from vllm_adafuse.tiny import make_tiny_backbone

@@ -8,7 +8,6 @@ import shutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-
 from vllm_adafuse.adapter import load_adapter
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.compose import compose

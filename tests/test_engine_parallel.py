@@ -17,7 +17,11 @@ def one_core_per_rank(monkeypatch):
     [
         # One key/value head: it is replicated over both ranks.
         ("LlamaForCausalLM", {"num_key_value_heads": 1}, {"r": [2, 4, 4, 3]}),
-        ("Phi3ForCausalLM", {"tie_word_embeddings": True}, {"target_modules": ["qkv_proj", "down_proj"]}),
+        (
+            "Phi3ForCausalLM",
+            {"tie_word_embeddings": True},
+            {"target_modules": ["qkv_proj", "down_proj"]},
+        ),
     ],
     ids=["llama-replicated-kv", "phi3-tied"],
 )

@@ -33,7 +33,11 @@ def gpu_pair(root, architecture="LlamaForCausalLM", config=WIDE, **adapter):
 
 def gpu_engine(base, adapter=None, **options):
     # A fixed cache: tests may share the GPU (pytest -n 4).
-    defaults = {"dtype": "bfloat16", "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2 << 30}
+    defaults = {
+        "dtype": "bfloat16",
+        "gpu_memory_utilization": 0.1,
+        "kv_cache_memory_bytes": 2 << 30,
+    }
     return engine(base, adapter, **defaults | options)
 
 
@@ -52,7 +56,9 @@ def distances(outputs, base, adapter) -> tuple[float, float]:
     return torch.cat(served).mean().item(), torch.cat(reference).mean().item()
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Gemma2ForCausalLM", "Phi3ForCausalLM"])
+@pytest.mark.parametrize(
+    "architecture", ["LlamaForCausalLM", "Gemma2ForCausalLM", "Phi3ForCausalLM"]
+)
 def test_logprobs_are_as_close_as_the_bf16_reference(architecture, tmp_path, record_property):
     base, adapter = gpu_pair(tmp_path, architecture)
     with gpu_engine(base, adapter, **GRAPHS) as llm:
@@ -75,8 +81,11 @@ from engines import completion, greedy
 from test_gpu_engine import PROMPTS, gpu_engine
 with gpu_engine(sys.argv[2], sys.argv[3], **json.loads(sys.argv[4])) as llm:
     outputs = llm.generate(PROMPTS, greedy(max_tokens=24, logprobs=2), use_tqdm=False)
-best = [[sorted(v.logprob for v in at.values())[-2:] for at in o.outputs[0].logprobs] for o in outputs]
-print("RESULT", json.dumps([completion(output) + (b,) for output, b in zip(outputs, best)]))
+rows = []
+for output in outputs:
+    best = [sorted(v.logprob for v in at.values())[-2:] for at in output.outputs[0].logprobs]
+    rows.append([*completion(output), best])
+print("RESULT", json.dumps(rows))
 """
 
 

@@ -19,7 +19,9 @@ def arguments(p, activation=""):
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("activation,parts", [("", [0, 1]), ("", [-1, 0]), ("silu", [0, 1]), ("silu", [-1, 0])])
+@pytest.mark.parametrize(
+    "activation,parts", [("", [0, 1]), ("", [-1, 0]), ("silu", [0, 1]), ("silu", [-1, 0])]
+)
 def test_equals_float64(tokens, activation, parts):
     p = make_problem(tokens, 96, [80, 80], 4, 2, 4, parts=parts, bias=True)
     out = linear(*arguments(p, activation))

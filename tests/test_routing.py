@@ -5,7 +5,6 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
 from vllm_adafuse import reference
 from vllm_adafuse.adapter import load_adapter
 from vllm_adafuse.backbone import find_local_backbone

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops import DEVICE
+from ops import DEVICE, bits
 from vllm_adafuse.kernels.spread_routes import (
     MAX_PRESENT_TOKENS,
     spread_routes,
@@ -30,7 +30,7 @@ def test_gates_present_and_counters(run, tokens, experts, top_k):
     else:
         ids, weights = routes(tokens, experts, top_k)
     gates = torch.full((tokens + 2, experts), 7.0, device=DEVICE)
-    present = torch.full((experts,), 7, dtype=torch.int32, device=DEVICE)
+    present = torch.full((1,), 7, dtype=torch.int64, device=DEVICE)
     counters = torch.full((300, 4), 7, dtype=torch.int32, device=DEVICE)
     run(ids, weights, gates, present, counters, tokens)
     for t in range(tokens):
@@ -38,5 +38,5 @@ def test_gates_present_and_counters(run, tokens, experts, top_k):
             chosen = (ids[t] == e).nonzero()
             assert gates[t, e] == (weights[t, chosen[0, 0]] if len(chosen) else 0)
     assert (gates[tokens:] == 7).all() and not counters.any()
-    used = [int(e in ids[:tokens]) for e in range(experts)]
-    assert present.tolist() == (used if tokens <= MAX_PRESENT_TOKENS else [1] * experts)
+    used = torch.tensor([e in ids[:tokens] for e in range(experts)], device=DEVICE)
+    assert present == (bits(used) if tokens <= MAX_PRESENT_TOKENS else -1)

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.config import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, parse_config, show, some
 from vllm_adafuse.errors import AdapterError

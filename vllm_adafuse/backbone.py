@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from vllm_adafuse.architectures import Architecture, find_architecture
 from vllm_adafuse.errors import AdapterError
 

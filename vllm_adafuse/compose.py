@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
-
 from vllm_adafuse.adapter import load_adapter
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.config import ADAPTER_KEY, CONFIG_FILE, SECTION, WEIGHTS_FILE

@@ -24,7 +24,6 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
-
 from vllm_adafuse import reference
 from vllm_adafuse.adapter import load_adapter
 from vllm_adafuse.random_adapter import make_random_adapter

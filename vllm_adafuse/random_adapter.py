@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
-
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.config import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, parse_config
 from vllm_adafuse.errors import AdapterError
 
 
-def write_adapter(path: str | Path, config: AdapterConfig, tensors: dict[str, torch.Tensor]) -> Path:
+def write_adapter(
+    path: str | Path, config: AdapterConfig, tensors: dict[str, torch.Tensor]
+) -> Path:
     """Writes an adapter directory; existing adapter files in it are replaced."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)

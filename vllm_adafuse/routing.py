@@ -6,11 +6,10 @@ import math
 from pathlib import Path
 
 import torch
-
-from vllm_adafuse.kernels.gate import gate
 from vllm_adafuse.adapter import Adapter
 from vllm_adafuse.backbone import EMBEDDING, FIRST_NORM, Backbone, load_backbone_tensors
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.kernels.gate import gate
 
 # Rows routed at once: bounds the float64 copy of their embeddings.
 CHUNK = 4096

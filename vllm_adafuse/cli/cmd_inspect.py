@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rich.console import Console
-
     from vllm_adafuse.adapter import Adapter
 
 DESCRIPTION = """\
@@ -109,7 +108,6 @@ def _report(adapter: Adapter, opened: Opened) -> dict[str, Any]:
 def _vocabulary_shares(adapter: Adapter, base: Path) -> tuple[list[float], list[float]]:
     """Parts of the vocabulary that have each expert as first choice, and as any of the k."""
     import torch
-
     from vllm_adafuse.routing import vocabulary_routes
 
     ids, _ = vocabulary_routes(adapter, base)

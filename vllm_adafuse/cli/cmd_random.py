@@ -75,7 +75,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Writes the adapter, with a progress bar on stderr."""
     import torch
-
     from vllm_adafuse.random_adapter import make_random_adapter
 
     out = Path(args.out)

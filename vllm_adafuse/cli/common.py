@@ -12,7 +12,6 @@ from vllm_adafuse.errors import AdapterError
 
 if TYPE_CHECKING:
     from rich.console import Console
-
     from vllm_adafuse.adapter import Adapter
     from vllm_adafuse.backbone import Backbone
 

@@ -49,7 +49,6 @@ def route_text(adapter: Adapter, base: Path, text: str) -> list[RoutedToken]:
         AdapterError: no usable tokenizer or weights in `base`.
     """
     import torch
-
     from vllm_adafuse.routing import OfflineRouter
 
     pieces = _tokenize(base, text)

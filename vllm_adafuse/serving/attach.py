@@ -6,7 +6,6 @@ import os
 from typing import Any
 
 from vllm.logger import init_logger
-
 from vllm_adafuse.adapter import load_adapter
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.config import ADAPTER_KEY, FINGERPRINT_KEY

@@ -14,7 +14,6 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
-
 from vllm_adafuse.kernels.linear import linear
 from vllm_adafuse.kernels.sgmm import sgmm
 from vllm_adafuse.kernels.stream_linear import scratch_sizes
@@ -58,7 +57,8 @@ def output_shards(layer: LinearBase) -> list[Shard]:
 class ExpertBank(torch.nn.Module):
     """A [P, E, R, in] and B [sum of widths, E, R] of the P adapted linears of one projection.
 
-    Those are Hugging Face's (q_proj of vLLM's qkv_proj); one without an adapter takes no memory. The buffers are not persistent, so no loader of vLLM writes or misses them.
+    Those are Hugging Face's (q_proj of vLLM's qkv_proj); one without an adapter takes no memory.
+    The buffers are not persistent, so no loader of vLLM writes or misses them.
 
     Args:
         layer: vLLM's linear layer.
@@ -151,10 +151,8 @@ class ExpertBank(torch.nn.Module):
         self.register_buffer("joint", joint, persistent=False)
         self.register_buffer("bank_a", joint[out:].view(self.bank_a.shape), persistent=False)
 
-    def linear(
-        self, x: torch.Tensor, bias: torch.Tensor | None, activation: str
-    ) -> torch.Tensor:
-        """activation(x Wᵀ + bias + delta): the projection itself, joined before, with its deltas."""
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+        """activation(x Wᵀ + bias + delta): the projection, joined before, with its deltas."""
         route = self.route
         return linear(
             x, self.joint, bias, self.bank_b, route.gates, route.present,

@@ -13,7 +13,6 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 from vllm.platforms import current_platform
-
 from vllm_adafuse.serving.bank import ExpertBank
 
 

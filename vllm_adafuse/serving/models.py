@@ -15,7 +15,6 @@ from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.sequence import IntermediateTensors
-
 from vllm_adafuse.adapter import Adapter, check_adapter
 from vllm_adafuse.architectures import ARCHITECTURES, PREFIX, Architecture
 from vllm_adafuse.errors import AdapterError

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-
 from vllm_adafuse.config import AdapterConfig
 from vllm_adafuse.kernels.gate import gate
 from vllm_adafuse.kernels.gather_routes import gather_routes
@@ -24,7 +23,7 @@ class Route(torch.nn.Module):
         expert_ids: [N, k] int32, valid experts in every row at all times.
         weights: [N, k] float32, with LoRA's scale alpha / r multiplied in.
         gates: [N, E] float32, the weights at their experts' places.
-        present: [E] int32, the experts that the step needs.
+        present: [1] int64, a bit for each expert that the step needs.
         counters: [projections, 4] int32, on which programs of one launch wait for each other.
         scratch: what all launches share.
     """
@@ -36,7 +35,7 @@ class Route(torch.nn.Module):
             ("expert_ids", torch.zeros(rows, top_k, dtype=i32)),
             ("weights", torch.zeros(rows, top_k, dtype=f32)),
             ("gates", torch.zeros(rows, num_experts, dtype=f32)),
-            ("present", torch.ones(num_experts, dtype=i32)),
+            ("present", torch.zeros(1, dtype=torch.int64)),
         ):
             self.register_buffer(name, tensor, persistent=False)
 

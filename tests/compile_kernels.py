@@ -1,0 +1,97 @@
+"""Compiles the kernels for a GPU that need not be there, and prints what came out as JSON.
+
+A program of its own, because Triton's interpreter, which other tests use, replaces the compiler.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from vllm_adafuse.kernels import expand, shrink, spread_routes, stream_linear
+
+HOPPER = GPUTarget("cuda", 90, 32)
+POINTERS = {
+    **dict.fromkeys("x_ptr w_ptr bias_ptr a_ptr b_ptr y_ptr out_ptr s_ptr".split(), "*bf16"),
+    **dict.fromkeys("gates_ptr partial_ptr weights_ptr".split(), "*fp32"),
+    **dict.fromkeys("ticket_ptr counter_ptr counters_ptr ids_ptr".split(), "*i32"),
+    "present_ptr": "*i64",
+}
+ALIGNED = ("x_stride", "y_stride", "out_stride", "s_stride", "size_in", "rank")
+
+
+def dump_tool() -> str:
+    """cuobjdump, which Triton brings along."""
+    root = Path(triton.__file__).parent / "backends" / "nvidia"
+    return str(next(path for path in root.rglob("cuobjdump*") if path.is_file()))
+
+
+def build(name: str, kernel, constants: dict, warps: int, stages: int) -> dict:
+    """Registers, bytes of spills, and global loads narrower than 8 bytes."""
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else POINTERS.get(n, "i32") for n in names}
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if n not in constants and (n in POINTERS or n in ALIGNED)
+    }
+    source = ASTSource(
+        kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes
+    )
+    options = {"num_warps": warps, "num_stages": stages}
+    built = triton.compile(source, target=HOPPER, options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        command = [dump_tool(), "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    loads = re.findall(r"ld\.global\S*", built.asm["ptx"])
+    narrow = [load for load in loads if not re.search(r"v[24]|b64|u64", load)]
+    return {
+        "kernel": name,
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spilled": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "narrow": len(narrow),
+        "shared": built.metadata.shared,
+    }
+
+
+def main() -> None:
+    widths = {"WIDTH0": 4096, "WIDTH1": 4096, "WIDTH2": 4096}
+    parts = {"PART0": 0, "PART1": 1, "PART2": 2}
+    two = widths | parts | {"WIDTH2": 0, "PART2": -1}
+    rows = []
+    for activation in (0, 1):
+        for tokens in (16, 32):
+            size_out = 11008 if activation else 12288
+            cut = stream_linear.Tiles.choose(
+                tokens, 4096, size_out, "silu" if activation else "", 2
+            )
+            constants = (two if activation else widths | parts) | {
+                "bias_ptr": None, "HAS_BIAS": False, "ACT": activation, "EVEN": True,
+                "SPLIT": cut.split, "BLOCK_T": tokens, "BLOCK_R": 16, "BLOCK_ER": 128, "RANK": 16,
+                "ROWS": cut.rows, "COLS": cut.cols, "SHRINK_COLS": shrink.BLOCK_IN,
+                "STAGES": cut.stages,
+            }  # fmt: skip
+            kernel = stream_linear._stream_linear_kernel
+            name = f"stream_linear act={activation} tokens={tokens}"
+            rows.append(build(name, kernel, constants, cut.warps, cut.stages))
+        constants = (two if activation else widths | parts) | {
+            "bias_ptr": None, "HAS_BIAS": False, "ACT": activation, "RAW": True, "SKIP": False, "ALL": True,
+            "RANK": 16, "EVEN": True, "BLOCK_T": 64, "BLOCK_OUT": 128, "BLOCK_R": 16,
+        }  # fmt: skip
+        rows.append(build(f"expand act={activation}", expand._expand_kernel, constants, 8, 2))
+    constants = {"BLOCK_T": 64, "BLOCK_R": 16, "BLOCK_IN": shrink.BLOCK_IN, "STAGES": 3}
+    rows.append(build("shrink", shrink._shrink_kernel, constants, 4, 3))
+    constants = {"BLOCK_T": 256, "BLOCK_E": 8, "ONE": True}
+    kernel = spread_routes._spread_routes_kernel
+    rows.append(build("spread_routes", kernel, constants, 8, 3))
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
