@@ -81,7 +81,8 @@ def main() -> None:
             name = f"stream_linear act={activation} tokens={tokens}"
             rows.append(build(name, kernel, constants, cut.warps, cut.stages))
         constants = (two if activation else widths | parts) | {
-            "bias_ptr": None, "HAS_BIAS": False, "ACT": activation, "RAW": True, "SKIP": False, "ALL": True,
+            "bias_ptr": None, "HAS_BIAS": False, "ACT": activation,
+            "RAW": True, "SKIP": False, "ALL": True,
             "RANK": 16, "EVEN": True, "BLOCK_T": 64, "BLOCK_OUT": 128, "BLOCK_R": 16,
         }  # fmt: skip
         rows.append(build(f"expand act={activation}", expand._expand_kernel, constants, 8, 2))
