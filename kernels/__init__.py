@@ -2,12 +2,16 @@
 
     gate           hidden states          -> routes   (live router; fills the passports once)
     gather_routes  token ids, passports   -> routes   (one gather per step)
-    sgmm           x, y, banks, routes    -> y + deltas of the chosen experts
-      shrink       its first kernel: x into the rank space of the experts
-      expand       its second kernel: out of it, added to y
+    spread_routes  routes                 -> gates, present experts, counters (once per step)
+    linear         x, [W; A], B, gates    -> the adapted projection, activated where it is gate_up
+      stream_linear  its kernel for few tokens
+    sgmm           y, x, A, B, gates      -> y + deltas, over a projection of any kind
+      shrink         its first kernel: x into the rank space of the experts
+      expand         its second kernel: out of it, added to y; ends `linear` for many tokens
+    scratch        memory that all launches share
 
 A route is a pair of [T, k] tensors, expert ids (int32) and weights (float32), written once per
-step and read by every layer. Nothing here imports vLLM. Importing a module registers its op; this
+step; gates [T, E] are its weights at their experts' places. Nothing here imports vLLM. Importing a module registers its op; this
 file imports none of them, because transformers imports whatever `kernels` it finds on its path,
 and in this repository's root that is this folder.
 """
