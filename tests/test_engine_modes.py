@@ -25,7 +25,11 @@ def test_dummy_backbone_still_loads_the_adapter(pair):
 
     def banks(model):
         router = model.adafuse_router
-        loaded = {name: bank.bank_a.clone() for bank in model.adafuse_banks for name in bank.parts}
+        loaded = {
+            name: (bank.bank_a[part].clone(), bank.bank_b.clone())
+            for bank in model.adafuse_banks
+            for part, name in enumerate(bank.names)
+        }
         return loaded, router.weight.clone(), router.passport_ids.clone(), model.model.norm.weight
 
     with engine(base, adapter, load_format="dummy") as llm:
@@ -33,9 +37,11 @@ def test_dummy_backbone_still_loads_the_adapter(pair):
         assert len(llm.generate(PROMPTS, greedy(), use_tqdm=False)) == len(PROMPTS)
     tensors = load_file(adapter / "adapter_model.safetensors")
     assert torch.equal(router, tensors["router.weight"])
-    for name, bank_a in loaded.items():
-        parts = bank_a.shape[0]
-        assert any(torch.equal(bank_a[p], tensors[f"{name}.lora_A"]) for p in range(parts))
+    for name, (bank_a, bank_b) in loaded.items():
+        assert torch.equal(bank_a, tensors[f"{name}.lora_A"])
+        b = tensors[f"{name}.lora_B"].transpose(0, 1)
+        starts = range(len(bank_b) - len(b) + 1)
+        assert any(torch.equal(bank_b[start : start + len(b)], b) for start in starts)
     assert len(loaded) == 21
     assert passports.unique().tolist() == [0, 1, 2, 3]
     assert not torch.equal(norm, load_file(base / "model.safetensors")["model.norm.weight"])
