@@ -17,15 +17,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from vllm_adafuse.kernels.linear import bank_a_of, linear, linear_torch
-from vllm_adafuse.kernels.scratch import Scratch
-from vllm_adafuse.kernels.spread_routes import spread_routes
-from vllm_adafuse.kernels.stream_linear import scratch_sizes
+from vllm_adafuse.kernels.linear import linear, linear_torch
+from vllm_adafuse.tuning import Product, Trial, time_us
 
 from benchmarks import record
 from benchmarks.engine import SHAPES
 
-CACHE = 256 << 20  # bytes of weights to go round, beyond any L2
 LARGE = 4096  # tokens from which one copy of the weights is enough
 
 
@@ -42,45 +39,15 @@ class Options:
     dtype: str = "bfloat16"
 
 
-@dataclass
-class Projection:
-    """One kind of projection: widths of its parts and what follows it."""
-
-    name: str
-    size_in: int
-    widths: list[int]
-    activation: str = ""
-
-
-def projections(model: str) -> list[Projection]:
+def products(model: str) -> list[Product]:
     _, hidden, inter, _, heads, kv_heads, _ = SHAPES[model]
     kv = hidden // heads * kv_heads
     return [
-        Projection("qkv", hidden, [hidden, kv, kv]),
-        Projection("o", hidden, [hidden]),
-        Projection("gate_up", hidden, [inter, inter], "silu"),
-        Projection("down", inter, [hidden]),
+        Product("qkv", hidden, (hidden, kv, kv)),
+        Product("o", hidden, (hidden,)),
+        Product("gate_up", hidden, (inter, inter), "silu"),
+        Product("down", inter, (hidden,)),
     ]
-
-
-def time_us(function, count: int, repeats: int) -> list[float]:
-    """Microseconds per call of a function that makes `count` calls, from a CUDA graph."""
-    function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    times = []
-    for repeat in range(repeats + 2):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(3):
-            graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        if repeat >= 2:
-            times.append(begin.elapsed_time(end) * 1e3 / 3 / count)
-    return times
 
 
 def copy_bandwidth() -> float:
@@ -91,37 +58,18 @@ def copy_bandwidth() -> float:
     return 2 * a.nbytes / us * 1e6
 
 
-def measure_one(p: Projection, tokens: int, options: Options, bandwidth: float) -> dict:
+def measure_one(p: Product, tokens: int, options: Options, bandwidth: float) -> dict:
     dtype = getattr(torch, options.dtype)
-    experts, rank, parts = options.experts, options.r, list(range(len(p.widths)))
-
-    def normal(*shape, scale=1.0):
-        return (torch.randn(*shape, device="cuda") * scale).to(dtype)
-
-    out = sum(p.widths)
-    weight_bytes = out * p.size_in * dtype.itemsize
-    copies = 1 if tokens >= LARGE else max(2, -(-CACHE // weight_bytes))
-    layers = [
-        (
-            normal(out + len(parts) * experts * rank, p.size_in, scale=p.size_in**-0.5),
-            normal(out, experts, rank, scale=rank**-0.5),
-        )
-        for _ in range(copies)
-    ]
-    x = normal(tokens, p.size_in)
-    ids = torch.rand(tokens, experts, device="cuda").argsort(1)[:, : options.top_k].int()
-    weights = torch.rand(tokens, options.top_k, device="cuda")
-    gates = torch.zeros(tokens, experts, device="cuda")
-    present = torch.zeros(1, dtype=torch.int64, device="cuda")
-    counters = torch.zeros(copies, 4, dtype=torch.int32, device="cuda")
-    scratch = Scratch.make(*scratch_sizes(bank_a_of(*layers[0], out), out), x.device)
-    spread_routes(ids, weights, gates, present, counters, tokens)
+    copies = 1 if tokens >= LARGE else None
+    trial = Trial(p, options.experts, options.top_k, options.r, dtype, copies)
+    x, gates, present = trial.step(tokens)
+    parts, out = list(range(len(p.widths))), sum(p.widths)
 
     def ours():
-        counters.zero_()
-        for i, (joint, b) in enumerate(layers):
+        trial.counters.zero_()
+        for i, (joint, b) in enumerate(trial.layers):
             linear(
-                x, joint, None, b, gates, present, counters, i, scratch,
+                x, joint, None, b, gates, present, trial.counters, i, trial.scratch,
                 parts, p.widths, p.activation,
             )  # fmt: skip
 
@@ -131,22 +79,26 @@ def measure_one(p: Projection, tokens: int, options: Options, bandwidth: float) 
         return F.silu(gate) * up
 
     def bare():
-        for joint, _ in layers:
+        for joint, _ in trial.layers:
             y = F.linear(x, joint[:out])
             if p.activation:
                 act(y)
 
     def by_torch():
-        for joint, b in layers:
+        for joint, b in trial.layers:
             linear_torch(x, joint, None, b, gates, parts, p.widths, p.activation)
 
     used = int(gates.any(0).sum())
-    expert_bytes = used * rank * (len(parts) * p.size_in + out) * dtype.itemsize
+    expert_bytes = used * options.r * (len(parts) * p.size_in + out) * dtype.itemsize
     wide = out // 2 if p.activation else out
-    moved = weight_bytes + expert_bytes + tokens * (p.size_in + wide) * dtype.itemsize
+    moved = (
+        out * p.size_in * dtype.itemsize
+        + expert_bytes
+        + tokens * (p.size_in + wide) * dtype.itemsize
+    )
     row = {"projection": p.name, "tokens": tokens, "unit": "us"}
     for name, function in (("bare", bare), ("ours", ours), ("torch", by_torch)):
-        row[name] = record.summary(time_us(function, copies, options.repeats))
+        row[name] = record.summary(time_us(function, len(trial.layers), options.repeats))
     median = row["ours"]["median"]
     row["floor"] = moved / bandwidth * 1e6
     row["tb_s"] = moved / median / 1e6
@@ -181,7 +133,7 @@ def main() -> None:
     for model in options.models:
         for tokens in options.tokens:
             total = {"bare": 0.0, "ours": 0.0}
-            for p in projections(model):
+            for p in products(model):
                 row = {"model": model} | measure_one(p, tokens, options, bandwidth)
                 rows.append(row)
                 for name in total:

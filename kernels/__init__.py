@@ -9,9 +9,10 @@
       shrink         its first kernel: x into the rank space of the experts
       expand         its second kernel: out of it, added to y; ends `linear` for many tokens
     scratch        memory that all launches share
+    tiles          how the streaming kernel cuts a product, by shape and device
 
 A route is a pair of [T, k] tensors, expert ids (int32) and weights (float32), written once per
-step; gates [T, E] are its weights at their experts' places. Nothing here imports vLLM. Importing a module registers its op; this
-file imports none of them, because transformers imports whatever `kernels` it finds on its path,
-and in this repository's root that is this folder.
+step; gates [T, E] are its weights at their experts' places. Nothing here imports vLLM. Importing a
+module registers its op; this file imports none of them, because transformers imports whatever
+`kernels` it finds on its path, and in this repository's root that is this folder.
 """

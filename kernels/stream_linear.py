@@ -16,7 +16,6 @@ numbers, so those that are waited for run before, or beside, all that wait. SGMM
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -30,53 +29,10 @@ from vllm_adafuse.kernels.shrink import (
     last_sums,
     shrink_program,
 )
+from vllm_adafuse.kernels.tiles import MAX_SPLIT, Tiles, find_tiles
 
 # Beyond it the vendor's product with launches of their own for the experts is faster.
 MAX_STREAM_TOKENS = 32
-MAX_SPLIT = 4
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How a product is cut.
-
-    Attributes:
-        rows: of W in a tile, a power of two.
-        cols: elements of `in` in a step of the loop, a power of two.
-        split: programs that share a tile, each with a slice of `in`.
-        warps: of a program.
-        stages: steps in flight.
-    """
-
-    rows: int = 64
-    cols: int = 128
-    split: int = 1
-    warps: int = 4
-    stages: int = 3
-
-    def __post_init__(self):
-        for name in ("rows", "cols", "warps"):
-            value = getattr(self, name)
-            if value < 1 or value & (value - 1):
-                raise ValueError(f"Tiles: {name} is {value}, expected a power of two")
-        if not 1 <= self.split <= MAX_SPLIT:
-            raise ValueError(f"Tiles: split is {self.split}, expected 1 to {MAX_SPLIT}")
-
-    @classmethod
-    def choose(cls, tokens: int, size_in: int, rows: int, activation: str, itemsize: int) -> Tiles:
-        """A sane cut for any device: tiles for some 130 processors or more, deep loads.
-
-        Found on an H200 at the shapes of Llama-2-7B; docs/kernel-notes.md has the figures.
-        """
-        height = 64 if rows >= 64 * 160 and not activation else 32
-        while height > 16 and rows < height * 96:
-            height //= 2
-        programs = triton.cdiv(rows, height)
-        split = 1
-        if not activation and (size_in >= 8192 or tokens > 16) and programs <= 160:
-            split = 2
-        stages = 5 if programs <= 160 and not activation else 3
-        return cls(height, 128 if itemsize == 2 else 64, split, 4, stages)
 
 
 def scratch_sizes(bank_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
@@ -227,13 +183,14 @@ def stream_linear_triton(
 
     Args:
         counter: [>= 1] int32, zero; of this launch alone until the next step.
-        tiles: how to cut, default `Tiles.choose`.
+        tiles: how to cut, default `find_tiles`.
     """
     tokens, size_in = x.shape
     act = ACTIVATIONS.index(activation)
     n_parts, experts, rank, _ = bank_a.shape
     rows = widths[0] if act else sum(widths)
-    tiles = tiles or Tiles.choose(tokens, size_in, rows, activation, x.element_size())
+    if tiles is None:
+        tiles = find_tiles(tokens, size_in, rows, activation, x.element_size(), x.device)
     grid = ShrinkGrid.of(bank_a)
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
     count = sum(triton.cdiv(w, tiles.rows) for w in (widths[:1] if act else widths))

@@ -12,7 +12,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vllm_adafuse.kernels import expand, shrink, spread_routes, stream_linear
+from vllm_adafuse.kernels import expand, shrink, spread_routes, stream_linear, tiles
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -68,7 +68,7 @@ def main() -> None:
     for activation in (0, 1):
         for tokens in (16, 32):
             size_out = 11008 if activation else 12288
-            cut = stream_linear.Tiles.choose(
+            cut = tiles.Tiles.choose(
                 tokens, 4096, size_out, "silu" if activation else "", 2
             )
             constants = (two if activation else widths | parts) | {

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from ops import DEVICE, SHAPES, error, linear_truth, make_problem
-from vllm_adafuse.kernels.stream_linear import Tiles, stream_linear_triton
+from vllm_adafuse.kernels.stream_linear import stream_linear_triton
+from vllm_adafuse.kernels.tiles import Tiles
 
 CUTS = [Tiles(32, 64), Tiles(16, 32, 2), Tiles(64, 16, 4)]
 

@@ -1,0 +1,73 @@
+"""Cuts: tuned ones are kept and found again; a damaged file is named and left out."""
+
+import json
+import logging
+
+import pytest
+import torch
+from vllm_adafuse.kernels import tiles
+from vllm_adafuse.kernels.tiles import Tiles, cuts_file, find_cut, find_tiles, save_cuts, shape_key
+
+SHAPE = (4096, 11008, "silu", 2)
+DEVICE = "NVIDIA Test (80 GB)"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for function in (tiles._cuts_of, tiles.find_cut):
+        function.cache_clear()
+    yield
+    for function in (tiles._cuts_of, tiles.find_cut):
+        function.cache_clear()
+
+
+def test_the_nearest_number_of_tokens_is_taken():
+    one, sixteen = Tiles(32, 64, 1, 4, 2), Tiles(64, 64, 1, 8, 4)
+    path = save_cuts(DEVICE, {shape_key(*SHAPE): {1: one, 16: sixteen}}, {"command": "test"})
+    assert path == cuts_file(DEVICE) and path.name == "tiles-NVIDIA-Test-80-GB.json"
+    found = {tokens: find_cut(DEVICE, tokens, *SHAPE) for tokens in (1, 2, 4, 8, 16, 32)}
+    assert found == {1: one, 2: one, 4: one, 8: sixteen, 16: sixteen, 32: sixteen}
+    assert find_cut(DEVICE, 1, 4096, 4096, "", 2) == Tiles.choose(1, 4096, 4096, "", 2)
+    assert find_cut("other", 1, *SHAPE) == Tiles.choose(1, *SHAPE)
+
+
+def test_a_second_run_keeps_other_shapes():
+    save_cuts(DEVICE, {"a": {1: Tiles(16)}, "b": {1: Tiles(16)}}, {})
+    save_cuts(DEVICE, {"a": {1: Tiles(32), 8: Tiles(64)}}, {"command": "again"})
+    content = json.loads(cuts_file(DEVICE).read_text())
+    assert content["cuts"]["a"].keys() == {"1", "8"} and content["cuts"]["a"]["1"]["rows"] == 32
+    assert content["cuts"]["b"]["1"]["rows"] == 16 and content["how"] == {"command": "again"}
+
+
+@pytest.mark.parametrize(
+    "text,said",
+    [
+        ("{", "Expecting"),
+        ('{"version": 9, "cuts": {}}', "its version is 9, expected 1"),
+        ('{"version": 1}', "cuts"),
+        ('{"version": 1, "cuts": {"a": {"1": {"rows": 48}}}}', "rows is 48"),
+        ('{"version": 1, "cuts": {"a": {"1": {"heads": 8}}}}', "heads"),
+        ("[]", "list"),
+    ],
+)
+def test_a_damaged_file_is_named_and_left_out(text, said, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    path = cuts_file(DEVICE)
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with caplog.at_level("WARNING", "vllm.adafuse"):
+        assert find_cut(DEVICE, 1, *SHAPE) == Tiles.choose(1, *SHAPE)
+    assert str(path) in caplog.text and said in caplog.text and "vllm-adafuse tune" in caplog.text
+
+
+def test_tokens_up_to_a_power_of_two_are_cut_alike():
+    cpu = torch.device("cpu")
+    assert find_tiles(17, *SHAPE, cpu) == find_tiles(32, *SHAPE, cpu)
+
+
+def test_a_bad_cut_is_refused():
+    with pytest.raises(ValueError, match="rows is 48, expected a power of two"):
+        Tiles(48)
+    with pytest.raises(ValueError, match="split is 9"):
+        Tiles(split=9)

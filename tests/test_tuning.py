@@ -1,0 +1,116 @@
+"""Tuning: the products of a model, candidates that fit, the best one kept, and its command."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig
+from vllm_adafuse import tuning
+from vllm_adafuse.architectures import ARCHITECTURES
+from vllm_adafuse.backbone import Backbone
+from vllm_adafuse.cli import cmd_tune
+from vllm_adafuse.cli.main import main
+from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.kernels.tiles import Tiles, cuts_file
+from vllm_adafuse.tiny import make_tiny_backbone, tiny_config
+from vllm_adafuse.tuning import Plan, Product, Trial, candidates, products_of, tune
+
+SEVEN_B = [
+    Product("qkv", 4096, (4096, 4096, 4096)),
+    Product("o", 4096, (4096,)),
+    Product("gate_up", 4096, (11008, 11008), "silu"),
+    Product("down", 11008, (4096,)),
+]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_products_are_packed_as_vllm_packs_them(name):
+    config = tiny_config(name)
+    backbone = Backbone.from_hf_config(config, name)
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    found = {p.name: p for p in products_of(backbone, activation, ranks=2)}
+    hidden, inter = config.hidden_size, config.intermediate_size
+    assert found.keys() == {"qkv", "o", "gate_up", "down"}
+    assert found["gate_up"].widths == (inter // 2, inter // 2)
+    assert found["gate_up"].activation == ("gelu_tanh" if "Gemma" in name else "silu")
+    assert found["down"] == Product("down", inter // 2, (hidden,))
+    assert found["qkv"].size_in == hidden
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    assert found["qkv"].rows == heads * config.head_dim // 2
+
+
+def test_widths_that_cannot_be_shared_out_are_refused():
+    backbone = Backbone.from_hf_config(tiny_config("LlamaForCausalLM"), "tiny")
+    with pytest.raises(AdapterError, match="expected a multiple of 7 ranks"):
+        products_of(backbone, "silu", ranks=7)
+
+
+@pytest.mark.parametrize("product", SEVEN_B, ids=lambda p: p.name)
+@pytest.mark.parametrize("tokens", [1, 32])
+def test_candidates_are_many_but_not_too_many_and_begin_with_the_default(product, tokens):
+    cuts = list(candidates(product, tokens))
+    assert cuts[0] == Tiles.choose(tokens, product.size_in, product.rows, product.activation, 2)
+    assert len(set(cuts)) == len(cuts) and 5 <= len(cuts) <= 64
+    assert not product.activation or all(cut.split == 1 for cut in cuts)
+
+
+def test_the_fastest_is_kept(monkeypatch):
+    product = Product("o", 64, (64,))
+    cuts = [Tiles(16, 64), Tiles(32, 64), Tiles(64, 64)]
+    times = iter([[9.0, 8.0, 9.0], [5.0], [7.0]])
+    monkeypatch.setattr(tuning, "candidates", lambda product, tokens: iter(cuts))
+    monkeypatch.setattr(tuning, "Trial", lambda *a: Trial(*a, torch.float32, 1, "cpu"))
+
+    def timed(function, calls):
+        function()
+        return next(times)
+
+    monkeypatch.setattr(tuning, "time_us", timed)
+    heard = []
+    (outcome,) = tune(Plan((product,), (3,), 4, 2, 4), heard.append)
+    assert outcome.best == (5.0, cuts[1]) and outcome.default == 9.0 and sum(heard) == 3
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return str(make_tiny_backbone(tmp_path_factory.mktemp("base") / "base"))
+
+
+def test_the_command_writes_what_it_found(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "Test GPU")
+    best = Tiles(32, 64, 1, 4, 2)
+
+    def measured(plan, device):
+        return [
+            tuning.Outcome(product, tokens, ((5.0, best), (6.0, Tiles())), 6.0)
+            for product in plan.products
+            for tokens in plan.tokens
+        ]
+
+    monkeypatch.setattr(cmd_tune, "measured", measured)
+    assert main(["tune", base, "--tokens", "1,16"]) == 0
+    out = capsys.readouterr().out
+    content = json.loads(Path(cuts_file("Test GPU")).read_text())
+    assert "gate_up" in out and "tiles-Test-GPU.json" in out and "32 x 64" in out
+    config = AutoConfig.from_pretrained(base)
+    key = f"{config.hidden_size}x{config.intermediate_size} silu 2"
+    assert content["cuts"][key]["16"]["rows"] == 32
+    assert content["how"]["us"]["down 1"] == [6.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    "options,said",
+    [
+        (["--tokens", "1,64"], "--tokens is 64, expected a number from 1 to 32"),
+        (["--num-experts", "65"], "--num-experts is 65"),
+        (["--top-k", "9"], "--top-k is 9, expected a number from 1 to 8"),
+        ([], "no GPU is visible here"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_do(base, options, said, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["tune", base, *options]) == 1
+    assert said in capsys.readouterr().err

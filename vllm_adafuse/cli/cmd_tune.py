@@ -1,0 +1,140 @@
+"""`vllm-adafuse tune`: finds the fastest cuts of a model's products on this machine's GPU."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+
+from vllm_adafuse.cli.cmd_random import integers
+from vllm_adafuse.cli.common import add_example, console, printable, require_base
+from vllm_adafuse.errors import AdapterError
+
+DESCRIPTION = """\
+Measures how the kernel for small batches should cut the products of a backbone on this machine's
+GPU, and keeps what it found in your cache directory, where servers look for it when they start.
+Random weights are used: only the backbone's config.json is read. It takes a few minutes, and
+wants the GPU for itself. Without it servers use a default that suits most.
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Registers the subcommand."""
+    parser = commands.add_parser(
+        "tune", help="fit the kernels to this GPU and a backbone", description=DESCRIPTION
+    )
+    add_example(parser, "  vllm-adafuse tune ./Llama-2-7b-hf --num-experts 8 --r 16")
+    parser.add_argument("base", metavar="BASE", help="the backbone: a directory or a cached name")
+    add = parser.add_argument
+    add("--num-experts", type=int, default=8, metavar="E", help="experts (default 8)")
+    add("--top-k", type=int, default=2, metavar="K", help="experts per token (default 2)")
+    add("--r", type=int, default=16, metavar="R", help="the largest rank (default 16)")
+    add(
+        "--tokens",
+        type=integers,
+        default=[1, 8, 16, 32],
+        metavar="N",
+        help="batch sizes to tune for (default 1,8,16,32; the kernel serves up to 32)",
+    )
+    add(
+        "--tensor-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="GPUs that share the model, as given to vllm serve (default 1)",
+    )
+    add(
+        "--workers",
+        type=int,
+        default=max(1, min(12, (os.cpu_count() or 2) - 1)),
+        metavar="N",
+        help="processes that compile (default %(default)s)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Tunes, shows a table, writes the file."""
+    import torch
+    from vllm_adafuse.backbone import Backbone
+    from vllm_adafuse.kernels.stream_linear import MAX_STREAM_TOKENS
+    from vllm_adafuse.kernels.tiles import save_cuts, shape_key
+    from vllm_adafuse.tuning import Plan, products_of
+
+    base = require_base(args.base)
+    problems = [
+        f"{name} is {value}, expected a number from 1 to {most}"
+        for name, value, most in (
+            ("--num-experts", args.num_experts, 64),
+            ("--top-k", args.top_k, args.num_experts),
+            ("--r", args.r, 256),
+            ("--tensor-parallel-size", args.tensor_parallel_size, 64),
+            ("--workers", args.workers, 256),
+            *(("--tokens", tokens, MAX_STREAM_TOKENS) for tokens in args.tokens),
+        )
+        if not 1 <= value <= most
+    ]
+    if problems:
+        raise AdapterError("tune", problems)
+    backbone = Backbone.from_path(str(base))
+    products = products_of(backbone, hidden_activation(str(base)), args.tensor_parallel_size)
+    if not torch.cuda.is_available():
+        raise AdapterError("tune", ["no GPU is visible here; run it on the machine that serves"])
+    plan = Plan(
+        tuple(products), tuple(args.tokens), args.num_experts, args.top_k, args.r, args.workers
+    )
+    device = torch.cuda.get_device_name()
+    outcomes = measured(plan, device)
+    cuts: dict[str, dict] = {}
+    for outcome in outcomes:
+        product = outcome.product
+        key = shape_key(product.size_in, product.rows, product.activation, 2)
+        cuts.setdefault(key, {})[outcome.tokens] = outcome.best[1]
+    show(outcomes, device)
+    how = {
+        "command": "vllm-adafuse " + shlex.join(sys.argv[1:]),
+        "torch": torch.__version__,
+        "us": {f"{o.product.name} {o.tokens}": [o.default, o.best[0]] for o in outcomes},
+    }
+    print(printable(f"wrote {save_cuts(device, cuts, how)}; servers started from now on use it"))
+    return 0
+
+
+def hidden_activation(base: str) -> str:
+    """The activation's name in a backbone's config."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(base)
+    # Gemma has both, and means the second.
+    return getattr(config, "hidden_activation", None) or config.hidden_act
+
+
+def measured(plan, device: str) -> list:
+    """The outcomes of a plan, with progress on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from vllm_adafuse.tuning import compile_all, tune
+
+    total = len(plan.jobs())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(f"compiling for {device}", total=total)
+        compile_all(plan, lambda done: progress.advance(task, done))
+        task = progress.add_task("measuring", total=total)
+        return list(tune(plan, lambda done: progress.advance(task, done)))
+
+
+def show(outcomes: list, device: str) -> None:
+    """A table of defaults and winners."""
+    from rich.table import Table
+
+    table = Table(title=f"microseconds on {device}")
+    for name in ("product", "tokens", "default", "best", "cut: rows x cols"):
+        table.add_column(name, justify="left" if name[0] in "pc" else "right")
+    for outcome in outcomes:
+        best, cut = outcome.best
+        how = f"{cut.rows} x {cut.cols}, split {cut.split}, {cut.warps} warps, {cut.stages} stages"
+        row = (outcome.product.name, str(outcome.tokens), f"{outcome.default:.1f}", f"{best:.1f}")
+        table.add_row(*row, how)
+    console().print(table)

@@ -1,0 +1,287 @@
+"""Finding how the streaming kernel should cut the products of a model on this machine's GPU."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import multiprocessing
+import statistics
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import torch
+import triton
+from vllm_adafuse.backbone import Backbone
+from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.kernels.linear import bank_a_of
+from vllm_adafuse.kernels.scratch import Scratch
+from vllm_adafuse.kernels.spread_routes import spread_routes
+from vllm_adafuse.kernels.stream_linear import scratch_sizes, stream_linear_triton
+from vllm_adafuse.kernels.tiles import Tiles
+
+PACKED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv"}
+PACKED |= {"gate_proj": "gate_up", "up_proj": "gate_up", "gate_up_proj": "gate_up"}
+ROW_PARALLEL = ("o_proj", "down_proj")
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+# Bytes of weights to go round, so that no cache holds them.
+BEYOND_CACHE = 256 << 20
+# Shared memory of a program: two of them fit a Hopper processor, one any current one's.
+MAX_SHARED = 100 << 10
+
+
+@dataclass(frozen=True)
+class Product:
+    """One kind of adapted projection.
+
+    Attributes:
+        name: qkv, o, gate_up, down.
+        size_in: elements of its input.
+        widths: columns of its parts.
+        activation: what follows it, "" for nothing.
+    """
+
+    name: str
+    size_in: int
+    widths: tuple[int, ...]
+    activation: str = ""
+
+    @property
+    def rows(self) -> int:
+        """Rows of W that are cut into tiles: gate's alone where an activation follows."""
+        return self.widths[0] if self.activation else sum(self.widths)
+
+
+def products_of(backbone: Backbone, activation: str, ranks: int = 1) -> list[Product]:
+    """The projections of a backbone as vLLM packs and shards them.
+
+    Args:
+        backbone: of which the first layer is taken.
+        activation: its config's hidden_act.
+        ranks: of tensor parallelism.
+
+    Raises:
+        AdapterError: a width is not divisible by the ranks.
+    """
+    found: dict[str, tuple[int, list[int]]] = {}
+    for name, (size_in, size_out) in backbone.linears.items():
+        if not name.startswith("model.layers.0."):
+            continue
+        leaf = name.rsplit(".", 1)[1]
+        sharded = size_in if leaf in ROW_PARALLEL else size_out
+        if sharded % ranks:
+            raise AdapterError(
+                f"backbone {backbone.path}",
+                [f"{name} has {sharded} to share out, expected a multiple of {ranks} ranks"],
+            )
+        if leaf in ROW_PARALLEL:
+            size_in //= ranks
+        else:
+            size_out //= ranks
+        whole = PACKED.get(leaf, leaf.removesuffix("_proj"))
+        widths = [size_out // 2] * 2 if leaf == "gate_up_proj" else [size_out]
+        found.setdefault(whole, (size_in, []))[1].extend(widths)
+    return [
+        Product(name, size_in, tuple(widths), ACTIVATIONS.get(activation, "") * (name == "gate_up"))
+        for name, (size_in, widths) in found.items()
+    ]
+
+
+def candidates(product: Product, tokens: int, itemsize: int = 2) -> Iterator[Tiles]:
+    """The cuts worth a measurement; the default is among them."""
+    default = Tiles.choose(tokens, product.size_in, product.rows, product.activation, itemsize)
+    yield default
+    two = 2 if product.activation else 1
+    block_t = max(16, triton.next_power_of_2(tokens))
+    for rows, cols, stages, split in itertools.product(
+        (16, 32, 64, 128), (64, 128, 256), (2, 3, 4, 6), (1, 2, 4)
+    ):
+        if product.activation and split > 1:
+            continue  # the partial sums of gate and up would have to be kept
+        shared = (stages - 1) * (rows * two + block_t) * cols * itemsize
+        programs = triton.cdiv(product.rows, rows) * split
+        per_step = rows * two * cols
+        if shared > MAX_SHARED or not 120 <= programs <= 800:
+            continue
+        if not 4096 <= per_step <= 16384 or product.size_in < cols * split * stages:
+            continue
+        cut = Tiles(rows, cols, split, 8 if per_step * block_t >= 1 << 19 else 4, stages)
+        if cut != default:
+            yield cut
+
+
+class Trial:
+    """A product with random weights and experts on the GPU, more than a cache can hold.
+
+    Args:
+        product: what to run.
+        experts, top_k, rank: of the adapter.
+        dtype: of the model.
+        copies: of the weights; default as many as are beyond any cache.
+    """
+
+    def __init__(
+        self,
+        product: Product,
+        experts: int,
+        top_k: int,
+        rank: int,
+        dtype: torch.dtype = torch.bfloat16,
+        copies: int | None = None,
+        device: str = "cuda",
+    ):
+        self.product, self.experts, self.top_k = product, experts, top_k
+        self.dtype, self.device = dtype, device
+        out, parts = sum(product.widths), len(product.widths)
+        if copies is None:
+            copies = max(2, -(-BEYOND_CACHE // (out * product.size_in * dtype.itemsize)))
+        self.layers = [
+            (
+                self._normal(out + parts * experts * rank, product.size_in),
+                self._normal(out, experts, rank),
+            )
+            for _ in range(copies)
+        ]
+        bank_a = bank_a_of(*self.layers[0], out)
+        self.scratch = Scratch.make(*scratch_sizes(bank_a, out), torch.device(device))
+        self.counters = torch.zeros(copies, 4, dtype=torch.int32, device=device)
+
+    def _normal(self, *shape: int) -> torch.Tensor:
+        values = torch.randn(*shape, device=self.device, dtype=torch.float32)
+        return (values * shape[-1] ** -0.5).to(self.dtype)
+
+    def step(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Random inputs of a step: x, gates, present."""
+        x = torch.randn(tokens, self.product.size_in, device=self.device).to(self.dtype)
+        order = torch.rand(tokens, self.experts, device=self.device).argsort(1)
+        ids, weights = order[:, : self.top_k].int(), torch.rand(tokens, self.top_k).to(x.device)
+        gates = torch.zeros(tokens, self.experts, device=self.device)
+        present = torch.zeros(1, dtype=torch.int64, device=self.device)
+        spread_routes(ids, weights, gates, present, self.counters, tokens)
+        return x, gates, present
+
+    def stream(self, step: tuple, tiles: Tiles) -> None:
+        """Runs the streaming kernel on every copy of the weights."""
+        (x, gates, present), product = step, self.product
+        self.counters.zero_()
+        out = sum(product.widths)
+        parts = range(len(product.widths))
+        for i, (joint, bank_b) in enumerate(self.layers):
+            stream_linear_triton(
+                x, joint[:out], None, bank_a_of(joint, bank_b, out), bank_b, gates, present,
+                self.counters[i], self.scratch, parts, product.widths, product.activation, tiles,
+            )  # fmt: skip
+
+
+def time_us(function: Callable[[], object], calls: int, repeats: int = 7) -> list[float]:
+    """Microseconds per call of a function that makes `calls` calls, replayed from a CUDA graph."""
+    function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    times = []
+    for repeat in range(repeats + 2):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(3):
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        if repeat >= 2:
+            times.append(begin.elapsed_time(end) * 1e3 / 3 / calls)
+    return times
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the cuts of one product and number of tokens took, in microseconds, best first."""
+
+    product: Product
+    tokens: int
+    times: tuple[tuple[float, Tiles], ...]
+    default: float
+
+    @property
+    def best(self) -> tuple[float, Tiles]:
+        return self.times[0]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to tune.
+
+    Attributes:
+        products: of the model.
+        tokens: for which numbers of tokens.
+        experts, top_k, rank: of the adapter.
+        workers: processes that compile.
+    """
+
+    products: tuple[Product, ...]
+    tokens: tuple[int, ...] = (1, 8, 16, 32)
+    experts: int = 8
+    top_k: int = 2
+    rank: int = 16
+    workers: int = 4
+
+    def jobs(self) -> list[tuple[Product, int, Tiles]]:
+        return [
+            (product, tokens, cut)
+            for product in self.products
+            for tokens in self.tokens
+            for cut in candidates(product, tokens)
+        ]
+
+
+def _compile(plan: Plan, jobs: list[tuple[Product, int, Tiles]]) -> int:
+    """Runs each cut once in a process of its own, which leaves it in Triton's cache."""
+    product, trial = None, None
+    for wanted, tokens, cut in jobs:
+        if wanted != product:
+            product = wanted
+            trial = Trial(product, plan.experts, plan.top_k, plan.rank, copies=1)
+        _try(trial, tokens, cut)
+    return len(jobs)
+
+
+def _try(trial: Trial, tokens: int, cut: Tiles) -> bool:
+    """Whether a cut runs on this device at all."""
+    try:
+        trial.stream(trial.step(tokens), cut)
+    except triton.runtime.errors.OutOfResources:
+        return False
+    return True
+
+
+def compile_all(plan: Plan, advance: Callable[[int], object]) -> None:
+    """Compiles every candidate, several at a time; `advance` hears how many are done."""
+    jobs, size = plan.jobs(), 6
+    # One product after the other, so that a process holds weights of one.
+    batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(plan.workers, mp_context=context) as pool:
+        for done in pool.map(_compile, itertools.repeat(plan), batches):
+            advance(done)
+
+
+def tune(plan: Plan, advance: Callable[[int], object]) -> Iterator[Outcome]:
+    """Measures every candidate; `advance` hears of each.
+
+    Yields:
+        An outcome for each product and number of tokens.
+    """
+    for product in plan.products:
+        trial = Trial(product, plan.experts, plan.top_k, plan.rank)
+        for tokens in plan.tokens:
+            step, times, default = trial.step(tokens), [], float("nan")
+            for number, cut in enumerate(candidates(product, tokens)):
+                if _try(trial, tokens, cut):
+                    run = functools.partial(trial.stream, step, cut)
+                    taken = time_us(run, len(trial.layers))
+                    times.append((statistics.median(taken), cut))
+                    default = times[0][0] if number == 0 else default
+                advance(1)
+            if times:
+                ranked = tuple(sorted(times, key=lambda pair: pair[0]))
+                yield Outcome(product, tokens, ranked, default)
