@@ -1,9 +1,13 @@
-"""Decode and prefill of whole vLLM engines, the stock backbone beside ours.
+"""Decode and prefill of whole vLLM engines, the stock backbone beside ours and beside LoRA.
 
     python -m benchmarks.engine --model llama-2-7b --batches 1,8,32,128 --repeats 5
+    python -m benchmarks.engine --engines stock,lora,adafuse,adafuse:16/16/2 --memory 0.2
 
-Random weights (`load_format="dummy"`), random prompts, full CUDA graphs, greedy. Both engines live
-side by side in processes of their own and take turns, so that drift of the clock hits both alike.
+Engines: `stock`, the bare backbone; `lora`, vLLM's own LoRA with one static adapter of rank r;
+`adafuse`, or `adafuse:E/r/k` for other experts, ranks and top-k than the options say.
+
+Random weights (`load_format="dummy"`), random prompts, full CUDA graphs, greedy. The engines live
+side by side in processes of their own and take turns, so that drift of the clock hits all alike.
 Decode time per step is the difference of a long and a short generation over the difference of
 their lengths; prefill is the time of prompts with one token each.
 """
@@ -19,6 +23,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,9 +59,24 @@ class Options:
     def __post_init__(self):
         if self.model not in SHAPES:
             raise ValueError(f"model is {self.model}, expected one of {', '.join(SHAPES)}")
-        unknown = set(self.engines) - {"stock", "adafuse", "lora"}
-        if unknown:
-            raise ValueError(f"engines has {unknown}, expected stock, adafuse or lora")
+        for kind in self.engines:
+            self.mixture(kind)
+
+    def mixture(self, kind: str) -> tuple[int, int, int] | None:
+        """(E, r, k) of an engine of ours; None for the others.
+
+        Raises:
+            ValueError: not an engine's name.
+        """
+        if kind in ("stock", "lora"):
+            return None
+        if kind == "adafuse":
+            return self.experts, self.r, self.top_k
+        name, _, numbers = kind.partition(":")
+        parts = numbers.split("/")
+        if name != "adafuse" or len(parts) != 3 or not all(part.isdigit() for part in parts):
+            raise ValueError(f"engine {kind}: expected stock, lora, adafuse or adafuse:E/r/k")
+        return int(parts[0]), int(parts[1]), int(parts[2])
 
 
 def write_config(options: Options, path: Path) -> None:
@@ -83,23 +103,59 @@ def _loaded_bytes(worker) -> int:
     return getattr(worker.model_runner, "model_memory_usage", 0)
 
 
-def start(kind: str, options: Options, root: Path):
+def make_lora(base: Path, out: Path, r: int) -> Path:
+    """A random PEFT LoRA on all linears of a backbone."""
+    from safetensors.torch import save_file
+    from vllm_adafuse.backbone import Backbone
+
+    backbone, tensors = Backbone.from_path(str(base)), {}
+    for name, (size_in, size_out) in backbone.linears.items():
+        for part, shape in (("A", (r, size_in)), ("B", (size_out, r))):
+            value = torch.randn(shape) * shape[1] ** -0.5
+            tensors[f"base_model.model.{name}.lora_{part}.weight"] = value.bfloat16()
+    out.mkdir()
+    save_file(tensors, out / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": r,
+        "lora_alpha": 2 * r,
+        "target_modules": sorted(backbone.modules()),
+        "base_model_name_or_path": str(base),
+        "bias": "none",
+    }
+    (out / "adapter_config.json").write_text(json.dumps(config))
+    return out
+
+
+@dataclass
+class Engine:
+    """A running engine, and what each of its requests carries."""
+
+    llm: Any
+    lora: Any = None
+
+
+def start(kind: str, options: Options, root: Path) -> tuple[Engine, dict]:
     """One engine of a kind on the shared backbone."""
     from vllm import LLM
+    from vllm.lora.request import LoRARequest
     from vllm_adafuse.random_adapter import make_random_adapter
 
-    extra = {}
-    if kind == "adafuse":
+    extra, lora, name = {}, None, kind.replace("/", "-").replace(":", "-")
+    if mixture := options.mixture(kind):
+        experts, r, top_k = mixture
         adapter = make_random_adapter(
             root / "base",
-            root / "adapter",
-            num_experts=options.experts,
-            top_k=options.top_k,
-            r=options.r,
+            root / name,
+            num_experts=experts,
+            top_k=top_k,
+            r=r,
             dtype=torch.bfloat16,
         )
         extra["hf_overrides"] = {"adafuse_adapter": str(adapter)}
     if kind == "lora":
+        lora = LoRARequest("lora", 1, str(make_lora(root / "base", root / name, options.r)))
         extra |= {"enable_lora": True, "max_lora_rank": max(8, options.r), "max_loras": 1}
     longest = max(options.prefill[1] + 8, options.prompt + options.steps[1] + 8)
     begin = time.perf_counter()
@@ -118,10 +174,12 @@ def start(kind: str, options: Options, root: Path):
     )
     seconds = time.perf_counter() - begin
     loaded = llm.collective_rpc(_loaded_bytes)[0]
-    return llm, {"start_s": seconds, "model_bytes": int(loaded)}
+    return Engine(llm, lora), {"start_s": seconds, "model_bytes": int(loaded)}
 
 
-def timed(llm, count: int, length: int, tokens: int, vocab: int, rng: random.Random) -> float:
+def timed(
+    engine: Engine, count: int, length: int, tokens: int, vocab: int, rng: random.Random
+) -> float:
     """Seconds for `count` random prompts of `length` ids, `tokens` tokens each."""
     from vllm import SamplingParams
 
@@ -130,7 +188,7 @@ def timed(llm, count: int, length: int, tokens: int, vocab: int, rng: random.Ran
         {"prompt_token_ids": [rng.randrange(3, vocab) for _ in range(length)]} for _ in range(count)
     ]
     begin = time.perf_counter()
-    llm.generate(prompts, params, use_tqdm=False)
+    engine.llm.generate(prompts, params, use_tqdm=False, lora_request=engine.lora)
     return time.perf_counter() - begin
 
 
@@ -150,14 +208,14 @@ def measure(options: Options) -> list[dict]:
         for what, batch in sizes:
             times: dict[str, list[float]] = {kind: [] for kind in engines}
             for repeat in range(options.repeats + 1):
-                for kind, llm in engines.items():
+                for kind, engine in engines.items():
                     if what == "decode":
-                        small = timed(llm, batch, options.prompt, short, vocab, rng)
-                        large = timed(llm, batch, options.prompt, long, vocab, rng)
+                        small = timed(engine, batch, options.prompt, short, vocab, rng)
+                        large = timed(engine, batch, options.prompt, long, vocab, rng)
                         value = (large - small) / (long - short) * 1e3
                     else:
                         length = options.prefill[1]
-                        value = timed(llm, batch, length, 1, vocab, rng) * 1e3
+                        value = timed(engine, batch, length, 1, vocab, rng) * 1e3
                     if repeat:  # the first is warm-up
                         times[kind].append(value)
             base = statistics.median(times[options.engines[0]])
@@ -171,8 +229,8 @@ def measure(options: Options) -> list[dict]:
                     f"({row['min']:.3f} to {row['max']:.3f}) {row['overhead']:+.1%}",
                     flush=True,
                 )
-        for llm in engines.values():
-            llm.llm_engine.engine_core.shutdown()
+        for engine in engines.values():
+            engine.llm.llm_engine.engine_core.shutdown()
     return rows
 
 
@@ -183,6 +241,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers, while working")
     parser.add_argument("--engines", default="stock,adafuse", type=lambda t: t.split(","))
     parser.add_argument("--batches", default="1,8,32,128", type=numbers)
+    parser.add_argument("--prefill", default="16,1000", type=numbers, help="prompts, tokens each")
+    parser.add_argument("--prompt", default=128, type=int, help="tokens before decoding")
+    parser.add_argument("--steps", default="8,136", type=numbers, help="short and long generation")
     parser.add_argument("--repeats", default=5, type=int)
     parser.add_argument("--experts", default=8, type=int)
     parser.add_argument("--top-k", default=2, type=int)
