@@ -1,0 +1,163 @@
+"""`vllm serve` under load, the bare backbone against ours: latency and throughput by request rate.
+
+    python -m benchmarks.serve --model llama-2-7b --rates 1,4,16,inf --num-prompts 200
+
+Random weights, random prompts, vLLM's own `vllm bench serve` as the client. The servers run one
+after the other on the same GPU. `inf` sends all requests at once: the throughput at saturation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.server import Server, running_server, vllm_serve
+from vllm_adafuse.tiny import save_tokenizer
+
+from benchmarks import engine, record
+
+# Of `vllm bench serve`'s result; ms but for the first two, which are per second.
+FIGURES = (
+    "request_throughput",
+    "output_throughput",
+    "median_ttft_ms",
+    "p99_ttft_ms",
+    "median_tpot_ms",
+    "p99_tpot_ms",
+    "median_itl_ms",
+    "p99_itl_ms",
+)
+
+
+@dataclass
+class Options:
+    """What to serve, and the load."""
+
+    model: str = "llama-2-7b"
+    layers: int | None = None
+    engines: list[str] = field(default_factory=lambda: ["stock", "adafuse"])
+    rates: list[str] = field(default_factory=lambda: ["1", "4", "16", "inf"])
+    num_prompts: int = 200
+    input_len: int = 512
+    output_len: int = 128
+    experts: int = 8
+    top_k: int = 2
+    r: int = 16
+    dtype: str = "bfloat16"
+    memory: float = 0.85
+
+    def __post_init__(self):
+        unknown = set(self.engines) - {"stock", "adafuse"}
+        if unknown:
+            raise ValueError(f"engines has {', '.join(unknown)}, expected stock or adafuse")
+        for rate in self.rates:
+            if not float(rate) > 0:
+                raise ValueError(f"rates has {rate}, expected numbers above 0, or inf")
+
+
+def command(kind: str, options: Options, root: Path) -> list[str]:
+    """The `vllm serve` command of one engine."""
+    longest = options.input_len + options.output_len + 16
+    argv = ["--load-format", "dummy", "--dtype", options.dtype, "--max-model-len", str(longest)]
+    argv += ["--gpu-memory-utilization", str(options.memory), "--no-enable-prefix-caching"]
+    if kind == "adafuse":
+        overrides = {"adafuse_adapter": str(root / "adapter")}
+        argv += ["--hf-overrides", json.dumps(overrides)]
+    return vllm_serve(root / "base", *argv)
+
+
+def load(server: Server, rate: str, options: Options, root: Path, seed: int) -> dict:
+    """One run of `vllm bench serve`; its figures.
+
+    Raises:
+        RuntimeError: the client failed, or a request did.
+    """
+    result = root / f"result-{rate}.json"
+    argv = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve"]
+    argv += ["--backend", "openai", "--base-url", server.url, "--model", str(root / "base")]
+    argv += ["--dataset-name", "random", "--ignore-eos", "--seed", str(seed)]
+    argv += ["--random-input-len", str(options.input_len)]
+    argv += ["--random-output-len", str(options.output_len)]
+    argv += ["--num-prompts", str(options.num_prompts), "--request-rate", rate]
+    argv += ["--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "50,99"]
+    argv += ["--save-result", "--result-dir", str(root), "--result-filename", result.name]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if done.returncode or not result.is_file():
+        raise RuntimeError(f"vllm bench serve failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    content = json.loads(result.read_text())
+    if content["completed"] != options.num_prompts:
+        raise RuntimeError(f"{content['completed']} of {options.num_prompts} requests completed")
+    return {name: content[name] for name in FIGURES}
+
+
+def measure(options: Options, logs: Path) -> list[dict]:
+    """A row for each engine and rate."""
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        engine.write_config(options, root / "base")
+        save_tokenizer(root / "base", min(2000, engine.SHAPES[options.model][-1]))
+        make_random_adapter(
+            root / "base",
+            root / "adapter",
+            num_experts=options.experts,
+            top_k=options.top_k,
+            r=options.r,
+            dtype=torch.bfloat16,
+        )
+        for kind in options.engines:
+            log = logs / f"serve-{kind}.log"
+            with running_server(command(kind, options, root), log, timeout=600) as server:
+                load(server, "inf", options, root, seed=1)  # warm-up
+                for rate in options.rates:
+                    row = {"engine": kind, "rate": rate} | load(server, rate, options, root, 0)
+                    rows.append(row)
+                    print(
+                        f"{kind:8} {rate:>5}/s: {row['output_throughput']:9.1f} tokens/s, TTFT "
+                        f"{row['median_ttft_ms']:7.1f} ms (p99 {row['p99_ttft_ms']:.1f}), TPOT "
+                        f"{row['median_tpot_ms']:6.2f} ms (p99 {row['p99_tpot_ms']:.2f})",
+                        flush=True,
+                    )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    defaults = Options()
+    add = parser.add_argument
+    add("--model", default=defaults.model, choices=engine.SHAPES)
+    add("--layers", type=int, help="fewer layers, while working")
+    add("--engines", default=defaults.engines, type=lambda t: t.split(","))
+    add("--rates", default=defaults.rates, type=lambda t: t.split(","), help="requests per second")
+    add("--num-prompts", default=defaults.num_prompts, type=int)
+    add("--input-len", default=defaults.input_len, type=int)
+    add("--output-len", default=defaults.output_len, type=int)
+    add("--experts", default=defaults.experts, type=int)
+    add("--top-k", default=defaults.top_k, type=int)
+    add("--r", default=defaults.r, type=int)
+    add("--dtype", default=defaults.dtype)
+    add("--memory", default=defaults.memory, type=float)
+    add("--out", type=Path, help="folder of the result file and the servers' logs")
+    add("--commit", default="", help="of the measured code")
+    arguments = vars(parser.parse_args())
+    out, commit = arguments.pop("out"), arguments.pop("commit")
+    options = Options(**arguments)
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
+    logs = out or Path(tempfile.mkdtemp())
+    logs.mkdir(parents=True, exist_ok=True)
+    rows = [{"options": vars(options)}, *measure(options, logs)]
+    print(json.dumps({"saved": str(record.save("serve", rows, out, commit))}))
+
+
+if __name__ == "__main__":
+    main()

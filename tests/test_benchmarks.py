@@ -1,0 +1,70 @@
+"""The report says what the result files say; options of the benchmarks are checked."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def module(name: str, *options) -> subprocess.CompletedProcess:
+    """`python -m benchmarks.NAME` as the documents call it, from the repository's root."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, options)]
+    env = os.environ | {"TRITON_INTERPRET": "0"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=env)
+
+
+def result(path: Path, time: str, overhead: float) -> None:
+    summary = {"min": 1.0, "max": 3.0, "all": [1.0, 2.0, 3.0]}
+    options = {"model": "tiny", "layers": 2, "experts": 8, "r": 16, "top_k": 2}
+    row = {"what": "decode", "batch": 8, "unit": "ms"} | summary
+    rows = [
+        {"options": options},
+        {"engine": "stock", "what": "start", "start_s": 40.4, "model_bytes": 123456},
+        row | {"engine": "stock", "median": 2.0, "overhead": 0.0},
+        row | {"engine": "adafuse", "median": 2.0 * (1 + overhead), "overhead": overhead},
+    ]
+    content = {"benchmark": "engine", "commit": f"c{time}", "command": "x/engine.py --a b"}
+    content |= {"time": time, "cpu": "x86", "versions": {"torch": "2.11", "vllm": "0.26"}}
+    (path / f"engine-{time}.json").write_text(json.dumps(content | {"rows": rows}))
+
+
+def test_the_report_in_the_repository_is_that_of_its_result_files(tmp_path):
+    pytest.importorskip("matplotlib")
+    done = module("report", "--docs", tmp_path)
+    assert done.returncode == 0, done.stderr
+    written = (tmp_path / "benchmarks.md").read_text("utf-8")
+    assert written == (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
+
+
+def test_the_newest_result_is_shown_and_all_are_listed(tmp_path):
+    pytest.importorskip("matplotlib")
+    results = tmp_path / "results"
+    results.mkdir()
+    result(results, "20260102-000000", 0.25)
+    result(results, "20260101-000000", 0.75)
+    done = module("report", "--results", results, "--docs", tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "benchmarks.md").read_text("utf-8")
+    assert "2.500 ms (+25.0 %)" in text and "+75.0 %" not in text
+    assert "40 s" in text and "123,456 bytes" in text and "tiny, 2 layers" in text
+    assert "c20260101-000000" in text and "`engine.py --a b`" in text
+    assert (tmp_path / "plots" / "engine-tiny-2-layers.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    "name,options,said",
+    [
+        ("engine", ["--engines", "stock,fast"], "engine fast: expected stock, lora, adafuse"),
+        ("engine", ["--engines", "adafuse:8/16"], "adafuse:E/r/k"),
+        ("serve", ["--rates", "0"], "rates has 0, expected numbers above 0"),
+        ("serve", ["--engines", "lora"], "engines has lora"),
+    ],
+)
+def test_bad_options_are_refused(name, options, said):
+    done = module(name, *options)
+    assert done.returncode != 0 and said in done.stderr
