@@ -73,3 +73,25 @@ def test_projections_fused_as_on_a_gpu(name, tmp_path, monkeypatch):
         outputs = llm.generate(real_prompts(20), greedy(), use_tqdm=False)
     assert set(methods) == {"FusedLinearMethod"}
     assert_greedy_equals(outputs, load_reference(base, adapter))
+
+
+def test_beside_vllms_own_lora_nothing_is_fused(tmp_path, monkeypatch):
+    """LoRA adds to the output of gate_up before the activation, so that must stay outside."""
+    from vllm_adafuse.serving import linear
+
+    monkeypatch.setattr(linear, "_can_fuse", lambda layer: True)
+    base, adapter = make_pair(tmp_path)
+    with engine(base, adapter, enable_lora=True, max_lora_rank=8) as llm:
+        outputs = llm.generate(real_prompts(5), greedy(), use_tqdm=False)
+    assert_greedy_equals(outputs, load_reference(base, adapter))
+
+
+def test_micro_batches_are_refused():
+    from types import SimpleNamespace
+
+    from vllm_adafuse.errors import AdapterError
+    from vllm_adafuse.serving.models import _refuse_micro_batches
+
+    config = SimpleNamespace(parallel_config=SimpleNamespace(use_ubatching=True))
+    with pytest.raises(AdapterError, match="--enable-dbo or --ubatch-size"):
+        _refuse_micro_batches(config)

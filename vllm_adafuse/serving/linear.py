@@ -90,16 +90,20 @@ def _take_activation(layer: LinearBase, block: torch.nn.Module) -> str:
     return name
 
 
-def wrap_linear(layer: LinearBase, block: torch.nn.Module, bank: ExpertBank) -> None:
+def wrap_linear(
+    layer: LinearBase, block: torch.nn.Module, bank: ExpertBank, fuse: bool = True
+) -> None:
     """Gives a projection its expert bank.
 
     Args:
         layer: the projection.
         block: the module that it belongs to (attention or MLP).
         bank: its experts.
+        fuse: the projection may be computed together with them; not if something else, such as
+            vLLM's own LoRA, also adds to its output.
     """
     layer.adafuse_bank = bank
-    if _can_fuse(layer):
+    if fuse and _can_fuse(layer):
         activation = _take_activation(layer, block)
         bank.join(layer.weight)
         layer.quant_method = FusedLinearMethod(layer.quant_method, activation)

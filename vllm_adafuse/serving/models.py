@@ -36,12 +36,14 @@ class AdaFuseMixin:
     architecture: Architecture
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        _refuse_micro_batches(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         hf_config = vllm_config.model_config.hf_config
         self.adafuse_adapter = _open_checked(hf_config.adafuse)
         adapter_config = self.adafuse_adapter.config
         route = Route(_max_tokens(vllm_config), adapter_config.top_k, adapter_config.num_experts)
-        self.adafuse_banks = self._wrap_projections(route, vllm_config.model_config.dtype)
+        dtype, alone = vllm_config.model_config.dtype, vllm_config.lora_config is None
+        self.adafuse_banks = self._wrap_projections(route, dtype, alone)
         stock_factory = self.make_empty_intermediate_tensors
 
         def make_empty_intermediate_tensors(
@@ -65,7 +67,7 @@ class AdaFuseMixin:
         )
         self.adafuse_router.quant_method = AfterLoading(self._load_adapter)
 
-    def _wrap_projections(self, route: Route, dtype: torch.dtype) -> list[ExpertBank]:
+    def _wrap_projections(self, route: Route, dtype: torch.dtype, fuse: bool) -> list[ExpertBank]:
         adapter, banks = self.adafuse_adapter, []
         adapted = set(adapter.projections)
         packed = self.packed_modules_mapping
@@ -82,7 +84,7 @@ class AdaFuseMixin:
                     bank = ExpertBank(
                         linear, parts, config.num_experts, config.rank, dtype, route, len(banks)
                     )
-                    wrap_linear(linear, layer.get_submodule(block), bank)
+                    wrap_linear(linear, layer.get_submodule(block), bank, fuse)
                     banks.append(bank)
         # A pipeline stage may have no adapted layer, but still passes routes on.
         route.reserve(max(1, len(banks)), [(1, 1, 1), *(bank.scratch_sizes() for bank in banks)])
@@ -150,6 +152,18 @@ def _open_checked(section: dict[str, str]) -> Adapter:
     if problems:
         raise AdapterError(f"adapter {path}", problems)
     return adapter
+
+
+def _refuse_micro_batches(vllm_config: VllmConfig) -> None:
+    """Raises AdapterError where vLLM would run parts of a step side by side."""
+    if vllm_config.parallel_config.use_ubatching:
+        raise AdapterError(
+            "vLLM's options",
+            [
+                "--enable-dbo or --ubatch-size splits a step into parts that run side by side, "
+                "and would overwrite each other's routes; leave them out"
+            ],
+        )
 
 
 def _max_tokens(vllm_config: VllmConfig) -> int:
