@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm_adafuse.cli.cmd_random import integers
+from vllm_adafuse.random_adapter import make_random_adapter
 
 from benchmarks import record
 
@@ -128,6 +130,14 @@ def make_lora(base: Path, out: Path, r: int) -> Path:
     return out
 
 
+def make_adapter(base: Path, out: Path, mixture: tuple[int, int, int]) -> Path:
+    """A random adapter of (E, r, k) on all linears of a backbone."""
+    experts, r, top_k = mixture
+    return make_random_adapter(
+        base, out, num_experts=experts, top_k=top_k, r=r, dtype=torch.bfloat16
+    )
+
+
 @dataclass
 class Engine:
     """A running engine, and what each of its requests carries."""
@@ -140,19 +150,10 @@ def start(kind: str, options: Options, root: Path) -> tuple[Engine, dict]:
     """One engine of a kind on the shared backbone."""
     from vllm import LLM
     from vllm.lora.request import LoRARequest
-    from vllm_adafuse.random_adapter import make_random_adapter
 
     extra, lora, name = {}, None, kind.replace("/", "-").replace(":", "-")
     if mixture := options.mixture(kind):
-        experts, r, top_k = mixture
-        adapter = make_random_adapter(
-            root / "base",
-            root / name,
-            num_experts=experts,
-            top_k=top_k,
-            r=r,
-            dtype=torch.bfloat16,
-        )
+        adapter = make_adapter(root / "base", root / name, mixture)
         extra["hf_overrides"] = {"adafuse_adapter": str(adapter)}
     if kind == "lora":
         lora = LoRARequest("lora", 1, str(make_lora(root / "base", root / name, options.r)))
@@ -235,15 +236,16 @@ def measure(options: Options) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    numbers = lambda text: [int(n) for n in text.split(",")]  # noqa: E731
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="llama-2-7b", choices=SHAPES)
     parser.add_argument("--layers", type=int, help="fewer layers, while working")
     parser.add_argument("--engines", default="stock,adafuse", type=lambda t: t.split(","))
-    parser.add_argument("--batches", default="1,8,32,128", type=numbers)
-    parser.add_argument("--prefill", default="16,1000", type=numbers, help="prompts, tokens each")
+    parser.add_argument("--batches", default="1,8,32,128", type=integers)
+    parser.add_argument("--prefill", default="16,1000", type=integers, help="prompts, tokens each")
     parser.add_argument("--prompt", default=128, type=int, help="tokens before decoding")
-    parser.add_argument("--steps", default="8,136", type=numbers, help="short and long generation")
+    parser.add_argument("--steps", default="8,136", type=integers, help="short and long generation")
     parser.add_argument("--repeats", default=5, type=int)
     parser.add_argument("--experts", default=8, type=int)
     parser.add_argument("--top-k", default=2, type=int)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from vllm_adafuse.cli.cmd_random import integers
 from vllm_adafuse.kernels.linear import linear, linear_torch
 from vllm_adafuse.tuning import Product, Trial, time_us
 
@@ -112,11 +113,8 @@ def main() -> None:
     )
     defaults = Options()
 
-    def numbers(text: str) -> list[int]:
-        return [int(n) for n in text.split(",")]
-
     parser.add_argument("--models", default=defaults.models, type=lambda t: t.split(","))
-    parser.add_argument("--tokens", default=defaults.tokens, type=numbers)
+    parser.add_argument("--tokens", default=defaults.tokens, type=integers)
     parser.add_argument("--experts", default=defaults.experts, type=int)
     parser.add_argument("--top-k", default=defaults.top_k, type=int)
     parser.add_argument("--r", default=defaults.r, type=int)

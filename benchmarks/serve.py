@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from vllm_adafuse.random_adapter import make_random_adapter
 from vllm_adafuse.server import Server, running_server, vllm_serve
 from vllm_adafuse.tiny import save_tokenizer
 
@@ -105,14 +102,8 @@ def measure(options: Options, logs: Path) -> list[dict]:
         root = Path(scratch)
         engine.write_config(options, root / "base")
         save_tokenizer(root / "base", min(2000, engine.SHAPES[options.model][-1]))
-        make_random_adapter(
-            root / "base",
-            root / "adapter",
-            num_experts=options.experts,
-            top_k=options.top_k,
-            r=options.r,
-            dtype=torch.bfloat16,
-        )
+        mixture = (options.experts, options.r, options.top_k)
+        engine.make_adapter(root / "base", root / "adapter", mixture)
         for kind in options.engines:
             log = logs / f"serve-{kind}.log"
             with running_server(command(kind, options, root), log, timeout=600) as server:
@@ -152,7 +143,6 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     out, commit = arguments.pop("out"), arguments.pop("commit")
     options = Options(**arguments)
-    torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
     logs = out or Path(tempfile.mkdtemp())
     logs.mkdir(parents=True, exist_ok=True)
     rows = [{"options": vars(options)}, *measure(options, logs)]

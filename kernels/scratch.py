@@ -32,10 +32,6 @@ class Scratch(NamedTuple):
             torch.zeros(4, dtype=i32, device=device),
         )
 
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self)
-
     def s(self, dtype: torch.dtype, *shape: int) -> torch.Tensor:
         """[*shape] of a dtype, not initialised.
 

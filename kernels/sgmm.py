@@ -24,17 +24,14 @@ def sgmm_torch(y, x, bank_a, bank_b, gates, parts, widths) -> None:
     expand_torch(y, shrink_torch(x, bank_a, gates), bank_b, parts, widths)
 
 
-def shrink(x, bank_a, gates, present, scratch: Scratch) -> torch.Tensor:
-    """s [T, P, E * R] by the kernel that suits the number of tokens."""
-    if x.is_cuda and x.shape[0] <= MAX_SHRINK_TOKENS:
-        return shrink_triton(x, bank_a, gates, present, scratch)
-    return shrink_torch(x, bank_a, gates)
-
-
 def _run(y, x, bank_a, bank_b, gates, present, low, partial, tickets, unread, parts, widths):
     if not x.is_cuda:
         return sgmm_torch(y, x, bank_a, bank_b, gates, parts, widths)
-    s = shrink(x, bank_a, gates, present, Scratch(low, partial, tickets, unread))
+    if x.shape[0] <= MAX_SHRINK_TOKENS:
+        scratch = Scratch(low, partial, tickets, unread)
+        s = shrink_triton(x, bank_a, gates, present, scratch)
+    else:
+        s = shrink_torch(x, bank_a, gates)
     expand_triton(y, s, bank_b, present, parts, widths)
     return None
 

@@ -77,10 +77,3 @@ def test_chosen_cuts_are_valid_and_fit_shared_memory(rows, activation):
         cut = Tiles.choose(tokens, size_in, rows, activation, itemsize)
         tiles = cut.rows * (2 if activation else 1) + max(16, tokens)
         assert cut.stages * tiles * cut.cols * itemsize <= 100 << 10
-
-
-def test_a_bad_cut_is_refused():
-    with pytest.raises(ValueError, match="rows is 48, expected a power of two"):
-        Tiles(48)
-    with pytest.raises(ValueError, match="split is 9"):
-        Tiles(split=9)
