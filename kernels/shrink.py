@@ -16,7 +16,8 @@ import triton.language as tl
 from vllm_adafuse.kernels.registry import matmul_f32
 from vllm_adafuse.kernels.scratch import Scratch
 
-BLOCK_IN = 128
+BLOCK_IN = 256
+MAX_SLICES = 8
 # Elements of `in` that one program reads: longer slices finish late, shorter ones are many.
 _SLICE = 4096
 
@@ -106,18 +107,19 @@ def _shrink_kernel(
 
 @dataclass(frozen=True)
 class ShrinkGrid:
-    """How the programs of a bank's shrink are cut: a function of the bank alone, never of T."""
+    """How the programs of a bank's shrink are cut."""
 
     block_r: int
     slices: int
     slots: int
 
     @classmethod
-    def of(cls, bank_a: torch.Tensor) -> ShrinkGrid:
+    def of(cls, bank_a: torch.Tensor, slices: int = 0) -> ShrinkGrid:
+        """For a bank, in so many slices of `in`; 0: a sane number."""
         parts, experts, rank, size_in = bank_a.shape
         block_r = min(32, max(16, triton.next_power_of_2(rank)))
         slots = parts * experts * triton.cdiv(rank, block_r)
-        return cls(block_r, max(1, min(8, size_in // _SLICE)), slots)
+        return cls(block_r, slices or max(1, min(MAX_SLICES, size_in // _SLICE)), slots)
 
     @property
     def programs(self) -> int:

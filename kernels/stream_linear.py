@@ -23,8 +23,8 @@ import triton.language as tl
 from vllm_adafuse.kernels.expand import ACTIVATIONS, activate
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import (
-    BLOCK_IN,
     MAX_SHRINK_TOKENS,
+    MAX_SLICES,
     ShrinkGrid,
     last_sums,
     shrink_program,
@@ -33,12 +33,15 @@ from vllm_adafuse.kernels.tiles import MAX_SPLIT, Tiles, find_tiles
 
 # Beyond it the vendor's product with launches of their own for the experts is faster.
 MAX_STREAM_TOKENS = 32
+SHRINK_STAGES = 3
+# Bytes of shared memory for a program of the shrink: two of them fit a Hopper processor.
+MAX_SHARED = 100 << 10
 
 
 def scratch_sizes(bank_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
     """Bytes of s, floats of partial sums and tickets that a projection of `rows` rows may need."""
     parts, experts, rank, _ = bank_a.shape
-    grid, tokens = ShrinkGrid.of(bank_a), MAX_SHRINK_TOKENS
+    grid, tokens = ShrinkGrid.of(bank_a, MAX_SLICES), max(MAX_SHRINK_TOKENS, MAX_STREAM_TOKENS)
     low = tokens * parts * experts * rank * bank_a.element_size()
     padded = rows + 3 * 64
     sums = grid.programs * grid.block_r * tokens + MAX_SPLIT * padded * MAX_STREAM_TOKENS
@@ -46,27 +49,37 @@ def scratch_sizes(bank_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
 
 
 @triton.jit
+def _load_b(b_at, columns, size, present, RANK: tl.constexpr):
+    """B [rows, columns] of the experts that are present, and which those columns are."""
+    # Of a known rank, so that loads know how long their masks stay the same.
+    used = ((present >> (columns // RANK)) & 1 != 0) & (columns < size)
+    return tl.load(b_at + columns[None, :], mask=used[None, :], other=0.0), used
+
+
+@triton.jit
 def _add_delta(
-    acc, b_ptr, b_rows, present_ptr, s_ptr, counter_ptr,
+    acc, b_at, first_b, present, s_ptr, counter_ptr,
     n_tokens, part, n_parts, n_experts, n_slots,
     RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_ER: tl.constexpr,
 ):  # fmt: skip
-    """acc [rows, T] + B[rows] s[part]; waits until all of s is there."""
+    """acc [rows, T] + B[rows] s[part]; waits until all of s is there.
+
+    first_b: the first block of columns of B, loaded long before.
+    """
     tokens, columns, size = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_ER), n_experts * RANK
-    present = tl.load(present_ptr)
     here = tokens < n_tokens
-    b_at = b_ptr + b_rows.to(tl.int64)[:, None] * size
     s_at = s_ptr + (tokens * n_parts + part)[None, :] * size
+    if present != 0:
+        while tl.atomic_add(counter_ptr, 0, sem="acquire") < n_slots:
+            pass
+        tl.debug_barrier()
     for start in range(0, size, BLOCK_ER):
         at = start + columns
-        # Of a known rank, so that loads know how long their masks stay the same.
+        b = first_b
+        if start > 0:
+            b, _ = _load_b(b_at, at, size, present, RANK)
         used = ((present >> (at // RANK)) & 1 != 0) & (at < size)
         if tl.max(used.to(tl.int32)) > 0:
-            # B is asked for before the wait: it does not depend on it.
-            b = tl.load(b_at + at[None, :], mask=used[None, :], other=0.0)
-            while tl.atomic_add(counter_ptr, 0, sem="acquire") < n_slots:
-                pass
-            tl.debug_barrier()
             s = tl.load(
                 s_at + at[:, None],
                 mask=here[None, :] & used[:, None], other=0.0, cache_modifier=".cg",
@@ -85,14 +98,15 @@ def _stream_linear_kernel(
     HAS_BIAS: tl.constexpr, ACT: tl.constexpr, EVEN: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_ER: tl.constexpr,
     RANK: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, SHRINK_COLS: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
+    SHRINK_COLS: tl.constexpr, SHRINK_STAGES: tl.constexpr,
 ):  # fmt: skip
     pid, n_shrinks = tl.program_id(0), n_slots * slices
     if pid < n_shrinks:
         shrink_program(
             pid, x_ptr, a_ptr, gates_ptr, present_ptr, s_ptr, partial_ptr, ticket_ptr,
             counter_ptr, n_tokens, x_stride, size_in, n_experts, RANK, n_parts, slices,
-            BLOCK_T, BLOCK_R, SHRINK_COLS, STAGES,
+            BLOCK_T, BLOCK_R, SHRINK_COLS, SHRINK_STAGES,
         )  # fmt: skip
     else:
         # Which tile of which part, and which slice of `in`. With ACT a tile is of gate and up.
@@ -119,6 +133,16 @@ def _stream_linear_kernel(
         x_at = x_ptr + tokens[None, :] * x_stride
         acc = tl.zeros([ROWS, BLOCK_T], dtype=tl.float32)
         acc_up = acc
+        # B is asked for long before it is needed: at the end its latency would show.
+        present, size, columns = tl.load(present_ptr), n_experts * RANK, tl.arange(0, BLOCK_ER)
+        b_at = b_ptr + (rows - skipped).to(tl.int64)[:, None] * size
+        b_up_at = b_at
+        adds = (part >= 0) & (split == 0)
+        b, _ = _load_b(b_at, columns, size, tl.where(adds, present, 0), RANK)
+        b_up = b
+        if ACT != 0 and PART1 >= 0:
+            b_up_at = b_at + (WIDTH0 - SKIP1) * size
+            b_up, _ = _load_b(b_up_at, columns, size, present, RANK)
         for start in tl.range(begin, end, COLS, num_stages=STAGES):
             k = start + tl.arange(0, COLS)
             cut = k < end
@@ -136,9 +160,9 @@ def _stream_linear_kernel(
                 else:
                     w = tl.load(up_at + k[None, :], mask=cut[None, :], other=0.0)
                 acc_up = tl.dot(w, x, acc_up, input_precision="ieee")
-        if (part >= 0) & (split == 0):
+        if adds:
             acc = _add_delta(
-                acc, b_ptr, rows - skipped, present_ptr, s_ptr, counter_ptr,
+                acc, b_at, b, present, s_ptr, counter_ptr,
                 n_tokens, part, n_parts, n_experts, n_slots, RANK, BLOCK_T, BLOCK_ER,
             )  # fmt: skip
         last = True
@@ -153,7 +177,7 @@ def _stream_linear_kernel(
             if ACT != 0:
                 if PART1 >= 0:
                     acc_up = _add_delta(
-                        acc_up, b_ptr, rows + WIDTH0 - SKIP1, present_ptr, s_ptr, counter_ptr,
+                        acc_up, b_up_at, b_up, present, s_ptr, counter_ptr,
                         n_tokens, PART1, n_parts, n_experts, n_slots, RANK, BLOCK_T, BLOCK_ER,
                     )  # fmt: skip
                 if HAS_BIAS:
@@ -191,7 +215,10 @@ def stream_linear_triton(
     rows = widths[0] if act else sum(widths)
     if tiles is None:
         tiles = find_tiles(tokens, size_in, rows, activation, x.element_size(), x.device)
-    grid = ShrinkGrid.of(bank_a)
+    grid = ShrinkGrid.of(bank_a, tiles.slices)
+    block_t, shrink_cols = max(16, triton.next_power_of_2(tokens)), tiles.shrink_cols
+    while SHRINK_STAGES * (grid.block_r + block_t) * shrink_cols * x.element_size() > MAX_SHARED:
+        shrink_cols //= 2
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
     count = sum(triton.cdiv(w, tiles.rows) for w in (widths[:1] if act else widths))
     y = x.new_empty(tokens, rows)
@@ -203,9 +230,9 @@ def stream_linear_triton(
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         PART0=parts[0], PART1=parts[1], PART2=parts[2],
         HAS_BIAS=bias is not None, ACT=act, EVEN=size_in % (tiles.cols * tiles.split) == 0,
-        SPLIT=tiles.split, BLOCK_T=max(16, triton.next_power_of_2(tokens)), BLOCK_R=grid.block_r,
+        SPLIT=tiles.split, BLOCK_T=block_t, BLOCK_R=grid.block_r,
         BLOCK_ER=min(128, max(16, triton.next_power_of_2(experts * rank))),
-        RANK=rank, ROWS=tiles.rows, COLS=tiles.cols, SHRINK_COLS=BLOCK_IN, STAGES=tiles.stages,
+        RANK=rank, ROWS=tiles.rows, COLS=tiles.cols, SHRINK_COLS=shrink_cols, SHRINK_STAGES=SHRINK_STAGES, STAGES=tiles.stages,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return y

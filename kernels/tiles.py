@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 import triton
+from vllm_adafuse.kernels.shrink import MAX_SLICES
 
 logger = logging.getLogger("vllm.adafuse")
 
 MAX_SPLIT = 4
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Tiles:
         split: programs that share a tile, each with a slice of `in`.
         warps: of a program.
         stages: steps in flight.
+        shrink_cols: elements of `in` in a step of the shrink, a power of two.
+        slices: programs that share the shrink of one expert, each with a slice of `in`.
     """
 
     rows: int = 64
@@ -42,30 +45,35 @@ class Tiles:
     split: int = 1
     warps: int = 4
     stages: int = 3
+    shrink_cols: int = 256
+    slices: int = 1
 
     def __post_init__(self):
-        for name in ("rows", "cols", "warps"):
+        for name in ("rows", "cols", "warps", "shrink_cols"):
             value = getattr(self, name)
             if value < 1 or value & (value - 1):
                 raise ValueError(f"Tiles: {name} is {value}, expected a power of two")
         if not 1 <= self.split <= MAX_SPLIT:
             raise ValueError(f"Tiles: split is {self.split}, expected 1 to {MAX_SPLIT}")
+        if not 1 <= self.slices <= MAX_SLICES:
+            raise ValueError(f"Tiles: slices is {self.slices}, expected 1 to {MAX_SLICES}")
 
     @classmethod
     def choose(cls, tokens: int, size_in: int, rows: int, activation: str, itemsize: int) -> Tiles:
-        """A sane cut for any device: tiles for some 130 processors or more, deep loads.
+        """A sane cut for any device: some 190 programs, each with deep loads.
 
         Found on an H200 at the shapes of Llama-2-7B; docs/kernel-notes.md has the figures.
         """
-        height = 64 if rows >= 64 * 160 and not activation else 32
-        while height > 16 and rows < height * 96:
+        few, cols = tokens <= 16, 128 if itemsize == 2 else 64
+        height, most = 64, 1 if activation else 3
+        while height > 16 and triton.cdiv(rows, height) * most < 120:
             height //= 2
+        if activation:
+            return cls(height, cols if few else cols // 2, 1, 4, 3 if few else 4)
         programs = triton.cdiv(rows, height)
-        split = 1
-        if not activation and (size_in >= 8192 or tokens > 16) and programs <= 160:
-            split = 2
-        stages = 5 if programs <= 160 and not activation else 3
-        return cls(height, 128 if itemsize == 2 else 64, split, 4, stages)
+        split = min(most, triton.cdiv(160, programs))
+        slices = 1 if split == 1 else 2 if few else 3
+        return cls(height, cols, split, 4, 4, 512 if few and split > 1 else 256, slices)
 
 
 def shape_key(size_in: int, rows: int, activation: str, itemsize: int) -> str:

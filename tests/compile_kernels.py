@@ -74,7 +74,8 @@ def main() -> None:
             constants = (two if activation else widths | parts) | {
                 "bias_ptr": None, "HAS_BIAS": False, "ACT": activation, "EVEN": True,
                 "SPLIT": cut.split, "BLOCK_T": tokens, "BLOCK_R": 16, "BLOCK_ER": 128, "RANK": 16,
-                "ROWS": cut.rows, "COLS": cut.cols, "SHRINK_COLS": shrink.BLOCK_IN,
+                "ROWS": cut.rows, "COLS": cut.cols, "SHRINK_COLS": cut.shrink_cols,
+                "SHRINK_STAGES": stream_linear.SHRINK_STAGES,
                 "STAGES": cut.stages,
             }  # fmt: skip
             kernel = stream_linear._stream_linear_kernel

@@ -44,7 +44,7 @@ def test_a_second_run_keeps_other_shapes():
     "text,said",
     [
         ("{", "Expecting"),
-        ('{"version": 9, "cuts": {}}', "its version is 9, expected 1"),
+        ('{"version": 9, "cuts": {}}', "its version is 9, expected 2"),
         ('{"version": 1}', "cuts"),
         ('{"version": 1, "cuts": {"a": {"1": {"rows": 48}}}}', "rows is 48"),
         ('{"version": 1, "cuts": {"a": {"1": {"heads": 8}}}}', "heads"),

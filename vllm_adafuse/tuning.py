@@ -17,7 +17,11 @@ from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.kernels.linear import bank_a_of
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.spread_routes import spread_routes
-from vllm_adafuse.kernels.stream_linear import scratch_sizes, stream_linear_triton
+from vllm_adafuse.kernels.stream_linear import (
+    MAX_SHARED,
+    scratch_sizes,
+    stream_linear_triton,
+)
 from vllm_adafuse.kernels.tiles import Tiles
 
 PACKED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv"}
@@ -26,8 +30,6 @@ ROW_PARALLEL = ("o_proj", "down_proj")
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 # Bytes of weights to go round, so that no cache holds them.
 BEYOND_CACHE = 256 << 20
-# Shared memory of a program: two of them fit a Hopper processor, one any current one's.
-MAX_SHARED = 100 << 10
 
 
 @dataclass(frozen=True)
@@ -94,20 +96,23 @@ def candidates(product: Product, tokens: int, itemsize: int = 2) -> Iterator[Til
     two = 2 if product.activation else 1
     block_t = max(16, triton.next_power_of_2(tokens))
     for rows, cols, stages, split in itertools.product(
-        (16, 32, 64, 128), (64, 128, 256), (2, 3, 4, 6), (1, 2, 4)
+        (16, 32, 64, 128), (64, 128, 256), (3, 4, 5, 6), (1, 2, 3, 4)
     ):
         if product.activation and split > 1:
             continue  # the partial sums of gate and up would have to be kept
         shared = (stages - 1) * (rows * two + block_t) * cols * itemsize
         programs = triton.cdiv(product.rows, rows) * split
         per_step = rows * two * cols
-        if shared > MAX_SHARED or not 120 <= programs <= 800:
+        if shared > MAX_SHARED or not 90 <= programs <= 600:
             continue
         if not 4096 <= per_step <= 16384 or product.size_in < cols * split * stages:
             continue
-        cut = Tiles(rows, cols, split, 8 if per_step * block_t >= 1 << 19 else 4, stages)
-        if cut != default:
-            yield cut
+        warps = 8 if per_step * block_t >= 1 << 19 else 4
+        for slices in (1,) if split == 1 else (2, 3):
+            shrink_cols = 512 if tokens <= 16 and slices > 1 else 256
+            cut = Tiles(rows, cols, split, warps, stages, shrink_cols, slices)
+            if cut != default:
+                yield cut
 
 
 class Trial:
