@@ -11,6 +11,7 @@ the batch. The additions ride on a pass over y that the activation needs anyway.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ import triton.language as tl
 ACTIVATIONS = ("", "silu", "gelu_tanh")
 # With fewer tokens most experts are absent, and each is asked whether it is there.
 _SKIP_TOKENS = 8
+# Ranks, of one expert or of several, that one product takes.
+_BLOCK_ER = 128
 
 
 @triton.jit
@@ -32,47 +35,71 @@ def activate(gate, up, ACT: tl.constexpr):
 
 
 @triton.jit
-def _add_expert(
-    sums, s_at, gates_ptr, b_at, rows, expert, start, here, inside, n_experts,
-    RANK: tl.constexpr, RAW: tl.constexpr, BLOCK_R: tl.constexpr,
+def _load_s(
+    s_at, gates_ptr, rows, first_rank, here, n_experts, chunk,
+    RANK: tl.constexpr, RAW: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """sums + B s over a block of one expert's ranks."""
-    r = start + tl.arange(0, BLOCK_R)
-    at, real = expert * RANK + r, r < RANK
-    s = tl.load(s_at + at[None, :], mask=here[:, None] & real[None, :], other=0.0)
-    b = tl.load(b_at + at[:, None], mask=real[:, None] & inside[None, :], other=0.0)
+    """s [BLOCK_T, BLOCK_E * BLOCK_R] of a chunk of experts, weighted by the gates if it is RAW."""
+    experts, ranks = chunk * BLOCK_E + tl.arange(0, BLOCK_E), first_rank + tl.arange(0, BLOCK_R)
+    at = s_at[:, None, None] + (experts * RANK)[None, :, None] + ranks[None, None, :]
+    mask = here[:, None, None]
+    if not EVEN_K:
+        mask &= (experts < n_experts)[None, :, None] & (ranks < RANK)[None, None, :]
+    s = tl.load(at, mask=mask, other=0.0)
     if RAW:
-        gates_at = gates_ptr + rows * n_experts + expert
-        gates = tl.load(gates_at, mask=here, other=0.0)[:, None]
+        gates_at = gates_ptr + rows[:, None] * n_experts + experts[None, :]
+        chosen = here[:, None] & (experts < n_experts)[None, :]
+        gates = tl.load(gates_at, mask=chosen, other=0.0)[:, :, None]
+        # Not a bare product: what other tokens see of an expert must not matter.
         s = tl.where(gates != 0, s.to(tl.float32) * gates, 0.0).to(s.dtype)
-    return tl.dot(s, b, sums, input_precision="ieee")
+    return tl.reshape(s, (BLOCK_T, BLOCK_E * BLOCK_R))
 
 
 @triton.jit
-def _delta(
-    s_ptr, s_stride, gates_ptr, present_ptr, b_at, rows, here, inside, part, n_experts,
-    RANK: tl.constexpr, RAW: tl.constexpr, SKIP: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_R: tl.constexpr,
+def _load_b(
+    b_at, inside, first_rank, n_experts, chunk,
+    RANK: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Σ_e B[columns, e] s[rows, part, e], [BLOCK_T, BLOCK_OUT] float32."""
-    s_at = s_ptr + rows.to(tl.int64)[:, None] * s_stride + part * n_experts * RANK
-    sums = tl.zeros([BLOCK_T, BLOCK_OUT], dtype=tl.float32)
+    """B [BLOCK_OUT, BLOCK_E * BLOCK_R] of a chunk of experts."""
+    k = tl.arange(0, BLOCK_E * BLOCK_R)
+    if EVEN_K:  # as one row of memory
+        at = b_at[:, None] + (chunk * BLOCK_E * RANK + first_rank + k)[None, :]
+        if EVEN:
+            return tl.load(at)
+        return tl.load(at, mask=inside[:, None], other=0.0)
+    expert, rank = chunk * BLOCK_E + k // BLOCK_R, first_rank + k % BLOCK_R
+    mask = inside[:, None] & ((expert < n_experts) & (rank < RANK))[None, :]
+    return tl.load(b_at[:, None] + (expert * RANK + rank)[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _add_delta(
+    y, first_b, first_s, s_at, gates_ptr, present, b_at, rows, here, inside, n_experts,
+    RANK: tl.constexpr, RAW: tl.constexpr, SKIP: tl.constexpr,
+    EVEN: tl.constexpr, EVEN_K: tl.constexpr, ONE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """y + Σ_e s[rows, e] B[columns, e], [BLOCK_T, BLOCK_OUT] float32; ONE: one chunk is all."""
+    if ONE:
+        return tl.dot(first_s, tl.trans(first_b), y, input_precision="ieee")
     BLOCKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
-    if not SKIP:  # nearly every expert is there: loads are asked for ahead
-        for i in tl.range(n_experts * BLOCKS, num_stages=3):
-            sums = _add_expert(
-                sums, s_at, gates_ptr, b_at, rows, i // BLOCKS, i % BLOCKS * BLOCK_R, here,
-                inside, n_experts, RANK, RAW, BLOCK_R,
+    for i in range(tl.cdiv(n_experts, BLOCK_E) * BLOCKS):
+        chunk, first_rank = i // BLOCKS, i % BLOCKS * BLOCK_R
+        here_too = True
+        if SKIP:  # BLOCK_E is 1: is this expert there?
+            here_too = (present >> chunk) & 1 != 0
+        if here_too:
+            b = _load_b(
+                b_at, inside, first_rank, n_experts, chunk, RANK, EVEN, EVEN_K, BLOCK_E, BLOCK_R
+            )
+            s = _load_s(
+                s_at, gates_ptr, rows, first_rank, here, n_experts, chunk,
+                RANK, RAW, EVEN_K, BLOCK_T, BLOCK_E, BLOCK_R,
             )  # fmt: skip
-    else:
-        present = tl.load(present_ptr)
-        for i in range(n_experts * BLOCKS):
-            if (present >> (i // BLOCKS)) & 1 != 0:
-                sums = _add_expert(
-                    sums, s_at, gates_ptr, b_at, rows, i // BLOCKS, i % BLOCKS * BLOCK_R, here,
-                    inside, n_experts, RANK, RAW, BLOCK_R,
-                )  # fmt: skip
-    return sums
+            y = tl.dot(s, tl.trans(b), y, input_precision="ieee")
+    return y
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -83,77 +110,151 @@ def _expand_kernel(
     PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACT: tl.constexpr,
     RAW: tl.constexpr, SKIP: tl.constexpr, ALL: tl.constexpr,
-    RANK: tl.constexpr, EVEN: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_R: tl.constexpr,
+    RANK: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr, ONE: tl.constexpr, EVERY_PART: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    tile, size = tl.program_id(0), n_experts * RANK
+    group, size = tl.program_id(0), n_experts * RANK
     # Parts without experts have no rows of B; no tiles either, unless they must be copied.
     B1: tl.constexpr = WIDTH0 if PART0 >= 0 else 0
     B2: tl.constexpr = B1 + (WIDTH1 if PART1 >= 0 else 0)
     TILED0: tl.constexpr = WIDTH0 if (PART0 >= 0 or ALL) else 0
     TILED1: tl.constexpr = WIDTH1 if (PART1 >= 0 or ALL) else 0
+    SPAN: tl.constexpr = BLOCK_OUT * LOOP
     if ACT == 0:
-        TILES0: tl.constexpr = (TILED0 + BLOCK_OUT - 1) // BLOCK_OUT
-        TILES01: tl.constexpr = TILES0 + (TILED1 + BLOCK_OUT - 1) // BLOCK_OUT
-        second, third = tile >= TILES0, tile >= TILES01
+        GROUPS0: tl.constexpr = (TILED0 + SPAN - 1) // SPAN
+        GROUPS01: tl.constexpr = GROUPS0 + (TILED1 + SPAN - 1) // SPAN
+        second, third = group >= GROUPS0, group >= GROUPS01
         part = tl.where(third, PART2, tl.where(second, PART1, PART0))
         width = tl.where(third, WIDTH2, tl.where(second, WIDTH1, WIDTH0))
         offset = tl.where(third, WIDTH0 + WIDTH1, tl.where(second, WIDTH0, 0))
         b_first = tl.where(third, B2, tl.where(second, B1, 0))
-        tile -= tl.where(third, TILES01, tl.where(second, TILES0, 0))
+        group -= tl.where(third, GROUPS01, tl.where(second, GROUPS0, 0))
     else:
         part, width, offset, b_first = PART0, WIDTH0, 0, 0
-    columns = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    # A mask that ends in the middle of a tile makes loads narrow: only where it must be.
-    inside = columns >= 0 if EVEN else columns < width
-    b_at = b_ptr + (b_first + columns).to(tl.int64)[None, :] * size
     rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     here = rows < n_tokens
-    mask = here[:, None] & inside[None, :]
-    y_at = y_ptr + rows.to(tl.int64)[:, None] * y_stride + (offset + columns)[None, :]
-    y = tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        bias_at = bias_ptr + offset + columns
-        y += tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if part >= 0:
-        y += _delta(
-            s_ptr, s_stride, gates_ptr, present_ptr, b_at, rows, here, inside, part,
-            n_experts, RANK, RAW, SKIP, BLOCK_T, BLOCK_OUT, BLOCK_R,
+    present = tl.load(present_ptr)
+    # A part without experts has deltas of zeros; EVEN_B says that there is none.
+    rows_s = rows < tl.where(part >= 0, n_tokens, 0)
+    rows_up = rows < (n_tokens if PART1 >= 0 else 0)
+    EVEN_B: tl.constexpr = EVEN and EVERY_PART
+    s_at = s_ptr + rows.to(tl.int64) * s_stride + part * size
+    s_up_at = s_ptr + rows.to(tl.int64) * s_stride + PART1 * size
+    s = tl.zeros([BLOCK_T, BLOCK_E * BLOCK_R], dtype=s_ptr.dtype.element_ty)
+    s_up = s
+    if ONE:  # of all columns
+        s = _load_s(
+            s_at, gates_ptr, rows, 0, rows_s, n_experts, 0,
+            RANK, RAW, EVEN_K, BLOCK_T, BLOCK_E, BLOCK_R,
         )  # fmt: skip
-    if ACT != 0:
-        up = tl.load(y_at + WIDTH0, mask=mask, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            up += tl.load(bias_at + WIDTH0, mask=inside, other=0.0).to(tl.float32)[None, :]
-        if PART1 >= 0:
-            up += _delta(
-                s_ptr, s_stride, gates_ptr, present_ptr, b_at + B1 * size, rows, here,
-                inside, PART1, n_experts, RANK, RAW, SKIP, BLOCK_T, BLOCK_OUT, BLOCK_R,
+        if ACT != 0:
+            s_up = _load_s(
+                s_up_at, gates_ptr, rows, 0, rows_up, n_experts, 0,
+                RANK, RAW, EVEN_K, BLOCK_T, BLOCK_E, BLOCK_R,
             )  # fmt: skip
-        y = activate(y, up, ACT)
-    out_at = out_ptr + rows.to(tl.int64)[:, None] * out_stride + (offset + columns)[None, :]
-    tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=mask)
+    for i in tl.range(LOOP, num_stages=STAGES):
+        columns = (group * LOOP + i) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+        # A mask that ends in the middle of a tile makes loads narrow: only where it must be.
+        inside = columns >= 0 if EVEN else columns < width
+        inside_b = columns < tl.where(part >= 0, width, 0)
+        inside_up = columns < (WIDTH1 if PART1 >= 0 else 0)
+        b_at = b_ptr + (b_first + columns).to(tl.int64) * size
+        mask = here[:, None] & inside[None, :]
+        y_at = y_ptr + rows.to(tl.int64)[:, None] * y_stride + (offset + columns)[None, :]
+        # Everything is asked for before anything is used.
+        b = tl.zeros([BLOCK_OUT, BLOCK_E * BLOCK_R], dtype=b_ptr.dtype.element_ty)
+        b_up = b
+        if ONE:
+            b = _load_b(
+                b_at, inside_b, 0, n_experts, 0, RANK, EVEN_B, EVEN_K, BLOCK_E, BLOCK_R
+            )
+            if ACT != 0:
+                b_up = _load_b(
+                    b_at + B1 * size, inside_up, 0, n_experts, 0,
+                    RANK, EVEN_B, EVEN_K, BLOCK_E, BLOCK_R,
+                )  # fmt: skip
+        y = tl.load(y_at, mask=mask, other=0.0)
+        up = y
+        if ACT != 0:
+            up = tl.load(y_at + WIDTH0, mask=mask, other=0.0)
+        y = y.to(tl.float32)
+        if HAS_BIAS:
+            bias_at = bias_ptr + offset + columns
+            y += tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)[None, :]
+        y = _add_delta(
+            y, b, s, s_at, gates_ptr, present, b_at, rows, rows_s, inside_b,
+            n_experts, RANK, RAW, SKIP, EVEN_B, EVEN_K, ONE, BLOCK_T, BLOCK_E, BLOCK_R,
+        )  # fmt: skip
+        if ACT != 0:
+            up = up.to(tl.float32)
+            if HAS_BIAS:
+                up += tl.load(bias_at + WIDTH0, mask=inside, other=0.0).to(tl.float32)[None, :]
+            up = _add_delta(
+                up, b_up, s_up, s_up_at, gates_ptr, present, b_at + B1 * size, rows,
+                rows_up, inside_up,
+                n_experts, RANK, RAW, SKIP, EVEN_B, EVEN_K, ONE, BLOCK_T, BLOCK_E, BLOCK_R,
+            )  # fmt: skip
+            y = activate(y, up, ACT)
+        out_at = out_ptr + rows.to(tl.int64)[:, None] * out_stride + (offset + columns)[None, :]
+        tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(y, bias, out, s, s_stride, bank_b, gates, present, parts, widths, act) -> None:
+@dataclass(frozen=True)
+class ExpandBlocks:
+    """How an expand is cut.
+
+    Attributes:
+        tokens, columns: of a tile.
+        loop: tiles of a program, side by side; what it knows of its tokens serves them all.
+        warps: of a program.
+        stages: loads in flight in a loop.
+    """
+
+    tokens: int
+    columns: int
+    loop: int
+    warps: int
+    stages: int
+
+    @classmethod
+    def choose(cls, tokens: int, activation: bool, itemsize: int) -> ExpandBlocks:
+        """Found on an H200 at the shapes of Llama-2-7B; docs/kernel-notes.md has the figures."""
+        if tokens <= 256 or itemsize > 2:
+            block_t = min(64 if itemsize == 2 else 32, max(16, triton.next_power_of_2(tokens)))
+            return cls(block_t, 128 if activation and itemsize == 2 else 64, 1, 4, 1)
+        return cls(64, 128, 2, 4, 1) if activation else cls(128, 128, 8, 8, 3)
+
+
+def _launch(
+    y, bias, out, s, s_stride, bank_b, gates, present, parts, widths, act, blocks=None
+) -> None:  # fmt: skip
     tokens, (_, experts, rank) = y.shape[0], bank_b.shape
     every = out is not y
+    if blocks is None:
+        blocks = ExpandBlocks.choose(tokens, act != 0, y.element_size())
     # An activation takes gate and up in one tile.
     tiled = widths[:1] if act else [w for w, part in zip(widths, parts) if part >= 0 or every]
-    block_t = min(64, max(16, triton.next_power_of_2(tokens)))
-    block_out = 128 if block_t == 64 else 64
-    tiles = sum(triton.cdiv(w, block_out) for w in tiled)
+    span = blocks.columns * blocks.loop
+    groups = sum(triton.cdiv(w, span) for w in tiled)
+    every_part = min(parts) >= 0
+    skip = tokens < _SKIP_TOKENS
+    block_r = min(_BLOCK_ER, triton.next_power_of_2(rank))
+    block_e = 1 if skip else min(triton.next_power_of_2(experts), _BLOCK_ER // block_r)
+    block_r = max(block_r, 16 // block_e)
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
-    _expand_kernel[(tiles, triton.cdiv(tokens, block_t))](
+    even_k = rank % block_r == 0 and experts % block_e == 0 and (block_e == 1 or rank == block_r)
+    _expand_kernel[(groups, triton.cdiv(tokens, blocks.tokens))](
         y, bias, out, s, bank_b, gates, present,
         tokens, y.stride(0), out.stride(0), s_stride, experts,
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         PART0=parts[0], PART1=parts[1], PART2=parts[2],
         HAS_BIAS=bias is not None, ACT=act,
-        RAW=gates is not None, SKIP=tokens < _SKIP_TOKENS, ALL=every,
-        RANK=rank, EVEN=all(w % block_out == 0 for w in tiled),
-        BLOCK_T=block_t, BLOCK_OUT=block_out,
-        BLOCK_R=min(64, max(16, triton.next_power_of_2(rank))),
-        num_warps=8 if block_t == 64 else 4, num_stages=2,
+        RAW=gates is not None, SKIP=skip, ALL=every,
+        RANK=rank, EVEN=all(w % span == 0 for w in tiled), EVEN_K=even_k,
+        EVERY_PART=every_part, ONE=not skip and experts <= block_e and rank <= block_r,
+        BLOCK_T=blocks.tokens, BLOCK_OUT=blocks.columns, BLOCK_E=block_e, BLOCK_R=block_r,
+        LOOP=blocks.loop, STAGES=blocks.stages, num_warps=blocks.warps,
     )  # fmt: skip
 
 
@@ -178,8 +279,9 @@ def expand_triton(
     _launch(y, None, y, s, s.stride(0), bank_b, None, present, parts, widths, 0)
 
 
-def expand_joint_triton(
-    joint: torch.Tensor,
+def expand_raw_triton(
+    y: torch.Tensor,
+    s: torch.Tensor,
     bias: torch.Tensor | None,
     bank_b: torch.Tensor,
     gates: torch.Tensor,
@@ -187,23 +289,27 @@ def expand_joint_triton(
     parts: Sequence[int],
     widths: Sequence[int],
     activation: str = "",
+    blocks: ExpandBlocks | None = None,
 ) -> torch.Tensor:
-    """From the outputs of [W; A] to those of the adapted projection, in one launch.
+    """From the outputs of W and A to those of the adapted projection, in one launch.
 
     Args:
-        joint: [T, out + P E R]: W x, then A x of all experts, not yet weighted.
+        y: [T, out], W x; overwritten where no activation follows and no bias is added.
+        s: [T, P E R], A x of all experts, not yet weighted.
         bias: [out], or None.
         bank_b, present, parts, widths: as in `expand_triton`.
         gates: [N, E] float32, N >= T.
         activation: "", or "silu" or "gelu_tanh" of gate and up: two parts of I columns.
+        blocks: how to cut, default `ExpandBlocks.choose`.
 
     Returns:
-        [T, out], or [T, I] after an activation.
+        [T, out], or [T, I] after an activation; contiguous.
     """
     act, out = ACTIVATIONS.index(activation), sum(widths)
-    result = joint.new_empty(joint.shape[0], widths[0] if act else out)
-    s = joint[:, out:]
-    _launch(joint, bias, result, s, joint.stride(0), bank_b, gates, present, parts, widths, act)
+    result = y
+    if act or bias is not None or not y.is_contiguous():
+        result = y.new_empty(y.shape[0], widths[0] if act else out)
+    _launch(y, bias, result, s, s.stride(0), bank_b, gates, present, parts, widths, act, blocks)
     return result
 
 

@@ -4,8 +4,8 @@
     out = y, or act(y_gate) * y_up for gate_up
 
 W and A stand in one tensor, [W; A]. Few tokens take one launch that streams it (stream_linear.py).
-Beyond them one product of the vendor's gives W x and A x together, and one pass adds the expand and
-goes on to the activation. The choice falls by the number of tokens alone.
+Beyond them one product of the vendor's gives W x and A x together (two of them for long batches),
+and one pass adds the expand and goes on to the activation. The choice falls by the number of tokens alone.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from vllm_adafuse.kernels.expand import activate_torch, expand_joint_triton, expand_torch
+from vllm_adafuse.kernels.expand import activate_torch, expand_raw_triton, expand_torch
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import shrink_torch
 from vllm_adafuse.kernels.stream_linear import MAX_STREAM_TOKENS, stream_linear_triton
+
+# Up to this many tokens W and A are read in one product. Beyond it the product is bound by
+# arithmetic, and a few rows more would cost it a wave of programs.
+MAX_JOINT_TOKENS = 256
 
 
 def linear_torch(x, joint, bias, bank_b, gates, parts, widths, activation):
@@ -46,8 +50,13 @@ def _run(
             x, joint[:out], bias, bank_a_of(joint, bank_b, out), bank_b, gates, present,
             counters[index], Scratch(low, partial, tickets, unread), parts, widths, activation,
         )  # fmt: skip
-    both = F.linear(x, joint)
-    return expand_joint_triton(both, bias, bank_b, gates, present, parts, widths, activation)
+    if x.shape[0] <= MAX_JOINT_TOKENS:
+        both = F.linear(x, joint)
+        y, s = both[:, :out], both[:, out:]
+    else:
+        y, s = F.linear(x, joint[:out], bias), F.linear(x, joint[out:])
+        bias = None
+    return expand_raw_triton(y, s, bias, bank_b, gates, present, parts, widths, activation)
 
 
 def _fake(x, joint, bias, bank_b, *arguments):

@@ -65,7 +65,7 @@ class Tiles:
         Found on an H200 at the shapes of Llama-2-7B; docs/kernel-notes.md has the figures.
         """
         few, cols = tokens <= 16, 128 if itemsize == 2 else 64
-        height, most = 64, 1 if activation else 3
+        height, most = (32, 1) if activation and few else (64, 1 if activation else 3)
         while height > 16 and triton.cdiv(rows, height) * most < 120:
             height //= 2
         if activation:

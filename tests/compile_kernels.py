@@ -83,10 +83,17 @@ def main() -> None:
             rows.append(build(name, kernel, constants, cut.warps, cut.stages))
         constants = (two if activation else widths | parts) | {
             "bias_ptr": None, "HAS_BIAS": False, "ACT": activation,
-            "RAW": True, "SKIP": False, "ALL": True,
-            "RANK": 16, "EVEN": True, "BLOCK_T": 64, "BLOCK_OUT": 128, "BLOCK_R": 16,
+            "RAW": True, "SKIP": False, "ALL": True, "EVERY_PART": True,
+            "RANK": 16, "EVEN": True, "EVEN_K": True, "ONE": True, "BLOCK_E": 8, "BLOCK_R": 16,
         }  # fmt: skip
-        rows.append(build(f"expand act={activation}", expand._expand_kernel, constants, 8, 2))
+        for tokens in (128, 16000):
+            cut = expand.ExpandBlocks.choose(tokens, activation == 1, 2)
+            blocks = {
+                "BLOCK_T": cut.tokens, "BLOCK_OUT": cut.columns,
+                "LOOP": cut.loop, "STAGES": cut.stages,
+            }  # fmt: skip
+            name = f"expand act={activation} tokens={tokens}"
+            rows.append(build(name, expand._expand_kernel, constants | blocks, cut.warps, 2))
     constants = {"BLOCK_T": 64, "BLOCK_R": 16, "BLOCK_IN": shrink.BLOCK_IN, "STAGES": 3}
     rows.append(build("shrink", shrink._shrink_kernel, constants, 4, 3))
     constants = {"BLOCK_T": 256, "BLOCK_E": 8, "ONE": True}

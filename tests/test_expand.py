@@ -4,8 +4,9 @@ import pytest
 import torch
 from ops import delta_truth, error, make_problem, shrink_truth
 from vllm_adafuse.kernels.expand import (
+    ExpandBlocks,
     activate_torch,
-    expand_joint_triton,
+    expand_raw_triton,
     expand_torch,
     expand_triton,
 )
@@ -34,16 +35,32 @@ def test_equals_float64(shape, run):
 @pytest.mark.parametrize("activation", ["", "silu", "gelu_tanh"])
 @pytest.mark.parametrize("parts", [[0, 1], [0, 0], [-1, 0], [0, -1]])
 @pytest.mark.parametrize("tokens", [5, 70])
-def test_from_joint_outputs_equals_float64(tokens, parts, activation):
+def test_from_raw_sums_equals_float64(tokens, parts, activation):
     p = make_problem(tokens, 48, [140, 140], 3, 2, 4, parts=parts)
     y = 3 * torch.randn(tokens, 280, device=p.x.device)
     raw = torch.einsum("peri,ti->tper", p.bank_a.double(), p.x.double()).flatten(1).float()
     joint, bias = torch.cat([y, raw], 1), torch.randn(280, device=y.device)
-    out = expand_joint_triton(
-        joint, bias, p.bank_b, p.gates, p.present, p.parts, p.widths, activation
-    )
+    out = expand_raw_triton(
+        joint[:, :280], joint[:, 280:], bias, p.bank_b, p.gates, p.present,
+        p.parts, p.widths, activation,
+    )  # fmt: skip
     truth = y.double() + bias.double() + delta_truth(p)
     assert error(out, activate_torch(truth, activation) if activation else truth) <= 1e-5
+
+
+@pytest.mark.parametrize("shape", [(70, 48, [140, 66, 66], 8, 2, 16), (33, 48, [140], 3, 1, 200)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_cuts_of_the_tile(shape, bias):
+    p = make_problem(*shape, bias=bias)
+    y = 3 * torch.randn(shape[0], sum(p.widths), device=p.x.device)
+    raw = torch.einsum("peri,ti->tper", p.bank_a.double(), p.x.double()).flatten(1).float()
+    truth = y.double() + delta_truth(p) + (p.bias.double() if bias else 0)
+    out = expand_raw_triton(
+        y, raw, p.bias, p.bank_b, p.gates, p.present, p.parts, p.widths,
+        blocks=ExpandBlocks(32, 16, 4, 4, 2),
+    )  # fmt: skip
+    assert error(out, truth) <= 1e-5
+    assert (out is y) is not bias
 
 
 def test_experts_not_chosen_are_not_read():
