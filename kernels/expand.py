@@ -110,7 +110,8 @@ def _expand_kernel(
     PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACT: tl.constexpr,
     RAW: tl.constexpr, SKIP: tl.constexpr, ALL: tl.constexpr,
-    RANK: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr, ONE: tl.constexpr, EVERY_PART: tl.constexpr,
+    RANK: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr, ONE: tl.constexpr,
+    EVERY_PART: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -222,8 +223,10 @@ class ExpandBlocks:
         """Found on an H200 at the shapes of Llama-2-7B; docs/kernel-notes.md has the figures."""
         if tokens <= 256 or itemsize > 2:
             block_t = min(64 if itemsize == 2 else 32, max(16, triton.next_power_of_2(tokens)))
-            return cls(block_t, 128 if activation and itemsize == 2 else 64, 1, 4, 1)
-        return cls(64, 128, 2, 4, 1) if activation else cls(128, 128, 8, 8, 3)
+            return cls(block_t, 64, 1, 4, 1)
+        if activation:
+            return cls(64, 64, 8, 4, 1)
+        return cls(64, 64, 8, 4, 3) if tokens < 4096 else cls(128, 128, 8, 8, 3)
 
 
 def _launch(

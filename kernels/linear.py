@@ -5,7 +5,8 @@
 
 W and A stand in one tensor, [W; A]. Few tokens take one launch that streams it (stream_linear.py).
 Beyond them one product of the vendor's gives W x and A x together (two of them for long batches),
-and one pass adds the expand and goes on to the activation. The choice falls by the number of tokens alone.
+and one pass adds the expand and goes on to the activation. The choice falls by the number of
+tokens alone.
 """
 
 from __future__ import annotations

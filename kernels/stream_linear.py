@@ -232,7 +232,8 @@ def stream_linear_triton(
         HAS_BIAS=bias is not None, ACT=act, EVEN=size_in % (tiles.cols * tiles.split) == 0,
         SPLIT=tiles.split, BLOCK_T=block_t, BLOCK_R=grid.block_r,
         BLOCK_ER=min(128, max(16, triton.next_power_of_2(experts * rank))),
-        RANK=rank, ROWS=tiles.rows, COLS=tiles.cols, SHRINK_COLS=shrink_cols, SHRINK_STAGES=SHRINK_STAGES, STAGES=tiles.stages,
+        RANK=rank, ROWS=tiles.rows, COLS=tiles.cols, STAGES=tiles.stages,
+        SHRINK_COLS=shrink_cols, SHRINK_STAGES=SHRINK_STAGES,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return y
