@@ -53,6 +53,7 @@ def build(name: str, kernel, constants: dict, warps: int, stages: int) -> dict:
     narrow = [load for load in loads if not re.search(r"v[24]|b64|u64", load)]
     return {
         "kernel": name,
+        "threads": 32 * warps,
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "spilled": int(re.search(r"STACK:(\d+)", usage)[1]),
         "narrow": len(narrow),
