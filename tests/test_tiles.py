@@ -45,9 +45,9 @@ def test_a_second_run_keeps_other_shapes():
     [
         ("{", "Expecting"),
         ('{"version": 9, "cuts": {}}', "its version is 9, expected 2"),
-        ('{"version": 1}', "cuts"),
-        ('{"version": 1, "cuts": {"a": {"1": {"rows": 48}}}}', "rows is 48"),
-        ('{"version": 1, "cuts": {"a": {"1": {"heads": 8}}}}', "heads"),
+        ('{"version": 2}', "cuts"),
+        ('{"version": 2, "cuts": {"a": {"1": {"rows": 48}}}}', "rows is 48"),
+        ('{"version": 2, "cuts": {"a": {"1": {"heads": 8}}}}', "heads"),
         ("[]", "list"),
     ],
 )
