@@ -96,7 +96,7 @@ def candidates(product: Product, tokens: int, itemsize: int = 2) -> Iterator[Til
     two = 2 if product.activation else 1
     block_t = max(16, triton.next_power_of_2(tokens))
     for rows, cols, stages, split in itertools.product(
-        (16, 32, 64, 128), (64, 128, 256), (3, 4, 5, 6), (1, 2, 3, 4)
+        (16, 32, 64), (64, 128), (3, 4, 6), (1, 2, 3, 4)
     ):
         if product.activation and split > 1:
             continue  # the partial sums of gate and up would have to be kept
