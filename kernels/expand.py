@@ -22,7 +22,7 @@ ACTIVATIONS = ("", "silu", "gelu_tanh")
 # With fewer tokens most experts are absent, and each is asked whether it is there.
 _SKIP_TOKENS = 8
 # Ranks, of one expert or of several, that one product takes.
-_BLOCK_ER = 128
+BLOCK_ER = 128
 
 
 @triton.jit
@@ -242,8 +242,8 @@ def _launch(
     groups = sum(triton.cdiv(w, span) for w in tiled)
     every_part = min(parts) >= 0
     skip = tokens < _SKIP_TOKENS
-    block_r = min(_BLOCK_ER, triton.next_power_of_2(rank))
-    block_e = 1 if skip else min(triton.next_power_of_2(experts), _BLOCK_ER // block_r)
+    block_r = min(BLOCK_ER, triton.next_power_of_2(rank))
+    block_e = 1 if skip else min(triton.next_power_of_2(experts), BLOCK_ER // block_r)
     block_r = max(block_r, 16 // block_e)
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
     even_k = rank % block_r == 0 and experts % block_e == 0 and (block_e == 1 or rank == block_r)

@@ -18,6 +18,9 @@ from vllm_adafuse.kernels.scratch import Scratch
 
 BLOCK_IN = 256
 MAX_SLICES = 8
+SHRINK_STAGES = 3
+# Bytes of shared memory for a program: two of them fit a Hopper processor, one any current one's.
+MAX_SHARED = 100 << 10
 # Elements of `in` that one program reads: longer slices finish late, shorter ones are many.
 _SLICE = 4096
 
@@ -126,6 +129,13 @@ class ShrinkGrid:
         return self.slots * self.slices
 
 
+def fit_cols(wanted: int, block_r: int, block_t: int, itemsize: int) -> int:
+    """Elements of `in` in a step of the shrink: as many as wanted, or as shared memory holds."""
+    while SHRINK_STAGES * (block_r + block_t) * wanted * itemsize > MAX_SHARED:
+        wanted //= 2
+    return wanted
+
+
 # Up to this many tokens the Triton kernel runs, beyond it one dense product over all experts.
 MAX_SHRINK_TOKENS = 64
 
@@ -153,11 +163,13 @@ def shrink_triton(
     parts, experts, rank, size_in = bank_a.shape
     grid = ShrinkGrid.of(bank_a)
     s = scratch.s(x.dtype, tokens, parts, experts * rank)
+    block_t = max(16, triton.next_power_of_2(tokens))
+    block_in = fit_cols(BLOCK_IN, grid.block_r, block_t, x.element_size())
     _shrink_kernel[(grid.programs,)](
         x, bank_a, gates, present, s, scratch.partial, scratch.tickets, scratch.unread,
         tokens, x.stride(0), size_in, experts, rank, parts, grid.slices,
-        BLOCK_T=max(16, triton.next_power_of_2(tokens)), BLOCK_R=grid.block_r,
-        BLOCK_IN=BLOCK_IN, STAGES=3, num_warps=4, num_stages=3,
+        BLOCK_T=block_t, BLOCK_R=grid.block_r, BLOCK_IN=block_in,
+        STAGES=SHRINK_STAGES, num_warps=4, num_stages=SHRINK_STAGES,
     )  # fmt: skip
     return s
 

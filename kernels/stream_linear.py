@@ -20,12 +20,14 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.expand import ACTIVATIONS, activate
+from vllm_adafuse.kernels.expand import ACTIVATIONS, BLOCK_ER, activate
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import (
     MAX_SHRINK_TOKENS,
     MAX_SLICES,
+    SHRINK_STAGES,
     ShrinkGrid,
+    fit_cols,
     last_sums,
     shrink_program,
 )
@@ -33,27 +35,25 @@ from vllm_adafuse.kernels.tiles import MAX_SPLIT, Tiles, find_tiles
 
 # Beyond it the vendor's product with launches of their own for the experts is faster.
 MAX_STREAM_TOKENS = 32
-SHRINK_STAGES = 3
-# Bytes of shared memory for a program of the shrink: two of them fit a Hopper processor.
-MAX_SHARED = 100 << 10
 
 
 def scratch_sizes(bank_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
     """Bytes of s, floats of partial sums and tickets that a projection of `rows` rows may need."""
     parts, experts, rank, _ = bank_a.shape
-    grid, tokens = ShrinkGrid.of(bank_a, MAX_SLICES), max(MAX_SHRINK_TOKENS, MAX_STREAM_TOKENS)
-    low = tokens * parts * experts * rank * bank_a.element_size()
+    alone, within = ShrinkGrid.of(bank_a), ShrinkGrid.of(bank_a, MAX_SLICES)
+    low = MAX_SHRINK_TOKENS * parts * experts * rank * bank_a.element_size()
     padded = rows + 3 * 64
-    sums = grid.programs * grid.block_r * tokens + MAX_SPLIT * padded * MAX_STREAM_TOKENS
-    return low, sums, grid.slots + padded // 16
+    of_shrink = max(alone.programs * MAX_SHRINK_TOKENS, within.programs * MAX_STREAM_TOKENS)
+    sums = of_shrink * alone.block_r + MAX_SPLIT * padded * MAX_STREAM_TOKENS
+    return low, sums, alone.slots + padded // 16
 
 
 @triton.jit
 def _load_b(b_at, columns, size, present, RANK: tl.constexpr):
-    """B [rows, columns] of the experts that are present, and which those columns are."""
+    """B [rows, columns] of the experts that are present."""
     # Of a known rank, so that loads know how long their masks stay the same.
     used = ((present >> (columns // RANK)) & 1 != 0) & (columns < size)
-    return tl.load(b_at + columns[None, :], mask=used[None, :], other=0.0), used
+    return tl.load(b_at + columns[None, :], mask=used[None, :], other=0.0)
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def _add_delta(
         at = start + columns
         b = first_b
         if start > 0:
-            b, _ = _load_b(b_at, at, size, present, RANK)
+            b = _load_b(b_at, at, size, present, RANK)
         used = ((present >> (at // RANK)) & 1 != 0) & (at < size)
         if tl.max(used.to(tl.int32)) > 0:
             s = tl.load(
@@ -138,11 +138,11 @@ def _stream_linear_kernel(
         b_at = b_ptr + (rows - skipped).to(tl.int64)[:, None] * size
         b_up_at = b_at
         adds = (part >= 0) & (split == 0)
-        b, _ = _load_b(b_at, columns, size, tl.where(adds, present, 0), RANK)
+        b = _load_b(b_at, columns, size, tl.where(adds, present, 0), RANK)
         b_up = b
         if ACT != 0 and PART1 >= 0:
             b_up_at = b_at + (WIDTH0 - SKIP1) * size
-            b_up, _ = _load_b(b_up_at, columns, size, present, RANK)
+            b_up = _load_b(b_up_at, columns, size, present, RANK)
         for start in tl.range(begin, end, COLS, num_stages=STAGES):
             k = start + tl.arange(0, COLS)
             cut = k < end
@@ -216,9 +216,8 @@ def stream_linear_triton(
     if tiles is None:
         tiles = find_tiles(tokens, size_in, rows, activation, x.element_size(), x.device)
     grid = ShrinkGrid.of(bank_a, tiles.slices)
-    block_t, shrink_cols = max(16, triton.next_power_of_2(tokens)), tiles.shrink_cols
-    while SHRINK_STAGES * (grid.block_r + block_t) * shrink_cols * x.element_size() > MAX_SHARED:
-        shrink_cols //= 2
+    block_t = max(16, triton.next_power_of_2(tokens))
+    shrink_cols = fit_cols(tiles.shrink_cols, grid.block_r, block_t, x.element_size())
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
     count = sum(triton.cdiv(w, tiles.rows) for w in (widths[:1] if act else widths))
     y = x.new_empty(tokens, rows)
@@ -231,7 +230,7 @@ def stream_linear_triton(
         PART0=parts[0], PART1=parts[1], PART2=parts[2],
         HAS_BIAS=bias is not None, ACT=act, EVEN=size_in % (tiles.cols * tiles.split) == 0,
         SPLIT=tiles.split, BLOCK_T=block_t, BLOCK_R=grid.block_r,
-        BLOCK_ER=min(128, max(16, triton.next_power_of_2(experts * rank))),
+        BLOCK_ER=min(BLOCK_ER, max(16, triton.next_power_of_2(experts * rank))),
         RANK=rank, ROWS=tiles.rows, COLS=tiles.cols, STAGES=tiles.stages,
         SHRINK_COLS=shrink_cols, SHRINK_STAGES=SHRINK_STAGES,
         num_warps=tiles.warps, num_stages=tiles.stages,

@@ -76,7 +76,7 @@ def main() -> None:
                 "bias_ptr": None, "HAS_BIAS": False, "ACT": activation, "EVEN": True,
                 "SPLIT": cut.split, "BLOCK_T": tokens, "BLOCK_R": 16, "BLOCK_ER": 128, "RANK": 16,
                 "ROWS": cut.rows, "COLS": cut.cols, "SHRINK_COLS": cut.shrink_cols,
-                "SHRINK_STAGES": stream_linear.SHRINK_STAGES,
+                "SHRINK_STAGES": shrink.SHRINK_STAGES,
                 "STAGES": cut.stages,
             }  # fmt: skip
             kernel = stream_linear._stream_linear_kernel
@@ -95,7 +95,8 @@ def main() -> None:
             }  # fmt: skip
             name = f"expand act={activation} tokens={tokens}"
             rows.append(build(name, expand._expand_kernel, constants | blocks, cut.warps, 2))
-    constants = {"BLOCK_T": 64, "BLOCK_R": 16, "BLOCK_IN": shrink.BLOCK_IN, "STAGES": 3}
+    block_in = shrink.fit_cols(shrink.BLOCK_IN, 16, 64, 2)
+    constants = {"BLOCK_T": 64, "BLOCK_R": 16, "BLOCK_IN": block_in, "STAGES": 3}
     rows.append(build("shrink", shrink._shrink_kernel, constants, 4, 3))
     constants = {"BLOCK_T": 256, "BLOCK_E": 8, "ONE": True}
     kernel = spread_routes._spread_routes_kernel
