@@ -15,15 +15,24 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from vllm_adafuse.kernels import stream_linear, tile_linear
 from vllm_adafuse.kernels.expand import activate_torch, expand_raw_triton, expand_torch
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import shrink_torch
 from vllm_adafuse.kernels.stream_linear import MAX_STREAM_TOKENS, stream_linear_triton
+from vllm_adafuse.kernels.tile_linear import MAX_TILE_TOKENS, can_tile, tile_linear_triton
 
 # Up to this many tokens W and A are read in one product. Beyond it the product is bound by
 # arithmetic, and a few rows more would cost it a wave of programs.
 MAX_JOINT_TOKENS = 256
+
+
+def scratch_sizes(bank_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
+    """Bytes of s, floats of partial sums and tickets that a projection of `rows` rows may need."""
+    needs = [kernel.scratch_sizes(bank_a, rows) for kernel in (stream_linear, tile_linear)]
+    low, floats, tickets = map(max, *needs)
+    return low, floats, tickets
 
 
 def linear_torch(x, joint, bias, bank_b, gates, parts, widths, activation):
@@ -50,6 +59,11 @@ def _run(
         return stream_linear_triton(
             x, joint[:out], bias, bank_a_of(joint, bank_b, out), bank_b, gates, present,
             counters[index], Scratch(low, partial, tickets, unread), parts, widths, activation,
+        )  # fmt: skip
+    if x.shape[0] <= MAX_TILE_TOKENS and can_tile(x, joint):
+        return tile_linear_triton(
+            x, joint, bias, bank_b, gates, present, counters[index],
+            Scratch(low, partial, tickets, unread), parts, widths, activation,
         )  # fmt: skip
     if x.shape[0] <= MAX_JOINT_TOKENS:
         both = F.linear(x, joint)

@@ -49,7 +49,7 @@ def scratch_sizes(bank_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
 
 
 @triton.jit
-def _load_b(b_at, columns, size, present, RANK: tl.constexpr):
+def load_b(b_at, columns, size, present, RANK: tl.constexpr):
     """B [rows, columns] of the experts that are present."""
     # Of a known rank, so that loads know how long their masks stay the same.
     used = ((present >> (columns // RANK)) & 1 != 0) & (columns < size)
@@ -57,7 +57,7 @@ def _load_b(b_at, columns, size, present, RANK: tl.constexpr):
 
 
 @triton.jit
-def _add_delta(
+def add_delta(
     acc, b_at, first_b, present, s_ptr, counter_ptr,
     n_tokens, part, n_parts, n_experts, n_slots,
     RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_ER: tl.constexpr,
@@ -77,7 +77,7 @@ def _add_delta(
         at = start + columns
         b = first_b
         if start > 0:
-            b = _load_b(b_at, at, size, present, RANK)
+            b = load_b(b_at, at, size, present, RANK)
         used = ((present >> (at // RANK)) & 1 != 0) & (at < size)
         if tl.max(used.to(tl.int32)) > 0:
             s = tl.load(
@@ -138,11 +138,11 @@ def _stream_linear_kernel(
         b_at = b_ptr + (rows - skipped).to(tl.int64)[:, None] * size
         b_up_at = b_at
         adds = (part >= 0) & (split == 0)
-        b = _load_b(b_at, columns, size, tl.where(adds, present, 0), RANK)
+        b = load_b(b_at, columns, size, tl.where(adds, present, 0), RANK)
         b_up = b
         if ACT != 0 and PART1 >= 0:
             b_up_at = b_at + (WIDTH0 - SKIP1) * size
-            b_up = _load_b(b_up_at, columns, size, present, RANK)
+            b_up = load_b(b_up_at, columns, size, present, RANK)
         for start in tl.range(begin, end, COLS, num_stages=STAGES):
             k = start + tl.arange(0, COLS)
             cut = k < end
@@ -161,7 +161,7 @@ def _stream_linear_kernel(
                     w = tl.load(up_at + k[None, :], mask=cut[None, :], other=0.0)
                 acc_up = tl.dot(w, x, acc_up, input_precision="ieee")
         if adds:
-            acc = _add_delta(
+            acc = add_delta(
                 acc, b_at, b, present, s_ptr, counter_ptr,
                 n_tokens, part, n_parts, n_experts, n_slots, RANK, BLOCK_T, BLOCK_ER,
             )  # fmt: skip
@@ -176,7 +176,7 @@ def _stream_linear_kernel(
                 acc += tl.load(bias_ptr + rows).to(tl.float32)[:, None]
             if ACT != 0:
                 if PART1 >= 0:
-                    acc_up = _add_delta(
+                    acc_up = add_delta(
                         acc_up, b_up_at, b_up, present, s_ptr, counter_ptr,
                         n_tokens, PART1, n_parts, n_experts, n_slots, RANK, BLOCK_T, BLOCK_ER,
                     )  # fmt: skip

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from vllm_adafuse.kernels.linear import scratch_sizes
 from vllm_adafuse.kernels.scratch import Scratch
-from vllm_adafuse.kernels.stream_linear import scratch_sizes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

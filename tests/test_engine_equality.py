@@ -58,7 +58,7 @@ def test_projections_fused_as_on_a_gpu(name, tmp_path, monkeypatch):
     def can_fuse(layer):
         return type(layer.quant_method) is UnquantizedLinearMethod
 
-    monkeypatch.setattr(linear, "_can_fuse", can_fuse)
+    monkeypatch.setattr(linear, "can_fuse", can_fuse)
     # vLLM's CPU build packs weights for a product of its own.
     monkeypatch.setattr(
         linear.FusedLinearMethod, "process_weights_after_loading", lambda self, layer: None
@@ -79,7 +79,7 @@ def test_beside_vllms_own_lora_nothing_is_fused(tmp_path, monkeypatch):
     """LoRA adds to the output of gate_up before the activation, so that must stay outside."""
     from vllm_adafuse.serving import linear
 
-    monkeypatch.setattr(linear, "_can_fuse", lambda layer: True)
+    monkeypatch.setattr(linear, "can_fuse", lambda layer: True)
     base, adapter = make_pair(tmp_path)
     with engine(base, adapter, enable_lora=True, max_lora_rank=8) as llm:
         outputs = llm.generate(real_prompts(5), greedy(), use_tqdm=False)

@@ -14,11 +14,11 @@ import torch
 import triton
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.kernels.linear import bank_a_of
+from vllm_adafuse.kernels.linear import bank_a_of, scratch_sizes
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import MAX_SHARED
 from vllm_adafuse.kernels.spread_routes import spread_routes
-from vllm_adafuse.kernels.stream_linear import scratch_sizes, stream_linear_triton
+from vllm_adafuse.kernels.stream_linear import stream_linear_triton
 from vllm_adafuse.kernels.tiles import Tiles
 
 PACKED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,9 +15,8 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
-from vllm_adafuse.kernels.linear import linear
+from vllm_adafuse.kernels.linear import linear, scratch_sizes
 from vllm_adafuse.kernels.sgmm import sgmm
-from vllm_adafuse.kernels.stream_linear import scratch_sizes
 from vllm_adafuse.serving.router import Route
 
 
@@ -69,6 +69,7 @@ class ExpertBank(torch.nn.Module):
         dtype: of the model.
         route: the step's static buffers.
         index: of the projection, its row in the route's counters.
+        joint: W and A are to stand in one tensor; `join` says which W.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class ExpertBank(torch.nn.Module):
         dtype: torch.dtype,
         route: Route,
         index: int,
+        joint: bool = False,
     ):
         super().__init__()
         self.route, self.index = route, index
@@ -104,7 +106,14 @@ class ExpertBank(torch.nn.Module):
             size_in = layer.input_size_per_partition
             self.input_slice = slice(layer.tp_rank * size_in, (layer.tp_rank + 1) * size_in)
         adapted = sum(shard.width for group in self.part_shards for shard in group)
-        a = torch.zeros(len(self.names), num_experts, rank, size_in, dtype=dtype)
+        shape = len(self.names), num_experts, rank, size_in
+        if joint:
+            out, rows = sum(self.widths), math.prod(shape[:-1])
+            both = torch.zeros(out + rows, size_in, dtype=dtype)
+            self.register_buffer("joint", both, persistent=False)
+            a = both[out:].view(shape)
+        else:
+            a = torch.zeros(shape, dtype=dtype)
         b = torch.zeros(adapted, num_experts, rank, dtype=dtype)
         self.register_buffer("bank_a", a, persistent=False)
         self.register_buffer("bank_b", b, persistent=False)
@@ -143,13 +152,8 @@ class ExpertBank(torch.nn.Module):
         return y
 
     def join(self, weight: torch.nn.Parameter) -> None:
-        """Moves a weight [out, in] that is still to be loaded, and A below it, into one tensor."""
-        out, size_in = weight.shape
-        rows = self.bank_a.numel() // size_in
-        joint = torch.zeros(out + rows, size_in, dtype=weight.dtype, device=weight.device)
-        weight.data = joint[:out]
-        self.register_buffer("joint", joint, persistent=False)
-        self.register_buffer("bank_a", joint[out:].view(self.bank_a.shape), persistent=False)
+        """Makes a weight [out, in] that is still to be loaded a view of the joint tensor."""
+        weight.data = self.joint[: sum(self.widths)]
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
         """activation(x Wᵀ + bias + delta): the projection, joined before, with its deltas."""

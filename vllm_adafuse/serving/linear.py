@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -69,10 +70,22 @@ class FusedLinearMethod(AdaFuseLinearMethod):
         return layer.adafuse_bank.linear(x, bias, self.activation)
 
 
-def _can_fuse(layer: LinearBase) -> bool:
+def can_fuse(layer: LinearBase) -> bool:
     """Whether the projection is a plain product on a GPU, which vLLM leaves to the vendor."""
     plain = type(layer.quant_method) is UnquantizedLinearMethod
     return plain and current_platform.is_cuda_alike() and not envs.VLLM_BATCH_INVARIANT
+
+
+def release_weights(layers: Iterable[LinearBase]) -> None:
+    """Gives back the memory of weights that are still to be loaded, before joint tensors take it.
+
+    All at once: one by one, the hole that a weight leaves is too small for its joint tensor, and
+    the allocator would keep a hole of every shape.
+    """
+    for layer in layers:
+        layer.weight.data = layer.weight.data.new_empty(0)
+    if current_platform.is_cuda_alike():
+        torch.cuda.empty_cache()
 
 
 def _take_activation(layer: LinearBase, block: torch.nn.Module) -> str:
@@ -90,20 +103,18 @@ def _take_activation(layer: LinearBase, block: torch.nn.Module) -> str:
     return name
 
 
-def wrap_linear(
-    layer: LinearBase, block: torch.nn.Module, bank: ExpertBank, fuse: bool = True
-) -> None:
+def wrap_linear(layer: LinearBase, block: torch.nn.Module, bank: ExpertBank, fuse: bool) -> None:
     """Gives a projection its expert bank.
 
     Args:
         layer: the projection.
         block: the module that it belongs to (attention or MLP).
         bank: its experts.
-        fuse: the projection may be computed together with them; not if something else, such as
-            vLLM's own LoRA, also adds to its output.
+        fuse: the projection is computed together with them, see `can_fuse`; not if something
+            else, such as vLLM's own LoRA, also adds to its output.
     """
     layer.adafuse_bank = bank
-    if fuse and _can_fuse(layer):
+    if fuse:
         activation = _take_activation(layer, block)
         bank.join(layer.weight)
         layer.quant_method = FusedLinearMethod(layer.quant_method, activation)

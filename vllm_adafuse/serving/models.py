@@ -7,6 +7,7 @@ importing this module imports no model.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from vllm.sequence import IntermediateTensors
 from vllm_adafuse.adapter import Adapter, check_adapter
 from vllm_adafuse.architectures import ARCHITECTURES, PREFIX, Architecture
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.serving import linear
 from vllm_adafuse.serving.attach import ADAPTER_KEY, FINGERPRINT_KEY
 from vllm_adafuse.serving.bank import ExpertBank
-from vllm_adafuse.serving.linear import wrap_linear
 from vllm_adafuse.serving.router import AfterLoading, Route, Router
 
 # vLLM shows only what is logged below its own name.
@@ -67,28 +68,36 @@ class AdaFuseMixin:
         )
         self.adafuse_router.quant_method = AfterLoading(self._load_adapter)
 
-    def _wrap_projections(self, route: Route, dtype: torch.dtype, fuse: bool) -> list[ExpertBank]:
-        adapter, banks = self.adafuse_adapter, []
-        adapted = set(adapter.projections)
-        packed = self.packed_modules_mapping
+    def _wrap_projections(self, route: Route, dtype: torch.dtype, alone: bool) -> list[ExpertBank]:
+        config, banks = self.adafuse_adapter.config, []
+        found = list(self._adapted_projections())
+        fused = [alone and linear.can_fuse(layer) for layer, _, _ in found]
+        linear.release_weights(layer for (layer, _, _), fuse in zip(found, fused) if fuse)
+        for (layer, block, parts), fuse in zip(found, fused):
+            bank = ExpertBank(
+                layer, parts, config.num_experts, config.rank, dtype, route, len(banks), fuse
+            )
+            linear.wrap_linear(layer, block, bank, fuse)
+            banks.append(bank)
+        # A pipeline stage may have no adapted layer, but still passes routes on.
+        route.reserve(max(1, len(banks)), [(1, 1, 1), *(bank.scratch_sizes() for bank in banks)])
+        return banks
+
+    def _adapted_projections(
+        self,
+    ) -> Iterator[tuple[LinearBase, torch.nn.Module, list[str | None]]]:
+        """This rank's projections with experts, their blocks, and their parts' full names."""
+        adapted, packed = set(self.adafuse_adapter.projections), self.packed_modules_mapping
         for index in range(self.model.start_layer, self.model.end_layer):
             layer = self.model.layers[index]
-            for name, linear in list(layer.named_modules()):
-                if not isinstance(linear, LinearBase):
+            for name, module in list(layer.named_modules()):
+                if not isinstance(module, LinearBase):
                     continue
                 block, _, leaf = name.rpartition(".")
                 names = [f"model.layers.{index}.{block}.{n}" for n in packed.get(leaf, [leaf])]
                 parts = [n if n in adapted else None for n in names]
                 if any(parts):
-                    config = adapter.config
-                    bank = ExpertBank(
-                        linear, parts, config.num_experts, config.rank, dtype, route, len(banks)
-                    )
-                    wrap_linear(linear, layer.get_submodule(block), bank, fuse)
-                    banks.append(bank)
-        # A pipeline stage may have no adapted layer, but still passes routes on.
-        route.reserve(max(1, len(banks)), [(1, 1, 1), *(bank.scratch_sizes() for bank in banks)])
-        return banks
+                    yield module, layer.get_submodule(block), parts
 
     @torch.no_grad()
     def _load_adapter(self) -> None:

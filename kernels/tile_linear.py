@@ -1,0 +1,223 @@
+"""A projection and the deltas of its experts in one launch, for some dozens of tokens:
+
+    y[t] = W x[t] + bias + Σ_e B[:, e] s[t, p, e]          s[t, p, e] = gates[t, e] A[p, e] x[t]
+
+and, for gate_up, at once the activation that follows it: act(y_gate) * y_up.
+
+W and A are one tensor, [W; A], cut into tiles of rows, all tokens to a tile. The first programs
+take the tiles of A and leave s; the others, when their tile of W x is done, wait for it and add the
+expand. With so many tokens x is read as often as W: both come through the tensor memory
+accelerator, without which the loop is bound by its addresses. Hence Hopper and later; elsewhere
+`linear` takes the vendor's product. SGMM (AdaFuse, arXiv 2603.11873, section 3), inside the base
+product; `stream_linear` is the same for fewer tokens, and says why waiting cannot hang.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+from vllm_adafuse.kernels.expand import ACTIVATIONS, BLOCK_ER, activate
+from vllm_adafuse.kernels.scratch import Scratch
+from vllm_adafuse.kernels.shrink import last_sums
+from vllm_adafuse.kernels.stream_linear import add_delta, load_b
+from vllm_adafuse.kernels.tiles import Tiles
+
+MAX_TILE_TOKENS = 128
+# Slices of `in` that may share a tile.
+MAX_TILE_SPLIT = 4
+
+
+def can_tile(x: torch.Tensor, joint: torch.Tensor) -> bool:
+    """Whether the accelerator can read both: Hopper or later, rows of whole 16 bytes."""
+    if not x.is_cuda or torch.version.hip or torch.cuda.get_device_capability(x.device)[0] < 9:
+        return False
+    strides = x.stride(0) * x.element_size(), joint.stride(0) * joint.element_size()
+    return x.stride(1) == 1 and not any(stride % 16 for stride in strides)
+
+
+def scratch_sizes(bank_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
+    """Bytes of s, floats of partial sums and tickets that a projection of `rows` rows may need."""
+    ranks = bank_a.numel() // bank_a.shape[-1]
+    low = MAX_TILE_TOKENS * ranks * bank_a.element_size()
+    # Only short products are cut: see `choose`.
+    cut = rows if rows <= _WHOLE else 0
+    floats = MAX_TILE_SPLIT * (cut + 2 * ranks + 8 * 128) * MAX_TILE_TOKENS
+    return low, floats, (rows + ranks) // 16 + 8
+
+
+# Rows of W from which there are programs enough without cutting `in`.
+_WHOLE = 6144
+
+
+def choose(tokens: int, rows: int, activation: str, itemsize: int) -> Tiles:
+    """Found on an H200 at the shapes of Llama-2-7B; docs/kernel-notes.md has the figures."""
+    if itemsize > 2:
+        return Tiles(32, 32, 1, 4, 3)
+    if activation:
+        return Tiles(64, 64, 1, 4, 4, slices=2)
+    if rows > _WHOLE:
+        return Tiles(64, 64, 1, 4, 5, slices=4)
+    return Tiles(64, 64, 2, 4, 5, slices=4)
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def _tile_linear_kernel(
+    x_desc, joint_desc, bias_ptr, b_ptr, y_ptr,
+    gates_ptr, present_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
+    n_tokens, y_stride, size_in, n_experts, n_parts,
+    WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
+    PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACT: tl.constexpr,
+    SPLIT: tl.constexpr, SLICES: tl.constexpr, RANK: tl.constexpr, SHRINK_TILES: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_ER: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    SHRINKS: tl.constexpr = SHRINK_TILES * SLICES
+    OUT: tl.constexpr = WIDTH0 + WIDTH1 + WIDTH2
+    tokens = tl.arange(0, BLOCK_T)
+    here = tokens < n_tokens
+    # Which tile of which part, and which slice of `in`. With ACT a tile is of gate and up.
+    shrinks = pid < SHRINKS
+    tile = tl.where(shrinks, pid // SLICES, (pid - SHRINKS) // SPLIT)
+    slices = tl.where(shrinks, SLICES, SPLIT)
+    slice_ = tl.where(shrinks, pid % SLICES, (pid - SHRINKS) % SPLIT)
+    TILES0: tl.constexpr = (WIDTH0 + ROWS - 1) // ROWS
+    TILES01: tl.constexpr = TILES0 + ((WIDTH1 + ROWS - 1) // ROWS if ACT == 0 else 0)
+    # B has no rows for parts without experts.
+    SKIP1: tl.constexpr = WIDTH0 if PART0 < 0 else 0
+    SKIP2: tl.constexpr = SKIP1 + (WIDTH1 if PART1 < 0 else 0)
+    second, third = tile >= TILES0, tile >= TILES01
+    local = tile - tl.where(third, TILES01, tl.where(second, TILES0, 0))
+    width = tl.where(third, WIDTH2, tl.where(second, WIDTH1, WIDTH0))
+    first = tl.where(third, WIDTH0 + WIDTH1, tl.where(second, WIDTH0, 0))
+    part = tl.where(third, PART2, tl.where(second, PART1, PART0))
+    skipped = tl.where(third, SKIP2, tl.where(second, SKIP1, 0))
+    PER_TILE: tl.constexpr = ROWS * 2 if ACT != 0 else ROWS
+    row = tl.where(shrinks, OUT + tile * PER_TILE, first + local * ROWS)
+    row_up = tl.where(shrinks, row + ROWS, WIDTH0 + row)
+
+    slice_in = tl.cdiv(tl.cdiv(size_in, slices), COLS) * COLS
+    begin = slice_ * slice_in
+    end = tl.minimum(begin + slice_in, size_in)
+    acc = tl.zeros([ROWS, BLOCK_T], dtype=tl.float32)
+    acc_up = acc
+    for start in tl.range(begin, end, COLS, num_stages=STAGES):
+        x = x_desc.load([0, start])
+        acc = tl.dot(joint_desc.load([row, start]), x.T, acc, input_precision="ieee")
+        if ACT != 0:
+            up = joint_desc.load([row_up, start])
+            acc_up = tl.dot(up, x.T, acc_up, input_precision="ieee")
+
+    size, columns = n_experts * RANK, tl.arange(0, BLOCK_ER)
+    if shrinks:
+        PLANES: tl.constexpr = 2 if ACT != 0 else 1
+        for plane in tl.static_range(PLANES):
+            sums = acc if plane == 0 else acc_up
+            last = True
+            if SLICES > 1:
+                sums, last = last_sums(
+                    sums, partial_ptr, ticket_ptr, tile * PLANES + plane, slice_, SLICES,
+                    ROWS, BLOCK_T,
+                )  # fmt: skip
+            if last:
+                ranks = tile * PER_TILE + plane * ROWS + tl.arange(0, ROWS)
+                real = (ranks < n_parts * size)[:, None] & here[None, :]
+                gates_at = tokens[None, :] * n_experts + (ranks // RANK % n_experts)[:, None]
+                gates = tl.load(gates_ptr + gates_at, mask=real, other=0.0)
+                # Not a bare product: what another token sees of this expert must not matter.
+                s = tl.where(gates != 0, sums * gates, 0.0).to(s_ptr.dtype.element_ty)
+                s_at = s_ptr + tokens[None, :] * (n_parts * size) + ranks[:, None]
+                tl.store(s_at, s, mask=real)
+                tl.debug_barrier()
+                tl.atomic_add(counter_ptr, 1, sem="release")
+    else:
+        PLANES_W: tl.constexpr = 2 if ACT != 0 else 1
+        AWAITED: tl.constexpr = SHRINK_TILES * PLANES_W
+        present = tl.load(present_ptr)
+        local_rows = local * ROWS + tl.arange(0, ROWS)
+        rows = first + tl.minimum(local_rows, width - 1)
+        if (part >= 0) & (slice_ == 0):
+            b_at = b_ptr + (rows - skipped).to(tl.int64)[:, None] * size
+            acc = add_delta(
+                acc, b_at, load_b(b_at, columns, size, present, RANK), present, s_ptr, counter_ptr,
+                n_tokens, part, n_parts, n_experts, AWAITED, RANK, BLOCK_T, BLOCK_ER,
+            )  # fmt: skip
+        last = True
+        if SPLIT > 1:
+            acc, last = last_sums(
+                acc, partial_ptr + SHRINKS * PLANES_W * (ROWS * BLOCK_T),
+                ticket_ptr + SHRINK_TILES * PLANES_W, tile, slice_, SPLIT, ROWS, BLOCK_T,
+            )  # fmt: skip
+        if last:
+            if HAS_BIAS:
+                acc += tl.load(bias_ptr + rows).to(tl.float32)[:, None]
+            if ACT != 0:
+                if PART1 >= 0:
+                    b_at = b_ptr + (rows + (WIDTH0 - SKIP1)).to(tl.int64)[:, None] * size
+                    b = load_b(b_at, columns, size, present, RANK)
+                    acc_up = add_delta(
+                        acc_up, b_at, b, present, s_ptr, counter_ptr,
+                        n_tokens, PART1, n_parts, n_experts, AWAITED, RANK, BLOCK_T, BLOCK_ER,
+                    )  # fmt: skip
+                if HAS_BIAS:
+                    acc_up += tl.load(bias_ptr + WIDTH0 + rows).to(tl.float32)[:, None]
+                acc = activate(acc, acc_up, ACT)
+            y_at = y_ptr + tokens[None, :] * y_stride + rows[:, None]
+            mask = (local_rows < width)[:, None] & here[None, :]
+            tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def tile_linear_triton(
+    x: torch.Tensor,
+    joint: torch.Tensor,
+    bias: torch.Tensor | None,
+    bank_b: torch.Tensor,
+    gates: torch.Tensor,
+    present: torch.Tensor,
+    counter: torch.Tensor,
+    scratch: Scratch,
+    parts: Sequence[int],
+    widths: Sequence[int],
+    activation: str = "",
+    tiles: Tiles | None = None,
+) -> torch.Tensor:
+    """One launch for up to 128 tokens; see `vllm_adafuse.kernels.linear.linear`.
+
+    Args:
+        x, joint: as `can_tile` wants them.
+        counter: [>= 1] int32, zero; of this launch alone until the next step.
+        tiles: how to cut, default `choose`; `shrink_cols` is not used.
+    """
+    tokens, size_in = x.shape
+    act = ACTIVATIONS.index(activation)
+    _, experts, rank = bank_b.shape
+    ranks = joint.shape[0] - sum(widths)
+    n_parts = ranks // (experts * rank)
+    rows = widths[0] if act else sum(widths)
+    cut = tiles or choose(tokens, rows, activation, x.element_size())
+    block_t = max(16, triton.next_power_of_2(tokens))
+    shrink_tiles = triton.cdiv(ranks, cut.rows * (2 if act else 1))
+    count = sum(triton.cdiv(w, cut.rows) for w in (widths[:1] if act else widths))
+    widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
+    y = x.new_empty(tokens, rows)
+    _tile_linear_kernel[(shrink_tiles * cut.slices + count * cut.split,)](
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [block_t, cut.cols]),
+        TensorDescriptor(joint, list(joint.shape), list(joint.stride()), [cut.rows, cut.cols]),
+        bias, bank_b, y,
+        gates, present, scratch.s(x.dtype, tokens, n_parts, experts * rank),
+        scratch.partial, scratch.tickets, counter,
+        tokens, y.stride(0), size_in, experts, n_parts,
+        WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
+        PART0=parts[0], PART1=parts[1], PART2=parts[2],
+        HAS_BIAS=bias is not None, ACT=act, SPLIT=cut.split, SLICES=cut.slices, RANK=rank,
+        SHRINK_TILES=shrink_tiles, BLOCK_T=block_t,
+        BLOCK_ER=min(BLOCK_ER, max(16, triton.next_power_of_2(experts * rank))),
+        ROWS=cut.rows, COLS=cut.cols, STAGES=cut.stages,
+        num_warps=cut.warps, num_stages=cut.stages,
+    )  # fmt: skip
+    return y

@@ -1,0 +1,77 @@
+"""The tiled kernel against float64, over odd shapes and cuts of the product."""
+
+import ops
+import pytest
+import torch
+from ops import DEVICE, error, linear_truth, make_problem
+from vllm_adafuse.kernels.tile_linear import tile_linear_triton
+from vllm_adafuse.kernels.tiles import Tiles
+
+CUTS = [Tiles(32, 64), Tiles(16, 32, 2, slices=3), Tiles(64, 16, 4)]
+
+
+# The accelerator wants rows of whole 16 bytes; the last shape is its own.
+SHAPES = {name: (t, -(-i // 8) * 8, *rest) for name, (t, i, *rest) in ops.SHAPES.items()}
+SHAPES["hundred-tokens"] = (100, 72, [64, 70], 5, 2, 12)
+
+
+def run(p, activation="", tiles=None):
+    counter = torch.zeros(4, dtype=torch.int32, device=DEVICE)
+    joint = torch.cat([p.weight, p.bank_a.flatten(0, 2)])
+    return tile_linear_triton(
+        p.x, joint, p.bias, p.bank_b, p.gates, p.present, counter, p.scratch,
+        p.parts, p.widths, activation, tiles,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("tiles", CUTS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_equals_float64(name, tiles):
+    p = make_problem(*SHAPES[name], bias=name != "one-token")
+    assert error(run(p, tiles=tiles), linear_truth(p)) <= 1e-5
+
+
+@pytest.mark.parametrize("parts", [[0, -1, 1], [-1, 0, -1], [0, 0, 0], [-1, -1, 0]])
+def test_parts_without_experts(parts):
+    p = make_problem(4, 64, [40, 50, 30], 4, 2, 4, parts=parts, bias=True)
+    assert error(run(p, tiles=Tiles(16, 32, 2)), linear_truth(p)) <= 1e-5
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("parts", [[0, 1], [0, 0], [-1, 0], [0, -1]])
+def test_gate_up_with_its_activation(parts, activation):
+    p = make_problem(5, 96, [70, 70], 3, 2, 4, parts=parts, bias=True)
+    out = run(p, activation, Tiles(32, 32))
+    assert error(out, linear_truth(p, activation)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize("name", ["packed-qkv-gqa", "hundred-tokens", "rank-256", "slices"])
+def test_half_precision_is_no_worse_than_plain_torch(name, dtype):
+    p = make_problem(*SHAPES[name], dtype=dtype, bias=True)
+    truth, plain = linear_truth(p), linear_truth(p, dtype=dtype)
+    assert error(run(p), truth) <= 1.2 * error(plain, truth)
+
+
+def test_a_token_does_not_see_its_company():
+    p = make_problem(16, 8192, [64, 32], 4, 2, 4)
+    other = make_problem(16, 8192, [64, 32], 4, 2, 4, seed=1)
+    for name in ("weight", "bank_a", "bank_b"):
+        setattr(other, name, getattr(p, name))
+    for name in ("x", "gates"):
+        getattr(other, name)[5] = getattr(p, name)[5]
+    other.present.fill_(-1)
+    one, two = run(p), run(other)
+    assert torch.equal(one[5], two[5]) and not torch.equal(one[4], two[4])
+
+
+def test_rows_without_gates_are_the_bare_projection():
+    p = make_problem(4, 64, [64], 4, 2, 4)
+    p.gates[2] = 0
+    bare = make_problem(4, 64, [64], 4, 2, 4)
+    bare.gates[:4] = 0
+    bare.present.zero_()
+    one, two = run(p), run(bare)
+    assert torch.equal(one[2], two[2]) and not torch.equal(one[1], two[1])
