@@ -3,10 +3,10 @@
     y = x Wᵀ + bias + Σ_e gates[:, e] B[e] A[e] x          (SGMM, see sgmm.py)
     out = y, or act(y_gate) * y_up for gate_up
 
-W and A stand in one tensor, [W; A]. Few tokens take one launch that streams it (stream_linear.py).
-Beyond them one product of the vendor's gives W x and A x together (two of them for long batches),
-and one pass adds the expand and goes on to the activation. The choice falls by the number of
-tokens alone.
+W and A stand in one tensor, [W; A]. Few tokens take one launch that streams it (stream_linear.py),
+some dozens one that tiles it where the product is large (tile_linear.py). Otherwise one product of
+the vendor's gives W x and A x together (two of them for long batches), and one pass adds the expand
+and goes on to the activation. The choice falls by the shape and the number of tokens alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_JOINT_TOKENS = 256
 
 def scratch_sizes(bank_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
     """Bytes of s, floats of partial sums and tickets that a projection of `rows` rows may need."""
-    needs = [kernel.scratch_sizes(bank_a, rows) for kernel in (stream_linear, tile_linear)]
+    needs = stream_linear.scratch_sizes(bank_a, rows), tile_linear.scratch_sizes(bank_a)
     low, floats, tickets = map(max, *needs)
     return low, floats, tickets
 

@@ -22,58 +22,55 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 from vllm_adafuse.kernels.expand import ACTIVATIONS, BLOCK_ER, activate
 from vllm_adafuse.kernels.scratch import Scratch
-from vllm_adafuse.kernels.shrink import last_sums
+from vllm_adafuse.kernels.shrink import MAX_SLICES, last_sums
 from vllm_adafuse.kernels.stream_linear import add_delta, load_b
 from vllm_adafuse.kernels.tiles import Tiles
 
 MAX_TILE_TOKENS = 128
-# Slices of `in` that may share a tile.
-MAX_TILE_SPLIT = 4
+# Rows of W with which whole tiles are programs enough. To cut `in` as well costs more, in adding
+# up the parts, than it gains.
+MIN_ROWS = 6144
 
 
 def can_tile(x: torch.Tensor, joint: torch.Tensor) -> bool:
-    """Whether the accelerator can read both: Hopper or later, rows of whole 16 bytes."""
-    if not x.is_cuda or torch.version.hip or torch.cuda.get_device_capability(x.device)[0] < 9:
+    """Whether this kernel is the one to take: a large product, and the accelerator can read it."""
+    if joint.shape[0] < MIN_ROWS or not x.is_cuda or torch.version.hip:
+        return False
+    if torch.cuda.get_device_capability(x.device)[0] < 9:
         return False
     strides = x.stride(0) * x.element_size(), joint.stride(0) * joint.element_size()
     return x.stride(1) == 1 and not any(stride % 16 for stride in strides)
 
 
-def scratch_sizes(bank_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
-    """Bytes of s, floats of partial sums and tickets that a projection of `rows` rows may need."""
+def scratch_sizes(bank_a: torch.Tensor) -> tuple[int, int, int]:
+    """Bytes of s, floats of partial sums and tickets that a projection may need."""
     ranks = bank_a.numel() // bank_a.shape[-1]
     low = MAX_TILE_TOKENS * ranks * bank_a.element_size()
-    # Only short products are cut: see `choose`.
-    cut = rows if rows <= _WHOLE else 0
-    floats = MAX_TILE_SPLIT * (cut + 2 * ranks + 8 * 128) * MAX_TILE_TOKENS
-    return low, floats, (rows + ranks) // 16 + 8
+    return low, MAX_SLICES * (ranks + 256) * MAX_TILE_TOKENS, ranks // 16 + 16
 
 
-# Rows of W from which there are programs enough without cutting `in`.
-_WHOLE = 6144
-
-
-def choose(tokens: int, rows: int, activation: str, itemsize: int) -> Tiles:
+def choose(tokens: int, activation: str, itemsize: int) -> Tiles:
     """Found on an H200 at the shapes of Llama-2-7B; docs/kernel-notes.md has the figures."""
     if itemsize > 2:
         return Tiles(32, 32, 1, 4, 3)
     if activation:
-        return Tiles(64, 64, 1, 4, 4, slices=2)
-    if rows > _WHOLE:
-        return Tiles(64, 64, 1, 4, 5, slices=4)
-    return Tiles(64, 64, 2, 4, 5, slices=4)
+        return Tiles(64, 64, 1, 4, 3, slices=4)
+    if tokens > 64:
+        return Tiles(128, 64, 1, 8, 6, slices=2)
+    return Tiles(64, 64, 1, 4, 6, slices=2)
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _tile_linear_kernel(
     x_desc, joint_desc, bias_ptr, b_ptr, y_ptr,
     gates_ptr, present_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
-    n_tokens, y_stride, size_in, n_experts, n_parts,
+    n_tokens, y_stride, size_in, n_parts,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
     PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACT: tl.constexpr,
-    SPLIT: tl.constexpr, SLICES: tl.constexpr, RANK: tl.constexpr, SHRINK_TILES: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_ER: tl.constexpr,
+    SLICES: tl.constexpr, RANK: tl.constexpr, EXPERTS: tl.constexpr,
+    SHRINK_TILES: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_ER: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -81,11 +78,11 @@ def _tile_linear_kernel(
     OUT: tl.constexpr = WIDTH0 + WIDTH1 + WIDTH2
     tokens = tl.arange(0, BLOCK_T)
     here = tokens < n_tokens
-    # Which tile of which part, and which slice of `in`. With ACT a tile is of gate and up.
+    # Which tile of which part, or of A and which slice of `in`. With ACT a tile is of gate and up.
     shrinks = pid < SHRINKS
-    tile = tl.where(shrinks, pid // SLICES, (pid - SHRINKS) // SPLIT)
-    slices = tl.where(shrinks, SLICES, SPLIT)
-    slice_ = tl.where(shrinks, pid % SLICES, (pid - SHRINKS) % SPLIT)
+    tile = tl.where(shrinks, pid // SLICES, pid - SHRINKS)
+    slices = tl.where(shrinks, SLICES, 1)
+    slice_ = tl.where(shrinks, pid % SLICES, 0)
     TILES0: tl.constexpr = (WIDTH0 + ROWS - 1) // ROWS
     TILES01: tl.constexpr = TILES0 + ((WIDTH1 + ROWS - 1) // ROWS if ACT == 0 else 0)
     # B has no rows for parts without experts.
@@ -113,7 +110,7 @@ def _tile_linear_kernel(
             up = joint_desc.load([row_up, start])
             acc_up = tl.dot(up, x.T, acc_up, input_precision="ieee")
 
-    size, columns = n_experts * RANK, tl.arange(0, BLOCK_ER)
+    size, columns = EXPERTS * RANK, tl.arange(0, BLOCK_ER)
     if shrinks:
         PLANES: tl.constexpr = 2 if ACT != 0 else 1
         for plane in tl.static_range(PLANES):
@@ -127,8 +124,13 @@ def _tile_linear_kernel(
             if last:
                 ranks = tile * PER_TILE + plane * ROWS + tl.arange(0, ROWS)
                 real = (ranks < n_parts * size)[:, None] & here[None, :]
-                gates_at = tokens[None, :] * n_experts + (ranks // RANK % n_experts)[:, None]
-                gates = tl.load(gates_ptr + gates_at, mask=real, other=0.0)
+                # Spread over rows by an exact product: to gather would be a load per element.
+                experts = tl.arange(0, BLOCK_E)
+                its = (ranks // RANK % EXPERTS)[:, None] == experts[None, :]
+                gates_at = gates_ptr + tokens[None, :] * EXPERTS + experts[:, None]
+                chosen = here[None, :] & (experts < EXPERTS)[:, None]
+                gates = tl.load(gates_at, mask=chosen, other=0.0)
+                gates = tl.dot(its.to(tl.float32), gates, input_precision="ieee")
                 # Not a bare product: what another token sees of this expert must not matter.
                 s = tl.where(gates != 0, sums * gates, 0.0).to(s_ptr.dtype.element_ty)
                 s_at = s_ptr + tokens[None, :] * (n_parts * size) + ranks[:, None]
@@ -136,40 +138,32 @@ def _tile_linear_kernel(
                 tl.debug_barrier()
                 tl.atomic_add(counter_ptr, 1, sem="release")
     else:
-        PLANES_W: tl.constexpr = 2 if ACT != 0 else 1
-        AWAITED: tl.constexpr = SHRINK_TILES * PLANES_W
+        AWAITED: tl.constexpr = SHRINK_TILES * 2 if ACT != 0 else SHRINK_TILES
         present = tl.load(present_ptr)
         local_rows = local * ROWS + tl.arange(0, ROWS)
         rows = first + tl.minimum(local_rows, width - 1)
-        if (part >= 0) & (slice_ == 0):
+        if part >= 0:
             b_at = b_ptr + (rows - skipped).to(tl.int64)[:, None] * size
             acc = add_delta(
                 acc, b_at, load_b(b_at, columns, size, present, RANK), present, s_ptr, counter_ptr,
-                n_tokens, part, n_parts, n_experts, AWAITED, RANK, BLOCK_T, BLOCK_ER,
+                n_tokens, part, n_parts, EXPERTS, AWAITED, RANK, BLOCK_T, BLOCK_ER,
             )  # fmt: skip
-        last = True
-        if SPLIT > 1:
-            acc, last = last_sums(
-                acc, partial_ptr + SHRINKS * PLANES_W * (ROWS * BLOCK_T),
-                ticket_ptr + SHRINK_TILES * PLANES_W, tile, slice_, SPLIT, ROWS, BLOCK_T,
-            )  # fmt: skip
-        if last:
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + rows).to(tl.float32)[:, None]
+        if ACT != 0:
+            if PART1 >= 0:
+                b_at = b_ptr + (rows + (WIDTH0 - SKIP1)).to(tl.int64)[:, None] * size
+                acc_up = add_delta(
+                    acc_up, b_at, load_b(b_at, columns, size, present, RANK), present, s_ptr,
+                    counter_ptr, n_tokens, PART1, n_parts, EXPERTS, AWAITED, RANK, BLOCK_T,
+                    BLOCK_ER,
+                )  # fmt: skip
             if HAS_BIAS:
-                acc += tl.load(bias_ptr + rows).to(tl.float32)[:, None]
-            if ACT != 0:
-                if PART1 >= 0:
-                    b_at = b_ptr + (rows + (WIDTH0 - SKIP1)).to(tl.int64)[:, None] * size
-                    b = load_b(b_at, columns, size, present, RANK)
-                    acc_up = add_delta(
-                        acc_up, b_at, b, present, s_ptr, counter_ptr,
-                        n_tokens, PART1, n_parts, n_experts, AWAITED, RANK, BLOCK_T, BLOCK_ER,
-                    )  # fmt: skip
-                if HAS_BIAS:
-                    acc_up += tl.load(bias_ptr + WIDTH0 + rows).to(tl.float32)[:, None]
-                acc = activate(acc, acc_up, ACT)
-            y_at = y_ptr + tokens[None, :] * y_stride + rows[:, None]
-            mask = (local_rows < width)[:, None] & here[None, :]
-            tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=mask)
+                acc_up += tl.load(bias_ptr + WIDTH0 + rows).to(tl.float32)[:, None]
+            acc = activate(acc, acc_up, ACT)
+        y_at = y_ptr + tokens[None, :] * y_stride + rows[:, None]
+        mask = (local_rows < width)[:, None] & here[None, :]
+        tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def tile_linear_triton(
@@ -191,7 +185,7 @@ def tile_linear_triton(
     Args:
         x, joint: as `can_tile` wants them.
         counter: [>= 1] int32, zero; of this launch alone until the next step.
-        tiles: how to cut, default `choose`; `shrink_cols` is not used.
+        tiles: how to cut, default `choose`; neither `split` nor `shrink_cols` is used.
     """
     tokens, size_in = x.shape
     act = ACTIVATIONS.index(activation)
@@ -199,23 +193,24 @@ def tile_linear_triton(
     ranks = joint.shape[0] - sum(widths)
     n_parts = ranks // (experts * rank)
     rows = widths[0] if act else sum(widths)
-    cut = tiles or choose(tokens, rows, activation, x.element_size())
+    cut = tiles or choose(tokens, activation, x.element_size())
     block_t = max(16, triton.next_power_of_2(tokens))
     shrink_tiles = triton.cdiv(ranks, cut.rows * (2 if act else 1))
     count = sum(triton.cdiv(w, cut.rows) for w in (widths[:1] if act else widths))
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
     y = x.new_empty(tokens, rows)
-    _tile_linear_kernel[(shrink_tiles * cut.slices + count * cut.split,)](
+    _tile_linear_kernel[(shrink_tiles * cut.slices + count,)](
         TensorDescriptor(x, list(x.shape), list(x.stride()), [block_t, cut.cols]),
         TensorDescriptor(joint, list(joint.shape), list(joint.stride()), [cut.rows, cut.cols]),
         bias, bank_b, y,
         gates, present, scratch.s(x.dtype, tokens, n_parts, experts * rank),
         scratch.partial, scratch.tickets, counter,
-        tokens, y.stride(0), size_in, experts, n_parts,
+        tokens, y.stride(0), size_in, n_parts,
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         PART0=parts[0], PART1=parts[1], PART2=parts[2],
-        HAS_BIAS=bias is not None, ACT=act, SPLIT=cut.split, SLICES=cut.slices, RANK=rank,
-        SHRINK_TILES=shrink_tiles, BLOCK_T=block_t,
+        HAS_BIAS=bias is not None, ACT=act, SLICES=cut.slices, RANK=rank,
+        EXPERTS=experts, SHRINK_TILES=shrink_tiles,
+        BLOCK_T=block_t, BLOCK_E=max(16, triton.next_power_of_2(experts)),
         BLOCK_ER=min(BLOCK_ER, max(16, triton.next_power_of_2(experts * rank))),
         ROWS=cut.rows, COLS=cut.cols, STAGES=cut.stages,
         num_warps=cut.warps, num_stages=cut.stages,

@@ -12,7 +12,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vllm_adafuse.kernels import expand, shrink, spread_routes, stream_linear, tiles
+from vllm_adafuse.kernels import expand, shrink, spread_routes, stream_linear, tile_linear, tiles
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -81,6 +81,19 @@ def main() -> None:
             }  # fmt: skip
             kernel = stream_linear._stream_linear_kernel
             name = f"stream_linear act={activation} tokens={tokens}"
+            rows.append(build(name, kernel, constants, cut.warps, cut.stages))
+        for tokens in (64, 128):
+            cut = tile_linear.choose(tokens, "silu" if activation else "", 2)
+            constants = (two if activation else widths | parts) | {
+                "bias_ptr": None, "HAS_BIAS": False, "ACT": activation,
+                "SLICES": cut.slices, "RANK": 16, "EXPERTS": 8, "SHRINK_TILES": 3,
+                "BLOCK_T": tokens, "BLOCK_E": 16, "BLOCK_ER": 128,
+                "ROWS": cut.rows, "COLS": cut.cols, "STAGES": cut.stages,
+            }  # fmt: skip
+            POINTERS["x_desc"] = f"tensordesc<bf16[{tokens}, {cut.cols}]>"
+            POINTERS["joint_desc"] = f"tensordesc<bf16[{cut.rows}, {cut.cols}]>"
+            kernel = tile_linear._tile_linear_kernel
+            name = f"tile_linear act={activation} tokens={tokens}"
             rows.append(build(name, kernel, constants, cut.warps, cut.stages))
         constants = (two if activation else widths | parts) | {
             "bias_ptr": None, "HAS_BIAS": False, "ACT": activation,
