@@ -21,7 +21,7 @@ from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import shrink_torch
 from vllm_adafuse.kernels.stream_linear import MAX_STREAM_TOKENS, stream_linear_triton
-from vllm_adafuse.kernels.tile_linear import MAX_TILE_TOKENS, can_tile, tile_linear_triton
+from vllm_adafuse.kernels.tile_linear import can_tile, tile_linear_triton
 
 # Up to this many tokens W and A are read in one product. Beyond it the product is bound by
 # arithmetic, and a few rows more would cost it a wave of programs.
@@ -55,15 +55,15 @@ def _run(
     if not x.is_cuda:
         return linear_torch(x, joint, bias, bank_b, gates, parts, widths, activation)
     out = sum(widths)
+    if can_tile(x, joint, activation):
+        return tile_linear_triton(
+            x, joint, bias, bank_b, gates, present, counters[index],
+            Scratch(low, partial, tickets, unread), parts, widths, activation,
+        )  # fmt: skip
     if x.shape[0] <= MAX_STREAM_TOKENS:
         return stream_linear_triton(
             x, joint[:out], bias, bank_a_of(joint, bank_b, out), bank_b, gates, present,
             counters[index], Scratch(low, partial, tickets, unread), parts, widths, activation,
-        )  # fmt: skip
-    if x.shape[0] <= MAX_TILE_TOKENS and can_tile(x, joint):
-        return tile_linear_triton(
-            x, joint, bias, bank_b, gates, present, counters[index],
-            Scratch(low, partial, tickets, unread), parts, widths, activation,
         )  # fmt: skip
     if x.shape[0] <= MAX_JOINT_TOKENS:
         both = F.linear(x, joint)

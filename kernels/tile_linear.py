@@ -32,8 +32,11 @@ MAX_TILE_TOKENS = 128
 MIN_ROWS = 6144
 
 
-def can_tile(x: torch.Tensor, joint: torch.Tensor) -> bool:
-    """Whether this kernel is the one to take: a large product, and the accelerator can read it."""
+def can_tile(x: torch.Tensor, joint: torch.Tensor, activation: str) -> bool:
+    """Whether this kernel is the one to take: its numbers of tokens, a large product, and the
+    accelerator can read it."""
+    if not (33 if activation else 17) <= x.shape[0] <= MAX_TILE_TOKENS:
+        return False
     if joint.shape[0] < MIN_ROWS or not x.is_cuda or torch.version.hip:
         return False
     if torch.cuda.get_device_capability(x.device)[0] < 9:
@@ -54,10 +57,10 @@ def choose(tokens: int, activation: str, itemsize: int) -> Tiles:
     if itemsize > 2:
         return Tiles(32, 32, 1, 4, 3)
     if activation:
-        return Tiles(64, 64, 1, 4, 3, slices=4)
+        return Tiles(64, 64, 1, 4, 4 if tokens <= 64 else 3, slices=4)
     if tokens > 64:
-        return Tiles(128, 64, 1, 8, 6, slices=2)
-    return Tiles(64, 64, 1, 4, 6, slices=2)
+        return Tiles(128, 64, 1, 8, 5, slices=2)
+    return Tiles(64, 64, 1, 4, 6, slices=2) if tokens > 32 else Tiles(64, 128, 1, 4, 4, slices=2)
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
