@@ -10,16 +10,25 @@ import tempfile
 from pathlib import Path
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vllm_adafuse.kernels import expand, shrink, spread_routes, stream_linear, tile_linear, tiles
+from vllm_adafuse.kernels import (
+    expand,
+    shrink,
+    spread_routes,
+    stream_linear,
+    switch,
+    tile_linear,
+    tiles,
+)
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {
     **dict.fromkeys("x_ptr w_ptr bias_ptr a_ptr b_ptr y_ptr out_ptr s_ptr".split(), "*bf16"),
     **dict.fromkeys("gates_ptr partial_ptr weights_ptr".split(), "*fp32"),
-    **dict.fromkeys("ticket_ptr counter_ptr counters_ptr ids_ptr".split(), "*i32"),
-    "present_ptr": "*i64",
+    **dict.fromkeys("ticket_ptr counter_ptr counters_ptr ids_ptr places_ptr".split(), "*i32"),
+    **dict.fromkeys("present_ptr table_ptr row_ptr".split(), "*i64"),
 }
 ALIGNED = ("x_stride", "y_stride", "out_stride", "s_stride", "size_in", "rank")
 
@@ -114,6 +123,13 @@ def main() -> None:
     constants = {"BLOCK_T": 256, "BLOCK_E": 8, "ONE": True}
     kernel = spread_routes._spread_routes_kernel
     rows.append(build("spread_routes", kernel, constants, 8, 3))
+    cut = switch.SwitchBlocks()
+    constants = {
+        "TYPE": tl.bfloat16, "TOP_K": 2, "RANK": 16, "FIELDS": switch.FIELDS, "ALIGN": 16,
+        "EVEN": True, "UNROLL": True, "BLOCK_R": 16,
+        "ROWS": cut.rows, "COLS": cut.cols, "STRIP": cut.strip, "STAGES": cut.stages,
+    }  # fmt: skip
+    rows.append(build("switch", switch._switch_kernel, constants, cut.warps, cut.stages))
     print(json.dumps(rows))
 
 

@@ -1,0 +1,278 @@
+"""The fused switch: one launch merges the experts of one route into every adapted weight.
+
+    W_live = W + Σ_j g_j B[e_j] A[e_j]          e, g: the k experts of the route and their weights
+
+for all linears of all layers (AdaFuse, arXiv 2603.11873, section 3, where it decodes one stream).
+The pristine W is kept, read, and W_live written beside it: the previous route leaves with the
+overwriting, so that any number of switches later W_live is W + delta rounded once. Per bf16 weight
+that moves 4 bytes and keeps 2. Adding and subtracting in place moves as much and drifts; a
+remainder of 8 bits beside the live weight would keep 1 byte, move 6, and still not give W back
+where the delta outweighs it.
+
+Not a torch op: the weights are reached through a table of pointers, which torch cannot follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+
+TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+# Columns of the table: pointers, sizes, the first program of the linear; padded to 64 bytes.
+FIELDS = 8
+# Products with this many experts and slices of their rank are written out one by one.
+MAX_UNROLLED = 8
+
+
+@dataclass(frozen=True)
+class SwitchBlocks:
+    """How the work is cut.
+
+    Attributes:
+        rows, cols: of the tile that is held in registers; powers of two from 16.
+        strip: columns that one program goes over, a multiple of `cols`.
+        warps: of a program.
+        stages: of the pipeline over a strip.
+    """
+
+    rows: int = 64
+    cols: int = 128
+    strip: int = 2048
+    warps: int = 4
+    stages: int = 2
+
+
+@dataclass(frozen=True)
+class SwitchPlan:
+    """All adapted weights of a model, and where one launch finds them.
+
+    Attributes:
+        live: per linear W_live [out, in], written by every switch.
+        pristine: per linear W [out, in], only read.
+        banks_a: per linear A [E, r, in].
+        banks_b: per linear B [E, out, r].
+        table: [linears, FIELDS] int64, pointers and sizes.
+        places: [programs] int32, the linear of each program.
+        blocks: the cut that `places` was made for.
+    """
+
+    live: tuple[torch.Tensor, ...]
+    pristine: tuple[torch.Tensor, ...]
+    banks_a: tuple[torch.Tensor, ...]
+    banks_b: tuple[torch.Tensor, ...]
+    table: torch.Tensor
+    places: torch.Tensor
+    blocks: SwitchBlocks
+
+    @classmethod
+    def make(
+        cls,
+        live: Sequence[torch.Tensor],
+        pristine: Sequence[torch.Tensor],
+        banks_a: Sequence[torch.Tensor],
+        banks_b: Sequence[torch.Tensor],
+        blocks: SwitchBlocks | None = None,
+    ) -> SwitchPlan:
+        """Builds the table, once.
+
+        Args:
+            live, pristine, banks_a, banks_b: as in the class; all contiguous, of one dtype
+                (float32, float16 or bfloat16), device, E and r. They must not be freed or moved.
+            blocks: default `SwitchBlocks()`.
+
+        Raises:
+            ValueError: tensors that do not fit each other.
+        """
+        if problem := _misfit(live, pristine, banks_a, banks_b):
+            raise ValueError(f"switch: {problem}")
+        blocks = blocks or SwitchBlocks()
+        rows, places, first = [], [], 0
+        for i, (w, w0, a, b) in enumerate(zip(live, pristine, banks_a, banks_b)):
+            size_out, size_in = w.shape
+            programs = triton.cdiv(size_out, blocks.rows) * triton.cdiv(size_in, blocks.strip)
+            pointers = [t.data_ptr() for t in (w0, w, a, b)]
+            rows.append([*pointers, size_in, size_out, first, 0])
+            places += [i] * programs
+            first += programs
+        device = live[0].device
+        return cls(
+            tuple(live), tuple(pristine), tuple(banks_a), tuple(banks_b),
+            torch.tensor(rows, dtype=torch.int64, device=device),
+            torch.tensor(places, dtype=torch.int32, device=device),
+            blocks,
+        )  # fmt: skip
+
+    def recut(self, blocks: SwitchBlocks) -> SwitchPlan:
+        """The same weights, cut otherwise."""
+        other = SwitchPlan.make(self.live, self.pristine, self.banks_a, self.banks_b, blocks)
+        return replace(self, table=other.table, places=other.places, blocks=blocks)
+
+    def moved_bytes(self, top_k: int) -> int:
+        """Bytes that a switch must move: W read, W_live written, k experts read."""
+        experts = self.banks_a[0].shape[0]
+        banks = sum(t.nbytes for t in (*self.banks_a, *self.banks_b))
+        return sum(2 * w.nbytes for w in self.live) + banks * top_k // experts
+
+
+def _misfit(live, pristine, banks_a, banks_b) -> str | None:
+    if not live or not len(live) == len(pristine) == len(banks_a) == len(banks_b):
+        counts = [len(t) for t in (live, pristine, banks_a, banks_b)]
+        return f"{counts} live and pristine weights, A and B; expected as many of each, not none"
+    dtype, device = live[0].dtype, live[0].device
+    experts, rank = banks_a[0].shape[:2]
+    if dtype not in TRITON_TYPES:
+        return f"weights are {dtype}, expected float32, float16 or bfloat16"
+    for i, (w, w0, a, b) in enumerate(zip(live, pristine, banks_a, banks_b)):
+        size_out, size_in = w.shape
+        shapes = [tuple(t.shape) for t in (w0, a, b)]
+        wanted = [(size_out, size_in), (experts, rank, size_in), (experts, size_out, rank)]
+        if shapes != wanted:
+            return f"linear {i}: W, A, B have shapes {shapes}, expected {wanted}"
+        for t in (w, w0, a, b):
+            if t.dtype != dtype or t.device != device or not t.is_contiguous():
+                return (
+                    f"linear {i}: a tensor of {t.dtype} on {t.device} with strides {t.stride()}, "
+                    f"expected contiguous {dtype} on {device}"
+                )
+    return None
+
+
+@triton.jit
+def _expert_delta(
+    delta, a_ptr, b_ptr, expert, gate, rank0, rows, cols, rows_in, cols_in, size_in, size_out,
+    RANK: tl.constexpr, BLOCK_R: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """delta + gate B[e, rows, rank0:] A[e, rank0:, cols]"""
+    ranks = rank0 + tl.arange(0, BLOCK_R)
+    a_at = a_ptr + (expert * RANK) * size_in + ranks[:, None] * size_in + cols[None, :]
+    b_at = b_ptr + (expert * RANK) * size_out + rows[:, None] * RANK + ranks[None, :]
+    if EVEN and RANK % BLOCK_R == 0:
+        a, b = tl.load(a_at), tl.load(b_at)
+    else:
+        a = tl.load(a_at, mask=(ranks < RANK)[:, None] & cols_in[None, :], other=0.0)
+        b = tl.load(b_at, mask=rows_in[:, None] & (ranks < RANK)[None, :], other=0.0)
+    return delta + gate * tl.dot(b, a, input_precision="ieee")
+
+
+@triton.jit
+def _switch_kernel(
+    table_ptr, places_ptr, ids_ptr, weights_ptr, row_ptr,
+    TYPE: tl.constexpr, TOP_K: tl.constexpr, RANK: tl.constexpr, FIELDS: tl.constexpr,
+    ALIGN: tl.constexpr, EVEN: tl.constexpr, UNROLL: tl.constexpr, BLOCK_R: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, STRIP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    at = table_ptr + tl.load(places_ptr + pid) * FIELDS
+    # What comes from memory has no alignment that the compiler could know.
+    w0_ptr = tl.multiple_of(tl.load(at).to(tl.pointer_type(TYPE)), 16)
+    w_ptr = tl.multiple_of(tl.load(at + 1).to(tl.pointer_type(TYPE)), 16)
+    a_ptr = tl.multiple_of(tl.load(at + 2).to(tl.pointer_type(TYPE)), 16)
+    b_ptr = tl.multiple_of(tl.load(at + 3).to(tl.pointer_type(TYPE)), 16)
+    size_in = tl.multiple_of(tl.load(at + 4).to(tl.int32), ALIGN)
+    size_out = tl.load(at + 5).to(tl.int32)
+    local = pid - tl.load(at + 6).to(tl.int32)
+    route = tl.load(row_ptr) * TOP_K
+
+    strips = tl.cdiv(size_in, STRIP)
+    row0, col0 = local // strips * ROWS, local % strips * STRIP
+    base = row0.to(tl.int64) * size_in
+    tall = tl.arange(0, ROWS)
+    rows = row0 + tall
+    rows_in = rows < size_out
+    for start in tl.range(col0, tl.minimum(col0 + STRIP, size_in), COLS, num_stages=STAGES):
+        start = tl.multiple_of(start, COLS)
+        cols = start + tl.arange(0, COLS)
+        cols_in = cols < size_in
+        inside = rows_in[:, None] & cols_in[None, :]
+        place = tall[:, None] * size_in + cols[None, :]
+        # Asked for before the experts: their products hide its way.
+        if EVEN:
+            w = tl.load(w0_ptr + base + place, eviction_policy="evict_first")
+        else:
+            w = tl.load(w0_ptr + base + place, mask=inside, other=0.0)
+        delta = tl.zeros([ROWS, COLS], dtype=tl.float32)
+        if UNROLL:
+            for j in tl.static_range(TOP_K):
+                expert = tl.load(ids_ptr + route + j).to(tl.int64)
+                gate = tl.load(weights_ptr + route + j)
+                for rank0 in tl.static_range(0, RANK, BLOCK_R):
+                    delta = _expert_delta(
+                        delta, a_ptr, b_ptr, expert, gate, rank0, rows, cols, rows_in, cols_in,
+                        size_in, size_out, RANK, BLOCK_R, EVEN,
+                    )  # fmt: skip
+        else:
+            for j in range(TOP_K):
+                expert = tl.load(ids_ptr + route + j).to(tl.int64)
+                gate = tl.load(weights_ptr + route + j)
+                for rank0 in range(0, RANK, BLOCK_R):
+                    delta = _expert_delta(
+                        delta, a_ptr, b_ptr, expert, gate, rank0, rows, cols, rows_in, cols_in,
+                        size_in, size_out, RANK, BLOCK_R, EVEN,
+                    )  # fmt: skip
+        merged = (w.to(tl.float32) + delta).to(TYPE)
+        if EVEN:
+            tl.store(w_ptr + base + place, merged, eviction_policy="evict_first")
+        else:
+            tl.store(w_ptr + base + place, merged, mask=inside)
+
+
+def switch_constants(plan: SwitchPlan, top_k: int) -> dict:
+    """The kernel's compile-time arguments."""
+    cut, rank = plan.blocks, plan.banks_a[0].shape[1]
+    block_r = min(64, max(16, triton.next_power_of_2(rank)))
+    sizes = [tuple(w.shape) for w in plan.live]
+    align = 16
+    while any(size_in % align for _, size_in in sizes):
+        align //= 2
+    return {
+        "TYPE": TRITON_TYPES[plan.live[0].dtype], "TOP_K": top_k, "RANK": rank, "FIELDS": FIELDS,
+        "ALIGN": align, "BLOCK_R": block_r,
+        "EVEN": all(o % cut.rows == 0 and i % cut.cols == 0 for o, i in sizes),
+        "UNROLL": top_k * triton.cdiv(rank, block_r) <= MAX_UNROLLED,
+        "ROWS": cut.rows, "COLS": cut.cols, "STRIP": cut.strip, "STAGES": cut.stages,
+    }  # fmt: skip
+
+
+def switch_triton(
+    plan: SwitchPlan, expert_ids: torch.Tensor, weights: torch.Tensor, row: torch.Tensor
+) -> None:
+    """One launch; see `switch`."""
+    _switch_kernel[(plan.places.numel(),)](
+        plan.table, plan.places, expert_ids, weights, row,
+        **switch_constants(plan, expert_ids.shape[1]),
+        num_warps=plan.blocks.warps,
+    )  # fmt: skip
+
+
+def switch_torch(
+    plan: SwitchPlan, expert_ids: torch.Tensor, weights: torch.Tensor, row: torch.Tensor
+) -> None:
+    """The reference, linear by linear; see `switch`."""
+    ids, gates = expert_ids[row][0].long(), weights[row][0]
+    for w, w0, a, b in zip(plan.live, plan.pristine, plan.banks_a, plan.banks_b):
+        # [out, k, r] and [k, r, in] become one product over k r.
+        tall = (b[ids].float() * gates[:, None, None]).transpose(0, 1).flatten(1)
+        w.copy_(torch.addmm(w0.float(), tall, a[ids].float().flatten(0, 1)))
+
+
+def switch(
+    plan: SwitchPlan, expert_ids: torch.Tensor, weights: torch.Tensor, row: torch.Tensor
+) -> None:
+    """Merges one route into all live weights; whatever was merged before is gone.
+
+    Reads nothing back to the host, so that it can be captured in a CUDA graph. Weights of the
+    same plan must not be read by another stream meanwhile.
+
+    Args:
+        plan: of the model.
+        expert_ids: [N, k] int32 routes, contiguous; ids from 0 to E - 1.
+        weights: [N, k] float32, LoRA's scale included; contiguous.
+        row: [1] integer on the device: which of the N routes. With the passports of a vocabulary
+            as routes it is the token's id.
+    """
+    run = switch_triton if plan.table.is_cuda else switch_torch
+    run(plan, expert_ids, weights, row)
