@@ -241,7 +241,7 @@ _CONFIG_CASES = {
         edit_config(router__temperature=0), ("`router.temperature` is 0", "above 0")
     ),
     "newer format": Broken(
-        edit_config(format_version=2), ("`format_version` is 2", "at most 1", "upgrade")
+        edit_config(format_version=3), ("`format_version` is 3", "at most 2", "upgrade")
     ),
     "names twice": Broken(
         edit_config(expert_names=["a", "b", "a", "c"]), ('["a", "b", "a", "c"]', "once")

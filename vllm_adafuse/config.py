@@ -1,21 +1,38 @@
-"""adapter_config.json: the keys of the adapter format, version 1, and their checks."""
+"""adapter_config.json: the keys of the adapter format, versions 1 and 2, and their checks."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-CONFIG_FILE = "adapter_config.json"
+from vllm_adafuse.keys import (
+    CONFIG_FILE,
+    Keys,
+    is_int,
+    is_names,
+    is_number,
+    is_positive,
+    show,
+    some,
+    unnest,
+)
+
+__all__ = ["AdapterConfig", "CONFIG_FILE", "WEIGHTS_FILE", "parse_config", "show", "some"]
 WEIGHTS_FILE = "adapter_model.safetensors"
-FORMAT_VERSION = 1
-MAX_EXPERTS = 1024
+# The newest that is read. A config says 1 as long as it uses nothing of 2.
+FORMAT_VERSION = 2
+MAX_EXPERTS, MAX_RANK, MAX_LAYERS = 1024, 1 << 16, 10**6
 # A composed checkpoint's config.json: the section that names the adapter's directory.
 SECTION, ADAPTER_KEY, FINGERPRINT_KEY = "adafuse", "adapter", "fingerprint"
+PRE_GATED, LAYER_WISE = "pre_gated", "layer_wise"
+BLOCKS = ("self_attn", "mlp")
 ROUTER_INPUTS = ("first_norm", "embedding")
 ROUTER_WEIGHTS = ("topk_softmax", "softmax_topk")
+ROUTER_SCOPES = ("linear", "block")
+ROUTER_LOGITS = ("linear", "abs")
+MIXES = ("linear", "ffn_output")
 REQUIRED = (
     "peft_type",
     "format_version",
@@ -26,6 +43,16 @@ REQUIRED = (
     "lora_alpha",
     "target_modules",
 )
+_PRE_GATED_ONLY = ("router.input", "router.layer")
+_LAYER_WISE_ONLY = (
+    "router.scope",
+    "router.logits",
+    "shared_A",
+    "mix",
+    "always_r",
+    "always_alpha",
+)
+_VERSION_2 = ("router.layer", *_LAYER_WISE_ONLY)
 OPTIONAL = (
     "use_rslora",
     "routing",
@@ -33,9 +60,8 @@ OPTIONAL = (
     "router.weights",
     "router.temperature",
     "expert_names",
+    *_VERSION_2,
 )
-# Scales and temperatures are used in float32: 0 and Inf are reached sooner there.
-_TINY, _LARGE = 1.2e-38, 3.4e38
 
 
 @dataclass(frozen=True)
@@ -44,16 +70,26 @@ class AdapterConfig:
 
     Attributes:
         base_model: the backbone, as written in the file.
-        num_experts: E, the number of LoRA experts.
-        top_k: k, the experts that each token uses.
+        num_experts: E, the number of LoRA experts (of a layer-wise router: the most).
+        top_k: k, the experts that each token uses; where k differs by block or layer, the largest.
         ranks: rank r_e of every expert.
         alphas: lora_alpha of every expert.
         use_rslora: scale alpha / sqrt(r) instead of alpha / r.
         target_modules: leaf names of the adapted Hugging Face linears.
-        router_input: what the router reads, one of ROUTER_INPUTS.
+        router_input: what the router reads, one of ROUTER_INPUTS (pre-gated).
         router_weights: how weights follow from logits, one of ROUTER_WEIGHTS.
         temperature: logits are divided by it.
         expert_names: unique names, shown to people.
+        routing: PRE_GATED, one decision per token; or LAYER_WISE.
+        router_layer: the router reads what enters this layer (pre-gated).
+        router_scope: what has a router of its own, one of ROUTER_SCOPES (layer-wise, as below).
+        router_logits: one of ROUTER_LOGITS.
+        top_k_blocks: k of the blocks, in the order of BLOCKS, where they differ.
+        top_k_layers: k of each backbone layer, where they differ.
+        shared_A: one lora_A serves all experts of a linear.
+        mix: where experts are mixed, one of MIXES.
+        always_r: rank of the LoRA parts that are always on, 0 where there are none.
+        always_alpha: their alpha.
     """
 
     base_model: str
@@ -67,19 +103,50 @@ class AdapterConfig:
     router_weights: str = "topk_softmax"
     temperature: float = 1.0
     expert_names: tuple[str, ...] = ()
+    routing: str = PRE_GATED
+    router_layer: int = 0
+    router_scope: str = "linear"
+    router_logits: str = "linear"
+    top_k_blocks: tuple[int, ...] = ()
+    top_k_layers: tuple[int, ...] = ()
+    shared_A: bool = False
+    mix: str = "linear"
+    always_r: int = 0
+    always_alpha: float = 0.0
+
+    @property
+    def layer_wise(self) -> bool:
+        """Routers inside the layers, instead of one for the whole model."""
+        return self.routing == LAYER_WISE
+
+    @property
+    def format_version(self) -> int:
+        """The oldest version of the format that can say this."""
+        return 2 if self.layer_wise or self.router_layer else 1
 
     @property
     def rank(self) -> int:
-        """The largest rank: the r of every tensor's shape."""
+        """The largest rank: the r of every expert's tensor."""
         return max(self.ranks)
 
     @property
     def scales(self) -> tuple[float, ...]:
         """s_e = alpha_e / r_e, or alpha_e / sqrt(r_e) with rsLoRA."""
-        return tuple(
-            alpha / (math.sqrt(rank) if self.use_rslora else rank)
-            for alpha, rank in zip(self.alphas, self.ranks)
-        )
+        return tuple(self._scale(alpha, rank) for alpha, rank in zip(self.alphas, self.ranks))
+
+    @property
+    def always_scale(self) -> float:
+        """s_a of the parts that are always on; 0 where there are none."""
+        return self._scale(self.always_alpha, self.always_r) if self.always_r else 0.0
+
+    def _scale(self, alpha: float, rank: int) -> float:
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def k_of(self, layer: int, block: str) -> int:
+        """k of a router in a layer's block (one of BLOCKS)."""
+        if self.top_k_layers:
+            return self.top_k_layers[layer]
+        return self.top_k_blocks[BLOCKS.index(block)] if self.top_k_blocks else self.top_k
 
     def to_json(self) -> dict[str, Any]:
         """The file's content; `AdapterConfig` read back from it equals this one."""
@@ -87,22 +154,38 @@ class AdapterConfig:
         def short(values: tuple) -> Any:
             return values[0] if len(set(values)) == 1 else list(values)
 
-        return {
+        top_k: Any = self.top_k
+        if self.top_k_blocks:
+            top_k = dict(zip(BLOCKS, self.top_k_blocks))
+        elif self.top_k_layers:
+            top_k = list(self.top_k_layers)
+        raw = {
             "peft_type": "ADAFUSE",
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "base_model_name_or_path": self.base_model,
             "num_experts": self.num_experts,
-            "top_k": self.top_k,
+            "top_k": top_k,
             "r": short(self.ranks),
             "lora_alpha": short(self.alphas),
             "use_rslora": self.use_rslora,
             "target_modules": list(self.target_modules),
-            "routing": "pre_gated",
+            "routing": self.routing,
             "router.input": self.router_input,
+            "router.layer": self.router_layer,
+            "router.scope": self.router_scope,
+            "router.logits": self.router_logits,
             "router.weights": self.router_weights,
             "router.temperature": self.temperature,
+            "shared_A": self.shared_A,
+            "mix": self.mix,
+            "always_r": self.always_r,
+            "always_alpha": self.always_alpha,
             "expert_names": list(self.expert_names),
         }
+        absent = set(_PRE_GATED_ONLY if self.layer_wise else _LAYER_WISE_ONLY)
+        absent |= set() if self.router_layer else {"router.layer"}
+        absent |= set() if self.always_r else {"always_r", "always_alpha"}
+        return {key: value for key, value in raw.items() if key not in absent}
 
     def base_path(self, adapter_dir: Path) -> str:
         """The backbone's path (relative ones start at the adapter's directory) or hub name."""
@@ -113,91 +196,78 @@ class AdapterConfig:
             return self.base_model
 
 
-def show(value: Any) -> str:
-    """A value out of a file as short ASCII JSON: safe to print, whatever it holds."""
-    try:
-        text = json.dumps(value, default=str)
-    except RecursionError:
-        return "a deeply nested value"
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def some(names: list[str]) -> str:
-    """The first names of a list that may be long; "a, b, c and 12 more"."""
-    listed = [show(name)[1:-1] for name in names[:3]]
-    return ", ".join(listed) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-class _Keys:
-    """Typed look-ups in the file's object that collect every problem."""
-
-    def __init__(self, values: dict[str, Any]):
-        self.values, self.problems = values, []
-
-    def bad(self, key: str, expected: str) -> None:
-        found = show(self.values[key])
-        self.problems.append(f"{CONFIG_FILE}: `{key}` is {found}, expected {expected}")
-
-    def get(self, key: str, default: Any, accept, expected: str) -> Any:
-        if key not in self.values:
-            return default
-        if accept(self.values[key]):
-            return self.values[key]
-        self.bad(key, expected)
-        return default
-
-    def per_expert(self, key: str, experts: int | None, accept, what: str) -> tuple | None:
-        value = self.values.get(key)
-        if key not in self.values:
-            return None
-        if isinstance(value, list):
-            if experts is not None and len(value) != experts:
-                self.bad(key, f"{experts} entries, one per expert, but it has {len(value)}")
-            elif not value or not all(accept(v) for v in value):
-                self.bad(key, f"{what} or a list of {what}, one per expert")
-            else:
-                return tuple(value)
-        elif accept(value):
-            return (value,) * (experts or 1)
-        else:
-            self.bad(key, f"{what} or a list of {what}, one per expert")
-        return None
-
-
-def _is_int(low: int, high: int):
-    return lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
-
-
-def _is_number(v: Any) -> bool:
-    return isinstance(v, (int, float)) and not isinstance(v, bool) and -_LARGE <= v <= _LARGE
-
-
-def _is_positive(v: Any) -> bool:
-    return _is_number(v) and v >= _TINY
-
-
-def _is_names(v: Any) -> bool:
-    return isinstance(v, list) and bool(v) and all(isinstance(s, str) and s for s in v)
-
-
-def _unnest(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]:
-    """`{"router": {"input": …}}` is read like the flat key `"router.input"`."""
-    values = {k: v for k, v in raw.items() if k != "router"}
-    router = raw.get("router", {})
-    if not isinstance(router, dict):
-        problems.append(
-            f"{CONFIG_FILE}: `router` is {show(router)}, expected an object, or the "
-            "keys `router.input`, `router.weights`, `router.temperature`"
+def _check_routing(keys: Keys, version: int) -> bool:
+    """Whether routing is layer-wise; keys that do not go with version or routing are problems."""
+    values = keys.values
+    allowed = (PRE_GATED, LAYER_WISE) if version > 1 else (PRE_GATED,)
+    only = f'"{PRE_GATED}"' + (f' or "{LAYER_WISE}"' if version > 1 else ", the only routing of "
+                               'format version 1 ("layer_wise" needs `format_version` 2)')  # fmt: skip
+    layer_wise = keys.get("routing", PRE_GATED, lambda v: v in allowed, only) == LAYER_WISE
+    # A bad value of `routing` says nothing of the other keys.
+    meant = values.get("routing", PRE_GATED)
+    for key in (key for key in values if key in _VERSION_2 and version < 2):
+        keys.problems.append(
+            f"{CONFIG_FILE}: key `{key}` belongs to format version 2; set `format_version` to 2 "
+            "or leave it out"
         )
-        return values
-    for key, value in router.items():
-        if f"router.{key}" in values:
-            problems.append(
-                f"{CONFIG_FILE}: key `router.{show(key)[1:-1]}` is given twice, flat and inside "
-                "`router`; keep one"
+    wrong = {PRE_GATED: _LAYER_WISE_ONLY, LAYER_WISE: _PRE_GATED_ONLY}
+    for key in wrong.get(meant, ()) if version > 1 and isinstance(meant, str) else ():
+        if key in values:
+            other = LAYER_WISE if meant == PRE_GATED else PRE_GATED
+            keys.problems.append(
+                f'{CONFIG_FILE}: key `{key}` is {show(values[key])}, but goes with `routing` '
+                f'"{other}" only, and routing is "{meant}"; leave it out'
             )
-        values[f"router.{key}"] = value
-    return values
+    return layer_wise
+
+
+def _parse_top_k(keys: Keys, experts: int | None, layer_wise: bool) -> dict[str, Any]:
+    """top_k, top_k_blocks and top_k_layers."""
+    most = experts or MAX_EXPERTS
+    accept, expected = is_int(1, most), f"an integer from 1 to num_experts ({most})"
+    value = keys.values.get("top_k")
+    if not layer_wise or not isinstance(value, (dict, list)):
+        return {"top_k": keys.get("top_k", None, accept, expected)}
+    if isinstance(value, dict):
+        if set(value) == set(BLOCKS) and all(map(accept, value.values())):
+            return {"top_k": max(value.values()), "top_k_blocks": tuple(value[b] for b in BLOCKS)}
+        keys.bad("top_k", f"an object with self_attn and mlp, each {expected}")
+    elif value and len(value) <= MAX_LAYERS and all(map(accept, value)):
+        return {"top_k": max(value), "top_k_layers": tuple(value)}
+    else:
+        keys.bad("top_k", f"a list with an entry per layer, each {expected}")
+    return {"top_k": None}
+
+
+def _parse_layer_wise(keys: Keys, ranks: tuple[int, ...] | None) -> dict[str, Any]:
+    """The fields that only layer-wise routing has, and their bad combinations."""
+
+    def one_of(key: str, choices: tuple[str, ...]) -> str:
+        return keys.get(key, choices[0], lambda v: v in choices, f"one of {choices}")
+
+    fields = {
+        "router_scope": one_of("router.scope", ROUTER_SCOPES),
+        "router_logits": one_of("router.logits", ROUTER_LOGITS),
+        "mix": one_of("mix", MIXES),
+        "shared_A": keys.get(
+            "shared_A", False, lambda v: isinstance(v, bool), "true or false"
+        ),
+        "always_r": keys.get("always_r", 0, is_int(1, MAX_RANK), "a positive integer"),
+        "always_alpha": float(
+            keys.get("always_alpha", 0.0, is_number, "a finite float32 number")
+        ),
+    }
+    if fields["mix"] == "ffn_output" and fields["router_scope"] != "block":
+        keys.bad("mix", '"linear", or `router.scope` "block": experts that are mixed at the '
+                 "MLP's output share one router")  # fmt: skip
+    if fields["mix"] == "ffn_output" and keys.values.get("router.weights") == "softmax_topk":
+        keys.bad("mix", '"linear", or `router.weights` "topk_softmax": the weights must sum to 1')
+    if fields["shared_A"] and ranks and len(set(ranks)) > 1:
+        keys.bad("r", "one integer, because `shared_A` is true")
+    for key, other in (("always_r", "always_alpha"), ("always_alpha", "always_r")):
+        if key in keys.values and other not in keys.values:
+            keys.bad(key, f"`{other}` beside it; give both or neither")
+    return fields
 
 
 def parse_config(raw: Any) -> tuple[AdapterConfig | None, list[str]]:
@@ -212,15 +282,16 @@ def parse_config(raw: Any) -> tuple[AdapterConfig | None, list[str]]:
             f"{', '.join(REQUIRED)}"
         ]
     problems: list[str] = []
-    keys = _Keys(_unnest(raw, problems))
+    keys = Keys(unnest(raw, problems))
     values, problems = keys.values, keys.problems + problems
     keys.problems = problems
 
     if values.get("peft_type", "ADAFUSE") != "ADAFUSE":
         keys.bad("peft_type", '"ADAFUSE"; convert other adapters before serving them')
-    version = values.get("format_version", FORMAT_VERSION)
-    if not _is_int(1, 10**6)(version):
-        keys.bad("format_version", f"the integer {FORMAT_VERSION}")
+    version = values.get("format_version", 1)
+    if not is_int(1, 10**6)(version):
+        keys.bad("format_version", f"an integer from 1 to {FORMAT_VERSION}")
+        version = FORMAT_VERSION
     elif version > FORMAT_VERSION:
         keys.bad(
             "format_version",
@@ -244,39 +315,33 @@ def parse_config(raw: Any) -> tuple[AdapterConfig | None, list[str]]:
         "a path or a hub name",
     )
     experts = keys.get(
-        "num_experts", None, _is_int(1, MAX_EXPERTS), f"an integer from 1 to {MAX_EXPERTS}"
+        "num_experts", None, is_int(1, MAX_EXPERTS), f"an integer from 1 to {MAX_EXPERTS}"
     )
-    top_k = keys.get(
-        "top_k",
-        None,
-        _is_int(1, experts or MAX_EXPERTS),
-        f"an integer from 1 to num_experts ({experts or MAX_EXPERTS})",
-    )
-    ranks = keys.per_expert("r", experts, _is_int(1, 1 << 16), "a positive integer")
-    alphas = keys.per_expert("lora_alpha", experts, _is_number, "a finite float32 number")
-    targets = keys.get("target_modules", None, _is_names, "a list of module names")
+    layer_wise = _check_routing(keys, version)
+    top_k = _parse_top_k(keys, experts, layer_wise)
+    ranks = keys.per_expert("r", experts, is_int(1, MAX_RANK), "a positive integer")
+    alphas = keys.per_expert("lora_alpha", experts, is_number, "a finite float32 number")
+    targets = keys.get("target_modules", None, is_names, "a list of module names")
     if targets and len(set(targets)) < len(targets):
         keys.bad("target_modules", "every name once")
     rslora = keys.get("use_rslora", False, lambda v: isinstance(v, bool), "true or false")
-    keys.get(
-        "routing",
-        "pre_gated",
-        lambda v: v == "pre_gated",
-        '"pre_gated", the only routing of format version 1',
-    )
     router_input = keys.get(
         "router.input", "first_norm", lambda v: v in ROUTER_INPUTS, f"one of {ROUTER_INPUTS}"
+    )
+    router_layer = keys.get(
+        "router.layer", 0, is_int(0, MAX_LAYERS), "the index of a layer, 0 or more"
     )
     router_weights = keys.get(
         "router.weights", "topk_softmax", lambda v: v in ROUTER_WEIGHTS, f"one of {ROUTER_WEIGHTS}"
     )
     temperature = keys.get(
-        "router.temperature", 1.0, _is_positive, "a finite number above 0"
+        "router.temperature", 1.0, is_positive, "a finite number above 0"
     )
+    layered = _parse_layer_wise(keys, ranks) if layer_wise else {}
     names = keys.get(
         "expert_names",
         [f"expert_{e}" for e in range(experts or 0)],
-        _is_names,
+        is_names,
         "a list of num_experts names",
     )
     if experts and len(names) != experts:
@@ -289,7 +354,6 @@ def parse_config(raw: Any) -> tuple[AdapterConfig | None, list[str]]:
     config = AdapterConfig(
         base_model=base,
         num_experts=experts,
-        top_k=top_k,
         ranks=ranks,
         alphas=tuple(float(a) for a in alphas),
         target_modules=tuple(targets),
@@ -298,5 +362,9 @@ def parse_config(raw: Any) -> tuple[AdapterConfig | None, list[str]]:
         router_weights=router_weights,
         temperature=float(temperature),
         expert_names=tuple(names),
+        routing=LAYER_WISE if layer_wise else PRE_GATED,
+        router_layer=router_layer,
+        **top_k,
+        **layered,
     )
     return config, []
