@@ -40,10 +40,20 @@ class SwitchBlocks:
     """
 
     rows: int = 64
-    cols: int = 128
+    cols: int = 64
     strip: int = 2048
     warps: int = 4
     stages: int = 2
+
+    def __post_init__(self):
+        for name, least in (("rows", 16), ("cols", 16), ("warps", 1)):
+            value = getattr(self, name)
+            if value < least or value & (value - 1):
+                raise ValueError(f"switch: {name} is {value}, expected a power of two from {least}")
+        if self.strip <= 0 or self.strip % self.cols:
+            raise ValueError(f"switch: strip is {self.strip}, expected a multiple of {self.cols}")
+        if self.stages < 1:
+            raise ValueError(f"switch: stages is {self.stages}, expected 1 or more")
 
 
 @dataclass(frozen=True)
@@ -138,6 +148,8 @@ def _misfit(live, pristine, banks_a, banks_b) -> str | None:
                     f"linear {i}: a tensor of {t.dtype} on {t.device} with strides {t.stride()}, "
                     f"expected contiguous {dtype} on {device}"
                 )
+            if t.is_cuda and t.data_ptr() % 16:
+                return f"linear {i}: a tensor begins {t.data_ptr() % 16} bytes past a multiple of 16"
     return None
 
 
@@ -160,7 +172,7 @@ def _expert_delta(
 
 @triton.jit
 def _switch_kernel(
-    table_ptr, places_ptr, ids_ptr, weights_ptr, row_ptr,
+    table_ptr, places_ptr, ids_ptr, weights_ptr, row_ptr, merged_ptr,
     TYPE: tl.constexpr, TOP_K: tl.constexpr, RANK: tl.constexpr, FIELDS: tl.constexpr,
     ALIGN: tl.constexpr, EVEN: tl.constexpr, UNROLL: tl.constexpr, BLOCK_R: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STRIP: tl.constexpr, STAGES: tl.constexpr,
@@ -176,6 +188,15 @@ def _switch_kernel(
     size_out = tl.load(at + 5).to(tl.int32)
     local = pid - tl.load(at + 6).to(tl.int32)
     route = tl.load(row_ptr) * TOP_K
+    if merged_ptr is not None:
+        merged = tl.load(merged_ptr) * TOP_K
+        others = 0
+        for j in tl.static_range(TOP_K):
+            new_id, old_id = tl.load(ids_ptr + route + j), tl.load(ids_ptr + merged + j)
+            new, old = tl.load(weights_ptr + route + j), tl.load(weights_ptr + merged + j)
+            others += ((new_id != old_id) | (new != old)).to(tl.int32)
+        if others == 0:
+            return
 
     strips = tl.cdiv(size_in, STRIP)
     row0, col0 = local // strips * ROWS, local % strips * STRIP
@@ -213,11 +234,11 @@ def _switch_kernel(
                         delta, a_ptr, b_ptr, expert, gate, rank0, rows, cols, rows_in, cols_in,
                         size_in, size_out, RANK, BLOCK_R, EVEN,
                     )  # fmt: skip
-        merged = (w.to(tl.float32) + delta).to(TYPE)
+        result = (w.to(tl.float32) + delta).to(TYPE)
         if EVEN:
-            tl.store(w_ptr + base + place, merged, eviction_policy="evict_first")
+            tl.store(w_ptr + base + place, result, eviction_policy="evict_first")
         else:
-            tl.store(w_ptr + base + place, merged, mask=inside)
+            tl.store(w_ptr + base + place, result, mask=inside)
 
 
 def switch_constants(plan: SwitchPlan, top_k: int) -> dict:
@@ -238,21 +259,34 @@ def switch_constants(plan: SwitchPlan, top_k: int) -> dict:
 
 
 def switch_triton(
-    plan: SwitchPlan, expert_ids: torch.Tensor, weights: torch.Tensor, row: torch.Tensor
+    plan: SwitchPlan,
+    expert_ids: torch.Tensor,
+    weights: torch.Tensor,
+    row: torch.Tensor,
+    merged: torch.Tensor | None = None,
 ) -> None:
     """One launch; see `switch`."""
     _switch_kernel[(plan.places.numel(),)](
-        plan.table, plan.places, expert_ids, weights, row,
+        plan.table, plan.places, expert_ids, weights, row, merged,
         **switch_constants(plan, expert_ids.shape[1]),
         num_warps=plan.blocks.warps,
     )  # fmt: skip
 
 
 def switch_torch(
-    plan: SwitchPlan, expert_ids: torch.Tensor, weights: torch.Tensor, row: torch.Tensor
+    plan: SwitchPlan,
+    expert_ids: torch.Tensor,
+    weights: torch.Tensor,
+    row: torch.Tensor,
+    merged: torch.Tensor | None = None,
 ) -> None:
     """The reference, linear by linear; see `switch`."""
     ids, gates = expert_ids[row][0].long(), weights[row][0]
+    if merged is not None:
+        if torch.equal(expert_ids[row], expert_ids[merged]) and torch.equal(
+            weights[row], weights[merged]
+        ):
+            return
     for w, w0, a, b in zip(plan.live, plan.pristine, plan.banks_a, plan.banks_b):
         # [out, k, r] and [k, r, in] become one product over k r.
         tall = (b[ids].float() * gates[:, None, None]).transpose(0, 1).flatten(1)
@@ -260,7 +294,11 @@ def switch_torch(
 
 
 def switch(
-    plan: SwitchPlan, expert_ids: torch.Tensor, weights: torch.Tensor, row: torch.Tensor
+    plan: SwitchPlan,
+    expert_ids: torch.Tensor,
+    weights: torch.Tensor,
+    row: torch.Tensor,
+    merged: torch.Tensor | None = None,
 ) -> None:
     """Merges one route into all live weights; whatever was merged before is gone.
 
@@ -273,6 +311,8 @@ def switch(
         weights: [N, k] float32, LoRA's scale included; contiguous.
         row: [1] integer on the device: which of the N routes. With the passports of a vocabulary
             as routes it is the token's id.
+        merged: [1] integer on the device: the row that the live weights hold already, if that is
+            known. Where its route is the new one to the last bit, nothing is moved.
     """
     run = switch_triton if plan.table.is_cuda else switch_torch
-    run(plan, expert_ids, weights, row)
+    run(plan, expert_ids, weights, row, merged)

@@ -28,7 +28,7 @@ POINTERS = {
     **dict.fromkeys("x_ptr w_ptr bias_ptr a_ptr b_ptr y_ptr out_ptr s_ptr".split(), "*bf16"),
     **dict.fromkeys("gates_ptr partial_ptr weights_ptr".split(), "*fp32"),
     **dict.fromkeys("ticket_ptr counter_ptr counters_ptr ids_ptr places_ptr".split(), "*i32"),
-    **dict.fromkeys("present_ptr table_ptr row_ptr".split(), "*i64"),
+    **dict.fromkeys("present_ptr table_ptr row_ptr merged_ptr".split(), "*i64"),
 }
 ALIGNED = ("x_stride", "y_stride", "out_stride", "s_stride", "size_in", "rank")
 

@@ -136,6 +136,21 @@ def test_the_kernel_forgets_the_last_route_too():
     assert torch.equal(plan.live[0], once.live[0])
 
 
+@pytest.mark.parametrize("run", [switch_torch, switch_triton])
+def test_an_equal_route_moves_nothing(run):
+    plan = make_plan([(24, 40)], 4, 4)
+    ids, weights = make_routes(4, 4, 2)
+    ids[1], weights[1] = ids[0], weights[0]
+    ids[2], weights[2] = ids[0], weights[0] * 1.0000002
+    plan.live[0].fill_(7.0)
+    run(plan, ids, weights, row(0), row(1))
+    assert (plan.live[0] == 7).all()
+    for new in (2, 3):  # one weight's last bit, another route
+        plan.live[0].fill_(7.0)
+        run(plan, ids, weights, row(new), row(0))
+        assert error(plan.live[0], truth(plan, ids, weights, new)[0]) <= 1e-5
+
+
 @pytest.mark.gpu
 def test_in_a_cuda_graph():
     plan = make_plan([(256, 512), (128, 256)], 8, 16, torch.bfloat16, SwitchBlocks())
@@ -161,6 +176,9 @@ def test_constants():
 
 
 def test_misfits_are_refused():
+    for bad in ({"rows": 48}, {"cols": 8}, {"strip": 100}, {"warps": 3}, {"stages": 0}):
+        with pytest.raises(ValueError, match=f"switch: {list(bad)[0]} is"):
+            SwitchBlocks(**bad)
     plan = make_plan([(16, 32)], 2, 4)
     parts = [plan.live, plan.pristine, plan.banks_a, plan.banks_b]
     with pytest.raises(ValueError, match="as many of each"):
