@@ -125,8 +125,8 @@ def main() -> None:
     rows.append(build("spread_routes", kernel, constants, 8, 3))
     cut = switch.SwitchBlocks()
     constants = {
-        "TYPE": tl.bfloat16, "TOP_K": 2, "RANK": 16, "FIELDS": switch.FIELDS, "ALIGN": 16,
-        "EVEN": True, "UNROLL": True, "BLOCK_R": 16,
+        "merged_ptr": None, "TYPE": tl.bfloat16, "TOP_K": 2, "RANK": 16, "BLOCK_R": 16,
+        "FIELDS": switch.FIELDS, "ALIGN": 16, "EVEN": True, "UNROLL": True,
         "ROWS": cut.rows, "COLS": cut.cols, "STRIP": cut.strip, "STAGES": cut.stages,
     }  # fmt: skip
     rows.append(build("switch", switch._switch_kernel, constants, cut.warps, cut.stages))
