@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-import re
 import stat
 from collections import Counter
 from collections.abc import Iterator
@@ -21,25 +19,18 @@ import torch
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.config import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, parse_config, show, some
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.layout import (
+    Alike,
+    TensorInfo,
+    check_targets,
+    check_tensors,
+    past_ranks,
+    router_of,
+)
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_CONFIG_BYTES = 1 << 20
-_LORA = re.compile(
-    r"(model\.layers\.(0|[1-9]\d{0,5})\.(?:self_attn|mlp)\.(\w{1,64}))\.lora_([AB])", re.ASCII
-)
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Shape and dtype of a tensor, from the file's header."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -65,8 +56,24 @@ class Adapter:
 
     @property
     def projections(self) -> list[str]:
-        """Full names of the adapted linears, in file order ("model.layers.0.mlp.up_proj")."""
+        """Full names of the linears with experts, in file order ("model.layers.0.mlp.up_proj")."""
         return [name.removesuffix(".lora_A") for name in self.tensors if name.endswith(".lora_A")]
+
+    @property
+    def always_on(self) -> list[str]:
+        """Full names of the linears with a LoRA part that is always on, in file order."""
+        end = ".always_A"
+        return [name.removesuffix(end) for name in self.tensors if name.endswith(end)]
+
+    @property
+    def routers(self) -> list[str]:
+        """What the layer-wise routers belong to: full names of linears or blocks, in file order."""
+        end = ".router.weight"
+        return [name.removesuffix(end) for name in self.tensors if name.endswith(end)]
+
+    def router_of(self, projection: str) -> str:
+        """The entry of `routers` that serves a linear with experts (layer-wise routing)."""
+        return router_of(projection, self.config)
 
     @contextmanager
     def reader(self) -> Iterator:
@@ -111,35 +118,17 @@ def check_adapter(
     if problems:
         return None, problems
     config, problems = _read_config(root / CONFIG_FILE)
-    alike = _Alike()
+    alike = Alike()
     tensors, file_problems = _read_header(root / WEIGHTS_FILE, entries, alike)
     problems += file_problems
     if tensors is None:
         return None, problems
     if config and backbone:
-        problems += _check_targets(config, backbone)
-    problems += _check_tensors(tensors, config, backbone, alike)
+        problems += check_targets(config, backbone)
+    problems += check_tensors(tensors, config, backbone, alike)
     if values:
         problems += _check_values(root, tensors.keys() - alike.bad, config)
     return Adapter(root, config, tensors) if config else None, problems
-
-
-class _Alike:
-    """Problems of tensors. Those that differ in the name only share a line: one wrong number in
-    the config may touch every tensor of the file."""
-
-    def __init__(self):
-        self.names: dict[str, list[str]] = {}
-
-    def add(self, name: str, text: str) -> None:
-        self.names.setdefault(text, []).append(name)
-
-    @property
-    def bad(self) -> set[str]:
-        return {name for names in self.names.values() for name in names}
-
-    def lines(self) -> list[str]:
-        return [f"{WEIGHTS_FILE}: tensor {some(n)}: {text}" for text, n in self.names.items()]
 
 
 def _reason(e: Exception) -> str:
@@ -230,7 +219,7 @@ def _open_weights(file: Path) -> Iterator:
 
 
 def _read_header(
-    file: Path, entries: set[str], alike: _Alike
+    file: Path, entries: set[str], alike: Alike
 ) -> tuple[dict[str, TensorInfo] | None, list[str]]:
     if file.name not in entries:
         pickles = [name for name in _PICKLES if name in entries]
@@ -251,91 +240,6 @@ def _read_header(
     return tensors, []
 
 
-def _made_for(config: AdapterConfig | None, backbone: Backbone) -> str:
-    made_for = f"; the adapter was made for {show(config.base_model)[1:-1]}" if config else ""
-    return f"the backbone {backbone.path}{made_for}"
-
-
-def _check_targets(config: AdapterConfig, backbone: Backbone) -> list[str]:
-    absent = [module for module in config.target_modules if module not in backbone.modules()]
-    return absent and [
-        f"{CONFIG_FILE}: `target_modules` lists {some(absent)}, expected only "
-        f"{', '.join(sorted(backbone.modules()))}, which {_made_for(config, backbone)} has"
-    ]
-
-
-def _check_tensors(
-    tensors: dict[str, TensorInfo],
-    config: AdapterConfig | None,
-    backbone: Backbone | None,
-    alike: _Alike,
-) -> list[str]:
-    """Names, pairs and shapes. What an absent config or backbone would fix is left open."""
-    # A dimension that is a word stands for any size.
-    experts, rank = (config.num_experts, config.rank) if config else ("num_experts", "r")
-    hidden = backbone.hidden_size if backbone else "hidden"
-    why = f"num_experts is {experts}, the largest r is {rank}" if config else "format"
-    why += f"; {_made_for(config, backbone)}" if backbone else ""
-
-    def expect(name: str, *dims: int | str) -> None:
-        found = tensors[name].shape
-        fits = [isinstance(want, str) or want == have for want, have in zip(dims, found)]
-        if len(found) != len(dims) or not all(fits):
-            expected = ", ".join(map(str, dims))
-            alike.add(name, f"shape {list(found)}, expected [{expected}] ({why})")
-
-    problems = []
-    if "router.weight" in tensors:
-        expect("router.weight", experts, hidden)
-    else:
-        problems.append(
-            f"{WEIGHTS_FILE}: tensor router.weight is missing, expected [{experts}, {hidden}]; "
-            "save it with the experts"
-        )
-    if "router.bias" in tensors:
-        expect("router.bias", experts)
-    for name in tensors:
-        if name in ("router.weight", "router.bias"):
-            continue
-        match = _LORA.fullmatch(name)
-        if not match:
-            alike.add(
-                name,
-                "unknown name, expected router.weight, router.bias or "
-                "model.layers.{i}.{self_attn or mlp}.{module}.lora_A / lora_B; leave it out",
-            )
-            continue
-        projection, layer, module, side = match.groups()
-        other = f"{projection}.lora_{'B' if side == 'A' else 'A'}"
-        if other not in tensors:
-            alike.add(name, f"half a pair, expected {other} beside it; save both or neither")
-        if config and module not in config.target_modules:
-            alike.add(
-                name,
-                f"its module {module} is not in `target_modules` of {CONFIG_FILE}, expected one "
-                f"of {some(config.target_modules)}; list it or leave the tensor out",
-            )
-        size_in, size_out = "in", "out"
-        if backbone and int(layer) >= backbone.num_layers:
-            alike.add(
-                name,
-                f"no such layer, expected layers 0 to {backbone.num_layers - 1} "
-                f"for {_made_for(config, backbone)}",
-            )
-        elif backbone and projection in backbone.linears:
-            size_in, size_out = backbone.linears[projection]
-        elif backbone and (module in backbone.modules() or not config):
-            alike.add(name, f"fits no linear of {_made_for(config, backbone)}; leave it out")
-        expect(name, experts, *((rank, size_in) if side == "A" else (size_out, rank)))
-    problems += alike.lines()
-    if not problems and not any(name.endswith("lora_A") for name in tensors):
-        problems.append(
-            f"{WEIGHTS_FILE}: holds no tensor but the router's, expected at least one lora_A / "
-            "lora_B pair; nothing would be adapted"
-        )
-    return problems
-
-
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """Keeps torch from starting OpenMP's threads: vLLM may fork this process afterwards, and a
@@ -352,8 +256,6 @@ def _one_thread() -> Iterator[None]:
 def _check_values(root: Path, names: set[str], config: AdapterConfig | None) -> list[str]:
     """Reads tensors once: finite, and zero past each expert's rank."""
     problems = []
-    ranks = config.ranks if config else ()
-    short = [(e, r) for e, r in enumerate(ranks) if r < max(ranks)]
     try:
         with _open_weights(root / WEIGHTS_FILE) as weights:
             for name in sorted(names):
@@ -366,8 +268,7 @@ def _check_values(root: Path, names: set[str], config: AdapterConfig | None) -> 
                         f"or Inf, the first at {where}, expected finite numbers; train or save "
                         "it again"
                     )
-                for e, r in short if _LORA.fullmatch(name) else ():
-                    past = tensor[e, r:] if name.endswith("A") else tensor[e, :, r:]
+                for e, r, past in past_ranks(name, tensor, config) if config else ():
                     if past.any():
                         problems.append(
                             f"{WEIGHTS_FILE}: tensor {name} is not zero past rank {r} of expert "

@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm_adafuse.keys import (
     CONFIG_FILE,
+    WEIGHTS_FILE,
     Keys,
     is_int,
     is_names,
@@ -20,7 +21,6 @@ from vllm_adafuse.keys import (
 )
 
 __all__ = ["AdapterConfig", "CONFIG_FILE", "WEIGHTS_FILE", "parse_config", "show", "some"]
-WEIGHTS_FILE = "adapter_model.safetensors"
 # The newest that is read. A config says 1 as long as it uses nothing of 2.
 FORMAT_VERSION = 2
 MAX_EXPERTS, MAX_RANK, MAX_LAYERS = 1024, 1 << 16, 10**6
@@ -52,7 +52,7 @@ _LAYER_WISE_ONLY = (
     "always_r",
     "always_alpha",
 )
-_VERSION_2 = ("router.layer", *_LAYER_WISE_ONLY)
+VERSION_2 = ("router.layer", *_LAYER_WISE_ONLY)
 OPTIONAL = (
     "use_rslora",
     "routing",
@@ -60,7 +60,7 @@ OPTIONAL = (
     "router.weights",
     "router.temperature",
     "expert_names",
-    *_VERSION_2,
+    *VERSION_2,
 )
 
 
@@ -200,12 +200,13 @@ def _check_routing(keys: Keys, version: int) -> bool:
     """Whether routing is layer-wise; keys that do not go with version or routing are problems."""
     values = keys.values
     allowed = (PRE_GATED, LAYER_WISE) if version > 1 else (PRE_GATED,)
-    only = f'"{PRE_GATED}"' + (f' or "{LAYER_WISE}"' if version > 1 else ", the only routing of "
-                               'format version 1 ("layer_wise" needs `format_version` 2)')  # fmt: skip
+    only = f'"{PRE_GATED}" or "{LAYER_WISE}"'
+    if version < 2:
+        only = f'"{PRE_GATED}", the only routing of format version 1; others need version 2'
     layer_wise = keys.get("routing", PRE_GATED, lambda v: v in allowed, only) == LAYER_WISE
     # A bad value of `routing` says nothing of the other keys.
     meant = values.get("routing", PRE_GATED)
-    for key in (key for key in values if key in _VERSION_2 and version < 2):
+    for key in (key for key in values if key in VERSION_2 and version < 2):
         keys.problems.append(
             f"{CONFIG_FILE}: key `{key}` belongs to format version 2; set `format_version` to 2 "
             "or leave it out"

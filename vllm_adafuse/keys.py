@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-CONFIG_FILE = "adapter_config.json"
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 # Scales and temperatures are used in float32: 0 and Inf are reached sooner there.
 _TINY, _LARGE = 1.2e-38, 3.4e38
 

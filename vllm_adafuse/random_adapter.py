@@ -5,15 +5,23 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 from vllm_adafuse.backbone import Backbone
-from vllm_adafuse.config import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, parse_config
+from vllm_adafuse.config import (
+    CONFIG_FILE,
+    LAYER_WISE,
+    VERSION_2,
+    WEIGHTS_FILE,
+    AdapterConfig,
+    parse_config,
+)
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.layout import router_of
 
 
 def write_adapter(
@@ -32,12 +40,15 @@ def make_random_adapter(
     path: str | Path,
     *,
     num_experts: int = 8,
-    top_k: int = 2,
+    top_k: int | Mapping[str, int] | Sequence[int] = 2,
     r: int | Sequence[int] = 16,
     lora_alpha: float | Sequence[float] | None = None,
     target_modules: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     router_bias: bool = False,
+    layer_experts: Sequence[int] | None = None,
+    expert_modules: Sequence[str] | None = None,
+    always_modules: Sequence[str] | None = None,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
     progress: bool = False,
@@ -49,12 +60,15 @@ def make_random_adapter(
         base: the backbone's directory; only its config.json is read.
         path: the directory to write.
         num_experts: E.
-        top_k: k.
+        top_k: k; layer-wise also per block or per layer.
         r: rank, or one per expert.
         lora_alpha: default 2 r.
         target_modules: default: every linear of the decoder layers.
-        layers: indices of the adapted layers; default all.
-        router_bias: also write router.bias.
+        layers: indices of the adapted layers; default all from `router_layer` on.
+        router_bias: also write biases of routers.
+        layer_experts: layer-wise: experts of each backbone layer, at most E; default E.
+        expert_modules: those of the target modules that get experts; default all.
+        always_modules: those that get a part that is always on; default all where `always_r`.
         dtype: of the tensors.
         seed: of the weights.
         progress: show a progress bar.
@@ -68,6 +82,7 @@ def make_random_adapter(
         AdapterError: the options do not make a valid config, or a module or layer is not there.
     """
     backbone = Backbone.from_path(str(base))
+    depth = backbone.num_layers
     ranks = [r] * num_experts if isinstance(r, int) else list(r)
     alphas = lora_alpha if lora_alpha is not None else [2 * rank for rank in ranks]
     targets = sorted(backbone.modules()) if target_modules is None else list(target_modules)
@@ -82,30 +97,37 @@ def make_random_adapter(
         "target_modules": targets,
         **{key.replace("router_", "router.", 1): value for key, value in options.items()},
     }
+    if raw.keys() & set(VERSION_2) or raw.get("routing") == LAYER_WISE:
+        raw["format_version"] = 2
     config, problems = parse_config(raw)
+    with_experts = targets if expert_modules is None else list(expert_modules)
+    with_always = targets if always_modules is None else list(always_modules)
     problems += [
         f"target module {name} is not in {base}; it has {', '.join(sorted(backbone.modules()))}"
         for name in targets
         if name not in backbone.modules()
     ]
-    chosen = range(backbone.num_layers) if layers is None else layers
     problems += [
-        f"layer {i} is not in {base}; it has {backbone.num_layers} layers"
-        for i in chosen
-        if not 0 <= i < backbone.num_layers
+        f"module {name} is not among the target modules {', '.join(targets)}"
+        for name in dict.fromkeys([*with_experts, *with_always])
+        if name not in targets
     ]
+    chosen = range(config.router_layer if config else 0, depth) if layers is None else layers
+    problems += [
+        f"layer {i} is not in {base}; it has {depth} layers" for i in chosen if not 0 <= i < depth
+    ]
+    counts = list(layer_experts or [num_experts] * depth)
+    if len(counts) != depth or not all(0 < count <= num_experts for count in counts):
+        problems.append(
+            f"layer_experts is {counts}, expected {depth} numbers from 1 to {num_experts}, one for "
+            f"each layer of {base}"
+        )
     if problems:
         raise AdapterError(f"random adapter {path}", problems)
 
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int, scale: float) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator) * scale).to(dtype)
-
-    hidden = backbone.hidden_size
-    tensors = {"router.weight": normal(num_experts, hidden, scale=hidden**-0.5)}
-    if router_bias:
-        tensors["router.bias"] = normal(num_experts, scale=0.05)
+    weights = _Weights(torch.Generator().manual_seed(seed), dtype, router_bias)
+    if not config.layer_wise:
+        weights.router("", num_experts, backbone.hidden_size)
     names = [
         name
         for name in backbone.linears
@@ -113,9 +135,50 @@ def make_random_adapter(
     ]
     for name in tqdm(names, desc="random experts", disable=not progress):
         size_in, size_out = backbone.linears[name]
-        a = normal(num_experts, config.rank, size_in, scale=size_in**-0.5)
-        b = normal(num_experts, size_out, config.rank, scale=0.3 / math.sqrt(config.rank))
-        for expert, rank in enumerate(config.ranks):
-            a[expert, rank:], b[expert, :, rank:] = 0, 0
-        tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"] = a, b
-    return write_adapter(path, config, tensors)
+        module, experts = name.rsplit(".", 1)[1], counts[int(name.split(".")[2])]
+        if module in with_experts:
+            weights.experts(name, experts, size_in, size_out, config)
+            if config.layer_wise:
+                of_linear = config.router_scope == "linear"
+                reads = size_in if of_linear else backbone.hidden_size
+                weights.router(f"{router_of(name, config)}.", experts, reads)
+        if module in with_always and config.always_r:
+            weights.always_on(name, size_in, size_out, config.always_r)
+    return write_adapter(path, config, weights.tensors)
+
+
+class _Weights:
+    """Normal tensors by name, in the order in which they are asked for."""
+
+    def __init__(self, generator: torch.Generator, dtype: torch.dtype, bias: bool):
+        self.generator, self.dtype, self.bias = generator, dtype, bias
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def normal(self, *shape: int, scale: float) -> torch.Tensor:
+        return (torch.randn(*shape, generator=self.generator) * scale).to(self.dtype)
+
+    def router(self, owner: str, experts: int, size_in: int) -> None:
+        """A router of `owner` ("" or a name that ends in a dot), once."""
+        if f"{owner}router.weight" in self.tensors:
+            return
+        self.tensors[f"{owner}router.weight"] = self.normal(experts, size_in, scale=size_in**-0.5)
+        if self.bias:
+            self.tensors[f"{owner}router.bias"] = self.normal(experts, scale=0.05)
+
+    def experts(
+        self, name: str, experts: int, size_in: int, size_out: int, config: AdapterConfig
+    ) -> None:
+        shared = 1 if config.shared_A else experts
+        a = self.normal(shared, config.rank, size_in, scale=size_in**-0.5)
+        b = self.normal(experts, size_out, config.rank, scale=0.3 / math.sqrt(config.rank))
+        for expert, rank in enumerate(config.ranks[:experts]):
+            b[expert, :, rank:] = 0
+            if not config.shared_A:
+                a[expert, rank:] = 0
+        self.tensors[f"{name}.lora_A"], self.tensors[f"{name}.lora_B"] = a, b
+
+    def always_on(self, name: str, size_in: int, size_out: int, rank: int) -> None:
+        self.tensors[f"{name}.always_A"] = self.normal(rank, size_in, scale=size_in**-0.5)
+        self.tensors[f"{name}.always_B"] = self.normal(
+            size_out, rank, scale=0.3 / math.sqrt(rank)
+        )
