@@ -154,10 +154,11 @@ class _Checker:
                 "model.layers.{i}.{self_attn or mlp}.{module}.lora_A / lora_B"
             )
         linear, block = "model.layers.{i}.{self_attn or mlp}.{module}", "model.layers.{i}.{block}"
-        of_block = self.config and self.config.router_scope == "block"
+        scope = self.config.router_scope if self.config else "linear"
         return (
-            f"{block if of_block else linear}.router.weight / bias, "
-            f"{linear}.lora_A / lora_B or always_A / always_B (routing is layer_wise)"
+            f"{linear if scope == 'linear' else block}.router.weight / bias, "
+            f"{linear}.lora_A / lora_B or always_A / always_B "
+            f"(`routing` is layer_wise, `router.scope` {scope})"
         )
 
     def entrance_router(self) -> None:
@@ -229,7 +230,13 @@ class _Checker:
             return "experts"
         router = f"{router_of(owner, self.config)}.router.weight"
         if router not in self.tensors:
-            self.alike.add(name, f"has no router, expected {router} beside it; save it too")
+            scope = self.config.router_scope
+            place = "{block}.{module}" if scope == "linear" else "{block}"
+            self.alike.add(
+                name,
+                f"has no router, expected model.layers.{{i}}.{place}.router.weight of its {scope}; "
+                "save it too",
+            )
             return "experts"
         shape = self.tensors[router].shape
         return shape[0] if len(shape) == 2 else "experts"
