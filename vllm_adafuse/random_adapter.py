@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -25,13 +26,24 @@ from vllm_adafuse.layout import router_of
 
 
 def write_adapter(
-    path: str | Path, config: AdapterConfig, tensors: dict[str, torch.Tensor]
+    path: str | Path,
+    config: AdapterConfig,
+    tensors: dict[str, torch.Tensor],
+    extra: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes an adapter directory; existing adapter files in it are replaced."""
+    """Writes an adapter directory; existing adapter files in it are replaced.
+
+    Args:
+        path: the directory.
+        config: its config.
+        tensors: by their names in the format.
+        extra: further keys of the config; they begin with x_.
+    """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "pt"})
-    (path / CONFIG_FILE).write_text(json.dumps(config.to_json(), indent=2) + "\n")
+    content = config.to_json() | (extra or {})
+    (path / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
     return path
 
 

@@ -8,7 +8,15 @@ import sys
 from collections.abc import Sequence
 
 import vllm_adafuse
-from vllm_adafuse.cli import cmd_check, cmd_compose, cmd_inspect, cmd_random, cmd_route, cmd_tune
+from vllm_adafuse.cli import (
+    cmd_check,
+    cmd_compose,
+    cmd_convert,
+    cmd_inspect,
+    cmd_random,
+    cmd_route,
+    cmd_tune,
+)
 from vllm_adafuse.cli.common import printable
 from vllm_adafuse.errors import AdapterError
 
@@ -19,6 +27,7 @@ examples, in the order of a first visit:
   vllm-adafuse inspect adapter                   its experts, and their share of the vocabulary
   vllm-adafuse route adapter --text "Hello you"  which experts each token of a text uses
   vllm-adafuse compose BASE adapter composed     one directory for `vllm serve composed`
+  vllm-adafuse convert other/ adapter            MixLoRA, MoLA, Arrow, … in this format
   vllm-adafuse tune BASE                         fit the kernels to this machine's GPU
 
 BASE is a checkpoint directory, or the name of one in the Hugging Face cache; nothing is
@@ -37,7 +46,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=vllm_adafuse.__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (cmd_check, cmd_inspect, cmd_route, cmd_compose, cmd_random, cmd_tune):
+    for command in (
+        cmd_check,
+        cmd_inspect,
+        cmd_route,
+        cmd_compose,
+        cmd_convert,
+        cmd_random,
+        cmd_tune,
+    ):
         command.add_parser(commands)
     return parser
 

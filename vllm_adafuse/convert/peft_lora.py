@@ -1,0 +1,134 @@
+"""A plain PEFT LoRA: one expert that every token uses. Arrow and compose-experts read it too.
+
+    {base_model.model.}model.layers.{i}.{block}.{module}.lora_A.weight [r, in], .lora_B.weight
+"""
+
+from __future__ import annotations
+
+import re
+
+from vllm_adafuse.backbone import Backbone
+from vllm_adafuse.config import CONFIG_FILE, show
+from vllm_adafuse.convert.mixture import Linear, Mixture, Part
+from vllm_adafuse.convert.options import Options
+from vllm_adafuse.convert.source import Source
+
+KIND = "PEFT LoRA"
+OPTIONS: tuple[str, ...] = ()
+PREFIX = r"(?:base_model\.model\.)?"
+LINEAR = r"(model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+))"
+_PAIR = PREFIX + LINEAR + r"\.lora_(?:A|B)(?:\.default)?\.weight"
+# Keys of LoraConfig that make another function of it, or another backbone under it.
+_REFUSED = {
+    "use_dora": "DoRA rescales every output column of W + BA, which no sum of LoRA experts can say",
+    "lora_bias": "biases beside B are not part of the adapter format",
+    "modules_to_save": "whole modules that replace the backbone's are not part of an adapter",
+    "trainable_token_indices": "trained embedding rows are not part of the adapter format",
+    "layer_replication": "the format has no backbone with repeated layers",
+    "target_parameters": "LoRA on bare parameters (mixture-of-experts backbones) is not served",
+    "alora_invocation_tokens": "aLoRA switches on in the middle of a prompt",
+    "use_qalora": "QALoRA pools its input before A",
+    "use_bdlora": "BD-LoRA's block-diagonal layout is not read",
+    "kasa_config": "KaSA changes the backbone's weights and scales between A and B",
+    "monteclora_config": "Monteclora samples its weights",
+    "megatron_config": "Megatron's layers are not Hugging Face linears",
+}
+# These begin by changing the backbone's weights; the saved LoRA fits the changed ones only.
+_CHANGED_BACKBONE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def recognises(source: Source) -> bool:
+    """Pairs, no router, no numbered experts."""
+    return source.has(_PAIR)
+
+
+def read(source: Source, backbone: Backbone, options: Options) -> Mixture:
+    """The LoRA as the always-on part of every linear."""
+    parts = read_lora(source, backbone)
+    return Mixture(KIND, {n: Linear(always=part) for n, part in parts.items()}, top_k=1)
+
+
+def check_config(source: Source) -> None:
+    """Puts down what PEFT or one of its forks says in the config and we cannot compute."""
+    for key, why in _REFUSED.items():
+        if source.config.get(key):
+            source.problems.append(
+                f"{CONFIG_FILE}: `{key}` is {show(source.config[key])}, expected none: {why}. "
+                "Merge this adapter into a backbone of its own (PEFT's merge_and_unload), or "
+                "train without it"
+            )
+    if source.config.get("bias", "none") != "none":
+        source.problems.append(
+            f'{CONFIG_FILE}: `bias` is {show(source.config["bias"])}, expected "none": trained '
+            "biases are not part of the adapter format; train without them"
+        )
+    init = source.config.get("init_lora_weights")
+    if isinstance(init, str) and init.startswith(_CHANGED_BACKBONE):
+        source.problems.append(
+            f"{CONFIG_FILE}: `init_lora_weights` is {show(init)}, which changes the backbone's "
+            "weights before training, so that the LoRA does not fit the backbone that is served; "
+            "save it with PEFT's path_initial_model_for_weight_conversion, which makes it plain"
+        )
+
+
+def read_lora(source: Source, backbone: Backbone) -> dict[str, Part]:
+    """All pairs of a plain PEFT LoRA; `rank_pattern` and `alpha_pattern` are followed.
+
+    Args:
+        source: an open source; `finish` is left to the caller.
+        backbone: gives the shapes.
+
+    Returns:
+        Linear -> LoRA.
+    """
+    check_config(source)
+    rslora = bool(source.config.get("use_rslora"))
+    rank = source.number("r", None, int, "a positive integer")
+    alpha = source.number("lora_alpha", None, (int, float), "a positive number")
+    parts = {}
+    for match in source.match(_PAIR):
+        name = match[1]
+        if name in parts:
+            continue
+        stem = match[0][: match[0].index(".lora_")]
+        ending = ".default.weight" if match[0].endswith(".default.weight") else ".weight"
+        if name not in backbone.linears:
+            source.take(match[0], (-1,), f"no such linear in the backbone {backbone.path}")
+            continue
+        parts[name] = take_pair(
+            source, backbone, name, f"{stem}.lora_A{ending}", f"{stem}.lora_B{ending}",
+            _by_pattern(source.config.get("rank_pattern"), name, rank),
+            _by_pattern(source.config.get("alpha_pattern"), name, alpha),
+            rslora,
+        )  # fmt: skip
+    return parts
+
+
+def take_pair(
+    source: Source,
+    backbone: Backbone,
+    linear: str,
+    a: str,
+    b: str,
+    rank: int,
+    alpha: float,
+    rslora: bool = False,
+) -> Part:
+    """Takes A [r, in] and B [out, r] of one linear, checked against config and backbone."""
+    size_in, size_out = backbone.linears.get(linear, ("in", "out"))
+    why = f"r is {rank} in {CONFIG_FILE}; the backbone is {backbone.path}"
+    if linear not in backbone.linears:
+        source.blame(
+            a, f"fits no linear of the backbone {backbone.path}; name the right one with --base"
+        )
+    return Part(
+        source.take(a, (rank, size_in), why), source.take(b, (size_out, rank), why), alpha, rslora
+    )
+
+
+def _by_pattern(patterns: object, name: str, default: float) -> float:
+    """PEFT's rule: the first pattern that matches the end of a module's name."""
+    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default

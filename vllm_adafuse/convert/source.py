@@ -1,0 +1,196 @@
+"""A source directory: its config and tensors, taken one by one until none is left unexplained."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from vllm_adafuse.adapter import DTYPES
+from vllm_adafuse.config import CONFIG_FILE, WEIGHTS_FILE, show, some
+from vllm_adafuse.convert.unpickle import unpickle
+from vllm_adafuse.errors import AdapterError
+
+PICKLE_FILE = "adapter_model.bin"
+MAX_CONFIG_BYTES = 1 << 20
+
+
+class Source:
+    """The files of one adapter directory of another library.
+
+    Attributes:
+        path: the directory.
+        config: its adapter_config.json.
+        file: name of the file that its tensors are in, for messages.
+        tensors: name -> tensor (CPU), all of them.
+        problems: what was found wrong so far, in the order found.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], file: str, tensors: dict):
+        self.path, self.config, self.file, self.tensors = path, config, file, tensors
+        self.problems: list[str] = []
+        self._alike: dict[str, list[str]] = {}
+        self._taken: set[str] = set()
+
+    @classmethod
+    def open(cls, path: Path) -> Source:
+        """Reads adapter_config.json and the weights, safetensors if both kinds are there.
+
+        Raises:
+            AdapterError: a file is missing, damaged, or a pickle with more in it than tensors.
+        """
+        config = read_json(path / CONFIG_FILE)
+        if (path / WEIGHTS_FILE).is_file():
+            file, tensors = WEIGHTS_FILE, _load(path, path / WEIGHTS_FILE)
+        elif (path / PICKLE_FILE).is_file():
+            file, tensors = PICKLE_FILE, _load_pickle(path)
+        else:
+            raise refuse(
+                path,
+                f"{path}: holds neither {WEIGHTS_FILE} nor {PICKLE_FILE}; name the directory "
+                "that the training run saved",
+            )
+        return cls(path, config, file, tensors)
+
+    def match(self, pattern: str) -> Iterable[re.Match]:
+        """Matches of a regular expression with whole tensor names, in natural order."""
+        found = (re.fullmatch(pattern, name, re.ASCII) for name in sorted(self.tensors, key=_key))
+        return [m for m in found if m]
+
+    def has(self, pattern: str) -> bool:
+        """Whether any tensor's whole name matches."""
+        return any(re.fullmatch(pattern, name, re.ASCII) for name in self.tensors)
+
+    def take(self, name: str, shape: tuple[int | str, ...], why: str) -> torch.Tensor:
+        """A tensor that has been understood. A missing or wrong one is put down as a problem.
+
+        Args:
+            name: its name in the file.
+            shape: expected; a word stands for any size.
+            why: where that shape comes from.
+
+        Returns:
+            The tensor; where it is wrong, zeros of about that shape, to find further problems.
+        """
+        self._taken.add(name)
+        tensor = self.tensors.get(name)
+        expected = ", ".join(map(str, shape))
+        if tensor is None:
+            self.blame(name, f"is missing, expected [{expected}] ({why}); save the adapter again")
+        elif tensor.dtype not in DTYPES.values():
+            found = str(tensor.dtype).removeprefix("torch.")
+            self.blame(name, f"dtype {found}, expected one of {', '.join(DTYPES)}; convert it")
+        elif len(tensor.shape) != len(shape) or any(
+            isinstance(want, int) and want != have for want, have in zip(shape, tensor.shape)
+        ):
+            self.blame(
+                name, f"shape {list(tensor.shape)}, expected [{expected}] ({why}); it is damaged, "
+                "or made for another backbone (--base names one)",
+            )
+        elif not tensor.isfinite().all():
+            self.blame(name, "holds NaN or Inf, expected finite numbers; train or save it again")
+        else:
+            return tensor
+        return torch.zeros([want if isinstance(want, int) else 1 for want in shape])
+
+    def blame(self, name: str, text: str) -> None:
+        """Puts a problem of a tensor down; those that differ in the name only share a line."""
+        if text not in self._alike:
+            self.problems.append(text)
+        self._alike.setdefault(text, []).append(name)
+
+    def number(self, key: str, default: Any, kind: type | tuple, expected: str) -> Any:
+        """A value of the config. One of a wrong kind is a problem; `default` None: required."""
+        value = self.config.get(key)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, kind) and not isinstance(value, bool) and value > 0:
+            return value
+        found = "missing" if key not in self.config else show(value)
+        self.problems.append(f"{CONFIG_FILE}: `{key}` is {found}, expected {expected}; correct it")
+        return 1
+
+    def finish(self) -> None:
+        """Called when all has been taken.
+
+        Raises:
+            AdapterError: with every problem, among them tensors that nothing has explained.
+        """
+        for name in sorted(self.tensors.keys() - self._taken, key=_key):
+            self.blame(
+                name, "unknown name among this format's; what it does is not known, so leaving it "
+                "out would give another model",
+            )
+        lines = [
+            f"{self.file}: tensor {some(self._alike[p])}: {p}" if p in self._alike else p
+            for p in self.problems
+        ]
+        if lines:
+            raise AdapterError(f"source {self.path}", lines)
+
+
+def refuse(path: Path, *problems: str) -> AdapterError:
+    """The error of a source that is not converted, to raise."""
+    return AdapterError(f"source {path}", list(problems))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object of at most 1 MiB.
+
+    Raises:
+        AdapterError: there is none.
+    """
+    try:
+        if not file.is_file():
+            raise refuse(
+                file.parent,
+                f"{file}: missing, expected a file; name the directory that the training run saved",
+            )
+        with file.open("rb") as opened:
+            content = opened.read(MAX_CONFIG_BYTES + 1)
+        value = json.loads(content.decode("utf-8"))
+    except OSError as e:
+        raise refuse(file.parent, f"{file}: cannot be read ({e.strerror})") from e
+    except (ValueError, RecursionError) as e:
+        raise refuse(
+            file.parent, f"{file}: is not valid JSON ({e}), expected a JSON object; mend it"
+        ) from e
+    if not isinstance(value, dict):
+        raise refuse(
+            file.parent, f"{file}: holds a {type(value).__name__}, expected a JSON object; mend it"
+        )
+    return value
+
+
+def _key(name: str) -> list:
+    """Sorts layer 10 after layer 9."""
+    return [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"(\d+)", name)]
+
+
+def _load(path: Path, file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as e:
+        raise refuse(
+            path,
+            f"{file}: is not a sound safetensors file ({e}); it is truncated, damaged or of "
+            "another kind: save or copy it again",
+        ) from e
+
+
+def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
+    with tempfile.TemporaryDirectory(prefix="adafuse-convert-") as scratch:
+        out = Path(scratch, "tensors.safetensors")
+        if problem := unpickle(path / PICKLE_FILE, out):
+            raise refuse(
+                path,
+                f"{path / PICKLE_FILE}: {problem}; expected a torch file of tensors alone. Save "
+                "the tensors again, best as safetensors",
+            )
+        return {name: tensor.clone() for name, tensor in _load(path, out).items()}
