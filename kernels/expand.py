@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from vllm_adafuse.kernels.order_routes import ORDER_TILE, Order
 
 ACTIVATIONS = ("", "silu", "gelu_tanh")
 # With fewer tokens most experts are absent, and each is asked whether it is there.
@@ -54,6 +55,25 @@ def _load_s(
         # Not a bare product: what other tokens see of an expert must not matter.
         s = tl.where(gates != 0, s.to(tl.float32) * gates, 0.0).to(s.dtype)
     return tl.reshape(s, (BLOCK_T, BLOCK_E * BLOCK_R))
+
+
+@triton.jit
+def _load_both(
+    s_at, s_up_at, gates_ptr, rows, here, here_up, n_experts,
+    ACT: tl.constexpr, RANK: tl.constexpr, RAW: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """s of the first chunk of experts, and of up's where there is an activation."""
+    s = _load_s(
+        s_at, gates_ptr, rows, 0, here, n_experts, 0, RANK, RAW, EVEN_K, BLOCK_T, BLOCK_E, BLOCK_R
+    )
+    s_up = s
+    if ACT != 0:
+        s_up = _load_s(
+            s_up_at, gates_ptr, rows, 0, here_up, n_experts, 0,
+            RANK, RAW, EVEN_K, BLOCK_T, BLOCK_E, BLOCK_R,
+        )  # fmt: skip
+    return s, s_up
 
 
 @triton.jit
@@ -104,14 +124,14 @@ def _add_delta(
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _expand_kernel(
-    y_ptr, bias_ptr, out_ptr, s_ptr, b_ptr, gates_ptr, present_ptr,
+    y_ptr, bias_ptr, out_ptr, s_ptr, b_ptr, gates_ptr, present_ptr, order_ptr,
     n_tokens, y_stride, out_stride, s_stride, n_experts,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
     PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACT: tl.constexpr,
     RAW: tl.constexpr, SKIP: tl.constexpr, ALL: tl.constexpr,
     RANK: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr, ONE: tl.constexpr,
-    EVERY_PART: tl.constexpr,
+    EVERY_PART: tl.constexpr, ORDER: tl.constexpr, PDL: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -135,25 +155,23 @@ def _expand_kernel(
         part, width, offset, b_first = PART0, WIDTH0, 0, 0
     rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     here = rows < n_tokens
-    present = tl.load(present_ptr)
+    present = tl.load(present_ptr + (tl.program_id(1) if ORDER else 0))
+    if ORDER:
+        rows = tl.load(order_ptr + rows, mask=here, other=0)
     # A part without experts has deltas of zeros; EVEN_B says that there is none.
-    rows_s = rows < tl.where(part >= 0, n_tokens, 0)
-    rows_up = rows < (n_tokens if PART1 >= 0 else 0)
+    rows_s = here & (part >= 0)
+    rows_up = here & (PART1 >= 0)
     EVEN_B: tl.constexpr = EVEN and EVERY_PART
     s_at = s_ptr + rows.to(tl.int64) * s_stride + part * size
     s_up_at = s_ptr + rows.to(tl.int64) * s_stride + PART1 * size
     s = tl.zeros([BLOCK_T, BLOCK_E * BLOCK_R], dtype=s_ptr.dtype.element_ty)
     s_up = s
-    if ONE:  # of all columns
-        s = _load_s(
-            s_at, gates_ptr, rows, 0, rows_s, n_experts, 0,
-            RANK, RAW, EVEN_K, BLOCK_T, BLOCK_E, BLOCK_R,
+    # Of all columns; a program of one tile asks for B first, which needs no kernel before it.
+    if ONE and LOOP > 1:
+        s, s_up = _load_both(
+            s_at, s_up_at, gates_ptr, rows, rows_s, rows_up, n_experts,
+            ACT, RANK, RAW, EVEN_K, BLOCK_T, BLOCK_E, BLOCK_R,
         )  # fmt: skip
-        if ACT != 0:
-            s_up = _load_s(
-                s_up_at, gates_ptr, rows, 0, rows_up, n_experts, 0,
-                RANK, RAW, EVEN_K, BLOCK_T, BLOCK_E, BLOCK_R,
-            )  # fmt: skip
     for i in tl.range(LOOP, num_stages=STAGES):
         columns = (group * LOOP + i) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         # A mask that ends in the middle of a tile makes loads narrow: only where it must be.
@@ -174,6 +192,14 @@ def _expand_kernel(
                 b_up = _load_b(
                     b_at + B1 * size, inside_up, 0, n_experts, 0,
                     RANK, EVEN_B, EVEN_K, BLOCK_E, BLOCK_R,
+                )  # fmt: skip
+        if LOOP == 1:
+            if PDL:
+                tl.extra.cuda.gdc_wait()
+            if ONE:
+                s, s_up = _load_both(
+                    s_at, s_up_at, gates_ptr, rows, rows_s, rows_up, n_experts,
+                    ACT, RANK, RAW, EVEN_K, BLOCK_T, BLOCK_E, BLOCK_R,
                 )  # fmt: skip
         y = tl.load(y_at, mask=mask, other=0.0)
         up = y
@@ -219,8 +245,12 @@ class ExpandBlocks:
     stages: int
 
     @classmethod
-    def choose(cls, tokens: int, activation: bool, itemsize: int) -> ExpandBlocks:
+    def choose(
+        cls, tokens: int, activation: bool, itemsize: int, ordered: bool = False
+    ) -> ExpandBlocks:
         """Found on an H200 at the shapes of Llama-2-7B; docs/kernel-notes.md has the figures."""
+        if ordered:
+            return cls(ORDER_TILE, 64, 1, 4, 1)
         if tokens <= 256 or itemsize > 2:
             block_t = min(64 if itemsize == 2 else 32, max(16, triton.next_power_of_2(tokens)))
             return cls(block_t, 64, 1, 4, 1)
@@ -229,35 +259,55 @@ class ExpandBlocks:
         return cls(64, 64, 8, 4, 3) if tokens < 4096 else cls(128, 128, 8, 8, 3)
 
 
+def expert_blocks(experts: int, rank: int, skip: bool) -> dict[str, int | bool]:
+    """How E experts of one rank are cut into products over ranks.
+
+    skip: one expert at a time, so that absent ones can be left out.
+    """
+    block_r = min(BLOCK_ER, triton.next_power_of_2(rank))
+    block_e = 1 if skip else min(triton.next_power_of_2(experts), BLOCK_ER // block_r)
+    block_r = max(block_r, 16 // block_e)
+    even = rank % block_r == 0 and experts % block_e == 0 and (block_e == 1 or rank == block_r)
+    return {
+        "RANK": rank, "SKIP": skip, "EVEN_K": even, "BLOCK_E": block_e, "BLOCK_R": block_r,
+        "ONE": not skip and experts <= block_e and rank <= block_r,
+    }  # fmt: skip
+
+
+def can_overlap(tensor: torch.Tensor) -> bool:
+    """Whether a launch may begin while the one before it ends (programmatic dependent launch)."""
+    if not tensor.is_cuda or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(tensor.device)[0] >= 9
+
+
 def _launch(
-    y, bias, out, s, s_stride, bank_b, gates, present, parts, widths, act, blocks=None
+    y, bias, out, s, s_stride, bank_b, gates, present, parts, widths, act, blocks=None, order=None
 ) -> None:  # fmt: skip
     tokens, (_, experts, rank) = y.shape[0], bank_b.shape
     every = out is not y
     if blocks is None:
-        blocks = ExpandBlocks.choose(tokens, act != 0, y.element_size())
+        blocks = ExpandBlocks.choose(tokens, act != 0, y.element_size(), order is not None)
     # An activation takes gate and up in one tile.
     tiled = widths[:1] if act else [w for w, part in zip(widths, parts) if part >= 0 or every]
     span = blocks.columns * blocks.loop
     groups = sum(triton.cdiv(w, span) for w in tiled)
     every_part = min(parts) >= 0
-    skip = tokens < _SKIP_TOKENS
-    block_r = min(BLOCK_ER, triton.next_power_of_2(rank))
-    block_e = 1 if skip else min(triton.next_power_of_2(experts), BLOCK_ER // block_r)
-    block_r = max(block_r, 16 // block_e)
+    skip = tokens < _SKIP_TOKENS or order is not None
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
-    even_k = rank % block_r == 0 and experts % block_e == 0 and (block_e == 1 or rank == block_r)
+    pdl = blocks.loop == 1 and can_overlap(y)
     _expand_kernel[(groups, triton.cdiv(tokens, blocks.tokens))](
-        y, bias, out, s, bank_b, gates, present,
+        y, bias, out, s, bank_b, gates,
+        present if order is None else order.present, order and order.rows,
         tokens, y.stride(0), out.stride(0), s_stride, experts,
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         PART0=parts[0], PART1=parts[1], PART2=parts[2],
         HAS_BIAS=bias is not None, ACT=act,
-        RAW=gates is not None, SKIP=skip, ALL=every,
-        RANK=rank, EVEN=all(w % span == 0 for w in tiled), EVEN_K=even_k,
-        EVERY_PART=every_part, ONE=not skip and experts <= block_e and rank <= block_r,
-        BLOCK_T=blocks.tokens, BLOCK_OUT=blocks.columns, BLOCK_E=block_e, BLOCK_R=block_r,
+        RAW=gates is not None, ALL=every, EVEN=all(w % span == 0 for w in tiled),
+        EVERY_PART=every_part, ORDER=order is not None, PDL=pdl,
+        BLOCK_T=blocks.tokens, BLOCK_OUT=blocks.columns,
         LOOP=blocks.loop, STAGES=blocks.stages, num_warps=blocks.warps,
+        **expert_blocks(experts, rank, skip), **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
 
@@ -293,6 +343,7 @@ def expand_raw_triton(
     widths: Sequence[int],
     activation: str = "",
     blocks: ExpandBlocks | None = None,
+    order: Order | None = None,
 ) -> torch.Tensor:
     """From the outputs of W and A to those of the adapted projection, in one launch.
 
@@ -303,7 +354,8 @@ def expand_raw_triton(
         bank_b, present, parts, widths: as in `expand_triton`.
         gates: [N, E] float32, N >= T.
         activation: "", or "silu" or "gelu_tanh" of gate and up: two parts of I columns.
-        blocks: how to cut, default `ExpandBlocks.choose`.
+        blocks: how to cut, default `ExpandBlocks.choose`; with an order `ORDER_TILE` tokens.
+        order: tokens side by side that share experts, see `order_routes`.
 
     Returns:
         [T, out], or [T, I] after an activation; contiguous.
@@ -312,7 +364,9 @@ def expand_raw_triton(
     result = y
     if act or bias is not None or not y.is_contiguous():
         result = y.new_empty(y.shape[0], widths[0] if act else out)
-    _launch(y, bias, result, s, s.stride(0), bank_b, gates, present, parts, widths, act, blocks)
+    _launch(
+        y, bias, result, s, s.stride(0), bank_b, gates, present, parts, widths, act, blocks, order
+    )
     return result
 
 

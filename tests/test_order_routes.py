@@ -1,0 +1,40 @@
+"""The order of a long step's tokens: a permutation, equal sets side by side, true words."""
+
+import pytest
+import torch
+from ops import DEVICE, make_gates
+from vllm_adafuse.kernels.order_routes import ORDER_TILE, Order, _order_torch, _order_triton
+
+CASES = [(1, 4, 2), (64, 8, 2), (65, 3, 3), (200, 8, 2), (130, 64, 4), (70, 1, 1), (100, 40, 40)]
+
+
+def make(tokens, experts, top_k):
+    gates = make_gates(tokens, experts, top_k)
+    ids = gates.topk(top_k).indices.int()
+    rows = torch.full((tokens + 5,), -7, dtype=torch.int32, device=DEVICE)
+    present = torch.full((-(-tokens // ORDER_TILE) + 1,), -7, dtype=torch.int64, device=DEVICE)
+    return gates, ids, Order(rows, present)
+
+
+@pytest.mark.parametrize("run", [_order_torch, _order_triton])
+@pytest.mark.parametrize("case", CASES)
+def test_order(case, run):
+    tokens, experts, _ = case
+    gates, ids, order = make(*case)
+    run(ids, *order, tokens, experts)
+    rows = order.rows[:tokens].long()
+    assert torch.equal(rows.sort().values, torch.arange(tokens, device=DEVICE))
+    assert (order.rows[tokens:] == -7).all() and order.present[-1] == -7
+    sets = [tuple(row) for row in (gates[rows] != 0).tolist()]
+    changes = sum(a != b for a, b in zip(sets, sets[1:]))
+    assert changes == len(set(sets)) - 1
+    for i, word in enumerate(order.present[:-1].tolist()):
+        tile = gates[rows[i * ORDER_TILE : (i + 1) * ORDER_TILE]]
+        used = {e for e in range(experts) if (tile[:, e] != 0).any()}
+        assert {e for e in range(64) if word >> e & 1} == used
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="checks the schema and fakes once")
+def test_schema_and_fake():
+    _, ids, order = make(70, 4, 2)
+    torch.library.opcheck(torch.ops.vllm_adafuse.order_routes.default, (ids, *order, 70, 4))

@@ -1,0 +1,145 @@
+"""Expand, residual and RMSNorm in one launch, against float64."""
+
+import pytest
+import torch
+from ops import DEVICE, delta_truth, error, make_problem
+from vllm_adafuse.kernels.order_routes import ORDER_TILE, Order, order_routes
+from vllm_adafuse.kernels.residual_norm import (
+    NormBlocks,
+    residual_norm_torch,
+    residual_norm_triton,
+)
+
+SHAPES = {
+    # tokens, in, width, experts, k, rank
+    "one-token": (1, 48, 72, 4, 2, 8),
+    "odd-width": (37, 40, 131, 5, 2, 5),
+    "a-tile": (64, 32, 128, 8, 2, 16),
+    "every-expert": (33, 32, 64, 3, 3, 4),
+    "rank-200": (35, 32, 66, 2, 1, 200),
+    "many-experts": (70, 32, 96, 64, 3, 2),
+    "one-expert": (40, 24, 80, 1, 1, 16),
+}
+CUTS = {
+    "default": None,
+    "groups": NormBlocks(16, 32, 1, 64, 4),
+    "loops-of-groups": NormBlocks(16, 16, 2, 32, 4),
+    "all-columns": NormBlocks(16, 32, 8, 32, 4, 2),
+}
+
+
+def make(shape, dtype=torch.float32, seed=0):
+    """A projection's problem, and both, residual and weight of what follows it."""
+    tokens, size_in, width, *mixture = shape
+    p = make_problem(tokens, size_in, [width], *mixture, dtype=dtype, seed=seed)
+    g = torch.Generator().manual_seed(seed + 1)
+    residual = (2 * torch.randn(tokens, width, generator=g)).to(dtype).to(DEVICE)
+    weight = (1 + 0.3 * torch.randn(width, generator=g)).to(dtype).to(DEVICE)
+    y = (p.x.double() @ p.weight.double().T).to(dtype)
+    s = (p.x.double() @ p.bank_a.flatten(0, 2).double().T).to(dtype)
+    return p, torch.cat([y, s], 1), residual, weight
+
+
+def truth(p, both, residual, weight, eps, expand=True):
+    width = residual.shape[1]
+    z = residual.double() + both[:, :width].double()
+    if expand:
+        s = both[:, width:].double().view(*p.bank_b.shape[:0], len(z), *p.bank_b.shape[1:])
+        gated = s * p.gates[: len(z), :, None].double()
+        z = z + gated.flatten(1) @ p.bank_b.double().flatten(1).T
+    return z * torch.rsqrt(z.square().mean(-1, keepdim=True) + eps) * weight.double(), z
+
+
+def run(p, both, residual, weight, eps=1e-5, expand=True, **options):
+    return residual_norm_triton(
+        both, residual, weight, eps, p.bank_b, p.gates, p.present, p.scratch, expand, **options
+    )
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_equals_float64(name, cut):
+    p, both, residual, weight = make(SHAPES[name])
+    for found, want in zip(
+        run(p, both, residual, weight, blocks=CUTS[cut]), truth(p, both, residual, weight, 1e-5)
+    ):
+        assert error(found, want) <= 1e-5
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_reference_equals_float64(name):
+    p, both, residual, weight = make(SHAPES[name])
+    found = residual_norm_torch(both, residual, weight, 1e-5, p.bank_b, p.gates, True)
+    for out, want in zip(found, truth(p, both, residual, weight, 1e-5)):
+        assert error(out, want) <= 1e-5
+    z = residual.double() + (p.x.double() @ p.weight.double().T) + delta_truth(p)
+    assert error(found[1], z) <= 1e-5
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 32])
+def test_deltas_that_are_there_already_are_not_added(tokens):
+    p, both, residual, weight = make((tokens, 48, 100, 4, 2, 8))
+    both[:, 100:] = float("nan")
+    found = run(p, both, residual, weight, expand=False)
+    for out, want in zip(found, truth(p, both, residual, weight, 1e-5, expand=False)):
+        assert error(out, want) <= 1e-5
+
+
+@pytest.mark.parametrize("shape", [(150, 24, 72, 8, 2, 4), (64, 24, 40, 6, 3, 16)])
+def test_in_the_order_of_the_routes(shape):
+    p, both, residual, weight = make(shape)
+    tokens, *_, experts, top_k, _ = shape
+    ids = p.gates[:tokens].topk(top_k).indices.int()
+    tiles = -(-tokens // ORDER_TILE)
+    order = Order(
+        torch.zeros(tokens, dtype=torch.int32, device=DEVICE),
+        torch.zeros(tiles, dtype=torch.int64, device=DEVICE),
+    )
+    order_routes(ids, order, tokens, experts)
+    cut = NormBlocks(ORDER_TILE, 32, -(-shape[2] // 32), 32, 4)
+    p.present.zero_()  # the tiles' own words count
+    found = run(p, both, residual, weight, order=order, blocks=cut)
+    for out, want in zip(found, truth(p, both, residual, weight, 1e-5)):
+        assert error(out, want) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize("name", ["odd-width", "a-tile", "rank-200"])
+def test_half_precision_is_no_worse_than_plain_torch(name, dtype):
+    p, both, residual, weight = make(SHAPES[name], dtype)
+    exact = truth(p, both, residual, weight, 1e-5)
+    width = residual.shape[1]
+    s = both[:, width:].view(-1, *p.bank_b.shape[1:]) * p.gates[: len(both), :, None].to(dtype)
+    z = residual + (both[:, :width] + s.flatten(1) @ p.bank_b.flatten(1).T)
+    wide = z.float()
+    wide = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(dtype)
+    for found, plain, want in zip(run(p, both, residual, weight), (wide * weight, z), exact):
+        assert error(found, want) <= 1.2 * error(plain, want)
+
+
+def test_a_token_does_not_see_its_company():
+    shape = (48, 64, 96, 4, 2, 4)
+    p, both, residual, weight = make(shape)
+    other, both2, residual2, _ = make(shape, seed=1)
+    other.bank_b = p.bank_b
+    for mine, theirs in ((both, both2), (residual, residual2), (p.gates, other.gates)):
+        theirs[5] = mine[5]
+    other.present.fill_(-1)
+    one = run(p, both, residual, weight)
+    two = run(other, both2, residual2, weight)
+    for a, b in zip(one, two):
+        assert torch.equal(a[5], b[5]) and not torch.equal(a[4], b[4])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [33, 64, 128, 256, 512, 3000])
+def test_a_large_projection_again_and_again(tokens):
+    p, both, residual, weight = make((tokens, 64, 4096, 8, 2, 16), torch.bfloat16)
+    want = truth(p, both, residual, weight, 1e-5)
+    first = run(p, both, residual, weight)
+    for out, exact in zip(first, want):
+        assert error(out, exact) <= 4e-3
+    for _ in range(50):  # the tickets are as they were
+        assert all(map(torch.equal, run(p, both, residual, weight), first))
