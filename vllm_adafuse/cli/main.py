@@ -15,6 +15,7 @@ from vllm_adafuse.cli import (
     cmd_inspect,
     cmd_random,
     cmd_route,
+    cmd_train,
     cmd_tune,
 )
 from vllm_adafuse.cli.common import printable
@@ -28,6 +29,7 @@ examples, in the order of a first visit:
   vllm-adafuse route adapter --text "Hello you"  which experts each token of a text uses
   vllm-adafuse compose BASE adapter composed     one directory for `vllm serve composed`
   vllm-adafuse convert other/ adapter            MixLoRA, MoLA, Arrow, … in this format
+  vllm-adafuse train --base BASE --data texts.jsonl --output adapter   train one
   vllm-adafuse tune BASE                         fit the kernels to this machine's GPU
 
 BASE is a checkpoint directory, or the name of one in the Hugging Face cache; nothing is
@@ -53,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         cmd_compose,
         cmd_convert,
         cmd_random,
+        cmd_train,
         cmd_tune,
     ):
         command.add_parser(commands)
