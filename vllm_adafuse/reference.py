@@ -93,3 +93,40 @@ def load(base: str | Path, adapter: str | Path, **kwargs: Any) -> PreTrainedMode
     # Not a submodule: saving the model saves the backbone as it was.
     object.__setattr__(model, "adafuse", _Reference(model, Path(adapter)))
     return model
+
+
+def generate(
+    base: str | Path,
+    adapter: str | Path,
+    input_ids: torch.Tensor,
+    *,
+    mode: str = "mixture",
+    model_options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Loads a backbone with an adapter, and lets transformers generate.
+
+    Args:
+        base, adapter: as in `load`.
+        input_ids: [1, T] prompt.
+        mode: "mixture", this module's hooks; or "switch", AdaFuse's fused switch: experts merged
+            into the weights anew for every token, as fast as the bare backbone but for one launch
+            (`vllm_adafuse.switch_runtime.SwitchRuntime`, which can be kept for more prompts).
+        model_options: for `AutoModelForCausalLM.from_pretrained`, such as dtype or device_map.
+        **kwargs: of transformers' `generate`: max_new_tokens, do_sample, streamer, …
+
+    Returns:
+        [1, T + new] token ids.
+
+    Raises:
+        ValueError: no such mode.
+        AdapterError: "switch" cannot serve this adapter or backbone.
+    """
+    if mode == "switch":
+        from vllm_adafuse.switch_runtime import SwitchRuntime
+
+        return SwitchRuntime.load(base, adapter, **model_options or {}).generate(input_ids, **kwargs)
+    if mode != "mixture":
+        raise ValueError(f"mode is {mode!r}, expected mixture or switch")
+    model = load(base, adapter, **model_options or {})
+    return model.generate(input_ids.to(model.device), **kwargs)
