@@ -19,58 +19,161 @@ if TYPE_CHECKING:
 
 
 class _Reference(torch.nn.Module):
-    """Hooks on one model: layer 0 decides the gates, every adapted linear uses them."""
+    """Hooks on one model: routers decide the gates, adapted linears use them."""
 
     def __init__(self, model: PreTrainedModel, adapter: Path):
         super().__init__()
         config = json.loads((adapter / "adapter_config.json").read_text())
-        router = config.get("router", {})
-        self.input = router.get("input", config.get("router.input", "first_norm"))
-        self.mode = router.get("weights", config.get("router.weights", "topk_softmax"))
-        temperature = router.get("temperature", config.get("router.temperature", 1.0))
-        self.temperature, self.top_k = temperature, config["top_k"]
+        config |= {f"router.{key}": value for key, value in config.get("router", {}).items()}
+        self.config, self.dtype = config, model.dtype
         experts = config["num_experts"]
         ranks = config["r"] if isinstance(config["r"], list) else [config["r"]] * experts
         alphas = config["lora_alpha"]
         alphas = alphas if isinstance(alphas, list) else [alphas] * experts
         root = config.get("use_rslora", False)
         self.scales = [a / (math.sqrt(r) if root else r) for a, r in zip(alphas, ranks)]
-        device = model.device
-        tensors = load_file(adapter / "adapter_model.safetensors", device=str(device))
-        self.router_weight = tensors.pop("router.weight").float()
-        self.router_bias = tensors.pop("router.bias", torch.zeros(experts, device=device)).float()
-        self.gates: torch.Tensor | None = None
-        self.first_norm = model.model.layers[0].input_layernorm
-        model.model.layers[0].register_forward_pre_hook(self._decide, with_kwargs=True)
-        modules = dict(model.named_modules())
-        for name in sorted({n.rsplit(".", 1)[0] for n in tensors}):
-            # In the model's dtype, as a served model holds them.
-            a, b = (tensors[f"{name}.lora_{side}"].to(model.dtype).float() for side in "AB")
-            modules[name].register_forward_hook(self._adapt(a, b))
+        r = config.get("always_r", 1)
+        self.always_scale = config.get("always_alpha", 0.0) / (math.sqrt(r) if root else r)
+        self.tensors = load_file(adapter / "adapter_model.safetensors", device=str(model.device))
+        # Pre-gated: [..., E]. Layer-wise: the same by the name of the router's linear or block.
+        self.gates: Any = None
+        self.model = [model]  # in a list: not a submodule
+        self.modules_by_name = dict(model.named_modules())
+        if config.get("routing", "pre_gated") == "layer_wise":
+            self.gates = {}
+            self._hook_layers()
+        else:
+            self._hook_entrance()
 
-    @torch.no_grad()
-    def _decide(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        e = args[0] if args else kwargs["hidden_states"]
-        u = self.first_norm(e.float()) if self.input == "first_norm" else e.float()
-        z = (u.float() @ self.router_weight.T + self.router_bias) / self.temperature
-        gates = torch.zeros_like(z)
+    def _names(self, kind: str) -> list[str]:
+        """Linears that have tensors `….{kind}_A`."""
+        return sorted(n.rsplit(".", 1)[0] for n in self.tensors if n.endswith(f".{kind}_A"))
+
+    def _pair(self, name: str, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of a linear, rounded to the model's dtype as a served model holds them."""
+        a, b = (self.tensors[f"{name}.{kind}_{side}"] for side in "AB")
+        return a.to(self.dtype).float(), b.to(self.dtype).float()
+
+    def _decide(self, u: torch.Tensor, router: str, top_k: int) -> torch.Tensor:
+        """Gates [..., E] of what a router reads, u [..., in]; "" is the router at the entrance."""
+        weight = self.tensors[f"{router}router.weight"].float()
+        z = u.float() @ weight.T
+        if f"{router}router.bias" in self.tensors:
+            z = z + self.tensors[f"{router}router.bias"].float()
+        if self.config.get("router.logits", "linear") == "abs":
+            z = z.abs()
+        z = z / self.config.get("router.temperature", 1.0)
         # Lower expert first among equals: argsort is stable.
-        chosen = torch.argsort(-z, dim=-1, stable=True)[..., : self.top_k]
-        if self.mode == "topk_softmax":
+        chosen = torch.argsort(-z, dim=-1, stable=True)[..., :top_k]
+        if self.config.get("router.weights", "topk_softmax") == "topk_softmax":
             weights = torch.softmax(torch.gather(z, -1, chosen), dim=-1)
         else:
             weights = torch.gather(torch.softmax(z, dim=-1), -1, chosen)
-        self.gates = gates.scatter(-1, chosen, weights)
+        return torch.zeros_like(z).scatter(-1, chosen, weights)
 
-    def _adapt(self, a: torch.Tensor, b: torch.Tensor):
-        def hook(module: torch.nn.Module, args: tuple, y: torch.Tensor) -> torch.Tensor:
-            x, delta = args[0].float(), torch.zeros_like(y, dtype=torch.float32)
-            for expert, scale in enumerate(self.scales):
-                gate = self.gates[..., expert, None] * scale
-                delta += gate * ((x @ a[expert].T) @ b[expert].T)
-            return (y.float() + delta).to(y.dtype)
+    def _delta(self, x: torch.Tensor, expert: int, pair: tuple) -> torch.Tensor:
+        """s_e B_e A_e x; a shared A has one entry."""
+        a, b = pair
+        a = a[0] if self.config.get("shared_A", False) else a[expert]
+        return self.scales[expert] * ((x.float() @ a.T) @ b[expert].T)
 
-        return hook
+    def _mix(self, x: torch.Tensor, y: torch.Tensor, gates: torch.Tensor, pair: tuple):
+        delta = torch.zeros_like(y, dtype=torch.float32)
+        for expert in range(gates.shape[-1]):
+            delta += gates[..., expert, None] * self._delta(x, expert, pair)
+        return (y.float() + delta).to(y.dtype)
+
+    def _hook_entrance(self) -> None:
+        layer = self.model[0].model.layers[self.config.get("router.layer", 0)]
+
+        @torch.no_grad()
+        def decide(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            e = args[0] if args else kwargs["hidden_states"]
+            first_norm = self.config.get("router.input", "first_norm") == "first_norm"
+            u = layer.input_layernorm(e.float()) if first_norm else e.float()
+            self.gates = self._decide(u, "", self.config["top_k"])
+
+        layer.register_forward_pre_hook(decide, with_kwargs=True)
+        for name in self._names("lora"):
+            pair = self._pair(name, "lora")
+
+            def hook(module, args, y, pair=pair):
+                return self._mix(args[0], y, self.gates, pair)
+
+            self.modules_by_name[name].register_forward_hook(hook)
+
+    def _hook_layers(self) -> None:
+        for name in self._names("always"):
+            self._hook_always(name)
+        of_linear = self.config.get("router.scope", "linear") == "linear"
+        blocks = {name.rpartition(".")[0] for name in self._names("lora")}
+        for block in () if of_linear else sorted(blocks):
+            self._hook_block(block)
+        for name in self._names("lora"):
+            at_output = self.config.get("mix", "linear") == "ffn_output" and ".mlp." in name
+            if not at_output:
+                self._hook_linear(name, of_linear)
+
+    def _top_k(self, name: str) -> int:
+        top_k = self.config["top_k"]
+        if isinstance(top_k, dict):
+            return top_k["mlp" if ".mlp" in name else "self_attn"]
+        return top_k[int(name.split(".")[2])] if isinstance(top_k, list) else top_k
+
+    def _hook_always(self, name: str) -> None:
+        a, b = self._pair(name, "always")
+
+        def hook(module, args, y):
+            return (y.float() + self.always_scale * (args[0].float() @ a.T @ b.T)).to(y.dtype)
+
+        self.modules_by_name[name].register_forward_hook(hook)
+
+    def _hook_linear(self, name: str, has_router: bool) -> None:
+        pair, block = self._pair(name, "lora"), name.rpartition(".")[0]
+
+        def hook(module, args, y):
+            if has_router:
+                self.gates[name] = self._decide(args[0], f"{name}.", self._top_k(name))
+            return self._mix(args[0], y, self.gates[name if has_router else block], pair)
+
+        self.modules_by_name[name].register_forward_hook(hook)
+
+    def _hook_block(self, block: str) -> None:
+        def decide(module, args, kwargs):
+            u = args[0] if args else kwargs["hidden_states"]
+            self.gates[block] = self._decide(u, f"{block}.", self._top_k(block))
+
+        module = self.modules_by_name[block]
+        module.register_forward_pre_hook(decide, with_kwargs=True)
+        if self.config.get("mix", "linear") == "ffn_output" and block.endswith(".mlp"):
+            module.register_forward_hook(
+                lambda module, args, _: self._ffn_output(module, args[0], block)
+            )
+
+    def _ffn_output(self, mlp: torch.nn.Module, u: torch.Tensor, block: str) -> torch.Tensor:
+        """Wd (Σ g_e h_e) + Σ g_e s_e Bd_e Ad_e h_e, with an activation h_e of every expert."""
+        act = getattr(mlp, "act_fn", None) or mlp.activation_fn
+        pairs = {
+            name.rpartition(".")[2]: self._pair(name, "lora")
+            for name in self._names("lora")
+            if name.startswith(f"{block}.")
+        }
+
+        def up_to(leaf: str, expert: int) -> torch.Tensor:
+            y = getattr(mlp, leaf)(u).float()
+            return y + self._delta(u, expert, pairs[leaf]) if leaf in pairs else y
+
+        gates, mixed, delta = self.gates[block], 0.0, 0.0
+        for expert in range(gates.shape[-1]):
+            if hasattr(mlp, "gate_up_proj"):
+                gate, up = up_to("gate_up_proj", expert).chunk(2, -1)
+            else:
+                gate, up = up_to("gate_proj", expert), up_to("up_proj", expert)
+            h, g = act(gate) * up, gates[..., expert, None]
+            mixed = mixed + g * h
+            if "down_proj" in pairs:
+                delta = delta + g * self._delta(h, expert, pairs["down_proj"])
+        return (mlp.down_proj(mixed.to(u.dtype)).float() + delta).to(u.dtype)
 
 
 def load(base: str | Path, adapter: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -83,7 +186,8 @@ def load(base: str | Path, adapter: str | Path, **kwargs: Any) -> PreTrainedMode
 
     Returns:
         The model in eval mode. `model.adafuse.gates` holds the gates [..., E] of the last call
-        (zero for experts not chosen; without LoRA's scale).
+        (zero for experts not chosen; without LoRA's scale); with layer-wise routing it is a dict
+        of them, by the name of the linear or block that has the router.
     """
     from transformers import AutoModelForCausalLM
 
