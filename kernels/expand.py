@@ -155,12 +155,12 @@ def _expand_kernel(
         part, width, offset, b_first = PART0, WIDTH0, 0, 0
     rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     here = rows < n_tokens
+    # A part without experts has deltas of zeros; EVEN_B says that there is none.
+    rows_s = rows < tl.where(part >= 0, n_tokens, 0)
+    rows_up = rows < (n_tokens if PART1 >= 0 else 0)
     present = tl.load(present_ptr + (tl.program_id(1) if ORDER else 0))
     if ORDER:
         rows = tl.load(order_ptr + rows, mask=here, other=0)
-    # A part without experts has deltas of zeros; EVEN_B says that there is none.
-    rows_s = here & (part >= 0)
-    rows_up = here & (PART1 >= 0)
     EVEN_B: tl.constexpr = EVEN and EVERY_PART
     s_at = s_ptr + rows.to(tl.int64) * s_stride + part * size
     s_up_at = s_ptr + rows.to(tl.int64) * s_stride + PART1 * size

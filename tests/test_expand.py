@@ -10,6 +10,7 @@ from vllm_adafuse.kernels.expand import (
     expand_torch,
     expand_triton,
 )
+from vllm_adafuse.kernels.order_routes import ORDER_TILE, Order, order_routes
 
 
 def by_torch(y, s, p):
@@ -61,6 +62,27 @@ def test_cuts_of_the_tile(shape, bias):
     )  # fmt: skip
     assert error(out, truth) <= 1e-5
     assert (out is y) is not bias
+
+
+@pytest.mark.parametrize("activation", ["", "silu"])
+@pytest.mark.parametrize("shape", [(150, 40, 8, 2, 4), (90, 70, 3, 2, 20)])
+def test_in_the_order_of_the_routes(shape, activation):
+    tokens, width, *mixture = shape
+    p = make_problem(tokens, 24, [width, width], *mixture, bias=True)
+    y = 3 * torch.randn(tokens, 2 * width, device=p.x.device)
+    raw = torch.einsum("peri,ti->tper", p.bank_a.double(), p.x.double()).flatten(1).float()
+    order = Order(
+        torch.zeros(tokens, dtype=torch.int32, device=p.x.device),
+        torch.zeros(-(-tokens // ORDER_TILE), dtype=torch.int64, device=p.x.device),
+    )
+    ids = p.gates[:tokens].topk(mixture[1]).indices.int()
+    order_routes(ids, order, tokens, mixture[0])
+    truth = y.double() + p.bias.double() + delta_truth(p)
+    p.present.zero_()  # the tiles' own words count
+    out = expand_raw_triton(
+        y, raw, p.bias, p.bank_b, p.gates, p.present, p.parts, p.widths, activation, order=order
+    )
+    assert error(out, activate_torch(truth, activation) if activation else truth) <= 1e-5
 
 
 def test_experts_not_chosen_are_not_read():
