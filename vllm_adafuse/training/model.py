@@ -38,7 +38,7 @@ class AdaFuseModel(nn.Module):
 
     Attributes:
         backbone: the frozen model; hooks on its linears add the deltas.
-        config: what is trained.
+        mixture: what is trained.
         adapter_config: keys of adapter_config.json.
         groups: the experts, by shared input.
         routers: one (pre-gated), or one per block, or one per group.
@@ -60,7 +60,7 @@ class AdaFuseModel(nn.Module):
         linears: list[str] | None = None,
     ):
         super().__init__()
-        self.backbone, self.config = backbone.requires_grad_(False), config
+        self.backbone, self.mixture = backbone.requires_grad_(False), config
         self.base_model = base_model or getattr(backbone.config, "_name_or_path", "") or "."
         shape = Backbone.from_hf_config(backbone.config, self.base_model)
         names = linears or _adapted(config, shape)
@@ -147,10 +147,10 @@ class AdaFuseModel(nn.Module):
 
     def _first_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the pre-gated router reads of the state [..., hidden] entering its layer."""
-        if self.config.router_input == "embedding":
+        if self.mixture.router_input == "embedding":
             return hidden
         with torch.autocast(hidden.device.type, enabled=False):
-            norm = self.backbone.model.layers[self.config.router_layer].input_layernorm
+            norm = self.backbone.model.layers[self.mixture.router_layer].input_layernorm
             return norm(hidden.float())
 
     # -- calls ---------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ class AdaFuseModel(nn.Module):
                 self.last_losses = {
                     "loss": output.loss.detach(), "balance": balance.detach(), "z": z.detach()
                 }  # fmt: skip
-                aux = self.config.balance_coef * balance + self.config.z_loss_coef * z
+                aux = self.mixture.balance_coef * balance + self.mixture.z_loss_coef * z
                 if num_items_in_batch is not None:
                     aux = aux * ((labels[..., 1:] != -100).sum() / num_items_in_batch)
                 output.loss = output.loss + aux
@@ -232,7 +232,7 @@ class AdaFuseModel(nn.Module):
     def set_progress(self, progress: float) -> None:
         """Sets the temperature for a share of the training, 0 to 1; call it before each step."""
         for router in self.all_routers:
-            router.temperature = self.config.temperature_at(progress)
+            router.temperature = self.mixture.temperature_at(progress)
 
     def reset_usage(self) -> None:
         """Forgets the expert usage counted so far."""
@@ -259,6 +259,11 @@ class AdaFuseModel(nn.Module):
         self.backbone.gradient_checkpointing_disable()
 
     # -- what Trainer asks a model for -----------------------------------------------------------
+
+    @property
+    def config(self) -> Any:
+        """The backbone's Hugging Face config."""
+        return self.backbone.config
 
     @property
     def device(self) -> torch.device:

@@ -21,13 +21,13 @@ def expert_shares(model: AdaFuseModel) -> dict[str, float]:
     if model.usage is None:
         return {}
     shares = (model.usage / model.usage_steps).mean(0).tolist()
-    names = model.config.expert_names or [f"expert_{e}" for e in range(len(shares))]
+    names = model.mixture.expert_names or [f"expert_{e}" for e in range(len(shares))]
     shown = {f"usage/{name}": round(share, 4) for name, share in zip(names, shares)}
     if model.last_losses:
         shown["balance_loss"] = round(model.last_losses["balance"].item(), 4)
         shown["router_z_loss"] = round(model.last_losses["z"].item(), 4)
     temperature = model.all_routers[0].temperature
-    if model.config.temperature_start is not None:
+    if model.mixture.temperature_start is not None:
         shown["temperature"] = round(temperature, 4)
     return shown
 
@@ -84,7 +84,7 @@ def count_experts(model: AdaFuseModel, batches) -> torch.Tensor:
     counts = None
     for ids in batches:
         model(input_ids=ids.to(model.device))
-        experts = model.config.num_experts
+        experts = model.mixture.num_experts
         chosen = torch.cat([r.chosen.flatten(0, -3) for r in model.all_routers], 1)  # [T, R, k]
         here = torch.stack([torch.bincount(c.flatten(), minlength=experts)
                             for c in chosen.unbind(1)])  # fmt: skip
