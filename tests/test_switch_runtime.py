@@ -1,5 +1,8 @@
 """One stream with a fused switch per token says what the unmerged mixture says."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from engines import load_reference, make_pair
@@ -160,3 +163,12 @@ def test_what_cannot_be_switched_is_refused_in_words(llama, tmp_path):
     deep = make_pair(tmp_path, format_version=2, router_layer=1, layers=[1, 2])[1]
     with pytest.raises(AdapterError, match="`router.layer` is 1"):
         load(base, deep)
+    layers = make_pair(tmp_path / "layers", routing="layer_wise")[1]
+    with pytest.raises(AdapterError, match="`routing` is layer_wise"):
+        load(base, layers)
+    fp8 = shutil.copytree(base, tmp_path / "fp8")
+    config = json.loads((fp8 / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (fp8 / "config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match='quantised \\("fp8"\\)'):
+        load(fp8, adapter)

@@ -53,7 +53,7 @@ def compose(
         OSError: a file cannot be read or written; `out` is then removed.
     """
     base, out = Path(base).resolve(), Path(out).absolute()
-    _check_out(base, out)
+    check_out(base, out)
     backbone = Backbone.from_path(str(base))
     checked = load_adapter(adapter, backbone)
     files = dict(_backbone_files(base, out))
@@ -80,7 +80,7 @@ def compose(
     return out
 
 
-def _check_out(base: Path, out: Path) -> None:
+def check_out(base: Path, out: Path) -> None:
     subject = f"output directory {out}"
     if out.resolve() == base:
         raise AdapterError(subject, ["it is the backbone itself; name a new directory"])

@@ -23,6 +23,7 @@ from vllm_adafuse.architectures import find_architecture
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.kernels.switch import FIELDS, SwitchBlocks, SwitchPlan, switch
+from vllm_adafuse.merge import refuse_quantised
 from vllm_adafuse.routing import OfflineRouter
 
 if TYPE_CHECKING:
@@ -145,14 +146,18 @@ class SwitchRuntime:
             AdapterError: faults of the adapter; one that routes by layer or from a later layer;
                 a quantised backbone, or one spread over several devices.
         """
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         checked = load_adapter(adapter, Backbone.from_path(str(base)))
         _refuse_routing(checked)
+        refuse_quantised(str(base), AutoConfig.from_pretrained(base).to_dict())
         # Transformers' other attentions leave out Gemma-2's softcap.
         kwargs.setdefault("attn_implementation", "eager")
         model = AutoModelForCausalLM.from_pretrained(base, **kwargs).eval()
-        _refuse_model(model, str(base))
+        devices = sorted({str(p.device) for p in model.parameters()})
+        if len(devices) > 1:
+            found = f"it lies on {', '.join(devices)}, expected one device"
+            raise AdapterError(f"backbone {base}", [f"{found}; pass device_map='cuda:0'"])
         return cls(model, checked, passports(checked, base, model), blocks)
 
     def generate(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -270,25 +275,3 @@ def _refuse_routing(adapter: Adapter) -> None:
             f"adapter {adapter.path}",
             [f"{found}; the fused switch needs a route per token id. Use mode='mixture'"],
         )
-
-
-def _refuse_model(model: PreTrainedModel, base: str) -> None:
-    problems = []
-    if (quantised := getattr(model.config, "quantization_config", None)) is not None:
-        problems.append(
-            f"its weights are quantised ({_method(quantised)}): experts cannot be merged into "
-            "them; take the checkpoint that it was quantised from, or mode='mixture'"
-        )
-    devices = sorted({str(p.device) for p in model.parameters()})
-    if len(devices) > 1:
-        problems.append(
-            f"it lies on {', '.join(devices)}, expected one device; pass device_map='cuda:0'"
-        )
-    if problems:
-        raise AdapterError(f"backbone {base}", problems)
-
-
-def _method(quantised: Any) -> str:
-    if isinstance(quantised, dict):
-        return str(quantised.get("quant_method", "unknown method"))
-    return str(getattr(quantised, "quant_method", "unknown method"))

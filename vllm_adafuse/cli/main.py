@@ -13,6 +13,7 @@ from vllm_adafuse.cli import (
     cmd_compose,
     cmd_convert,
     cmd_inspect,
+    cmd_merge,
     cmd_random,
     cmd_route,
     cmd_train,
@@ -28,6 +29,7 @@ examples, in the order of a first visit:
   vllm-adafuse inspect adapter                   its experts, and their share of the vocabulary
   vllm-adafuse route adapter --text "Hello you"  which experts each token of a text uses
   vllm-adafuse compose BASE adapter composed     one directory for `vllm serve composed`
+  vllm-adafuse merge adapter --experts a,b merged   experts made part of a static checkpoint
   vllm-adafuse convert other/ adapter            MixLoRA, MoLA, Arrow, … in this format
   vllm-adafuse train --base BASE --data texts.jsonl --output adapter   train one
   vllm-adafuse tune BASE                         fit the kernels to this machine's GPU
@@ -53,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         cmd_inspect,
         cmd_route,
         cmd_compose,
+        cmd_merge,
         cmd_convert,
         cmd_random,
         cmd_train,

@@ -1,0 +1,292 @@
+"""A static checkpoint of a backbone with some experts merged in: any server loads it.
+
+    W + Σ_e w_e s_e B_e A_e          e, w: the named experts and their weights; s: LoRA's scale
+
+Only adapted weights change. Files keep their names, so an index stays right; the header of each
+safetensors file is kept byte by byte and its tensors are written one after the other, so that
+memory holds one tensor and its experts, whatever the size of a shard.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+from vllm_adafuse.adapter import DTYPES, Adapter, load_adapter
+from vllm_adafuse.backbone import Backbone
+from vllm_adafuse.compose import check_out
+from vllm_adafuse.config import SECTION, show, some
+from vllm_adafuse.errors import AdapterError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Weights of other kinds, which would say something else than what is written.
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ot")
+_CHUNK = 16 << 20
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Experts to merge, by number, and the weight of each."""
+
+    experts: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    @classmethod
+    def of(
+        cls, adapter: Adapter, experts: Sequence[str], weights: Sequence[float] | None = None
+    ) -> Choice:
+        """Finds experts by name, else by number.
+
+        Args:
+            adapter: a checked adapter.
+            experts: names of `expert_names`, or numbers from 0.
+            weights: one for each; default equal ones that sum to 1.
+
+        Raises:
+            AdapterError: no such expert, one that is named twice, weights that do not fit.
+        """
+        names, found, problems = list(adapter.config.expert_names), [], []
+        for expert in experts:
+            if expert in names:
+                found.append(names.index(expert))
+            elif expert.isdecimal() and int(expert) < len(names):
+                found.append(int(expert))
+            else:
+                problems.append(
+                    f"it has no expert {show(expert)}, expected one of {', '.join(map(show, names))} "
+                    f"or a number from 0 to {len(names) - 1}"
+                )
+        if not experts:
+            problems.append("no expert is named, expected at least one")
+        if len(set(found)) < len(found):
+            problems.append(f"experts {', '.join(experts)}: one is named twice; name each once")
+        weights = [1 / max(1, len(experts))] * len(experts) if weights is None else list(weights)
+        if len(weights) != len(experts):
+            problems.append(
+                f"{len(weights)} weights for {len(experts)} experts, expected one for each"
+            )
+        if not all(math.isfinite(w) for w in weights):
+            problems.append(f"weights are {weights}, expected finite numbers")
+        if problems:
+            raise AdapterError(f"adapter {adapter.path}", problems)
+        return cls(tuple(found), tuple(weights))
+
+
+def merge(
+    adapter: str | Path,
+    base: str | Path,
+    out: str | Path,
+    experts: Sequence[str],
+    weights: Sequence[float] | None = None,
+    progress: bool = False,
+) -> Path:
+    """Writes a checkpoint directory with experts merged into the backbone's weights.
+
+    Sums are float32 and rounded once, to the dtype that the backbone's file has.
+
+    Args:
+        adapter: the adapter's directory, checked against the backbone.
+        base: the backbone's directory, with safetensors files.
+        out: the directory to write; absent or empty.
+        experts: names or numbers of the experts.
+        weights: one for each; default equal ones that sum to 1.
+        progress: show a progress bar.
+
+    Returns:
+        `out`, absolute.
+
+    Raises:
+        AdapterError: the adapter, the backbone or the choice cannot be used, or `out` is taken.
+        OSError: a file cannot be read or written; `out` is then removed.
+    """
+    base, out = Path(base).resolve(), Path(out).absolute()
+    check_out(base, out)
+    backbone = Backbone.from_path(str(base))
+    checked = load_adapter(adapter, backbone)
+    _refuse_layer_wise(checked)
+    choice = Choice.of(checked, experts, weights)
+    config = _object(base / "config.json")
+    refuse_quantised(str(base), config)
+    files = weight_files(base)
+    _check_weights(str(base), files, checked, backbone)
+    others = [f for f in sorted(base.iterdir()) if f.is_file() and _is_copied(f, files)]
+    total = sum(f.stat().st_size for f in (*files, *others))
+    free = shutil.disk_usage(_existing(out)).free
+    if free < total:
+        raise AdapterError(
+            f"output directory {out}", [f"its disk has {free} bytes free, expected {total}"]
+        )
+    if SECTION in config:  # a composed checkpoint: its router leaves
+        config["architectures"] = [backbone.architecture.name]
+        del config[SECTION]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with (
+            tqdm(total=total, unit="B", unit_scale=True, desc="merge", disable=not progress) as bar,
+            checked.reader() as read,
+        ):
+            merger = _Merger(checked, choice, read)
+            for file in files:
+                merger.write(file, out / file.name, bar)
+            for file in others:
+                shutil.copyfile(file, out / file.name)
+                bar.update(file.stat().st_size)
+        # Last: without it an interrupted merge is no checkpoint.
+        text = json.dumps(config, indent=2, ensure_ascii=False)
+        (out / "config.json").write_text(text + "\n", "utf-8")
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+    return out
+
+
+def refuse_quantised(base: str, config: dict[str, Any]) -> None:
+    """Raises AdapterError for a backbone whose config.json names a quantisation."""
+    if (quantised := config.get("quantization_config")) is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise AdapterError(
+            f"backbone {base}",
+            [
+                f"its weights are quantised ({show(method)}): experts cannot be merged into them; "
+                "take the checkpoint that it was quantised from, and quantise the result"
+            ],
+        )
+
+
+def weight_files(base: Path) -> list[Path]:
+    """The safetensors files that transformers would load, in order of their names.
+
+    Raises:
+        AdapterError: there are none.
+    """
+    if (base / INDEX).is_file():
+        names = _object(base / INDEX).get("weight_map")
+        names = sorted(set(names.values())) if isinstance(names, dict) else []
+    else:
+        names = [WEIGHTS]
+    files = [base / name for name in names]
+    absent = [n for n in names if Path(n).name != n or not (base / n).is_file()]
+    if absent or not files:
+        found = f"{some(absent)} is not in it" if absent else f"{INDEX} names no file"
+        raise AdapterError(
+            f"backbone {base}",
+            [
+                f"{found}, expected its weights as safetensors beside config.json; pickles are not "
+                "read: save it again by transformers"
+            ],
+        )
+    return files
+
+
+class _Merger:
+    """Writes files of the backbone with experts added."""
+
+    def __init__(self, adapter: Adapter, choice: Choice, read):
+        self.projections = {f"{name}.weight": name for name in adapter.projections}
+        self.read = read
+        scales = adapter.config.scales
+        self.experts = [(e, w * scales[e]) for e, w in zip(choice.experts, choice.weights)]
+
+    def merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """W + Σ w s B A in float32, in W's dtype."""
+        projection = self.projections[name]
+        a, b = (self.read(f"{projection}.lora_{side}") for side in "AB")
+        total = weight.float()
+        for expert, factor in self.experts:
+            total = total.addmm(b[expert].float(), a[expert].float(), alpha=factor)
+        return total.to(weight.dtype)
+
+    def write(self, source: Path, target: Path, bar: tqdm) -> None:
+        """One safetensors file: 8 bytes of length, a JSON header, then the tensors end to end."""
+        with (
+            safe_open(source, framework="pt") as tensors,
+            source.open("rb") as reader,
+            target.open("wb") as writer,
+        ):
+            length = reader.read(8)
+            text = reader.read(int.from_bytes(length, "little"))
+            writer.write(length + text)
+            bar.update(len(length) + len(text))
+            header = json.loads(text)
+            header.pop("__metadata__", None)
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                start, end = entry["data_offsets"]
+                if name in self.projections:
+                    data = self.merged(name, tensors.get_tensor(name))
+                    writer.write(data.contiguous().flatten().view(torch.uint8).numpy())
+                    bar.update(end - start)
+                    continue
+                reader.seek(8 + len(text) + start)
+                while start < end:
+                    part = reader.read(min(_CHUNK, end - start))
+                    writer.write(part)
+                    bar.update(len(part))
+                    start += len(part)
+
+
+def _check_weights(base: str, files: list[Path], adapter: Adapter, backbone: Backbone) -> None:
+    """Every adapted linear has one weight, of the shape the config says, in a float dtype."""
+    wanted = {f"{name}.weight": backbone.linears[name][::-1] for name in adapter.projections}
+    problems = []
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in set(tensors.keys()) & wanted.keys():
+                    view, shape = tensors.get_slice(name), wanted.pop(name)
+                    if tuple(view.get_shape()) != shape or view.get_dtype() not in DTYPES:
+                        problems.append(
+                            f"{file.name}: tensor {name} is {view.get_dtype()} of shape "
+                            f"{view.get_shape()}, expected {' or '.join(DTYPES)} of {list(shape)}"
+                        )
+        except (OSError, SafetensorError) as e:
+            problems.append(f"{file.name}: cannot be read ({e}); copy it again")
+    if wanted and not problems:
+        problems.append(
+            f"tensor {some(sorted(wanted))} is in none of its files, but the adapter adapts it"
+        )
+    if problems:
+        raise AdapterError(f"backbone {base}", problems)
+
+
+def _refuse_layer_wise(adapter: Adapter) -> None:
+    if adapter.config.layer_wise:
+        raise AdapterError(
+            f"adapter {adapter.path}",
+            [
+                "`routing` is layer_wise: its experts are chosen anew in every layer, so that no "
+                "two layers need mean the same by an expert's number; only a pre_gated adapter "
+                "can be merged"
+            ],
+        )
+
+
+def _is_copied(file: Path, weights: list[Path]) -> bool:
+    if file in weights or file.name == "config.json":
+        return False
+    return file.suffix not in _OTHER_WEIGHTS and not file.name.endswith(
+        tuple(f"{suffix}.index.json" for suffix in (".bin", ".h5"))
+    )
+
+
+def _existing(path: Path) -> Path:
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as e:
+        raise AdapterError(f"backbone {path.parent}", [f"{path.name}: cannot be read ({e})"]) from e
+    if not isinstance(value, dict):
+        raise AdapterError(
+            f"backbone {path.parent}", [f"{path.name}: holds no JSON object, expected one"]
+        )
+    return value
