@@ -42,11 +42,8 @@ def read(source: Source, backbone: Backbone, options: Options) -> Mixture:
         if (name := match[1]) not in linears:
             stem = match[0][: match[0].index(name) + len(name)]
             linears[name] = _read_linear(source, backbone, name, stem, int(match[2]))
-    top_k = options.top_k or 1
     notes = ["top_k is not saved by MoLA: taken from --top-k"]
-    if isinstance(top_k, tuple):
-        top_k = _per_layer(source, list(top_k), backbone.num_layers)
-    return Mixture(KIND, linears, top_k, notes=notes)
+    return Mixture(KIND, linears, _check_top_k(source, options, linears, backbone), notes=notes)
 
 
 def _read_linear(source: Source, backbone: Backbone, name: str, stem: str, layer: int) -> Linear:
@@ -77,13 +74,27 @@ def _read_linear(source: Source, backbone: Backbone, name: str, stem: str, layer
     )  # fmt: skip
 
 
-def _per_layer(source: Source, top_k: list[int], layers: int) -> list[int]:
-    if len(top_k) != layers:
+def _check_top_k(
+    source: Source, options: Options, linears: dict[str, Linear], backbone: Backbone
+) -> int | list[int]:
+    """k, or a list with one for each layer; no router has fewer experts."""
+    given = options.top_k or 1
+    by_layer = list(given) if isinstance(given, tuple) else [given] * backbone.num_layers
+    if len(by_layer) != backbone.num_layers:
         source.problems.append(
-            f"--top-k has {len(top_k)} numbers, expected one, or one for each of the backbone's "
-            f"{layers} layers"
+            f"--top-k has {len(by_layer)} numbers, expected one, or one for each of the "
+            f"backbone's {backbone.num_layers} layers"
         )
-    return top_k
+        return 1
+    for name, linear in linears.items():
+        k = by_layer[min(int(name.split(".")[2]), len(by_layer) - 1)]
+        if k > len(linear.experts):
+            source.problems.append(
+                f"--top-k is {k} for {name}, which has {len(linear.experts)} experts; give each "
+                "layer a k of its own: --top-k 1,2,2"
+            )
+            break
+    return by_layer if isinstance(given, tuple) else given
 
 
 def _read_moe_peft(source: Source, backbone: Backbone, options: Options) -> Mixture:

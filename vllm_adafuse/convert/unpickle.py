@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -73,7 +74,9 @@ def _read(file: Path, out: Path) -> str | None:
             plain[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
         save_file(plain, out)
     except pickle.UnpicklingError as e:
-        return f"holds more than tensors, and could run code when read: {_short(e)}"
+        if re.search(r"GLOBAL|global|class|function|instantiate", text := _short(e)):
+            return f"holds more than tensors, and could run code when read: {text}"
+        return f"is damaged, or no torch file: {text}"
     except MemoryError:
         return "needs far more memory than its size, as no sound file does"
     except RuntimeError as e:
@@ -88,7 +91,8 @@ def _read(file: Path, out: Path) -> str | None:
 def _short(e: Exception) -> str:
     """The line of torch's long message that names the cause."""
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-    cause = [line for line in lines if "Unsupported" in line or "GLOBAL" in line]
+    cause = [line.removeprefix("WeightsUnpickler error:").strip() for line in lines[1:]
+             if "WeightsUnpickler error" in line]  # fmt: skip
     return (cause or lines or [repr(e)])[0][:200]
 
 
