@@ -5,6 +5,7 @@ import json
 import convert_sources as sources
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from vllm_adafuse.adapter import check_adapter
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.cli.main import main
@@ -90,7 +91,7 @@ def test_mixlora_of_attention_alone_is_a_plain_lora(base, tmp_path):
     sources.assert_same(mixlora_package(source), base, out)
 
 
-@pytest.mark.parametrize("r, ks", [(4, 2), ([8, 4, 2], (1, 3, 2))], ids=["one r", "r and k by layer"])
+@pytest.mark.parametrize("r, ks", [(4, 2), ([8, 4, 2], (1, 3, 2))], ids=["one", "by layer"])
 def test_mola(r, ks, base, tmp_path):
     source = sources.mola(base, tmp_path / "source", r=r)
     out, config, report = converted(source, tmp_path, base, top_k=ks)
@@ -123,6 +124,19 @@ def test_routed_lora(shared_a, base, tmp_path):
     assert report.kind == ("HydraLoRA" if shared_a else "LoRAMoE")
     assert config["shared_A"] == shared_a and config["top_k"] == 4
     sources.assert_same(sources.routed_lora_model(base, source, shared_a), base, out)
+
+
+def test_the_source_s_dtype_is_kept(base, tmp_path):
+    source = sources.routed_lora(base, tmp_path / "source", False)
+    config, tensors = sources.read(source)
+    half = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    save_file(half, source / "adapter_model.safetensors")
+    out, _, _ = converted(source, tmp_path, base)
+    written = load_file(out / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+    exact = {name: tensor.float() for name, tensor in half.items()}
+    same = sources.write(tmp_path / "same", config, exact)
+    sources.assert_same(sources.routed_lora_model(base, same, False), base, out)
 
 
 @pytest.mark.parametrize(

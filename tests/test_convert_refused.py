@@ -82,10 +82,12 @@ MUST_BE_PLAIN = "merge_and_unload"
         (mixlora, {"expert_lora": {"lora_alpha": 20}}, ["scale 5", "own is 2", "--expert-lora"]),
         (mixlora, {"expert_lora": {"r": 8}}, ["expert_lora", "r 8", "one r for both"]),
         (mixlora, {"expert_lora": {"use_dora": True}}, ["expert_lora", "DoRA"]),
-        (mixlora, {"num_experts": "gone"}, ["num_experts", "missing", "a positive integer"]),
-        (mixlora, {"top_k": 0}, ["top_k", "is 0", "a positive integer"]),
+        (mixlora, {"num_experts": "gone"}, ["num_experts", "missing", "an integer from 1 to"]),
+        (mixlora, {"num_experts": 10**9}, ["num_experts", "from 1 to 1024"]),
+        (mixlora, {"r": 10**9}, ["`r` is 1000000000", "from 1 to 65536"]),
+        (mixlora, {"top_k": 0}, ["top_k", "is 0", "an integer from 1 to"]),
         (mixlora, {"top_k": 5}, ["top_k", "is 5", "num_experts (4)"]),
-        (mixlora, {"r": True}, ["`r` is true", "a positive integer"]),
+        (mixlora, {"r": True}, ["`r` is true", "an integer from 1 to"]),
         (mixlora, {"base_model_name_or_path": None}, ["base_model_name_or_path", "--base"]),
         (mixlora, {"base_model_name_or_path": "no/where"}, ["no/where is not on this machine"]),
         (plain, {"use_dora": True}, ["use_dora", MUST_BE_PLAIN]),
@@ -96,6 +98,8 @@ MUST_BE_PLAIN = "merge_and_unload"
         (plain, {"alora_invocation_tokens": [1]}, ["alora_invocation_tokens", "aLoRA"]),
         (plain, {"layer_replication": [[0, 2]]}, ["layer_replication"]),
         (plain, {"init_lora_weights": "pissa_niter_4"}, ["pissa_niter_4", "path_initial_model"]),
+        (plain, {"rank_pattern": {"(": 1}}, ["rank_pattern", "expected patterns and numbers"]),
+        (plain, {"alpha_pattern": {"up_proj": "x"}}, ["alpha_pattern", "no positive number"]),
         (plain, {"r": 8}, ["shape [4, 128], expected [8, 128]", "r is 8", "up_proj.lora_A"]),
         (plain, {"arrow_config": {}, "peft_type": "ADAFUSE"}, ["in this format already"]),
         (plain, {"arrow_config": {"top_k": 1}}, ["router of an Arrow mixture", "above it"]),
@@ -150,6 +154,8 @@ def put(name, value):
             put("mixlora.layers.7.self_attn.q_proj.lora_A.weight", torch.ones(4, 128)),
             ["layers.7.self_attn.q_proj", "fits no linear", "--base"],
         ),
+        (mixlora, drop("lora_A.weight"), ["lora_A.weight", "and 12 more", "is missing"]),
+        (mixlora, lambda t: (drop("A.weight")(t), drop("B.weight")(t)), ["routers alone"]),
         (hydralora, drop("lora_B1.weight"), ["lora_B1.weight", "is missing, expected [192, 4]"]),
         (hydralora, drop("up_proj.lora_A.weight"), ["up_proj.lora_A.weight", "is missing"]),
         (loramoe, drop("lora_A0.weight"), ["lora_A0.weight", "is missing"]),
@@ -270,6 +276,8 @@ def test_arrow_s_numbers(base, tmp_path):
     refused(root, "top_k is 3", "1 to 2")
     edit(root / "arrow_router", arrow_config={"top_k": 1})
     refused(root, "arrow_config", "task_adapter_names")
+    edit(root / "arrow_router", arrow_config={"task_adapter_names": ["../task_0"]})
+    refused(root, "../task_0", "names of directories")
     edit(root / "arrow_router", arrow_config={"top_k": 1, "task_adapter_names": ["task_0"]})
     refused(root, "use_gks is false", gks="done")
 

@@ -1,5 +1,5 @@
-"""PEFT's Arrow: LoRAs routed per linear by |x · prototype|, a prototype being the direction that an
-expert's B A stretches most (arXiv 2405.11157).
+"""PEFT's Arrow: LoRAs routed per linear by |x · prototype|, a prototype being the direction that
+an expert's B A stretches most (arXiv 2405.11157).
 
     task_{i}/, gks_{i}/   plain PEFT LoRAs
     arrow_router/         its adapter_config.json holds `arrow_config`
@@ -40,8 +40,13 @@ def read_directory(path: Path, backbone: Backbone, options: Options) -> Mixture:
     if not isinstance(arrow, dict) or not arrow.get("task_adapter_names"):
         raise refuse(path, f"{where} is {show(arrow)}, expected an object with task_adapter_names")
     names, general = arrow["task_adapter_names"], arrow.get("gks_adapter_names") or []
+    for listed in (names, general):
+        if not isinstance(listed, list) or not all(
+            isinstance(n, str) and n not in ("", ".", "..") and "/" not in n for n in listed
+        ):
+            raise refuse(path, f"{where}: lists {show(listed)}, expected names of directories")
     top_k, temperature = arrow.get("top_k", 3), arrow.get("router_temperature", 1.0)
-    if not isinstance(top_k, int) or not 1 <= top_k <= len(names):
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= len(names):
         raise refuse(
             path, f"{where}: top_k is {show(top_k)}, expected an integer from 1 to {len(names)}, "
             "the number of its experts",
@@ -77,7 +82,7 @@ def read_directory(path: Path, backbone: Backbone, options: Options) -> Mixture:
 def _read_all(path: Path, names: list[str], backbone: Backbone) -> list[dict[str, Part]]:
     experts = []
     for name in names:
-        source = Source.open(path / str(name))
+        source = Source.open(path / name)
         experts.append(read_lora(source, backbone))
         source.finish()
     for name, parts in zip(names, experts):

@@ -9,7 +9,7 @@ MoE-PEFT's dialect of it has the names of `moe_peft.py`, and a plain LoRA on att
 from __future__ import annotations
 
 from vllm_adafuse.backbone import Backbone
-from vllm_adafuse.config import CONFIG_FILE
+from vllm_adafuse.config import CONFIG_FILE, MAX_EXPERTS, MAX_RANK
 from vllm_adafuse.convert import moe_peft
 from vllm_adafuse.convert.mixture import Linear, Mixture
 from vllm_adafuse.convert.options import Options
@@ -49,14 +49,14 @@ def read_routes(
         a_name: of A, with {} for the expert; without it all experts share one A.
     """
     check_config(source)
-    rank = source.number("r", None, int, "a positive integer")
-    alpha = source.number("lora_alpha", None, (int, float), "a positive number")
-    count = source.config.get("lora_nums")
-    if not isinstance(count, int):  # other forks name it otherwise: any router tells
-        routers = list(source.match(ROUTER))
-        count = source.tensors[routers[0][0]].shape[0] if routers else 1
+    rank = source.integer("r", MAX_RANK)
+    alpha = source.number("lora_alpha")
+    routers = list(source.match(ROUTER))
+    # Where the config does not say it, any router does.
+    rows = source.tensors[routers[0][0]].shape[:1] if routers else ()
+    count = source.integer("lora_nums", MAX_EXPERTS, default=rows[0] if rows else None)
     linears: dict[str, Linear] = {}
-    for match in [*source.match(ROUTER), *source.match(PREFIX + LINEAR + ending)]:
+    for match in [*routers, *source.match(PREFIX + LINEAR + ending)]:
         if (name := match[1]) in linears:
             continue
         stem = match[0][: match[0].index(name) + len(name)]

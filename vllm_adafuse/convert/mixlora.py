@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from vllm_adafuse.backbone import Backbone
-from vllm_adafuse.config import CONFIG_FILE, show
+from vllm_adafuse.config import CONFIG_FILE, MAX_EXPERTS, show
 from vllm_adafuse.convert import moe_peft
 from vllm_adafuse.convert.mixture import Mixture
 from vllm_adafuse.convert.options import Options
@@ -30,7 +30,7 @@ def read(source: Source, backbone: Backbone, options: Options) -> Mixture:
     """One router for every MLP, mixing at the MLP's output."""
     notes: list[str] = []
     _check(source, backbone, notes)
-    top_k = source.number("top_k", 2, int, "a positive integer")
+    top_k = source.integer("top_k", MAX_EXPERTS, default=2)
     if "top_k" not in source.config:
         notes.append("top_k is not in the config: 2, both libraries' default")
     alpha = _expert_alpha(source, options, notes)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 from vllm_adafuse.backbone import Backbone
-from vllm_adafuse.config import CONFIG_FILE
+from vllm_adafuse.config import CONFIG_FILE, MAX_EXPERTS, MAX_RANK
 from vllm_adafuse.convert.mixture import Linear
 from vllm_adafuse.convert.peft_lora import check_config, take_pair
 from vllm_adafuse.convert.source import Source
@@ -30,10 +30,10 @@ def read_linears(
         expert_alpha: alpha and rslora of experts where they are not the config's own.
     """
     check_config(source)
-    rank = source.number("r", None, int, "a positive integer")
-    alpha = source.number("lora_alpha", None, (int, float), "a positive number")
+    rank = source.integer("r", MAX_RANK)
+    alpha = source.number("lora_alpha")
     rslora = bool(source.config.get("use_rslora"))
-    experts = source.number("num_experts", None, int, "a positive integer")
+    experts = source.integer("num_experts", MAX_EXPERTS)
     own_alpha, own_rslora = expert_alpha or (alpha, rslora)
     linears: dict[str, Linear] = {}
     for match in source.match(method + _WHERE + r"\.experts\.\d+\.lora_[AB]\.weight"):

@@ -9,7 +9,7 @@ MoE-PEFT's dialect of it has the names of `moe_peft.py`.
 from __future__ import annotations
 
 from vllm_adafuse.backbone import Backbone
-from vllm_adafuse.config import CONFIG_FILE, show
+from vllm_adafuse.config import CONFIG_FILE, MAX_EXPERTS, show
 from vllm_adafuse.convert import moe_peft
 from vllm_adafuse.convert.mixture import Linear, Mixture
 from vllm_adafuse.convert.options import Options
@@ -52,7 +52,7 @@ def _read_linear(source: Source, backbone: Backbone, name: str, stem: str, layer
     router = source.take(
         f"{stem}.router.router.weight", ("experts", size_in), f"backbone {backbone.path}"
     )
-    alpha = source.number("lora_alpha", None, (int, float), "a positive number")
+    alpha = source.number("lora_alpha")
     rank = source.config.get("r")
     if isinstance(rank, list):
         rank = rank[layer] if layer < len(rank) else None
@@ -99,7 +99,7 @@ def _check_top_k(
 
 def _read_moe_peft(source: Source, backbone: Backbone, options: Options) -> Mixture:
     notes = []
-    top_k = source.number("top_k", 2, int, "a positive integer")
+    top_k = source.integer("top_k", MAX_EXPERTS, default=2)
     if "top_k" not in source.config:
         notes.append("top_k is not in the config: 2, MoE-PEFT's default")
     if options.top_k is not None and options.top_k != top_k:

@@ -29,8 +29,8 @@ class Options:
         ks = self.top_k if isinstance(self.top_k, tuple) else (self.top_k or 1,)
         if not ks or any(k < 1 for k in ks):
             raise ValueError(f"top_k is {self.top_k}, expected integers of at least 1")
-        for name, value, known in (("gks", self.gks, GKS), ("expert_lora", self.expert_lora, EXPERT_LORA)):
-            if value is not None and value not in known:
+        for name, known in (("gks", GKS), ("expert_lora", EXPERT_LORA)):
+            if (value := getattr(self, name)) is not None and value not in known:
                 raise ValueError(f"{name} is {value!r}, expected one of {known}")
 
     def given(self) -> set[str]:

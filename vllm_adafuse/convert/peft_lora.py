@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 from vllm_adafuse.backbone import Backbone
-from vllm_adafuse.config import CONFIG_FILE, show
+from vllm_adafuse.config import CONFIG_FILE, MAX_RANK, show
 from vllm_adafuse.convert.mixture import Linear, Mixture, Part
 from vllm_adafuse.convert.options import Options
 from vllm_adafuse.convert.source import Source
@@ -83,8 +83,8 @@ def read_lora(source: Source, backbone: Backbone) -> dict[str, Part]:
     """
     check_config(source)
     rslora = bool(source.config.get("use_rslora"))
-    rank = source.number("r", None, int, "a positive integer")
-    alpha = source.number("lora_alpha", None, (int, float), "a positive number")
+    rank = source.integer("r", MAX_RANK)
+    alpha = source.number("lora_alpha")
     parts = {}
     for match in source.match(_PAIR):
         name = match[1]
@@ -92,13 +92,10 @@ def read_lora(source: Source, backbone: Backbone) -> dict[str, Part]:
             continue
         stem = match[0][: match[0].index(".lora_")]
         ending = ".default.weight" if match[0].endswith(".default.weight") else ".weight"
-        if name not in backbone.linears:
-            source.take(match[0], (-1,), f"no such linear in the backbone {backbone.path}")
-            continue
         parts[name] = take_pair(
             source, backbone, name, f"{stem}.lora_A{ending}", f"{stem}.lora_B{ending}",
-            _by_pattern(source.config.get("rank_pattern"), name, rank),
-            _by_pattern(source.config.get("alpha_pattern"), name, alpha),
+            _by_pattern(source, "rank_pattern", int, name, rank),
+            _by_pattern(source, "alpha_pattern", (int, float), name, alpha),
             rslora,
         )  # fmt: skip
     return parts
@@ -126,9 +123,19 @@ def take_pair(
     )
 
 
-def _by_pattern(patterns: object, name: str, default: float) -> float:
+def _by_pattern(
+    source: Source, key: str, kind: type | tuple, name: str, default: float
+) -> float:
     """PEFT's rule: the first pattern that matches the end of a module's name."""
-    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
+    patterns = source.config.get(key) or {}
+    try:
+        for pattern, value in patterns.items():
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                if isinstance(value, kind) and not isinstance(value, bool) and value > 0:
+                    return value
+                raise ValueError(f"{show(value)} is no positive number")
+    except (AttributeError, ValueError, re.error) as e:
+        problem = f"{CONFIG_FILE}: `{key}` is {show(patterns)}, expected patterns and numbers ({e})"
+        if problem not in source.problems:
+            source.problems.append(problem)
     return default

@@ -115,6 +115,11 @@ def _read(path: Path, base, options: Options, opened) -> tuple[Mixture, str, Bac
     named = source.config.get("base_model_name_or_path")
     base_name, backbone = _backbone(path, base, named)
     mixture = format_.read(source, backbone, options)
+    if not mixture.linears:
+        source.problems.append(
+            f"{source.file}: holds routers alone, expected lora_A / lora_B pairs beside them; "
+            "save the experts with them"
+        )
     source.finish()
     return mixture, base_name, backbone
 

@@ -76,7 +76,8 @@ class Source:
             why: where that shape comes from.
 
         Returns:
-            The tensor; where it is wrong, zeros of about that shape, to find further problems.
+            The tensor; where it is wrong, zeros of about that shape (that take no memory), to
+            find further problems.
         """
         self._taken.add(name)
         tensor = self.tensors.get(name)
@@ -97,7 +98,7 @@ class Source:
             self.blame(name, "holds NaN or Inf, expected finite numbers; train or save it again")
         else:
             return tensor
-        return torch.zeros([want if isinstance(want, int) else 1 for want in shape])
+        return torch.zeros(1).expand([want if isinstance(want, int) else 1 for want in shape])
 
     def blame(self, name: str, text: str) -> None:
         """Puts a problem of a tensor down; those that differ in the name only share a line."""
@@ -105,15 +106,24 @@ class Source:
             self.problems.append(text)
         self._alike.setdefault(text, []).append(name)
 
-    def number(self, key: str, default: Any, kind: type | tuple, expected: str) -> Any:
-        """A value of the config. One of a wrong kind is a problem; `default` None: required."""
+    def integer(self, key: str, most: int, default: int | None = None) -> int:
+        """A positive integer of the config; without a default it is required."""
+        return self._number(key, default, int, most, f"an integer from 1 to {most}")
+
+    def number(self, key: str) -> float:
+        """A positive number of the config."""
+        return self._number(key, None, (int, float), float("inf"), "a positive number")
+
+    def _number(self, key: str, default, kind: type | tuple, most: float, expected: str) -> Any:
         value = self.config.get(key)
         if value is None and default is not None:
             return default
-        if isinstance(value, kind) and not isinstance(value, bool) and value > 0:
+        if isinstance(value, kind) and not isinstance(value, bool) and 0 < value <= most:
             return value
         found = "missing" if key not in self.config else show(value)
-        self.problems.append(f"{CONFIG_FILE}: `{key}` is {found}, expected {expected}; correct it")
+        problem = f"{CONFIG_FILE}: `{key}` is {found}, expected {expected}; correct it"
+        if problem not in self.problems:
+            self.problems.append(problem)
         return 1
 
     def finish(self) -> None:
