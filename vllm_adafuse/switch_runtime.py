@@ -91,34 +91,33 @@ class SwitchRuntime:
     def __init__(
         self,
         model: PreTrainedModel,
-        adapter: Adapter,
-        routes: tuple[torch.Tensor, torch.Tensor],
+        experts: dict[str, tuple[torch.Tensor, torch.Tensor]],
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
         blocks: SwitchBlocks | None = None,
     ):
         """Takes over a loaded backbone; see `load` for the usual way.
 
         Args:
             model: the bare backbone on one device, not quantised.
-            adapter: checked against it.
-            routes: of the vocabulary, expert ids [V, k] and plain gates [V, k].
+            experts: full name of a linear -> A [E, r, in], B [E, out, r]; of any dtype and device.
+            expert_ids: routes of the vocabulary, [V, k] int32.
+            weights: theirs, [V, k] float32, LoRA's scale included.
             blocks: how the kernel cuts its work.
         """
         self.model, self.switches = model, 0
         device, dtype = model.device, model.dtype
         modules = dict(model.named_modules())
-        self._linears = [modules[name] for name in adapter.projections]
-        with adapter.reader() as read:
-            banks_a, banks_b = (
-                [read(f"{n}.lora_{side}").to(device, dtype) for n in adapter.projections]
-                for side in "AB"
-            )
+        self._linears = [modules[name] for name in experts]
+        banks_a, banks_b = (
+            [pair[side].to(device, dtype).contiguous() for pair in experts.values()]
+            for side in (0, 1)
+        )
         pristine = [linear.weight.data.contiguous() for linear in self._linears]
         live = [torch.empty_like(w) for w in pristine]
         self.plan = SwitchPlan.make(live, pristine, banks_a, banks_b, blocks)
-        scales = torch.tensor(adapter.config.scales)
-        ids, gates = routes
-        self.expert_ids = ids.to(device).contiguous()
-        self.weights = (gates * scales[ids.long()]).to(device).contiguous()
+        self.expert_ids = expert_ids.to(device).contiguous()
+        self.weights = weights.to(device).contiguous()
         self._gates: torch.Tensor | None = None
         self._merged: torch.Tensor | None = None
         self._hooks: list[Any] = []
@@ -158,7 +157,14 @@ class SwitchRuntime:
         if len(devices) > 1:
             found = f"it lies on {', '.join(devices)}, expected one device"
             raise AdapterError(f"backbone {base}", [f"{found}; pass device_map='cuda:0'"])
-        return cls(model, checked, passports(checked, base, model), blocks)
+        ids, gates = passports(checked, base, model)
+        weights = gates * torch.tensor(checked.config.scales)[ids.long()]
+        with checked.reader() as read:
+            experts = {
+                name: tuple(read(f"{name}.lora_{side}").to(model.device) for side in "AB")
+                for name in checked.projections
+            }
+        return cls(model, experts, ids, weights, blocks)
 
     def generate(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """`transformers`' generate.
