@@ -15,8 +15,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from vllm_adafuse.kernels import stream_linear, tile_linear
+from vllm_adafuse.kernels import residual_norm, stream_linear, tile_linear
 from vllm_adafuse.kernels.expand import activate_torch, expand_raw_triton, expand_torch
+from vllm_adafuse.kernels.order_routes import Order
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import shrink_torch
@@ -30,7 +31,11 @@ MAX_JOINT_TOKENS = 256
 
 def scratch_sizes(bank_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
     """Bytes of s, floats of partial sums and tickets that a projection of `rows` rows may need."""
-    needs = stream_linear.scratch_sizes(bank_a, rows), tile_linear.scratch_sizes(bank_a)
+    needs = (
+        stream_linear.scratch_sizes(bank_a, rows),
+        tile_linear.scratch_sizes(bank_a),
+        residual_norm.scratch_sizes(),
+    )
     low, floats, tickets = map(max, *needs)
     return low, floats, tickets
 
@@ -50,7 +55,7 @@ def bank_a_of(joint: torch.Tensor, bank_b: torch.Tensor, out: int) -> torch.Tens
 
 def _run(
     x, joint, bias, bank_b, gates, present, counters, index, low, partial, tickets, unread,
-    parts, widths, activation,
+    order_rows, order_present, parts, widths, activation,
 ):  # fmt: skip
     if not x.is_cuda:
         return linear_torch(x, joint, bias, bank_b, gates, parts, widths, activation)
@@ -71,7 +76,10 @@ def _run(
     else:
         y, s = F.linear(x, joint[:out], bias), F.linear(x, joint[out:])
         bias = None
-    return expand_raw_triton(y, s, bias, bank_b, gates, present, parts, widths, activation)
+    order = Order(order_rows, order_present).of(x.shape[0])
+    return expand_raw_triton(
+        y, s, bias, bank_b, gates, present, parts, widths, activation, order=order
+    )
 
 
 def _fake(x, joint, bias, bank_b, *arguments):
@@ -83,7 +91,8 @@ def _fake(x, joint, bias, bank_b, *arguments):
 _op = register_op(
     "linear(Tensor x, Tensor joint, Tensor? bias, Tensor bank_b, Tensor gates, "
     "Tensor present, Tensor counters, int index, Tensor low, Tensor partial, Tensor tickets, "
-    "Tensor unread, int[] parts, int[] widths, str activation) -> Tensor",
+    "Tensor unread, Tensor order_rows, Tensor order_present, int[] parts, int[] widths, "
+    "str activation) -> Tensor",
     _run,
     _fake,
 )
@@ -99,6 +108,7 @@ def linear(
     counters: torch.Tensor,
     index: int,
     scratch: Scratch,
+    order: Order,
     parts: Sequence[int],
     widths: Sequence[int],
     activation: str = "",
@@ -115,6 +125,7 @@ def linear(
         counters: [C, 4] int32, a row for each projection.
         index: of this projection's row.
         scratch: of the device.
+        order: of the step's tokens, see `order_routes`.
         parts: for each of up to three parts of the output its index in the banks, -1 for none.
         widths: columns of each part.
         activation: "", or "silu" or "gelu_tanh" of gate_up, whose two parts are equally wide.
@@ -125,5 +136,5 @@ def linear(
     return _op(
         x, joint, bias, bank_b, gates, present, counters, index,
         scratch.low, scratch.partial, scratch.tickets, scratch.unread,
-        parts, widths, activation,
+        order.rows, order.present, parts, widths, activation,
     )  # fmt: skip

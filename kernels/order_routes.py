@@ -16,8 +16,11 @@ import triton
 import triton.language as tl
 from vllm_adafuse.kernels.registry import register_op
 
-# Tokens of a tile.
+# Tokens of a tile, and of the shortest step that is put into order.
 ORDER_TILE = 64
+MIN_ORDER_TOKENS = 1024
+# A set of experts is a word.
+MAX_ORDER_EXPERTS = 64
 
 
 class Order(NamedTuple):
@@ -28,6 +31,20 @@ class Order(NamedTuple):
 
     rows: torch.Tensor
     present: torch.Tensor
+
+    @classmethod
+    def make(cls, tokens: int, experts: int, device: torch.device) -> Order:
+        """Buffers for steps of up to so many tokens; empty where no step is put into order."""
+        if experts > MAX_ORDER_EXPERTS or tokens < MIN_ORDER_TOKENS:
+            tokens = 0
+        return cls(
+            torch.zeros(tokens, dtype=torch.int32, device=device),
+            torch.zeros(triton.cdiv(tokens, ORDER_TILE), dtype=torch.int64, device=device),
+        )
+
+    def of(self, tokens: int) -> Order | None:
+        """The order of a step of T tokens, None if it has none."""
+        return self if MIN_ORDER_TOKENS <= tokens <= self.rows.shape[0] else None
 
 
 @triton.jit
@@ -64,6 +81,8 @@ def _sorted_sets(expert_ids: torch.Tensor, tokens: int) -> tuple[torch.Tensor, t
 
 
 def _run(expert_ids, rows, present, tokens, experts) -> None:
+    if Order(rows, present).of(tokens) is None:
+        return
     run = _order_triton if rows.is_cuda else _order_torch
     run(expert_ids, rows, present, tokens, experts)
 
@@ -81,12 +100,12 @@ _op = register_op(
 
 
 def order_routes(expert_ids: torch.Tensor, order: Order, tokens: int, experts: int) -> None:
-    """Orders the tokens of a step.
+    """Orders the tokens of a step, if it is one of those for which `Order.of` gives an order.
 
     Args:
         expert_ids: [N, k] int32 routes, each row without repeats.
         order: written: its first T rows, and a word for each tile of them.
         tokens: T <= N.
-        experts: E, at most 64.
+        experts: E.
     """
     _op(expert_ids, order.rows, order.present, tokens, experts)

@@ -113,12 +113,14 @@ def _residual_norm_kernel(
             at = start + tl.arange(0, NORM_COLS)
             mask = here[:, None] & (at < WIDTH)[None, :]
             place = wide_rows[:, None] * WIDTH + at[None, :]
-            if not KEEP:
-                z = tl.load(z_ptr + place, mask=mask, other=0.0, cache_modifier=".cg")
-                z = z.to(tl.float32)
+            if KEEP:
+                value = z
+            else:
+                value = tl.load(z_ptr + place, mask=mask, other=0.0, cache_modifier=".cg")
+                value = value.to(tl.float32)
             weight = tl.load(weight_ptr + at, mask=at < WIDTH, other=0.0).to(tl.float32)
             # Rounded before the weight, as the models do it.
-            normed = (z * scale[:, None]).to(out_ptr.dtype.element_ty).to(tl.float32)
+            normed = (value * scale[:, None]).to(out_ptr.dtype.element_ty).to(tl.float32)
             normed = (normed * weight[None, :]).to(out_ptr.dtype.element_ty)
             tl.store(out_ptr + place, normed, mask=mask)
 
@@ -234,12 +236,12 @@ def residual_norm_torch(
 
 def _run(
     both, residual, weight, eps, bank_b, gates, present, low, partial, tickets, unread,
-    order_rows, order_present, ordered,
+    order_rows, order_present,
 ):  # fmt: skip
     expand = both.shape[0] > MAX_STREAM_TOKENS
     if not both.is_cuda:
         return residual_norm_torch(both, residual, weight, eps, bank_b, gates, expand)
-    order = Order(order_rows, order_present) if both.shape[0] >= ordered else None
+    order = Order(order_rows, order_present).of(both.shape[0])
     return residual_norm_triton(
         both, residual, weight, eps, bank_b, gates, present,
         Scratch(low, partial, tickets, unread), expand, order,
@@ -254,7 +256,7 @@ def _fake(both, residual, *arguments):
 _op = register_op(
     "residual_norm(Tensor both, Tensor residual, Tensor weight, float eps, Tensor bank_b, "
     "Tensor gates, Tensor present, Tensor low, Tensor partial, Tensor tickets, Tensor unread, "
-    "Tensor order_rows, Tensor order_present, int ordered) -> (Tensor, Tensor)",
+    "Tensor order_rows, Tensor order_present) -> (Tensor, Tensor)",
     _run,
     _fake,
 )
@@ -270,12 +272,11 @@ def residual_norm(
     present: torch.Tensor,
     scratch: Scratch,
     order: Order,
-    ordered: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ends a projection: deltas, residual, RMSNorm.
 
     Args:
-        both: [T, H + E R] from `joint_linear`; rows contiguous.
+        both: [T, H + E R], from `joint_linear`; rows contiguous.
         residual: [T, H], dtype of both; rows contiguous.
         weight: [H], factors of the norm.
         eps: its epsilon.
@@ -284,7 +285,6 @@ def residual_norm(
         present: [1] int64, see `spread_routes`.
         scratch: of the device.
         order: of the step's tokens, see `order_routes`.
-        ordered: from how many tokens on it is made.
 
     Returns:
         The normed hidden states and the new residual, [T, H] each.
@@ -292,5 +292,5 @@ def residual_norm(
     return _op(
         both, residual, weight, eps, bank_b, gates, present,
         scratch.low, scratch.partial, scratch.tickets, scratch.unread,
-        order.rows, order.present, ordered,
+        order.rows, order.present,
     )  # fmt: skip

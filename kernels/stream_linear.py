@@ -202,12 +202,14 @@ def stream_linear_triton(
     widths: Sequence[int],
     activation: str = "",
     tiles: Tiles | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One launch; see `vllm_adafuse.kernels.linear.linear`.
 
     Args:
         counter: [>= 1] int32, zero; of this launch alone until the next step.
         tiles: how to cut, default `find_tiles`.
+        out: where the result goes, rows contiguous; default a new tensor.
     """
     tokens, size_in = x.shape
     act = ACTIVATIONS.index(activation)
@@ -220,7 +222,7 @@ def stream_linear_triton(
     shrink_cols = fit_cols(tiles.shrink_cols, grid.block_r, block_t, x.element_size())
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
     count = sum(triton.cdiv(w, tiles.rows) for w in (widths[:1] if act else widths))
-    y = x.new_empty(tokens, rows)
+    y = x.new_empty(tokens, rows) if out is None else out
     _stream_linear_kernel[(grid.programs + count * tiles.split,)](
         x, weight, bias, bank_a, bank_b, y,
         gates, present, scratch.s(x.dtype, tokens, n_parts, experts * rank),

@@ -26,7 +26,7 @@ from vllm_adafuse.kernels.shrink import MAX_SLICES, last_sums
 from vllm_adafuse.kernels.stream_linear import add_delta, load_b
 from vllm_adafuse.kernels.tiles import Tiles
 
-MAX_TILE_TOKENS = 128
+MAX_TILE_TOKENS = 64
 # Rows of W with which whole tiles are programs enough. To cut `in` as well costs more, in adding
 # up the parts, than it gains.
 MIN_ROWS = 6144

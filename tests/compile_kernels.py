@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from vllm_adafuse.kernels import (
     expand,
+    residual_norm,
     shrink,
     spread_routes,
     stream_linear,
@@ -26,11 +27,12 @@ from vllm_adafuse.kernels import (
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {
     **dict.fromkeys("x_ptr w_ptr bias_ptr a_ptr b_ptr y_ptr out_ptr s_ptr".split(), "*bf16"),
-    **dict.fromkeys("gates_ptr partial_ptr weights_ptr".split(), "*fp32"),
-    **dict.fromkeys("ticket_ptr counter_ptr counters_ptr ids_ptr places_ptr".split(), "*i32"),
+    **dict.fromkeys("residual_ptr weight_ptr z_ptr".split(), "*bf16"),
+    **dict.fromkeys("gates_ptr partial_ptr weights_ptr sums_ptr".split(), "*fp32"),
+    **dict.fromkeys("ticket_ptr counter_ptr counters_ptr ids_ptr places_ptr order_ptr".split(), "*i32"),
     **dict.fromkeys("present_ptr table_ptr row_ptr merged_ptr".split(), "*i64"),
 }
-ALIGNED = ("x_stride", "y_stride", "out_stride", "s_stride", "size_in", "rank")
+ALIGNED = ("residual_stride", "x_stride", "y_stride", "out_stride", "s_stride", "size_in", "rank")
 
 
 def dump_tool() -> str:
@@ -46,7 +48,7 @@ def build(name: str, kernel, constants: dict, warps: int, stages: int) -> dict:
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(names)
-        if n not in constants and (n in POINTERS or n in ALIGNED)
+        if n not in constants and (POINTERS.get(n, "")[:1] == "*" or n in ALIGNED)
     }
     source = ASTSource(
         kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes
@@ -106,17 +108,30 @@ def main() -> None:
             rows.append(build(name, kernel, constants, cut.warps, cut.stages))
         constants = (two if activation else widths | parts) | {
             "bias_ptr": None, "HAS_BIAS": False, "ACT": activation,
-            "RAW": True, "SKIP": False, "ALL": True, "EVERY_PART": True,
-            "RANK": 16, "EVEN": True, "EVEN_K": True, "ONE": True, "BLOCK_E": 8, "BLOCK_R": 16,
+            "RAW": True, "ALL": True, "EVERY_PART": True,
+            "EVEN": True,
         }  # fmt: skip
         for tokens in (128, 16000):
-            cut = expand.ExpandBlocks.choose(tokens, activation == 1, 2)
-            blocks = {
+            ordered = tokens > 1000
+            cut = expand.ExpandBlocks.choose(tokens, activation == 1, 2, ordered)
+            blocks = expand.expert_blocks(8, 16, ordered) | {
                 "BLOCK_T": cut.tokens, "BLOCK_OUT": cut.columns,
-                "LOOP": cut.loop, "STAGES": cut.stages,
+                "LOOP": cut.loop, "STAGES": cut.stages, "ORDER": ordered, "PDL": cut.loop == 1,
             }  # fmt: skip
             name = f"expand act={activation} tokens={tokens}"
             rows.append(build(name, expand._expand_kernel, constants | blocks, cut.warps, 2))
+    for tokens in (1, 128, 16000):
+        cut = residual_norm.NormBlocks.choose(tokens, 4096, tokens > 32, 2)
+        groups = 4096 // (cut.columns * cut.loop)
+        constants = expand.expert_blocks(8, 16, tokens > 1000) | {
+            "WIDTH": 4096, "EXPAND": tokens > 32, "ORDER": tokens > 1000, "PDL": True,
+            "GROUPS": groups, "BLOCK_GROUPS": groups, "LOOP": cut.loop, "STAGES": cut.stages,
+            "BLOCK_T": cut.tokens, "COLS": cut.columns, "NORM_COLS": cut.norm_columns,
+        }  # fmt: skip
+        if tokens == 1:
+            constants |= {"ONE": False, "BLOCK_E": 1, "BLOCK_R": 16}
+        kernel = residual_norm._residual_norm_kernel
+        rows.append(build(f"residual_norm tokens={tokens}", kernel, constants, cut.warps, 3))
     block_in = shrink.fit_cols(shrink.BLOCK_IN, 16, 64, 2)
     constants = {"BLOCK_T": 64, "BLOCK_R": 16, "BLOCK_IN": block_in, "STAGES": 3}
     rows.append(build("shrink", shrink._shrink_kernel, constants, 4, 3))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from vllm_adafuse.kernels.linear import scratch_sizes
+from vllm_adafuse.kernels.order_routes import ORDER_TILE, Order, _order_torch
 from vllm_adafuse.kernels.scratch import Scratch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,6 +48,18 @@ def make_gates(tokens, experts, top_k, seed=0, one=None) -> torch.Tensor:
 def bits(used: torch.Tensor) -> torch.Tensor:
     """[1] int64 with the bits of experts [E] that are used."""
     return (used.long() << torch.arange(len(used), device=used.device)).sum(0, keepdim=True)
+
+
+def make_order(gates: torch.Tensor, tokens: int, top_k: int) -> Order:
+    """The order of a step of any length."""
+    experts, tiles = gates.shape[1], -(-tokens // ORDER_TILE)
+    ids = gates[:tokens].topk(top_k).indices.int()
+    order = Order(
+        torch.zeros(tokens, dtype=torch.int32, device=DEVICE),
+        torch.zeros(tiles, dtype=torch.int64, device=DEVICE),
+    )
+    _order_torch(ids, *order, tokens, experts)
+    return order
 
 
 def make_problem(

@@ -49,9 +49,13 @@ def test_greedy_tokens_equal_the_reference(name, tmp_path):
     assert changed >= 3
 
 
-@pytest.mark.parametrize("name", ["llama-partial", "qwen2", "gemma2", "phi3", "phi3-partial"])
+# Norms that end a projection: two of each of three layers, where o_proj and down_proj have experts.
+FUSED = {"llama-partial": 0, "qwen2": 6, "gemma2": 0, "phi3": 6, "phi3-partial": 3}
+
+
+@pytest.mark.parametrize("name", FUSED)
 def test_projections_fused_as_on_a_gpu(name, tmp_path, monkeypatch):
-    """On a GPU a plain projection, its deltas and the MLP's activation are one op: here too."""
+    """On a GPU a plain projection, its deltas and what follows are one or two ops: here too."""
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm_adafuse.serving import linear
 
@@ -70,8 +74,11 @@ def test_projections_fused_as_on_a_gpu(name, tmp_path, monkeypatch):
             lambda model: [type(m.quant_method).__name__ for m in model.modules()
                            if hasattr(m, "adafuse_bank")]
         )[0]  # fmt: skip
+        norms = llm.apply_model(
+            lambda model: sum(type(m).__name__ == "FusedNorm" for m in model.modules())
+        )[0]
         outputs = llm.generate(real_prompts(20), greedy(), use_tqdm=False)
-    assert set(methods) == {"FusedLinearMethod"}
+    assert set(methods) == {"FusedLinearMethod"} and norms == FUSED[name]
     assert_greedy_equals(outputs, load_reference(base, adapter))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops import delta_truth, error, make_problem, shrink_truth
+from ops import delta_truth, error, make_order, make_problem, shrink_truth
 from vllm_adafuse.kernels.expand import (
     ExpandBlocks,
     activate_torch,
@@ -10,7 +10,6 @@ from vllm_adafuse.kernels.expand import (
     expand_torch,
     expand_triton,
 )
-from vllm_adafuse.kernels.order_routes import ORDER_TILE, Order, order_routes
 
 
 def by_torch(y, s, p):
@@ -71,12 +70,7 @@ def test_in_the_order_of_the_routes(shape, activation):
     p = make_problem(tokens, 24, [width, width], *mixture, bias=True)
     y = 3 * torch.randn(tokens, 2 * width, device=p.x.device)
     raw = torch.einsum("peri,ti->tper", p.bank_a.double(), p.x.double()).flatten(1).float()
-    order = Order(
-        torch.zeros(tokens, dtype=torch.int32, device=p.x.device),
-        torch.zeros(-(-tokens // ORDER_TILE), dtype=torch.int64, device=p.x.device),
-    )
-    ids = p.gates[:tokens].topk(mixture[1]).indices.int()
-    order_routes(ids, order, tokens, mixture[0])
+    order = make_order(p.gates, tokens, mixture[1])
     truth = y.double() + p.bias.double() + delta_truth(p)
     p.present.zero_()  # the tiles' own words count
     out = expand_raw_triton(

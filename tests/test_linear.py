@@ -4,16 +4,18 @@ import pytest
 import torch
 from ops import DEVICE, error, linear_truth, make_problem
 from vllm_adafuse.kernels.linear import linear
+from vllm_adafuse.kernels.order_routes import Order
 
 # On a GPU: the streaming kernel, and the joint product.
 TOKENS = [1, 32, 33, 100]
+NO_ORDER = Order.make(0, 4, DEVICE)
 
 
 def arguments(p, activation=""):
     joint = torch.cat([p.weight, p.bank_a.view(-1, p.x.shape[1])])
     counters = torch.zeros(3, 4, dtype=torch.int32, device=DEVICE)
     return (
-        p.x, joint, p.bias, p.bank_b, p.gates, p.present, counters, 1, p.scratch,
+        p.x, joint, p.bias, p.bank_b, p.gates, p.present, counters, 1, p.scratch, NO_ORDER,
         p.parts, p.widths, activation,
     )  # fmt: skip
 
@@ -71,6 +73,6 @@ def test_inside_torch_compile():
 def test_schema_and_fake(activation):
     p = make_problem(4, 64, [64, 64], 4, 2, 4)
     x, *rest = arguments(p, activation)
-    scratch = rest.pop(7)
-    flat = (x, *rest[:7], *scratch, *rest[7:])
+    scratch, order = rest.pop(7), rest.pop(7)
+    flat = (x, *rest[:7], *scratch, *order, *rest[7:])
     torch.library.opcheck(torch.ops.vllm_adafuse.linear.default, flat)

@@ -3,7 +3,15 @@
 import pytest
 import torch
 from ops import DEVICE, make_gates
-from vllm_adafuse.kernels.order_routes import ORDER_TILE, Order, _order_torch, _order_triton
+from vllm_adafuse.kernels import order_routes as module
+from vllm_adafuse.kernels.order_routes import (
+    MIN_ORDER_TOKENS,
+    ORDER_TILE,
+    Order,
+    _order_torch,
+    _order_triton,
+    order_routes,
+)
 
 CASES = [(1, 4, 2), (64, 8, 2), (65, 3, 3), (200, 8, 2), (130, 64, 4), (70, 1, 1), (100, 40, 40)]
 
@@ -38,3 +46,17 @@ def test_order(case, run):
 def test_schema_and_fake():
     _, ids, order = make(70, 4, 2)
     torch.library.opcheck(torch.ops.vllm_adafuse.order_routes.default, (ids, *order, 70, 4))
+
+
+def test_short_steps_and_many_experts_have_no_order(monkeypatch):
+    assert Order.make(MIN_ORDER_TOKENS - 1, 8, DEVICE).rows.numel() == 0
+    assert Order.make(10_000, 65, DEVICE).rows.numel() == 0
+    assert Order.make(10_000, 65, DEVICE).of(5000) is None
+    order = Order.make(MIN_ORDER_TOKENS, 8, DEVICE)
+    assert order.of(MIN_ORDER_TOKENS - 1) is None and order.of(MIN_ORDER_TOKENS) is order
+    _, ids, _ = make(100, 8, 2)
+    order_routes(ids, order, 100, 8)
+    assert not order.rows.any()
+    monkeypatch.setattr(module, "MIN_ORDER_TOKENS", 100)
+    order_routes(ids, order, 100, 8)
+    assert order.rows.any()

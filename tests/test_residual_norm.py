@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from ops import DEVICE, delta_truth, error, make_problem
-from vllm_adafuse.kernels.order_routes import ORDER_TILE, Order, order_routes
+from ops import DEVICE, delta_truth, error, make_order, make_problem
+from vllm_adafuse.kernels.order_routes import ORDER_TILE
 from vllm_adafuse.kernels.residual_norm import (
     NormBlocks,
     residual_norm_torch,
@@ -88,14 +88,7 @@ def test_deltas_that_are_there_already_are_not_added(tokens):
 @pytest.mark.parametrize("shape", [(150, 24, 72, 8, 2, 4), (64, 24, 40, 6, 3, 16)])
 def test_in_the_order_of_the_routes(shape):
     p, both, residual, weight = make(shape)
-    tokens, *_, experts, top_k, _ = shape
-    ids = p.gates[:tokens].topk(top_k).indices.int()
-    tiles = -(-tokens // ORDER_TILE)
-    order = Order(
-        torch.zeros(tokens, dtype=torch.int32, device=DEVICE),
-        torch.zeros(tiles, dtype=torch.int64, device=DEVICE),
-    )
-    order_routes(ids, order, tokens, experts)
+    order = make_order(p.gates, shape[0], shape[4])
     cut = NormBlocks(ORDER_TILE, 32, -(-shape[2] // 32), 32, 4)
     p.present.zero_()  # the tiles' own words count
     found = run(p, both, residual, weight, order=order, blocks=cut)

@@ -24,12 +24,15 @@ class Architecture:
         norm_offset: RMSNorm multiplies by `norm_offset + weight`.
         scaled_embedding: embeddings are multiplied by sqrt(hidden_size), rounded to
             the model's dtype, before the first layer.
+        residual_norms: what o_proj and down_proj give goes nowhere but into the residual, added
+            by the RMSNorm behind them.
     """
 
     name: str
     module: str
     norm_offset: float = 0.0
     scaled_embedding: bool = False
+    residual_norms: bool = True
 
     @property
     def adafuse_name(self) -> str:
@@ -44,7 +47,13 @@ ARCHITECTURES = {
         Architecture("MistralForCausalLM", "mistral"),
         Architecture("Qwen2ForCausalLM", "qwen2"),
         Architecture("Qwen3ForCausalLM", "qwen3"),
-        Architecture("Gemma2ForCausalLM", "gemma2", norm_offset=1.0, scaled_embedding=True),
+        Architecture(
+            "Gemma2ForCausalLM",
+            "gemma2",
+            norm_offset=1.0,
+            scaled_embedding=True,
+            residual_norms=False,
+        ),
         Architecture("Phi3ForCausalLM", "phi3"),
     )
 }

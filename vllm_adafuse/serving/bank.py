@@ -15,7 +15,9 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
+from vllm_adafuse.kernels.joint_linear import joint_linear
 from vllm_adafuse.kernels.linear import linear, scratch_sizes
+from vllm_adafuse.kernels.residual_norm import residual_norm
 from vllm_adafuse.kernels.sgmm import sgmm
 from vllm_adafuse.serving.router import Route
 
@@ -160,5 +162,24 @@ class ExpertBank(torch.nn.Module):
         route = self.route
         return linear(
             x, self.joint, bias, self.bank_b, route.gates, route.present,
-            route.counters, self.index, route.scratch, self.parts, self.widths, activation,
+            route.counters, self.index, route.scratch, route.order, self.parts, self.widths,
+            activation,
+        )  # fmt: skip
+
+    def joint_linear(self, x: torch.Tensor) -> torch.Tensor:
+        """[W; A] x [T, out + E R], for `residual_norm`. Of a joined projection of one part."""
+        route = self.route
+        return joint_linear(
+            x, self.joint, self.bank_b, route.gates, route.present,
+            route.counters, self.index, route.scratch,
+        )  # fmt: skip
+
+    def residual_norm(
+        self, both: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of residual + projection + deltas, and that sum; both from `joint_linear`."""
+        route = self.route
+        return residual_norm(
+            both, residual, weight, eps, self.bank_b, route.gates, route.present,
+            route.scratch, route.order,
         )  # fmt: skip

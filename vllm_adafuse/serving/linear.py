@@ -15,6 +15,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.platforms import current_platform
 from vllm_adafuse.serving.bank import ExpertBank
+from vllm_adafuse.serving.norm import NormPlace
 
 
 class AdaFuseLinearMethod(LinearMethodBase):
@@ -58,15 +59,18 @@ class FusedLinearMethod(AdaFuseLinearMethod):
     Args:
         inner: vLLM's unquantised method, which still makes and loads the weight.
         activation: what follows the projection and is done here too, "" for nothing.
+        joint: a `FusedNorm` follows; it gets W x and A x side by side, and adds the deltas.
     """
 
-    def __init__(self, inner: UnquantizedLinearMethod, activation: str):
+    def __init__(self, inner: UnquantizedLinearMethod, activation: str, joint: bool = False):
         super().__init__(inner)
-        self.activation = activation
+        self.activation, self.joint = activation, joint
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
+        if self.joint:
+            return layer.adafuse_bank.joint_linear(x)
         return layer.adafuse_bank.linear(x, bias, self.activation)
 
 
@@ -103,7 +107,13 @@ def _take_activation(layer: LinearBase, block: torch.nn.Module) -> str:
     return name
 
 
-def wrap_linear(layer: LinearBase, block: torch.nn.Module, bank: ExpertBank, fuse: bool) -> None:
+def wrap_linear(
+    layer: LinearBase,
+    block: torch.nn.Module,
+    bank: ExpertBank,
+    fuse: bool,
+    behind: NormPlace | None = None,
+) -> None:
     """Gives a projection its expert bank.
 
     Args:
@@ -112,12 +122,15 @@ def wrap_linear(layer: LinearBase, block: torch.nn.Module, bank: ExpertBank, fus
         bank: its experts.
         fuse: the projection is computed together with them, see `can_fuse`; not if something
             else, such as vLLM's own LoRA, also adds to its output.
+        behind: the norm that may end a fused projection.
     """
     layer.adafuse_bank = bank
     if fuse:
         activation = _take_activation(layer, block)
         bank.join(layer.weight)
-        layer.quant_method = FusedLinearMethod(layer.quant_method, activation)
+        if behind is not None:
+            behind.put(bank)
+        layer.quant_method = FusedLinearMethod(layer.quant_method, activation, behind is not None)
     else:
         layer.quant_method = AdaFuseLinearMethod(layer.quant_method)
     # Newer vLLM may hand an fp8 projection an input that is quantised already.

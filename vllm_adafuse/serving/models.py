@@ -22,6 +22,7 @@ from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.serving import linear
 from vllm_adafuse.serving.attach import ADAPTER_KEY, FINGERPRINT_KEY
 from vllm_adafuse.serving.bank import ExpertBank
+from vllm_adafuse.serving.norm import NormPlace, norms_behind
 from vllm_adafuse.serving.router import AfterLoading, Route, Router
 
 # vLLM shows only what is logged below its own name.
@@ -44,7 +45,8 @@ class AdaFuseMixin:
         adapter_config = self.adafuse_adapter.config
         route = Route(_max_tokens(vllm_config), adapter_config.top_k, adapter_config.num_experts)
         dtype, alone = vllm_config.model_config.dtype, vllm_config.lora_config is None
-        self.adafuse_banks = self._wrap_projections(route, dtype, alone)
+        behind = norms_behind(self.model, vllm_config, self.architecture.residual_norms)
+        self.adafuse_banks = self._wrap_projections(route, dtype, alone, behind)
         stock_factory = self.make_empty_intermediate_tensors
 
         def make_empty_intermediate_tensors(
@@ -68,7 +70,9 @@ class AdaFuseMixin:
         )
         self.adafuse_router.quant_method = AfterLoading(self._load_adapter)
 
-    def _wrap_projections(self, route: Route, dtype: torch.dtype, alone: bool) -> list[ExpertBank]:
+    def _wrap_projections(
+        self, route: Route, dtype: torch.dtype, alone: bool, behind: dict[LinearBase, NormPlace]
+    ) -> list[ExpertBank]:
         config, banks = self.adafuse_adapter.config, []
         found = list(self._adapted_projections())
         fused = [alone and linear.can_fuse(layer) for layer, _, _ in found]
@@ -77,10 +81,11 @@ class AdaFuseMixin:
             bank = ExpertBank(
                 layer, parts, config.num_experts, config.rank, dtype, route, len(banks), fuse
             )
-            linear.wrap_linear(layer, block, bank, fuse)
+            linear.wrap_linear(layer, block, bank, fuse, behind.get(layer))
             banks.append(bank)
         # A pipeline stage may have no adapted layer, but still passes routes on.
-        route.reserve(max(1, len(banks)), [(1, 1, 1), *(bank.scratch_sizes() for bank in banks)])
+        sizes = [(1, 1, 1), *(bank.scratch_sizes() for bank in banks)]
+        route.reserve(max(1, len(banks)), sizes, any(fused))
         return banks
 
     def _adapted_projections(

@@ -9,6 +9,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm_adafuse.config import AdapterConfig
 from vllm_adafuse.kernels.gate import gate
 from vllm_adafuse.kernels.gather_routes import gather_routes
+from vllm_adafuse.kernels.order_routes import Order, order_routes
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.spread_routes import spread_routes
 
@@ -26,6 +27,7 @@ class Route(torch.nn.Module):
         present: [1] int64, a bit for each expert that the step needs.
         counters: [projections, 4] int32, on which programs of one launch wait for each other.
         scratch: what all launches share.
+        order: of the tokens of a long step, neighbours with experts in common.
     """
 
     def __init__(self, rows: int, top_k: int, num_experts: int):
@@ -39,24 +41,42 @@ class Route(torch.nn.Module):
         ):
             self.register_buffer(name, tensor, persistent=False)
 
-    def reserve(self, projections: int, sizes: Iterable[tuple[int, int, int]]) -> None:
-        """Makes counters and scratch; `sizes` are those of `scratch_sizes` of each projection."""
+    def reserve(
+        self, projections: int, sizes: Iterable[tuple[int, int, int]], ordered: bool
+    ) -> None:
+        """Makes what depends on the projections.
+
+        Args:
+            projections: their number.
+            sizes: `scratch_sizes` of each.
+            ordered: long steps are to be put into order.
+        """
         low, floats, tickets = (max(column) for column in zip(*sizes))
         scratch = Scratch.make(low, floats, tickets, self.gates.device)
         for name, tensor in scratch._asdict().items():
             self.register_buffer(name, tensor, persistent=False)
         counters = torch.zeros(projections, 4, dtype=torch.int32)
         self.register_buffer("counters", counters, persistent=False)
+        rows, experts = self.gates.shape
+        order = Order.make(rows if ordered else 0, experts, self.gates.device)
+        self.register_buffer("order_rows", order.rows, persistent=False)
+        self.register_buffer("order_present", order.present, persistent=False)
 
     @property
     def scratch(self) -> Scratch:
         return Scratch(self.low, self.partial, self.tickets, self.unread)
+
+    @property
+    def order(self) -> Order:
+        return Order(self.order_rows, self.order_present)
 
     def spread(self, tokens: int) -> None:
         """Prepares what layers read, from the first `tokens` rows of ids and weights."""
         spread_routes(
             self.expert_ids, self.weights, self.gates, self.present, self.counters, tokens
         )
+        if self.order_rows.numel():
+            order_routes(self.expert_ids, self.order, tokens, self.gates.shape[1])
 
 
 class Router(torch.nn.Module):
