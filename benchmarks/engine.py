@@ -4,7 +4,8 @@
     python -m benchmarks.engine --engines stock,lora,adafuse,adafuse:16/16/2 --memory 0.2
 
 Engines: `stock`, the bare backbone; `lora`, vLLM's own LoRA with one static adapter of rank r;
-`adafuse`, or `adafuse:E/r/k` for other experts, ranks and top-k than the options say.
+`adafuse`, or `adafuse:E/r/k` for other experts, ranks and top-k than the options say;
+`layer_wise`, or `layer_wise:E/r/k`, the same with a router in every linear.
 
 Random weights (`load_format="dummy"`), random prompts, full CUDA graphs, greedy. The engines live
 side by side in processes of their own and take turns, so that drift of the clock hits all alike.
@@ -39,6 +40,9 @@ SHAPES = {
     "tiny": ("LlamaForCausalLM", 128, 256, 2, 4, 2, 1000),
 }
 
+# Our engines, and the routing of their adapters.
+OURS = {"adafuse": "pre_gated", "layer_wise": "layer_wise"}
+
 
 @dataclass
 class Options:
@@ -72,12 +76,14 @@ class Options:
         """
         if kind in ("stock", "lora"):
             return None
-        if kind == "adafuse":
+        if kind in OURS:
             return self.experts, self.r, self.top_k
         name, _, numbers = kind.partition(":")
         parts = numbers.split("/")
-        if name != "adafuse" or len(parts) != 3 or not all(part.isdigit() for part in parts):
-            raise ValueError(f"engine {kind}: expected stock, lora, adafuse or adafuse:E/r/k")
+        if name not in OURS or len(parts) != 3 or not all(part.isdigit() for part in parts):
+            raise ValueError(
+                f"engine {kind}: expected stock, lora, adafuse, layer_wise, or adafuse:E/r/k"
+            )
         return int(parts[0]), int(parts[1]), int(parts[2])
 
 
@@ -130,11 +136,13 @@ def make_lora(base: Path, out: Path, r: int) -> Path:
     return out
 
 
-def make_adapter(base: Path, out: Path, mixture: tuple[int, int, int]) -> Path:
+def make_adapter(
+    base: Path, out: Path, mixture: tuple[int, int, int], routing: str = "pre_gated"
+) -> Path:
     """A random adapter of (E, r, k) on all linears of a backbone."""
     experts, r, top_k = mixture
     return make_random_adapter(
-        base, out, num_experts=experts, top_k=top_k, r=r, dtype=torch.bfloat16
+        base, out, num_experts=experts, top_k=top_k, r=r, dtype=torch.bfloat16, routing=routing
     )
 
 
@@ -153,7 +161,8 @@ def start(kind: str, options: Options, root: Path) -> tuple[Engine, dict]:
 
     extra, lora, name = {}, None, kind.replace("/", "-").replace(":", "-")
     if mixture := options.mixture(kind):
-        adapter = make_adapter(root / "base", root / name, mixture)
+        routing = OURS[kind.partition(":")[0]]
+        adapter = make_adapter(root / "base", root / name, mixture, routing)
         extra["hf_overrides"] = {"adafuse_adapter": str(adapter)}
     if kind == "lora":
         lora = LoRARequest("lora", 1, str(make_lora(root / "base", root / name, options.r)))
