@@ -50,7 +50,7 @@ def methods(size: Size) -> dict[str, Method]:
     def static(rank: int) -> MixtureConfig:
         return MixtureConfig(num_experts=1, top_k=1, r=rank)
 
-    contexts = (1, 2) if size.layers >= 6 else (1,)
+    contexts = (1, 2) if size.layers >= 4 else (1,)
     linear = mixture(routing="layer_wise", router_scope="linear")
     block = mixture(routing="layer_wise", router_scope="block")
     made = [

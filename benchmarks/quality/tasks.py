@@ -137,7 +137,8 @@ def run_phase(
                 "--worker", f"{kind}/{int(distilled)}/{i}/{jobs}/{deadline}",
             ]  # fmt: skip
             with open(log, "a") as out:
-                environment = os.environ | {"OMP_NUM_THREADS": "2"}
+                threads = max(1, (os.cpu_count() or 1) // (2 * jobs))
+                environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
                 workers.append((subprocess.Popen(command, stdout=out, stderr=out,
                                                  env=environment), log))  # fmt: skip
         while any(process.poll() is None for process, _ in workers):
