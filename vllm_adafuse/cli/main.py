@@ -11,6 +11,7 @@ import vllm_adafuse
 from vllm_adafuse.cli import (
     cmd_check,
     cmd_compose,
+    cmd_compose_experts,
     cmd_convert,
     cmd_inspect,
     cmd_merge,
@@ -31,6 +32,7 @@ examples, in the order of a first visit:
   vllm-adafuse compose BASE adapter composed     one directory for `vllm serve composed`
   vllm-adafuse merge adapter --experts a,b merged   experts made part of a static checkpoint
   vllm-adafuse convert other/ adapter            MixLoRA, MoLA, Arrow, … in this format
+  vllm-adafuse compose-experts a=lora1 b=lora2 … one mixture of several LoRAs
   vllm-adafuse train --base BASE --data texts.jsonl --output adapter   train one
   vllm-adafuse tune BASE                         fit the kernels to this machine's GPU
 
@@ -57,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         cmd_compose,
         cmd_merge,
         cmd_convert,
+        cmd_compose_experts,
         cmd_random,
         cmd_train,
         cmd_tune,
