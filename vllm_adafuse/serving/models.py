@@ -59,16 +59,19 @@ class AdaFuseMixin:
             return tensors
 
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors
-        first = get_pp_group().is_first_rank
-        # The last module, so that its AfterLoading runs when all others are loaded.
+        stamps = get_pp_group().is_first_rank and not adapter_config.router_layer
         self.adafuse_router = Router(
             adapter_config,
             route,
             hf_config.hidden_size,
-            hf_config.vocab_size if first else 0,
+            hf_config.vocab_size if stamps else 0,
             hf_config.rms_norm_eps,
         )
-        self.adafuse_router.quant_method = AfterLoading(self._load_adapter)
+        if adapter_config.router_layer and self._has_router:
+            self.adafuse_router.watch(self.model.layers[adapter_config.router_layer])
+        # The last module, so that its AfterLoading runs when all others are loaded.
+        self.adafuse_loading = torch.nn.Module()
+        self.adafuse_loading.quant_method = AfterLoading(self._load_adapter)
 
     def _wrap_projections(
         self, route: Route, dtype: torch.dtype, alone: bool, behind: dict[LinearBase, NormPlace]
@@ -104,18 +107,24 @@ class AdaFuseMixin:
                 if any(parts):
                     yield module, layer.get_submodule(block), parts
 
+    @property
+    def _has_router(self) -> bool:
+        """Whether this pipeline stage decides the routes."""
+        layer = self.adafuse_adapter.config.router_layer
+        return self.model.start_layer <= layer < self.model.end_layer
+
     @torch.no_grad()
     def _load_adapter(self) -> None:
         adapter, router = self.adafuse_adapter, self.adafuse_router
         with adapter.reader() as read:
             for bank in self.adafuse_banks:
                 bank.load(read)
-            if get_pp_group().is_first_rank:
+            if self._has_router:
                 router.load(
                     read,
                     "router.bias" in adapter.tensors,
                     self.embed_input_ids,
-                    self.model.layers[0].input_layernorm,
+                    self.model.layers[adapter.config.router_layer].input_layernorm,
                     self.architecture.norm_offset,
                 )
         config = adapter.config
@@ -140,12 +149,16 @@ class AdaFuseMixin:
         **kwargs: Any,
     ) -> Any:
         router = self.adafuse_router
-        if intermediate_tensors is None:
-            router(input_ids, inputs_embeds)
-        else:
+        at_layer = router.config.router_layer
+        if intermediate_tensors is not None:
             tensors = dict(intermediate_tensors.tensors)
-            router.receive(tensors.pop(ROUTE_IDS), tensors.pop(ROUTE_WEIGHTS))
+            received = tensors.pop(ROUTE_IDS), tensors.pop(ROUTE_WEIGHTS)
+            # Before the layer at which the router stands, nothing is decided yet.
+            if at_layer < self.model.start_layer:
+                router.receive(*received)
             intermediate_tensors = IntermediateTensors(tensors)
+        elif at_layer == 0:
+            router(input_ids, inputs_embeds)
         out = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
         if isinstance(out, IntermediateTensors):
             rows = positions.shape[-1]

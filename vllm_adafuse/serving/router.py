@@ -1,4 +1,4 @@
-"""Routes: one decision per token at the entrance, read by every layer."""
+"""Routes: one decision per token, at the entrance or at a later layer, read by every layer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm_adafuse.config import AdapterConfig
 from vllm_adafuse.kernels.gate import gate
 from vllm_adafuse.kernels.gather_routes import gather_routes
+from vllm_adafuse.kernels.live_route import live_route
 from vllm_adafuse.kernels.order_routes import Order, order_routes
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.spread_routes import spread_routes
@@ -82,12 +83,15 @@ class Route(torch.nn.Module):
 class Router(torch.nn.Module):
     """Fills a `Route`: from the passports for token ids, by the live router for embeddings.
 
+    Where the adapter's router stands at a later layer (`router.layer`) there are no passports:
+    `watch` has it fill the route whenever a step enters that layer.
+
     Args:
         config: the adapter's.
         route: the buffers to fill.
         hidden_size: H.
-        vocab_size: V.
-        norm_eps: epsilon of layer 0's norm.
+        vocab_size: V, the rows of the passports.
+        norm_eps: epsilon of the layer's norm.
     """
 
     def __init__(
@@ -118,18 +122,35 @@ class Router(torch.nn.Module):
 
     def decide(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Routes of embeddings [T, H] as they enter layer 0: ids and weights [T, k]."""
+        return gate(embeddings, *self._tensors, **self._options)
+
+    @property
+    def _tensors(self) -> tuple:
         norm = self.norm_weight if self.config.router_input == "first_norm" else None
-        return gate(
-            embeddings,
-            self.weight,
-            self.bias,
-            norm,
-            self.scales,
-            norm_eps=self.norm_eps,
-            temperature=self.config.temperature,
-            top_k=self.config.top_k,
-            softmax_first=self.config.router_weights == "softmax_topk",
+        return self.weight, self.bias, norm, self.scales
+
+    @property
+    def _options(self) -> dict:
+        return {
+            "norm_eps": self.norm_eps,
+            "temperature": self.config.temperature,
+            "top_k": self.config.top_k,
+            "softmax_first": self.config.router_weights == "softmax_topk",
+        }
+
+    def watch(self, layer: torch.nn.Module) -> None:
+        """Routes every step as it enters a decoder layer, which takes
+        (positions, hidden_states, residual)."""
+        layer.adafuse_router = self
+        layer.register_forward_pre_hook(_route_at)
+
+    def enter(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+        """Writes the routes of hidden states [T, H], of which a part may stand in the residual."""
+        route = self.route
+        live_route(
+            hidden, residual, *self._tensors, route.expert_ids, route.weights, **self._options
         )
+        route.spread(hidden.shape[0])
 
     def forward(self, input_ids: torch.Tensor | None, embeddings: torch.Tensor | None) -> None:
         """Writes the step's routes.
@@ -164,13 +185,13 @@ class Router(torch.nn.Module):
         norm: torch.nn.Module,
         norm_offset: float,
     ) -> None:
-        """Loads the router and stamps the passports of the whole vocabulary.
+        """Loads the router and stamps the passports, if any, of the whole vocabulary.
 
         Args:
             read: adapter tensor name -> tensor on the CPU.
             has_bias: the adapter has router.bias.
             embed: token ids [T] -> embeddings [T, H] as they enter layer 0.
-            norm: layer 0's input norm.
+            norm: input norm of the layer that the router stands at.
             norm_offset: its factors are norm_offset + weight.
         """
         self.weight.copy_(read("router.weight"))
@@ -184,6 +205,12 @@ class Router(torch.nn.Module):
             ids, weights = self.decide(embed(tokens))
             self.passport_ids[start:stop].copy_(ids)
             self.passport_weights[start:stop].copy_(weights)
+
+
+def _route_at(layer: torch.nn.Module, args: tuple) -> None:
+    # Read from the layer, not from a closure: vLLM's compiled artefacts keep no closures.
+    _, hidden, residual = args
+    layer.adafuse_router.enter(hidden, residual)
 
 
 class AfterLoading(QuantizeMethodBase):
