@@ -11,28 +11,22 @@ from torch.profiler import ProfilerActivity, profile
 COPIES = ("Memcpy", "Memset")
 
 
-def count_launches(work: Callable[[], object]) -> dict[str, int]:
-    """Kernels and copies that reach the GPU, by torch's profiler.
+def launch_profiler() -> profile:
+    """torch's profiler, set to hear only of what reaches the GPU; without one, of operators."""
+    cuda = torch.cuda.is_available()
+    return profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU])
 
-    Without a GPU it counts the operators that call no other, which would be about as many.
 
-    Args:
-        work: run once before, to compile and warm up, and once while counted.
+def counted(profiler: profile) -> dict[str, int]:
+    """What a stopped profiler saw.
 
     Returns:
         `kernels`, and with a GPU `copies` (memcpy and memset) and `device_us`, their summed time.
+        Without a GPU `kernels` are the operators that call no other, about as many.
     """
-    work()
-    cuda = torch.cuda.is_available()
-    activities = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
-    with profile(activities=activities) as profiler:
-        work()
-        if cuda:
-            torch.cuda.synchronize()
     events = profiler.events()
-    if not cuda:
-        leaves = [e for e in events if not e.cpu_children and e.name.startswith("aten::")]
-        return {"kernels": len(leaves)}
+    if not torch.cuda.is_available():
+        return {"kernels": sum(1 for e in events if not e.cpu_children and "::" in e.name)}
     device = [e for e in events if e.device_type == DeviceType.CUDA]
     copies = [e for e in device if e.name.startswith(COPIES)]
     return {
@@ -40,3 +34,13 @@ def count_launches(work: Callable[[], object]) -> dict[str, int]:
         "copies": len(copies),
         "device_us": round(sum(e.device_time for e in device)),
     }
+
+
+def count_launches(work: Callable[[], object]) -> dict[str, int]:
+    """See `counted`; the work runs once before, to compile and warm up."""
+    work()
+    with launch_profiler() as profiler:
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return counted(profiler)

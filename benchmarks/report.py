@@ -202,6 +202,9 @@ SECTIONS = {
     "kernels": ("Projections", kernels_section),
 }
 
+# Written to docs/paper.md, by benchmarks.paper_report.
+ON_OTHER_PAGES = ("paper", "switch")
+
 
 def write_report(results: list[Result], docs: Path) -> Path:
     """Writes docs/benchmarks.md and its plots.
@@ -209,6 +212,7 @@ def write_report(results: list[Result], docs: Path) -> Path:
     Raises:
         ValueError: no results.
     """
+    results = [r for r in results if r.content["benchmark"] not in ON_OTHER_PAGES]
     if not results:
         raise ValueError("no result files; run benchmarks.engine, .kernels or .serve first")
     text, title = HEAD, None

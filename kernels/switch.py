@@ -149,7 +149,8 @@ def _misfit(live, pristine, banks_a, banks_b) -> str | None:
                     f"expected contiguous {dtype} on {device}"
                 )
             if t.is_cuda and t.data_ptr() % 16:
-                return f"linear {i}: a tensor begins {t.data_ptr() % 16} bytes past a multiple of 16"
+                past = t.data_ptr() % 16
+                return f"linear {i}: a tensor begins {past} bytes past a multiple of 16"
     return None
 
 

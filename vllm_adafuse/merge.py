@@ -60,9 +60,10 @@ class Choice:
             elif expert.isdecimal() and int(expert) < len(names):
                 found.append(int(expert))
             else:
+                known = ", ".join(map(show, names))
                 problems.append(
-                    f"it has no expert {show(expert)}, expected one of {', '.join(map(show, names))} "
-                    f"or a number from 0 to {len(names) - 1}"
+                    f"it has no expert {show(expert)}, expected one of {known} or a number from 0 "
+                    f"to {len(names) - 1}"
                 )
         if not experts:
             problems.append("no expert is named, expected at least one")

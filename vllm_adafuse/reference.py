@@ -229,7 +229,8 @@ def generate(
     if mode == "switch":
         from vllm_adafuse.switch_runtime import SwitchRuntime
 
-        return SwitchRuntime.load(base, adapter, **model_options or {}).generate(input_ids, **kwargs)
+        runtime = SwitchRuntime.load(base, adapter, **model_options or {})
+        return runtime.generate(input_ids, **kwargs)
     if mode != "mixture":
         raise ValueError(f"mode is {mode!r}, expected mixture or switch")
     model = load(base, adapter, **model_options or {})

@@ -95,6 +95,7 @@ class SwitchRuntime:
         expert_ids: torch.Tensor,
         weights: torch.Tensor,
         blocks: SwitchBlocks | None = None,
+        merge: Callable = switch,
     ):
         """Takes over a loaded backbone; see `load` for the usual way.
 
@@ -104,8 +105,9 @@ class SwitchRuntime:
             expert_ids: routes of the vocabulary, [V, k] int32.
             weights: theirs, [V, k] float32, LoRA's scale included.
             blocks: how the kernel cuts its work.
+            merge: what merges a route, with the arguments of `switch`.
         """
-        self.model, self.switches = model, 0
+        self.model, self.switches, self._switch = model, 0, merge
         device, dtype = model.device, model.dtype
         modules = dict(model.named_modules())
         self._linears = [modules[name] for name in experts]
@@ -209,7 +211,7 @@ class SwitchRuntime:
         if ids.numel() == 1:
             # A copy: the caller may write the next token into the same memory.
             row = ids.reshape(1).clone()
-            switch(self.plan, self.expert_ids, self.weights, row, self._merged)
+            self._switch(self.plan, self.expert_ids, self.weights, row, self._merged)
             self._merged, self.switches = row, self.switches + 1
             self._merge()
         else:
