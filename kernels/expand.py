@@ -167,6 +167,8 @@ def _expand_kernel(
     s = tl.zeros([BLOCK_T, BLOCK_E * BLOCK_R], dtype=s_ptr.dtype.element_ty)
     s_up = s
     # Of all columns; a program of one tile asks for B first, which needs no kernel before it.
+    if PDL and LOOP > 1:
+        tl.extra.cuda.gdc_wait()
     if ONE and LOOP > 1:
         s, s_up = _load_both(
             s_at, s_up_at, gates_ptr, rows, rows_s, rows_up, n_experts,
@@ -250,7 +252,7 @@ class ExpandBlocks:
     ) -> ExpandBlocks:
         """Found on an H200 at the shapes of Llama-2-7B; docs/kernel-notes.md has the figures."""
         if ordered:
-            return cls(ORDER_TILE, 64, 1, 4, 1)
+            return cls(ORDER_TILE, 128, 1, 4, 1) if itemsize == 2 else cls(ORDER_TILE, 32, 1, 4, 1)
         if tokens <= 256 or itemsize > 2:
             block_t = min(64 if itemsize == 2 else 32, max(16, triton.next_power_of_2(tokens)))
             return cls(block_t, 64, 1, 4, 1)
@@ -295,7 +297,7 @@ def _launch(
     every_part = min(parts) >= 0
     skip = tokens < _SKIP_TOKENS or order is not None
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
-    pdl = blocks.loop == 1 and can_overlap(y)
+    pdl = can_overlap(y)
     _expand_kernel[(groups, triton.cdiv(tokens, blocks.tokens))](
         y, bias, out, s, bank_b, gates,
         present if order is None else order.present, order and order.rows,

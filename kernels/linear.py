@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from vllm_adafuse.kernels import residual_norm, stream_linear, tile_linear
+from vllm_adafuse.kernels import stream_linear, tile_linear
 from vllm_adafuse.kernels.expand import activate_torch, expand_raw_triton, expand_torch
 from vllm_adafuse.kernels.order_routes import Order
 from vllm_adafuse.kernels.registry import register_op
@@ -31,11 +31,7 @@ MAX_JOINT_TOKENS = 256
 
 def scratch_sizes(bank_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
     """Bytes of s, floats of partial sums and tickets that a projection of `rows` rows may need."""
-    needs = (
-        stream_linear.scratch_sizes(bank_a, rows),
-        tile_linear.scratch_sizes(bank_a),
-        residual_norm.scratch_sizes(),
-    )
+    needs = stream_linear.scratch_sizes(bank_a, rows), tile_linear.scratch_sizes(bank_a)
     low, floats, tickets = map(max, *needs)
     return low, floats, tickets
 

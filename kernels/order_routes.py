@@ -18,7 +18,7 @@ from vllm_adafuse.kernels.registry import register_op
 
 # Tokens of a tile, and of the shortest step that is put into order.
 ORDER_TILE = 64
-MIN_ORDER_TOKENS = 1024
+MIN_ORDER_TOKENS = 8192
 # A set of experts is a word.
 MAX_ORDER_EXPERTS = 64
 

@@ -176,7 +176,7 @@ def _switch_kernel(
     table_ptr, places_ptr, ids_ptr, weights_ptr, row_ptr, merged_ptr,
     TYPE: tl.constexpr, TOP_K: tl.constexpr, RANK: tl.constexpr, FIELDS: tl.constexpr,
     ALIGN: tl.constexpr, EVEN: tl.constexpr, UNROLL: tl.constexpr, BLOCK_R: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, STRIP: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STRIP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     at = table_ptr + tl.load(places_ptr + pid) * FIELDS
@@ -199,6 +199,11 @@ def _switch_kernel(
         if others == 0:
             return
 
+    # Picked out of a vector in registers: what the loop loaded itself would hold up A and B.
+    slots = tl.arange(0, BLOCK_K)
+    ids = tl.load(ids_ptr + route + slots, mask=slots < TOP_K, other=0)
+    gates = tl.load(weights_ptr + route + slots, mask=slots < TOP_K, other=0.0)
+
     strips = tl.cdiv(size_in, STRIP)
     row0, col0 = local // strips * ROWS, local % strips * STRIP
     base = row0.to(tl.int64) * size_in
@@ -219,8 +224,8 @@ def _switch_kernel(
         delta = tl.zeros([ROWS, COLS], dtype=tl.float32)
         if UNROLL:
             for j in tl.static_range(TOP_K):
-                expert = tl.load(ids_ptr + route + j).to(tl.int64)
-                gate = tl.load(weights_ptr + route + j)
+                expert = tl.sum(tl.where(slots == j, ids, 0)).to(tl.int64)
+                gate = tl.sum(tl.where(slots == j, gates, 0.0))
                 for rank0 in tl.static_range(0, RANK, BLOCK_R):
                     delta = _expert_delta(
                         delta, a_ptr, b_ptr, expert, gate, rank0, rows, cols, rows_in, cols_in,
@@ -228,8 +233,8 @@ def _switch_kernel(
                     )  # fmt: skip
         else:
             for j in range(TOP_K):
-                expert = tl.load(ids_ptr + route + j).to(tl.int64)
-                gate = tl.load(weights_ptr + route + j)
+                expert = tl.sum(tl.where(slots == j, ids, 0)).to(tl.int64)
+                gate = tl.sum(tl.where(slots == j, gates, 0.0))
                 for rank0 in range(0, RANK, BLOCK_R):
                     delta = _expert_delta(
                         delta, a_ptr, b_ptr, expert, gate, rank0, rows, cols, rows_in, cols_in,
@@ -252,7 +257,7 @@ def switch_constants(plan: SwitchPlan, top_k: int) -> dict:
         align //= 2
     return {
         "TYPE": TRITON_TYPES[plan.live[0].dtype], "TOP_K": top_k, "RANK": rank, "FIELDS": FIELDS,
-        "ALIGN": align, "BLOCK_R": block_r,
+        "ALIGN": align, "BLOCK_R": block_r, "BLOCK_K": triton.next_power_of_2(top_k),
         "EVEN": all(o % cut.rows == 0 and i % cut.cols == 0 for o, i in sizes),
         "UNROLL": top_k * triton.cdiv(rank, block_r) <= MAX_UNROLLED,
         "ROWS": cut.rows, "COLS": cut.cols, "STRIP": cut.strip, "STAGES": cut.stages,

@@ -28,7 +28,7 @@ HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {
     **dict.fromkeys("x_ptr w_ptr bias_ptr a_ptr b_ptr y_ptr out_ptr s_ptr".split(), "*bf16"),
     **dict.fromkeys("residual_ptr weight_ptr z_ptr".split(), "*bf16"),
-    **dict.fromkeys("gates_ptr partial_ptr weights_ptr sums_ptr".split(), "*fp32"),
+    **dict.fromkeys("gates_ptr partial_ptr weights_ptr".split(), "*fp32"),
     **dict.fromkeys("ticket_ptr counter_ptr counters_ptr ids_ptr places_ptr order_ptr".split(), "*i32"),
     **dict.fromkeys("present_ptr table_ptr row_ptr merged_ptr".split(), "*i64"),
 }
@@ -93,7 +93,7 @@ def main() -> None:
             kernel = stream_linear._stream_linear_kernel
             name = f"stream_linear act={activation} tokens={tokens}"
             rows.append(build(name, kernel, constants, cut.warps, cut.stages))
-        for tokens in (64, 128):
+        for tokens in (32, 64):
             cut = tile_linear.choose(tokens, "silu" if activation else "", 2)
             constants = (two if activation else widths | parts) | {
                 "bias_ptr": None, "HAS_BIAS": False, "ACT": activation,
@@ -116,20 +116,16 @@ def main() -> None:
             cut = expand.ExpandBlocks.choose(tokens, activation == 1, 2, ordered)
             blocks = expand.expert_blocks(8, 16, ordered) | {
                 "BLOCK_T": cut.tokens, "BLOCK_OUT": cut.columns,
-                "LOOP": cut.loop, "STAGES": cut.stages, "ORDER": ordered, "PDL": cut.loop == 1,
+                "LOOP": cut.loop, "STAGES": cut.stages, "ORDER": ordered, "PDL": True,
             }  # fmt: skip
             name = f"expand act={activation} tokens={tokens}"
             rows.append(build(name, expand._expand_kernel, constants | blocks, cut.warps, 2))
-    for tokens in (1, 128, 16000):
-        cut = residual_norm.NormBlocks.choose(tokens, 4096, tokens > 32, 2)
-        groups = 4096 // (cut.columns * cut.loop)
-        constants = expand.expert_blocks(8, 16, tokens > 1000) | {
-            "WIDTH": 4096, "EXPAND": tokens > 32, "ORDER": tokens > 1000, "PDL": True,
-            "GROUPS": groups, "BLOCK_GROUPS": groups, "LOOP": cut.loop, "STAGES": cut.stages,
+    for tokens in (1, 16000):
+        cut = residual_norm.NormBlocks.choose(4096, tokens > 1, 2)
+        constants = expand.expert_blocks(8, 16, False) | {
+            "WIDTH": 4096, "EXPAND": tokens > 1, "PDL": True, "STAGES": cut.stages,
             "BLOCK_T": cut.tokens, "COLS": cut.columns, "NORM_COLS": cut.norm_columns,
         }  # fmt: skip
-        if tokens == 1:
-            constants |= {"ONE": False, "BLOCK_E": 1, "BLOCK_R": 16}
         kernel = residual_norm._residual_norm_kernel
         rows.append(build(f"residual_norm tokens={tokens}", kernel, constants, cut.warps, 3))
     block_in = shrink.fit_cols(shrink.BLOCK_IN, 16, 64, 2)

@@ -180,6 +180,5 @@ class ExpertBank(torch.nn.Module):
         """The norm of residual + projection + deltas, and that sum; both from `joint_linear`."""
         route = self.route
         return residual_norm(
-            both, residual, weight, eps, self.bank_b, route.gates, route.present,
-            route.scratch, route.order,
-        )  # fmt: skip
+            both, residual, weight, eps, self.bank_b, route.gates, route.present
+        )
