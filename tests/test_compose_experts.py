@@ -135,7 +135,7 @@ def test_domains_are_told_apart_on_text_not_seen(base, loras, samples, tmp_path)
     found = made.separability
     # Half of all words say nothing; those are right by chance.
     assert found.window_accuracy == 1.0 and 0.6 < found.token_accuracy < 0.8
-    assert found.own_weight > 0.5 and "tell them apart: routing" in found.verdict
+    assert found.own_weight > 0.5
     held_out = [sum(row) for row in found.tokens]
     assert all(250 < count < 1000 for count in held_out)
     for name, texts in zip(found.names, made.telling):
@@ -202,6 +202,27 @@ def test_reports(base, loras, samples, tmp_path, capsys):
     text = page.read_text()
     assert text.count("<table>") == 3 and evil not in text and "&lt;b&gt;law&lt;/b&gt;" in text
     assert main(["check", str(out)]) == 0
+
+
+@pytest.mark.parametrize(
+    "tokens, windows, words",
+    [
+        (0.9, 1.0, "Most tokens tell their domain: 90%"),
+        (0.6, 1.0, "clear over 64 tokens"),
+        (0.6, 0.7, "only in part: 60%"),
+        (0.51, 0.52, "hardly tell them apart"),
+    ],
+)
+def test_the_verdict_goes_by_tokens_and_windows(tokens, windows, words):
+    def confusion(right):
+        return [[right, 1 - right], [1 - right, right]]
+
+    found = Separability(
+        ("a", "b"), confusion(tokens), confusion(windows), confusion(tokens), [[], []]
+    )
+    assert words in found.verdict
+    alone = Separability(("a",), [[1]], [[1]], [[1.0]], [[]])
+    assert "one expert" in alone.verdict
 
 
 def test_a_png(tmp_path):

@@ -17,7 +17,7 @@ _STYLE = """
 body { font: 16px/1.6 system-ui, sans-serif; margin: 2rem auto; max-width: 64rem; padding: 0 1rem;
   background: var(--page); color: var(--ink); }
 h1 { font-size: 1.4rem; } h2 { font-size: 1rem; margin: 0 0 .5rem; }
-.maps { display: flex; flex-wrap: wrap; gap: 2.5rem; }
+.maps { display: flex; flex-wrap: wrap; gap: 2.5rem; margin: 1.5rem 0; }
 table { border-collapse: separate; border-spacing: 2px; font-size: .9rem; }
 th { font-weight: normal; color: var(--soft); padding: .2rem .5rem; text-align: right; }
 td { padding: .5rem .8rem; text-align: right; border-radius: 4px; min-width: 3.5rem;
@@ -44,7 +44,8 @@ def check_suffix(path: Path) -> None:
             import matplotlib  # noqa: F401
         except ImportError as e:
             raise AdapterError(
-                f"report {path}", ["a PNG needs matplotlib (pip install matplotlib); .html does not"]
+                f"report {path}",
+                ["a PNG needs matplotlib, which is not installed; install it or name an .html"],
             ) from e
 
 

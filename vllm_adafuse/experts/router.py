@@ -12,8 +12,9 @@ from vllm_adafuse.backbone import EMBEDDING, FIRST_NORM, Backbone, load_backbone
 from vllm_adafuse.experts.samples import Sample
 
 # Of the squared norm of the weights, beside the mean loss of a token. Features have norm 1: a token
-# that makes up a share f of the text gets a logit of at most about f / PENALTY.
-PENALTIES = tuple(10.0**-n for n in range(2, 8))
+# that makes up a share f of the text gets a logit of at most about f / penalty.
+PENALTIES = tuple(10.0**-n for n in range(2, 9))
+GAIN = 0.002  # of the validation loss: a weaker penalty that gains less is not taken
 STEPS = 200
 
 
@@ -80,14 +81,14 @@ def fit_router(
     """Fits p(domain | token) with every domain equally likely beforehand.
 
     Such a router sees a token and not its neighbours, so the counts of (token, domain) are all
-    that matters of a text. The loss is convex and deterministic: L-BFGS on the counts, for each
-    penalty, from the strongest on; the one best on the validation text is fitted once more with
-    that text added.
+    that matters of a text. The loss is convex and the fit deterministic: L-BFGS on the counts, for
+    each penalty, from the strongest on, as long as the loss on the validation text falls. With the
+    best penalty the router is fitted once more with that text added.
 
     Args:
         samples: of the domains, in the experts' order.
         features: of tokens.
-        step: called after each of `len(PENALTIES) + 1` fits.
+        step: called after each fit, at most `len(PENALTIES) + 1` times.
 
     Returns:
         The router; its softmax over all experts estimates the domain of a token.
@@ -100,21 +101,20 @@ def fit_router(
     fit, validation = (
         _shares([getattr(s, part) for s in samples], vocabulary) for part in ("fit", "validation")
     )
-    best, losses = None, {}
-    start = torch.zeros(len(samples), x.shape[1] + 1)
+    best, lowest, start = PENALTIES[0], math.inf, torch.zeros(len(samples), x.shape[1] + 1)
     for penalty in PENALTIES:
-        start = _fit(x, fit, penalty, start)
-        losses[penalty] = float(_loss(start, x, validation))
-        if losses[penalty] <= min(losses.values()):
-            best = penalty, start
+        solution = _fit(x, fit, penalty, start)
+        loss = float(_loss(solution, x, validation))
         step()
-    penalty, start = best
+        if loss > (1 - GAIN) * lowest:
+            break
+        best, lowest, start = penalty, loss, solution
     both = _shares([torch.cat([s.fit, s.validation]) for s in samples], vocabulary)
-    solution = _fit(x, both, penalty, start)
+    solution = _fit(x, both, best, start)
     step()
     weight = solution[:, :-1] / scale
     bias = solution[:, -1] - weight @ center
-    return Router(weight, bias - bias.mean(), penalty)  # softmax knows no common shift
+    return Router(weight, bias - bias.mean(), best)  # softmax knows no common shift
 
 
 def _shares(texts: list[torch.Tensor], vocabulary: torch.Tensor) -> torch.Tensor:

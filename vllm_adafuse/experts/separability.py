@@ -9,8 +9,8 @@ import torch
 from vllm_adafuse.experts.router import Features, Router
 from vllm_adafuse.experts.samples import WINDOW, Sample
 
-# Accuracy of windows above chance, 0 to 1: from GOOD on, words alone tell the domains apart.
-GOOD, POOR = 0.8, 0.2
+# Accuracies above chance (0: guessing, 1: always right) that the verdict calls by these names.
+CLEAR_TOKENS, CLEAR_WINDOWS, POOR_WINDOWS = 0.5, 0.8, 0.2
 TELLING = 12  # tokens shown for each expert
 
 
@@ -50,19 +50,34 @@ class Separability:
     @property
     def verdict(self) -> str:
         """One sentence for people."""
-        chance = 1 / len(self.names)
-        reached = (self.window_accuracy - chance) / (1 - chance) if chance < 1 else 1.0
-        if reached >= GOOD:
-            return "The words of these domains tell them apart: routing by token will help."
-        if reached >= POOR:
+        if len(self.names) == 1:
+            return "There is one expert, and every token meets it."
+        first, own = f"{self.token_accuracy:.0%}", f"{self.own_weight:.0%}"
+        if self._above_chance(self.token_accuracy) >= CLEAR_TOKENS:
             return (
-                "The words of these domains tell them apart only in part: many tokens will meet "
-                "another domain's expert."
+                f"Most tokens tell their domain: {first} meet their own expert first, and it gets "
+                f"{own} of the weight. Routing by token will help."
+            )
+        if self._above_chance(self.window_accuracy) >= CLEAR_WINDOWS:
+            return (
+                f"The domains are clear over {WINDOW} tokens, but a router sees one at a time: "
+                f"{first} of the tokens meet their own expert first, and it gets {own} of the "
+                "weight. Expect a blend that leans to the right expert."
+            )
+        if self._above_chance(self.window_accuracy) >= POOR_WINDOWS:
+            return (
+                f"The words of these domains tell them apart only in part: {first} of the tokens "
+                "meet their own expert first. Try the mixture beside --router uniform."
             )
         return (
             "The words of these domains hardly tell them apart: a router that sees tokens alone "
-            "mixes the experts almost at random. --router uniform is as good, or train a router."
+            "mixes the experts almost at random. --router uniform is as good."
         )
+
+    def _above_chance(self, accuracy: float) -> float:
+        """0 for guessing, 1 for always right."""
+        chance = 1 / len(self.names)
+        return (accuracy - chance) / (1 - chance)
 
     def to_json(self) -> dict[str, Any]:
         """Figures for the adapter's config."""
@@ -140,7 +155,7 @@ def text_report(found: Separability, telling: list[list[str]]) -> str:
         *_table(found.names, shares_of(found.tokens)),
         f"own expert first: {found.token_accuracy:.1%} of tokens",
         "",
-        f"share of a domain's windows of {WINDOW} tokens that, all tokens taken together, are of …",
+        f"share of a domain's windows of {WINDOW} tokens that are, all tokens together, of …",
         *_table(found.names, shares_of(found.windows)),
         f"right: {found.window_accuracy:.1%} of windows (by chance {1 / len(found.names):.1%})",
         "",
