@@ -59,11 +59,11 @@ SIZES = {
         steps=400, batch=64, r=8, experts=8, rates=(1e-3, 2e-3, 4e-3), full_rate=0.25,
         seeds=(0, 1, 2), judge_blocks=128,
     ),
-    # 2 million: a look at the method within an hour of two CPU cores.
+    # 1 million: a look at the method within an hour of two CPU cores.
     "small": Size(
-        hidden=192, layers=4, heads=6, inter=512, vocab=2048, length=128,
+        hidden=128, layers=4, heads=4, inter=352, vocab=2048, length=64,
         pretrain_bytes=16 * MIB, adapt_bytes=MIB, valid_bytes=MIB // 16,
-        held_bytes=MIB // 8, pretrain_steps=1500, pretrain_batch=24, pretrain_lr=2e-3,
+        held_bytes=MIB // 8, pretrain_steps=1000, pretrain_batch=32, pretrain_lr=4e-3,
         steps=300, batch=16, r=4, experts=8, rates=(4e-3,), full_rate=0.25,
         seeds=(0,), judge_blocks=64,
     ),

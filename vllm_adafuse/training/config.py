@@ -64,7 +64,7 @@ class MixtureConfig:
     jitter: float = 0.0
     balance_coef: float = 0.01
     z_loss_coef: float = 0.001
-    router_init: float = 0.5
+    router_init: float = 0.1
     expert_names: tuple[str, ...] | None = None
     seed: int = 0
 

@@ -238,21 +238,29 @@ class AdaFuseModel(nn.Module):
         """Forgets the expert usage counted so far."""
         self.usage, self.usage_steps = None, 0
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None):
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict | None = None, **options: Any
+    ) -> None:
         """Saves memory: layers are computed again in the backward pass.
+
+        Args:
+            gradient_checkpointing_kwargs: for torch's `checkpoint`.
+            **options: of the backbone's method of this name.
 
         Raises:
             AdapterError: `use_reentrant` is true; a route that all layers share needs the other
                 kind, which keeps gradients of tensors from outside a layer.
         """
-        options = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
-        if options["use_reentrant"]:
+        how = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
+        if how["use_reentrant"]:
             raise AdapterError(
                 "gradient checkpointing",
                 ["`use_reentrant` is true, expected false: all layers share one route; leave the "
                  "option out"],
             )  # fmt: skip
-        self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        self.backbone.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs=how, **options
+        )
 
     def gradient_checkpointing_disable(self) -> None:
         """Keeps all activations again."""
