@@ -9,6 +9,11 @@ that moves 4 bytes and keeps 2. Adding and subtracting in place moves as much an
 remainder of 8 bits beside the live weight would keep 1 byte, move 6, and still not give W back
 where the delta outweighs it.
 
+The chosen experts stand side by side: B [out, k r], each column times its gate, stays in registers
+while a program goes along a strip of W, and the stacked A [k r, in] streams past with W. The gated
+B is kept as a sum of two values of its type: products then err by 2^-17 of the delta, where
+rounding W_live to bf16 errs by 2^-9.
+
 Not a torch op: the weights are reached through a table of pointers, which torch cannot follow.
 """
 
@@ -24,8 +29,8 @@ import triton.language as tl
 TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 # Columns of the table: pointers, sizes, the first program of the linear; padded to 64 bytes.
 FIELDS = 8
-# Products with this many experts and slices of their rank are written out one by one.
-MAX_UNROLLED = 8
+# Columns of all chosen B side by side up to which they stay in registers.
+MAX_COLUMNS = 128
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class SwitchBlocks:
     cols: int = 64
     strip: int = 2048
     warps: int = 4
-    stages: int = 2
+    stages: int = 3
 
     def __post_init__(self):
         for name, least in (("rows", 16), ("cols", 16), ("warps", 1)):
@@ -155,28 +160,61 @@ def _misfit(live, pristine, banks_a, banks_b) -> str | None:
 
 
 @triton.jit
-def _expert_delta(
-    delta, a_ptr, b_ptr, expert, gate, rank0, rows, cols, rows_in, cols_in, size_in, size_out,
-    RANK: tl.constexpr, BLOCK_R: tl.constexpr, EVEN: tl.constexpr,
+def _chosen(
+    ids_ptr, weights_ptr, route, chunk,
+    TOP_K: tl.constexpr, RANK: tl.constexpr, BLOCK_C: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """delta + gate B[e, rows, rank0:] A[e, rank0:, cols]"""
-    ranks = rank0 + tl.arange(0, BLOCK_R)
-    a_at = a_ptr + (expert * RANK) * size_in + ranks[:, None] * size_in + cols[None, :]
-    b_at = b_ptr + (expert * RANK) * size_out + rows[:, None] * RANK + ranks[None, :]
-    if EVEN and RANK % BLOCK_R == 0:
-        a, b = tl.load(a_at), tl.load(b_at)
+    """Of BLOCK_C columns of [B[e_0] … B[e_k-1]]: expert, its gate, the column's rank, validity."""
+    column = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
+    expert = tl.zeros([BLOCK_C], dtype=tl.int64)
+    gate = tl.zeros([BLOCK_C], dtype=tl.float32)
+    first = chunk * BLOCK_C // RANK
+    for i in tl.static_range(SLOTS):  # scalars: a gather would load once per column
+        slot = first + i
+        mine = column // RANK == slot
+        one = tl.load(ids_ptr + route + slot, mask=slot < TOP_K, other=0).to(tl.int64)
+        expert = tl.where(mine, one, expert)
+        weight = tl.load(weights_ptr + route + slot, mask=slot < TOP_K, other=0.0)
+        gate = tl.where(mine, weight, gate)
+    return expert, gate, column % RANK, column < TOP_K * RANK
+
+
+@triton.jit
+def _gated_b(
+    b_ptr, expert, gate, rank, valid, rows, rows_in, size_out,
+    TYPE: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """gate B as a sum of two values of B's type, which leaves 2^-17 of it where one leaves 2^-9."""
+    place = expert[None, :] * RANK * size_out + rows[:, None] * RANK + rank[None, :]
+    b = tl.load(b_ptr + place, mask=rows_in[:, None] & valid[None, :], other=0.0)
+    gated = b.to(tl.float32) * gate[None, :]
+    high = gated.to(TYPE)
+    return high, (gated - high.to(tl.float32)).to(TYPE)
+
+
+@triton.jit
+def _plus_product(
+    delta, high, low, a_ptr, expert, rank, valid, cols, cols_in, size_in,
+    TYPE: tl.constexpr, RANK: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """delta + (high + low) [A[e_0]; …]"""
+    place = ((expert * RANK + rank) * size_in)[:, None] + cols[None, :]
+    if EVEN:
+        a = tl.load(a_ptr + place)
     else:
-        a = tl.load(a_at, mask=(ranks < RANK)[:, None] & cols_in[None, :], other=0.0)
-        b = tl.load(b_at, mask=rows_in[:, None] & (ranks < RANK)[None, :], other=0.0)
-    return delta + gate * tl.dot(b, a, input_precision="ieee")
+        a = tl.load(a_ptr + place, mask=valid[:, None] & cols_in[None, :], other=0.0)
+    delta = tl.dot(high, a, delta, input_precision="ieee")
+    if TYPE != tl.float32:
+        delta = tl.dot(low, a, delta, input_precision="ieee")
+    return delta
 
 
 @triton.jit
 def _switch_kernel(
     table_ptr, places_ptr, ids_ptr, weights_ptr, row_ptr, merged_ptr,
     TYPE: tl.constexpr, TOP_K: tl.constexpr, RANK: tl.constexpr, FIELDS: tl.constexpr,
-    ALIGN: tl.constexpr, EVEN: tl.constexpr, UNROLL: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STRIP: tl.constexpr, STAGES: tl.constexpr,
+    ALIGN: tl.constexpr, EVEN: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr,
+    SLOTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STRIP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     at = table_ptr + tl.load(places_ptr + pid) * FIELDS
@@ -192,17 +230,12 @@ def _switch_kernel(
     if merged_ptr is not None:
         merged = tl.load(merged_ptr) * TOP_K
         others = 0
-        for j in tl.static_range(TOP_K):
+        for j in range(TOP_K):
             new_id, old_id = tl.load(ids_ptr + route + j), tl.load(ids_ptr + merged + j)
             new, old = tl.load(weights_ptr + route + j), tl.load(weights_ptr + merged + j)
             others += ((new_id != old_id) | (new != old)).to(tl.int32)
         if others == 0:
             return
-
-    # Picked out of a vector in registers: what the loop loaded itself would hold up A and B.
-    slots = tl.arange(0, BLOCK_K)
-    ids = tl.load(ids_ptr + route + slots, mask=slots < TOP_K, other=0)
-    gates = tl.load(weights_ptr + route + slots, mask=slots < TOP_K, other=0.0)
 
     strips = tl.cdiv(size_in, STRIP)
     row0, col0 = local // strips * ROWS, local % strips * STRIP
@@ -210,36 +243,41 @@ def _switch_kernel(
     tall = tl.arange(0, ROWS)
     rows = row0 + tall
     rows_in = rows < size_out
+    if CHUNKS == 1:  # B serves the whole strip
+        expert, gate, rank, valid = _chosen(
+            ids_ptr, weights_ptr, route, 0, TOP_K, RANK, BLOCK_C, SLOTS
+        )  # fmt: skip
+        high, low = _gated_b(
+            b_ptr, expert, gate, rank, valid, rows, rows_in, size_out, TYPE, RANK
+        )  # fmt: skip
     for start in tl.range(col0, tl.minimum(col0 + STRIP, size_in), COLS, num_stages=STAGES):
         start = tl.multiple_of(start, COLS)
         cols = start + tl.arange(0, COLS)
         cols_in = cols < size_in
         inside = rows_in[:, None] & cols_in[None, :]
         place = tall[:, None] * size_in + cols[None, :]
-        # Asked for before the experts: their products hide its way.
         if EVEN:
             w = tl.load(w0_ptr + base + place, eviction_policy="evict_first")
         else:
             w = tl.load(w0_ptr + base + place, mask=inside, other=0.0)
         delta = tl.zeros([ROWS, COLS], dtype=tl.float32)
-        if UNROLL:
-            for j in tl.static_range(TOP_K):
-                expert = tl.sum(tl.where(slots == j, ids, 0)).to(tl.int64)
-                gate = tl.sum(tl.where(slots == j, gates, 0.0))
-                for rank0 in tl.static_range(0, RANK, BLOCK_R):
-                    delta = _expert_delta(
-                        delta, a_ptr, b_ptr, expert, gate, rank0, rows, cols, rows_in, cols_in,
-                        size_in, size_out, RANK, BLOCK_R, EVEN,
-                    )  # fmt: skip
+        if CHUNKS == 1:
+            delta = _plus_product(
+                delta, high, low, a_ptr, expert, rank, valid, cols, cols_in, size_in,
+                TYPE, RANK, EVEN,
+            )  # fmt: skip
         else:
-            for j in range(TOP_K):
-                expert = tl.sum(tl.where(slots == j, ids, 0)).to(tl.int64)
-                gate = tl.sum(tl.where(slots == j, gates, 0.0))
-                for rank0 in range(0, RANK, BLOCK_R):
-                    delta = _expert_delta(
-                        delta, a_ptr, b_ptr, expert, gate, rank0, rows, cols, rows_in, cols_in,
-                        size_in, size_out, RANK, BLOCK_R, EVEN,
-                    )  # fmt: skip
+            for chunk in range(CHUNKS):
+                expert_c, gate_c, rank_c, valid_c = _chosen(
+                    ids_ptr, weights_ptr, route, chunk, TOP_K, RANK, BLOCK_C, SLOTS
+                )  # fmt: skip
+                high_c, low_c = _gated_b(
+                    b_ptr, expert_c, gate_c, rank_c, valid_c, rows, rows_in, size_out, TYPE, RANK
+                )  # fmt: skip
+                delta = _plus_product(
+                    delta, high_c, low_c, a_ptr, expert_c, rank_c, valid_c, cols, cols_in, size_in,
+                    TYPE, RANK, EVEN,
+                )  # fmt: skip
         result = (w.to(tl.float32) + delta).to(TYPE)
         if EVEN:
             tl.store(w_ptr + base + place, result, eviction_policy="evict_first")
@@ -249,17 +287,18 @@ def _switch_kernel(
 
 def switch_constants(plan: SwitchPlan, top_k: int) -> dict:
     """The kernel's compile-time arguments."""
-    cut, rank = plan.blocks, plan.banks_a[0].shape[1]
-    block_r = min(64, max(16, triton.next_power_of_2(rank)))
+    cut, columns = plan.blocks, top_k * plan.banks_a[0].shape[1]
+    block_c = min(MAX_COLUMNS, max(16, triton.next_power_of_2(columns)))
     sizes = [tuple(w.shape) for w in plan.live]
     align = 16
     while any(size_in % align for _, size_in in sizes):
         align //= 2
+    even = all(o % cut.rows == 0 and i % cut.cols == 0 for o, i in sizes)
     return {
-        "TYPE": TRITON_TYPES[plan.live[0].dtype], "TOP_K": top_k, "RANK": rank, "FIELDS": FIELDS,
-        "ALIGN": align, "BLOCK_R": block_r, "BLOCK_K": triton.next_power_of_2(top_k),
-        "EVEN": all(o % cut.rows == 0 and i % cut.cols == 0 for o, i in sizes),
-        "UNROLL": top_k * triton.cdiv(rank, block_r) <= MAX_UNROLLED,
+        "TYPE": TRITON_TYPES[plan.live[0].dtype], "TOP_K": top_k, "RANK": columns // top_k,
+        "FIELDS": FIELDS, "ALIGN": align, "EVEN": even and columns % block_c == 0,
+        "BLOCK_C": block_c, "CHUNKS": triton.cdiv(columns, block_c),
+        "SLOTS": min(top_k, triton.cdiv(block_c, columns // top_k) + 1),
         "ROWS": cut.rows, "COLS": cut.cols, "STRIP": cut.strip, "STAGES": cut.stages,
     }  # fmt: skip
 

@@ -169,10 +169,12 @@ def test_in_a_cuda_graph():
 
 def test_constants():
     even = switch_constants(make_plan([(64, 128)], 2, 16), 2)
-    assert even["EVEN"] and even["ALIGN"] == 16 and even["UNROLL"]
+    assert even["EVEN"] and even["ALIGN"] == 16 and (even["BLOCK_C"], even["CHUNKS"]) == (32, 1)
     odd = switch_constants(make_plan([(64, 128), (64, 36)], 2, 16), 2)
     assert not odd["EVEN"] and odd["ALIGN"] == 4
-    assert not switch_constants(make_plan([(16, 16)], 24, 2), 24)["UNROLL"]
+    padded = switch_constants(make_plan([(64, 128)], 3, 5), 2)
+    assert not padded["EVEN"] and padded["BLOCK_C"] == 16
+    assert switch_constants(make_plan([(16, 16)], 2, 200), 2)["CHUNKS"] == 4
 
 
 def test_misfits_are_refused():
