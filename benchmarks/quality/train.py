@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -177,8 +178,6 @@ def adapt(
     elif method.teacher:
         return _distil(method, seed, lr, size, data, work, out, steps, split, backbone, batch)
     else:
-        import dataclasses
-
         model = AdaFuseModel.from_backbone(
             backbone, dataclasses.replace(method.mixture, seed=seed), str(work.resolve() / "base")
         )
@@ -216,7 +215,7 @@ def _distil(method, seed, lr, size, data, work, out, steps, split, backbone, bat
         start = judge(student, data, split)["loss"]
         options = DistillOptions(steps, lr, lr / 2 if method.tune_experts else 0.0, WARMUP)
         history = distill(teacher, student, batches, options)
-        held = [b for d in DOMAINS for b in data.judged(d, split).split(size.batch)]
+        held = [{"input_ids": b} for d in DOMAINS for b in data.judged(d, split).split(size.batch)]
         kl = mean_kl(teacher, student, held)
     student.base_model = student.adapter_config["base_model_name_or_path"] = str(
         work.resolve() / "base"

@@ -13,6 +13,7 @@ from vllm_adafuse.cli import (
     cmd_compose,
     cmd_compose_experts,
     cmd_convert,
+    cmd_distill,
     cmd_inspect,
     cmd_merge,
     cmd_random,
@@ -62,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         cmd_compose_experts,
         cmd_random,
         cmd_train,
+        cmd_distill,
         cmd_tune,
     ):
         command.add_parser(commands)

@@ -59,15 +59,23 @@ def kl_of(teacher_logits: torch.Tensor, student_logits: torch.Tensor) -> torch.T
 
 
 @torch.no_grad()
-def mean_kl(teacher: Any, model: Any, batches: Iterable[torch.Tensor]) -> float:
-    """KL(teacher || model) on held-out ids [batch, length], per token in nats."""
+def mean_kl(teacher: Any, model: Any, batches: Iterable[dict[str, torch.Tensor]]) -> float:
+    """KL(teacher || model) on held-out text, in nats per token that has loss.
+
+    Args:
+        teacher, model: called as Hugging Face causal LMs.
+        batches: input_ids [batch, length] and, where not every token counts, labels
+            (-100: it does not).
+    """
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
-    for ids in batches:
-        ids = ids.to(model.device)
-        total += kl_of(teacher(input_ids=ids).logits, model(input_ids=ids).logits).item() * len(ids)
-        count += len(ids)
+    for batch in batches:
+        ids = batch["input_ids"].to(model.device)
+        counts = batch.get("labels", ids).to(model.device)[:, 1:] != -100
+        wanted, found = (m(input_ids=ids).logits[:, :-1][counts] for m in (teacher, model))
+        total += kl_of(wanted, found).item() * len(wanted)
+        count += len(wanted)
     model.train(was_training)
     return total / max(1, count)
 
