@@ -106,6 +106,8 @@ MUST_BE_PLAIN = "merge_and_unload"
         (plain, {"peft_type": "XLORA"}, ["X-LoRA", "two passes", "compose-experts", "layers.0"]),
         (sources.mola, {}, ["does not save its top_k", "--top-k"]),
         (sources.mola, {"r": [4]}, ["`r` is [4]", "one for layer 1"]),
+        (sources.mola, {"use_rslora": True}, ["use_rslora", "alpha / r"]),
+        (plain, {"target_modules": ["up_proj"]}, ["no tensors of model.layers.1.mlp.up_proj"]),
         (hydralora, {"lora_nums": 3}, ["lora_route.weight", "[4, 128], expected [3, 128]"]),
         (loramoe, {"lora_nums": 5}, ["lora_A4.weight", "is missing, expected [4, 128]"]),
         (loramoe, {"lora_alpha": "gone"}, ["lora_alpha", "missing", "a positive number"]),
@@ -134,6 +136,11 @@ def put(name, value):
     [
         (mixlora, drop("moe_gate.weight"), ["moe_gate.weight", "is missing", "[4, 128]"]),
         (mixlora, drop("experts.2.lora_B.weight"), ["experts.2.lora_B.weight", "[192, 4]"]),
+        (
+            mixlora,
+            lambda t: [t.pop(name) for name in list(t) if ".layers.2." in name],
+            ["no tensors of model.layers.2.", "target_modules", "incomplete"],
+        ),
         (
             mixlora,
             put("mixlora.layers.0.mlp.up_proj.experts.4.lora_A.weight", torch.ones(4, 128)),
@@ -307,6 +314,14 @@ def test_a_pickle_that_would_run_code(legacy, base, tmp_path):
     assert trap.exists()
     trap.unlink()
     refused(source, "adapter_model.bin", "could run code", "open", "safetensors")
+    assert not trap.exists()
+
+
+def test_a_module_beside_a_pickle_is_not_imported(base, tmp_path, monkeypatch):
+    source, trap = sources.mixlora(base, tmp_path / "source"), tmp_path / "trap"
+    (source / "torch.py").write_text(f"open({str(trap)!r}, 'w')")
+    monkeypatch.chdir(source)
+    assert convert(".", tmp_path / "out").kind == "MixLoRA"
     assert not trap.exists()
 
 

@@ -13,7 +13,13 @@ from vllm_adafuse.config import CONFIG_FILE, MAX_EXPERTS, MAX_RANK
 from vllm_adafuse.convert import moe_peft
 from vllm_adafuse.convert.mixture import Linear, Mixture
 from vllm_adafuse.convert.options import Options
-from vllm_adafuse.convert.peft_lora import LINEAR, PREFIX, check_config, take_pair
+from vllm_adafuse.convert.peft_lora import (
+    LINEAR,
+    PREFIX,
+    check_complete,
+    check_config,
+    take_pair,
+)
 from vllm_adafuse.convert.source import Source
 
 KIND = "LoRAMoE"
@@ -48,7 +54,7 @@ def read_routes(
         ending: of the names of experts, a regular expression.
         a_name: of A, with {} for the expert; without it all experts share one A.
     """
-    check_config(source)
+    check_config(source, rslora=False)
     rank = source.integer("r", MAX_RANK)
     alpha = source.number("lora_alpha")
     routers = list(source.match(ROUTER))
@@ -72,4 +78,5 @@ def read_routes(
                 for e in range(count)
             ],
         )  # fmt: skip
+    check_complete(source, linears, backbone)
     return linears, count

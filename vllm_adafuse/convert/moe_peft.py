@@ -12,7 +12,7 @@ import torch
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.config import CONFIG_FILE, MAX_EXPERTS, MAX_RANK
 from vllm_adafuse.convert.mixture import Linear
-from vllm_adafuse.convert.peft_lora import check_config, take_pair
+from vllm_adafuse.convert.peft_lora import check_complete, check_config, take_pair
 from vllm_adafuse.convert.source import Source
 
 _WHERE = r"\.(layers\.(\d+)\.(self_attn|mlp))\.(\w+)"
@@ -54,6 +54,7 @@ def read_linears(
                 source, backbone, name, f"{stem}.lora_A.weight", f"{stem}.lora_B.weight",
                 rank, alpha, rslora,
             )  # fmt: skip
+    check_complete(source, linears, backbone)
     return linears
 
 

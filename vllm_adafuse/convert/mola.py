@@ -13,7 +13,13 @@ from vllm_adafuse.config import CONFIG_FILE, MAX_EXPERTS, show
 from vllm_adafuse.convert import moe_peft
 from vllm_adafuse.convert.mixture import Linear, Mixture
 from vllm_adafuse.convert.options import Options
-from vllm_adafuse.convert.peft_lora import LINEAR, PREFIX, check_config, take_pair
+from vllm_adafuse.convert.peft_lora import (
+    LINEAR,
+    PREFIX,
+    check_complete,
+    check_config,
+    take_pair,
+)
 from vllm_adafuse.convert.source import Source
 
 KIND = "MoLA"
@@ -31,7 +37,7 @@ def read(source: Source, backbone: Backbone, options: Options) -> Mixture:
     """One router for every linear."""
     if source.has(r"mola\..*"):
         return _read_moe_peft(source, backbone, options)
-    check_config(source)
+    check_config(source, rslora=False)
     if options.top_k is None:
         source.problems.append(
             f"{CONFIG_FILE}: MoLA does not save its top_k; say it with --top-k, one number or one "
@@ -42,6 +48,7 @@ def read(source: Source, backbone: Backbone, options: Options) -> Mixture:
         if (name := match[1]) not in linears:
             stem = match[0][: match[0].index(name) + len(name)]
             linears[name] = _read_linear(source, backbone, name, stem, int(match[2]))
+    check_complete(source, linears, backbone)
     notes = ["top_k is not saved by MoLA: taken from --top-k"]
     return Mixture(KIND, linears, _check_top_k(source, options, linears, backbone), notes=notes)
 

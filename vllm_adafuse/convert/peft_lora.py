@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from vllm_adafuse.backbone import Backbone
-from vllm_adafuse.config import CONFIG_FILE, MAX_RANK, show
+from vllm_adafuse.config import CONFIG_FILE, MAX_RANK, show, some
 from vllm_adafuse.convert.mixture import Linear, Mixture, Part
 from vllm_adafuse.convert.options import Options
 from vllm_adafuse.convert.source import Source
@@ -48,8 +49,18 @@ def read(source: Source, backbone: Backbone, options: Options) -> Mixture:
     return Mixture(KIND, {n: Linear(always=part) for n, part in parts.items()}, top_k=1)
 
 
-def check_config(source: Source) -> None:
-    """Puts down what PEFT or one of its forks says in the config and we cannot compute."""
+def check_config(source: Source, rslora: bool = True) -> None:
+    """Puts down what PEFT or one of its forks says in the config and we cannot compute.
+
+    Args:
+        source: whose config.
+        rslora: whether the library knows rsLoRA.
+    """
+    if source.config.get("use_rslora") and not rslora:
+        source.problems.append(
+            f"{CONFIG_FILE}: `use_rslora` is true, expected none: the code of this format scales "
+            "by alpha / r whatever it says; set it to false if that is how it was trained"
+        )
     for key, why in _REFUSED.items():
         if source.config.get(key):
             source.problems.append(
@@ -68,6 +79,26 @@ def check_config(source: Source) -> None:
             f"{CONFIG_FILE}: `init_lora_weights` is {show(init)}, which changes the backbone's "
             "weights before training, so that the LoRA does not fit the backbone that is served; "
             "save it with PEFT's path_initial_model_for_weight_conversion, which makes it plain"
+        )
+
+
+def check_complete(source: Source, found: Iterable[str], backbone: Backbone) -> None:
+    """Puts down linears that `target_modules` names and the file has nothing of.
+
+    A list of module names means all layers, unless the config says otherwise.
+    """
+    targets = source.config.get("target_modules")
+    if isinstance(targets, dict):
+        targets = [name for name, used in targets.items() if used]
+    limited = [source.config.get(key) for key in ("layers_to_transform", "exclude_modules")]
+    if not isinstance(targets, list) or any(value not in (None, []) for value in limited):
+        return
+    wanted = [name for name in backbone.linears if name.rsplit(".", 1)[1] in targets]
+    if missing := [name for name in wanted if name not in set(found)]:
+        source.problems.append(
+            f"{source.file}: has no tensors of {some(missing)}, expected them because "
+            f"`target_modules` of {CONFIG_FILE} lists their modules; the file is incomplete, save "
+            "or copy it again"
         )
 
 
@@ -98,6 +129,7 @@ def read_lora(source: Source, backbone: Backbone) -> dict[str, Part]:
             _by_pattern(source, "alpha_pattern", (int, float), name, alpha),
             rslora,
         )  # fmt: skip
+    check_complete(source, parts, backbone)
     return parts
 
 

@@ -23,8 +23,8 @@ def unpickle(file: Path, out: Path) -> str | None:
     """Reads a torch pickle in a child process with limited memory.
 
     Args:
-        file: a dict of name -> tensor, as `torch.save` writes it.
-        out: the safetensors file to write.
+        file: a dict of name -> tensor, as `torch.save` writes it; an absolute path.
+        out: the safetensors file to write, absolute, in a directory that holds nothing else.
 
     Returns:
         None, or what is wrong with the file in a few words.
@@ -33,7 +33,10 @@ def unpickle(file: Path, out: Path) -> str | None:
     # One thread: every further one would reserve address space against the limit.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     try:
-        done = subprocess.run(command, capture_output=True, timeout=SECONDS, env=environment)
+        # Python looks for modules where it starts: not beside a stranger's file (torch.py, …).
+        done = subprocess.run(
+            command, capture_output=True, timeout=SECONDS, env=environment, cwd=out.parent
+        )
     except subprocess.TimeoutExpired:
         return f"reading it took more than {SECONDS} s"
     try:
