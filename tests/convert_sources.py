@@ -72,8 +72,8 @@ def with_deltas(base: Path, delta) -> torch.nn.Module:
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name.startswith("model.layers."):
 
-            def hook(module, args, y, name=name.removeprefix("model.")):
-                d = delta(name, args[0])
+            def hook(module, args, y, name=name):
+                d = delta(name.removeprefix("model."), args[0])
                 return y if d is None else y + d
 
             module.register_forward_hook(hook)
