@@ -200,9 +200,8 @@ def synthetic(domain, rows, seed):
     return random_ids(rows, low=10 + 400 * domain, high=74 + 400 * domain, seed=seed)
 
 
-@pytest.mark.parametrize("experts", [2, 4])
-def test_experts_specialise_on_two_domains(base, experts):
-    model = make(base, r=1, num_experts=experts, top_k=1)
+def test_experts_specialise_on_two_domains(base):
+    model = make(base, r=1, num_experts=2, top_k=1)
     direction = torch.randn(128, generator=torch.Generator().manual_seed(6))
     direction /= direction.norm()
     with torch.no_grad():  # embeddings know the domain, as trained ones do
@@ -224,7 +223,7 @@ def test_experts_specialise_on_two_domains(base, experts):
         optimizer.zero_grad()
     assert before < 0.7 and apart() > 0.9
     usage = count_experts(model, [synthetic(d, 32, 9) for d in (0, 1)])[0]
-    assert usage.min() > 0.05  # no expert was given up
+    assert usage.min() > 0.4  # one expert each
 
 
 def test_gradient_checkpointing_changes_no_gradient(base):

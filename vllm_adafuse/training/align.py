@@ -32,7 +32,7 @@ def best_match(scores: torch.Tensor) -> list[int]:
     rows, columns = scores.shape
     chosen = [-1] * rows
     free = set(range(columns))
-    for at in torch.argsort(scores.flatten(), descending=True).tolist():
+    for at in torch.argsort(scores.flatten(), descending=True, stable=True).tolist():
         row, column = divmod(at, columns)
         if chosen[row] < 0 and column in free:
             chosen[row] = column
