@@ -289,6 +289,23 @@ def test_arrow_s_numbers(base, tmp_path):
     refused(root, "use_gks is false", gks="done")
 
 
+def test_a_pickle_of_views_and_parameters(base, tmp_path):
+    source = hydralora(base, tmp_path / "source")
+    _, tensors = sources.read(source)
+    whole = torch.cat([tensor.flatten() for tensor in tensors.values()]).requires_grad_()
+    parts = whole.split([tensor.numel() for tensor in tensors.values()])
+    views = {name: part.view_as(tensors[name]) for name, part in zip(tensors, parts)}
+    views |= {name: torch.nn.Parameter(t) for name, t in list(tensors.items())[::2]}
+    torch.save(views, source / "adapter_model.bin")
+    (source / WEIGHTS).unlink()
+    convert(source, tmp_path / "out")
+    same = hydralora(base, tmp_path / "same")
+    convert(same, tmp_path / "expected")
+    found, expected = (load_file(tmp_path / d / WEIGHTS) for d in ("out", "expected"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
 class Malicious:
     """Unpickled carelessly, it creates a file."""
 
