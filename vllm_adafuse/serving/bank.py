@@ -56,11 +56,23 @@ def output_shards(layer: LinearBase) -> list[Shard]:
     raise TypeError(f"vllm-adafuse does not know how {type(layer).__name__} is sharded")
 
 
+def _aligned(elements: int) -> int:
+    """Up to whole 128 bytes of two-byte elements, as kernels read best."""
+    return -(-elements // 64) * 64
+
+
+def place_banks(banks: Sequence[ExpertBank], dtype: torch.dtype) -> None:
+    """Gives all banks one allocation: the allocator rounds every large one up to 2 MiB."""
+    sizes = [bank.numel for bank in banks]
+    for bank, memory in zip(banks, torch.zeros(sum(sizes), dtype=dtype).split(sizes)):
+        bank.place(memory)
+
+
 class ExpertBank(torch.nn.Module):
     """A [P, E, R, in] and B [sum of widths, E, R] of the P adapted linears of one projection.
 
     Those are Hugging Face's (q_proj of vLLM's qkv_proj); one without an adapter takes no memory.
-    The buffers are not persistent, so no loader of vLLM writes or misses them.
+    The buffers are not persistent, so no loader of vLLM writes or misses them; `place` makes them.
 
     Args:
         layer: vLLM's linear layer.
@@ -68,7 +80,6 @@ class ExpertBank(torch.nn.Module):
             one without an adapter.
         num_experts: E.
         rank: R, the largest rank.
-        dtype: of the model.
         route: the step's static buffers.
         index: of the projection, its row in the route's counters.
         joint: W and A are to stand in one tensor; `join` says which W.
@@ -80,7 +91,6 @@ class ExpertBank(torch.nn.Module):
         parts: Sequence[str | None],
         num_experts: int,
         rank: int,
-        dtype: torch.dtype,
         route: Route,
         index: int,
         joint: bool = False,
@@ -108,16 +118,25 @@ class ExpertBank(torch.nn.Module):
             size_in = layer.input_size_per_partition
             self.input_slice = slice(layer.tp_rank * size_in, (layer.tp_rank + 1) * size_in)
         adapted = sum(shard.width for group in self.part_shards for shard in group)
-        shape = len(self.names), num_experts, rank, size_in
-        if joint:
-            out, rows = sum(self.widths), math.prod(shape[:-1])
-            both = torch.zeros(out + rows, size_in, dtype=dtype)
+        self._shape_a = len(self.names), num_experts, rank, size_in
+        self._shape_b = adapted, num_experts, rank
+        self._rows_of_w = sum(self.widths) if joint else 0
+
+    @property
+    def numel(self) -> int:
+        """Elements that `place` takes."""
+        first = self._rows_of_w * self._shape_a[-1] + math.prod(self._shape_a)
+        return _aligned(first) + _aligned(math.prod(self._shape_b))
+
+    def place(self, memory: torch.Tensor) -> None:
+        """Takes its place in [numel] zeros of the model's dtype."""
+        rows, size_in = self._rows_of_w, self._shape_a[-1]
+        every = rows + math.prod(self._shape_a[:-1])
+        both = memory[: every * size_in].view(every, size_in)
+        if rows:
             self.register_buffer("joint", both, persistent=False)
-            a = both[out:].view(shape)
-        else:
-            a = torch.zeros(shape, dtype=dtype)
-        b = torch.zeros(adapted, num_experts, rank, dtype=dtype)
-        self.register_buffer("bank_a", a, persistent=False)
+        self.register_buffer("bank_a", both[rows:].view(self._shape_a), persistent=False)
+        b = memory[_aligned(both.numel()) :][: math.prod(self._shape_b)].view(self._shape_b)
         self.register_buffer("bank_b", b, persistent=False)
 
     @property

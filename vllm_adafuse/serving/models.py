@@ -21,7 +21,7 @@ from vllm_adafuse.architectures import ARCHITECTURES, PREFIX, Architecture
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.serving import linear
 from vllm_adafuse.serving.attach import ADAPTER_KEY, FINGERPRINT_KEY
-from vllm_adafuse.serving.bank import ExpertBank
+from vllm_adafuse.serving.bank import ExpertBank, place_banks
 from vllm_adafuse.serving.norm import NormPlace, norms_behind
 from vllm_adafuse.serving.router import AfterLoading, Route, Router
 
@@ -76,16 +76,17 @@ class AdaFuseMixin:
     def _wrap_projections(
         self, route: Route, dtype: torch.dtype, alone: bool, behind: dict[LinearBase, NormPlace]
     ) -> list[ExpertBank]:
-        config, banks = self.adafuse_adapter.config, []
+        config = self.adafuse_adapter.config
         found = list(self._adapted_projections())
         fused = [alone and linear.can_fuse(layer) for layer, _, _ in found]
         linear.release_weights(layer for (layer, _, _), fuse in zip(found, fused) if fuse)
-        for (layer, block, parts), fuse in zip(found, fused):
-            bank = ExpertBank(
-                layer, parts, config.num_experts, config.rank, dtype, route, len(banks), fuse
-            )
+        banks = [
+            ExpertBank(layer, parts, config.num_experts, config.rank, route, index, fuse)
+            for index, ((layer, _, parts), fuse) in enumerate(zip(found, fused))
+        ]
+        place_banks(banks, dtype)
+        for (layer, block, _), bank, fuse in zip(found, banks, fused):
             linear.wrap_linear(layer, block, bank, fuse, behind.get(layer))
-            banks.append(bank)
         # A pipeline stage may have no adapted layer, but still passes routes on.
         sizes = [(1, 1, 1), *(bank.scratch_sizes() for bank in banks)]
         route.reserve(max(1, len(banks)), sizes, any(fused))
