@@ -195,11 +195,11 @@ def _gated_b(
 @triton.jit
 def _plus_product(
     delta, high, low, a_ptr, expert, rank, valid, cols, cols_in, size_in,
-    TYPE: tl.constexpr, RANK: tl.constexpr, EVEN: tl.constexpr,
+    TYPE: tl.constexpr, RANK: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """delta + (high + low) [A[e_0]; …]"""
     place = ((expert * RANK + rank) * size_in)[:, None] + cols[None, :]
-    if EVEN:
+    if EVEN and FULL:
         a = tl.load(a_ptr + place)
     else:
         a = tl.load(a_ptr + place, mask=valid[:, None] & cols_in[None, :], other=0.0)
@@ -214,7 +214,7 @@ def _switch_kernel(
     table_ptr, places_ptr, ids_ptr, weights_ptr, row_ptr, merged_ptr,
     TYPE: tl.constexpr, TOP_K: tl.constexpr, RANK: tl.constexpr, FIELDS: tl.constexpr,
     ALIGN: tl.constexpr, EVEN: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr,
-    SLOTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STRIP: tl.constexpr, STAGES: tl.constexpr,
+    SLOTS: tl.constexpr, FULL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STRIP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     at = table_ptr + tl.load(places_ptr + pid) * FIELDS
@@ -264,7 +264,7 @@ def _switch_kernel(
         if CHUNKS == 1:
             delta = _plus_product(
                 delta, high, low, a_ptr, expert, rank, valid, cols, cols_in, size_in,
-                TYPE, RANK, EVEN,
+                TYPE, RANK, EVEN, FULL,
             )  # fmt: skip
         else:
             for chunk in range(CHUNKS):
@@ -276,7 +276,7 @@ def _switch_kernel(
                 )  # fmt: skip
                 delta = _plus_product(
                     delta, high_c, low_c, a_ptr, expert_c, rank_c, valid_c, cols, cols_in, size_in,
-                    TYPE, RANK, EVEN,
+                    TYPE, RANK, EVEN, FULL,
                 )  # fmt: skip
         result = (w.to(tl.float32) + delta).to(TYPE)
         if EVEN:
@@ -293,10 +293,11 @@ def switch_constants(plan: SwitchPlan, top_k: int) -> dict:
     align = 16
     while any(size_in % align for _, size_in in sizes):
         align //= 2
-    even = all(o % cut.rows == 0 and i % cut.cols == 0 for o, i in sizes)
     return {
         "TYPE": TRITON_TYPES[plan.live[0].dtype], "TOP_K": top_k, "RANK": columns // top_k,
-        "FIELDS": FIELDS, "ALIGN": align, "EVEN": even and columns % block_c == 0,
+        "FIELDS": FIELDS, "ALIGN": align,
+        "EVEN": all(o % cut.rows == 0 and i % cut.cols == 0 for o, i in sizes),
+        "FULL": columns % block_c == 0,
         "BLOCK_C": block_c, "CHUNKS": triton.cdiv(columns, block_c),
         "SLOTS": min(top_k, triton.cdiv(block_c, columns // top_k) + 1),
         "ROWS": cut.rows, "COLS": cut.cols, "STRIP": cut.strip, "STAGES": cut.stages,

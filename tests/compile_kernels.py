@@ -137,7 +137,7 @@ def main() -> None:
     cut = switch.SwitchBlocks()
     constants = {
         "merged_ptr": None, "TYPE": tl.bfloat16, "TOP_K": 2, "RANK": 16, "BLOCK_C": 32,
-        "CHUNKS": 1, "SLOTS": 2, "FIELDS": switch.FIELDS, "ALIGN": 16, "EVEN": True,
+        "CHUNKS": 1, "SLOTS": 2, "FIELDS": switch.FIELDS, "ALIGN": 16, "EVEN": True, "FULL": True,
         "ROWS": cut.rows, "COLS": cut.cols, "STRIP": cut.strip, "STAGES": cut.stages,
     }  # fmt: skip
     rows.append(build("switch", switch._switch_kernel, constants, cut.warps, cut.stages))

@@ -21,6 +21,7 @@ CASES = {
     "one-by-one": ([(1, 1), (3, 70)], 2, 1, 1),
     "rank-256": ([(18, 40)], 2, 1, 256),
     "rank-70": ([(33, 50)], 3, 2, 70),
+    "padded-columns": ([(32, 64)], 3, 3, 16),
     "every-expert": ([(40, 64), (64, 40)], 5, 5, 3),
     "dense-of-many": ([(20, 36)], 24, 24, 2),
     "one-expert": ([(32, 32)], 1, 1, 8),
@@ -173,7 +174,7 @@ def test_constants():
     odd = switch_constants(make_plan([(64, 128), (64, 36)], 2, 16), 2)
     assert not odd["EVEN"] and odd["ALIGN"] == 4
     padded = switch_constants(make_plan([(64, 128)], 3, 5), 2)
-    assert not padded["EVEN"] and padded["BLOCK_C"] == 16
+    assert padded["EVEN"] and not padded["FULL"] and padded["BLOCK_C"] == 16
     assert switch_constants(make_plan([(16, 16)], 2, 200), 2)["CHUNKS"] == 4
 
 
