@@ -28,12 +28,12 @@ Without text, --router uniform gives every LoRA the weight 1 / N for every token
 plain average. docs/compose-experts.md has more."""
 
 
-def pair(text: str) -> tuple[str, str]:
-    """"code=./lora" -> ("code", "./lora")."""
+def pair(text: str) -> tuple[str, Path]:
+    """"code=./lora" -> ("code", Path("lora")); shells leave a ~ after the = alone."""
     name, sign, value = text.partition("=")
     if not (name and sign and value):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
-    return name, value
+    return name, Path(value).expanduser()
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     if len(loras) < len(args.loras):
         raise AdapterError("mixture of LoRAs", ["a name is given to two LoRAs; use another"])
     for name, file in args.samples:
-        samples.setdefault(name, []).append(Path(file))
+        samples.setdefault(name, []).append(file)
     try:
         options = RouterOptions(args.router, args.top_k, args.router_input, args.held_out)
     except ValueError as e:
