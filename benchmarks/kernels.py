@@ -2,9 +2,9 @@
 
     python -m benchmarks.kernels --models llama-2-7b,mistral-7b --tokens 1,8,32,128,1024
 
-Each row: the op with its experts, the vendor's product of the bare projection (with the activation
-of gate_up by torch.compile), and the time to move the bytes at this device's measured copy
-bandwidth. Everything runs from CUDA graphs over weights that are larger than the cache together.
+Each row: the projection with its experts, the vendor's product of the bare one, and the time to move
+the bytes at this device's measured copy bandwidth; what follows belongs to all of them, for the bare
+one by torch.compile: gate_up's activation, residual and RMSNorm behind o and down. Everything runs from CUDA graphs over weights that are larger than the cache together.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from vllm_adafuse.cli.cmd_random import integers
+from vllm_adafuse.kernels.joint_linear import joint_linear
 from vllm_adafuse.kernels.linear import linear, linear_torch
+from vllm_adafuse.kernels.residual_norm import residual_norm
 from vllm_adafuse.tuning import Product, Trial, time_us
 
 from benchmarks import record
 from benchmarks.engine import SHAPES
 
+EPS = 1e-5
 LARGE = 4096  # tokens from which one copy of the weights is enough
 
 
@@ -65,29 +68,46 @@ def measure_one(p: Product, tokens: int, options: Options, bandwidth: float) -> 
     trial = Trial(p, options.experts, options.top_k, options.r, dtype, copies)
     x, gates, present = trial.step(tokens)
     parts, out = list(range(len(p.widths))), sum(p.widths)
+    normed, order = p.name in ("o", "down"), trial.order(gates)
+    residual, factors = (torch.randn(n, out, device="cuda").to(dtype) for n in (tokens, 1))
+    factors = factors[0]
 
     def ours():
         trial.counters.zero_()
         for i, (joint, b) in enumerate(trial.layers):
-            linear(
-                x, joint, None, b, gates, present, trial.counters, i, trial.scratch,
-                parts, p.widths, p.activation,
-            )  # fmt: skip
+            if normed:
+                both = joint_linear(x, joint, b, gates, present, trial.counters, i, trial.scratch)
+                residual_norm(both, residual, factors, EPS, b, gates, present)
+            else:
+                linear(
+                    x, joint, None, b, gates, present, trial.counters, i, trial.scratch, order,
+                    parts, p.widths, p.activation,
+                )  # fmt: skip
 
     @torch.compile(dynamic=False)
     def act(y):
         gate, up = y.chunk(2, -1)
         return F.silu(gate) * up
 
+    @torch.compile(dynamic=False)
+    def norm(y):
+        z = y.float() + residual.float()
+        wide = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + EPS)
+        return wide.to(y.dtype) * factors, z.to(y.dtype)
+
     def bare():
         for joint, _ in trial.layers:
             y = F.linear(x, joint[:out])
             if p.activation:
                 act(y)
+            elif normed:
+                norm(y)
 
     def by_torch():
         for joint, b in trial.layers:
-            linear_torch(x, joint, None, b, gates, parts, p.widths, p.activation)
+            y = linear_torch(x, joint, None, b, gates, parts, p.widths, p.activation)
+            if normed:
+                norm(y)
 
     used = int(gates.any(0).sum())
     expert_bytes = used * options.r * (len(parts) * p.size_in + out) * dtype.itemsize

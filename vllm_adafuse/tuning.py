@@ -15,6 +15,7 @@ import triton
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.kernels.linear import bank_a_of, scratch_sizes
+from vllm_adafuse.kernels.order_routes import Order, order_routes
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import MAX_SHARED
 from vllm_adafuse.kernels.spread_routes import spread_routes
@@ -161,6 +162,13 @@ class Trial:
         present = torch.zeros(1, dtype=torch.int64, device=self.device)
         spread_routes(ids, weights, gates, present, self.counters, tokens)
         return x, gates, present
+
+    def order(self, gates: torch.Tensor) -> Order:
+        """The order of a step with these gates."""
+        ids = gates.topk(self.top_k).indices.int()
+        order = Order.make(len(gates), self.experts, gates.device)
+        order_routes(ids, order, len(gates), self.experts)
+        return order
 
     def stream(self, step: tuple, tiles: Tiles) -> None:
         """Runs the streaming kernel on every copy of the weights."""
