@@ -342,7 +342,7 @@ def switch(model, m: Mixture, **options: Any) -> Iterator[Any]:
 
     ids, weights = make_routes(model, m)
     experts = {name: make_bank(model, linear, m) for name, linear in linears(model).items()}
-    runtime = SwitchRuntime(model, experts, ids, weights * m.scale, **options)
+    runtime = SwitchRuntime(model, experts, (ids, weights * m.scale), **options)
     try:
         yield model
     finally:

@@ -17,6 +17,8 @@ PAIRS = {
     "llama": ("LlamaForCausalLM", {}),
     "gemma2-embedding": ("Gemma2ForCausalLM", {"router_input": "embedding", "layers": [0, 2]}),
     "phi3-ranks": ("Phi3ForCausalLM", {"r": [2, 4, 1, 3], "router_weights": "softmax_topk"}),
+    "later-layer": ("Gemma2ForCausalLM", {"router_layer": 1, "router_bias": True}),
+    "later-state": ("LlamaForCausalLM", {"router_layer": 2, "router_input": "embedding"}),
 }
 
 
@@ -96,7 +98,7 @@ def test_a_batch_runs_unmerged_and_streams_may_change(llama):
 def test_equal_routes_in_a_row_are_merged_once(tmp_path):
     base, adapter = make_pair(tmp_path, num_experts=2, top_k=1)
     runtime = load(base, adapter)
-    expert = runtime.expert_ids[:, 0]
+    expert = runtime.passports[0][:, 0]
     one, two = (expert == 0).nonzero()[:2, 0].tolist()
     other = (expert == 1).nonzero()[0].item()
     with torch.no_grad():
@@ -141,6 +143,7 @@ def test_memory_is_stated_and_given_back(llama):
     backbone = Backbone.from_path(str(base))
     stated = switch_memory(backbone, load_adapter(adapter, backbone), torch.float32)
     assert stated == runtime.memory()
+    assert stated.passports == 1003 * 2 * 8
     linears = {id(w) for w in runtime.plan.pristine}
     assert stated.pristine == sum(w.nbytes for w in runtime.plan.live) and len(linears) == 21
     assert stated.total == stated.pristine + stated.experts + stated.passports + stated.table
@@ -160,9 +163,6 @@ def test_what_cannot_be_switched_is_refused_in_words(llama, tmp_path):
     base, adapter = llama
     with pytest.raises(ValueError, match="called without input_ids"), torch.no_grad():
         load(base, adapter).model(inputs_embeds=torch.zeros(1, 2, 128))
-    deep = make_pair(tmp_path, format_version=2, router_layer=1, layers=[1, 2])[1]
-    with pytest.raises(AdapterError, match="`router.layer` is 1"):
-        load(base, deep)
     layers = make_pair(tmp_path / "layers", routing="layer_wise")[1]
     with pytest.raises(AdapterError, match="`routing` is layer_wise"):
         load(base, layers)

@@ -5,13 +5,15 @@ weights (`kernels/switch.py`), and the model then runs as if there were no adapt
 same number of launches but one (arXiv 2603.11873, section 3). A prompt has many routes at once; it
 runs unmerged, each linear adding the mixture of its tokens.
 
-What a token's route is, is known without its context, so the routes of the whole vocabulary are
-computed once and stay on the device: the token's id is all that a switch needs, and nothing is
-read back to the host.
+Where the router reads the embedding, a token's route is known without its context: the routes of
+the whole vocabulary are computed once and stay on the device, and the token's id is all that a
+switch needs. Where it reads what enters a later layer (`router.layer`), it runs there, and the
+switch follows it; layers below have no experts. Either way nothing is read back to the host.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +24,17 @@ from vllm_adafuse.adapter import Adapter, load_adapter
 from vllm_adafuse.architectures import find_architecture
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.kernels.gate import gate
 from vllm_adafuse.kernels.switch import FIELDS, SwitchBlocks, SwitchPlan, switch
 from vllm_adafuse.merge import refuse_quantised
 from vllm_adafuse.routing import OfflineRouter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# Hidden states [T, H] -> expert ids [T, k] int32, weights [T, k] float32, LoRA's scale included.
+Router = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class SwitchMemory:
     Attributes:
         pristine: the second copy of every adapted weight, which keeps merging exact.
         experts: all experts, in the model's dtype.
-        passports: routes of the vocabulary, expert ids and weights.
+        passports: routes of the vocabulary, expert ids and weights; 0 with a live router.
         table: pointers and sizes of the adapted weights.
     """
 
@@ -64,12 +71,13 @@ def switch_memory(
     """
     blocks, size = blocks or SwitchBlocks(), dtype.itemsize
     shapes = [backbone.linears[name] for name in adapter.projections]
-    rank_rows = adapter.config.num_experts * adapter.config.rank
+    config = adapter.config
+    rank_rows = config.num_experts * config.rank
     programs = sum(-(-o // blocks.rows) * -(-i // blocks.strip) for i, o in shapes)
     return SwitchMemory(
         pristine=sum(i * o for i, o in shapes) * size,
         experts=sum(rank_rows * (i + o) for i, o in shapes) * size,
-        passports=backbone.vocab_size * adapter.config.top_k * (4 + 4),
+        passports=0 if config.router_layer else backbone.vocab_size * config.top_k * (4 + 4),
         table=len(shapes) * FIELDS * 8 + programs * 4,
     )
 
@@ -84,7 +92,7 @@ class SwitchRuntime:
     Attributes:
         model: in eval mode.
         plan: its weights, pristine and live.
-        expert_ids, weights: passports [V, k], int32 and float32 (LoRA's scale included).
+        passports: routes of the vocabulary; None where the router runs in a layer.
         switches: launches so far.
     """
 
@@ -92,8 +100,7 @@ class SwitchRuntime:
         self,
         model: PreTrainedModel,
         experts: dict[str, tuple[torch.Tensor, torch.Tensor]],
-        expert_ids: torch.Tensor,
-        weights: torch.Tensor,
+        routes: tuple[torch.Tensor, torch.Tensor] | tuple[int, Router],
         blocks: SwitchBlocks | None = None,
         merge: Callable = switch,
     ):
@@ -102,8 +109,8 @@ class SwitchRuntime:
         Args:
             model: the bare backbone on one device, not quantised.
             experts: full name of a linear -> A [E, r, in], B [E, out, r]; of any dtype and device.
-            expert_ids: routes of the vocabulary, [V, k] int32.
-            weights: theirs, [V, k] float32, LoRA's scale included.
+            routes: the passports of the vocabulary, expert ids [V, k] int32 and weights [V, k]
+                float32 with LoRA's scale; or a layer and the router of what enters it.
             blocks: how the kernel cuts its work.
             merge: what merges a route, with the arguments of `switch`.
         """
@@ -118,13 +125,18 @@ class SwitchRuntime:
         pristine = [linear.weight.data.contiguous() for linear in self._linears]
         live = [torch.empty_like(w) for w in pristine]
         self.plan = SwitchPlan.make(live, pristine, banks_a, banks_b, blocks)
-        self.expert_ids = expert_ids.to(device).contiguous()
-        self.weights = weights.to(device).contiguous()
         self._gates: torch.Tensor | None = None
         self._merged: torch.Tensor | None = None
         self._hooks: list[Any] = []
         self._is_merged = False
-        self._entrance = model.register_forward_pre_hook(self._before, with_kwargs=True)
+        first, second = routes
+        self.passports: tuple[torch.Tensor, torch.Tensor] | None = None
+        if isinstance(first, int):
+            self._router, entrance, decide = second, model.model.layers[first], self._at_layer
+        else:
+            self.passports = first.to(device).contiguous(), second.to(device).contiguous()
+            entrance, decide = model, self._at_entrance
+        self._entrance = entrance.register_forward_pre_hook(decide, with_kwargs=True)
         self._unmerge()
 
     @classmethod
@@ -144,13 +156,14 @@ class SwitchRuntime:
             **kwargs: for `AutoModelForCausalLM.from_pretrained`, such as dtype or device_map.
 
         Raises:
-            AdapterError: faults of the adapter; one that routes by layer or from a later layer;
-                a quantised backbone, or one spread over several devices.
+            AdapterError: faults of the adapter, one that routes in every layer; a quantised
+                backbone, or one spread over several devices.
         """
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        checked = load_adapter(adapter, Backbone.from_path(str(base)))
-        _refuse_routing(checked)
+        backbone = Backbone.from_path(str(base))
+        checked = load_adapter(adapter, backbone)
+        _refuse_layer_wise(checked)
         refuse_quantised(str(base), AutoConfig.from_pretrained(base).to_dict())
         # Transformers' other attentions leave out Gemma-2's softcap.
         kwargs.setdefault("attn_implementation", "eager")
@@ -159,14 +172,17 @@ class SwitchRuntime:
         if len(devices) > 1:
             found = f"it lies on {', '.join(devices)}, expected one device"
             raise AdapterError(f"backbone {base}", [f"{found}; pass device_map='cuda:0'"])
-        ids, gates = passports(checked, base, model)
-        weights = gates * torch.tensor(checked.config.scales)[ids.long()]
+        if layer := checked.config.router_layer:
+            routes = layer, live_router(checked, backbone, model)
+        else:
+            ids, gates = passports(checked, base, model)
+            routes = ids, gates * torch.tensor(checked.config.scales)[ids.long()]
         with checked.reader() as read:
             experts = {
                 name: tuple(read(f"{name}.lora_{side}").to(model.device) for side in "AB")
                 for name in checked.projections
             }
-        return cls(model, experts, ids, weights, blocks)
+        return cls(model, experts, routes, blocks)
 
     def generate(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """`transformers`' generate.
@@ -190,7 +206,7 @@ class SwitchRuntime:
         return SwitchMemory(
             pristine=sum(w.nbytes for w in plan.live),
             experts=sum(t.nbytes for t in (*plan.banks_a, *plan.banks_b)),
-            passports=self.expert_ids.nbytes + self.weights.nbytes,
+            passports=sum(t.nbytes for t in self.passports or ()),
             table=plan.table.nbytes + plan.places.nbytes,
         )
 
@@ -201,24 +217,36 @@ class SwitchRuntime:
             hook.remove()
         self._hooks = []
 
-    def _before(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _at_entrance(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Before the model: routes by the tokens' ids."""
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is None:
             raise ValueError(
                 "switch: the model was called without input_ids; a token's route follows from "
                 "its id, so prompts given as embeddings need mode='mixture'"
             )
+        self._follow(*self.passports, ids)
         if ids.numel() == 1:
             # A copy: the caller may write the next token into the same memory.
-            row = ids.reshape(1).clone()
-            self._switch(self.plan, self.expert_ids, self.weights, row, self._merged)
-            self._merged, self.switches = row, self.switches + 1
+            self._merged = ids.reshape(1).clone()
+
+    def _at_layer(self, layer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Before the layer that the router reads: routes by hidden states."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        expert_ids, weights = self._router(hidden.flatten(0, -2))
+        rows = torch.arange(len(expert_ids), device=hidden.device).view(hidden.shape[:-1])
+        self._follow(expert_ids, weights, rows)
+
+    def _follow(self, expert_ids: torch.Tensor, weights: torch.Tensor, rows: torch.Tensor) -> None:
+        """One row of the routes [N, k] is merged; several make gates for the mixture."""
+        if rows.numel() == 1:
+            self._switch(self.plan, expert_ids, weights, rows.reshape(1), self._merged)
+            self.switches += 1
             self._merge()
         else:
             self._unmerge()
-            experts = self.plan.banks_a[0].shape[0]
-            gates = self.weights.new_zeros(*ids.shape, experts)
-            self._gates = gates.scatter(-1, self.expert_ids[ids].long(), self.weights[ids])
+            gates = weights.new_zeros(*rows.shape, self.plan.banks_a[0].shape[0])
+            self._gates = gates.scatter(-1, expert_ids[rows].long(), weights[rows])
 
     def _merge(self) -> None:
         if not self._is_merged:
@@ -269,17 +297,36 @@ def passports(
     return router.routes(torch.arange(router.vocab_size))
 
 
-def _refuse_routing(adapter: Adapter) -> None:
-    config, found = adapter.config, None
-    if config.layer_wise:
-        found = "`routing` is layer_wise: each layer decides anew, when its input is there"
-    elif config.router_layer:
-        found = (
-            f"`router.layer` is {config.router_layer}: its decision needs the layers below, but "
-            "the switch comes before the first"
-        )
-    if found:
+def live_router(adapter: Adapter, backbone: Backbone, model: PreTrainedModel) -> Router:
+    """The router of an adapter whose `router.layer` is not the first."""
+    config = adapter.config
+    with adapter.reader() as read:
+        weight = read("router.weight").float().to(model.device)
+        has_bias = "router.bias" in adapter.tensors
+        bias = read("router.bias").float().to(model.device) if has_bias else None
+    norm = None
+    if config.router_input == "first_norm":
+        norm = model.model.layers[config.router_layer].input_layernorm.weight.data.float()
+        norm = norm + backbone.architecture.norm_offset
+    return functools.partial(
+        gate,
+        router_weight=weight,
+        router_bias=bias,
+        norm_weight=norm,
+        scales=torch.tensor(config.scales, device=model.device),
+        norm_eps=backbone.norm_eps,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        softmax_first=config.router_weights == "softmax_topk",
+    )
+
+
+def _refuse_layer_wise(adapter: Adapter) -> None:
+    if adapter.config.layer_wise:
         raise AdapterError(
             f"adapter {adapter.path}",
-            [f"{found}; the fused switch needs a route per token id. Use mode='mixture'"],
+            [
+                "`routing` is layer_wise: each layer decides anew, when its input is there; the "
+                "fused switch needs one route for all. Use mode='mixture'"
+            ],
         )
