@@ -1,0 +1,347 @@
+"""Layer-wise routing of one projection, and the weights of its experts at once:
+
+    z[t, p] = (logits[t, p] + bias[p], or its absolute value) / temperature       ties: lower expert
+    g[t, p] = softmax of the k largest, or softmax of all of which the k largest are kept
+    s[t, p, e] = g[t, p, e] scale[e] low[t, p, e]         low[t, p, e] = A[p, e] x[t], in rank space
+
+p counts the parts of a packed projection (q, k, v): each has a router of its own, or all share the
+one of their block, whose gates later projections read. Experts past those of a router are always on:
+their gate is 1. The logits come out of the same product as `low` and are never rounded below
+float32; a router that the model's dtype cannot hold stands there in several parts that add up to it.
+In vLLM's terms: routers per layer as MoLA, MixLoRA, HydraLoRA, LoRAMoE and Arrow have them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from vllm_adafuse.kernels.registry import register_op
+
+# The i-th part of a router is larger than its due by this factor to the power i, so that float16
+# does not lose it below its normal numbers.
+SPLIT_FACTOR = 2048.0
+# A token block of one program: it then knows every expert that is present.
+_ONE_PROGRAM = 16
+# Experts that a signed word has bits for.
+_MAX_BITS = 63
+
+
+@dataclass(frozen=True)
+class LayerGate:
+    """How a projection's logits become gates.
+
+    Attributes:
+        top_k: k.
+        experts: rows of each router: one entry for all parts together, or one a part (0 for a
+            part without experts). Empty: the gates are those of another projection.
+        always: experts past the routers' that are always on.
+        softmax_first: softmax over all experts before the choice, not renormalised.
+        absolute: |z| instead of z.
+        temperature: logits are divided by it.
+        shared: one A serves all experts but those always on.
+        plain: s gets the scale alone, and only of chosen experts: the gates come in later.
+
+    Raises:
+        ValueError: numbers that do not fit together.
+    """
+
+    top_k: int
+    experts: tuple[int, ...] = ()
+    always: int = 0
+    softmax_first: bool = False
+    absolute: bool = False
+    temperature: float = 1.0
+    shared: bool = False
+    plain: bool = False
+
+    def __post_init__(self):
+        if self.top_k < 0 or self.always < 0 or not self.temperature > 0:
+            raise ValueError(f"{self}: k and always are 0 or more, the temperature above 0")
+        if any(0 < count < self.top_k for count in self.experts):
+            raise ValueError(f"{self}: a router has fewer experts than k")
+
+    @property
+    def arguments(self) -> tuple:
+        """For the ops, in the order of `GATE_SCHEMA`."""
+        return (
+            self.top_k, list(self.experts), self.always, self.softmax_first, self.absolute,
+            self.temperature, self.shared, self.plain,
+        )  # fmt: skip
+
+
+GATE_SCHEMA = (
+    "int top_k, int[] experts, int always, bool softmax_first, bool absolute, "
+    "float temperature, bool shared, bool plain"
+)
+
+
+def split_router(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A router as rows of a dtype that add up to it.
+
+    Args:
+        weight: [E, in], float32.
+        dtype: of the rows.
+
+    Returns:
+        [S, E, in]: weight = Σ_i rows[i] / SPLIT_FACTOR**i, to float32's precision. S is 1 where
+        the dtype holds every value, else 3.
+    """
+    if torch.equal(weight.to(dtype).float(), weight):
+        return weight.to(dtype)[None]
+    parts, rest = [], weight.double()
+    for i in range(3):
+        parts.append((rest * SPLIT_FACTOR**i).to(dtype))
+        rest = rest - parts[-1].double() / SPLIT_FACTOR**i
+    return torch.stack(parts)
+
+
+def gates_torch(logits: torch.Tensor, gate: LayerGate, count: int) -> torch.Tensor:
+    """Gates [T, E] of logits [T, E] float32, of which the first `count` are experts."""
+    z = (logits.abs() if gate.absolute else logits) / gate.temperature
+    z[:, count:] = float("-inf")
+    ordered, order = torch.sort(z, dim=-1, descending=True, stable=True)
+    k = min(gate.top_k, count)
+    weights = torch.softmax(ordered, -1) if gate.softmax_first else ordered[:, :k].softmax(-1)
+    return torch.zeros_like(z).scatter(1, order[:, :k], weights[:, :k])
+
+
+def _sum_splits(logits: torch.Tensor, routers: int, experts: int) -> torch.Tensor:
+    """[T, routers, E] of logits [T, S routers E]."""
+    splits = logits.view(logits.shape[0], -1, routers, experts)
+    total = splits[:, 0].clone()
+    for i in range(1, splits.shape[1]):
+        total += splits[:, i] / SPLIT_FACTOR**i
+    return total
+
+
+def _all_present(gates: torch.Tensor, always: int) -> torch.Tensor | int:
+    """The word of the experts with a gate in [T, …, E], those always on included."""
+    experts = gates.shape[-1]
+    if experts + always > _MAX_BITS:
+        return -1
+    used = (gates != 0).flatten(0, -2).any(0).long()
+    bits = (used << torch.arange(experts, device=used.device)).sum()
+    return bits + (((1 << always) - 1) << experts)
+
+
+def route_layer_torch(low, logits, bias, scales, gates, present, s, gate: LayerGate) -> None:
+    """The reference; see `route_layer`. low [T, P EA R], s [T, P, E' R] is written."""
+    tokens, experts, every = s.shape[0], gates.shape[-1], scales.shape[0]
+    own = gates[:tokens]
+    if logits is not None and experts:
+        z = _sum_splits(logits, len(gate.experts), experts)
+        if bias is not None:
+            z = z + bias
+        for router, count in enumerate(gate.experts):
+            own[:, router] = gates_torch(z[:, router], gate, count) if count else 0.0
+    if tokens <= _ONE_PROGRAM:
+        present.fill_(_all_present(own, gate.always))
+    else:
+        present.fill_(-1)
+    parts = s.shape[1]
+    if not parts:
+        return
+    rank = s.shape[2] // every
+    low = low.reshape(tokens, parts, -1, rank)
+    if gate.shared:
+        a = [0] * experts + list(range(1, 1 + gate.always))
+        low = low[:, :, a]
+    weights = ((own != 0).float() if gate.plain else own) * scales[:experts]
+    weights = weights.expand(-1, parts, -1)
+    s = s.view(tokens, parts, every, rank)
+    # Not a bare product: what is computed of an expert that was not chosen must not matter.
+    s[:, :, :experts] = torch.where(
+        weights[..., None] != 0, low[:, :, :experts] * weights[..., None], 0.0
+    )
+    s[:, :, experts:] = low[:, :, experts:] * scales[experts:, None]
+
+
+@triton.jit
+def _gates_of(
+    z, count, temperature, columns,
+    TOP_K: tl.constexpr, SOFTMAX_FIRST: tl.constexpr, ABSOLUTE: tl.constexpr,
+):  # fmt: skip
+    """Gates [BLOCK_T, BLOCK_E] of logits, zero where an expert is not chosen."""
+    if ABSOLUTE:
+        z = tl.abs(z)
+    valid = (columns < count)[None, :]
+    z = tl.where(valid, z / temperature, float("-inf"))
+    chosen, rest = z > float("inf"), z
+    for _ in range(TOP_K):
+        best = tl.max(rest, 1)
+        # Of equals the lower expert.
+        first = tl.min(tl.where(rest == best[:, None], columns[None, :], 1 << 20), 1)
+        pick = columns[None, :] == first[:, None]
+        chosen = chosen | pick
+        rest = tl.where(pick, float("-inf"), rest)
+    powers = tl.where(valid, tl.exp(z - tl.max(z, 1)[:, None]), 0.0)
+    kept = tl.where(chosen, powers, 0.0)
+    total = tl.sum(powers if SOFTMAX_FIRST else kept, 1)
+    return tl.where(count > 0, kept / total[:, None], 0.0)
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def _route_layer_kernel(
+    low_ptr, logits_ptr, bias_ptr, scales_ptr, gates_ptr, present_ptr, s_ptr,
+    n_tokens, low_stride, logits_stride, count0, count1, count2, temperature,
+    ROUTERS: tl.constexpr, SPLITS: tl.constexpr, SPLIT_FACTOR: tl.constexpr,
+    EXPERTS: tl.constexpr, EVERY: tl.constexpr, PARTS: tl.constexpr, RANK: tl.constexpr,
+    TOP_K: tl.constexpr, SOFTMAX_FIRST: tl.constexpr, ABSOLUTE: tl.constexpr,
+    SHARED: tl.constexpr, PLAIN: tl.constexpr, HAS_LOGITS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ONE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    here, columns = rows < n_tokens, tl.arange(0, BLOCK_E)
+    used = tl.zeros([BLOCK_E], dtype=tl.int64)
+    for router in tl.static_range(ROUTERS):
+        gates_at = gates_ptr + (rows * ROUTERS + router)[:, None] * EXPERTS + columns[None, :]
+        mask = here[:, None] & (columns < EXPERTS)[None, :]
+        if HAS_LOGITS:
+            z = tl.zeros([BLOCK_T, BLOCK_E], dtype=tl.float32)
+            factor = 1.0
+            for split in tl.static_range(SPLITS):
+                at = (split * ROUTERS + router) * EXPERTS + columns
+                part = tl.load(
+                    logits_ptr + rows.to(tl.int64)[:, None] * logits_stride + at[None, :],
+                    mask=mask, other=0.0,
+                )  # fmt: skip
+                z += part * factor
+                factor = factor / SPLIT_FACTOR
+            if HAS_BIAS:
+                bias_at = bias_ptr + router * EXPERTS + columns
+                z += tl.load(bias_at, mask=columns < EXPERTS, other=0.0)[None, :]
+            count = count0 if router == 0 else (count1 if router == 1 else count2)
+            gates = _gates_of(z, count, temperature, columns, TOP_K, SOFTMAX_FIRST, ABSOLUTE)
+            gates = tl.where(mask, gates, 0.0)
+            tl.store(gates_at, gates, mask=mask)
+        else:
+            gates = tl.load(gates_at, mask=mask, other=0.0)
+        used |= tl.max((gates != 0.0).to(tl.int64), 0)
+    if tl.program_id(0) == 0:
+        if ONE:
+            ids = columns.to(tl.int64)
+            used = tl.where(columns >= EXPERTS, (columns < EVERY).to(tl.int64), used)
+            tl.store(present_ptr, tl.sum(used << ids, 0))
+        else:
+            tl.store(present_ptr, -1)
+    # Columns of s read gates of other lanes.
+    tl.debug_barrier()
+    SIZE: tl.constexpr = EVERY * RANK
+    SIZE_LOW: tl.constexpr = (EVERY - EXPERTS + 1) * RANK if SHARED else SIZE
+    for part in tl.static_range(PARTS):
+        router: tl.constexpr = part if ROUTERS > 1 else 0
+        for start in range(0, SIZE, BLOCK_C):
+            at = start + tl.arange(0, BLOCK_C)
+            expert = at // RANK
+            inside = at < SIZE
+            mask = here[:, None] & inside[None, :]
+            at_low = at
+            if SHARED:
+                at_low = tl.where(expert < EXPERTS, at % RANK, at - (EXPERTS - 1) * RANK)
+            low = tl.load(
+                low_ptr + rows.to(tl.int64)[:, None] * low_stride
+                + (part * SIZE_LOW + at_low)[None, :],
+                mask=mask, other=0.0,
+            )  # fmt: skip
+            chosen = mask & (expert < EXPERTS)[None, :]
+            weights = tl.load(
+                gates_ptr + (rows * ROUTERS + router)[:, None] * EXPERTS + expert[None, :],
+                mask=chosen, other=1.0,
+            )  # fmt: skip
+            if PLAIN:
+                weights = (weights != 0.0).to(tl.float32)
+            scale = tl.load(scales_ptr + expert, mask=inside, other=0.0)
+            weights *= scale[None, :]
+            # Not a bare product: what an expert that was not chosen gives must not matter.
+            s = tl.where(weights != 0.0, low * weights, 0.0)
+            s_at = s_ptr + (rows.to(tl.int64) * PARTS + part)[:, None] * SIZE + at[None, :]
+            tl.store(s_at, s.to(s_ptr.dtype.element_ty), mask=mask)
+
+
+def route_layer_triton(low, logits, bias, scales, gates, present, s, gate: LayerGate) -> None:
+    """One launch; see `route_layer`."""
+    tokens, parts, _ = s.shape
+    (_, routers, experts), every = gates.shape, scales.shape[0]
+    block_e = max(2, triton.next_power_of_2(every))
+    one = tokens <= _ONE_PROGRAM and every <= _MAX_BITS
+    block_t = triton.next_power_of_2(tokens) if one else max(1, min(8, 4096 // block_e))
+    rank = s.shape[2] // every if every else 0
+    block_c = min(1024, max(16, triton.next_power_of_2(every * rank)))
+    counts = [*gate.experts, 0, 0, 0][:3]
+    splits = logits.shape[1] // (routers * experts) if logits is not None and experts else 0
+    _route_layer_kernel[(triton.cdiv(tokens, block_t),)](
+        low, logits, bias, scales, gates, present, s,
+        tokens, low.stride(0), logits.stride(0) if logits is not None else 0,
+        *counts, gate.temperature,
+        ROUTERS=routers if experts else 0, SPLITS=splits, SPLIT_FACTOR=SPLIT_FACTOR,
+        EXPERTS=experts, EVERY=every, PARTS=parts, RANK=rank,
+        TOP_K=gate.top_k, SOFTMAX_FIRST=gate.softmax_first, ABSOLUTE=gate.absolute,
+        SHARED=gate.shared, PLAIN=gate.plain,
+        HAS_LOGITS=logits is not None, HAS_BIAS=bias is not None,
+        ONE=one, BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_C=block_c,
+        num_warps=4,
+    )  # fmt: skip
+
+
+def route(low, logits, bias, scales, gates, present, parts, rank, dtype, gate: LayerGate):
+    """s for `expand`, by the kernel that the device has; arguments as `route_layer`."""
+    s = low.new_empty(low.shape[0], parts, scales.shape[0] * rank, dtype=dtype)
+    run = route_layer_triton if low.is_cuda else route_layer_torch
+    run(low, logits, bias, scales, gates, present, s, gate)
+    return s
+
+
+def _run(low, logits, bias, scales, gates, present, parts, rank, like, *gate):
+    gate = LayerGate(gate[0], tuple(gate[1]), *gate[2:])
+    return route(low, logits, bias, scales, gates, present, parts, rank, like.dtype, gate)
+
+
+def _fake(low, logits, bias, scales, gates, present, parts, rank, like, *gate):
+    return like.new_empty(low.shape[0], parts, scales.shape[0] * rank)
+
+
+_op = register_op(
+    "route_layer(Tensor low, Tensor? logits, Tensor? bias, Tensor scales, Tensor(a!) gates, "
+    f"Tensor(b!) present, int parts, int rank, Tensor like, {GATE_SCHEMA}) -> Tensor",
+    _run,
+    _fake,
+)
+
+
+def route_layer(
+    low: torch.Tensor,
+    logits: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scales: torch.Tensor,
+    gates: torch.Tensor,
+    present: torch.Tensor,
+    parts: int,
+    rank: int,
+    like: torch.Tensor,
+    gate: LayerGate,
+) -> torch.Tensor:
+    """Decides for T tokens, and weights what they are in rank space.
+
+    Args:
+        low: [T, P EA R] float32, rows contiguous; EA is E' = E + always, or 1 + always where A is
+            shared.
+        logits: [T, S routers E] float32, rows contiguous, of a router in S parts (see
+            `split_router`); None: the gates are read.
+        bias: [routers, E] float32, or None.
+        scales: [E'] float32, LoRA's scales; of experts always on too.
+        gates: [N, routers, E] float32, N >= T: plain gates, written (or read).
+        present: [1] int64, written: a bit for each expert with a gate (all in longer steps).
+        parts: P, which may be 0.
+        rank: R.
+        like: has the dtype of s.
+        gate: the rule.
+
+    Returns:
+        s: [T, P, E' R].
+    """
+    return _op(
+        low, logits, bias, scales, gates, present, parts, rank, like, *gate.arguments
+    )
