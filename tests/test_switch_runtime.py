@@ -116,11 +116,12 @@ def test_equal_routes_in_a_row_are_merged_once(tmp_path):
         assert not torch.equal(runtime.plan.live[0], kept[0])
 
 
-def test_bfloat16_is_as_close_as_the_reference(llama):
-    ids = prompts(llama[0])[0]
-    truth = load_reference(*llama)
-    plain = load_reference(*llama, dtype=torch.bfloat16)
-    runtime = load(*llama, dtype=torch.bfloat16)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_bfloat16_is_as_close_as_the_reference(llama, device):
+    ids = prompts(llama[0])[0].to(device)
+    truth = load_reference(*llama, device_map=device)
+    plain = load_reference(*llama, dtype=torch.bfloat16, device_map=device)
+    runtime = load(*llama, dtype=torch.bfloat16, device_map=device)
     with torch.no_grad():
         want = truth(ids).logits[0]
         distances = []
