@@ -41,7 +41,7 @@ def launches_per_token(one: engine.Engine, prompt: int, vocab: int) -> dict[str,
         engine.timed(one, 1, prompt, tokens, vocab, random.Random(1))
         found.append(one.llm.collective_rpc(_stop_profile)[0])
     short, long = found
-    return {key: round((long[key] - short[key]) / (LONG - SHORT)) for key in long}
+    return {key: round((long[key] - short[key]) / (LONG - SHORT)) for key in long if key in short}
 
 
 def measure_vllm(options: Options, model: str) -> list[dict[str, Any]]:

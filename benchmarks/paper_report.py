@@ -94,7 +94,7 @@ def _cells(row: dict[str, Any], first: bool) -> list[str]:
         f"{row['median']:.2f} ms",
         f"{row['min']:.2f} to {row['max']:.2f}",
         "" if first else percent(row["overhead"]),
-        f"{row['kernels']:,}",
+        f"{row['kernels']:,}" if "kernels" in row else "",
         busy,
         memory,
     ]
@@ -107,7 +107,7 @@ def _main_table(rows: dict[str, dict[str, Any]]) -> str:
 
 def _draw(path: Path, rows: dict[str, dict[str, Any]], title: str) -> None:
     """Time over launches: if launching is what costs, the rows stand on a line."""
-    done = [row for row in rows.values() if "median" in row]
+    done = [row for row in rows.values() if "median" in row and "kernels" in row]
 
     def draw(axes):
         for i, row in enumerate(done):

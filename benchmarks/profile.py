@@ -21,18 +21,20 @@ def counted(profiler: profile) -> dict[str, int]:
     """What a stopped profiler saw.
 
     Returns:
-        `kernels`, and with a GPU `copies` (memcpy and memset) and `device_us`, their summed time.
-        Without a GPU `kernels` are the operators that call no other, about as many.
+        `kernels`, and with a GPU `copies` (memcpy and memset) and `device_us`, their summed time;
+        nothing where the GPU cannot be profiled. Without a GPU `kernels` are the operators that call no other, about as many.
     """
     events = profiler.events()
     if not torch.cuda.is_available():
         return {"kernels": sum(1 for e in events if not e.cpu_children and "::" in e.name)}
     device = [e for e in events if e.device_type == DeviceType.CUDA]
+    if not device:  # a machine that keeps its counters to itself
+        return {}
     copies = [e for e in device if e.name.startswith(COPIES)]
     return {
         "kernels": len(device) - len(copies),
         "copies": len(copies),
-        "device_us": round(sum(e.device_time for e in device)),
+        "device_us": round(sum(e.time_range.elapsed_us() for e in device)),
     }
 
 
