@@ -41,7 +41,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--speed", action="store_true", help="also time each method in vLLM")
     add("--out", type=Path, default=RESULTS, help="folder of the result file")
     add("--commit", default="", help="of the measured code")
-    add("--report", action="store_true", help="only write docs/quality.md from the newest result")
+    add("--report", action="store_true", help="only write quality.md from the newest result")
+    add("--docs", type=Path, default=Path(__file__).parents[2] / "docs", help="where it goes")
     add("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     known = methods(SIZES[args.size])
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.report:
         from benchmarks.quality.report import write
 
-        print(f"wrote {write(args.out)}")
+        print(f"wrote {write(args.out, args.docs)}")
         return 0
     from benchmarks.quality import tasks
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.quality.corpus import DOMAINS, PRETRAIN_SHARES, SPLITS, gather
+from benchmarks.quality.corpus import DOMAINS, PRETRAIN_SHARES, gather
 from benchmarks.quality.sizes import Size
 
 SPECIAL = ["<|bos|>", "<|eos|>", "<|pad|>"]
@@ -112,12 +112,10 @@ class Data:
         return self.batch("pretrain", self.size.pretrain_batch, rng, shares)
 
     def judged(self, domain: str, split: str = "held") -> torch.Tensor:
-        """A domain's text in blocks that do not overlap, [N, length]."""
+        """A domain's text in blocks that do not overlap, from all over it, [N, length]."""
         tokens, length = self.tokens[domain, split], self.size.length
-        count = max(1, min(self.size.judge_blocks, len(tokens) // length))
         if len(tokens) < length:
             tokens = tokens.repeat(length // len(tokens) + 1)
-        return tokens[: count * length].view(count, length)
-
-
-__all__ = ["Data", "DOMAINS", "SPLITS", "prepare"]
+        blocks = tokens[: len(tokens) // length * length].view(-1, length)
+        count = min(self.size.judge_blocks, len(blocks))
+        return blocks[torch.linspace(0, len(blocks) - 1, count).long()]

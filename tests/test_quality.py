@@ -1,0 +1,173 @@
+"""benchmarks.quality at toy size: the splits, a whole run with interruption, the report."""
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+from vllm_adafuse.adapter import check_adapter
+
+ROOT = Path(__file__).parent.parent
+
+
+def _import_benchmarks() -> None:
+    """`benchmarks`, without the root on the path: `kernels` there is not Hugging Face's."""
+    if "benchmarks" not in sys.modules:
+        folder = ROOT / "benchmarks"
+        spec = importlib.util.spec_from_file_location(
+            "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        sys.modules["benchmarks"] = package = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(package)
+
+
+_import_benchmarks()
+from benchmarks.quality.__main__ import NOT_DONE, main, parse  # noqa: E402
+from benchmarks.quality.corpus import DOMAINS, SPLITS, gather  # noqa: E402
+from benchmarks.quality.data import Data  # noqa: E402
+from benchmarks.quality.methods import methods  # noqa: E402
+from benchmarks.quality.report import Result, verdict, write  # noqa: E402
+from benchmarks.quality.sizes import SIZES  # noqa: E402
+
+TOY = SIZES["toy"]
+CHOSEN = "full,lora-active,layerwise-linear,adafuse-k2,context-1,distilled-tuned"
+
+
+@pytest.fixture(scope="module")
+def corpus_root(tmp_path_factory):
+    """A few hundred files of every domain, with copies and near copies."""
+    root = tmp_path_factory.mktemp("corpus")
+    suffixes = {"python": "py", "c": "h", "prose": "rst", "html": "html", "json": "json"}
+    for domain, suffix in suffixes.items():
+        for i in range(60):
+            lines = [f"{domain} line {i} {j} with some words in it" for j in range(40)]
+            (root / f"{i}.{suffix}").write_text("\n".join(lines))
+            (root / f"copy-{i}.{suffix}").write_text("\n".join(lines))
+            (root / f"near-{i}.{suffix}").write_text("\n".join([*lines, f"by {i}"]))
+    return root
+
+
+@pytest.fixture(scope="module")
+def corpus(corpus_root):
+    return gather(TOY, [corpus_root])
+
+
+def test_no_text_is_in_two_splits(corpus):
+    for domain in DOMAINS:
+        files = [set(corpus.texts[domain, split]) for split in SPLITS]
+        assert sum(map(len, files)) == len(set.union(*files))
+        training = "\n".join(t for s in ("pretrain", "adapt") for t in corpus.texts[domain, s])
+        for split in ("valid", "held"):
+            assert corpus.texts[domain, split]
+            for text in corpus.texts[domain, split]:  # nor a near copy
+                assert text.splitlines()[0] not in training
+
+
+def test_the_corpus_is_the_same_each_time(corpus, corpus_root):
+    again = gather(TOY, [corpus_root])
+    assert again.texts == corpus.texts and again.fingerprint == corpus.fingerprint
+
+
+def test_a_poor_machine_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"too little text on this machine for python/adapt"):
+        gather(TOY, [tmp_path])
+
+
+def test_active_and_total_ranks_are_comparable():
+    made = methods(SIZES["full"])
+    assert made["lora-active"].active_rank == made["adafuse-k2"].active_rank == 16
+    assert made["lora-total"].total_rank == made["layerwise-block"].total_rank == 64
+
+
+@pytest.fixture(scope="module")
+def finished(corpus_root, tmp_path_factory):
+    root = tmp_path_factory.mktemp("run")
+    arguments = ["--size", "toy", "--roots", str(corpus_root), "--work", str(root / "work"),
+                 "--out", str(root / "out"), "--methods", CHOSEN]  # fmt: skip
+    assert main([*arguments, "--minutes", "0.00001"]) == NOT_DONE
+    assert not list((root / "work").glob("runs/*.json")) and not (root / "out").exists()
+    assert main(arguments) == 0
+    return root
+
+
+def test_a_run_that_was_cut_off_goes_on_to_a_result(finished):
+    (file,) = (finished / "out").glob("quality-*.json")
+    result = Result(json.loads(file.read_text()))
+    assert [m.about["method"] for m in result.methods] == CHOSEN.split(",")
+    for m in result.methods:
+        (run,) = m.runs
+        assert set(run["domains"]) == set(DOMAINS) and math.isfinite(run["loss"])
+        assert run["loss"] < math.log(TOY.vocab) + 0.5
+    by_name = {m.about["method"]: m.runs[0] for m in result.methods}
+    assert "kl" in by_name["distilled-tuned"] and "usage" not in by_name["full"]
+    usage = by_name["adafuse-k2"]["usage"]
+    assert set(usage) == set(DOMAINS)
+    assert all(sum(shares) == pytest.approx(1) for shares in usage.values())
+    for name in ("adafuse-k2", "layerwise-linear", "distilled-tuned"):
+        assert check_adapter(finished / "work" / "runs" / f"{name}-s0")[1] == []
+
+
+def test_judged_blocks_do_not_overlap(finished):
+    data = Data(TOY, finished / "work")
+    blocks = data.judged("c")
+    assert blocks.shape == (TOY.judge_blocks, TOY.length)
+    text = data.tokens["c", "held"].tolist()
+    joined = [text[i : i + TOY.length] for i in range(0, len(text), TOY.length)]
+    assert all(block in joined for block in blocks.tolist())
+
+
+def test_the_report_is_made_from_the_file_alone(finished, tmp_path):
+    pytest.importorskip("matplotlib")
+    text = write(finished / "out", tmp_path).read_text("utf-8")
+    assert "too small to conclude anything from" in text and "AdaFuse, k = 2" in text
+    assert (tmp_path / "plots" / "quality.svg").exists()
+    with pytest.raises(ValueError, match="run python -m benchmarks.quality first"):
+        write(tmp_path, tmp_path)
+
+
+def fabricated(**losses):
+    """A result whose methods have these losses, one per seed."""
+    groups = {"adafuse_k2": "pre-gated", "layerwise_block": "layer-wise", "lora_active": "static"}
+    domains = {d: {"loss": 1.0, "accuracy": 0.5} for d in DOMAINS}
+    rows = [{"options": {}}, {"what": "corpus", "counts": {}}, {"what": "backbone"}]
+    for name, values in losses.items():
+        method = name.replace("_", "-")
+        rows.append({"what": "method", "method": method, "label": method, "group": groups[name]})
+        rows += [{"what": "run", "method": method, "seed": i, "loss": v, "domains": domains}
+                 for i, v in enumerate(values)]  # fmt: skip
+    return Result({"rows": rows})
+
+
+def test_the_verdict_says_who_wins():
+    lost = verdict(fabricated(adafuse_k2=[1.01, 1.012], layerwise_block=[1.0, 1.002],
+                              lora_active=[1.02, 1.03]))  # fmt: skip
+    assert "1.01 % higher than the best layer-wise mixture" in lost and "**not met**" in lost
+    assert "their seeds do not overlap" in lost and "It is **better**" in lost
+    assert "The lowest perplexity of all has: layerwise-block" in lost
+    near = verdict(fabricated(adafuse_k2=[1.003, 0.999], layerwise_block=[1.0, 1.0],
+                              lora_active=[0.9, 0.9]))  # fmt: skip
+    assert "is **met**" in near and "their seeds overlap" in near
+    assert "It is **not better**" in near
+
+
+def test_bad_options_are_refused(capsys):
+    for arguments, said in (
+        (["--methods", "magic"], "--methods has magic, expected some of full"),
+        (["--methods", "distilled"], "needs layerwise-linear beside it"),
+        (["--jobs", "0"], "must be above 0"),
+    ):
+        with pytest.raises(SystemExit):
+            parse(arguments)
+        assert said in capsys.readouterr().err
+
+
+def test_results_in_the_repository_are_shown():
+    results = ROOT / "benchmarks" / "quality" / "results"
+    if not list(results.glob("quality-*.json")):
+        pytest.skip("no result file yet")
+    pytest.importorskip("matplotlib")
+    written = (ROOT / "docs" / "quality.md").read_text("utf-8")
+    newest = max(results.glob("quality-*.json")).name
+    assert newest in written
