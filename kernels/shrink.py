@@ -26,20 +26,44 @@ _SLICE = 4096
 
 
 @triton.jit
+def leave_sums(acc, partial_ptr, slot, split, splits,
+               ROWS: tl.constexpr, BLOCK_T: tl.constexpr):  # fmt: skip
+    """Writes a program's sums [ROWS, T] where the last of its slot finds them."""
+    at = tl.arange(0, ROWS)[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
+    place = partial_ptr + (slot * splits + split) * (ROWS * BLOCK_T) + at
+    tl.store(place, acc, cache_modifier=".cg")
+
+
+@triton.jit
+def is_last(ticket_ptr, splits):
+    """Whether this program is the last of those that share a ticket; what they left is there."""
+    tl.debug_barrier()
+    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == splits - 1
+    tl.debug_barrier()
+    if last:
+        tl.store(ticket_ptr, 0)  # as the next launch expects it
+    return last
+
+
+@triton.jit
+def all_sums(partial_ptr, slot, splits, ROWS: tl.constexpr, BLOCK_T: tl.constexpr):
+    """The sums that all programs of a slot left, added in their order."""
+    at = tl.arange(0, ROWS)[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
+    base = partial_ptr + slot * splits * (ROWS * BLOCK_T) + at
+    acc = tl.zeros([ROWS, BLOCK_T], dtype=tl.float32)
+    for other in range(splits):
+        acc += tl.load(base + other * (ROWS * BLOCK_T), cache_modifier=".cg")
+    return acc
+
+
+@triton.jit
 def last_sums(acc, partial_ptr, ticket_ptr, slot, split, splits,
               ROWS: tl.constexpr, BLOCK_T: tl.constexpr):  # fmt: skip
     """Leaves a program's sums [ROWS, T]; the last of its slot gets all, added in their order."""
-    at = tl.arange(0, ROWS)[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
-    base = partial_ptr + slot * splits * (ROWS * BLOCK_T) + at
-    tl.store(base + split * (ROWS * BLOCK_T), acc, cache_modifier=".cg")
-    tl.debug_barrier()
-    last = tl.atomic_add(ticket_ptr + slot, 1, sem="acq_rel") == splits - 1
-    tl.debug_barrier()
+    leave_sums(acc, partial_ptr, slot, split, splits, ROWS, BLOCK_T)
+    last = is_last(ticket_ptr + slot, splits)
     if last:
-        tl.store(ticket_ptr + slot, 0)  # as the next launch expects it
-        acc = tl.zeros([ROWS, BLOCK_T], dtype=tl.float32)
-        for other in range(splits):
-            acc += tl.load(base + other * (ROWS * BLOCK_T), cache_modifier=".cg")
+        acc = all_sums(partial_ptr, slot, splits, ROWS, BLOCK_T)
     return acc, last
 
 

@@ -22,11 +22,11 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 from vllm_adafuse.kernels.expand import ACTIVATIONS, BLOCK_ER, activate
 from vllm_adafuse.kernels.scratch import Scratch
-from vllm_adafuse.kernels.shrink import MAX_SLICES, last_sums
+from vllm_adafuse.kernels.shrink import MAX_SLICES, all_sums, is_last, leave_sums
 from vllm_adafuse.kernels.stream_linear import add_delta, load_b
 from vllm_adafuse.kernels.tiles import Tiles
 
-MAX_TILE_TOKENS = 64
+MAX_TILE_TOKENS = 128
 # Rows of W with which whole tiles are programs enough. To cut `in` as well costs more, in adding
 # up the parts, than it gains.
 MIN_ROWS = 6144
@@ -35,7 +35,8 @@ MIN_ROWS = 6144
 def can_tile(x: torch.Tensor, joint: torch.Tensor, activation: str) -> bool:
     """Whether this kernel is the one to take: its numbers of tokens, a large product, and the
     accelerator can read it."""
-    if not (33 if activation else 17) <= x.shape[0] <= MAX_TILE_TOKENS:
+    fewest, most = (33, MAX_TILE_TOKENS) if activation else (17, 64)
+    if not fewest <= x.shape[0] <= most:
         return False
     if joint.shape[0] < MIN_ROWS or not x.is_cuda or torch.version.hip:
         return False
@@ -61,6 +62,12 @@ def choose(tokens: int, activation: str, itemsize: int) -> Tiles:
     if tokens > 64:
         return Tiles(128, 64, 1, 8, 5, slices=2)
     return Tiles(64, 64, 1, 4, 6, slices=2) if tokens > 32 else Tiles(64, 128, 1, 4, 4, slices=2)
+
+
+def block_er(block_t: int, act: int, ranks: int) -> int:
+    """Ranks of a step of the expand: fewer where gate's and up's sums leave few registers."""
+    most = BLOCK_ER // 2 if act and block_t > 64 else BLOCK_ER
+    return min(most, max(16, triton.next_power_of_2(ranks)))
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -116,32 +123,34 @@ def _tile_linear_kernel(
     size, columns = EXPERTS * RANK, tl.arange(0, BLOCK_ER)
     if shrinks:
         PLANES: tl.constexpr = 2 if ACT != 0 else 1
-        for plane in tl.static_range(PLANES):
-            sums = acc if plane == 0 else acc_up
-            last = True
-            if SLICES > 1:
-                sums, last = last_sums(
-                    sums, partial_ptr, ticket_ptr, tile * PLANES + plane, slice_, SLICES,
-                    ROWS, BLOCK_T,
-                )  # fmt: skip
-            if last:
+        last = True
+        if SLICES > 1:  # both are left before one is taken up again: registers
+            leave_sums(acc, partial_ptr, tile * PLANES, slice_, SLICES, ROWS, BLOCK_T)
+            if ACT != 0:
+                leave_sums(acc_up, partial_ptr, tile * PLANES + 1, slice_, SLICES, ROWS, BLOCK_T)
+            last = is_last(ticket_ptr + tile, SLICES)
+        if last:
+            for plane in tl.static_range(PLANES):
+                if SLICES > 1:
+                    sums = all_sums(partial_ptr, tile * PLANES + plane, SLICES, ROWS, BLOCK_T)
+                else:
+                    sums = acc if plane == 0 else acc_up
                 ranks = tile * PER_TILE + plane * ROWS + tl.arange(0, ROWS)
                 real = (ranks < n_parts * size)[:, None] & here[None, :]
-                # Spread over rows by an exact product: to gather would be a load per element.
+                # Spread over rows by a product with ones: to gather would be a load per element.
                 experts = tl.arange(0, BLOCK_E)
                 its = (ranks // RANK % EXPERTS)[:, None] == experts[None, :]
                 gates_at = gates_ptr + tokens[None, :] * EXPERTS + experts[:, None]
                 chosen = here[None, :] & (experts < EXPERTS)[:, None]
                 gates = tl.load(gates_at, mask=chosen, other=0.0)
-                gates = tl.dot(its.to(tl.float32), gates, input_precision="ieee")
+                gates = tl.dot(its.to(tl.float32), gates, input_precision="tf32x3")
                 # Not a bare product: what another token sees of this expert must not matter.
                 s = tl.where(gates != 0, sums * gates, 0.0).to(s_ptr.dtype.element_ty)
                 s_at = s_ptr + tokens[None, :] * (n_parts * size) + ranks[:, None]
                 tl.store(s_at, s, mask=real)
-                tl.debug_barrier()
-                tl.atomic_add(counter_ptr, 1, sem="release")
+            tl.debug_barrier()
+            tl.atomic_add(counter_ptr, 1, sem="release")
     else:
-        AWAITED: tl.constexpr = SHRINK_TILES * 2 if ACT != 0 else SHRINK_TILES
         present = tl.load(present_ptr)
         local_rows = local * ROWS + tl.arange(0, ROWS)
         rows = first + tl.minimum(local_rows, width - 1)
@@ -149,7 +158,7 @@ def _tile_linear_kernel(
             b_at = b_ptr + (rows - skipped).to(tl.int64)[:, None] * size
             acc = add_delta(
                 acc, b_at, load_b(b_at, columns, size, present, RANK), present, s_ptr, counter_ptr,
-                n_tokens, part, n_parts, EXPERTS, AWAITED, RANK, BLOCK_T, BLOCK_ER,
+                n_tokens, part, n_parts, EXPERTS, SHRINK_TILES, RANK, BLOCK_T, BLOCK_ER,
             )  # fmt: skip
         if HAS_BIAS:
             acc += tl.load(bias_ptr + rows).to(tl.float32)[:, None]
@@ -158,7 +167,7 @@ def _tile_linear_kernel(
                 b_at = b_ptr + (rows + (WIDTH0 - SKIP1)).to(tl.int64)[:, None] * size
                 acc_up = add_delta(
                     acc_up, b_at, load_b(b_at, columns, size, present, RANK), present, s_ptr,
-                    counter_ptr, n_tokens, PART1, n_parts, EXPERTS, AWAITED, RANK, BLOCK_T,
+                    counter_ptr, n_tokens, PART1, n_parts, EXPERTS, SHRINK_TILES, RANK, BLOCK_T,
                     BLOCK_ER,
                 )  # fmt: skip
             if HAS_BIAS:
@@ -214,7 +223,7 @@ def tile_linear_triton(
         HAS_BIAS=bias is not None, ACT=act, SLICES=cut.slices, RANK=rank,
         EXPERTS=experts, SHRINK_TILES=shrink_tiles,
         BLOCK_T=block_t, BLOCK_E=max(16, triton.next_power_of_2(experts)),
-        BLOCK_ER=min(BLOCK_ER, max(16, triton.next_power_of_2(experts * rank))),
+        BLOCK_ER=block_er(block_t, act, experts * rank),
         ROWS=cut.rows, COLS=cut.cols, STAGES=cut.stages,
         num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip

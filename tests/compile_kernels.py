@@ -93,12 +93,13 @@ def main() -> None:
             kernel = stream_linear._stream_linear_kernel
             name = f"stream_linear act={activation} tokens={tokens}"
             rows.append(build(name, kernel, constants, cut.warps, cut.stages))
-        for tokens in (32, 64):
+        for tokens in (32, 64, 128)[: 2 + activation]:
             cut = tile_linear.choose(tokens, "silu" if activation else "", 2)
             constants = (two if activation else widths | parts) | {
                 "bias_ptr": None, "HAS_BIAS": False, "ACT": activation,
                 "SLICES": cut.slices, "RANK": 16, "EXPERTS": 8, "SHRINK_TILES": 3,
-                "BLOCK_T": tokens, "BLOCK_E": 16, "BLOCK_ER": 128,
+                "BLOCK_T": tokens, "BLOCK_E": 16,
+                "BLOCK_ER": tile_linear.block_er(tokens, activation, 128),
                 "ROWS": cut.rows, "COLS": cut.cols, "STAGES": cut.stages,
             }  # fmt: skip
             POINTERS["x_desc"] = f"tensordesc<bf16[{tokens}, {cut.cols}]>"
