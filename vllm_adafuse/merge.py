@@ -207,11 +207,7 @@ class _Merger:
 
     def write(self, source: Path, target: Path, bar: tqdm) -> None:
         """One safetensors file: 8 bytes of length, a JSON header, then the tensors end to end."""
-        with (
-            safe_open(source, framework="pt") as tensors,
-            source.open("rb") as reader,
-            target.open("wb") as writer,
-        ):
+        with source.open("rb") as reader, target.open("wb") as writer:
             length = reader.read(8)
             text = reader.read(int.from_bytes(length, "little"))
             writer.write(length + text)
@@ -220,12 +216,15 @@ class _Merger:
             header.pop("__metadata__", None)
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
                 start, end = entry["data_offsets"]
+                reader.seek(8 + len(text) + start)
                 if name in self.projections:
-                    data = self.merged(name, tensors.get_tensor(name))
-                    writer.write(data.contiguous().flatten().view(torch.uint8).numpy())
+                    # Read, not mapped: mapped pages would stay until the file is closed.
+                    data = bytearray(reader.read(end - start))
+                    weight = torch.frombuffer(data, dtype=DTYPES[entry["dtype"]])
+                    merged = self.merged(name, weight.view(entry["shape"]))
+                    writer.write(merged.flatten().view(torch.uint8).numpy())
                     bar.update(end - start)
                     continue
-                reader.seek(8 + len(text) + start)
                 while start < end:
                     part = reader.read(min(_CHUNK, end - start))
                     writer.write(part)

@@ -33,7 +33,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--weights",
         type=_numbers,
-        help="one number for each expert (default: equal ones that sum to 1)",
+        help="one number for each expert; --weights=-0.5,1 where the first is negative (default: "
+        "equal ones that sum to 1)",
     )
     parser.add_argument("--base", help=BASE_HELP)
     parser.add_argument("out", metavar="OUT_DIR", help="the directory to make")
