@@ -208,6 +208,7 @@ def measure(options: Options) -> list[dict]:
     print(f"copy: {bandwidth / 1e12:.3f} TB/s", flush=True)
     if device == "cuda":
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     plan = make_plan(options, device)
     ids, weights = make_routes(options, device)
     row = torch.zeros(1, dtype=torch.int64, device=device)

@@ -234,4 +234,6 @@ def generate(
     if mode != "mixture":
         raise ValueError(f"mode is {mode!r}, expected mixture or switch")
     model = load(base, adapter, **model_options or {})
-    return model.generate(input_ids.to(model.device), **kwargs)
+    input_ids = input_ids.to(model.device)
+    kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
+    return model.generate(input_ids, **kwargs)
