@@ -56,6 +56,74 @@ def output_shards(layer: LinearBase) -> list[Shard]:
     raise TypeError(f"vllm-adafuse does not know how {type(layer).__name__} is sharded")
 
 
+@dataclass(frozen=True)
+class Slices:
+    """How the adapted Hugging Face linears lie in a projection of vLLM, on this rank.
+
+    Attributes:
+        names: full names of the adapted linears.
+        part_shards: of each, its slices of the output.
+        parts: for each slice of the output the index of its linear, -1 for none.
+        widths: columns of each slice.
+        size_in: inputs on this rank.
+        input_slice: which of the whole linear's inputs those are.
+    """
+
+    names: list[str]
+    part_shards: list[list[Shard]]
+    parts: list[int]
+    widths: list[int]
+    size_in: int
+    input_slice: slice
+
+    @property
+    def adapted(self) -> int:
+        """Columns that belong to an adapted linear."""
+        return sum(shard.width for group in self.part_shards for shard in group)
+
+
+def slices_of(layer: LinearBase, parts: Sequence[str | None]) -> Slices:
+    """The slices of a projection.
+
+    Args:
+        layer: vLLM's linear layer.
+        parts: full names of its Hugging Face linears in the order of their outputs, None for
+            one without an adapter.
+
+    Raises:
+        TypeError: see `output_shards`.
+        ValueError: the projection does not consist of so many linears.
+    """
+    shards = output_shards(layer)
+    # One Hugging Face linear may be all of a packed projection (Phi-3).
+    groups = [shards] if len(parts) == 1 else [[shard] for shard in shards]
+    if len(groups) != len(parts):
+        raise ValueError(f"{layer.prefix} has {len(groups)} parts, expected {list(parts)}")
+    part_shards, of_slices, widths = [], [], []
+    for name, group in zip(parts, groups):
+        of_slices += [len(part_shards) if name else -1] * len(group)
+        widths += [shard.width for shard in group]
+        if name:
+            part_shards.append(group)
+    size_in, first = layer.input_size, 0
+    if isinstance(layer, RowParallelLinear):
+        size_in = layer.input_size_per_partition
+        first = layer.tp_rank * size_in
+    return Slices(
+        [name for name in parts if name], part_shards, of_slices, widths,
+        size_in, slice(first, first + size_in),
+    )  # fmt: skip
+
+
+def own_rows(full: torch.Tensor, shards: Sequence[Shard]) -> torch.Tensor:
+    """This rank's rows of a whole linear's B [..., out, R], in the order of its slices."""
+    start, rows = 0, []
+    for shard in shards:
+        rows.append(full[..., start + shard.start : start + shard.start + shard.width, :])
+        start += shard.full
+    return torch.cat(rows, -2)
+
+
 def _aligned(elements: int) -> int:
     """Up to whole 128 bytes of two-byte elements, as kernels read best."""
     return -(-elements // 64) * 64
@@ -97,29 +165,12 @@ class ExpertBank(torch.nn.Module):
     ):
         super().__init__()
         self.route, self.index = route, index
-        self.names = [name for name in parts if name]
-        shards = output_shards(layer)
-        # One Hugging Face linear may be all of a packed projection (Phi-3).
-        groups = [shards] if len(parts) == 1 else [[shard] for shard in shards]
-        if len(groups) != len(parts):
-            raise ValueError(f"{layer.prefix} has {len(groups)} parts, expected {list(parts)}")
-        self.part_shards: list[list[Shard]] = []
-        # The slices of y: which of the adapted linears each belongs to (-1: none), its columns.
-        self.parts: list[int] = []
-        self.widths: list[int] = []
-        for name, group in zip(parts, groups):
-            self.parts += [len(self.part_shards) if name else -1] * len(group)
-            self.widths += [shard.width for shard in group]
-            if name:
-                self.part_shards.append(group)
-        self.input_slice = slice(None)
-        size_in = layer.input_size
-        if isinstance(layer, RowParallelLinear):
-            size_in = layer.input_size_per_partition
-            self.input_slice = slice(layer.tp_rank * size_in, (layer.tp_rank + 1) * size_in)
-        adapted = sum(shard.width for group in self.part_shards for shard in group)
+        slices = slices_of(layer, parts)
+        self.names, self.part_shards = slices.names, slices.part_shards
+        self.parts, self.widths = slices.parts, slices.widths
+        self.input_slice, size_in = slices.input_slice, slices.size_in
         self._shape_a = len(self.names), num_experts, rank, size_in
-        self._shape_b = adapted, num_experts, rank
+        self._shape_b = slices.adapted, num_experts, rank
         self._rows_of_w = sum(self.widths) if joint else 0
 
     @property
@@ -152,13 +203,9 @@ class ExpertBank(torch.nn.Module):
         row = 0
         for part, (name, shards) in enumerate(zip(self.names, self.part_shards)):
             self.bank_a[part].copy_(read(f"{name}.lora_A")[..., self.input_slice])
-            full = read(f"{name}.lora_B")
-            start = 0
-            for shard in shards:
-                first = start + shard.start
-                own = full[:, first : first + shard.width]
-                self.bank_b[row : row + shard.width].copy_(own.transpose(0, 1))
-                row, start = row + shard.width, start + shard.full
+            own = own_rows(read(f"{name}.lora_B"), shards).transpose(0, 1)
+            self.bank_b[row : row + len(own)].copy_(own)
+            row += len(own)
 
     def scratch_sizes(self) -> tuple[int, int, int]:
         return scratch_sizes(self.bank_a, sum(self.widths))
