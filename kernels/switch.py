@@ -19,8 +19,9 @@ Not a torch op: the weights are reached through a table of pointers, which torch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -73,6 +74,8 @@ class SwitchPlan:
         table: [linears, FIELDS] int64, pointers and sizes.
         places: [programs] int32, the linear of each program.
         blocks: the cut that `places` was made for.
+        align: the largest power of two up to 16 that divides every `in`.
+        even: every weight is cut into whole tiles.
     """
 
     live: tuple[torch.Tensor, ...]
@@ -82,6 +85,8 @@ class SwitchPlan:
     table: torch.Tensor
     places: torch.Tensor
     blocks: SwitchBlocks
+    align: int
+    even: bool
 
     @classmethod
     def make(
@@ -105,9 +110,11 @@ class SwitchPlan:
         if problem := _misfit(live, pristine, banks_a, banks_b):
             raise ValueError(f"switch: {problem}")
         blocks = blocks or SwitchBlocks()
-        rows, places, first = [], [], 0
+        rows, places, first, align, even = [], [], 0, 16, True
         for i, (w, w0, a, b) in enumerate(zip(live, pristine, banks_a, banks_b)):
             size_out, size_in = w.shape
+            align = math.gcd(align, size_in)
+            even = even and size_out % blocks.rows == 0 and size_in % blocks.cols == 0
             programs = triton.cdiv(size_out, blocks.rows) * triton.cdiv(size_in, blocks.strip)
             pointers = [t.data_ptr() for t in (w0, w, a, b)]
             rows.append([*pointers, size_in, size_out, first, 0])
@@ -118,13 +125,12 @@ class SwitchPlan:
             tuple(live), tuple(pristine), tuple(banks_a), tuple(banks_b),
             torch.tensor(rows, dtype=torch.int64, device=device),
             torch.tensor(places, dtype=torch.int32, device=device),
-            blocks,
+            blocks, align, even,
         )  # fmt: skip
 
     def recut(self, blocks: SwitchBlocks) -> SwitchPlan:
         """The same weights, cut otherwise."""
-        other = SwitchPlan.make(self.live, self.pristine, self.banks_a, self.banks_b, blocks)
-        return replace(self, table=other.table, places=other.places, blocks=blocks)
+        return SwitchPlan.make(self.live, self.pristine, self.banks_a, self.banks_b, blocks)
 
     def moved_bytes(self, top_k: int) -> int:
         """Bytes that a switch must move: W read, W_live written, k experts read."""
@@ -289,15 +295,9 @@ def switch_constants(plan: SwitchPlan, top_k: int) -> dict:
     """The kernel's compile-time arguments."""
     cut, columns = plan.blocks, top_k * plan.banks_a[0].shape[1]
     block_c = min(MAX_COLUMNS, max(16, triton.next_power_of_2(columns)))
-    sizes = [tuple(w.shape) for w in plan.live]
-    align = 16
-    while any(size_in % align for _, size_in in sizes):
-        align //= 2
     return {
         "TYPE": TRITON_TYPES[plan.live[0].dtype], "TOP_K": top_k, "RANK": columns // top_k,
-        "FIELDS": FIELDS, "ALIGN": align,
-        "EVEN": all(o % cut.rows == 0 and i % cut.cols == 0 for o, i in sizes),
-        "FULL": columns % block_c == 0,
+        "FIELDS": FIELDS, "ALIGN": plan.align, "EVEN": plan.even, "FULL": columns % block_c == 0,
         "BLOCK_C": block_c, "CHUNKS": triton.cdiv(columns, block_c),
         "SLOTS": min(top_k, triton.cdiv(block_c, columns // top_k) + 1),
         "ROWS": cut.rows, "COLS": cut.cols, "STRIP": cut.strip, "STAGES": cut.stages,

@@ -225,10 +225,14 @@ class SwitchRuntime:
                 "switch: the model was called without input_ids; a token's route follows from "
                 "its id, so prompts given as embeddings need mode='mixture'"
             )
-        self._follow(*self.passports, ids)
-        if ids.numel() == 1:
-            # A copy: the caller may write the next token into the same memory.
-            self._merged = ids.reshape(1).clone()
+        if ids.numel() > 1:
+            self._follow(*self.passports, ids)
+            return
+        # A copy: the caller may write the next token into the same memory; and a slice of a
+        # longer sequence has another alignment at every step, which Triton compiles anew.
+        row = ids.reshape(1).clone()
+        self._follow(*self.passports, row)
+        self._merged = row
 
     def _at_layer(self, layer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the layer that the router reads: routes by hidden states."""
@@ -240,7 +244,8 @@ class SwitchRuntime:
     def _follow(self, expert_ids: torch.Tensor, weights: torch.Tensor, rows: torch.Tensor) -> None:
         """One row of the routes [N, k] is merged; several make gates for the mixture."""
         if rows.numel() == 1:
-            self._switch(self.plan, expert_ids, weights, rows.reshape(1), self._merged)
+            row = rows.reshape(1)
+            self._switch(self.plan, expert_ids, weights, row, self._merged)
             self.switches += 1
             self._merge()
         else:
