@@ -8,7 +8,7 @@
     sgmm           y, x, A, B, gates      -> y + deltas, over a projection of any kind
       shrink         its first kernel: x into the rank space of the experts
       expand         its second kernel: out of it, added to y; ends `linear` for many tokens
-    switch         a route, W, A, B       -> W + deltas of all linears at once (one stream)
+    switch         a route, W, A, B       -> W + deltas of all linears (one stream; no torch op)
     scratch        memory that all launches share
     tiles          how the streaming kernel cuts a product, by shape and device
 
