@@ -92,16 +92,18 @@ def release_weights(layers: Iterable[LinearBase]) -> None:
         torch.cuda.empty_cache()
 
 
+def activation_of(block: torch.nn.Module) -> str:
+    """The name of an MLP's activation, where the kernels know it; "" otherwise."""
+    act = getattr(block, "act_fn", None)
+    if type(act) is SiluAndMul:
+        return "silu"
+    return "gelu_tanh" if type(act) is GeluAndMul and act.approximate == "tanh" else ""
+
+
 def _take_activation(layer: LinearBase, block: torch.nn.Module) -> str:
     """Takes the activation of an MLP out of it, where the kernels know it; "" otherwise."""
-    act = getattr(block, "act_fn", None)
-    if getattr(block, "gate_up_proj", None) is not layer:
-        return ""
-    if type(act) is SiluAndMul:
-        name = "silu"
-    elif type(act) is GeluAndMul and act.approximate == "tanh":
-        name = "gelu_tanh"
-    else:
+    name = activation_of(block)
+    if getattr(block, "gate_up_proj", None) is not layer or not name:
         return ""
     block.act_fn = torch.nn.Identity()
     return name

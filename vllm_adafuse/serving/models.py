@@ -19,7 +19,7 @@ from vllm.sequence import IntermediateTensors
 from vllm_adafuse.adapter import Adapter, check_adapter
 from vllm_adafuse.architectures import ARCHITECTURES, PREFIX, Architecture
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.serving import linear
+from vllm_adafuse.serving import layer_wise, linear
 from vllm_adafuse.serving.attach import ADAPTER_KEY, FINGERPRINT_KEY
 from vllm_adafuse.serving.bank import ExpertBank, place_banks
 from vllm_adafuse.serving.norm import NormPlace, norms_behind
@@ -43,6 +43,16 @@ class AdaFuseMixin:
         hf_config = vllm_config.model_config.hf_config
         self.adafuse_adapter = _open_checked(hf_config.adafuse)
         adapter_config = self.adafuse_adapter.config
+        # The last module, so that its AfterLoading runs when all others are loaded.
+        loading = torch.nn.Module()
+        loading.quant_method = AfterLoading(self._load_adapter)
+        if adapter_config.layer_wise:
+            self.adafuse_banks = layer_wise.wrap_layers(
+                self.model, self.adafuse_adapter, self.packed_modules_mapping,
+                _max_tokens(vllm_config), vllm_config.model_config.dtype,
+            )  # fmt: skip
+            self.adafuse_loading = loading
+            return
         route = Route(_max_tokens(vllm_config), adapter_config.top_k, adapter_config.num_experts)
         dtype, alone = vllm_config.model_config.dtype, vllm_config.lora_config is None
         behind = norms_behind(self.model, vllm_config, self.architecture.residual_norms)
@@ -69,9 +79,7 @@ class AdaFuseMixin:
         )
         if adapter_config.router_layer and self._has_router:
             self.adafuse_router.watch(self.model.layers[adapter_config.router_layer])
-        # The last module, so that its AfterLoading runs when all others are loaded.
-        self.adafuse_loading = torch.nn.Module()
-        self.adafuse_loading.quant_method = AfterLoading(self._load_adapter)
+        self.adafuse_loading = loading
 
     def _wrap_projections(
         self, route: Route, dtype: torch.dtype, alone: bool, behind: dict[LinearBase, NormPlace]
@@ -116,10 +124,14 @@ class AdaFuseMixin:
 
     @torch.no_grad()
     def _load_adapter(self) -> None:
-        adapter, router = self.adafuse_adapter, self.adafuse_router
+        adapter = self.adafuse_adapter
         with adapter.reader() as read:
             for bank in self.adafuse_banks:
                 bank.load(read)
+            if adapter.config.layer_wise:
+                layer_wise.log_loaded(adapter, self.adafuse_banks)
+                return
+            router = self.adafuse_router
             if self._has_router:
                 router.load(
                     read,
@@ -149,6 +161,10 @@ class AdaFuseMixin:
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
+        if self.adafuse_adapter.config.layer_wise:  # decides in its layers
+            return super().forward(
+                input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs
+            )
         router = self.adafuse_router
         at_layer = router.config.router_layer
         if intermediate_tensors is not None:

@@ -1,0 +1,215 @@
+"""The experts of one projection that is routed inside its layer, and its routers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
+from vllm_adafuse.adapter import Adapter
+from vllm_adafuse.kernels.layer_sgmm import layer_sgmm
+from vllm_adafuse.kernels.low_product import low_product
+from vllm_adafuse.kernels.route_layer import LayerGate, split_router
+from vllm_adafuse.serving.bank import own_rows, slices_of
+
+# Parts into which a float32 router is cut for rows of two-byte numbers, see `split_router`.
+ROUTER_SPLITS = 3
+
+
+class Gates(torch.nn.Module):
+    """What routers of one shape decided last, in static buffers. Layers run one after the other,
+    so all of them share it.
+
+    Attributes:
+        gates: [N, routers, E] float32, plain.
+        present: [1] int64, a bit for each expert with a gate.
+    """
+
+    def __init__(self, rows: int, routers: int, experts: int):
+        super().__init__()
+        gates = torch.zeros(rows, routers, experts, dtype=torch.float32)
+        self.register_buffer("gates", gates, persistent=False)
+        present = torch.zeros(1, dtype=torch.int64)
+        self.register_buffer("present", present, persistent=False)
+
+
+@dataclass(frozen=True)
+class Place:
+    """One projection of vLLM in a layer-wise adapter.
+
+    Attributes:
+        layer: the projection.
+        linears: full names of its Hugging Face linears in the order of their outputs.
+        index, block: of the decoder layer, and "self_attn" or "mlp".
+        decides: it reads what its block reads, first of the block.
+        whole_ffn: it belongs to an MLP whose experts are mixed at its output.
+    """
+
+    layer: LinearBase
+    linears: tuple[str, ...]
+    index: int
+    block: str
+    decides: bool
+    whole_ffn: bool
+
+    @property
+    def block_name(self) -> str:
+        return f"model.layers.{self.index}.{self.block}"
+
+
+class LayerBank(torch.nn.Module):
+    """A of the P adapted linears of a projection and, below it, its routers; B; as this rank of
+    tensor parallelism holds them.
+
+    The rows are A [P, EA, R, in], then routers [S, routers, E, in] in S parts of the model's
+    dtype. Parts that are always on are experts past E, cut to rank R. `place` makes the buffers,
+    which are not persistent: no loader of vLLM writes or misses them.
+
+    Args:
+        place: which projection.
+        adapter: the adapter, checked.
+        dtype: of the model.
+        gates_of: (routers, E) -> the buffers to decide in.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        adapter: Adapter,
+        dtype: torch.dtype,
+        gates_of: Callable[[int, int], Gates],
+    ):
+        super().__init__()
+        config, tensors = adapter.config, adapter.tensors
+        self.config, self.dtype = config, dtype
+        adapted = {*adapter.projections, *adapter.always_on}
+        self.slices = slices_of(
+            place.layer, [name if name in adapted else None for name in place.linears]
+        )
+        names = self.slices.names
+        self.with_experts = [name in adapter.projections for name in names]
+        self.with_always = [name in adapter.always_on for name in names]
+
+        def rows_of(owner: str) -> int:
+            return tensors[f"{owner}.router.weight"].shape[0]
+
+        self.routers: list[str | None] = []
+        own_block = place.block_name in adapter.routers
+        if config.router_scope == "linear" and any(self.with_experts):
+            self.routers = [n if has else None for n, has in zip(names, self.with_experts)]
+        elif config.router_scope == "block" and own_block and place.decides:
+            self.routers = [place.block_name]
+        self.biased = {owner for owner in self.routers if f"{owner}.router.bias" in tensors}
+        counts = tuple(rows_of(owner) if owner else 0 for owner in self.routers)
+        self.experts = max(counts, default=0)
+        if not counts and any(self.with_experts):
+            self.experts = rows_of(place.block_name)
+        # A projection of parts that are always on alone has a rank of its own.
+        self.rank = config.rank if self.experts else config.always_r
+        self.always = math.ceil(config.always_r / self.rank) if any(self.with_always) else 0
+        self.every = self.experts + self.always
+        self.rows_a = (1 if config.shared_A and self.experts else self.experts) + self.always
+        self.columns = len(names) * self.rows_a * self.rank
+        self.splits = 1
+        if dtype != torch.float32 and any(
+            tensors[f"{owner}.router.weight"].dtype != dtype for owner in self.routers if owner
+        ):
+            self.splits = ROUTER_SPLITS
+        self.gate = LayerGate(
+            top_k=config.k_of(place.index, place.block) if counts else 0,
+            experts=counts,
+            always=self.always,
+            softmax_first=config.router_weights == "softmax_topk",
+            absolute=config.router_logits == "abs",
+            temperature=config.temperature,
+            shared=config.shared_A and self.experts > 0,
+            plain=place.whole_ffn and place.decides,
+        )
+        self.top_k = config.k_of(place.index, place.block)
+        # The input of a row-parallel projection is cut: so are the sums that logits are.
+        cut = isinstance(place.layer, RowParallelLinear) and place.layer.tp_size > 1
+        self.reduces = cut and bool(counts)
+        self.shared_gates = gates_of(max(1, len(self.routers)), self.experts)
+        scales = [*config.scales[: self.experts], *[config.always_scale] * self.always]
+        bias = torch.zeros(len(self.routers), self.experts)
+        for name, tensor in (("scales", torch.tensor(scales)), ("bias", bias)):
+            self.register_buffer(name, tensor.to(torch.float32), persistent=False)
+
+    @property
+    def numel(self) -> int:
+        """Elements that `place` takes."""
+        return self._rows * self.slices.size_in + self.slices.adapted * self.every * self.rank
+
+    @property
+    def _rows(self) -> int:
+        return self.columns + self.splits * len(self.routers) * self.experts
+
+    def place(self, memory: torch.Tensor) -> None:
+        """Takes its place in [numel] zeros of the model's dtype."""
+        first = self._rows * self.slices.size_in
+        rows = memory[:first].view(self._rows, self.slices.size_in)
+        b = memory[first:].view(self.slices.adapted, self.every, self.rank)
+        self.register_buffer("rows", rows, persistent=False)
+        self.register_buffer("bank_b", b, persistent=False)
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes + self.bank_b.nbytes
+
+    def load(self, read: Callable[[str], torch.Tensor]) -> None:
+        """Copies this rank's shards out of the adapter.
+
+        Args:
+            read: tensor name -> tensor on the CPU, unsharded.
+        """
+        own, first = self.slices, 0
+        size_in, always = own.size_in, self.always
+        bank_a = self.rows[: self.columns].view(len(own.names), self.rows_a, self.rank, size_in)
+        for part, (name, shards) in enumerate(zip(own.names, own.part_shards)):
+            b = self.bank_b[first : first + sum(shard.width for shard in shards)]
+            first += len(b)
+            if self.with_experts[part]:
+                a = read(f"{name}.lora_A")[..., own.input_slice]
+                bank_a[part, : len(a)].copy_(a)
+                rows = own_rows(read(f"{name}.lora_B"), shards).transpose(0, 1)
+                b[:, : rows.shape[1]].copy_(rows)
+            if self.with_always[part]:
+                a, rows = read(f"{name}.always_A"), own_rows(read(f"{name}.always_B"), shards)
+                flat_a = bank_a[part, self.rows_a - always :].flatten(0, 1)
+                flat_a[: len(a)].copy_(a[:, own.input_slice])
+                padded = rows.new_zeros(len(rows), always * self.rank)
+                padded[:, : rows.shape[1]] = rows
+                b[:, self.experts :].copy_(padded.view(len(rows), always, self.rank))
+        shape = self.splits, len(self.routers), self.experts, size_in
+        routers = self.rows[self.columns :].view(shape)
+        for at, (owner, count) in enumerate(zip(self.routers, self.gate.experts)):
+            if owner is None:
+                continue
+            weight = read(f"{owner}.router.weight").float()[:, own.input_slice]
+            split = split_router(weight, self.dtype)
+            routers[: len(split), at, :count].copy_(split)
+            if owner in self.biased:
+                self.bias[at, :count].copy_(read(f"{owner}.router.bias"))
+
+    def low(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x [T, in] in rank space [T, P EA R], and the routers' logits; float32."""
+        low = low_product(x, self.rows)
+        if not self.routers:
+            return low, None
+        logits = low[:, self.columns :]
+        if self.reduces:
+            logits = tensor_model_parallel_all_reduce(logits.contiguous())
+        return low[:, : self.columns], logits
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """y + delta, in place. x: [T, in], y: [T, out] of this rank."""
+        low, logits = self.low(x)
+        layer_sgmm(
+            y, low, logits, self.bias if self.routers else None, self.scales,
+            self.shared_gates.gates, self.shared_gates.present, self.bank_b,
+            self.slices.parts, self.slices.widths, self.gate,
+        )  # fmt: skip
+        return y
