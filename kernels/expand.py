@@ -2,37 +2,26 @@
 
     y[t, n] + Σ_e B[n, e] s[t, p(n), e]                    p(n): the part that column n belongs to
 
-and, for gate_up, at once the activation that follows: act(y_gate) * y_up. The second half of SGMM
-(AdaFuse, arXiv 2603.11873, section 3). A program takes a tile of columns for a block of tokens and
+and at once what follows (pairs.py): gate_up's activation, the rotary embedding of q and k. The
+second half of SGMM (AdaFuse, arXiv 2603.11873, section 3). A program takes a tile of columns for a block of tokens and
 reads B of the experts that are present; sums run over experts in rising order, whoever else is in
-the batch. The additions ride on a pass over y that the activation needs anyway.
+the batch. The additions ride on a pass over y that what follows needs anyway.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.order_routes import ORDER_TILE, Order
+from vllm_adafuse.kernels.blocks import ExpandBlocks, can_overlap, expert_blocks
+from vllm_adafuse.kernels.order_routes import Order
+from vllm_adafuse.kernels.pairs import ACTIVATIONS, ROTARY, activate, rotate
 
-ACTIVATIONS = ("", "silu", "gelu_tanh")
 # With fewer tokens most experts are absent, and each is asked whether it is there.
 _SKIP_TOKENS = 8
-# Ranks, of one expert or of several, that one product takes.
-BLOCK_ER = 128
-
-
-@triton.jit
-def activate(gate, up, ACT: tl.constexpr):
-    """act(gate) * up in float32: 1 is SiLU, 2 is GELU in its tanh form."""
-    if ACT == 1:
-        return gate / (1.0 + tl.exp(-gate)) * up
-    z = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-    return gate / (1.0 + tl.exp(-2.0 * z)) * up
 
 
 @triton.jit
@@ -63,12 +52,12 @@ def _load_both(
     ACT: tl.constexpr, RANK: tl.constexpr, RAW: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """s of the first chunk of experts, and of up's where there is an activation."""
+    """s of the first chunk of experts, and of up's where it has its own."""
     s = _load_s(
         s_at, gates_ptr, rows, 0, here, n_experts, 0, RANK, RAW, EVEN_K, BLOCK_T, BLOCK_E, BLOCK_R
     )
     s_up = s
-    if ACT != 0:
+    if ACT == 1 or ACT == 2:
         s_up = _load_s(
             s_up_at, gates_ptr, rows, 0, here_up, n_experts, 0,
             RANK, RAW, EVEN_K, BLOCK_T, BLOCK_E, BLOCK_R,
@@ -124,11 +113,11 @@ def _add_delta(
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _expand_kernel(
-    y_ptr, bias_ptr, out_ptr, s_ptr, b_ptr, gates_ptr, present_ptr, order_ptr,
+    y_ptr, bias_ptr, out_ptr, s_ptr, b_ptr, gates_ptr, present_ptr, order_ptr, cos_sin_ptr,
     n_tokens, y_stride, out_stride, s_stride, n_experts,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
     PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr,
     RAW: tl.constexpr, SKIP: tl.constexpr, ALL: tl.constexpr,
     RANK: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr, ONE: tl.constexpr,
     EVERY_PART: tl.constexpr, ORDER: tl.constexpr, PDL: tl.constexpr,
@@ -139,10 +128,12 @@ def _expand_kernel(
     # Parts without experts have no rows of B; no tiles either, unless they must be copied.
     B1: tl.constexpr = WIDTH0 if PART0 >= 0 else 0
     B2: tl.constexpr = B1 + (WIDTH1 if PART1 >= 0 else 0)
-    TILED0: tl.constexpr = WIDTH0 if (PART0 >= 0 or ALL) else 0
-    TILED1: tl.constexpr = WIDTH1 if (PART1 >= 0 or ALL) else 0
+    # With ACT columns come in pairs, and a tile is of one member: of gate, of the first halves.
+    MEMBERS: tl.constexpr = 2 if ACT == 3 else 1
+    TILED0: tl.constexpr = WIDTH0 // MEMBERS if (PART0 >= 0 or ALL) else 0
+    TILED1: tl.constexpr = WIDTH1 // MEMBERS if (PART1 >= 0 or ALL) else 0
     SPAN: tl.constexpr = BLOCK_OUT * LOOP
-    if ACT == 0:
+    if ACT == 0 or ACT == 3:
         GROUPS0: tl.constexpr = (TILED0 + SPAN - 1) // SPAN
         GROUPS01: tl.constexpr = GROUPS0 + (TILED1 + SPAN - 1) // SPAN
         second, third = group >= GROUPS0, group >= GROUPS01
@@ -153,17 +144,21 @@ def _expand_kernel(
         group -= tl.where(third, GROUPS01, tl.where(second, GROUPS0, 0))
     else:
         part, width, offset, b_first = PART0, WIDTH0, 0, 0
+    # From one member of a pair to the other: in y, in B, and in s.
+    APART: tl.constexpr = HALF if ACT == 3 else WIDTH0
+    APART_B: tl.constexpr = HALF if ACT == 3 else B1
+    part_up = part if ACT == 3 else PART1
     rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     here = rows < n_tokens
     # A part without experts has deltas of zeros; EVEN_B says that there is none.
     rows_s = rows < tl.where(part >= 0, n_tokens, 0)
-    rows_up = rows < (n_tokens if PART1 >= 0 else 0)
+    rows_up = rows < tl.where(part_up >= 0, n_tokens, 0)
     present = tl.load(present_ptr + (tl.program_id(1) if ORDER else 0))
     if ORDER:
         rows = tl.load(order_ptr + rows, mask=here, other=0)
     EVEN_B: tl.constexpr = EVEN and EVERY_PART
     s_at = s_ptr + rows.to(tl.int64) * s_stride + part * size
-    s_up_at = s_ptr + rows.to(tl.int64) * s_stride + PART1 * size
+    s_up_at = s_ptr + rows.to(tl.int64) * s_stride + part_up * size
     s = tl.zeros([BLOCK_T, BLOCK_E * BLOCK_R], dtype=s_ptr.dtype.element_ty)
     s_up = s
     # Of all columns; a program of one tile asks for B first, which needs no kernel before it.
@@ -175,11 +170,15 @@ def _expand_kernel(
             ACT, RANK, RAW, EVEN_K, BLOCK_T, BLOCK_E, BLOCK_R,
         )  # fmt: skip
     for i in tl.range(LOOP, num_stages=STAGES):
-        columns = (group * LOOP + i) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+        first = (group * LOOP + i) * BLOCK_OUT
+        if ACT == 3:  # of a head's first half
+            columns = first // HALF * (2 * HALF) + first % HALF + tl.arange(0, BLOCK_OUT)
+        else:
+            columns = first + tl.arange(0, BLOCK_OUT)
         # A mask that ends in the middle of a tile makes loads narrow: only where it must be.
         inside = columns >= 0 if EVEN else columns < width
         inside_b = columns < tl.where(part >= 0, width, 0)
-        inside_up = columns < (WIDTH1 if PART1 >= 0 else 0)
+        inside_up = columns < tl.where(part_up >= 0, width, 0)
         b_at = b_ptr + (b_first + columns).to(tl.int64) * size
         mask = here[:, None] & inside[None, :]
         y_at = y_ptr + rows.to(tl.int64)[:, None] * y_stride + (offset + columns)[None, :]
@@ -192,7 +191,7 @@ def _expand_kernel(
             )
             if ACT != 0:
                 b_up = _load_b(
-                    b_at + B1 * size, inside_up, 0, n_experts, 0,
+                    b_at + APART_B * size, inside_up, 0, n_experts, 0,
                     RANK, EVEN_B, EVEN_K, BLOCK_E, BLOCK_R,
                 )  # fmt: skip
         if LOOP == 1:
@@ -206,7 +205,7 @@ def _expand_kernel(
         y = tl.load(y_at, mask=mask, other=0.0)
         up = y
         if ACT != 0:
-            up = tl.load(y_at + WIDTH0, mask=mask, other=0.0)
+            up = tl.load(y_at + APART, mask=mask, other=0.0)
         y = y.to(tl.float32)
         if HAS_BIAS:
             bias_at = bias_ptr + offset + columns
@@ -218,80 +217,43 @@ def _expand_kernel(
         if ACT != 0:
             up = up.to(tl.float32)
             if HAS_BIAS:
-                up += tl.load(bias_at + WIDTH0, mask=inside, other=0.0).to(tl.float32)[None, :]
+                up += tl.load(bias_at + APART, mask=inside, other=0.0).to(tl.float32)[None, :]
             up = _add_delta(
-                up, b_up, s_up, s_up_at, gates_ptr, present, b_at + B1 * size, rows,
+                up, b_up, s_up, s_up_at, gates_ptr, present, b_at + APART_B * size, rows,
                 rows_up, inside_up,
                 n_experts, RANK, RAW, SKIP, EVEN_B, EVEN_K, ONE, BLOCK_T, BLOCK_E, BLOCK_R,
             )  # fmt: skip
-            y = activate(y, up, ACT)
         out_at = out_ptr + rows.to(tl.int64)[:, None] * out_stride + (offset + columns)[None, :]
+        if ACT == 3:
+            if offset < WIDTH0 + WIDTH1:
+                turn = cos_sin_ptr + rows[:, None] * (2 * HALF)
+                turn += (first % HALF + tl.arange(0, BLOCK_OUT))[None, :]
+                cos = tl.load(turn, mask=mask, other=0.0).to(tl.float32)
+                sin = tl.load(turn + HALF, mask=mask, other=0.0).to(tl.float32)
+                y, up = rotate(y, up, cos, sin)
+            tl.store(out_at + HALF, up.to(out_ptr.dtype.element_ty), mask=mask)
+        elif ACT != 0:
+            y = activate(y, up, ACT)
         tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@dataclass(frozen=True)
-class ExpandBlocks:
-    """How an expand is cut.
-
-    Attributes:
-        tokens, columns: of a tile.
-        loop: tiles of a program, side by side; what it knows of its tokens serves them all.
-        warps: of a program.
-        stages: loads in flight in a loop.
-    """
-
-    tokens: int
-    columns: int
-    loop: int
-    warps: int
-    stages: int
-
-    @classmethod
-    def choose(
-        cls, tokens: int, activation: bool, itemsize: int, ordered: bool = False
-    ) -> ExpandBlocks:
-        """Found on an H200 at the shapes of Llama-2-7B; docs/kernel-notes.md has the figures."""
-        if ordered:
-            return cls(ORDER_TILE, 128, 1, 4, 1) if itemsize == 2 else cls(ORDER_TILE, 32, 1, 4, 1)
-        if tokens <= 256 or itemsize > 2:
-            block_t = min(64 if itemsize == 2 else 32, max(16, triton.next_power_of_2(tokens)))
-            return cls(block_t, 64, 1, 4, 1)
-        if activation:
-            return cls(64, 64, 8, 4, 1)
-        return cls(64, 64, 8, 4, 3) if tokens < 4096 else cls(128, 128, 8, 8, 3)
-
-
-def expert_blocks(experts: int, rank: int, skip: bool) -> dict[str, int | bool]:
-    """How E experts of one rank are cut into products over ranks.
-
-    skip: one expert at a time, so that absent ones can be left out.
-    """
-    block_r = min(BLOCK_ER, triton.next_power_of_2(rank))
-    block_e = 1 if skip else min(triton.next_power_of_2(experts), BLOCK_ER // block_r)
-    block_r = max(block_r, 16 // block_e)
-    even = rank % block_r == 0 and experts % block_e == 0 and (block_e == 1 or rank == block_r)
-    return {
-        "RANK": rank, "SKIP": skip, "EVEN_K": even, "BLOCK_E": block_e, "BLOCK_R": block_r,
-        "ONE": not skip and experts <= block_e and rank <= block_r,
-    }  # fmt: skip
-
-
-def can_overlap(tensor: torch.Tensor) -> bool:
-    """Whether a launch may begin while the one before it ends (programmatic dependent launch)."""
-    if not tensor.is_cuda or torch.version.hip:
-        return False
-    return torch.cuda.get_device_capability(tensor.device)[0] >= 9
-
-
 def _launch(
-    y, bias, out, s, s_stride, bank_b, gates, present, parts, widths, act, blocks=None, order=None
+    y, bias, out, s, s_stride, bank_b, gates, present, parts, widths, act,
+    blocks=None, order=None, cos_sin=None,
 ) -> None:  # fmt: skip
     tokens, (_, experts, rank) = y.shape[0], bank_b.shape
     every = out is not y
     if blocks is None:
         blocks = ExpandBlocks.choose(tokens, act != 0, y.element_size(), order is not None)
-    # An activation takes gate and up in one tile.
-    tiled = widths[:1] if act else [w for w, part in zip(widths, parts) if part >= 0 or every]
+    half = cos_sin.shape[1] // 2 if act == ROTARY else 0
+    # A tile has both members of its pairs.
+    if act == ROTARY:
+        tiled = [w // 2 for w in widths]
+        blocks = replace(blocks, columns=min(blocks.columns, half))
+    elif act:
+        tiled = widths[:1]
+    else:
+        tiled = [w for w, part in zip(widths, parts) if part >= 0 or every]
     span = blocks.columns * blocks.loop
     groups = sum(triton.cdiv(w, span) for w in tiled)
     every_part = min(parts) >= 0
@@ -300,11 +262,11 @@ def _launch(
     pdl = can_overlap(y)
     _expand_kernel[(groups, triton.cdiv(tokens, blocks.tokens))](
         y, bias, out, s, bank_b, gates,
-        present if order is None else order.present, order and order.rows,
+        present if order is None else order.present, order and order.rows, cos_sin,
         tokens, y.stride(0), out.stride(0), s_stride, experts,
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         PART0=parts[0], PART1=parts[1], PART2=parts[2],
-        HAS_BIAS=bias is not None, ACT=act,
+        HAS_BIAS=bias is not None, ACT=act, HALF=half,
         RAW=gates is not None, ALL=every, EVEN=all(w % span == 0 for w in tiled),
         EVERY_PART=every_part, ORDER=order is not None, PDL=pdl,
         BLOCK_T=blocks.tokens, BLOCK_OUT=blocks.columns,
@@ -346,6 +308,7 @@ def expand_raw_triton(
     activation: str = "",
     blocks: ExpandBlocks | None = None,
     order: Order | None = None,
+    cos_sin: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """From the outputs of W and A to those of the adapted projection, in one launch.
 
@@ -355,20 +318,25 @@ def expand_raw_triton(
         bias: [out], or None.
         bank_b, present, parts, widths: as in `expand_triton`.
         gates: [N, E] float32, N >= T.
-        activation: "", or "silu" or "gelu_tanh" of gate and up: two parts of I columns.
+        activation: "", or "silu" or "gelu_tanh" of gate and up: two parts of I columns; or
+            "rotary" of q, k, v.
         blocks: how to cut, default `ExpandBlocks.choose`; with an order `ORDER_TILE` tokens.
         order: tokens side by side that share experts, see `order_routes`.
+        cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
 
     Returns:
-        [T, out], or [T, I] after an activation; contiguous.
+        [T, out], or [T, I] after silu or gelu_tanh; contiguous.
     """
     act, out = ACTIVATIONS.index(activation), sum(widths)
     result = y
-    if act or bias is not None or not y.is_contiguous():
+    if act == ROTARY:
+        result = y.new_empty(y.shape[0], out)
+    elif act or bias is not None or not y.is_contiguous():
         result = y.new_empty(y.shape[0], widths[0] if act else out)
     _launch(
-        y, bias, result, s, s.stride(0), bank_b, gates, present, parts, widths, act, blocks, order
-    )
+        y, bias, result, s, s.stride(0), bank_b, gates, present, parts, widths, act,
+        blocks, order, cos_sin,
+    )  # fmt: skip
     return result
 
 
@@ -387,9 +355,3 @@ def expand_torch(
             row += width
         column += width
 
-
-def activate_torch(y: torch.Tensor, activation: str) -> torch.Tensor:
-    """act(gate) * up of y [T, 2 I]: the reference of `activate`."""
-    gate, up = y.chunk(2, -1)
-    act = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
-    return act * up

@@ -16,8 +16,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from vllm_adafuse.kernels import stream_linear, tile_linear
-from vllm_adafuse.kernels.expand import activate_torch, expand_raw_triton, expand_torch
+from vllm_adafuse.kernels.expand import expand_raw_triton, expand_torch
 from vllm_adafuse.kernels.order_routes import Order
+from vllm_adafuse.kernels.pairs import activate_torch, rotate_torch
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import shrink_torch

@@ -18,14 +18,8 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.expand import (
-    _add_delta,
-    _load_b,
-    _load_s,
-    can_overlap,
-    expand_raw_triton,
-    expert_blocks,
-)
+from vllm_adafuse.kernels.blocks import can_overlap, expert_blocks
+from vllm_adafuse.kernels.expand import _add_delta, _load_b, _load_s, expand_raw_triton
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.stream_linear import MAX_STREAM_TOKENS
 

@@ -20,7 +20,8 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.expand import ACTIVATIONS, BLOCK_ER, activate
+from vllm_adafuse.kernels.blocks import BLOCK_ER
+from vllm_adafuse.kernels.pairs import ACTIVATIONS, activate
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import (
     MAX_SHRINK_TOKENS,

@@ -20,7 +20,8 @@ import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
-from vllm_adafuse.kernels.expand import ACTIVATIONS, BLOCK_ER, activate
+from vllm_adafuse.kernels.blocks import BLOCK_ER
+from vllm_adafuse.kernels.pairs import ACTIVATIONS, activate
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import MAX_SLICES, all_sums, is_last, leave_sums
 from vllm_adafuse.kernels.stream_linear import add_delta, load_b

@@ -14,6 +14,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from vllm_adafuse.kernels import (
+    blocks,
     expand,
     residual_norm,
     shrink,
@@ -108,22 +109,22 @@ def main() -> None:
             name = f"tile_linear act={activation} tokens={tokens}"
             rows.append(build(name, kernel, constants, cut.warps, cut.stages))
         constants = (two if activation else widths | parts) | {
-            "bias_ptr": None, "HAS_BIAS": False, "ACT": activation,
+            "bias_ptr": None, "HAS_BIAS": False, "ACT": activation, "HALF": 0, "cos_sin_ptr": None,
             "RAW": True, "ALL": True, "EVERY_PART": True,
             "EVEN": True,
         }  # fmt: skip
         for tokens in (128, 16000):
             ordered = tokens > 1000
-            cut = expand.ExpandBlocks.choose(tokens, activation == 1, 2, ordered)
-            blocks = expand.expert_blocks(8, 16, ordered) | {
+            cut = blocks.ExpandBlocks.choose(tokens, activation == 1, 2, ordered)
+            cuts = blocks.expert_blocks(8, 16, ordered) | {
                 "BLOCK_T": cut.tokens, "BLOCK_OUT": cut.columns,
                 "LOOP": cut.loop, "STAGES": cut.stages, "ORDER": ordered, "PDL": True,
             }  # fmt: skip
             name = f"expand act={activation} tokens={tokens}"
-            rows.append(build(name, expand._expand_kernel, constants | blocks, cut.warps, 2))
+            rows.append(build(name, expand._expand_kernel, constants | cuts, cut.warps, 2))
     for tokens in (1, 16000):
         cut = residual_norm.NormBlocks.choose(4096, tokens > 1, 2)
-        constants = expand.expert_blocks(8, 16, False) | {
+        constants = blocks.expert_blocks(8, 16, False) | {
             "WIDTH": 4096, "EXPAND": tokens > 1, "PDL": True, "STAGES": cut.stages,
             "BLOCK_T": cut.tokens, "COLS": cut.columns, "NORM_COLS": cut.norm_columns,
         }  # fmt: skip

@@ -3,13 +3,9 @@
 import pytest
 import torch
 from ops import delta_truth, error, make_order, make_problem, shrink_truth
-from vllm_adafuse.kernels.expand import (
-    ExpandBlocks,
-    activate_torch,
-    expand_raw_triton,
-    expand_torch,
-    expand_triton,
-)
+from vllm_adafuse.kernels.blocks import ExpandBlocks
+from vllm_adafuse.kernels.expand import expand_raw_triton, expand_torch, expand_triton
+from vllm_adafuse.kernels.pairs import activate_torch, rotate_torch
 
 
 def by_torch(y, s, p):
@@ -77,6 +73,23 @@ def test_in_the_order_of_the_routes(shape, activation):
         y, raw, p.bias, p.bank_b, p.gates, p.present, p.parts, p.widths, activation, order=order
     )
     assert error(out, activate_torch(truth, activation) if activation else truth) <= 1e-5
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("widths", [[64, 64, 64], [128, 32, 32], [96, 32, 64]])
+@pytest.mark.parametrize("parts", [[0, 1, 2], [0, -1, 1], [-1, -1, 0]])
+def test_queries_and_keys_are_turned(parts, widths, ordered):
+    tokens, head_dim = 70, 32
+    p = make_problem(tokens, 24, widths, 8, 2, 4, parts=parts, bias=True)
+    y = 3 * torch.randn(tokens, sum(widths), device=p.x.device)
+    raw = torch.einsum("peri,ti->tper", p.bank_a.double(), p.x.double()).flatten(1).float()
+    cos_sin = torch.randn(tokens + 3, head_dim, device=p.x.device)
+    out = expand_raw_triton(
+        y, raw, p.bias, p.bank_b, p.gates, p.present, parts, widths, "rotary",
+        order=make_order(p.gates, tokens, 2) if ordered else None, cos_sin=cos_sin,
+    )  # fmt: skip
+    truth = y.double() + p.bias.double() + delta_truth(p)
+    assert error(out, rotate_torch(truth, cos_sin, widths[0] + widths[1])) <= 1e-5
 
 
 def test_experts_not_chosen_are_not_read():

@@ -1,0 +1,66 @@
+"""How expands are cut, and how they are launched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from vllm_adafuse.kernels.order_routes import ORDER_TILE
+
+# Ranks, of one expert or of several, that one product takes.
+BLOCK_ER = 128
+
+
+@dataclass(frozen=True)
+class ExpandBlocks:
+    """How an expand is cut.
+
+    Attributes:
+        tokens, columns: of a tile.
+        loop: tiles of a program, side by side; what it knows of its tokens serves them all.
+        warps: of a program.
+        stages: loads in flight in a loop.
+    """
+
+    tokens: int
+    columns: int
+    loop: int
+    warps: int
+    stages: int
+
+    @classmethod
+    def choose(
+        cls, tokens: int, activation: bool, itemsize: int, ordered: bool = False
+    ) -> ExpandBlocks:
+        """Found on an H200 at the shapes of Llama-2-7B; docs/kernel-notes.md has the figures."""
+        if ordered:
+            return cls(ORDER_TILE, 128, 1, 4, 1) if itemsize == 2 else cls(ORDER_TILE, 32, 1, 4, 1)
+        if tokens <= 256 or itemsize > 2:
+            block_t = min(64 if itemsize == 2 else 32, max(16, triton.next_power_of_2(tokens)))
+            return cls(block_t, 64, 1, 4, 1)
+        if activation:
+            return cls(64, 64, 8, 4, 1)
+        return cls(64, 64, 8, 4, 3) if tokens < 4096 else cls(128, 128, 8, 8, 3)
+
+
+def expert_blocks(experts: int, rank: int, skip: bool) -> dict[str, int | bool]:
+    """How E experts of one rank are cut into products over ranks.
+
+    skip: one expert at a time, so that absent ones can be left out.
+    """
+    block_r = min(BLOCK_ER, triton.next_power_of_2(rank))
+    block_e = 1 if skip else min(triton.next_power_of_2(experts), BLOCK_ER // block_r)
+    block_r = max(block_r, 16 // block_e)
+    even = rank % block_r == 0 and experts % block_e == 0 and (block_e == 1 or rank == block_r)
+    return {
+        "RANK": rank, "SKIP": skip, "EVEN_K": even, "BLOCK_E": block_e, "BLOCK_R": block_r,
+        "ONE": not skip and experts <= block_e and rank <= block_r,
+    }  # fmt: skip
+
+
+def can_overlap(tensor: torch.Tensor) -> bool:
+    """Whether a launch may begin while the one before it ends (programmatic dependent launch)."""
+    if not tensor.is_cuda or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(tensor.device)[0] >= 9

@@ -1,0 +1,63 @@
+"""What becomes of two columns of a projection that belong together:
+
+    gate_up   out[j] = act(y[j]) * y[I + j]                              1: SiLU, 2: GELU (tanh form)
+    qkv       the rotary embedding, of halves a and b of a head          3
+              out = a cos - b sin, b cos + a sin
+
+Kernels compute both columns in one program, so that this needs no pass of its own. Heads are cut
+into first and second halves as Llama's are ("neox style"); v is not turned.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+ACTIVATIONS = ("", "silu", "gelu_tanh", "rotary")
+ROTARY = ACTIVATIONS.index("rotary")
+# Halves of a head that kernels can cut into tiles.
+MIN_HALF = 16
+
+
+@triton.jit
+def activate(gate, up, ACT: tl.constexpr):
+    """act(gate) * up in float32: 1 is SiLU, 2 is GELU in its tanh form."""
+    if ACT == 1:
+        return gate / (1.0 + tl.exp(-gate)) * up
+    z = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+    return gate / (1.0 + tl.exp(-2.0 * z)) * up
+
+
+@triton.jit
+def rotate(a, b, cos, sin):
+    """The two halves of a head, turned."""
+    return a * cos - b * sin, b * cos + a * sin
+
+
+def can_rotate(head_dim: int) -> bool:
+    """Whether tiles can be cut along halves of heads of this size."""
+    half = head_dim // 2
+    return head_dim % 2 == 0 and half >= MIN_HALF and half & (half - 1) == 0
+
+
+def activate_torch(y: torch.Tensor, activation: str) -> torch.Tensor:
+    """act(gate) * up of y [T, 2 I]: the reference of `activate`."""
+    gate, up = y.chunk(2, -1)
+    act = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    return act * up
+
+
+def rotate_torch(y: torch.Tensor, cos_sin: torch.Tensor, rotated: int) -> torch.Tensor:
+    """y [T, out] with its first `rotated` columns turned: the reference of `rotate`.
+
+    Args:
+        cos_sin: [>= T, D], cosines of a token's position, then sines; D is the size of a head.
+        rotated: columns of q and k.
+    """
+    tokens, head_dim = y.shape[0], cos_sin.shape[1]
+    cos, sin = cos_sin[:tokens, None].to(y.dtype).chunk(2, -1)
+    a, b = y[:, :rotated].view(tokens, -1, head_dim).chunk(2, -1)
+    turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1).flatten(1)
+    return torch.cat([turned, y[:, rotated:]], 1)
