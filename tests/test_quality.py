@@ -1,5 +1,6 @@
 """benchmarks.quality at toy size: the splits, a whole run with interruption, the report."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -7,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 from vllm_adafuse.adapter import check_adapter
+from vllm_adafuse.backbone import Backbone
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,6 +28,7 @@ def _import_benchmarks() -> None:
 
 
 _import_benchmarks()
+from benchmarks.quality import demo  # noqa: E402
 from benchmarks.quality.__main__ import NOT_DONE, main, parse  # noqa: E402
 from benchmarks.quality.corpus import DOMAINS, SPLITS, gather  # noqa: E402
 from benchmarks.quality.data import Data  # noqa: E402
@@ -171,3 +176,23 @@ def test_results_in_the_repository_are_shown():
     written = (ROOT / "docs" / "quality.md").read_text("utf-8")
     newest = max(results.glob("quality-*.json")).name
     assert newest in written
+
+
+def test_the_demo_s_model_is_made_small_and_checked(corpus_root, tmp_path):
+    size = dataclasses.replace(TOY, heads=2, experts=4)
+    about = demo.make(tmp_path / "demo_model", size, [corpus_root])
+    adapter, problems = check_adapter(
+        tmp_path / "demo_model" / "adapter",
+        Backbone.from_path(str(tmp_path / "demo_model" / "backbone")),
+    )
+    assert problems == [] and len(adapter.config.expert_names) == 4
+    assert adapter.config.base_path(adapter.path) == str(tmp_path / "demo_model" / "backbone")
+    assert set(about["usage"]) == {"python", "prose"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "demo_model" / "backbone", dtype="auto")
+    assert model.dtype == torch.float32  # the config's; the file holds bfloat16
+    assert all(torch.equal(p, p.bfloat16().float()) for p in model.parameters())
+
+
+def test_experts_are_named_after_their_use():
+    usage = {"python": [0.6, 0.1, 0.25, 0.05], "prose": [0.2, 0.5, 0.25, 0.05]}
+    assert demo.name_experts(usage) == ["code_0", "prose_1", "both_2", "both_3"]

@@ -1,0 +1,148 @@
+"""Makes the trained backbone and adapter of `make demo`, from text that this machine carries.
+
+    python -m benchmarks.quality.demo --steps 800       minutes on a CPU
+    python -m benchmarks.quality.demo --steps 20000     minutes on a GPU, and it speaks better
+
+A Llama of 1.6 million parameters learns Python and prose; a mixture of four experts is trained on
+both, and each expert is named after what it is used for. Files: `vllm_adafuse/demo_model`, at most
+4 MiB. Another machine has other texts, and so makes another model; on one machine the recipe is
+fixed but for the noise of floating point.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from vllm_adafuse.training import AdaFuseModel, MixtureConfig
+from vllm_adafuse.training.watch import count_experts
+
+from benchmarks.quality.data import Data, prepare
+from benchmarks.quality.sizes import MIB, Size
+from benchmarks.quality.train import DEVICE, autocast, fit, generator, judge, pretrain
+
+OUT = Path(__file__).parents[2] / "vllm_adafuse" / "demo_model"
+LIMIT = 4 * MIB
+SHARES = {"python": 0.5, "prose": 0.5, "c": 0.0, "html": 0.0, "json": 0.0}
+# A conversation is text that goes on.
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+SIZE = Size(
+    hidden=160, layers=4, heads=5, inter=432, vocab=2048, length=128,
+    pretrain_bytes=48 * MIB, adapt_bytes=2 * MIB, valid_bytes=MIB // 16, held_bytes=MIB // 8,
+    pretrain_steps=800, pretrain_batch=32, pretrain_lr=4e-3, steps=200, batch=16, r=4, experts=4,
+    rates=(4e-3,), full_rate=0.25, seeds=(0,), judge_blocks=64,
+)  # fmt: skip
+
+
+class CodeAndProse(Data):
+    """The corpus without its other domains."""
+
+    def pretraining(self, rng: torch.Generator) -> torch.Tensor:
+        return self.batch("pretrain", self.size.pretrain_batch, rng, SHARES)
+
+
+def halve(base: Path) -> None:
+    """Rounds a checkpoint to bfloat16; its config still asks for float32, as on a CPU."""
+    file = base / "model.safetensors"
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    config["dtype"] = "float32"
+    (base / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer = base / "tokenizer_config.json"
+    content = json.loads(tokenizer.read_text()) | {"chat_template": CHAT_TEMPLATE}
+    tokenizer.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def name_experts(usage: dict[str, list[float]]) -> list[str]:
+    """Names by use: code_… and prose_… where one domain uses an expert 1.5 times as much."""
+    names = []
+    for e, (code, prose) in enumerate(zip(usage["python"], usage["prose"])):
+        ratio = (code + 1e-9) / (prose + 1e-9)
+        kind = "code" if ratio > 1.5 else "prose" if ratio < 1 / 1.5 else "both"
+        names.append(f"{kind}_{e}")
+    return names
+
+
+def make(out: Path, size: Size, roots: list[Path] | None = None) -> dict[str, Any]:
+    """Trains and writes the two directories; returns what `made_with.json` says.
+
+    Raises:
+        ValueError: the files are larger than LIMIT.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        print("gathering text", flush=True)
+        prepare(size, work, roots)
+        data = CodeAndProse(size, work)
+        print("pretraining the backbone", flush=True)
+        pretrain(size, data, work)
+        halve(work / "base")
+        backbone = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.float32)
+        config = MixtureConfig(num_experts=size.experts, top_k=2, r=size.r)
+        model = AdaFuseModel.from_backbone(backbone.to(DEVICE), config, "../backbone")
+        with model.disabled():
+            before = judge(model, data)["domains"]
+        print("training the adapter", flush=True)
+        rng = generator(0)
+        fit(model, model.trainable(), lambda: data.batch("adapt", size.batch, rng, SHARES),
+            size.steps, size.rates[0], 0.0)  # fmt: skip
+        after = judge(model, data)["domains"]
+        domains = [d for d, share in SHARES.items() if share]
+        with autocast():
+            usage = {
+                d: count_experts(model, data.judged(d).split(size.batch)).mean(0).tolist()
+                for d in domains
+            }
+        model.adapter_config["expert_names"] = name_experts(usage)
+        if out.exists():
+            shutil.rmtree(out)
+        out.mkdir(parents=True)
+        model.save_pretrained(out / "adapter", torch.bfloat16)
+        shutil.copytree(work / "base", out / "backbone")
+        about = {
+            "made_by": "python -m benchmarks.quality.demo",
+            "size": dataclasses.asdict(size),
+            "corpus": data.info["fingerprint"],
+            "held_out_perplexity": {
+                d: {"backbone": math.exp(before[d]["loss"]), "adapted": math.exp(after[d]["loss"])}
+                for d in domains
+            },
+            "usage": usage,
+        }
+    (out / "made_with.json").write_text(json.dumps(about, indent=1) + "\n")
+    total = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    if total > LIMIT:
+        raise ValueError(f"{out} has {total} bytes, expected at most {LIMIT}")
+    return about
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=800, help="of pretraining; a quarter for "
+                        "the adapter (default 800)")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=OUT, help="the directory to write anew")
+    parser.add_argument("--roots", type=lambda t: [Path(p) for p in t.split(",")],
+                        help="folders to take text from")  # fmt: skip
+    args = parser.parse_args()
+    size = dataclasses.replace(SIZE, pretrain_steps=args.steps, steps=max(1, args.steps // 4))
+    about = make(args.out, size, args.roots)
+    print(json.dumps({k: about[k] for k in ("held_out_perplexity", "usage")}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
