@@ -1,7 +1,7 @@
 """An adapted projection whose own weight is not quantised, with what follows it:
 
     y = x Wᵀ + bias + Σ_e gates[:, e] B[e] A[e] x          (SGMM, see sgmm.py)
-    out = y, or act(y_gate) * y_up for gate_up
+    out = y, act(y_gate) * y_up for gate_up, or y with q and k turned for qkv (see pairs.py)
 
 W and A stand in one tensor, [W; A]. Few tokens take one launch that streams it (stream_linear.py),
 some dozens one that tiles it where the product is large (tile_linear.py). Otherwise one product of
@@ -37,11 +37,13 @@ def scratch_sizes(bank_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
     return low, floats, tickets
 
 
-def linear_torch(x, joint, bias, bank_b, gates, parts, widths, activation):
+def linear_torch(x, joint, bias, bank_b, gates, parts, widths, activation, cos_sin=None):
     """The reference; see `linear`."""
     out = sum(widths)
     y = F.linear(x, joint[:out], bias)
     expand_torch(y, shrink_torch(x, bank_a_of(joint, bank_b, out), gates), bank_b, parts, widths)
+    if activation == "rotary":
+        return rotate_torch(y, cos_sin, widths[0] + widths[1])
     return activate_torch(y, activation) if activation else y
 
 
@@ -52,20 +54,21 @@ def bank_a_of(joint: torch.Tensor, bank_b: torch.Tensor, out: int) -> torch.Tens
 
 def _run(
     x, joint, bias, bank_b, gates, present, counters, index, low, partial, tickets, unread,
-    order_rows, order_present, parts, widths, activation,
+    order_rows, order_present, cos_sin, parts, widths, activation,
 ):  # fmt: skip
     if not x.is_cuda:
-        return linear_torch(x, joint, bias, bank_b, gates, parts, widths, activation)
+        return linear_torch(x, joint, bias, bank_b, gates, parts, widths, activation, cos_sin)
     out = sum(widths)
     if can_tile(x, joint, activation):
         return tile_linear_triton(
             x, joint, bias, bank_b, gates, present, counters[index],
-            Scratch(low, partial, tickets, unread), parts, widths, activation,
+            Scratch(low, partial, tickets, unread), parts, widths, activation, cos_sin=cos_sin,
         )  # fmt: skip
     if x.shape[0] <= MAX_STREAM_TOKENS:
         return stream_linear_triton(
             x, joint[:out], bias, bank_a_of(joint, bank_b, out), bank_b, gates, present,
             counters[index], Scratch(low, partial, tickets, unread), parts, widths, activation,
+            cos_sin=cos_sin,
         )  # fmt: skip
     if x.shape[0] <= MAX_JOINT_TOKENS:
         both = F.linear(x, joint)
@@ -75,21 +78,23 @@ def _run(
         bias = None
     order = Order(order_rows, order_present).of(x.shape[0])
     return expand_raw_triton(
-        y, s, bias, bank_b, gates, present, parts, widths, activation, order=order
-    )
+        y, s, bias, bank_b, gates, present, parts, widths, activation,
+        order=order, cos_sin=cos_sin,
+    )  # fmt: skip
 
 
 def _fake(x, joint, bias, bank_b, *arguments):
     *_, widths, activation = arguments
-    return x.new_empty(x.shape[0], widths[0] if activation else sum(widths))
+    gate_up = activation not in ("", "rotary")
+    return x.new_empty(x.shape[0], widths[0] if gate_up else sum(widths))
 
 
 # The scratch is changed and nothing of it is read by any other op: torch need not know.
 _op = register_op(
     "linear(Tensor x, Tensor joint, Tensor? bias, Tensor bank_b, Tensor gates, "
     "Tensor present, Tensor counters, int index, Tensor low, Tensor partial, Tensor tickets, "
-    "Tensor unread, Tensor order_rows, Tensor order_present, int[] parts, int[] widths, "
-    "str activation) -> Tensor",
+    "Tensor unread, Tensor order_rows, Tensor order_present, Tensor? cos_sin, int[] parts, "
+    "int[] widths, str activation) -> Tensor",
     _run,
     _fake,
 )
@@ -109,6 +114,7 @@ def linear(
     parts: Sequence[int],
     widths: Sequence[int],
     activation: str = "",
+    cos_sin: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """An adapted projection of T tokens.
 
@@ -125,13 +131,16 @@ def linear(
         order: of the step's tokens, see `order_routes`.
         parts: for each of up to three parts of the output its index in the banks, -1 for none.
         widths: columns of each part.
-        activation: "", or "silu" or "gelu_tanh" of gate_up, whose two parts are equally wide.
+        activation: "", or "silu" or "gelu_tanh" of gate_up, whose two parts are equally wide, or
+            "rotary" of q, k, v.
+        cos_sin: [N, D] with "rotary", dtype of x: cosines of each token's position, then sines, D
+            the size of a head, for which `can_rotate` holds; rows past T are not read.
 
     Returns:
-        [T, out], or [T, out / 2] after an activation.
+        [T, out], or [T, out / 2] after silu or gelu_tanh.
     """
     return _op(
         x, joint, bias, bank_b, gates, present, counters, index,
         scratch.low, scratch.partial, scratch.tickets, scratch.unread,
-        order.rows, order.present, parts, widths, activation,
+        order.rows, order.present, cos_sin, parts, widths, activation,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
     y[t] = W x[t] + bias + Σ_e B[:, e] s[t, p, e]          s[t, p, e] = gates[t, e] A[p, e] x[t]
 
-and, for gate_up, at once the activation that follows it: act(y_gate) * y_up.
+and at once what follows it (pairs.py): gate_up's activation, the rotary embedding of q and k.
 
 With few tokens a projection is the time to read W. The grid streams W in tiles of rows, with the
 tokens as the narrow side of the product. Its first programs compute the shrink s; a tile adds its
@@ -16,12 +16,13 @@ numbers, so those that are waited for run before, or beside, all that wait. SGMM
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from vllm_adafuse.kernels.blocks import BLOCK_ER
-from vllm_adafuse.kernels.pairs import ACTIVATIONS, activate
+from vllm_adafuse.kernels.pairs import ACTIVATIONS, ROTARY, activate, rotate
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import (
     MAX_SHRINK_TOKENS,
@@ -91,12 +92,13 @@ def add_delta(
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _stream_linear_kernel(
-    x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, y_ptr,
+    x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, y_ptr, cos_sin_ptr,
     gates_ptr, present_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
     n_tokens, x_stride, y_stride, size_in, n_experts, n_parts, n_slots, slices,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
     PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACT: tl.constexpr, EVEN: tl.constexpr, SPLIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr,
+    EVEN: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_ER: tl.constexpr,
     RANK: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
@@ -110,10 +112,13 @@ def _stream_linear_kernel(
             BLOCK_T, BLOCK_R, SHRINK_COLS, SHRINK_STAGES,
         )  # fmt: skip
     else:
-        # Which tile of which part, and which slice of `in`. With ACT a tile is of gate and up.
+        # Which tile of which part, and which slice of `in`. With ACT rows come in pairs, and a tile
+        # has both members: of gate and up, of first and second halves of heads.
         tile, split = (pid - n_shrinks) // SPLIT, (pid - n_shrinks) % SPLIT
-        TILES0: tl.constexpr = (WIDTH0 + ROWS - 1) // ROWS
-        TILES01: tl.constexpr = TILES0 + ((WIDTH1 + ROWS - 1) // ROWS if ACT == 0 else 0)
+        TALL: tl.constexpr = ROWS * (2 if ACT == 3 else 1)
+        PARTED: tl.constexpr = ACT == 0 or ACT == 3
+        TILES0: tl.constexpr = (WIDTH0 + TALL - 1) // TALL
+        TILES01: tl.constexpr = TILES0 + ((WIDTH1 + TALL - 1) // TALL if PARTED else 0)
         # B has no rows for parts without experts.
         SKIP1: tl.constexpr = WIDTH0 if PART0 < 0 else 0
         SKIP2: tl.constexpr = SKIP1 + (WIDTH1 if PART1 < 0 else 0)
@@ -124,6 +129,12 @@ def _stream_linear_kernel(
         part = tl.where(third, PART2, tl.where(second, PART1, PART0))
         skipped = tl.where(third, SKIP2, tl.where(second, SKIP1, 0))
         local_rows = local * ROWS + tl.arange(0, ROWS)
+        if ACT == 3:
+            local_rows = local * ROWS // HALF * (2 * HALF) + local * ROWS % HALF
+            local_rows += tl.arange(0, ROWS)
+        APART: tl.constexpr = HALF if ACT == 3 else WIDTH0
+        APART_B: tl.constexpr = HALF if ACT == 3 else WIDTH0 - SKIP1
+        part_up = part if ACT == 3 else PART1
         rows = first + tl.minimum(local_rows, width - 1)
         tokens = tl.arange(0, BLOCK_T)
         here = tokens < n_tokens
@@ -141,9 +152,9 @@ def _stream_linear_kernel(
         adds = (part >= 0) & (split == 0)
         b = load_b(b_at, columns, size, tl.where(adds, present, 0), RANK)
         b_up = b
-        if ACT != 0 and PART1 >= 0:
-            b_up_at = b_at + (WIDTH0 - SKIP1) * size
-            b_up = load_b(b_up_at, columns, size, present, RANK)
+        if ACT != 0:
+            b_up_at = b_at + APART_B * size
+            b_up = load_b(b_up_at, columns, size, tl.where(part_up >= 0, present, 0), RANK)
         for start in tl.range(begin, end, COLS, num_stages=STAGES):
             k = start + tl.arange(0, COLS)
             cut = k < end
@@ -155,7 +166,7 @@ def _stream_linear_kernel(
                 w = tl.load(w_at + k[None, :], mask=cut[None, :], other=0.0)
             acc = tl.dot(w, x, acc, input_precision="ieee")
             if ACT != 0:
-                up_at = w_at + WIDTH0 * size_in
+                up_at = w_at + APART * size_in
                 if EVEN:
                     w = tl.load(up_at + k[None, :], eviction_policy="evict_first")
                 else:
@@ -176,16 +187,24 @@ def _stream_linear_kernel(
             if HAS_BIAS:
                 acc += tl.load(bias_ptr + rows).to(tl.float32)[:, None]
             if ACT != 0:
-                if PART1 >= 0:
+                if part_up >= 0:
                     acc_up = add_delta(
                         acc_up, b_up_at, b_up, present, s_ptr, counter_ptr,
-                        n_tokens, PART1, n_parts, n_experts, n_slots, RANK, BLOCK_T, BLOCK_ER,
+                        n_tokens, part_up, n_parts, n_experts, n_slots, RANK, BLOCK_T, BLOCK_ER,
                     )  # fmt: skip
                 if HAS_BIAS:
-                    acc_up += tl.load(bias_ptr + WIDTH0 + rows).to(tl.float32)[:, None]
-                acc = activate(acc, acc_up, ACT)
+                    acc_up += tl.load(bias_ptr + APART + rows).to(tl.float32)[:, None]
             y_at = y_ptr + tokens[None, :] * y_stride + rows[:, None]
             mask = (local_rows < width)[:, None] & here[None, :]
+            if ACT == 3:
+                if first < WIDTH0 + WIDTH1:  # v is not turned
+                    turn = cos_sin_ptr + tokens[None, :] * (2 * HALF) + (local_rows % HALF)[:, None]
+                    cos = tl.load(turn, mask=mask, other=0.0).to(tl.float32)
+                    sin = tl.load(turn + HALF, mask=mask, other=0.0).to(tl.float32)
+                    acc, acc_up = rotate(acc, acc_up, cos, sin)
+                tl.store(y_at + HALF, acc_up.to(y_ptr.dtype.element_ty), mask=mask)
+            elif ACT != 0:
+                acc = activate(acc, acc_up, ACT)
             tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -204,6 +223,7 @@ def stream_linear_triton(
     activation: str = "",
     tiles: Tiles | None = None,
     out: torch.Tensor | None = None,
+    cos_sin: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One launch; see `vllm_adafuse.kernels.linear.linear`.
 
@@ -211,27 +231,32 @@ def stream_linear_triton(
         counter: [>= 1] int32, zero; of this launch alone until the next step.
         tiles: how to cut, default `find_tiles`.
         out: where the result goes, rows contiguous; default a new tensor.
+        cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
     """
     tokens, size_in = x.shape
     act = ACTIVATIONS.index(activation)
+    half = cos_sin.shape[1] // 2 if act == ROTARY else 0
     n_parts, experts, rank, _ = bank_a.shape
-    rows = widths[0] if act else sum(widths)
+    members = [w // 2 for w in widths] if half else widths[:1] if act else widths
+    rows = sum(members)
     if tiles is None:
         tiles = find_tiles(tokens, size_in, rows, activation, x.element_size(), x.device)
+    if half:
+        tiles = replace(tiles, rows=min(tiles.rows, half))
     grid = ShrinkGrid.of(bank_a, tiles.slices)
     block_t = max(16, triton.next_power_of_2(tokens))
     shrink_cols = fit_cols(tiles.shrink_cols, grid.block_r, block_t, x.element_size())
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
-    count = sum(triton.cdiv(w, tiles.rows) for w in (widths[:1] if act else widths))
-    y = x.new_empty(tokens, rows) if out is None else out
+    count = sum(triton.cdiv(w, tiles.rows) for w in members)
+    y = x.new_empty(tokens, 2 * rows if half else rows) if out is None else out
     _stream_linear_kernel[(grid.programs + count * tiles.split,)](
-        x, weight, bias, bank_a, bank_b, y,
+        x, weight, bias, bank_a, bank_b, y, cos_sin,
         gates, present, scratch.s(x.dtype, tokens, n_parts, experts * rank),
         scratch.partial, scratch.tickets, counter,
         tokens, x.stride(0), y.stride(0), size_in, experts, n_parts, grid.slots, grid.slices,
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         PART0=parts[0], PART1=parts[1], PART2=parts[2],
-        HAS_BIAS=bias is not None, ACT=act, EVEN=size_in % (tiles.cols * tiles.split) == 0,
+        HAS_BIAS=bias is not None, ACT=act, HALF=half, EVEN=size_in % (tiles.cols * tiles.split) == 0,
         SPLIT=tiles.split, BLOCK_T=block_t, BLOCK_R=grid.block_r,
         BLOCK_ER=min(BLOCK_ER, max(16, triton.next_power_of_2(experts * rank))),
         RANK=rank, ROWS=tiles.rows, COLS=tiles.cols, STAGES=tiles.stages,

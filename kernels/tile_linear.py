@@ -2,7 +2,7 @@
 
     y[t] = W x[t] + bias + Σ_e B[:, e] s[t, p, e]          s[t, p, e] = gates[t, e] A[p, e] x[t]
 
-and, for gate_up, at once the activation that follows it: act(y_gate) * y_up.
+and at once what follows it (pairs.py): gate_up's activation, the rotary embedding of q and k.
 
 W and A are one tensor, [W; A], cut into tiles of rows, all tokens to a tile. The first programs
 take the tiles of A and leave s; the others, when their tile of W x is done, wait for it and add the
@@ -15,13 +15,14 @@ product; `stream_linear` is the same for fewer tokens, and says why waiting cann
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 from vllm_adafuse.kernels.blocks import BLOCK_ER
-from vllm_adafuse.kernels.pairs import ACTIVATIONS, activate
+from vllm_adafuse.kernels.pairs import ACTIVATIONS, ROTARY, activate, rotate
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import MAX_SLICES, all_sums, is_last, leave_sums
 from vllm_adafuse.kernels.stream_linear import add_delta, load_b
@@ -36,7 +37,8 @@ MIN_ROWS = 6144
 def can_tile(x: torch.Tensor, joint: torch.Tensor, activation: str) -> bool:
     """Whether this kernel is the one to take: its numbers of tokens, a large product, and the
     accelerator can read it."""
-    fewest, most = (33, MAX_TILE_TOKENS) if activation else (17, 64)
+    gate_up = activation not in ("", "rotary")
+    fewest, most = (33, MAX_TILE_TOKENS) if gate_up else (17, 64)
     if not fewest <= x.shape[0] <= most:
         return False
     if joint.shape[0] < MIN_ROWS or not x.is_cuda or torch.version.hip:
@@ -73,12 +75,12 @@ def block_er(block_t: int, act: int, ranks: int) -> int:
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _tile_linear_kernel(
-    x_desc, joint_desc, bias_ptr, b_ptr, y_ptr,
+    x_desc, joint_desc, bias_ptr, b_ptr, y_ptr, cos_sin_ptr,
     gates_ptr, present_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
     n_tokens, y_stride, size_in, n_parts,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
     PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr,
     SLICES: tl.constexpr, RANK: tl.constexpr, EXPERTS: tl.constexpr,
     SHRINK_TILES: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_ER: tl.constexpr,
@@ -89,13 +91,16 @@ def _tile_linear_kernel(
     OUT: tl.constexpr = WIDTH0 + WIDTH1 + WIDTH2
     tokens = tl.arange(0, BLOCK_T)
     here = tokens < n_tokens
-    # Which tile of which part, or of A and which slice of `in`. With ACT a tile is of gate and up.
+    # Which tile of which part, or of A and which slice of `in`. With ACT a tile has both members of
+    # its pairs: of gate and up, of first and second halves of heads.
     shrinks = pid < SHRINKS
     tile = tl.where(shrinks, pid // SLICES, pid - SHRINKS)
     slices = tl.where(shrinks, SLICES, 1)
     slice_ = tl.where(shrinks, pid % SLICES, 0)
-    TILES0: tl.constexpr = (WIDTH0 + ROWS - 1) // ROWS
-    TILES01: tl.constexpr = TILES0 + ((WIDTH1 + ROWS - 1) // ROWS if ACT == 0 else 0)
+    TALL: tl.constexpr = ROWS * (2 if ACT == 3 else 1)
+    PARTED: tl.constexpr = ACT == 0 or ACT == 3
+    TILES0: tl.constexpr = (WIDTH0 + TALL - 1) // TALL
+    TILES01: tl.constexpr = TILES0 + ((WIDTH1 + TALL - 1) // TALL if PARTED else 0)
     # B has no rows for parts without experts.
     SKIP1: tl.constexpr = WIDTH0 if PART0 < 0 else 0
     SKIP2: tl.constexpr = SKIP1 + (WIDTH1 if PART1 < 0 else 0)
@@ -106,8 +111,14 @@ def _tile_linear_kernel(
     part = tl.where(third, PART2, tl.where(second, PART1, PART0))
     skipped = tl.where(third, SKIP2, tl.where(second, SKIP1, 0))
     PER_TILE: tl.constexpr = ROWS * 2 if ACT != 0 else ROWS
-    row = tl.where(shrinks, OUT + tile * PER_TILE, first + local * ROWS)
-    row_up = tl.where(shrinks, row + ROWS, WIDTH0 + row)
+    APART: tl.constexpr = HALF if ACT == 3 else WIDTH0
+    APART_B: tl.constexpr = HALF if ACT == 3 else WIDTH0 - SKIP1
+    part_up = part if ACT == 3 else PART1
+    start_row = local * ROWS
+    if ACT == 3:
+        start_row = start_row // HALF * (2 * HALF) + start_row % HALF
+    row = tl.where(shrinks, OUT + tile * PER_TILE, first + start_row)
+    row_up = tl.where(shrinks, row + ROWS, APART + row)
 
     slice_in = tl.cdiv(tl.cdiv(size_in, slices), COLS) * COLS
     begin = slice_ * slice_in
@@ -153,7 +164,7 @@ def _tile_linear_kernel(
             tl.atomic_add(counter_ptr, 1, sem="release")
     else:
         present = tl.load(present_ptr)
-        local_rows = local * ROWS + tl.arange(0, ROWS)
+        local_rows = start_row + tl.arange(0, ROWS)
         rows = first + tl.minimum(local_rows, width - 1)
         if part >= 0:
             b_at = b_ptr + (rows - skipped).to(tl.int64)[:, None] * size
@@ -164,18 +175,26 @@ def _tile_linear_kernel(
         if HAS_BIAS:
             acc += tl.load(bias_ptr + rows).to(tl.float32)[:, None]
         if ACT != 0:
-            if PART1 >= 0:
-                b_at = b_ptr + (rows + (WIDTH0 - SKIP1)).to(tl.int64)[:, None] * size
+            if part_up >= 0:
+                b_at = b_ptr + (rows - skipped + APART_B).to(tl.int64)[:, None] * size
                 acc_up = add_delta(
                     acc_up, b_at, load_b(b_at, columns, size, present, RANK), present, s_ptr,
-                    counter_ptr, n_tokens, PART1, n_parts, EXPERTS, SHRINK_TILES, RANK, BLOCK_T,
+                    counter_ptr, n_tokens, part_up, n_parts, EXPERTS, SHRINK_TILES, RANK, BLOCK_T,
                     BLOCK_ER,
                 )  # fmt: skip
             if HAS_BIAS:
-                acc_up += tl.load(bias_ptr + WIDTH0 + rows).to(tl.float32)[:, None]
-            acc = activate(acc, acc_up, ACT)
+                acc_up += tl.load(bias_ptr + APART + rows).to(tl.float32)[:, None]
         y_at = y_ptr + tokens[None, :] * y_stride + rows[:, None]
         mask = (local_rows < width)[:, None] & here[None, :]
+        if ACT == 3:
+            if first < WIDTH0 + WIDTH1:  # v is not turned
+                turn = cos_sin_ptr + tokens[None, :] * (2 * HALF) + (local_rows % HALF)[:, None]
+                cos = tl.load(turn, mask=mask, other=0.0).to(tl.float32)
+                sin = tl.load(turn + HALF, mask=mask, other=0.0).to(tl.float32)
+                acc, acc_up = rotate(acc, acc_up, cos, sin)
+            tl.store(y_at + HALF, acc_up.to(y_ptr.dtype.element_ty), mask=mask)
+        elif ACT != 0:
+            acc = activate(acc, acc_up, ACT)
         tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -192,6 +211,7 @@ def tile_linear_triton(
     widths: Sequence[int],
     activation: str = "",
     tiles: Tiles | None = None,
+    cos_sin: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One launch for up to 128 tokens; see `vllm_adafuse.kernels.linear.linear`.
 
@@ -199,29 +219,33 @@ def tile_linear_triton(
         x, joint: as `can_tile` wants them.
         counter: [>= 1] int32, zero; of this launch alone until the next step.
         tiles: how to cut, default `choose`; neither `split` nor `shrink_cols` is used.
+        cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
     """
     tokens, size_in = x.shape
     act = ACTIVATIONS.index(activation)
+    half = cos_sin.shape[1] // 2 if act == ROTARY else 0
     _, experts, rank = bank_b.shape
     ranks = joint.shape[0] - sum(widths)
     n_parts = ranks // (experts * rank)
-    rows = widths[0] if act else sum(widths)
+    members = [w // 2 for w in widths] if half else widths[:1] if act else widths
     cut = tiles or choose(tokens, activation, x.element_size())
+    if half:
+        cut = replace(cut, rows=min(cut.rows, half))
     block_t = max(16, triton.next_power_of_2(tokens))
     shrink_tiles = triton.cdiv(ranks, cut.rows * (2 if act else 1))
-    count = sum(triton.cdiv(w, cut.rows) for w in (widths[:1] if act else widths))
+    count = sum(triton.cdiv(w, cut.rows) for w in members)
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
-    y = x.new_empty(tokens, rows)
+    y = x.new_empty(tokens, sum(members) * (2 if half else 1))
     _tile_linear_kernel[(shrink_tiles * cut.slices + count,)](
         TensorDescriptor(x, list(x.shape), list(x.stride()), [block_t, cut.cols]),
         TensorDescriptor(joint, list(joint.shape), list(joint.stride()), [cut.rows, cut.cols]),
-        bias, bank_b, y,
+        bias, bank_b, y, cos_sin,
         gates, present, scratch.s(x.dtype, tokens, n_parts, experts * rank),
         scratch.partial, scratch.tickets, counter,
         tokens, y.stride(0), size_in, n_parts,
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         PART0=parts[0], PART1=parts[1], PART2=parts[2],
-        HAS_BIAS=bias is not None, ACT=act, SLICES=cut.slices, RANK=rank,
+        HAS_BIAS=bias is not None, ACT=act, HALF=half, SLICES=cut.slices, RANK=rank,
         EXPERTS=experts, SHRINK_TILES=shrink_tiles,
         BLOCK_T=block_t, BLOCK_E=max(16, triton.next_power_of_2(experts)),
         BLOCK_ER=block_er(block_t, act, experts * rank),

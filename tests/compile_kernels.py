@@ -85,7 +85,7 @@ def main() -> None:
                 tokens, 4096, size_out, "silu" if activation else "", 2
             )
             constants = (two if activation else widths | parts) | {
-                "bias_ptr": None, "HAS_BIAS": False, "ACT": activation, "EVEN": True,
+                "bias_ptr": None, "HAS_BIAS": False, "ACT": activation, "EVEN": True, "HALF": 0, "cos_sin_ptr": None,
                 "SPLIT": cut.split, "BLOCK_T": tokens, "BLOCK_R": 16, "BLOCK_ER": 128, "RANK": 16,
                 "ROWS": cut.rows, "COLS": cut.cols, "SHRINK_COLS": cut.shrink_cols,
                 "SHRINK_STAGES": shrink.SHRINK_STAGES,
@@ -97,7 +97,7 @@ def main() -> None:
         for tokens in (32, 64, 128)[: 2 + activation]:
             cut = tile_linear.choose(tokens, "silu" if activation else "", 2)
             constants = (two if activation else widths | parts) | {
-                "bias_ptr": None, "HAS_BIAS": False, "ACT": activation,
+                "bias_ptr": None, "HAS_BIAS": False, "ACT": activation, "HALF": 0, "cos_sin_ptr": None,
                 "SLICES": cut.slices, "RANK": 16, "EXPERTS": 8, "SHRINK_TILES": 3,
                 "BLOCK_T": tokens, "BLOCK_E": 16,
                 "BLOCK_ER": tile_linear.block_er(tokens, activation, 128),

@@ -5,18 +5,19 @@ import torch
 from ops import DEVICE, error, linear_truth, make_problem
 from vllm_adafuse.kernels.linear import linear
 from vllm_adafuse.kernels.order_routes import Order
+from vllm_adafuse.kernels.pairs import rotate_torch
 
 # On a GPU: the streaming kernel, and the joint product.
 TOKENS = [1, 32, 33, 100]
 NO_ORDER = Order.make(0, 4, DEVICE)
 
 
-def arguments(p, activation=""):
+def arguments(p, activation="", cos_sin=None):
     joint = torch.cat([p.weight, p.bank_a.view(-1, p.x.shape[1])])
     counters = torch.zeros(3, 4, dtype=torch.int32, device=DEVICE)
     return (
         p.x, joint, p.bias, p.bank_b, p.gates, p.present, counters, 1, p.scratch, NO_ORDER,
-        p.parts, p.widths, activation,
+        p.parts, p.widths, activation, cos_sin,
     )  # fmt: skip
 
 
@@ -28,6 +29,15 @@ def test_equals_float64(tokens, activation, parts):
     p = make_problem(tokens, 96, [80, 80], 4, 2, 4, parts=parts, bias=True)
     out = linear(*arguments(p, activation))
     assert error(out, linear_truth(p, activation)) <= 1e-5
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("parts", [[0, 1, 2], [-1, 0, 1]])
+def test_queries_and_keys_are_turned(tokens, parts):
+    p = make_problem(tokens, 96, [128, 64, 64], 4, 2, 4, parts=parts, bias=True)
+    cos_sin = torch.randn(tokens + 2, 64, device=DEVICE)
+    out = linear(*arguments(p, "rotary", cos_sin))
+    assert error(out, rotate_torch(linear_truth(p), cos_sin, 192)) <= 1e-5
 
 
 @pytest.mark.gpu
@@ -74,5 +84,5 @@ def test_schema_and_fake(activation):
     p = make_problem(4, 64, [64, 64], 4, 2, 4)
     x, *rest = arguments(p, activation)
     scratch, order = rest.pop(7), rest.pop(7)
-    flat = (x, *rest[:7], *scratch, *order, *rest[7:])
+    flat = (x, *rest[:7], *scratch, *order, rest[-1], *rest[7:-1])
     torch.library.opcheck(torch.ops.vllm_adafuse.linear.default, flat)

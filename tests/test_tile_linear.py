@@ -4,6 +4,7 @@ import ops
 import pytest
 import torch
 from ops import DEVICE, error, linear_truth, make_problem
+from vllm_adafuse.kernels.pairs import rotate_torch
 from vllm_adafuse.kernels.tile_linear import tile_linear_triton
 from vllm_adafuse.kernels.tiles import Tiles
 
@@ -15,12 +16,12 @@ SHAPES = {name: (t, -(-i // 8) * 8, *rest) for name, (t, i, *rest) in ops.SHAPES
 SHAPES["hundred-tokens"] = (100, 72, [64, 70], 5, 2, 12)
 
 
-def run(p, activation="", tiles=None):
+def run(p, activation="", tiles=None, **options):
     counter = torch.zeros(4, dtype=torch.int32, device=DEVICE)
     joint = torch.cat([p.weight, p.bank_a.flatten(0, 2)])
     return tile_linear_triton(
         p.x, joint, p.bias, p.bank_b, p.gates, p.present, counter, p.scratch,
-        p.parts, p.widths, activation, tiles,
+        p.parts, p.widths, activation, tiles, **options,
     )  # fmt: skip
 
 
@@ -43,6 +44,16 @@ def test_gate_up_with_its_activation(parts, activation):
     p = make_problem(5, 96, [70, 70], 3, 2, 4, parts=parts, bias=True)
     out = run(p, activation, Tiles(32, 32))
     assert error(out, linear_truth(p, activation)) <= 1e-5
+
+
+@pytest.mark.parametrize("parts", [[0, 1, 2], [0, 0, 0], [-1, 0, 1], [0, -1, -1]])
+@pytest.mark.parametrize("widths,head_dim", [([128, 64, 64], 64), ([96, 32, 32], 32)])
+def test_queries_and_keys_are_turned(widths, head_dim, parts):
+    p = make_problem(5, 96, widths, 3, 2, 4, parts=parts, bias=True)
+    cos_sin = torch.randn(7, head_dim, device=DEVICE)
+    truth = rotate_torch(linear_truth(p), cos_sin, widths[0] + widths[1])
+    for cut in (None, Tiles(16, 32)):
+        assert error(run(p, "rotary", cut, cos_sin=cos_sin), truth) <= 1e-5
 
 
 @pytest.mark.parametrize(
