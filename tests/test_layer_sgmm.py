@@ -1,0 +1,125 @@
+"""Layer-wise SGMM as it is added to a projection's output, against float64 over odd shapes."""
+
+import math
+
+import pytest
+import torch
+from ops import DEVICE, error
+from vllm_adafuse.kernels.expand import expand_triton
+from vllm_adafuse.kernels.layer_sgmm import layer_sgmm
+from vllm_adafuse.kernels.low_product import low_product
+from vllm_adafuse.kernels.route_layer import LayerGate, route_layer_triton
+
+# tokens, in, widths, parts, experts of each router, always, rank, gate
+CASES = {
+    "one-token": (1, 200, [72], [0], [4], 0, 8, {"top_k": 2}),
+    "qkv": (5, 160, [96, 32, 32], [0, 1, 2], [4, 4, 4], 0, 4, {"top_k": 2}),
+    "no-k": (9, 131, [77, 40, 33], [0, -1, 1], [3, 2], 1, 5, {"top_k": 2}),
+    "block": (20, 64, [64, 70], [0, 1], [5], 0, 3, {"top_k": 5, "temperature": 0.5}),
+    "packed": (4, 96, [48, 48], [0, 0], [4], 0, 4, {"top_k": 1, "absolute": True}),
+    "always-alone": (6, 64, [64, 32], [0, 1], [], 2, 4, {"top_k": 0}),
+    "seventy": (70, 64, [64], [0], [8], 0, 16, {"top_k": 3, "softmax_first": True}),
+}
+
+
+def make(name, seed=0):
+    tokens, size_in, widths, parts, counts, always, rank, options = CASES[name]
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, scale=1.0):
+        return (torch.randn(*shape, generator=g) * scale).to(DEVICE)
+
+    experts, count = max(counts, default=0), max(parts) + 1
+    every = experts + always
+    x = normal(tokens, size_in)
+    bank_a = normal(count, every, rank, size_in, scale=size_in**-0.5)
+    routers = normal(len(counts), experts, size_in, scale=size_in**-0.5)
+    adapted = sum(width for width, part in zip(widths, parts) if part >= 0)
+    bank_b = normal(adapted, every, rank, scale=rank**-0.5)
+    scales = normal(every).abs() + 0.1
+    gate = LayerGate(experts=tuple(counts), always=always, **options)
+    return x, bank_a, routers, bank_b, scales, gate, parts, widths
+
+
+def truth(x, bank_a, routers, bank_b, scales, gate, parts, widths):
+    delta = torch.zeros(len(x), sum(widths), dtype=torch.float64)
+    x, bank_a, routers, bank_b = (t.double().cpu() for t in (x, bank_a, routers, bank_b))
+    experts = bank_a.shape[1] - gate.always
+    for t in range(len(x)):
+        weights = []
+        for count, router in zip(gate.experts, routers):
+            z = [abs(v) if gate.absolute else v for v in (router[:count] @ x[t]).tolist()]
+            z = [v / gate.temperature for v in z]
+            order = sorted(range(count), key=lambda e: (-z[e], e))
+            over = order if gate.softmax_first else order[: gate.top_k]
+            total = sum(math.exp(z[e]) for e in over)
+            weights.append({e: math.exp(z[e]) / total for e in order[: gate.top_k]})
+        row = column = 0
+        for part, width in zip(parts, widths):
+            if part >= 0:
+                own = dict(weights[part if len(weights) > 1 else 0]) if weights else {}
+                own |= {experts + i: 1.0 for i in range(gate.always)}
+                for e, g in own.items():
+                    low = bank_a[part, e] @ x[t]
+                    up = bank_b[row : row + width, e] @ low
+                    delta[t, column : column + width] += g * scales[e].item() * up
+                row += width
+            column += width
+    return delta
+
+
+def run(y, x, bank_a, routers, bank_b, scales, gate, parts, widths, triton=False):
+    size_in, experts = x.shape[1], bank_a.shape[1] - gate.always
+    rows = torch.cat([bank_a.view(-1, size_in), routers.view(-1, size_in)])
+    low = low_product(x, rows)
+    columns = bank_a[..., 0].numel()
+    logits = low[:, columns:] if gate.experts else None
+    gates = torch.full((len(x) + 1, max(1, len(gate.experts)), experts), -1.0, device=DEVICE)
+    present = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    low = low[:, :columns]
+    if triton:
+        s = y.new_empty(len(x), bank_a.shape[0], bank_a.shape[1] * bank_a.shape[2])
+        route_layer_triton(low, logits, None, scales, gates, present, s, gate)
+        expand_triton(y, s, bank_b, present, parts, widths)
+    else:
+        layer_sgmm(y, low, logits, None, scales, gates, present, bank_b, parts, widths, gate)
+
+
+@pytest.mark.parametrize("triton", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_equals_float64(name, triton):
+    x, *rest = make(name)
+    y = torch.randn(len(x), sum(rest[-1])).to(DEVICE)
+    before = y.double().cpu()
+    run(y, x, *rest, triton=triton)
+    expected = truth(x, *rest)
+    found = y.double().cpu() - before
+    assert error(found, expected) <= 1e-5
+    for column, (width, part) in zip((0, 77, 117), zip(rest[-1], rest[-2])):
+        if part < 0:
+            assert not found[:, column : column + width].any()
+
+
+def test_inside_torch_compile():
+    x, *rest = make("qkv")
+    y = torch.randn(len(x), sum(rest[-1])).to(DEVICE)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def f(y):
+        out = y * 1.0
+        run(out, x, *rest)
+        return out
+
+    assert error(f(y).double().cpu() - y.double().cpu(), truth(x, *rest)) <= 1e-5
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="checks the schema and fakes once")
+def test_schema_and_fake():
+    x, bank_a, routers, bank_b, scales, gate, parts, widths = make("qkv")
+    low = torch.randn(5, bank_a[..., 0].numel())
+    torch.library.opcheck(
+        torch.ops.vllm_adafuse.layer_sgmm.default,
+        (torch.randn(5, sum(widths)), low, torch.randn(5, 12), None, scales,
+         torch.zeros(6, 3, 4), torch.zeros(1, dtype=torch.int64), bank_b, parts, widths,
+         *gate.arguments),
+    )  # fmt: skip
