@@ -48,7 +48,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--num-experts", type=int, default=8, metavar="E", help="experts (default 8)")
     add("--top-k", type=int, default=2, metavar="K",
         help="experts per token (default 2); more is better and slower")  # fmt: skip
-    add("--r", type=int, default=16, metavar="R", help="rank of each expert (default 16)")
+    # torchrun reads --r as an abbreviation of its own options.
+    add("--rank", "--r", dest="r", type=int, default=16, metavar="R",
+        help="rank of each expert (default 16)")  # fmt: skip
     add("--lora-alpha", type=float, metavar="ALPHA", help="scale is ALPHA / R (default 2 R)")
     add("--use-rslora", action="store_true", help="scale by alpha / sqrt(r) instead of alpha / r")
     add("--target-modules", type=names, metavar="NAMES", help="q_proj,v_proj (default: all)")

@@ -223,6 +223,7 @@ def train(options: TrainOptions) -> TrainReport:
                 save_total_limit=2,
                 report_to=["tensorboard"] if options.tensorboard else [],
                 seed=options.seed,
+                ddp_find_unused_parameters=False,
                 disable_tqdm=options.quiet,
                 use_cpu=not torch.cuda.is_available(),
             ),
