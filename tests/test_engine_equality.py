@@ -49,8 +49,16 @@ def test_greedy_tokens_equal_the_reference(name, tmp_path):
     assert changed >= 3
 
 
-# Norms that end a projection: two of each of three layers, where o_proj and down_proj have experts.
-FUSED = {"llama-partial": 0, "qwen2": 6, "gemma2": 0, "phi3": 6, "phi3-partial": 3}
+# Of three layers: norms that end a projection, two a layer where o_proj and down_proj have experts;
+# blocks whose queries and keys come turned, where q, k or v has.
+FUSED = {
+    "llama-partial": (0, 2),
+    "qwen2": (6, 3),
+    "gemma2": (0, 3),
+    "phi3": (6, 3),
+    "phi3-partial": (3, 0),
+    "qwen3": (6, 0),
+}
 
 
 @pytest.mark.parametrize("name", FUSED)
@@ -74,11 +82,10 @@ def test_projections_fused_as_on_a_gpu(name, tmp_path, monkeypatch):
             lambda model: [type(m.quant_method).__name__ for m in model.modules()
                            if hasattr(m, "adafuse_bank")]
         )[0]  # fmt: skip
-        norms = llm.apply_model(
-            lambda model: sum(type(m).__name__ == "FusedNorm" for m in model.modules())
-        )[0]
+        names = llm.apply_model(lambda model: [type(m).__name__ for m in model.modules()])[0]
         outputs = llm.generate(real_prompts(20), greedy(), use_tqdm=False)
-    assert set(methods) == {"FusedLinearMethod"} and norms == FUSED[name]
+    assert set(methods) == {"FusedLinearMethod"}
+    assert (names.count("FusedNorm"), names.count("Turned")) == FUSED[name]
     assert_greedy_equals(outputs, load_reference(base, adapter))
 
 

@@ -26,6 +26,7 @@ class Architecture:
             the model's dtype, before the first layer.
         residual_norms: what o_proj and down_proj give goes nowhere but into the residual, added
             by the RMSNorm behind them.
+        rotary_follows: the rotary embedding takes queries and keys as their projection leaves them.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Architecture:
     norm_offset: float = 0.0
     scaled_embedding: bool = False
     residual_norms: bool = True
+    rotary_follows: bool = True
 
     @property
     def adafuse_name(self) -> str:
@@ -46,7 +48,7 @@ ARCHITECTURES = {
         Architecture("LlamaForCausalLM", "llama"),
         Architecture("MistralForCausalLM", "mistral"),
         Architecture("Qwen2ForCausalLM", "qwen2"),
-        Architecture("Qwen3ForCausalLM", "qwen3"),
+        Architecture("Qwen3ForCausalLM", "qwen3", rotary_follows=False),
         Architecture(
             "Gemma2ForCausalLM",
             "gemma2",

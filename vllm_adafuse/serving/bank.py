@@ -225,11 +225,13 @@ class ExpertBank(torch.nn.Module):
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
         """activation(x Wᵀ + bias + delta): the projection, joined before, with its deltas."""
-        route = self.route
+        route, cos_sin = self.route, None
+        if activation == "rotary":
+            cos_sin = self.rotary.cos_sin
         return linear(
             x, self.joint, bias, self.bank_b, route.gates, route.present,
             route.counters, self.index, route.scratch, route.order, self.parts, self.widths,
-            activation,
+            activation, cos_sin,
         )  # fmt: skip
 
     def joint_linear(self, x: torch.Tensor) -> torch.Tensor:

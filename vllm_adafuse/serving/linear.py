@@ -16,6 +16,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.platforms import current_platform
 from vllm_adafuse.serving.bank import ExpertBank
 from vllm_adafuse.serving.norm import NormPlace
+from vllm_adafuse.serving.rotary import SharedRotary
 
 
 class AdaFuseLinearMethod(LinearMethodBase):
@@ -100,8 +101,11 @@ def activation_of(block: torch.nn.Module) -> str:
     return "gelu_tanh" if type(act) is GeluAndMul and act.approximate == "tanh" else ""
 
 
-def _take_activation(layer: LinearBase, block: torch.nn.Module) -> str:
-    """Takes the activation of an MLP out of it, where the kernels know it; "" otherwise."""
+def _take_what_follows(layer: LinearBase, block: torch.nn.Module, rotary: SharedRotary) -> str:
+    """Takes out of a block what the kernels can do behind this projection: an activation's name,
+    "rotary", or "" for nothing."""
+    if rotary.take(layer, block):
+        return "rotary"
     name = activation_of(block)
     if getattr(block, "gate_up_proj", None) is not layer or not name:
         return ""
@@ -114,7 +118,8 @@ def wrap_linear(
     block: torch.nn.Module,
     bank: ExpertBank,
     fuse: bool,
-    behind: NormPlace | None = None,
+    behind: NormPlace | None,
+    rotary: SharedRotary,
 ) -> None:
     """Gives a projection its expert bank.
 
@@ -125,11 +130,13 @@ def wrap_linear(
         fuse: the projection is computed together with them, see `can_fuse`; not if something
             else, such as vLLM's own LoRA, also adds to its output.
         behind: the norm that may end a fused projection.
+        rotary: of the model.
     """
     layer.adafuse_bank = bank
     if fuse:
-        activation = _take_activation(layer, block)
+        activation = _take_what_follows(layer, block, rotary)
         bank.join(layer.weight)
+        bank.rotary = rotary
         if behind is not None:
             behind.put(bank)
         layer.quant_method = FusedLinearMethod(layer.quant_method, activation, behind is not None)

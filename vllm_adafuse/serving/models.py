@@ -24,6 +24,7 @@ from vllm_adafuse.serving.attach import ADAPTER_KEY, FINGERPRINT_KEY
 from vllm_adafuse.serving.bank import ExpertBank, place_banks
 from vllm_adafuse.serving.norm import NormPlace, norms_behind
 from vllm_adafuse.serving.router import AfterLoading, Route, Router
+from vllm_adafuse.serving.rotary import SharedRotary
 
 # vLLM shows only what is logged below its own name.
 logger = init_logger("vllm.adafuse")
@@ -56,6 +57,8 @@ class AdaFuseMixin:
         route = Route(_max_tokens(vllm_config), adapter_config.top_k, adapter_config.num_experts)
         dtype, alone = vllm_config.model_config.dtype, vllm_config.lora_config is None
         behind = norms_behind(self.model, vllm_config, self.architecture.residual_norms)
+        rotary = SharedRotary(_max_tokens(vllm_config), self.architecture.rotary_follows)
+        self.adafuse_rotary = rotary
         self.adafuse_banks = self._wrap_projections(route, dtype, alone, behind)
         stock_factory = self.make_empty_intermediate_tensors
 
@@ -94,7 +97,7 @@ class AdaFuseMixin:
         ]
         place_banks(banks, dtype)
         for (layer, block, _), bank, fuse in zip(found, banks, fused):
-            linear.wrap_linear(layer, block, bank, fuse, behind.get(layer))
+            linear.wrap_linear(layer, block, bank, fuse, behind.get(layer), self.adafuse_rotary)
         # A pipeline stage may have no adapted layer, but still passes routes on.
         sizes = [(1, 1, 1), *(bank.scratch_sizes() for bank in banks)]
         route.reserve(max(1, len(banks)), sizes, any(fused))
@@ -165,6 +168,7 @@ class AdaFuseMixin:
             return super().forward(
                 input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs
             )
+        self.adafuse_rotary(positions)
         router = self.adafuse_router
         at_layer = router.config.router_layer
         if intermediate_tensors is not None:
