@@ -46,6 +46,8 @@ def test_inspect_json(adapter, base, capsys):
     assert report["bytes"] == q_proj["bytes"] + up_proj["bytes"] + router_bytes
     assert report["passport_bytes"] == 1003 * 2 * 8
     assert report["router"] == {
+        "routing": "pre_gated",
+        "layer": 0,
         "input": "first_norm",
         "weights": "topk_softmax",
         "temperature": 1.0,

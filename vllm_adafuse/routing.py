@@ -26,10 +26,12 @@ class OfflineRouter:
         base: the backbone's directory.
 
     Raises:
-        AdapterError: the backbone lacks a tensor, or a shape does not fit its config.
+        AdapterError: the backbone lacks a tensor, a shape does not fit its config, or the routes
+            hang on a token's context.
     """
 
     def __init__(self, adapter: Adapter, base: str | Path):
+        _refuse_context(adapter)
         backbone = Backbone.from_path(str(base))
         self.base = base
         self.config, self.norm_eps = adapter.config, backbone.norm_eps
@@ -102,6 +104,24 @@ class OfflineRouter:
             top_k=self.config.top_k,
             softmax_first=self.config.router_weights == "softmax_topk",
         )
+
+
+def _refuse_context(adapter: Adapter) -> None:
+    """Raises AdapterError where a token's route is no function of its id."""
+    config = adapter.config
+    if not (config.layer_wise or config.router_layer):
+        return
+    where = f"its router reads what enters layer {config.router_layer} (`router.layer`)"
+    if config.layer_wise:
+        where = f"each {config.router_scope} has a router that reads its own input (layer_wise)"
+    raise AdapterError(
+        f"adapter {adapter.path}",
+        [
+            f"{where}, so a token's experts hang on the tokens before it and no table of the "
+            "vocabulary exists; run the model by vllm_adafuse.reference.load and look into "
+            "model.adafuse.gates"
+        ],
+    )
 
 
 def vocabulary_routes(adapter: Adapter, base: str | Path) -> tuple[torch.Tensor, torch.Tensor]:

@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
 def _report(adapter: Adapter, opened: Opened) -> dict[str, Any]:
     """The JSON document; shares and what needs V are None without a backbone."""
     config = adapter.config
+    in_context = config.layer_wise or config.router_layer > 0
     shares, why_not = None, None
     if opened.base is None:
         why_not = opened.note
@@ -89,19 +90,39 @@ def _report(adapter: Adapter, opened: Opened) -> dict[str, Any]:
         "base": str(opened.base) if opened.base else None,
         "note": opened.note,
         "num_experts": config.num_experts,
-        "top_k": config.top_k,
-        "router": {
-            "input": config.router_input,
-            "weights": config.router_weights,
-            "temperature": config.temperature,
-            "bias": "router.bias" in adapter.tensors,
-        },
+        "top_k": config.to_json()["top_k"],
+        "router": _router(adapter),
         "experts": experts,
         "no_shares_because": why_not,
         "modules": _modules(adapter),
         "bytes": sum(info.nbytes for info in adapter.tensors.values()),
         "vocab_size": vocab_size,
-        "passport_bytes": vocab_size and vocab_size * config.top_k * 8,
+        "passport_bytes": 0 if in_context else vocab_size and vocab_size * config.top_k * 8,
+    }
+
+
+def _router(adapter: Adapter) -> dict[str, Any]:
+    """What decides, and where."""
+    config = adapter.config
+    common = {
+        "routing": config.routing,
+        "weights": config.router_weights,
+        "temperature": config.temperature,
+        "bias": any(name.endswith("router.bias") for name in adapter.tensors),
+    }
+    if not config.layer_wise:
+        return {**common, "input": config.router_input, "layer": config.router_layer}
+    rows = [adapter.tensors[f"{owner}.router.weight"].shape[0] for owner in adapter.routers]
+    return {
+        **common,
+        "scope": config.router_scope,
+        "logits": config.router_logits,
+        "mix": config.mix,
+        "routers": len(rows),
+        "experts_of_routers": sorted(set(rows)),
+        "shared_A": config.shared_A,
+        "always_r": config.always_r,
+        "always_alpha": config.always_alpha,
     }
 
 
@@ -120,11 +141,17 @@ def _vocabulary_shares(adapter: Adapter, base: Path) -> tuple[list[float], list[
 def _modules(adapter: Adapter) -> list[dict[str, Any]]:
     """Adapted projections, grouped where module and shape agree."""
     groups: dict[tuple, list[tuple[int, int]]] = defaultdict(list)
-    for name in adapter.projections:
-        a, b = (adapter.tensors[f"{name}.lora_{side}"] for side in "AB")
+    for name in dict.fromkeys([*adapter.projections, *adapter.always_on]):
+        own = [
+            info
+            for end in ("lora_A", "lora_B", "always_A", "always_B")
+            if (info := adapter.tensors.get(f"{name}.{end}"))
+        ]
         parts = name.split(".")
-        key = (parts[-1], a.shape[2], b.shape[1], str(a.dtype).removeprefix("torch."))
-        groups[key].append((int(parts[2]), a.nbytes + b.nbytes))
+        # The first of them is an A [..., r, in], the second a B [..., out, r].
+        size_in, size_out, dtype = own[0].shape[-1], own[1].shape[-2], own[0].dtype
+        key = (parts[-1], size_in, size_out, str(dtype).removeprefix("torch."))
+        groups[key].append((int(parts[2]), sum(info.nbytes for info in own)))
     return [
         {
             "module": module,
@@ -143,19 +170,42 @@ def _show(report: dict[str, Any]) -> None:
     bias = "with" if router["bias"] else "without"
     out.print(printable(f"adapter {report['adapter']}"), style="bold")
     out.print(printable(report["note"]))
+    top_k = report["top_k"] if isinstance(report["top_k"], int) else json.dumps(report["top_k"])
+    reads = f"input {router.get('input')}"
+    if router["routing"] == "layer_wise":
+        reads = f"one per {router['scope']}, {router['routers']} in all"
+    elif router["layer"]:
+        reads += f" at layer {router['layer']}"
     out.print(
-        f"{report['num_experts']} experts, top-{report['top_k']}; router: "
-        f"input {router['input']}, weights {router['weights']}, "
-        f"temperature {router['temperature']:g}, {bias} bias"
+        f"{report['num_experts']} experts, top-{top_k}; router: {reads}, "
+        f"weights {router['weights']}, temperature {router['temperature']:g}, {bias} bias"
     )
+    if router["routing"] == "layer_wise":
+        out.print(_layer_wise_line(router))
     _show_experts(out, report)
     _show_modules(out, report)
     passports = report["passport_bytes"]
-    if passports is None:
+    if passports == 0:
+        size = "none: routes hang on context"
+    elif passports is None:
         size = f"vocabulary x {report['top_k']} x 8 bytes"
     else:
         size = f"{human_bytes(passports)} ({report['vocab_size']} x {report['top_k']} x 8 bytes)"
     out.print(f"tensors {human_bytes(report['bytes'])}, passports when served {size}")
+
+
+def _layer_wise_line(router: dict[str, Any]) -> str:
+    """What layer-wise routing has beside what all routing has."""
+    counts = ", ".join(map(str, router["experts_of_routers"]))
+    parts = [f"layer-wise: {counts} experts a router", f"logits {router['logits']}"]
+    parts.append(f"mixed in {'the output of the MLP' if router['mix'] != 'linear' else 'linears'}")
+    if router["shared_A"]:
+        parts.append("one A for all experts of a linear")
+    if router["always_r"]:
+        parts.append(
+            f"always on: rank {router['always_r']}, alpha {router['always_alpha']:g}"
+        )
+    return "; ".join(parts)
 
 
 def _show_experts(out: Console, report: dict[str, Any]) -> None:

@@ -6,7 +6,15 @@ import argparse
 from pathlib import Path
 
 from vllm_adafuse.cli.common import add_example, printable, require_base
-from vllm_adafuse.config import ROUTER_INPUTS, ROUTER_WEIGHTS
+from vllm_adafuse.config import (
+    LAYER_WISE,
+    MIXES,
+    PRE_GATED,
+    ROUTER_INPUTS,
+    ROUTER_LOGITS,
+    ROUTER_SCOPES,
+    ROUTER_WEIGHTS,
+)
 from vllm_adafuse.errors import AdapterError
 
 DESCRIPTION = """\
@@ -37,6 +45,15 @@ def layer_ranges(text: str) -> list[int]:
     return sorted(layers)
 
 
+def experts_per_token(text: str) -> int | dict[str, int] | list[int]:
+    """"2" -> 2, "self_attn=1,mlp=2" -> an object of blocks, "1,2,2" -> a list of layers."""
+    if "=" in text:
+        pairs = (part.split("=") for part in text.split(","))
+        return {block.strip(): int(value) for block, value in pairs}
+    values = integers(text)
+    return values if len(values) > 1 else values[0]
+
+
 def names(text: str) -> list[str]:
     """"q_proj,v_proj" -> ["q_proj", "v_proj"]."""
     return [part.strip() for part in text.split(",")]
@@ -50,23 +67,43 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add_example(
         parser,
         "  vllm-adafuse random ./Llama-2-7b-hf ./adapter --num-experts 4 --top-k 2 "
-        "--r 4,8,16,16 \\\n      --target-modules q_proj,v_proj --layers 0-3,5",
+        "--r 4,8,16,16 \\\n      --target-modules q_proj,v_proj --layers 0-3,5\n"
+        "  vllm-adafuse random ./Llama-2-7b-hf ./mixlora --routing layer_wise "
+        "--router-scope block \\\n      --mix ffn_output "
+        "--expert-modules gate_proj,up_proj,down_proj",
     )
     parser.add_argument("base", metavar="BASE", help="the backbone: a directory or a cached name")
     parser.add_argument("out", metavar="OUT", help="the adapter directory to make")
     add = parser.add_argument
     add("--num-experts", type=int, default=8, metavar="E", help="experts (default 8)")
-    add("--top-k", type=int, default=2, metavar="K", help="experts per token (default 2)")
+    add("--top-k", type=experts_per_token, default=2, metavar="K",
+        help="experts per token (default 2); layer-wise also self_attn=1,mlp=2 or one per layer: "
+        "1,2,2,…")  # fmt: skip
     add("--r", type=integers, default=[16], metavar="R", help="rank, or E ranks: 4,8,16,16")
     add("--lora-alpha", type=numbers, metavar="ALPHA", help="alpha, or E of them (default 2 r)")
     add("--target-modules", type=names, metavar="NAMES", help="q_proj,v_proj (default: all)")
     add("--layers", type=layer_ranges, metavar="LAYERS", help="adapted layers: 0-3,5 (default all)")
     inputs, weights = ROUTER_INPUTS, ROUTER_WEIGHTS
-    add("--router-input", choices=inputs, default=inputs[0], help="what the router reads")
+    add("--router-input", choices=inputs,
+        help=f"what the router reads (default {inputs[0]})")  # fmt: skip
     add("--router-weights", choices=weights, default=weights[0], help="from logits to weights")
     add("--router-temperature", type=float, default=1.0, metavar="T", help="divides the logits")
     add("--use-rslora", action="store_true", help="scale by alpha / sqrt(r) instead of alpha / r")
     add("--router-bias", action="store_true", help="also write router.bias")
+    add("--router-layer", type=int, metavar="M", help="the router reads what enters layer M")
+    group = parser.add_argument_group("layer-wise routing")
+    group.add_argument("--routing", choices=(PRE_GATED, LAYER_WISE), default=PRE_GATED,
+                       help="layer_wise: routers inside the layers")  # fmt: skip
+    wise = group.add_argument
+    wise("--router-scope", choices=ROUTER_SCOPES, help="what has a router of its own")
+    wise("--router-logits", choices=ROUTER_LOGITS, help="abs: |W x + b|, as Arrow")
+    wise("--mix", choices=MIXES, help="ffn_output: whole MLPs are mixed, as MixLoRA")
+    wise("--shared-A", action="store_true", help="one lora_A for all experts, as HydraLoRA")
+    wise("--layer-experts", type=integers, metavar="E,E,…", help="experts of each layer, as MoLA")
+    wise("--expert-modules", type=names, metavar="NAMES", help="those with experts (default: all)")
+    wise("--always-r", type=int, metavar="R", help="rank of LoRA parts that are always on")
+    wise("--always-alpha", type=float, metavar="ALPHA", help="their alpha (default 2 R)")
+    wise("--always-modules", type=names, metavar="NAMES", help="where they are (default: all)")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     add("--seed", type=int, default=0, help="of the weights (default 0)")
     parser.set_defaults(run=run)
@@ -81,6 +118,20 @@ def run(args: argparse.Namespace) -> int:
     if out.is_dir() and any(out.iterdir()):
         raise AdapterError(f"output directory {out}", ["it is not empty; name a new directory"])
     alphas = args.lora_alpha
+    options = {
+        key: getattr(args, key)
+        for key in ("router_layer", "router_scope", "router_logits", "mix", "always_r",
+                    "always_alpha")
+        if getattr(args, key) is not None
+    }  # fmt: skip
+    if args.shared_A:
+        options["shared_A"] = True
+    if args.always_r and args.always_alpha is None:
+        options["always_alpha"] = 2 * args.always_r
+    if args.routing == LAYER_WISE:
+        options["routing"] = LAYER_WISE
+    if args.routing == PRE_GATED or args.router_input is not None:
+        options["router_input"] = args.router_input or ROUTER_INPUTS[0]
     made = make_random_adapter(
         require_base(args.base),
         out,
@@ -94,10 +145,13 @@ def run(args: argparse.Namespace) -> int:
         dtype=getattr(torch, args.dtype),
         seed=args.seed,
         progress=True,
-        router_input=args.router_input,
+        layer_experts=args.layer_experts,
+        expert_modules=args.expert_modules,
+        always_modules=args.always_modules,
         router_weights=args.router_weights,
         router_temperature=args.router_temperature,
         use_rslora=args.use_rslora,
+        **options,
     )
     print(printable(f"wrote {made}; look into it with: vllm-adafuse inspect {made}"))
     return 0
