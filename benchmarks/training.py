@@ -143,8 +143,11 @@ def measure(options: Options) -> list[dict[str, Any]]:
         row["of_first"] = row["median"] / record.summary(values[options.methods[0]])["median"]
         row["step_bytes"] = memory.get(method, 0)
         rows.append(row)
-        print(f"{method:10} {row['median']:12,.0f} tokens/s ({row['min']:,.0f} to "
-              f"{row['max']:,.0f})  {row['of_first']:.1%} of {options.methods[0]}", flush=True)  # fmt: skip
+        print(
+            f"{method:10} {row['median']:12,.0f} tokens/s ({row['min']:,.0f} to "
+            f"{row['max']:,.0f})  {row['of_first']:.1%} of {options.methods[0]}",
+            flush=True,
+        )
     return rows
 
 

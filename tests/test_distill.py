@@ -6,7 +6,7 @@ import pytest
 import torch
 from cli_fixtures import run
 from engines import load_reference
-from test_training import backbone_of, difference, random_ids
+from training_models import backbone_of, difference, random_ids
 from vllm_adafuse.adapter import check_adapter
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError

@@ -194,7 +194,7 @@ DDP = """
 import os, sys, torch
 from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, {tests!r})
-from test_training import make, random_ids, randomise
+from training_models import make, random_ids, randomise
 rank = int(os.environ["RANK"])
 torch.distributed.init_process_group("gloo")
 torch.set_num_threads(1)
@@ -212,7 +212,7 @@ torch.distributed.destroy_process_group()
 
 
 def test_two_processes_give_the_gradients_of_the_joint_batch(base, tmp_path):  # noqa: F811
-    from test_training import difference, make, random_ids, randomise
+    from training_models import difference, make, random_ids, randomise
 
     cases = [{"router_layer": 1}, {"routing": "layer_wise"}, {"num_experts": 1, "top_k": 1}]
     script, out = tmp_path / "ddp.py", tmp_path / "gradients.pt"

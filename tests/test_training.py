@@ -1,4 +1,4 @@
-"""Training: what is trained is what is served; losses, gradients, checkpoints, Trainer."""
+"""Training: what is trained is what is served; losses, gradients, what is refused."""
 
 import copy
 import dataclasses
@@ -8,12 +8,12 @@ import torch
 from engines import assert_greedy_equals, engine, greedy, load_reference
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from training_models import backbone_of, difference, fit, make, random_ids, randomise
 from vllm_adafuse.adapter import check_adapter
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.tiny import make_tiny_backbone, real_prompts
-from vllm_adafuse.training import AdaFuseModel, MixtureConfig, watch
+from vllm_adafuse.training import AdaFuseModel, MixtureConfig
 from vllm_adafuse.training.losses import routing_losses
 from vllm_adafuse.training.watch import count_experts
 
@@ -41,47 +41,6 @@ def bases(tmp_path_factory):
 @pytest.fixture(scope="module")
 def base(bases):
     return bases["Llama"]
-
-
-def backbone_of(base, dtype=torch.float32):
-    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="eager")
-
-
-def make(base, dtype=torch.float32, **options):
-    config = MixtureConfig(**{"num_experts": 4, "r": 4} | options)
-    return AdaFuseModel.from_backbone(backbone_of(base, dtype), config)
-
-
-def random_ids(rows=4, length=24, low=6, high=1000, seed=0):
-    return torch.randint(low, high, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def randomise(model, seed=0):
-    """B off zero, so that gradients reach everything."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for group in model.groups:
-            for b in group.B:
-                b.copy_(torch.randn(b.shape, generator=generator) * 0.1)
-    return model
-
-
-def fit(model, ids, steps, lr=1e-2):
-    model.train()
-    optimizer = torch.optim.AdamW(model.trainable(), lr=lr)
-    losses = []
-    for step in range(steps):
-        model.set_progress(step / steps)
-        loss = model(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def difference(found, expected):
-    return ((found - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("family,kind", [("Llama", kind) for kind in KINDS]
@@ -289,78 +248,6 @@ def test_copies_are_independent(base):
     fit(copied, ids, 3)
     assert torch.equal(model(input_ids=ids).logits, before)
     assert not torch.equal(copied.eval()(input_ids=ids).logits, before)
-
-
-# -- transformers.Trainer ---------------------------------------------------------------------
-
-
-def rows_of(count=32, length=16):
-    return [{"input_ids": row, "labels": row} for row in random_ids(count, length)]
-
-
-def trainer_of(model, folder, callbacks=(), **options):
-    arguments = TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True,
-        logging_steps=2, report_to=[], disable_tqdm=True, max_steps=6, save_strategy="no", seed=3,
-        **options,
-    )  # fmt: skip
-    return watch(Trainer(model=model, args=arguments, train_dataset=rows_of(),
-                         callbacks=list(callbacks)))  # fmt: skip
-
-
-class Reporter(TrainerCallback):
-    """Stands for TensorBoard's: it comes before callbacks that users add."""
-
-    def __init__(self):
-        self.logs = []
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self.logs.append(dict(logs))
-
-
-def test_trainer_logs_usage_and_anneals(base, tmp_path):
-    reporter = Reporter()
-    model = make(base, temperature_start=4.0, anneal=0.5, expert_names=("a", "b", "c", "d"))
-    trainer = trainer_of(model, tmp_path, [reporter], gradient_checkpointing=True)
-    trainer.train()
-    for logs in (reporter.logs, trainer.state.log_history):
-        first, second, third = [log for log in logs if "loss" in log]
-        assert sum(first[f"usage/{name}"] for name in "abcd") == pytest.approx(1, abs=1e-3)
-        assert first["balance_loss"] > 0 and "router_z_loss" in first
-        # As set before steps 2, 4, 6 of 6.
-        assert [log["temperature"] for log in (first, second, third)] == [3.0, 1.0, 1.0]
-
-
-def test_resuming_equals_an_uninterrupted_run(base, tmp_path):
-    options = {"jitter": 0.05, "temperature_start": 2.0}
-    through = make(base, **options)
-    trainer_of(through, tmp_path / "a").train()
-    trainer = trainer_of(make(base, **options), tmp_path / "b")
-    trainer.args.save_strategy, trainer.args.save_steps = "steps", 3
-    trainer.state.save_steps = 3
-    trainer.train()
-    checkpoint = tmp_path / "b" / "checkpoint-3"
-    assert set(load_file(checkpoint / "model.safetensors")) == set(through.state_dict())
-    resumed = make(base, seed=7, **options)  # other weights, replaced by the checkpoint's
-    trainer_of(resumed, tmp_path / "c").train(resume_from_checkpoint=str(checkpoint))
-    for name, tensor in through.state_dict().items():
-        assert torch.equal(tensor, resumed.state_dict()[name]), name
-
-
-def test_accumulated_batches_equal_one_batch(base, tmp_path):
-    states = []
-    for size, accumulate in ((4, 1), (2, 2)):
-        model = make(base, balance_coef=0.0, z_loss_coef=0.01)
-        trainer = trainer_of(model, tmp_path, gradient_accumulation_steps=accumulate)
-        trainer.args.per_device_train_batch_size = size
-        trainer._train_batch_size = size
-        trainer.train()
-        states.append(model.state_dict())
-    for name, tensor in states[0].items():
-        assert difference(states[1][name], tensor) < 1e-3, name
-
-
-# -- what is refused --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

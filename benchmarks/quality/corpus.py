@@ -138,7 +138,9 @@ def gather(size: Size, roots: list[Path] | None = None) -> Corpus:
     }
     poor = [f"{d}/{s}" for d in DOMAINS for s in SPLITS[1:] if not counts[d][s]["files"]]
     if poor:
-        raise ValueError(f"too little text on this machine for {', '.join(poor)}; name more --roots")
+        raise ValueError(
+            f"too little text on this machine for {', '.join(poor)}; name more --roots"
+        )
     digest = hashlib.sha256("".join(k for files in found.values() for k, _ in files).encode())
     return Corpus(texts, counts, digest.hexdigest()[:16])
 

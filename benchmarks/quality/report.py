@@ -237,9 +237,9 @@ def page(result: Result, name: str, docs: Path) -> str:
     where = content.get("gpu") or content["cpu"]
     versions = content["versions"]
     size = (
-        f"The backbone: {result.backbone['parameters']:,} parameters, {options['layers']} layers of "
-        f"{options['hidden']}, {options['vocab']:,} tokens, {options['pretrain_steps']:,} steps of "
-        f"{options['pretrain_batch']} blocks of {options['length']} tokens. Adapted: "
+        f"The backbone: {result.backbone['parameters']:,} parameters, {options['layers']} layers "
+        f"of {options['hidden']}, {options['vocab']:,} tokens, {options['pretrain_steps']:,} steps "
+        f"of {options['pretrain_batch']} blocks of {options['length']} tokens. Adapted: "
         f"{options['steps']:,} steps of {options['batch']} blocks, E = {options['experts']}, "
         f"r = {options['r']}, {len(options['seeds'])} seeds."
     )

@@ -1,11 +1,18 @@
-"""`vllm-adafuse distill`: a layer-wise mixture (MixLoRA, MoLA, …) at the speed of a pre-gated one."""
+"""`vllm-adafuse distill`: a pre-gated adapter from a layer-wise one (MixLoRA, MoLA, …)."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from vllm_adafuse.cli.common import ADAPTER_HELP, BASE_HELP, add_example, open_adapter, printable, usable
+from vllm_adafuse.cli.common import (
+    ADAPTER_HELP,
+    BASE_HELP,
+    add_example,
+    open_adapter,
+    printable,
+    usable,
+)
 from vllm_adafuse.config import ROUTER_INPUTS
 from vllm_adafuse.errors import AdapterError
 

@@ -155,7 +155,8 @@ def run(args: argparse.Namespace) -> int:
                 )
             ),
         ]
-    lines.append(f"wrote {report.adapter}; look into it with: vllm-adafuse inspect {report.adapter}")
+    out = report.adapter
+    lines.append(f"wrote {out}; look into it with: vllm-adafuse inspect {out}")
     for line in lines:
         print(printable(line))
     return 0

@@ -51,7 +51,9 @@ def best_match(scores: torch.Tensor) -> list[int]:
     return chosen
 
 
-def align(gates: dict[str, torch.Tensor], experts: int) -> tuple[dict[str, list[int]], torch.Tensor]:
+def align(
+    gates: dict[str, torch.Tensor], experts: int
+) -> tuple[dict[str, list[int]], torch.Tensor]:
     """Renumbers the experts of every router, so that equal numbers are chosen for equal tokens.
 
     Args:

@@ -97,7 +97,8 @@ class MixtureConfig:
         experts = self._integer("num_experts", 1, MAX_EXPERTS)
         check("num_experts", experts, f"an integer from 1 to {MAX_EXPERTS}")
         most = self.num_experts if experts else MAX_EXPERTS
-        check("top_k", self._integer("top_k", 1, most), f"an integer from 1 to num_experts ({most})")
+        fits = self._integer("top_k", 1, most)
+        check("top_k", fits, f"an integer from 1 to num_experts ({most})")
         check("r", self._integer("r"), "a positive integer")
         check("lora_alpha", number("lora_alpha", -1e30), "a finite number")
         check("routing", self.routing in ROUTINGS, f"one of {ROUTINGS}")

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100  # label of a token without loss, as in torch's cross entropy
-SHAPES = '{"text": …}, {"messages": [{"role": …, "content": …}, …]} or {"prompt": …, "completion": …}'
+SHAPES = (
+    '{"text": …}, {"messages": [{"role": …, "content": …}, …]} or '
+    '{"prompt": …, "completion": …}'
+)
 MAX_PROBLEMS = 20
 
 
@@ -114,8 +117,10 @@ def _example(value: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Examp
 def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase) -> Example:
     """A conversation by the tokenizer's chat template; loss on what the assistant says."""
     if tokenizer.chat_template is None:
-        raise _Bad("`messages` needs a tokenizer with a chat template, and this one has none; "
-                   "write the text yourself as `text`, or as `prompt` and `completion`")  # fmt: skip
+        raise _Bad(
+            "`messages` needs a tokenizer with a chat template, and this one has none; write the "
+            "text yourself as `text`, or as `prompt` and `completion`"
+        )
     fine = isinstance(messages, list) and messages and all(
         isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content"))
         for m in messages

@@ -84,10 +84,17 @@ def distil_files(
     from transformers import AutoTokenizer
 
     if not 0 < held_out < 1:
-        raise AdapterError("distilling options", [f"`held_out` is {held_out}, expected above 0 and "
-                                                  "below 1: without it no loss can be stated"])  # fmt: skip
+        raise AdapterError(
+            "distilling options",
+            [
+                f"`held_out` is {held_out}, expected above 0 and below 1: without it no loss can "
+                "be stated"
+            ],
+        )
     if not teacher.config.layer_wise:
-        raise AdapterError(f"adapter {teacher.path}", ["it is pre-gated already; serve it as it is"])
+        raise AdapterError(
+            f"adapter {teacher.path}", ["it is pre-gated already; serve it as it is"]
+        )
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     examples, held = split(read_jsonl(data, tokenizer), held_out)
     pad = tokenizer.pad_token_id

@@ -1,0 +1,80 @@
+"""The stock transformers.Trainer: expert usage in its logs, resuming, accumulation."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_models import difference, make, random_ids
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from vllm_adafuse.tiny import make_tiny_backbone
+from vllm_adafuse.training import watch
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_tiny_backbone(tmp_path_factory.mktemp("trainer") / "base")
+
+
+def rows_of(count=32, length=16):
+    return [{"input_ids": row, "labels": row} for row in random_ids(count, length)]
+
+
+def trainer_of(model, folder, callbacks=(), **options):
+    arguments = TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True,
+        logging_steps=2, report_to=[], disable_tqdm=True, max_steps=6, save_strategy="no", seed=3,
+        **options,
+    )  # fmt: skip
+    return watch(Trainer(model=model, args=arguments, train_dataset=rows_of(),
+                         callbacks=list(callbacks)))  # fmt: skip
+
+
+class Reporter(TrainerCallback):
+    """Stands for TensorBoard's: it comes before callbacks that users add."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+def test_trainer_logs_usage_and_anneals(base, tmp_path):
+    reporter = Reporter()
+    model = make(base, temperature_start=4.0, anneal=0.5, expert_names=("a", "b", "c", "d"))
+    trainer = trainer_of(model, tmp_path, [reporter], gradient_checkpointing=True)
+    trainer.train()
+    for logs in (reporter.logs, trainer.state.log_history):
+        first, second, third = [log for log in logs if "loss" in log]
+        assert sum(first[f"usage/{name}"] for name in "abcd") == pytest.approx(1, abs=1e-3)
+        assert first["balance_loss"] > 0 and "router_z_loss" in first
+        # As set before steps 2, 4, 6 of 6.
+        assert [log["temperature"] for log in (first, second, third)] == [3.0, 1.0, 1.0]
+
+
+def test_resuming_equals_an_uninterrupted_run(base, tmp_path):
+    options = {"jitter": 0.05, "temperature_start": 2.0}
+    through = make(base, **options)
+    trainer_of(through, tmp_path / "a").train()
+    trainer = trainer_of(make(base, **options), tmp_path / "b")
+    trainer.args.save_strategy, trainer.args.save_steps = "steps", 3
+    trainer.state.save_steps = 3
+    trainer.train()
+    checkpoint = tmp_path / "b" / "checkpoint-3"
+    assert set(load_file(checkpoint / "model.safetensors")) == set(through.state_dict())
+    resumed = make(base, seed=7, **options)  # other weights, replaced by the checkpoint's
+    trainer_of(resumed, tmp_path / "c").train(resume_from_checkpoint=str(checkpoint))
+    for name, tensor in through.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_accumulated_batches_equal_one_batch(base, tmp_path):
+    states = []
+    for size, accumulate in ((4, 1), (2, 2)):
+        model = make(base, balance_coef=0.0, z_loss_coef=0.01)
+        trainer = trainer_of(model, tmp_path, gradient_accumulation_steps=accumulate)
+        trainer.args.per_device_train_batch_size = size
+        trainer._train_batch_size = size
+        trainer.train()
+        states.append(model.state_dict())
+    for name, tensor in states[0].items():
+        assert difference(states[1][name], tensor) < 1e-3, name
