@@ -153,8 +153,8 @@ def _expand_kernel(
     # A part without experts has deltas of zeros; EVEN_B says that there is none.
     rows_s = rows < tl.where(part >= 0, n_tokens, 0)
     rows_up = rows < tl.where(part_up >= 0, n_tokens, 0)
-    present = tl.load(present_ptr + (tl.program_id(1) if ORDER else 0))
     if ORDER:
+        present = tl.load(present_ptr + tl.program_id(1))
         rows = tl.load(order_ptr + rows, mask=here, other=0)
     EVEN_B: tl.constexpr = EVEN and EVERY_PART
     s_at = s_ptr + rows.to(tl.int64) * s_stride + part * size
@@ -172,9 +172,11 @@ def _expand_kernel(
     for i in tl.range(LOOP, num_stages=STAGES):
         first = (group * LOOP + i) * BLOCK_OUT
         if ACT == 3:  # of a head's first half
-            columns = first // HALF * (2 * HALF) + first % HALF + tl.arange(0, BLOCK_OUT)
+            within = tl.multiple_of(first % HALF, BLOCK_OUT)
+            columns = tl.multiple_of(first // HALF * (2 * HALF) + within, BLOCK_OUT)
+            columns += tl.arange(0, BLOCK_OUT)
         else:
-            columns = first + tl.arange(0, BLOCK_OUT)
+            within, columns = 0, first + tl.arange(0, BLOCK_OUT)
         # A mask that ends in the middle of a tile makes loads narrow: only where it must be.
         inside = columns >= 0 if EVEN else columns < width
         inside_b = columns < tl.where(part >= 0, width, 0)
@@ -202,6 +204,8 @@ def _expand_kernel(
                     s_at, s_up_at, gates_ptr, rows, rows_s, rows_up, n_experts,
                     ACT, RANK, RAW, EVEN_K, BLOCK_T, BLOCK_E, BLOCK_R,
                 )  # fmt: skip
+        if not ORDER:  # it may come from the kernel before
+            present = tl.load(present_ptr)
         y = tl.load(y_at, mask=mask, other=0.0)
         up = y
         if ACT != 0:
@@ -227,7 +231,7 @@ def _expand_kernel(
         if ACT == 3:
             if offset < WIDTH0 + WIDTH1:
                 turn = cos_sin_ptr + rows[:, None] * (2 * HALF)
-                turn += (first % HALF + tl.arange(0, BLOCK_OUT))[None, :]
+                turn += (within + tl.arange(0, BLOCK_OUT))[None, :]
                 cos = tl.load(turn, mask=mask, other=0.0).to(tl.float32)
                 sin = tl.load(turn + HALF, mask=mask, other=0.0).to(tl.float32)
                 y, up = rotate(y, up, cos, sin)
@@ -337,6 +341,36 @@ def expand_raw_triton(
         y, bias, result, s, s.stride(0), bank_b, gates, present, parts, widths, act,
         blocks, order, cos_sin,
     )  # fmt: skip
+    return result
+
+
+def expand_weighted_triton(
+    y: torch.Tensor,
+    s: torch.Tensor,
+    bias: torch.Tensor | None,
+    bank_b: torch.Tensor,
+    present: torch.Tensor,
+    parts: Sequence[int],
+    widths: Sequence[int],
+    activation: str,
+) -> torch.Tensor:
+    """From the output of W, in float32 or in the dtype of s, to that of the adapted projection.
+
+    Args:
+        y: [T, out], W x.
+        s: [T, P, E R], weighted, see `route_layer`.
+        bias, bank_b, present, parts, widths: as in `expand_raw_triton`.
+        activation: "", or "silu" or "gelu_tanh" of gate and up.
+
+    Returns:
+        [T, out], or [T, I] after an activation, in the dtype of s; a new tensor.
+    """
+    act = ACTIVATIONS.index(activation)
+    result = s.new_empty(y.shape[0], widths[0] if act else sum(widths))
+    blocks = ExpandBlocks.choose(y.shape[0], act != 0, s.element_size())
+    _launch(
+        y, bias, result, s, s.stride(0), bank_b, None, present, parts, widths, act, blocks
+    )
     return result
 
 
