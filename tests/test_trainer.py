@@ -1,10 +1,15 @@
 """The stock transformers.Trainer: expert usage in its logs, resuming, accumulation."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from training_models import difference, make, random_ids
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from vllm_adafuse.adapter import check_adapter
+from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.tiny import make_tiny_backbone
 from vllm_adafuse.training import watch
 
@@ -78,3 +83,17 @@ def test_accumulated_batches_equal_one_batch(base, tmp_path):
         states.append(model.state_dict())
     for name, tensor in states[0].items():
         assert difference(states[1][name], tensor) < 1e-3, name
+
+
+def test_the_python_of_the_documentation_runs(base, tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text("utf-8")
+    first, second = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Llama-2-7b-hf").symlink_to(base)
+    batch = random_ids(2, 16)
+    names = {"dataset": rows_of(4), "batches": [{"input_ids": batch, "labels": batch}] * 2}
+    exec(first.replace("bf16=True", "use_cpu=True"), names)
+    assert check_adapter("adapter", Backbone.from_path(str(base)))[1] == []
+    before = names["model"].state_dict()
+    exec(second, names)
+    assert not torch.equal(names["model"].state_dict()["router.weight"], before["router.weight"])

@@ -61,7 +61,9 @@ class Result:
         self.options = rows[0]["options"]
         (self.corpus,) = [r for r in rows if r.get("what") == "corpus"]
         (self.backbone,) = [r for r in rows if r.get("what") == "backbone"]
-        speed = {r["method"]: r["decode"] for r in rows if r.get("what") == "speed"}
+        timed = {r["method"]: r["decode"] for r in rows if r.get("what") == "speed"}
+        speed = {name: figures for name, figures in timed.items() if "error" not in figures}
+        self.not_timed = {n: f["error"] for n, f in timed.items() if "error" in f}
         self.methods = [
             Scores(r, [x for x in rows if x.get("what") == "run" and x["method"] == r["method"]],
                    speed.get(r["method"], {}))
@@ -253,6 +255,7 @@ def page(result: Result, name: str, docs: Path) -> str:
         f"## Who wins\n\n{verdict(result)}",
         f"## All methods\n\nPerplexity is that of the mean loss over domains: mean of the seeds, "
         f"lowest to highest. Of a domain: mean of the seeds.\n\n{main_table(result)}",
+        *(f"Not timed: {name}, {error}\n" for name, error in result.not_timed.items()),
         draw_quality(result, folder),
         "## Which experts work for which domain\n\nShare of the slots, first seed; of layer-wise "
         f"mixtures the mean over routers.\n\n{draw_usage(result, folder)}",

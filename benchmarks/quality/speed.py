@@ -7,6 +7,7 @@ import os
 import random
 import statistics
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,11 @@ def measure(size: Size, names: list[str], work: Path, deadline: float) -> bool:
     for method in missing:
         if time.time() + START_SECONDS + 20 > deadline:
             break
-        engines[method.name] = start(method, size, work)
+        try:
+            engines[method.name] = start(method, size, work)
+        except Exception as e:  # the others are timed all the same; the report tells of it
+            traceback.print_exc()
+            rows[method.name] = {"error": f"{type(e).__name__}: {e}"[:500]}
     times: dict[tuple[str, int], list[float]] = {}
     for batch in BATCHES:
         for repeat in range(REPEATS + 1):
