@@ -35,6 +35,7 @@ from benchmarks.quality.data import Data  # noqa: E402
 from benchmarks.quality.methods import methods  # noqa: E402
 from benchmarks.quality.report import Result, verdict, write  # noqa: E402
 from benchmarks.quality.sizes import SIZES  # noqa: E402
+from benchmarks.quality.speed import write_peft  # noqa: E402
 
 TOY = SIZES["toy"]
 CHOSEN = "full,lora-active,layerwise-linear,adafuse-k2,context-1,distilled-tuned"
@@ -196,3 +197,20 @@ def test_the_demo_s_model_is_made_small_and_checked(corpus_root, tmp_path):
 def test_experts_are_named_after_their_use():
     usage = {"python": [0.6, 0.1, 0.25, 0.05], "prose": [0.2, 0.5, 0.25, 0.05]}
     assert demo.name_experts(usage) == ["code_0", "prose_1", "both_2", "both_3"]
+
+
+def test_static_loras_are_timed_as_peft_saves_them(finished, tmp_path):
+    from peft import PeftModel
+    from vllm_adafuse.training import AdaFuseModel
+
+    work = finished / "work"
+    adapter = work / "runs" / "lora-active-s0"
+    peft = write_peft(adapter, tmp_path / "peft")
+    ids = torch.randint(3, TOY.vocab, (2, 20))
+    logits = []
+    for load, path in ((AdaFuseModel.from_pretrained, adapter), (PeftModel.from_pretrained, peft)):
+        backbone = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.float32)
+        logits.append(load(backbone, path).eval()(input_ids=ids).logits)
+    assert torch.allclose(logits[0], logits[1], atol=1e-5)
+    bare = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.float32).eval()
+    assert not torch.allclose(logits[0], bare(ids).logits, atol=1e-4)
