@@ -128,9 +128,10 @@ def _stream_linear_kernel(
         first = tl.where(third, WIDTH0 + WIDTH1, tl.where(second, WIDTH0, 0))
         part = tl.where(third, PART2, tl.where(second, PART1, PART0))
         skipped = tl.where(third, SKIP2, tl.where(second, SKIP1, 0))
-        local_rows = local * ROWS + tl.arange(0, ROWS)
+        local_rows, within = local * ROWS + tl.arange(0, ROWS), 0
         if ACT == 3:
-            local_rows = local * ROWS // HALF * (2 * HALF) + local * ROWS % HALF
+            within = tl.multiple_of(local * ROWS % HALF, ROWS)
+            local_rows = tl.multiple_of(local * ROWS // HALF * (2 * HALF) + within, ROWS)
             local_rows += tl.arange(0, ROWS)
         APART: tl.constexpr = HALF if ACT == 3 else WIDTH0
         APART_B: tl.constexpr = HALF if ACT == 3 else WIDTH0 - SKIP1
@@ -198,7 +199,8 @@ def _stream_linear_kernel(
             mask = (local_rows < width)[:, None] & here[None, :]
             if ACT == 3:
                 if first < WIDTH0 + WIDTH1:  # v is not turned
-                    turn = cos_sin_ptr + tokens[None, :] * (2 * HALF) + (local_rows % HALF)[:, None]
+                    turn = cos_sin_ptr + tokens[None, :] * (2 * HALF)
+                    turn += (within + tl.arange(0, ROWS))[:, None]
                     cos = tl.load(turn, mask=mask, other=0.0).to(tl.float32)
                     sin = tl.load(turn + HALF, mask=mask, other=0.0).to(tl.float32)
                     acc, acc_up = rotate(acc, acc_up, cos, sin)

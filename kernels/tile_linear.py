@@ -114,9 +114,10 @@ def _tile_linear_kernel(
     APART: tl.constexpr = HALF if ACT == 3 else WIDTH0
     APART_B: tl.constexpr = HALF if ACT == 3 else WIDTH0 - SKIP1
     part_up = part if ACT == 3 else PART1
-    start_row = local * ROWS
+    start_row, within = local * ROWS, 0
     if ACT == 3:
-        start_row = start_row // HALF * (2 * HALF) + start_row % HALF
+        within = tl.multiple_of(start_row % HALF, ROWS)
+        start_row = tl.multiple_of(start_row // HALF * (2 * HALF) + within, ROWS)
     row = tl.where(shrinks, OUT + tile * PER_TILE, first + start_row)
     row_up = tl.where(shrinks, row + ROWS, APART + row)
 
@@ -188,7 +189,8 @@ def _tile_linear_kernel(
         mask = (local_rows < width)[:, None] & here[None, :]
         if ACT == 3:
             if first < WIDTH0 + WIDTH1:  # v is not turned
-                turn = cos_sin_ptr + tokens[None, :] * (2 * HALF) + (local_rows % HALF)[:, None]
+                turn = cos_sin_ptr + tokens[None, :] * (2 * HALF)
+                turn += (within + tl.arange(0, ROWS))[:, None]
                 cos = tl.load(turn, mask=mask, other=0.0).to(tl.float32)
                 sin = tl.load(turn + HALF, mask=mask, other=0.0).to(tl.float32)
                 acc, acc_up = rotate(acc, acc_up, cos, sin)

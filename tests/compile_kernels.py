@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 from vllm_adafuse.kernels import (
     blocks,
     expand,
+    pairs,
     residual_norm,
     shrink,
     spread_routes,
@@ -28,9 +29,10 @@ from vllm_adafuse.kernels import (
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {
     **dict.fromkeys("x_ptr w_ptr bias_ptr a_ptr b_ptr y_ptr out_ptr s_ptr".split(), "*bf16"),
-    **dict.fromkeys("residual_ptr weight_ptr z_ptr".split(), "*bf16"),
+    **dict.fromkeys("residual_ptr weight_ptr z_ptr cos_sin_ptr".split(), "*bf16"),
     **dict.fromkeys("gates_ptr partial_ptr weights_ptr".split(), "*fp32"),
-    **dict.fromkeys("ticket_ptr counter_ptr counters_ptr ids_ptr places_ptr order_ptr".split(), "*i32"),
+    **dict.fromkeys("ticket_ptr counter_ptr counters_ptr ids_ptr places_ptr".split(), "*i32"),
+    "order_ptr": "*i32",
     **dict.fromkeys("present_ptr table_ptr row_ptr merged_ptr".split(), "*i64"),
 }
 ALIGNED = ("residual_stride", "x_stride", "y_stride", "out_stride", "s_stride", "size_in", "rank")
@@ -74,54 +76,50 @@ def build(name: str, kernel, constants: dict, warps: int, stages: int) -> dict:
 
 
 def main() -> None:
-    widths = {"WIDTH0": 4096, "WIDTH1": 4096, "WIDTH2": 4096}
-    parts = {"PART0": 0, "PART1": 1, "PART2": 2}
-    two = widths | parts | {"WIDTH2": 0, "PART2": -1}
+    qkv = {"WIDTH0": 4096, "WIDTH1": 4096, "WIDTH2": 4096, "PART0": 0, "PART1": 1, "PART2": 2}
+    gate_up = qkv | {"WIDTH2": 0, "PART2": -1}
     rows = []
-    for activation in (0, 1):
+    # With an activation or the rotary embedding, rows of W in a tile are those of one member.
+    for act, size_out, shape in (("", 12288, qkv), ("silu", 11008, gate_up), ("rotary", 6144, qkv)):
+        number = pairs.ACTIVATIONS.index(act)
+        shape = shape | {"bias_ptr": None, "HAS_BIAS": False, "ACT": number, "HALF": 0}
+        shape |= {"HALF": 64} if act == "rotary" else {"cos_sin_ptr": None}
         for tokens in (16, 32):
-            size_out = 11008 if activation else 12288
-            cut = tiles.Tiles.choose(
-                tokens, 4096, size_out, "silu" if activation else "", 2
-            )
-            constants = (two if activation else widths | parts) | {
-                "bias_ptr": None, "HAS_BIAS": False, "ACT": activation, "EVEN": True, "HALF": 0, "cos_sin_ptr": None,
+            cut = tiles.Tiles.choose(tokens, 4096, size_out, act, 2)
+            constants = shape | {
+                "EVEN": True,
                 "SPLIT": cut.split, "BLOCK_T": tokens, "BLOCK_R": 16, "BLOCK_ER": 128, "RANK": 16,
                 "ROWS": cut.rows, "COLS": cut.cols, "SHRINK_COLS": cut.shrink_cols,
                 "SHRINK_STAGES": shrink.SHRINK_STAGES,
                 "STAGES": cut.stages,
             }  # fmt: skip
             kernel = stream_linear._stream_linear_kernel
-            name = f"stream_linear act={activation} tokens={tokens}"
+            name = f"stream_linear act={number} tokens={tokens}"
             rows.append(build(name, kernel, constants, cut.warps, cut.stages))
-        for tokens in (32, 64, 128)[: 2 + activation]:
-            cut = tile_linear.choose(tokens, "silu" if activation else "", 2)
-            constants = (two if activation else widths | parts) | {
-                "bias_ptr": None, "HAS_BIAS": False, "ACT": activation, "HALF": 0, "cos_sin_ptr": None,
+        for tokens in (32, 64, 128) if act == "silu" else (32, 64):
+            cut = tile_linear.choose(tokens, act, 2)
+            constants = shape | {
                 "SLICES": cut.slices, "RANK": 16, "EXPERTS": 8, "SHRINK_TILES": 3,
                 "BLOCK_T": tokens, "BLOCK_E": 16,
-                "BLOCK_ER": tile_linear.block_er(tokens, activation, 128),
+                "BLOCK_ER": tile_linear.block_er(tokens, number, 128),
                 "ROWS": cut.rows, "COLS": cut.cols, "STAGES": cut.stages,
             }  # fmt: skip
             POINTERS["x_desc"] = f"tensordesc<bf16[{tokens}, {cut.cols}]>"
             POINTERS["joint_desc"] = f"tensordesc<bf16[{cut.rows}, {cut.cols}]>"
             kernel = tile_linear._tile_linear_kernel
-            name = f"tile_linear act={activation} tokens={tokens}"
+            name = f"tile_linear act={number} tokens={tokens}"
             rows.append(build(name, kernel, constants, cut.warps, cut.stages))
-        constants = (two if activation else widths | parts) | {
-            "bias_ptr": None, "HAS_BIAS": False, "ACT": activation, "HALF": 0, "cos_sin_ptr": None,
-            "RAW": True, "ALL": True, "EVERY_PART": True,
-            "EVEN": True,
-        }  # fmt: skip
         for tokens in (128, 16000):
             ordered = tokens > 1000
-            cut = blocks.ExpandBlocks.choose(tokens, activation == 1, 2, ordered)
-            cuts = blocks.expert_blocks(8, 16, ordered) | {
-                "BLOCK_T": cut.tokens, "BLOCK_OUT": cut.columns,
+            cut = blocks.ExpandBlocks.choose(tokens, act != "", 2, ordered)
+            columns = min(cut.columns, 64) if act == "rotary" else cut.columns
+            constants = shape | blocks.expert_blocks(8, 16, ordered) | {
+                "RAW": True, "ALL": True, "EVERY_PART": True, "EVEN": True,
+                "BLOCK_T": cut.tokens, "BLOCK_OUT": columns,
                 "LOOP": cut.loop, "STAGES": cut.stages, "ORDER": ordered, "PDL": True,
             }  # fmt: skip
-            name = f"expand act={activation} tokens={tokens}"
-            rows.append(build(name, expand._expand_kernel, constants | cuts, cut.warps, 2))
+            name = f"expand act={number} tokens={tokens}"
+            rows.append(build(name, expand._expand_kernel, constants, cut.warps, 2))
     for tokens in (1, 16000):
         cut = residual_norm.NormBlocks.choose(4096, tokens > 1, 2)
         constants = blocks.expert_blocks(8, 16, False) | {
