@@ -94,3 +94,28 @@ def test_equals_the_reference(name, tmp_path, monkeypatch):
         tokens = list(output.outputs[0].token_ids)
         changed += tokens != logprobs_of(model, output.prompt_token_ids, tokens).argmax(-1).tolist()
     assert changed >= 3
+
+
+def test_projections_joined_as_on_a_gpu(tmp_path, monkeypatch):
+    """On a GPU W, A and the routers are one tensor, and the activation is part of the op."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm_adafuse.serving import linear
+
+    monkeypatch.setattr(
+        linear, "can_fuse", lambda layer: type(layer.quant_method) is UnquantizedLinearMethod
+    )
+    # vLLM's CPU build packs weights for a product of its own.
+    monkeypatch.setattr(
+        linear.FusedLinearMethod, "process_weights_after_loading", lambda self, layer: None
+    )
+    options = {"always_r": 6, "always_alpha": 6, "always_modules": ["k_proj", "gate_proj"]}
+    options |= {"shared_A": True, "expert_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}
+    pair = make_pair(tmp_path, "Qwen2ForCausalLM", routing="layer_wise", **options)
+    with engine(*pair) as llm:
+        methods = llm.apply_model(
+            lambda model: [type(m.quant_method).__name__ for m in model.modules()
+                           if hasattr(m, "adafuse_bank")]
+        )[0]  # fmt: skip
+        outputs = llm.generate(PROMPTS, greedy(), use_tqdm=False)
+    assert methods == ["FusedLinearMethod"] * 9
+    assert_greedy_equals(outputs, load_reference(*pair))

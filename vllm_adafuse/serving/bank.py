@@ -124,7 +124,7 @@ def own_rows(full: torch.Tensor, shards: Sequence[Shard]) -> torch.Tensor:
     return torch.cat(rows, -2)
 
 
-def _aligned(elements: int) -> int:
+def aligned(elements: int) -> int:
     """Up to whole 128 bytes of two-byte elements, as kernels read best."""
     return -(-elements // 64) * 64
 
@@ -177,7 +177,7 @@ class ExpertBank(torch.nn.Module):
     def numel(self) -> int:
         """Elements that `place` takes."""
         first = self._rows_of_w * self._shape_a[-1] + math.prod(self._shape_a)
-        return _aligned(first) + _aligned(math.prod(self._shape_b))
+        return aligned(first) + aligned(math.prod(self._shape_b))
 
     def place(self, memory: torch.Tensor) -> None:
         """Takes its place in [numel] zeros of the model's dtype."""
@@ -187,7 +187,7 @@ class ExpertBank(torch.nn.Module):
         if rows:
             self.register_buffer("joint", both, persistent=False)
         self.register_buffer("bank_a", both[rows:].view(self._shape_a), persistent=False)
-        b = memory[_aligned(both.numel()) :][: math.prod(self._shape_b)].view(self._shape_b)
+        b = memory[aligned(both.numel()) :][: math.prod(self._shape_b)].view(self._shape_b)
         self.register_buffer("bank_b", b, persistent=False)
 
     @property

@@ -10,10 +10,11 @@ import torch
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 from vllm_adafuse.adapter import Adapter
+from vllm_adafuse.kernels.layer_linear import layer_linear
 from vllm_adafuse.kernels.layer_sgmm import layer_sgmm
 from vllm_adafuse.kernels.low_product import low_product
 from vllm_adafuse.kernels.route_layer import LayerGate, split_router
-from vllm_adafuse.serving.bank import own_rows, slices_of
+from vllm_adafuse.serving.bank import aligned, own_rows, slices_of
 
 # Parts into which a float32 router is cut for rows of two-byte numbers, see `split_router`.
 ROUTER_SPLITS = 3
@@ -60,19 +61,26 @@ class Place:
         return f"model.layers.{self.index}.{self.block}"
 
 
+def is_cut(layer: LinearBase) -> bool:
+    """Whether ranks hold parts of a projection's input: logits are then sums over the ranks."""
+    return isinstance(layer, RowParallelLinear) and layer.tp_size > 1
+
+
 class LayerBank(torch.nn.Module):
     """A of the P adapted linears of a projection and, below it, its routers; B; as this rank of
     tensor parallelism holds them.
 
     The rows are A [P, EA, R, in], then routers [S, routers, E, in] in S parts of the model's
-    dtype. Parts that are always on are experts past E, cut to rank R. `place` makes the buffers,
-    which are not persistent: no loader of vLLM writes or misses them.
+    dtype; where the projection is joined, W stands before them. Parts that are always on are
+    experts past E, cut to rank R. `place` makes the buffers, which are not persistent: no loader of
+    vLLM writes or misses them.
 
     Args:
         place: which projection.
         adapter: the adapter, checked.
         dtype: of the model.
         gates_of: (routers, E) -> the buffers to decide in.
+        joint: W is to stand before the rows in one tensor; `join` says which W.
     """
 
     def __init__(
@@ -81,6 +89,7 @@ class LayerBank(torch.nn.Module):
         adapter: Adapter,
         dtype: torch.dtype,
         gates_of: Callable[[int, int], Gates],
+        joint: bool = False,
     ):
         super().__init__()
         config, tensors = adapter.config, adapter.tensors
@@ -129,9 +138,8 @@ class LayerBank(torch.nn.Module):
             plain=place.whole_ffn and place.decides,
         )
         self.top_k = config.k_of(place.index, place.block)
-        # The input of a row-parallel projection is cut: so are the sums that logits are.
-        cut = isinstance(place.layer, RowParallelLinear) and place.layer.tp_size > 1
-        self.reduces = cut and bool(counts)
+        self.reduces = bool(counts) and is_cut(place.layer)
+        self._rows_of_w = sum(self.slices.widths) if joint else 0
         self.shared_gates = gates_of(max(1, len(self.routers)), self.experts)
         scales = [*config.scales[: self.experts], *[config.always_scale] * self.always]
         bias = torch.zeros(len(self.routers), self.experts)
@@ -141,7 +149,8 @@ class LayerBank(torch.nn.Module):
     @property
     def numel(self) -> int:
         """Elements that `place` takes."""
-        return self._rows * self.slices.size_in + self.slices.adapted * self.every * self.rank
+        first = aligned((self._rows_of_w + self._rows) * self.slices.size_in)
+        return first + aligned(self.slices.adapted * self.every * self.rank)
 
     @property
     def _rows(self) -> int:
@@ -149,10 +158,13 @@ class LayerBank(torch.nn.Module):
 
     def place(self, memory: torch.Tensor) -> None:
         """Takes its place in [numel] zeros of the model's dtype."""
-        first = self._rows * self.slices.size_in
-        rows = memory[:first].view(self._rows, self.slices.size_in)
-        b = memory[first:].view(self.slices.adapted, self.every, self.rank)
-        self.register_buffer("rows", rows, persistent=False)
+        rows, size_in = self._rows_of_w + self._rows, self.slices.size_in
+        both = memory[: rows * size_in].view(rows, size_in)
+        if self._rows_of_w:
+            self.register_buffer("joint", both, persistent=False)
+        self.register_buffer("rows", both[self._rows_of_w :], persistent=False)
+        shape = self.slices.adapted, self.every, self.rank
+        b = memory[aligned(both.numel()) :][: math.prod(shape)].view(shape)
         self.register_buffer("bank_b", b, persistent=False)
 
     @property
@@ -213,3 +225,15 @@ class LayerBank(torch.nn.Module):
             self.slices.parts, self.slices.widths, self.gate,
         )  # fmt: skip
         return y
+
+    def join(self, weight: torch.nn.Parameter) -> None:
+        """Makes a weight [out, in] that is still to be loaded a view of the joint tensor."""
+        weight.data = self.joint[: self._rows_of_w]
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+        """activation(x Wᵀ + bias + delta): the projection, joined before, with its deltas."""
+        return layer_linear(
+            x, self.joint, self.columns, bias, self.bias if self.routers else None, self.scales,
+            self.shared_gates.gates, self.shared_gates.present, self.bank_b,
+            self.slices.parts, self.slices.widths, activation, self.gate,
+        )  # fmt: skip

@@ -18,9 +18,9 @@ from vllm_adafuse.kernels.ffn_down import ffn_down
 from vllm_adafuse.kernels.ffn_mix import ffn_mix
 from vllm_adafuse.kernels.low_product import low_product
 from vllm_adafuse.kernels.route_layer import route_layer
+from vllm_adafuse.serving import linear
 from vllm_adafuse.serving.bank import place_banks
-from vllm_adafuse.serving.layer_bank import Gates, LayerBank, Place
-from vllm_adafuse.serving.linear import AdaFuseLinearMethod, activation_of
+from vllm_adafuse.serving.layer_bank import Gates, LayerBank, Place, is_cut
 
 logger = init_logger("vllm.adafuse")
 
@@ -28,7 +28,7 @@ logger = init_logger("vllm.adafuse")
 _FIRST = {"self_attn": "qkv_proj", "mlp": "gate_up_proj"}
 
 
-class FfnUpMethod(AdaFuseLinearMethod):
+class FfnUpMethod(linear.AdaFuseLinearMethod):
     """gate_up of an MLP that is mixed at its output: W x, and beside it s of the chosen experts."""
 
     def apply(
@@ -66,7 +66,7 @@ class FfnActivation(torch.nn.Module):
         return x if self.slots else x[0]
 
 
-class FfnDownMethod(AdaFuseLinearMethod):
+class FfnDownMethod(linear.AdaFuseLinearMethod):
     """The down projection behind a `FfnActivation`: of the mixture, and deltas of each expert's
     own activation."""
 
@@ -108,7 +108,12 @@ def places(model: torch.nn.Module, adapter: Adapter, packed: dict) -> Iterator[P
 
 
 def wrap_layers(
-    model: torch.nn.Module, adapter: Adapter, packed: dict, rows: int, dtype: torch.dtype
+    model: torch.nn.Module,
+    adapter: Adapter,
+    packed: dict,
+    rows: int,
+    dtype: torch.dtype,
+    alone: bool,
 ) -> list[LayerBank]:
     """Gives the projections of a decoder their banks and methods.
 
@@ -118,6 +123,7 @@ def wrap_layers(
         packed: vLLM's `packed_modules_mapping`.
         rows: the most tokens of a step.
         dtype: of the model.
+        alone: nothing else, such as vLLM's own LoRA, adds to the projections' outputs.
 
     Raises:
         AdapterError: an MLP that is to be mixed at its output has an activation of another kind.
@@ -130,14 +136,22 @@ def wrap_layers(
         return found[routers, experts]
 
     here = list(places(model, adapter, packed))
-    banks = [LayerBank(place, adapter, dtype, gates_of) for place in here]
+    fused = [alone and _can_fuse(place, adapter) for place in here]
+    linear.release_weights(place.layer for place, fuse in zip(here, fused) if fuse)
+    banks = [
+        LayerBank(place, adapter, dtype, gates_of, fuse) for place, fuse in zip(here, fused)
+    ]
     place_banks(banks, dtype)
-    for place, bank in zip(here, banks):
+    for place, bank, fuse in zip(here, banks, fused):
         layer, block = place.layer, getattr(model.layers[place.index], place.block)
         layer.adafuse_bank = bank
-        if place.whole_ffn and place.decides:
+        if fuse:
+            bank.join(layer.weight)
+            activation = linear.take_activation(layer, block)
+            layer.quant_method = linear.FusedLinearMethod(layer.quant_method, activation)
+        elif place.whole_ffn and place.decides:
             slots = bank.top_k if f"{place.block_name}.down_proj" in adapter.projections else 0
-            if not (activation := activation_of(block)):
+            if not (activation := linear.activation_of(block)):
                 raise AdapterError(
                     f"adapter {adapter.path}",
                     [
@@ -150,10 +164,18 @@ def wrap_layers(
         elif place.whole_ffn and any(bank.with_experts):
             layer.quant_method = FfnDownMethod(layer.quant_method)
         else:
-            layer.quant_method = AdaFuseLinearMethod(layer.quant_method)
+            layer.quant_method = linear.AdaFuseLinearMethod(layer.quant_method)
         # Newer vLLM may hand an fp8 projection an input that is quantised already.
         layer.requires_unquantized_input = True
     return banks
+
+
+def _can_fuse(place: Place, adapter: Adapter) -> bool:
+    """Whether a projection and its deltas are one product: no sum of logits over ranks and no
+    mixture of whole MLPs stands between them."""
+    adapted = {*adapter.projections, *adapter.always_on}.intersection(place.linears)
+    sums = adapter.config.router_scope == "linear" and is_cut(place.layer)
+    return bool(adapted) and linear.can_fuse(place.layer) and not place.whole_ffn and not sums
 
 
 def log_loaded(adapter: Adapter, banks: list[LayerBank]) -> None:

@@ -106,6 +106,11 @@ def _take_what_follows(layer: LinearBase, block: torch.nn.Module, rotary: Shared
     "rotary", or "" for nothing."""
     if rotary.take(layer, block):
         return "rotary"
+    return take_activation(layer, block)
+
+
+def take_activation(layer: LinearBase, block: torch.nn.Module) -> str:
+    """Takes the activation of an MLP out of it, where the kernels know it; "" otherwise."""
     name = activation_of(block)
     if getattr(block, "gate_up_proj", None) is not layer or not name:
         return ""

@@ -51,6 +51,7 @@ class AdaFuseMixin:
             self.adafuse_banks = layer_wise.wrap_layers(
                 self.model, self.adafuse_adapter, self.packed_modules_mapping,
                 _max_tokens(vllm_config), vllm_config.model_config.dtype,
+                vllm_config.lora_config is None,
             )  # fmt: skip
             self.adafuse_loading = loading
             return

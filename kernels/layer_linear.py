@@ -1,0 +1,100 @@
+"""A projection that is routed inside its layer and whose own weight is not quantised:
+
+    y = x Wᵀ + bias + Σ_e B[e] s[t, p, e]                  s: what `route_layer` makes of low[t]
+    out = y, or act(y_gate) * y_up for gate_up
+
+W, A and the routers stand in one tensor, [W; A; routers]: few tokens take one product for all of it,
+in float32, so that logits are never rounded; then the decision, then one pass that adds the expand
+and goes on to the activation. Long batches read W apart. See linear.py for the form in which one
+decision serves all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from vllm_adafuse.kernels.expand import expand_torch, expand_weighted_triton
+from vllm_adafuse.kernels.pairs import activate_torch
+from vllm_adafuse.kernels.registry import matmul_f32, register_op
+from vllm_adafuse.kernels.route_layer import GATE_SCHEMA, LayerGate, route
+
+# Beyond it a product in float32 would write and read too much.
+MAX_JOINT_TOKENS = 256
+
+
+def _run(
+    x, joint, columns, bias, router_bias, scales, gates, present, bank_b, parts, widths,
+    activation, *gate,
+):  # fmt: skip
+    rule, out = LayerGate(gate[0], tuple(gate[1]), *gate[2:]), sum(widths)
+    count, rank = max(parts, default=-1) + 1, bank_b.shape[2]
+    if x.is_cuda and x.shape[0] <= MAX_JOINT_TOKENS:
+        y, low, logits = matmul_f32(x, joint.t()).tensor_split((out, out + columns), 1)
+    else:
+        y = F.linear(x, joint[:out], bias)
+        low, logits = matmul_f32(x, joint[out:].t()).tensor_split((columns,), 1)
+        bias = None
+    if not rule.experts:
+        logits = None
+    s = route(low, logits, router_bias, scales, gates, present, count, rank, x.dtype, rule)
+    if x.is_cuda:
+        return expand_weighted_triton(
+            y, s, bias, bank_b, present, parts, widths, activation
+        )
+    expand_torch(y, s, bank_b, parts, widths)
+    return activate_torch(y, activation) if activation else y
+
+
+def _fake(
+    x, joint, columns, bias, router_bias, scales, gates, present, bank_b, parts, widths,
+    activation, *gate,
+):  # fmt: skip
+    return x.new_empty(x.shape[0], widths[0] if activation else sum(widths))
+
+
+_op = register_op(
+    "layer_linear(Tensor x, Tensor joint, int columns, Tensor? bias, Tensor? router_bias, "
+    "Tensor scales, Tensor(a!) gates, Tensor(b!) present, Tensor bank_b, int[] parts, "
+    f"int[] widths, str activation, {GATE_SCHEMA}) -> Tensor",
+    _run,
+    _fake,
+)
+
+
+def layer_linear(
+    x: torch.Tensor,
+    joint: torch.Tensor,
+    columns: int,
+    bias: torch.Tensor | None,
+    router_bias: torch.Tensor | None,
+    scales: torch.Tensor,
+    gates: torch.Tensor,
+    present: torch.Tensor,
+    bank_b: torch.Tensor,
+    parts: Sequence[int],
+    widths: Sequence[int],
+    activation: str,
+    gate: LayerGate,
+) -> torch.Tensor:
+    """An adapted projection of T tokens.
+
+    Args:
+        x: [T, in]; rows contiguous.
+        joint: [out + P EA R + S routers E, in], dtype of x: W, A, and the routers in S parts.
+        columns: P EA R.
+        bias: [out] or None.
+        router_bias, scales, gates, present, gate: as in `route_layer`.
+        bank_b: [sum of the adapted widths, E', R], dtype of x.
+        parts: for each of up to three parts of the output its index in the banks, -1 for none.
+        widths: columns of each part.
+        activation: "", or "silu" or "gelu_tanh" of gate_up, whose two parts are equally wide.
+
+    Returns:
+        [T, out], or [T, out / 2] after an activation.
+    """
+    return _op(
+        x, joint, columns, bias, router_bias, scales, gates, present, bank_b, parts, widths,
+        activation, *gate.arguments,
+    )  # fmt: skip

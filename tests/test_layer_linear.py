@@ -1,0 +1,95 @@
+"""A projection routed inside its layer, in one op, against float64; and the GPU's way by hand."""
+
+import pytest
+import torch
+from ops import DEVICE, error
+from test_layer_sgmm import CASES, make, truth
+from vllm_adafuse.kernels.expand import expand_weighted_triton
+from vllm_adafuse.kernels.layer_linear import layer_linear
+from vllm_adafuse.kernels.pairs import activate_torch
+from vllm_adafuse.kernels.route_layer import route_layer_triton
+
+
+def problem(name, bias, dtype=torch.float32):
+    x, bank_a, routers, bank_b, scales, gate, parts, widths = make(name)
+    g = torch.Generator().manual_seed(1)
+    size_in = x.shape[1]
+    weight = (torch.randn(sum(widths), size_in, generator=g) * size_in**-0.5).to(DEVICE)
+    bias = torch.randn(sum(widths), generator=g).to(DEVICE) if bias else None
+    rows = torch.cat([weight, bank_a.view(-1, size_in), routers.view(-1, size_in)])
+    gates = torch.full((len(x) + 1, max(1, len(gate.experts)), bank_a.shape[1] - gate.always), -1.0)
+    present = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    y = x.double().cpu() @ weight.double().cpu().T + truth(
+        x, bank_a, routers, bank_b, scales, gate, parts, widths
+    )
+    y = y + bias.double().cpu() if bias is not None else y
+    arguments = (
+        x, rows, bank_a[..., 0].numel(), bias, None, scales, gates.to(DEVICE), present, bank_b,
+        parts, widths,
+    )  # fmt: skip
+    return arguments, gate, y
+
+
+def by_triton(x, joint, columns, bias, router_bias, scales, gates, present, bank_b, parts, widths,
+              activation, gate):  # fmt: skip
+    """What the op does on a GPU for a few tokens."""
+    out = sum(widths)
+    y, low, logits = (x @ joint.t()).tensor_split((out, out + columns), 1)
+    count = max(parts) + 1
+    s = x.new_empty(len(x), count, bank_b.shape[1] * bank_b.shape[2])
+    logits = logits if gate.experts else None
+    route_layer_triton(low, logits, router_bias, scales, gates, present, s, gate)
+    return expand_weighted_triton(y, s, bias, bank_b, present, parts, widths, activation)
+
+
+@pytest.mark.parametrize("run", [layer_linear, by_triton])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_equals_float64(name, bias, run):
+    arguments, gate, expected = problem(name, bias)
+    out = run(*arguments, "", gate)
+    assert out.dtype == torch.float32 and error(out.cpu(), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("run", [layer_linear, by_triton])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("name", ["packed"])
+def test_with_the_activation_of_gate_up(name, activation, run):
+    arguments, gate, expected = problem(name, True)
+    out = run(*arguments, activation, gate)
+    assert error(out.cpu(), activate_torch(expected, activation)) <= 1e-5
+
+
+def test_half_precision_keeps_the_choices():
+    """Gates are as good as the logits of float16's own numbers allow: no rounding in between."""
+    (x, joint, columns, bias, _, scales, gates, present, bank_b, parts, widths), gate, _ = problem(
+        "qkv", False
+    )
+    x, joint, bank_b = x.half(), joint.half(), bank_b.half()
+    layer_linear(
+        x, joint, columns, bias, None, scales, gates, present, bank_b, parts, widths, "", gate
+    )
+    logits = x.double() @ joint[sum(widths) + columns :].double().T
+    for t, row in enumerate(logits.view(len(x), 3, 4)):
+        for router, z in enumerate(row):
+            weights, chosen = z.topk(2)
+            found = gates[t, router]
+            assert found.nonzero()[:, 0].tolist() == sorted(chosen.tolist())
+            assert error(found[chosen], weights.softmax(0)) <= 1e-5
+
+
+def test_inside_torch_compile():
+    (x, *rest), gate, expected = problem("qkv", True)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def f(x):
+        return layer_linear(x * 1.0, *rest, "", gate) * 1.0
+
+    assert error(f(x).cpu(), expected) <= 1e-5
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="checks the schema and fakes once")
+def test_schema_and_fake():
+    arguments, gate, _ = problem("qkv", True)
+    op = torch.ops.vllm_adafuse.layer_linear.default
+    torch.library.opcheck(op, (*arguments, "", *gate.arguments))
