@@ -4,7 +4,8 @@
 
 Each row: the projection with its experts, the vendor's product of the bare one, and the time to move
 the bytes at this device's measured copy bandwidth; what follows belongs to all of them, for the bare
-one by torch.compile: gate_up's activation, residual and RMSNorm behind o and down. Everything runs from CUDA graphs over weights that are larger than the cache together.
+one by torch.compile: qkv's rotary embedding, gate_up's activation, residual and RMSNorm behind o and
+down. Everything runs from CUDA graphs over weights that are larger than the cache together.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from vllm_adafuse.cli.cmd_random import integers
 from vllm_adafuse.kernels.joint_linear import joint_linear
 from vllm_adafuse.kernels.linear import linear, linear_torch
+from vllm_adafuse.kernels.pairs import rotate_torch
 from vllm_adafuse.kernels.residual_norm import residual_norm
 from vllm_adafuse.tuning import Product, Trial, time_us
 
@@ -47,7 +49,7 @@ def products(model: str) -> list[Product]:
     _, hidden, inter, _, heads, kv_heads, _ = SHAPES[model]
     kv = hidden // heads * kv_heads
     return [
-        Product("qkv", hidden, (hidden, kv, kv)),
+        Product("qkv", hidden, (hidden, kv, kv), "rotary", hidden // heads),
         Product("o", hidden, (hidden,)),
         Product("gate_up", hidden, (inter, inter), "silu"),
         Product("down", inter, (hidden,)),
@@ -65,7 +67,7 @@ def copy_bandwidth() -> float:
 def measure_one(p: Product, tokens: int, options: Options, bandwidth: float) -> dict:
     dtype = getattr(torch, options.dtype)
     copies = 1 if tokens >= LARGE else None
-    trial = Trial(p, options.experts, options.top_k, options.r, dtype, copies)
+    trial = Trial(p, options.experts, options.top_k, options.r, dtype, copies, tokens=tokens)
     x, gates, present = trial.step(tokens)
     parts, out = list(range(len(p.widths))), sum(p.widths)
     normed, order = p.name in ("o", "down"), trial.order(gates)
@@ -81,11 +83,13 @@ def measure_one(p: Product, tokens: int, options: Options, bandwidth: float) -> 
             else:
                 linear(
                     x, joint, None, b, gates, present, trial.counters, i, trial.scratch, order,
-                    parts, p.widths, p.activation,
+                    parts, p.widths, p.activation, trial.cos_sin,
                 )  # fmt: skip
 
     @torch.compile(dynamic=False)
     def act(y):
+        if p.activation == "rotary":
+            return rotate_torch(y, trial.cos_sin, p.widths[0] + p.widths[1])
         gate, up = y.chunk(2, -1)
         return F.silu(gate) * up
 
@@ -105,13 +109,15 @@ def measure_one(p: Product, tokens: int, options: Options, bandwidth: float) -> 
 
     def by_torch():
         for joint, b in trial.layers:
-            y = linear_torch(x, joint, None, b, gates, parts, p.widths, p.activation)
+            y = linear_torch(
+                x, joint, None, b, gates, parts, p.widths, p.activation, trial.cos_sin
+            )
             if normed:
                 norm(y)
 
     used = int(gates.any(0).sum())
     expert_bytes = used * options.r * (len(parts) * p.size_in + out) * dtype.itemsize
-    wide = out // 2 if p.activation else out
+    wide = p.widths[0] if p.name == "gate_up" else out
     moved = (
         out * p.size_in * dtype.itemsize
         + expert_bytes

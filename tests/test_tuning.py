@@ -18,6 +18,7 @@ from vllm_adafuse.tuning import Plan, Product, Trial, candidates, products_of, t
 
 SEVEN_B = [
     Product("qkv", 4096, (4096, 4096, 4096)),
+    Product("qkv", 4096, (4096, 1024, 1024), "rotary", 128),
     Product("o", 4096, (4096,)),
     Product("gate_up", 4096, (11008, 11008), "silu"),
     Product("down", 11008, (4096,)),
@@ -29,7 +30,7 @@ def test_products_are_packed_as_vllm_packs_them(name):
     config = tiny_config(name)
     backbone = Backbone.from_hf_config(config, name)
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
-    found = {p.name: p for p in products_of(backbone, activation, ranks=2)}
+    found = {p.name: p for p in products_of(backbone, activation, config.head_dim, ranks=2)}
     hidden, inter = config.hidden_size, config.intermediate_size
     assert found.keys() == {"qkv", "o", "gate_up", "down"}
     assert found["gate_up"].widths == (inter // 2, inter // 2)
@@ -37,16 +38,19 @@ def test_products_are_packed_as_vllm_packs_them(name):
     assert found["down"] == Product("down", inter // 2, (hidden,))
     assert found["qkv"].size_in == hidden
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
-    assert found["qkv"].rows == heads * config.head_dim // 2
+    assert sum(found["qkv"].widths) == heads * config.head_dim // 2
+    turned = name not in ("Qwen3ForCausalLM", "Phi3ForCausalLM")
+    assert (found["qkv"].activation, found["qkv"].head_dim) == (("rotary", 32) if turned else ("", 0))
+    assert found["qkv"].rows == sum(found["qkv"].widths) // (2 if turned else 1)
 
 
 def test_widths_that_cannot_be_shared_out_are_refused():
     backbone = Backbone.from_hf_config(tiny_config("LlamaForCausalLM"), "tiny")
     with pytest.raises(AdapterError, match="expected a multiple of 7 ranks"):
-        products_of(backbone, "silu", ranks=7)
+        products_of(backbone, "silu", 32, ranks=7)
 
 
-@pytest.mark.parametrize("product", SEVEN_B, ids=lambda p: p.name)
+@pytest.mark.parametrize("product", SEVEN_B, ids=lambda p: p.name + p.activation)
 @pytest.mark.parametrize("tokens", [1, 32])
 def test_candidates_are_many_but_not_too_many_and_begin_with_the_default(product, tokens):
     cuts = list(candidates(product, tokens))

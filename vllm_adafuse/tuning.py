@@ -8,7 +8,7 @@ import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -16,10 +16,11 @@ from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.kernels.linear import bank_a_of, scratch_sizes
 from vllm_adafuse.kernels.order_routes import Order, order_routes
+from vllm_adafuse.kernels.pairs import can_rotate
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import MAX_SHARED
 from vllm_adafuse.kernels.spread_routes import spread_routes
-from vllm_adafuse.kernels.stream_linear import stream_linear_triton
+from vllm_adafuse.kernels.stream_linear import MAX_STREAM_TOKENS, stream_linear_triton
 from vllm_adafuse.kernels.tiles import Tiles
 
 PACKED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv"}
@@ -38,26 +39,33 @@ class Product:
         name: qkv, o, gate_up, down.
         size_in: elements of its input.
         widths: columns of its parts.
-        activation: what follows it, "" for nothing.
+        activation: what follows it, "" for nothing, "rotary" behind q, k, v.
+        head_dim: size of a head, with "rotary".
     """
 
     name: str
     size_in: int
     widths: tuple[int, ...]
     activation: str = ""
+    head_dim: int = 0
 
     @property
     def rows(self) -> int:
-        """Rows of W that are cut into tiles: gate's alone where an activation follows."""
+        """Rows of W that are cut into tiles: of one member where rows come in pairs."""
+        if self.activation == "rotary":
+            return sum(self.widths) // 2
         return self.widths[0] if self.activation else sum(self.widths)
 
 
-def products_of(backbone: Backbone, activation: str, ranks: int = 1) -> list[Product]:
+def products_of(
+    backbone: Backbone, activation: str, head_dim: int, ranks: int = 1
+) -> list[Product]:
     """The projections of a backbone as vLLM packs and shards them.
 
     Args:
         backbone: of which the first layer is taken.
         activation: its config's hidden_act.
+        head_dim: size of its heads.
         ranks: of tensor parallelism.
 
     Raises:
@@ -81,10 +89,16 @@ def products_of(backbone: Backbone, activation: str, ranks: int = 1) -> list[Pro
         whole = PACKED.get(leaf, leaf.removesuffix("_proj"))
         widths = [size_out // 2] * 2 if leaf == "gate_up_proj" else [size_out]
         found.setdefault(whole, (size_in, []))[1].extend(widths)
-    return [
-        Product(name, size_in, tuple(widths), ACTIVATIONS.get(activation, "") * (name == "gate_up"))
-        for name, (size_in, widths) in found.items()
-    ]
+    rotates = backbone.architecture.rotary_follows and can_rotate(head_dim)
+    products = []
+    for name, (size_in, widths) in found.items():
+        product = Product(name, size_in, tuple(widths))
+        if name == "gate_up":
+            product = replace(product, activation=ACTIVATIONS.get(activation, ""))
+        elif name == "qkv" and len(widths) == 3 and rotates:
+            product = replace(product, activation="rotary", head_dim=head_dim)
+        products.append(product)
+    return products
 
 
 def candidates(product: Product, tokens: int, itemsize: int = 2) -> Iterator[Tiles]:
@@ -121,6 +135,7 @@ class Trial:
         experts, top_k, rank: of the adapter.
         dtype: of the model.
         copies: of the weights; default as many as are beyond any cache.
+        tokens: of the longest step; default those that the streaming kernel takes.
     """
 
     def __init__(
@@ -132,6 +147,7 @@ class Trial:
         dtype: torch.dtype = torch.bfloat16,
         copies: int | None = None,
         device: str = "cuda",
+        tokens: int = 0,
     ):
         self.product, self.experts, self.top_k = product, experts, top_k
         self.dtype, self.device = dtype, device
@@ -148,6 +164,9 @@ class Trial:
         bank_a = bank_a_of(*self.layers[0], out)
         self.scratch = Scratch.make(*scratch_sizes(bank_a, out), torch.device(device))
         self.counters = torch.zeros(copies, 4, dtype=torch.int32, device=device)
+        self.cos_sin = None
+        if product.activation == "rotary":
+            self.cos_sin = self._normal(max(MAX_STREAM_TOKENS, tokens), product.head_dim)
 
     def _normal(self, *shape: int) -> torch.Tensor:
         values = torch.randn(*shape, device=self.device, dtype=torch.float32)
@@ -180,6 +199,7 @@ class Trial:
             stream_linear_triton(
                 x, joint[:out], None, bank_a_of(joint, bank_b, out), bank_b, gates, present,
                 self.counters[i], self.scratch, parts, product.widths, product.activation, tiles,
+                cos_sin=self.cos_sin,
             )  # fmt: skip
 
 

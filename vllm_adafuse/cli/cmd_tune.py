@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     if problems:
         raise AdapterError("tune", problems)
     backbone = Backbone.from_path(str(base))
-    products = products_of(backbone, hidden_activation(str(base)), args.tensor_parallel_size)
+    products = products_of(backbone, *what_follows(str(base)), args.tensor_parallel_size)
     if not torch.cuda.is_available():
         raise AdapterError("tune", ["no GPU is visible here; run it on the machine that serves"])
     plan = Plan(
@@ -101,13 +101,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def hidden_activation(base: str) -> str:
-    """The activation's name in a backbone's config."""
+def what_follows(base: str) -> tuple[str, int]:
+    """The activation's name and the size of a head in a backbone's config."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(base)
     # Gemma has both, and means the second.
-    return getattr(config, "hidden_activation", None) or config.hidden_act
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    head_dim = getattr(config, "head_dim", None)
+    return activation, head_dim or config.hidden_size // config.num_attention_heads
 
 
 def measured(plan, device: str) -> list:
