@@ -23,8 +23,9 @@ from vllm_adafuse.kernels.registry import register_op
 # The i-th part of a router is larger than its due by this factor to the power i, so that float16
 # does not lose it below its normal numbers.
 SPLIT_FACTOR = 2048.0
-# A token block of one program: it then knows every expert that is present.
-_ONE_PROGRAM = 16
+# Up to so many tokens one program has them all, and knows every expert that is present; with more,
+# nobody asks (see `expand`).
+MAX_PRESENT_TOKENS = 8
 # Experts that a signed word has bits for.
 _MAX_BITS = 63
 
@@ -137,7 +138,7 @@ def route_layer_torch(low, logits, bias, scales, gates, present, s, gate: LayerG
             z = z + bias
         for router, count in enumerate(gate.experts):
             own[:, router] = gates_torch(z[:, router], gate, count) if count else 0.0
-    if tokens <= _ONE_PROGRAM:
+    if tokens <= MAX_PRESENT_TOKENS:
         present.fill_(_all_present(own, gate.always))
     else:
         present.fill_(-1)
@@ -203,12 +204,12 @@ def _route_layer_kernel(
             z = tl.zeros([BLOCK_T, BLOCK_E], dtype=tl.float32)
             factor = 1.0
             for split in tl.static_range(SPLITS):
-                at = (split * ROUTERS + router) * EXPERTS + columns
-                part = tl.load(
-                    logits_ptr + rows.to(tl.int64)[:, None] * logits_stride + at[None, :],
+                logits_at = (split * ROUTERS + router) * EXPERTS + columns
+                z_part = tl.load(
+                    logits_ptr + rows.to(tl.int64)[:, None] * logits_stride + logits_at[None, :],
                     mask=mask, other=0.0,
                 )  # fmt: skip
-                z += part * factor
+                z += z_part * factor
                 factor = factor / SPLIT_FACTOR
             if HAS_BIAS:
                 bias_at = bias_ptr + router * EXPERTS + columns
@@ -232,23 +233,24 @@ def _route_layer_kernel(
     SIZE: tl.constexpr = EVERY * RANK
     SIZE_LOW: tl.constexpr = (EVERY - EXPERTS + 1) * RANK if SHARED else SIZE
     for part in tl.static_range(PARTS):
-        router: tl.constexpr = part if ROUTERS > 1 else 0
         for start in range(0, SIZE, BLOCK_C):
             at = start + tl.arange(0, BLOCK_C)
             expert = at // RANK
             inside = at < SIZE
-            mask = here[:, None] & inside[None, :]
+            within = here[:, None] & inside[None, :]
             at_low = at
             if SHARED:
                 at_low = tl.where(expert < EXPERTS, at % RANK, at - (EXPERTS - 1) * RANK)
             low = tl.load(
                 low_ptr + rows.to(tl.int64)[:, None] * low_stride
                 + (part * SIZE_LOW + at_low)[None, :],
-                mask=mask, other=0.0,
+                mask=within, other=0.0,
             )  # fmt: skip
-            chosen = mask & (expert < EXPERTS)[None, :]
+            chosen = within & (expert < EXPERTS)[None, :]
             weights = tl.load(
-                gates_ptr + (rows * ROUTERS + router)[:, None] * EXPERTS + expert[None, :],
+                gates_ptr
+                + (rows * ROUTERS + (part if ROUTERS > 1 else 0))[:, None] * EXPERTS
+                + expert[None, :],
                 mask=chosen, other=1.0,
             )  # fmt: skip
             if PLAIN:
@@ -258,7 +260,7 @@ def _route_layer_kernel(
             # Not a bare product: what an expert that was not chosen gives must not matter.
             s = tl.where(weights != 0.0, low * weights, 0.0)
             s_at = s_ptr + (rows.to(tl.int64) * PARTS + part)[:, None] * SIZE + at[None, :]
-            tl.store(s_at, s.to(s_ptr.dtype.element_ty), mask=mask)
+            tl.store(s_at, s.to(s_ptr.dtype.element_ty), mask=within)
 
 
 def route_layer_triton(low, logits, bias, scales, gates, present, s, gate: LayerGate) -> None:
@@ -266,8 +268,10 @@ def route_layer_triton(low, logits, bias, scales, gates, present, s, gate: Layer
     tokens, parts, _ = s.shape
     (_, routers, experts), every = gates.shape, scales.shape[0]
     block_e = max(2, triton.next_power_of_2(every))
-    one = tokens <= _ONE_PROGRAM and every <= _MAX_BITS
-    block_t = triton.next_power_of_2(tokens) if one else max(1, min(8, 4096 // block_e))
+    one = tokens <= MAX_PRESENT_TOKENS and every <= _MAX_BITS
+    # Many small programs: the work is short, and what counts is when the last of them ends.
+    several = 2 if tokens <= 512 else 8
+    block_t = triton.next_power_of_2(tokens) if one else max(1, min(several, 4096 // block_e))
     rank = s.shape[2] // every if every else 0
     block_c = min(1024, max(16, triton.next_power_of_2(every * rank)))
     counts = [*gate.experts, 0, 0, 0][:3]

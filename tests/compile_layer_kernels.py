@@ -1,0 +1,68 @@
+"""Compiles the kernels of layer-wise routing, as `compile_kernels` does those of one decision."""
+
+import json
+
+from compile_kernels import POINTERS, build
+from vllm_adafuse.kernels import expand, ffn_mix, pairs, route_layer
+from vllm_adafuse.kernels.blocks import ExpandBlocks, expert_blocks
+
+POINTERS |= dict.fromkeys(("low_ptr", "logits_ptr", "scales_ptr"), "*fp32")
+POINTERS |= {"both_ptr": "*bf16", "temperature": "fp32"}
+
+
+def main() -> None:
+    rows = []
+    route = {
+        "SPLIT_FACTOR": 2048.0, "EXPERTS": 8, "EVERY": 8, "RANK": 16, "TOP_K": 2,
+        "SOFTMAX_FIRST": False, "ABSOLUTE": False, "SHARED": False, "PLAIN": False,
+        "HAS_LOGITS": True, "HAS_BIAS": True, "BLOCK_E": 8, "BLOCK_C": 128,
+    }  # fmt: skip
+    plans = {
+        "qkv": {"ROUTERS": 3, "SPLITS": 3, "PARTS": 3},
+        "block": {"ROUTERS": 1, "SPLITS": 1, "PARTS": 2, "EVERY": 9, "PLAIN": True, "BLOCK_E": 16},
+        "shared": {"ROUTERS": 1, "SPLITS": 1, "PARTS": 1, "SHARED": True, "ABSOLUTE": True},
+        "reads": {"ROUTERS": 1, "SPLITS": 0, "PARTS": 1, "HAS_LOGITS": False, "HAS_BIAS": False,
+                  "bias_ptr": None, "logits_ptr": None},
+        "softmax first": {"ROUTERS": 2, "SPLITS": 1, "PARTS": 2, "SOFTMAX_FIRST": True},
+        "no parts": {"ROUTERS": 1, "SPLITS": 3, "PARTS": 0},
+    }  # fmt: skip
+    POINTERS["bias_ptr"] = "*fp32"
+    for name, plan in plans.items():
+        for tokens, one in ((1, True), (8, True), (2, False), (8, False)):
+            constants = route | plan | {"ONE": one, "BLOCK_T": tokens}
+            kernel = route_layer._route_layer_kernel
+            rows.append(build(f"route_layer {name} tokens={tokens} one={one}", kernel, constants, 4, 3))
+    for slots in (0, 2):
+        for parts in ((0, 1), (0, -1)):
+            constants = {
+                "WIDTH": 11008, "PART0": parts[0], "PART1": parts[1], "EXPERTS": 8, "EVERY": 9,
+                "RANK": 16, "SLOTS": slots, "ACT": pairs.ACTIVATIONS.index("silu"),
+                "BLOCK_T": 16, "BLOCK_C": 64, "BLOCK_R": 16,
+            }  # fmt: skip
+            kernel = ffn_mix._ffn_mix_kernel
+            rows.append(build(f"ffn_mix slots={slots} parts={parts}", kernel, constants, 4, 3))
+    # What a product in float32 leaves, to bfloat16.
+    POINTERS["bias_ptr"] = "*bf16"
+    POINTERS["y_ptr"] = "*fp32"
+    for act, widths, tokens in (
+        ("", (4096, 4096, 4096), 4),
+        ("", (4096, 4096, 4096), 128),
+        ("silu", (11008, 11008, 0), 128),
+    ):
+        cut = ExpandBlocks.choose(tokens, act != "", 2)
+        constants = expert_blocks(8, 16, tokens < 8) | {
+            "WIDTH0": widths[0], "WIDTH1": widths[1], "WIDTH2": widths[2],
+            "PART0": 0, "PART1": 1, "PART2": 2 if widths[2] else -1,
+            "bias_ptr": None, "HAS_BIAS": False, "ACT": pairs.ACTIVATIONS.index(act), "HALF": 0,
+            "cos_sin_ptr": None, "gates_ptr": None, "order_ptr": None,
+            "RAW": False, "ALL": True, "EVERY_PART": True, "EVEN": True, "ORDER": False,
+            "PDL": True, "BLOCK_T": cut.tokens, "BLOCK_OUT": cut.columns,
+            "LOOP": cut.loop, "STAGES": cut.stages,
+        }  # fmt: skip
+        name = f"expand of float32 act={act} tokens={tokens}"
+        rows.append(build(name, expand._expand_kernel, constants, cut.warps, 2))
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
