@@ -8,6 +8,13 @@
     sgmm           y, x, A, B, gates      -> y + deltas, over a projection of any kind
       shrink         its first kernel: x into the rank space of the experts
       expand         its second kernel: out of it, added to y; ends `linear` for many tokens
+    live_route     hidden states at a layer -> routes   (`router.layer`, inside the model)
+    layer_linear   x, [W; A; routers], B  -> the adapted projection, routed by its own input
+    low_product    x, [A; routers]        -> x in rank space, logits   (float32)
+    layer_sgmm     y, low, logits, B      -> y + deltas, over a projection of any kind
+      route_layer    its decision: logits -> gates, and s weighted by them
+    ffn_mix        W x and s of gate_up   -> activations of a token's experts, and their mixture
+    ffn_down       y, those in rank space -> y + deltas of the down projection
     switch         a route, W, A, B       -> W + deltas of all linears (one stream; no torch op)
     scratch        memory that all launches share
     tiles          how the streaming kernel cuts a product, by shape and device

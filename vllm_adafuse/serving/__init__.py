@@ -5,4 +5,6 @@
     router.py   static route buffers, passports, live router                  (worker)
     bank.py     expert weights of one projection, sharded with it             (worker)
     linear.py   the linear method that adds the deltas                        (worker)
+    layer_wise.py  who gets which bank where layers route themselves          (worker)
+    layer_bank.py  experts and routers of one such projection                 (worker)
 """
