@@ -54,9 +54,10 @@ def _fake(
     return x.new_empty(x.shape[0], widths[0] if activation else sum(widths))
 
 
+# See `route_layer` for what torch is not told of gates and present.
 _op = register_op(
     "layer_linear(Tensor x, Tensor joint, int columns, Tensor? bias, Tensor? router_bias, "
-    "Tensor scales, Tensor(a!) gates, Tensor(b!) present, Tensor bank_b, int[] parts, "
+    "Tensor scales, Tensor gates, Tensor present, Tensor bank_b, int[] parts, "
     f"int[] widths, str activation, {GATE_SCHEMA}) -> Tensor",
     _run,
     _fake,

@@ -32,9 +32,10 @@ def _fake(*arguments) -> None:
     return None
 
 
+# See `route_layer` for what torch is not told of gates and present.
 _op = register_op(
     "layer_sgmm(Tensor(a!) y, Tensor low, Tensor? logits, Tensor? bias, Tensor scales, "
-    "Tensor(b!) gates, Tensor(c!) present, Tensor bank_b, int[] parts, int[] widths, "
+    "Tensor gates, Tensor present, Tensor bank_b, int[] parts, int[] widths, "
     f"{GATE_SCHEMA}) -> ()",
     _run,
     _fake,

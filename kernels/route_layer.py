@@ -307,9 +307,11 @@ def _fake(low, logits, bias, scales, gates, present, parts, rank, like, *gate):
     return like.new_empty(low.shape[0], parts, scales.shape[0] * rank)
 
 
+# Gates and `present` are changed too, and read by later ops of the block. Those come later by the
+# data that they read, so torch need not know: it would copy the buffers in every piece of a graph.
 _op = register_op(
-    "route_layer(Tensor low, Tensor? logits, Tensor? bias, Tensor scales, Tensor(a!) gates, "
-    f"Tensor(b!) present, int parts, int rank, Tensor like, {GATE_SCHEMA}) -> Tensor",
+    "route_layer(Tensor low, Tensor? logits, Tensor? bias, Tensor scales, Tensor gates, "
+    f"Tensor present, int parts, int rank, Tensor like, {GATE_SCHEMA}) -> Tensor",
     _run,
     _fake,
 )
@@ -338,7 +340,7 @@ def route_layer(
         scales: [E'] float32, LoRA's scales; of experts always on too.
         gates: [N, routers, E] float32, N >= T: plain gates, written (or read).
         present: [1] int64, written: a bit for each expert with a gate (all in longer steps).
-        parts: P, which may be 0.
+        parts: P; where it is 0 nothing hangs on the result, and a compiler may leave the op out.
         rank: R.
         like: has the dtype of s.
         gate: the rule.

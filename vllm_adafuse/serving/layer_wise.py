@@ -36,6 +36,8 @@ class FfnUpMethod(linear.AdaFuseLinearMethod):
     ) -> torch.Tensor:
         bank: LayerBank = layer.adafuse_bank
         y = self.inner.apply(layer, x, bias)
+        if not bank.slices.names:  # it only decides for the down projection
+            return bank.add(x, y)
         low, logits = bank.low(x)
         s = route_layer(
             low, logits, bank.bias, bank.scales, bank.shared_gates.gates,
