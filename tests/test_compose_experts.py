@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import convert_sources as sources
 import pytest
@@ -20,6 +24,7 @@ from vllm_adafuse.experts.separability import Separability, text_report
 from vllm_adafuse.routing import OfflineRouter
 from vllm_adafuse.tiny import make_tiny_backbone
 
+ROOT = Path(__file__).parent.parent
 COMMON = "the of and to in is a that for with".split()
 WORDS = {
     "code": "class return import argument function module object attribute call".split(),
@@ -276,3 +281,22 @@ def test_what_is_refused(base, loras, samples, tmp_path):
     assert main(["compose-experts", "a=x", "a=y", "--output", str(tmp_path / "o")]) == 1
     with pytest.raises(SystemExit):
         main(["compose-experts", "nameless", "--output", str(tmp_path / "o")])
+
+
+def test_the_benchmark_at_toy_size(tmp_path):
+    root = tmp_path / "corpus"
+    root.mkdir()
+    for suffix in ("py", "h", "rst", "html", "json"):
+        for i in range(40):
+            lines = [f"{suffix} {'word ' * (j % 5)}line {i} {j} of {suffix}" for j in range(40)]
+            (root / f"{i}.{suffix}").write_text("\n".join(lines))
+    command = [sys.executable, "-m", "benchmarks.compose_experts", "--size", "toy"]
+    command += ["--work", tmp_path / "work", "--roots", root, "--out", tmp_path / "results"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (file,) = (tmp_path / "results").iterdir()
+    rows = json.loads(file.read_text())["rows"]
+    assert len(rows) == 1 + 5 + 1 + 5 and rows[-1]["name"] == "fitted, k = 5"
+    assert all(math.isfinite(p) for row in rows for p in row["perplexity"].values())
+    assert rows[-1]["token_accuracy"] > 0.2 and "each its own LoRA" in done.stdout
