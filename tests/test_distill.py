@@ -12,7 +12,7 @@ from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.random_adapter import make_random_adapter
 from vllm_adafuse.tiny import make_tiny_backbone, real_texts
-from vllm_adafuse.training.align import align, best_match
+from vllm_adafuse.training.align import align, best_match, by_token
 from vllm_adafuse.training.distill import DistillOptions, distill, kl_of, make_student, mean_kl
 
 
@@ -49,6 +49,12 @@ def test_fewer_experts_than_numbers_are_used_all():
     chosen = best_match(scores)
     assert set(chosen) == {0, 1} and chosen[2] == 0
     assert best_match(torch.tensor([[3.0, 2.0], [2.9, 0.0]])) == [1, 0]  # not greedy
+
+
+def test_an_entrance_router_knows_the_mean_of_a_token():
+    gates = {"a": torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.0, 1.0]])}
+    found = by_token(gates, torch.tensor([7, 3, 7, 3]))["a"]
+    assert found.tolist() == [[0.75, 0.25], [0, 1], [0.75, 0.25], [0, 1]]
 
 
 def test_kl_by_hand():

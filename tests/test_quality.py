@@ -38,7 +38,7 @@ from benchmarks.quality.sizes import SIZES  # noqa: E402
 from benchmarks.quality.speed import write_peft  # noqa: E402
 
 TOY = SIZES["toy"]
-CHOSEN = "full,lora-active,layerwise-linear,adafuse-k2,context-1,distilled-tuned"
+CHOSEN = "full,lora-active,layerwise-block,adafuse-k2,context-1,distilled-tuned"
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_a_run_that_was_cut_off_goes_on_to_a_result(finished):
     usage = by_name["adafuse-k2"]["usage"]
     assert set(usage) == set(DOMAINS)
     assert all(sum(shares) == pytest.approx(1) for shares in usage.values())
-    for name in ("adafuse-k2", "layerwise-linear", "distilled-tuned"):
+    for name in ("adafuse-k2", "layerwise-block", "distilled-tuned"):
         assert check_adapter(finished / "work" / "runs" / f"{name}-s0")[1] == []
 
 
@@ -161,7 +161,7 @@ def test_the_verdict_says_who_wins():
 def test_bad_options_are_refused(capsys):
     for arguments, said in (
         (["--methods", "magic"], "--methods has magic, expected some of full"),
-        (["--methods", "distilled"], "needs layerwise-linear beside it"),
+        (["--methods", "distilled"], "needs layerwise-block beside it"),
         (["--jobs", "0"], "must be above 0"),
     ):
         with pytest.raises(SystemExit):

@@ -53,6 +53,8 @@ def methods(size: Size) -> dict[str, Method]:
     contexts = (1, 2) if size.layers >= 4 else (1,)
     linear = mixture(routing="layer_wise", router_scope="linear")
     block = mixture(routing="layer_wise", router_scope="block")
+    # Fewer routers to imitate than with one per linear, and as good a teacher.
+    teacher = "layerwise-block"
     made = [
         Method("full", "all weights", "all weights"),
         Method("lora-active", f"LoRA, r = {2 * r}", "static", static(2 * r)),
@@ -65,8 +67,8 @@ def methods(size: Size) -> dict[str, Method]:
         *(Method(f"context-{m}", f"AdaFuse, decides at layer {m}", "pre-gated",
                  mixture(router_layer=m)) for m in contexts),
         Method("distilled", "AdaFuse, distilled, experts kept", "pre-gated", mixture(),
-               "layerwise-linear"),
+               teacher),
         Method("distilled-tuned", "AdaFuse, distilled, experts tuned", "pre-gated", mixture(),
-               "layerwise-linear", True),
+               teacher, True),
     ]  # fmt: skip
     return {method.name: method for method in made}

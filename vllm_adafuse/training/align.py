@@ -84,6 +84,22 @@ def align(
     return renumbered, consensus.float()
 
 
+def by_token(gates: dict[str, torch.Tensor], ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Each token's gates replaced by their mean over the places where it stands.
+
+    That is all that a router at the entrance can know of them: it sees the token alone.
+
+    Args:
+        gates: router -> [T, E_l].
+        ids: int64 [T].
+    """
+    _, token, count = torch.unique(ids, return_inverse=True, return_counts=True)
+    return {
+        name: (g.new_zeros(len(count), g.shape[1]).index_add_(0, token, g) / count[:, None])[token]
+        for name, g in gates.items()
+    }
+
+
 def router_gates(teacher: Any) -> dict[str, torch.Tensor]:
     """Gates [T, E_l] of a teacher's last call, by the linear or block that has the router.
 

@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import kl_div, log_softmax
 from vllm_adafuse.config import show
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.training.align import fit_router, router_gates, student_of
+from vllm_adafuse.training.align import by_token, fit_router, router_gates, student_of
 from vllm_adafuse.training.model import AdaFuseModel
 
 SAMPLE_TOKENS = 1 << 16  # on which experts are aligned and the router is started
@@ -104,6 +104,8 @@ def make_student(
         if count >= SAMPLE_TOKENS:
             break
     gates = {name: torch.cat([g[name] for g in seen]) for name in seen[0]}
+    if not changes.get("router_layer", 0):
+        gates = by_token(gates, torch.cat([ids.flatten().cpu() for ids in kept]))
     student, target = student_of(path, backbone, gates, **changes)
     inputs: list[torch.Tensor] = []
     (router,) = student.routers
