@@ -9,12 +9,14 @@ mixture, x[0].
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from vllm_adafuse.kernels.expand import expand_torch, expand_triton
 from vllm_adafuse.kernels.ffn_mix import slots_of
 from vllm_adafuse.kernels.registry import register_op
 
 
-def s_of_slots(low, gates, scales, tokens, rank, always, shared, dtype) -> torch.Tensor:
+def s_of_slots_torch(low, gates, scales, tokens, rank, always, shared, dtype) -> torch.Tensor:
     """s [T, 1, E' R] of low [(1 + k) T, EA R]: each expert's from its own place, weighted."""
     experts = gates.shape[-1]
     low = low.view(-1, tokens, low.shape[1] // rank, rank)
@@ -30,8 +32,49 @@ def s_of_slots(low, gates, scales, tokens, rank, always, shared, dtype) -> torch
     return s.to(dtype).view(tokens, 1, -1)
 
 
+@triton.jit
+def _slots_kernel(
+    low_ptr, gates_ptr, scales_ptr, s_ptr, n_tokens, low_stride, slots,
+    EXPERTS: tl.constexpr, EVERY: tl.constexpr, RANK: tl.constexpr, SIZE_LOW: tl.constexpr,
+    SHARED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """s of one token."""
+    token, experts = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_E)
+    SIZE: tl.constexpr = EVERY * RANK
+    gates = tl.load(gates_ptr + token * EXPERTS + experts, mask=experts < EXPERTS, other=0.0)
+    chosen = (gates != 0.0).to(tl.int32)
+    for start in range(0, SIZE, BLOCK_C):
+        columns = start + tl.arange(0, BLOCK_C)
+        expert, inside = columns // RANK, columns < SIZE
+        routed = inside & (expert < EXPERTS)
+        before = experts[None, :] <= expert[:, None]
+        place = tl.minimum(tl.sum(tl.where(before, chosen[None, :], 0), 1), slots)
+        weight = tl.load(gates_ptr + token * EXPERTS + expert, mask=routed, other=1.0)
+        weight *= tl.load(scales_ptr + expert, mask=inside, other=0.0)
+        # Those always on stand at the end of a row of low, and read the mixture.
+        at = tl.where(routed, columns % RANK if SHARED else columns, columns - (SIZE - SIZE_LOW))
+        row = tl.where(routed, place, 0).to(tl.int64) * n_tokens + token
+        low = tl.load(low_ptr + row * low_stride + at, mask=inside, other=0.0)
+        s = tl.where(weight != 0.0, weight * low, 0.0)
+        tl.store(s_ptr + token * SIZE + columns, s.to(s_ptr.dtype.element_ty), mask=inside)
+
+
+def s_of_slots_triton(low, gates, scales, tokens, rank, always, shared, dtype) -> torch.Tensor:
+    """One launch; see `s_of_slots_torch`."""
+    experts, every = gates.shape[-1], scales.shape[0]
+    s = low.new_empty(tokens, 1, every * rank, dtype=dtype)
+    _slots_kernel[(tokens,)](
+        low, gates, scales, s, tokens, low.stride(0), low.shape[0] // tokens - 1,
+        EXPERTS=experts, EVERY=every, RANK=rank, SIZE_LOW=low.shape[1], SHARED=shared,
+        BLOCK_E=max(2, triton.next_power_of_2(experts)),
+        BLOCK_C=min(128, triton.next_power_of_2(every * rank)), num_warps=4,
+    )  # fmt: skip
+    return s
+
+
 def _run(y, low, gates, scales, present, bank_b, always, shared) -> None:
     rank, width = bank_b.shape[2], y.shape[1]
+    s_of_slots = s_of_slots_triton if y.is_cuda else s_of_slots_torch
     s = s_of_slots(low, gates, scales, y.shape[0], rank, always, shared, y.dtype)
     if y.is_cuda:
         expand_triton(y, s, bank_b, present, [0], [width])

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from vllm_adafuse.kernels.blocks import can_overlap
 from vllm_adafuse.kernels.registry import register_op
 
 # The i-th part of a router is larger than its due by this factor to the power i, so that float16
@@ -192,10 +193,14 @@ def _route_layer_kernel(
     EXPERTS: tl.constexpr, EVERY: tl.constexpr, PARTS: tl.constexpr, RANK: tl.constexpr,
     TOP_K: tl.constexpr, SOFTMAX_FIRST: tl.constexpr, ABSOLUTE: tl.constexpr,
     SHARED: tl.constexpr, PLAIN: tl.constexpr, HAS_LOGITS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ONE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
+    ONE: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     here, columns = rows < n_tokens, tl.arange(0, BLOCK_E)
+    if PDL:  # the expand behind it may begin, and ask for B, before it waits for this kernel
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     used = tl.zeros([BLOCK_E], dtype=tl.int64)
     for router in tl.static_range(ROUTERS):
         gates_at = gates_ptr + (rows * ROUTERS + router)[:, None] * EXPERTS + columns[None, :]
@@ -275,6 +280,7 @@ def route_layer_triton(low, logits, bias, scales, gates, present, s, gate: Layer
     rank = s.shape[2] // every if every else 0
     block_c = min(1024, max(16, triton.next_power_of_2(every * rank)))
     counts = [*gate.experts, 0, 0, 0][:3]
+    pdl = can_overlap(low)
     splits = logits.shape[1] // (routers * experts) if logits is not None and experts else 0
     _route_layer_kernel[(triton.cdiv(tokens, block_t),)](
         low, logits, bias, scales, gates, present, s,
@@ -285,8 +291,8 @@ def route_layer_triton(low, logits, bias, scales, gates, present, s, gate: Layer
         TOP_K=gate.top_k, SOFTMAX_FIRST=gate.softmax_first, ABSOLUTE=gate.absolute,
         SHARED=gate.shared, PLAIN=gate.plain,
         HAS_LOGITS=logits is not None, HAS_BIAS=bias is not None,
-        ONE=one, BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_C=block_c,
-        num_warps=4,
+        ONE=one, PDL=pdl, BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_C=block_c,
+        num_warps=4, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
 

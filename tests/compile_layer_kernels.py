@@ -3,7 +3,7 @@
 import json
 
 from compile_kernels import POINTERS, build
-from vllm_adafuse.kernels import expand, ffn_mix, pairs, route_layer
+from vllm_adafuse.kernels import expand, ffn_down, ffn_mix, pairs, route_layer
 from vllm_adafuse.kernels.blocks import ExpandBlocks, expert_blocks
 
 POINTERS |= dict.fromkeys(("low_ptr", "logits_ptr", "scales_ptr"), "*fp32")
@@ -15,7 +15,7 @@ def main() -> None:
     route = {
         "SPLIT_FACTOR": 2048.0, "EXPERTS": 8, "EVERY": 8, "RANK": 16, "TOP_K": 2,
         "SOFTMAX_FIRST": False, "ABSOLUTE": False, "SHARED": False, "PLAIN": False,
-        "HAS_LOGITS": True, "HAS_BIAS": True, "BLOCK_E": 8, "BLOCK_C": 128,
+        "HAS_LOGITS": True, "HAS_BIAS": True, "PDL": True, "BLOCK_E": 8, "BLOCK_C": 128,
     }  # fmt: skip
     plans = {
         "qkv": {"ROUTERS": 3, "SPLITS": 3, "PARTS": 3},
@@ -41,6 +41,14 @@ def main() -> None:
             }  # fmt: skip
             kernel = ffn_mix._ffn_mix_kernel
             rows.append(build(f"ffn_mix slots={slots} parts={parts}", kernel, constants, 4, 3))
+    for always, shared in ((0, False), (1, True)):
+        every = 8 + always
+        constants = {
+            "EXPERTS": 8, "EVERY": every, "RANK": 16, "SHARED": shared, "BLOCK_E": 8,
+            "SIZE_LOW": 16 * (1 + always if shared else every), "BLOCK_C": 128,
+        }  # fmt: skip
+        name = f"ffn_down always={always} shared={shared}"
+        rows.append(build(name, ffn_down._slots_kernel, constants, 4, 3))
     # What a product in float32 leaves, to bfloat16.
     POINTERS["bias_ptr"] = "*bf16"
     POINTERS["y_ptr"] = "*fp32"

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from ops import DEVICE, error
-from vllm_adafuse.kernels.ffn_down import ffn_down
+from vllm_adafuse.kernels.expand import expand_triton
+from vllm_adafuse.kernels.ffn_down import ffn_down, s_of_slots_triton
 
 # tokens, out, experts, top_k, always, rank, shared
 CASES = {
@@ -47,16 +48,28 @@ def truth(y, low, gates, scales, present, bank_b, always, shared):
     return delta
 
 
+def by_triton(y, low, gates, scales, present, bank_b, always, shared):
+    s = s_of_slots_triton(
+        low, gates, scales, len(y), bank_b.shape[2], always, shared, torch.float32
+    )
+    expand_triton(y, s, bank_b, present, [0], [y.shape[1]])
+
+
+BOTH = pytest.mark.parametrize("run", [ffn_down, by_triton])
+
+
+@BOTH
 @pytest.mark.parametrize("name", CASES)
-def test_equals_float64(name):
+def test_equals_float64(name, run):
     y, *rest = make(name)
     expected = truth(y, *rest)
     before = y.double()
-    ffn_down(y, *rest)
+    run(y, *rest)
     assert error(y.double() - before, expected) <= 1e-5
 
 
-def test_places_that_no_expert_has_may_hold_anything():
+@BOTH
+def test_places_that_no_expert_has_may_hold_anything(run):
     y, low, gates, *rest = make("odd")
     gates[2] = 0
     gates[2, 0, 1] = 0.5  # one expert of two places
@@ -64,16 +77,17 @@ def test_places_that_no_expert_has_may_hold_anything():
     places[2, 2] = float("nan")
     expected = truth(y, low, gates, *rest)
     before = y.double()
-    ffn_down(y, low, gates, *rest)
+    run(y, low, gates, *rest)
     assert error(y.double() - before, expected) <= 1e-5
 
 
-def test_rows_of_nan_stay_inside():
+@BOTH
+def test_rows_of_nan_stay_inside(run):
     y, low, gates, *rest = make("shared")
     clean, dirty = y.clone(), y.clone()
-    ffn_down(clean, low, gates, *rest)
+    run(clean, low, gates, *rest)
     gates[3] = float("nan")
-    ffn_down(dirty, low, gates, *rest)
+    run(dirty, low, gates, *rest)
     rows = [t for t in range(len(y)) if t != 3]
     assert torch.equal(dirty[rows], clean[rows])
 
