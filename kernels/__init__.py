@@ -3,8 +3,13 @@
     gate           hidden states          -> routes   (live router; fills the passports once)
     gather_routes  token ids, passports   -> routes   (one gather per step)
     spread_routes  routes                 -> gates, present experts, counters (once per step)
-    linear         x, [W; A], B, gates    -> the adapted projection, activated where it is gate_up
+    order_routes   routes of a long step  -> its tokens by their experts (once per step)
+    linear         x, [W; A], B, gates    -> the adapted projection, with what follows it: gate_up's
+                                             activation, the rotary embedding of queries and keys
       stream_linear  its kernel for few tokens
+      tile_linear    its kernel for some dozens, for large projections
+    joint_linear   x, [W; A]              -> W x and A x of o_proj or down_proj, for
+    residual_norm  those, residual        -> + deltas + residual, and the RMSNorm of it
     sgmm           y, x, A, B, gates      -> y + deltas, over a projection of any kind
       shrink         its first kernel: x into the rank space of the experts
       expand         its second kernel: out of it, added to y; ends `linear` for many tokens
@@ -18,6 +23,8 @@
     switch         a route, W, A, B       -> W + deltas of all linears (one stream; no torch op)
     scratch        memory that all launches share
     tiles          how the streaming kernel cuts a product, by shape and device
+    blocks         how expands are cut and launched
+    pairs          what becomes of two columns that belong together
 
 A route is a pair of [T, k] tensors, expert ids (int32) and weights (float32), written once per
 step; gates [T, E] are its weights at their experts' places. Nothing here imports vLLM. Importing a
