@@ -25,16 +25,17 @@ class Architecture:
         scaled_embedding: embeddings are multiplied by sqrt(hidden_size), rounded to
             the model's dtype, before the first layer.
         residual_norms: what o_proj and down_proj give goes nowhere but into the residual, added
-            by the RMSNorm behind them.
-        rotary_follows: the rotary embedding takes queries and keys as their projection leaves them.
+            by the RMSNorm behind them. Allows a fusion; false is always right.
+        rotary_follows: the rotary embedding takes queries and keys as their projection leaves
+            them. Allows a fusion; false is always right.
     """
 
     name: str
     module: str
     norm_offset: float = 0.0
     scaled_embedding: bool = False
-    residual_norms: bool = True
-    rotary_follows: bool = True
+    residual_norms: bool = False
+    rotary_follows: bool = False
 
     @property
     def adafuse_name(self) -> str:
@@ -42,21 +43,23 @@ class Architecture:
         return PREFIX + self.name
 
 
+_LLAMA_LIKE = {"residual_norms": True, "rotary_follows": True}
+
 ARCHITECTURES = {
     a.name: a
     for a in (
-        Architecture("LlamaForCausalLM", "llama"),
-        Architecture("MistralForCausalLM", "mistral"),
-        Architecture("Qwen2ForCausalLM", "qwen2"),
-        Architecture("Qwen3ForCausalLM", "qwen3", rotary_follows=False),
+        Architecture("LlamaForCausalLM", "llama", **_LLAMA_LIKE),
+        Architecture("MistralForCausalLM", "mistral", **_LLAMA_LIKE),
+        Architecture("Qwen2ForCausalLM", "qwen2", **_LLAMA_LIKE),
+        Architecture("Qwen3ForCausalLM", "qwen3", residual_norms=True),  # norms of q and k between
         Architecture(
             "Gemma2ForCausalLM",
             "gemma2",
             norm_offset=1.0,
             scaled_embedding=True,
-            residual_norms=False,
+            rotary_follows=True,
         ),
-        Architecture("Phi3ForCausalLM", "phi3"),
+        Architecture("Phi3ForCausalLM", "phi3", **_LLAMA_LIKE),
     )
 }
 
