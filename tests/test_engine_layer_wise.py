@@ -119,3 +119,16 @@ def test_projections_joined_as_on_a_gpu(tmp_path, monkeypatch):
         outputs = llm.generate(PROMPTS, greedy(), use_tqdm=False)
     assert methods == ["FusedLinearMethod"] * 9
     assert_greedy_equals(outputs, load_reference(*pair))
+
+
+def test_beside_vllms_own_lora_whole_mlps_are_not_mixed(monkeypatch):
+    from types import SimpleNamespace
+
+    from vllm_adafuse.errors import AdapterError
+    from vllm_adafuse.serving import layer_wise
+
+    place = SimpleNamespace(whole_ffn=True)
+    monkeypatch.setattr(layer_wise, "places", lambda *arguments: iter([place]))
+    adapter = SimpleNamespace(path="mixlora")
+    with pytest.raises(AdapterError, match="--enable-lora.*`mix` is ffn_output .mixlora."):
+        layer_wise.wrap_layers(None, adapter, {}, 1, None, alone=False)

@@ -141,10 +141,12 @@ class LayerBank(torch.nn.Module):
         self.reduces = bool(counts) and is_cut(place.layer)
         self._rows_of_w = sum(self.slices.widths) if joint else 0
         self.shared_gates = gates_of(max(1, len(self.routers)), self.experts)
+        # Not in the default dtype, which vLLM sets to the model's.
+        f32 = torch.float32
         scales = [*config.scales[: self.experts], *[config.always_scale] * self.always]
-        bias = torch.zeros(len(self.routers), self.experts)
-        for name, tensor in (("scales", torch.tensor(scales)), ("bias", bias)):
-            self.register_buffer(name, tensor.to(torch.float32), persistent=False)
+        self.register_buffer("scales", torch.tensor(scales, dtype=f32), persistent=False)
+        bias = torch.zeros(len(self.routers), self.experts, dtype=f32)
+        self.register_buffer("bias", bias, persistent=False)
 
     @property
     def numel(self) -> int:

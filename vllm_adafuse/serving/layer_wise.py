@@ -128,7 +128,8 @@ def wrap_layers(
         alone: nothing else, such as vLLM's own LoRA, adds to the projections' outputs.
 
     Raises:
-        AdapterError: an MLP that is to be mixed at its output has an activation of another kind.
+        AdapterError: an MLP is to be mixed at its output, but has an activation of another kind,
+            or vLLM's own LoRA would add to what stands between its projections.
     """
     found: dict[tuple[int, int], Gates] = {}
 
@@ -138,6 +139,14 @@ def wrap_layers(
         return found[routers, experts]
 
     here = list(places(model, adapter, packed))
+    if not alone and any(place.whole_ffn for place in here):
+        raise AdapterError(
+            "vLLM's options",
+            [
+                "--enable-lora adds LoRA to the output of gate_up_proj, but the adapter's `mix` is "
+                f"ffn_output ({adapter.path}), which has no one output there; leave the option out"
+            ],
+        )
     fused = [alone and _can_fuse(place, adapter) for place in here]
     linear.release_weights(place.layer for place, fuse in zip(here, fused) if fuse)
     banks = [
