@@ -131,9 +131,12 @@ def _need(*packages: str) -> None:
     if missing:
         raise AdapterError(
             "training",
-            [f"package {name} is not installed; pip install 'vllm-adafuse[train]'"
-             for name in missing],
-        )  # fmt: skip
+            [
+                f"package {name} is not installed; pip install "
+                + (name if name == "bitsandbytes" else "'vllm-adafuse[train]'")
+                for name in missing
+            ],
+        )
 
 
 def load_backbone(base: str, load: str = "full", dtype: str = "auto") -> Any:
