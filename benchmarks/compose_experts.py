@@ -133,14 +133,16 @@ def main(argv: list[str] | None = None) -> int:
     data = Data(size, work)
     if not (work / "base.json").exists():
         pretrain(size, data, work)
-    rows = []
+    made = {"r": size.r * size.experts, "steps": size.steps, "corpus": data.info["fingerprint"]}
+    options = {"size": args.size, "models": [f"llama-{args.size}"], **made}
+    rows: list[dict[str, Any]] = []
     for name, model, figures in candidates(size, data, work):
         judged = judge(model, data)["domains"]
         perplexity = {domain: math.exp(judged[domain]["loss"]) for domain in DOMAINS}
-        rows.append({"name": name, "size": args.size, "perplexity": perplexity, **figures})
+        rows.append({"name": name, "perplexity": perplexity, **figures})
         print(name, {d: round(p, 2) for d, p in perplexity.items()}, flush=True)
     print(table(rows, list(DOMAINS)))
-    path = record.save("compose-experts", rows, args.out, args.commit)
+    path = record.save("compose-experts", [{"options": options}, *rows], args.out, args.commit)
     print(json.dumps({"saved": str(path)}))
     return 0
 

@@ -108,7 +108,7 @@ def test_a_router_forced_to_one_expert_gives_that_lora(base, loras, samples, tmp
     out = compose_experts(paths(loras), tmp_path / "out", base, samples).path
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["format_version"] == 1 and config["expert_names"] == list(loras)
-    assert config["r"] == [4, 7, 3] and config["top_k"] == 2
+    assert config["r"] == [4, 7, 3] and config["top_k"] == 3
     assert config["x_composed_from"]["separability"]["chance"] == round(1 / 3, 4)
     for expert, (model, _) in enumerate(loras.values()):
         force(out, expert, 3)
@@ -136,7 +136,7 @@ def test_a_uniform_router_is_the_average_of_the_loras(base, loras, tmp_path):
 
 
 def test_domains_are_told_apart_on_text_not_seen(base, loras, samples, tmp_path):
-    made = compose_experts(paths(loras), tmp_path / "out", base, samples)
+    made = compose_experts(paths(loras), tmp_path / "out", base, samples, RouterOptions(top_k=2))
     found = made.separability
     # Half of all words say nothing; those are right by chance.
     assert found.window_accuracy == 1.0 and 0.6 < found.token_accuracy < 0.8
@@ -296,7 +296,8 @@ def test_the_benchmark_at_toy_size(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     (file,) = (tmp_path / "results").iterdir()
-    rows = json.loads(file.read_text())["rows"]
+    options, *rows = json.loads(file.read_text())["rows"]
+    assert options["options"]["size"] == "toy"
     assert len(rows) == 1 + 5 + 1 + 5 and rows[-1]["name"] == "fitted, k = 5"
     assert all(math.isfinite(p) for row in rows for p in row["perplexity"].values())
     assert rows[-1]["token_accuracy"] > 0.2 and "each its own LoRA" in done.stdout

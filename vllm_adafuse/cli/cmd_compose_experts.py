@@ -51,7 +51,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="UTF-8 text of an expert's domain; once or more for each",
     )  # fmt: skip
     add("--router", choices=("fit", "uniform"), default="fit", help="fit to the samples (default)")
-    add("--top-k", type=int, metavar="K", help="experts per token (default 2; uniform: all)")
+    add("--top-k", type=int, metavar="K", help="experts per token (default 4; uniform: all)")
     add("--router-input", choices=ROUTER_INPUTS, default=ROUTER_INPUTS[0], help="what it reads")
     add(
         "--held-out", type=float, default=0.2, metavar="SHARE",

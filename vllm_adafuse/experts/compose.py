@@ -19,6 +19,8 @@ from vllm_adafuse.experts.samples import read_samples
 from vllm_adafuse.experts.separability import Separability, measure
 
 ROUTERS = ("fit", "uniform")
+# A token often leaves the domain open: its likely experts together do better than one or two.
+TOP_K = 4
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class RouterOptions:
 
     Attributes:
         router: "fit" to samples, or "uniform": every expert with weight 1 / N for every token.
-        top_k: experts per token; None: two (all of them with a uniform router).
+        top_k: experts per token; None: `TOP_K`, or all if there are fewer (all of them with a
+            uniform router).
         router_input: what the router reads, as in the format.
         held_out: share of every sample's end that is not fitted.
 
@@ -63,7 +66,7 @@ class RouterOptions:
             return experts
         if self.top_k is not None and not 1 <= self.top_k <= experts:
             raise ValueError(f"top_k is {self.top_k}, expected 1 to {experts}, the number of LoRAs")
-        return self.top_k or min(2, experts)
+        return self.top_k or min(TOP_K, experts)
 
 
 @dataclass
