@@ -4,8 +4,8 @@
     out = y, or act(y_gate) * y_up for gate_up
 
 W, A and the routers stand in one tensor, [W; A; routers]: few tokens take one product for all of it,
-in float32, so that logits are never rounded; then the decision, then one pass that adds the expand
-and goes on to the activation. Long batches read W apart. See linear.py for the form in which one
+in float32, so that logits are never rounded; then one pass decides, adds the expand and goes on to the
+activation (`layer_expand`; a large bank takes `route_layer` and `expand`). Long batches read W apart. See linear.py for the form in which one
 decision serves all layers.
 """
 
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from vllm_adafuse.kernels.expand import expand_torch, expand_weighted_triton
+from vllm_adafuse.kernels.layer_expand import can_expand, layer_expand_triton
 from vllm_adafuse.kernels.pairs import activate_torch
 from vllm_adafuse.kernels.registry import matmul_f32, register_op
 from vllm_adafuse.kernels.route_layer import GATE_SCHEMA, LayerGate, route
@@ -25,20 +26,25 @@ MAX_JOINT_TOKENS = 256
 
 
 def _run(
-    x, joint, columns, bias, router_bias, scales, gates, present, bank_b, parts, widths,
+    x, joint, columns, logits, bias, router_bias, scales, gates, present, bank_b, parts, widths,
     activation, *gate,
 ):  # fmt: skip
     rule, out = LayerGate(gate[0], tuple(gate[1]), *gate[2:]), sum(widths)
     count, rank = max(parts, default=-1) + 1, bank_b.shape[2]
     if x.is_cuda and x.shape[0] <= MAX_JOINT_TOKENS:
-        y, low, logits = matmul_f32(x, joint.t()).tensor_split((out, out + columns), 1)
+        both = matmul_f32(x, joint.t())
+        if can_expand(x.shape[0], bank_b):
+            return layer_expand_triton(
+                both, columns, logits, bias, router_bias, scales, gates, present, bank_b, parts,
+                widths, activation, rule,
+            )  # fmt: skip
+        y, low = both[:, :out], both[:, out:]
     else:
-        y = F.linear(x, joint[:out], bias)
-        low, logits = matmul_f32(x, joint[out:].t()).tensor_split((columns,), 1)
+        y, low = F.linear(x, joint[:out], bias), matmul_f32(x, joint[out:].t())
         bias = None
-    if not rule.experts:
-        logits = None
-    s = route(low, logits, router_bias, scales, gates, present, count, rank, x.dtype, rule)
+    z = low[:, columns : columns + logits] if logits else None
+    low = low[:, :columns]
+    s = route(low, z, router_bias, scales, gates, present, count, rank, x.dtype, rule)
     if x.is_cuda:
         return expand_weighted_triton(
             y, s, bias, bank_b, present, parts, widths, activation
@@ -48,7 +54,7 @@ def _run(
 
 
 def _fake(
-    x, joint, columns, bias, router_bias, scales, gates, present, bank_b, parts, widths,
+    x, joint, columns, logits, bias, router_bias, scales, gates, present, bank_b, parts, widths,
     activation, *gate,
 ):  # fmt: skip
     return x.new_empty(x.shape[0], widths[0] if activation else sum(widths))
@@ -56,7 +62,7 @@ def _fake(
 
 # See `route_layer` for what torch is not told of gates and present.
 _op = register_op(
-    "layer_linear(Tensor x, Tensor joint, int columns, Tensor? bias, Tensor? router_bias, "
+    "layer_linear(Tensor x, Tensor joint, int columns, int logits, Tensor? bias, Tensor? router_bias, "
     "Tensor scales, Tensor gates, Tensor present, Tensor bank_b, int[] parts, "
     f"int[] widths, str activation, {GATE_SCHEMA}) -> Tensor",
     _run,
@@ -68,6 +74,7 @@ def layer_linear(
     x: torch.Tensor,
     joint: torch.Tensor,
     columns: int,
+    logits: int,
     bias: torch.Tensor | None,
     router_bias: torch.Tensor | None,
     scales: torch.Tensor,
@@ -96,6 +103,6 @@ def layer_linear(
         [T, out], or [T, out / 2] after an activation.
     """
     return _op(
-        x, joint, columns, bias, router_bias, scales, gates, present, bank_b, parts, widths,
+        x, joint, columns, logits, bias, router_bias, scales, gates, present, bank_b, parts, widths,
         activation, *gate.arguments,
     )  # fmt: skip

@@ -185,6 +185,31 @@ def _gates_of(
     return tl.where(count > 0, kept / total[:, None], 0.0)
 
 
+@triton.jit
+def router_gates(
+    logits_ptr, bias_ptr, rows, logits_stride, router, count, temperature, here,
+    ROUTERS: tl.constexpr, SPLITS: tl.constexpr, SPLIT_FACTOR: tl.constexpr,
+    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SOFTMAX_FIRST: tl.constexpr,
+    ABSOLUTE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Gates [BLOCK_T, BLOCK_E] of one router, zero where an expert is not chosen."""
+    columns = tl.arange(0, BLOCK_E)
+    mask = here[:, None] & (columns < EXPERTS)[None, :]
+    z = tl.zeros([BLOCK_T, BLOCK_E], dtype=tl.float32)
+    factor = 1.0
+    for split in tl.static_range(SPLITS):
+        at = (split * ROUTERS + router) * EXPERTS + columns
+        z_at = logits_ptr + rows.to(tl.int64)[:, None] * logits_stride + at[None, :]
+        z += tl.load(z_at, mask=mask, other=0.0) * factor
+        factor = factor / SPLIT_FACTOR
+    if HAS_BIAS:
+        bias_at = bias_ptr + router * EXPERTS + columns
+        z += tl.load(bias_at, mask=columns < EXPERTS, other=0.0)[None, :]
+    gates = _gates_of(z, count, temperature, columns, TOP_K, SOFTMAX_FIRST, ABSOLUTE)
+    return tl.where(mask, gates, 0.0)
+
+
 @triton.jit(do_not_specialize=["n_tokens"])
 def _route_layer_kernel(
     low_ptr, logits_ptr, bias_ptr, scales_ptr, gates_ptr, present_ptr, s_ptr,
@@ -206,22 +231,12 @@ def _route_layer_kernel(
         gates_at = gates_ptr + (rows * ROUTERS + router)[:, None] * EXPERTS + columns[None, :]
         mask = here[:, None] & (columns < EXPERTS)[None, :]
         if HAS_LOGITS:
-            z = tl.zeros([BLOCK_T, BLOCK_E], dtype=tl.float32)
-            factor = 1.0
-            for split in tl.static_range(SPLITS):
-                logits_at = (split * ROUTERS + router) * EXPERTS + columns
-                z_part = tl.load(
-                    logits_ptr + rows.to(tl.int64)[:, None] * logits_stride + logits_at[None, :],
-                    mask=mask, other=0.0,
-                )  # fmt: skip
-                z += z_part * factor
-                factor = factor / SPLIT_FACTOR
-            if HAS_BIAS:
-                bias_at = bias_ptr + router * EXPERTS + columns
-                z += tl.load(bias_at, mask=columns < EXPERTS, other=0.0)[None, :]
-            count = count0 if router == 0 else (count1 if router == 1 else count2)
-            gates = _gates_of(z, count, temperature, columns, TOP_K, SOFTMAX_FIRST, ABSOLUTE)
-            gates = tl.where(mask, gates, 0.0)
+            gates = router_gates(
+                logits_ptr, bias_ptr, rows, logits_stride, router,
+                count0 if router == 0 else (count1 if router == 1 else count2), temperature, here,
+                ROUTERS, SPLITS, SPLIT_FACTOR, EXPERTS, TOP_K, SOFTMAX_FIRST, ABSOLUTE, HAS_BIAS,
+                BLOCK_T, BLOCK_E,
+            )  # fmt: skip
             tl.store(gates_at, gates, mask=mask)
         else:
             gates = tl.load(gates_at, mask=mask, other=0.0)

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from engines import greedy
 from test_gpu_engine import GRAPHS, PROMPTS, distances, gpu_engine, gpu_pair, graphs, run_apart
+from vllm_adafuse.tiny import real_prompts
 
 pytestmark = pytest.mark.gpu
 
@@ -30,7 +31,7 @@ ADAPTERS = {
 def test_logprobs_are_as_close_as_the_bf16_reference(name, tmp_path):
     base, adapter = gpu_pair(tmp_path, **ADAPTERS[name])
     with gpu_engine(base, adapter, **GRAPHS) as llm:
-        outputs = llm.generate(PROMPTS, greedy(), use_tqdm=False)
+        outputs = llm.generate(real_prompts(48), greedy(), use_tqdm=False)
     served, reference = distances(outputs, base, adapter)
     print(f"{name}: served {served:.5f}, bf16 reference {reference:.5f} from float32")
     assert served <= 1.2 * reference + 1e-4

@@ -18,6 +18,8 @@ from vllm_adafuse.serving.bank import aligned, own_rows, slices_of
 
 # Parts into which a float32 router is cut for rows of two-byte numbers, see `split_router`.
 ROUTER_SPLITS = 3
+# Rows of a joint tensor are a multiple of it.
+_ROWS_ALIGNED = 16
 
 
 class Gates(torch.nn.Module):
@@ -155,8 +157,15 @@ class LayerBank(torch.nn.Module):
         return first + aligned(self.slices.adapted * self.every * self.rank)
 
     @property
+    def logits(self) -> int:
+        """Rows of all parts of the routers."""
+        return self.splits * len(self.routers) * self.experts
+
+    @property
     def _rows(self) -> int:
-        return self.columns + self.splits * len(self.routers) * self.experts
+        rows = self.columns + self.logits
+        # Rows of the product's result begin where whole vectors do.
+        return rows + (-(self._rows_of_w + rows) % _ROWS_ALIGNED if self._rows_of_w else 0)
 
     def place(self, memory: torch.Tensor) -> None:
         """Takes its place in [numel] zeros of the model's dtype."""
@@ -198,7 +207,7 @@ class LayerBank(torch.nn.Module):
                 padded[:, : rows.shape[1]] = rows
                 b[:, self.experts :].copy_(padded.view(len(rows), always, self.rank))
         shape = self.splits, len(self.routers), self.experts, size_in
-        routers = self.rows[self.columns :].view(shape)
+        routers = self.rows[self.columns :][: self.logits].view(shape)
         for at, (owner, count) in enumerate(zip(self.routers, self.gate.experts)):
             if owner is None:
                 continue
@@ -235,7 +244,7 @@ class LayerBank(torch.nn.Module):
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
         """activation(x Wᵀ + bias + delta): the projection, joined before, with its deltas."""
         return layer_linear(
-            x, self.joint, self.columns, bias, self.bias if self.routers else None, self.scales,
+            x, self.joint, self.columns, self.logits, bias, self.bias if self.routers else None, self.scales,
             self.shared_gates.gates, self.shared_gates.present, self.bank_b,
             self.slices.parts, self.slices.widths, activation, self.gate,
         )  # fmt: skip
