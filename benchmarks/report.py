@@ -202,8 +202,8 @@ SECTIONS = {
     "kernels": ("Projections", kernels_section),
 }
 
-# Written to docs/paper.md, by benchmarks.paper_report.
-ON_OTHER_PAGES = ("paper", "switch")
+# Written to docs/paper.md, by benchmarks.paper_report; told of in docs/compose-experts.md.
+ON_OTHER_PAGES = ("paper", "switch", "compose-experts")
 
 
 def write_report(results: list[Result], docs: Path) -> Path:

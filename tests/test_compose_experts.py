@@ -301,3 +301,14 @@ def test_the_benchmark_at_toy_size(tmp_path):
     assert len(rows) == 1 + 5 + 1 + 5 and rows[-1]["name"] == "fitted, k = 5"
     assert all(math.isfinite(p) for row in rows for p in row["perplexity"].values())
     assert rows[-1]["token_accuracy"] > 0.2 and "each its own LoRA" in done.stdout
+
+
+def test_the_documented_figures_are_those_of_a_result_file():
+    text = (ROOT / "docs" / "compose-experts.md").read_text("utf-8")
+    newest = sorted((ROOT / "benchmarks" / "results").glob("compose-experts-*.json"))[-1]
+    _, *rows = json.loads(newest.read_text())["rows"]
+    assert newest.name in text
+    told = [row for row in rows if any(f"| {row['name']}{end}" in text for end in (" |", " on"))]
+    assert len(told) >= 7
+    for row in told:
+        assert " | ".join(f"{p:.2f}" for p in row["perplexity"].values()) in text
