@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from vllm_adafuse.training import AdaFuseModel, MixtureConfig
+from vllm_adafuse.training.align import fit_router, router_inputs
 from vllm_adafuse.training.watch import count_experts
 
 from benchmarks.quality.data import Data, prepare
@@ -73,14 +74,59 @@ def name_experts(usage: dict[str, list[float]]) -> list[str]:
     return names
 
 
+def start_router(model: AdaFuseModel, data: Data) -> None:
+    """The first half of the experts for code, the second for prose: routes that can be read.
+
+    Routers that start by chance share the work as well, but by no rule that people see.
+    """
+    experts, rng = model.mixture.num_experts, generator(1)
+    inputs, targets = [], []
+    for i, domain in enumerate(d for d, share in SHARES.items() if share):
+        only = dict.fromkeys(SHARES, 0.0) | {domain: 1.0}
+        ids = data.batch("adapt", 8 * data.size.batch, rng, only)
+        read = router_inputs(model, ids.split(data.size.batch))
+        target = torch.zeros(len(read), experts)
+        target[:, i * experts // 2 : (i + 1) * experts // 2] = 2 / experts
+        inputs.append(read)
+        targets.append(target)
+    fit_router(model, torch.cat(inputs), torch.cat(targets))
+
+
+def train_adapter(base: Path, data: Data, out: Path) -> dict[str, Any]:
+    """Trains and saves the mixture on a backbone; returns held-out perplexities and usage."""
+    from transformers import AutoModelForCausalLM
+
+    size, rng = data.size, generator(0)
+    backbone = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(DEVICE)
+    config = MixtureConfig(num_experts=size.experts, top_k=2, r=size.r, balance_coef=1e-3)
+    model = AdaFuseModel.from_backbone(backbone, config, "../backbone")
+    with model.disabled():
+        before = judge(model, data)["domains"]
+    start_router(model, data)
+    fit(model, model.trainable(), lambda: data.batch("adapt", size.batch, rng, SHARES),
+        size.steps, size.rates[0], 0.0)  # fmt: skip
+    after = judge(model, data)["domains"]
+    domains = [d for d, share in SHARES.items() if share]
+    with autocast():
+        usage = {
+            d: count_experts(model, data.judged(d).split(size.batch)).mean(0).tolist()
+            for d in domains
+        }
+    model.adapter_config["expert_names"] = name_experts(usage)
+    model.save_pretrained(out, torch.bfloat16)
+    perplexity = {
+        d: {"backbone": math.exp(before[d]["loss"]), "adapted": math.exp(after[d]["loss"])}
+        for d in domains
+    }
+    return {"held_out_perplexity": perplexity, "usage": usage}
+
+
 def make(out: Path, size: Size, roots: list[Path] | None = None) -> dict[str, Any]:
     """Trains and writes the two directories; returns what `made_with.json` says.
 
     Raises:
         ValueError: the files are larger than LIMIT.
     """
-    from transformers import AutoModelForCausalLM
-
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         print("gathering text", flush=True)
@@ -89,38 +135,18 @@ def make(out: Path, size: Size, roots: list[Path] | None = None) -> dict[str, An
         print("pretraining the backbone", flush=True)
         pretrain(size, data, work)
         halve(work / "base")
-        backbone = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.float32)
-        config = MixtureConfig(num_experts=size.experts, top_k=2, r=size.r)
-        model = AdaFuseModel.from_backbone(backbone.to(DEVICE), config, "../backbone")
-        with model.disabled():
-            before = judge(model, data)["domains"]
-        print("training the adapter", flush=True)
-        rng = generator(0)
-        fit(model, model.trainable(), lambda: data.batch("adapt", size.batch, rng, SHARES),
-            size.steps, size.rates[0], 0.0)  # fmt: skip
-        after = judge(model, data)["domains"]
-        domains = [d for d, share in SHARES.items() if share]
-        with autocast():
-            usage = {
-                d: count_experts(model, data.judged(d).split(size.batch)).mean(0).tolist()
-                for d in domains
-            }
-        model.adapter_config["expert_names"] = name_experts(usage)
         if out.exists():
             shutil.rmtree(out)
         out.mkdir(parents=True)
-        model.save_pretrained(out / "adapter", torch.bfloat16)
+        print("training the adapter", flush=True)
+        figures = train_adapter(work / "base", data, out / "adapter")
         shutil.copytree(work / "base", out / "backbone")
-        about = {
-            "made_by": "python -m benchmarks.quality.demo",
-            "size": dataclasses.asdict(size),
-            "corpus": data.info["fingerprint"],
-            "held_out_perplexity": {
-                d: {"backbone": math.exp(before[d]["loss"]), "adapted": math.exp(after[d]["loss"])}
-                for d in domains
-            },
-            "usage": usage,
-        }
+    about = {
+        "made_by": "python -m benchmarks.quality.demo",
+        "size": dataclasses.asdict(size),
+        "corpus": data.info["fingerprint"],
+        **figures,
+    }
     (out / "made_with.json").write_text(json.dumps(about, indent=1) + "\n")
     total = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     if total > LIMIT:

@@ -8,6 +8,7 @@ per token needs experts that go together, so they are renumbered by what they we
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -173,6 +174,23 @@ def student_of(
             b[:, :, teacher.rank :] = tensors[f"{name}.always_B"] * teacher.always_scale
     student.load_state_dict(state)
     return student, consensus
+
+
+@torch.no_grad()
+def router_inputs(model: AdaFuseModel, batches: Iterable[torch.Tensor]) -> torch.Tensor:
+    """What a pre-gated model's router reads of batches of ids [batch, length]: [T, hidden]."""
+    inputs: list[torch.Tensor] = []
+    (router,) = model.routers
+    handle = router.register_forward_pre_hook(
+        lambda module, args: inputs.append(args[0].detach().flatten(0, -2).float())
+    )
+    was_training = model.training
+    model.eval()
+    for ids in batches:
+        model(input_ids=ids.to(model.device))
+    model.train(was_training)
+    handle.remove()
+    return torch.cat(inputs)
 
 
 def fit_router(

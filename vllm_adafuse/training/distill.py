@@ -14,7 +14,13 @@ import torch
 from torch.nn.functional import kl_div, log_softmax
 from vllm_adafuse.config import show
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.training.align import by_token, fit_router, router_gates, student_of
+from vllm_adafuse.training.align import (
+    by_token,
+    fit_router,
+    router_gates,
+    router_inputs,
+    student_of,
+)
 from vllm_adafuse.training.model import AdaFuseModel
 
 SAMPLE_TOKENS = 1 << 16  # on which experts are aligned and the router is started
@@ -107,17 +113,9 @@ def make_student(
     if not changes.get("router_layer", 0):
         gates = by_token(gates, torch.cat([ids.flatten().cpu() for ids in kept]))
     student, target = student_of(path, backbone, gates, **changes)
-    inputs: list[torch.Tensor] = []
-    (router,) = student.routers
-    handle = router.register_forward_pre_hook(
-        lambda module, args: inputs.append(args[0].detach().flatten(0, -2).float())
-    )
-    student.eval()
-    for ids in kept:
-        student(input_ids=ids.to(student.device))
-    handle.remove()
+    inputs = router_inputs(student, kept)
     with torch.enable_grad():
-        fit_router(student, torch.cat(inputs), target)
+        fit_router(student, inputs, target)
     return student
 
 
