@@ -1,5 +1,6 @@
 """A router at a later layer (`router.layer`): served as the reference decides, in every mode."""
 
+import pytest
 import torch
 from engines import (
     assert_greedy_equals,
@@ -55,3 +56,16 @@ def test_two_pipeline_stages(tmp_path, monkeypatch):
     with engine(base, adapter, pipeline_parallel_size=2, **options) as llm:
         outputs = llm.generate(PROMPTS[:8], greedy(), use_tqdm=False)
     assert_greedy_equals(outputs, load_reference(base, adapter))
+
+
+def test_a_layer_of_another_form_is_refused():
+    from types import SimpleNamespace
+
+    from vllm_adafuse.serving.router import Router
+
+    class Layer(torch.nn.Module):
+        def forward(self, hidden_states, positions):
+            return hidden_states
+
+    with pytest.raises(RuntimeError, match="Layer of this vLLM takes hidden_states, positions"):
+        Router.watch(SimpleNamespace(), Layer())

@@ -97,7 +97,8 @@ def test_projections_joined_as_on_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(
         linear.FusedLinearMethod, "process_weights_after_loading", lambda self, layer: None
     )
-    options = {"always_r": 6, "always_alpha": 6, "always_modules": ["k_proj", "o_proj", "gate_proj"]}
+    options = {"always_r": 6, "always_alpha": 6}
+    options |= {"always_modules": ["k_proj", "o_proj", "gate_proj"]}
     options |= {"expert_modules": ["q_proj", "k_proj", "up_proj", "down_proj"], "shared_A": True}
     options |= {"router_logits": "abs", "router_weights": "softmax_topk"}
     pair = make_pair(tmp_path, "Qwen2ForCausalLM", routing="layer_wise", **options)

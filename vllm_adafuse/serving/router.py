@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 
 import torch
@@ -139,8 +140,19 @@ class Router(torch.nn.Module):
         }
 
     def watch(self, layer: torch.nn.Module) -> None:
-        """Routes every step as it enters a decoder layer, which takes
-        (positions, hidden_states, residual)."""
+        """Routes every step as it enters a decoder layer.
+
+        Raises:
+            RuntimeError: the layer does not take (positions, hidden_states, residual), as those of
+                the tested versions of vLLM do.
+        """
+        taken = list(inspect.signature(layer.forward).parameters)[: len(_LAYER_TAKES)]
+        if taken != list(_LAYER_TAKES):
+            raise RuntimeError(
+                f"vllm-adafuse: {type(layer).__name__} of this vLLM takes {', '.join(taken)}, "
+                f"expected {', '.join(_LAYER_TAKES)}; an adapter with `router.layer` cannot be "
+                "served here, use a version of vLLM that the README names"
+            )
         layer.adafuse_router = self
         layer.register_forward_pre_hook(_route_at)
 
@@ -207,9 +219,12 @@ class Router(torch.nn.Module):
             self.passport_weights[start:stop].copy_(weights)
 
 
+_LAYER_TAKES = ("positions", "hidden_states", "residual")
+
+
 def _route_at(layer: torch.nn.Module, args: tuple) -> None:
     # Read from the layer, not from a closure: vLLM's compiled artefacts keep no closures.
-    _, hidden, residual = args
+    _, hidden, residual = args[: len(_LAYER_TAKES)]
     layer.adafuse_router.enter(hidden, residual)
 
 
