@@ -22,12 +22,12 @@ def counted(profiler: profile) -> dict[str, int]:
 
     Returns:
         `kernels`, and with a GPU `copies` (memcpy and memset) and `device_us`, their summed time;
-        nothing where the GPU cannot be profiled. Without a GPU `kernels` are the operators that call no other, about as many.
+        nothing where the GPU cannot be profiled. Without a GPU `kernels` are the operators that
+        call no other, about as many.
     """
-    events = profiler.events()
+    device = _reached(profiler)
     if not torch.cuda.is_available():
-        return {"kernels": sum(1 for e in events if not e.cpu_children and "::" in e.name)}
-    device = [e for e in events if e.device_type == DeviceType.CUDA]
+        return {"kernels": len(device)}
     if not device:  # a machine that keeps its counters to itself
         return {}
     copies = [e for e in device if e.name.startswith(COPIES)]
@@ -36,6 +36,22 @@ def counted(profiler: profile) -> dict[str, int]:
         "copies": len(copies),
         "device_us": round(sum(e.time_range.elapsed_us() for e in device)),
     }
+
+
+def _reached(profiler: profile) -> list:
+    """The events of the GPU; without one, of operators that call no other."""
+    events = profiler.events()
+    if not torch.cuda.is_available():
+        return [e for e in events if not e.cpu_children and "::" in e.name]
+    return [e for e in events if e.device_type == DeviceType.CUDA]
+
+
+def listed(profiler: profile) -> list[tuple[str, float, float]]:
+    """Name, begin and duration in microseconds of every kernel that a stopped profiler saw, in
+    order of time; copies are left out."""
+    events = [e for e in _reached(profiler) if not e.name.startswith(COPIES)]
+    spans = [(e.name, e.time_range.start, e.time_range.elapsed_us()) for e in events]
+    return sorted(spans, key=lambda span: span[1])
 
 
 def count_launches(work: Callable[[], object]) -> dict[str, int]:

@@ -203,7 +203,7 @@ SECTIONS = {
 }
 
 # Written to docs/paper.md, by benchmarks.paper_report; told of in docs/compose-experts.md.
-ON_OTHER_PAGES = ("paper", "switch", "compose-experts")
+ON_OTHER_PAGES = ("paper", "switch", "compose-experts", "timeline")
 
 
 def write_report(results: list[Result], docs: Path) -> Path:

@@ -1,32 +1,16 @@
 """The rows of the paper's table compute what they say, and leave the model as they found it."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from benchmark_package import ROOT
 
-ROOT = Path(__file__).parent.parent
-
-
-def load_benchmarks() -> None:
-    """Makes `benchmarks` importable without the repository's root on the path: `kernels`, which
-    lies there too, would be mistaken for Hugging Face's package of that name."""
-    folder = ROOT / "benchmarks"
-    spec = importlib.util.spec_from_file_location(
-        "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    sys.modules["benchmarks"] = package = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(package)
-
-
-load_benchmarks()
-from benchmarks import paper, paper_report  # noqa: E402
-from benchmarks import switch as switch_benchmark  # noqa: E402
-from benchmarks.paper import Options, Stream, make_backbone  # noqa: E402
-from benchmarks.paper_rows import (  # noqa: E402
+from benchmarks import paper, paper_report
+from benchmarks import switch as switch_benchmark
+from benchmarks.paper import Options, Stream, make_backbone
+from benchmarks.paper_rows import (
     NEEDS,
     ROWS,
     Mixture,

@@ -1,41 +1,24 @@
 """benchmarks.quality at toy size: the splits, a whole run with interruption, the report."""
 
 import dataclasses
-import importlib.util
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from benchmark_package import ROOT
 from transformers import AutoModelForCausalLM
 from vllm_adafuse.adapter import check_adapter
 from vllm_adafuse.backbone import Backbone
 
-ROOT = Path(__file__).parent.parent
-
-
-def _import_benchmarks() -> None:
-    """`benchmarks`, without the root on the path: `kernels` there is not Hugging Face's."""
-    if "benchmarks" not in sys.modules:
-        folder = ROOT / "benchmarks"
-        spec = importlib.util.spec_from_file_location(
-            "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
-        sys.modules["benchmarks"] = package = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(package)
-
-
-_import_benchmarks()
-from benchmarks.quality import demo  # noqa: E402
-from benchmarks.quality.__main__ import NOT_DONE, main, parse  # noqa: E402
-from benchmarks.quality.corpus import DOMAINS, SPLITS, gather  # noqa: E402
-from benchmarks.quality.data import Data  # noqa: E402
-from benchmarks.quality.methods import methods  # noqa: E402
-from benchmarks.quality.report import Result, verdict, write  # noqa: E402
-from benchmarks.quality.sizes import SIZES  # noqa: E402
-from benchmarks.quality.speed import write_peft  # noqa: E402
+from benchmarks.quality import demo
+from benchmarks.quality.__main__ import NOT_DONE, main, parse
+from benchmarks.quality.corpus import DOMAINS, SPLITS, gather
+from benchmarks.quality.data import Data
+from benchmarks.quality.methods import methods
+from benchmarks.quality.report import Result, verdict, write
+from benchmarks.quality.sizes import SIZES
+from benchmarks.quality.speed import write_peft
 
 TOY = SIZES["toy"]
 CHOSEN = "full,lora-active,layerwise-block,adafuse-k2,context-1,distilled-tuned"
