@@ -1,0 +1,145 @@
+"""Projections that are routed inside their layer beside the bare ones, at the shapes of real models.
+
+    python -m benchmarks.layer_linear --models llama-2-7b --tokens 1,8,32,64,128,256,1024
+
+Each row: the vendor's product of the bare projection with what follows gate_up; the joined form
+(`layer_linear`); the form over a quantised projection, with the bare one in its place (`low_product`
+and `layer_sgmm`); and of the joined form the product alone. Every linear has a router of its own.
+Everything runs from CUDA graphs over weights that are larger than the cache together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from vllm_adafuse.cli.cmd_random import integers
+from vllm_adafuse.kernels.layer_linear import layer_linear
+from vllm_adafuse.kernels.layer_sgmm import layer_sgmm
+from vllm_adafuse.kernels.low_product import low_product
+from vllm_adafuse.kernels.registry import matmul_f32
+from vllm_adafuse.kernels.route_layer import LayerGate
+from vllm_adafuse.tuning import Product, time_us
+
+from benchmarks import record
+from benchmarks.kernels import products
+
+# Bytes of weights that one run of a graph reads, more than any cache holds.
+READ = 400 << 20
+
+
+@dataclass
+class Options:
+    """What to measure."""
+
+    models: list[str] = field(default_factory=lambda: ["llama-2-7b"])
+    tokens: list[int] = field(default_factory=lambda: [1, 8, 32, 64, 128, 256, 1024])
+    experts: int = 8
+    top_k: int = 2
+    r: int = 16
+    splits: int = 1
+    repeats: int = 9
+    dtype: str = "bfloat16"
+
+
+def measure_one(p: Product, tokens: int, options: Options) -> dict:
+    """Microseconds of each form of one projection."""
+    dtype, parts, out = getattr(torch, options.dtype), list(range(len(p.widths))), sum(p.widths)
+    e, count = options.experts, len(parts)
+    columns, logits = count * e * options.r, options.splits * count * e
+    rows = -(-(out + columns + logits) // 16) * 16
+    activation = p.activation if p.activation == "silu" else ""
+
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return torch.randn(*shape, dtype=dtype, device="cuda") * scale
+
+    copies = max(1, -(-READ // (rows * p.size_in * dtype.itemsize)))
+    x = normal(tokens, p.size_in)
+    layers = [
+        (normal(rows, p.size_in, scale=p.size_in**-0.5), normal(out, e, options.r))
+        for _ in range(copies)
+    ]
+    gate = LayerGate(options.top_k, (e,) * count)
+    scales = torch.ones(e, device="cuda")
+    bias = torch.zeros(count, e, device="cuda")
+    gates = torch.zeros(tokens, count, e, device="cuda")
+    present = torch.zeros(1, dtype=torch.int64, device="cuda")
+
+    @torch.compile(dynamic=False)
+    def act(y: torch.Tensor) -> torch.Tensor:
+        first, second = y.chunk(2, -1)
+        return F.silu(first) * second
+
+    def bare() -> None:
+        for joint, _ in layers:
+            y = F.linear(x, joint[:out])
+            if activation:
+                act(y)
+
+    def joined() -> None:
+        for joint, b in layers:
+            layer_linear(
+                x, joint, columns, logits, None, bias, scales, gates, present, b, parts,
+                p.widths, activation, gate,
+            )  # fmt: skip
+
+    def apart() -> None:
+        for joint, b in layers:
+            y = F.linear(x, joint[:out])
+            low = low_product(x, joint[out : out + columns + logits])
+            layer_sgmm(
+                y, low[:, :columns], low[:, columns:], bias, scales, gates, present, b, parts,
+                p.widths, gate,
+            )  # fmt: skip
+            if activation:
+                act(y)
+
+    def product() -> None:
+        for joint, _ in layers:
+            matmul_f32(x, joint.t())
+
+    row = {"projection": p.name, "tokens": tokens, "unit": "us"}
+    for function in (bare, joined, apart, product):
+        times = time_us(function, copies, options.repeats)
+        row[function.__name__] = record.summary(times)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    defaults = Options()
+    parser.add_argument("--models", default=defaults.models, type=lambda t: t.split(","))
+    parser.add_argument("--tokens", default=defaults.tokens, type=integers)
+    parser.add_argument("--experts", default=defaults.experts, type=int)
+    parser.add_argument("--top-k", default=defaults.top_k, type=int)
+    parser.add_argument("--r", default=defaults.r, type=int)
+    parser.add_argument("--splits", default=defaults.splits, type=int,
+                        help="parts of a router: 3 for float32 routers, else 1")  # fmt: skip
+    parser.add_argument("--repeats", default=defaults.repeats, type=int)
+    parser.add_argument("--dtype", default=defaults.dtype)
+    parser.add_argument("--out", type=Path, help="folder of the result file")
+    parser.add_argument("--commit", default="", help="of the measured code")
+    arguments = vars(parser.parse_args())
+    out, commit = arguments.pop("out"), arguments.pop("commit")
+    options = Options(**arguments)
+    rows = [{"options": vars(options)}]
+    for model in options.models:
+        for tokens in options.tokens:
+            for p in products(model):
+                row = {"model": model} | measure_one(p, tokens, options)
+                rows.append(row)
+                medians = {k: v["median"] for k, v in row.items() if isinstance(v, dict)}
+                shown = "  ".join(f"{name} {value:8.1f}" for name, value in medians.items())
+                over = medians["joined"] / medians["bare"] - 1
+                print(f"{model:14} {tokens:5} {p.name:8} {shown}  {over:+6.1%}", flush=True)
+    print(json.dumps({"saved": str(record.save("layer_linear", rows, out, commit))}))
+
+
+if __name__ == "__main__":
+    main()
