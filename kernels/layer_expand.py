@@ -151,8 +151,8 @@ def choose(tokens: int, activation: bool, itemsize: int) -> ExpandBlocks:
 
 
 def can_expand(tokens: int, bank_b: torch.Tensor) -> bool:
-    """Whether this is the kernel to take: its numbers of tokens, and a bank [out, E', R] whose ranks
-    of all experts fit one product."""
+    """Whether this is the kernel to take: its numbers of tokens, and a bank [out, E', R] whose
+    ranks of all experts fit one product."""
     _, every, rank = bank_b.shape
     return tokens <= MAX_EXPAND_TOKENS and bool(expert_blocks(every, rank, False)["ONE"])
 

@@ -3,10 +3,10 @@
     y = x Wᵀ + bias + Σ_e B[e] s[t, p, e]                  s: what `route_layer` makes of low[t]
     out = y, or act(y_gate) * y_up for gate_up
 
-W, A and the routers stand in one tensor, [W; A; routers]: few tokens take one product for all of it,
-in float32, so that logits are never rounded; then one pass decides, adds the expand and goes on to the
-activation (`layer_expand`; a large bank takes `route_layer` and `expand`). Long batches read W apart. See linear.py for the form in which one
-decision serves all layers.
+W, A and the routers stand in one tensor, [W; A; routers]: few tokens take one product for all of
+it, in float32, so that logits are never rounded; then one pass decides, adds the expand and goes on
+to the activation (`layer_expand`; a large bank takes `route_layer` and `expand`). Long batches read
+W apart. See linear.py for the form in which one decision serves all layers.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def _fake(
 
 # See `route_layer` for what torch is not told of gates and present.
 _op = register_op(
-    "layer_linear(Tensor x, Tensor joint, int columns, int logits, Tensor? bias, Tensor? router_bias, "
-    "Tensor scales, Tensor gates, Tensor present, Tensor bank_b, int[] parts, "
+    "layer_linear(Tensor x, Tensor joint, int columns, int logits, Tensor? bias, "
+    "Tensor? router_bias, Tensor scales, Tensor gates, Tensor present, Tensor bank_b, int[] parts, "
     f"int[] widths, str activation, {GATE_SCHEMA}) -> Tensor",
     _run,
     _fake,

@@ -4,11 +4,11 @@
     g[t, p] = softmax of the k largest, or softmax of all of which the k largest are kept
     s[t, p, e] = g[t, p, e] scale[e] low[t, p, e]         low[t, p, e] = A[p, e] x[t], in rank space
 
-p counts the parts of a packed projection (q, k, v): each has a router of its own, or all share the
-one of their block, whose gates later projections read. Experts past those of a router are always on:
+p counts the parts of a packed projection (q, k, v): each has a router of its own, or all share that
+of their block, whose gates later projections read. Experts past those of a router are always on:
 their gate is 1. The logits come out of the same product as `low` and are never rounded below
-float32; a router that the model's dtype cannot hold stands there in several parts that add up to it.
-In vLLM's terms: routers per layer as MoLA, MixLoRA, HydraLoRA, LoRAMoE and Arrow have them.
+float32; a router that the model's dtype cannot hold stands there in parts that add up to it. So
+MoLA, MixLoRA, HydraLoRA, LoRAMoE and Arrow route.
 """
 
 from __future__ import annotations

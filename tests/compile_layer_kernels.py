@@ -31,7 +31,8 @@ def main() -> None:
         for tokens, one in ((1, True), (8, True), (2, False), (8, False)):
             constants = route | plan | {"ONE": one, "BLOCK_T": tokens}
             kernel = route_layer._route_layer_kernel
-            rows.append(build(f"route_layer {name} tokens={tokens} one={one}", kernel, constants, 4, 3))
+            title = f"route_layer {name} tokens={tokens} one={one}"
+            rows.append(build(title, kernel, constants, 4, 3))
     for slots in (0, 2):
         for parts in ((0, 1), (0, -1)):
             constants = {

@@ -1,5 +1,5 @@
-"""Layer-wise adapters and later routers on a GPU, in bfloat16: as `test_gpu_engine` for one decision
-per token."""
+"""Layer-wise adapters and later routers on a GPU, in bfloat16: as `test_gpu_engine` for one
+decision per token."""
 
 from concurrent.futures import ThreadPoolExecutor
 

@@ -49,7 +49,8 @@ def test_a_block_decides_once(name):
 
 def test_shared_a():
     gate = LayerGate(1, (3,), 1, shared=True)
-    x, bank_a = torch.randn(5, 64).to(DEVICE), torch.randn(2, 4, 64).to(DEVICE) / 8  # the shared A, then one that is always on
+    # The shared A, then one that is always on.
+    x, bank_a = torch.randn(5, 64).to(DEVICE), torch.randn(2, 4, 64).to(DEVICE) / 8
     router, weight = torch.randn(3, 64).to(DEVICE) / 8, torch.randn(40, 64).to(DEVICE) / 8
     bank_b, scales = torch.randn(40, 4, 4).to(DEVICE), torch.rand(4).to(DEVICE) + 0.5
     joint = torch.cat([weight, bank_a.flatten(0, 1), router])

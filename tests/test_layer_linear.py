@@ -26,14 +26,14 @@ def problem(name, bias, dtype=torch.float32):
     y = y + bias.double().cpu() if bias is not None else y
     logits = routers[..., 0].numel()
     arguments = (
-        x, rows, bank_a[..., 0].numel(), logits, bias, None, scales, gates.to(DEVICE), present, bank_b,
-        parts, widths,
+        x, rows, bank_a[..., 0].numel(), logits, bias, None, scales, gates.to(DEVICE), present,
+        bank_b, parts, widths,
     )  # fmt: skip
     return arguments, gate, y
 
 
-def by_triton(x, joint, columns, logits, bias, router_bias, scales, gates, present, bank_b, parts, widths,
-              activation, gate):  # fmt: skip
+def by_triton(x, joint, columns, logits, bias, router_bias, scales, gates, present, bank_b, parts,
+              widths, activation, gate):  # fmt: skip
     """What the op does on a GPU for a few tokens."""
     out = sum(widths)
     y, low, z = (x @ joint.t())[:, : out + columns + logits].tensor_split((out, out + columns), 1)

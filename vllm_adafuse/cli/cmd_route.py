@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Shows which experts each token of a text uses. AdaFuse decides once per token, from its embedding,
-so this needs the backbone's tokenizer, embedding and first norm, and no GPU. (Adapters whose routers
-read hidden states of later layers decide by context; they are refused.) Weights are the router's, before LoRA's scale alpha / r. In the text, · is a space, ↵ a newline, → a tab.
+so this needs the backbone's tokenizer, embedding and first norm, and no GPU. Adapters whose routers
+read hidden states of later layers decide by context, and are refused. Weights are the router's,
+before LoRA's scale alpha / r. In the text, · is a space, ↵ a newline, → a tab.
 """
 
 

@@ -244,7 +244,7 @@ class LayerBank(torch.nn.Module):
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
         """activation(x Wᵀ + bias + delta): the projection, joined before, with its deltas."""
         return layer_linear(
-            x, self.joint, self.columns, self.logits, bias, self.bias if self.routers else None, self.scales,
-            self.shared_gates.gates, self.shared_gates.present, self.bank_b,
+            x, self.joint, self.columns, self.logits, bias, self.bias if self.routers else None,
+            self.scales, self.shared_gates.gates, self.shared_gates.present, self.bank_b,
             self.slices.parts, self.slices.widths, activation, self.gate,
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """Layer-wise routing in a served model: which projections get which bank, and how they are wrapped.
 
-The decisions fall inside the layers, from their own inputs. Nothing travels between pipeline stages,
-and there are no passports.
+The decisions fall inside the layers, from their own inputs. Nothing travels between pipeline
+stages, and there are no passports.
 """
 
 from __future__ import annotations
