@@ -1,7 +1,8 @@
-"""The whole way of an adapter, on a model made on the spot: `python -m vllm_adafuse.demo`.
+"""The whole way of an adapter, on a small model: `python -m vllm_adafuse.demo`.
 
-Makes a small backbone and an adapter (random weights, no downloads), generates offline through
-the plugin, shows how tokens were routed, then serves the same adapter and asks the server.
+Takes the trained backbone and adapter beside this file (`benchmarks.quality.demo` made them), or
+makes a pair with random weights; generates offline through the plugin, shows how tokens were
+routed, then serves the same adapter and asks the server. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import gc
 import json
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -33,10 +35,17 @@ from vllm_adafuse.tiny import make_tiny_backbone, real_prompts
 
 COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_magenta")
 BACKBONE = {"vocab_size": 4001, "hidden_size": 256, "intermediate_size": 512}
+TRAINED = Path(__file__).with_name("demo_model")
+CODE_AND_PROSE = """\
+def area(width, height):
+    return width * height
+
+The area of a rectangle is the product of its width and its height.
+"""
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def _option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -46,11 +55,17 @@ class Options:
     directory: str = _option("demo", "where backbone, adapter and logs are kept between runs")
     prompts: int = _option(16, "prompts of the offline batch")
     tokens: int = _option(24, "tokens to generate for each")
-    experts: int = _option(8, "experts of the adapter (E)")
-    top_k: int = _option(2, "experts that each token uses (k)")
-    rank: int = _option(8, "rank of each expert")
-    seed: int = _option(0, "seed of the random weights")
+    weights: str = _option("trained", "the pair kept with this program", ("trained", "random"))
+    experts: int = _option(8, "experts of a random adapter (E)")
+    top_k: int = _option(2, "experts that each token of a random adapter uses (k)")
+    rank: int = _option(8, "rank of each expert of a random adapter")
+    seed: int = _option(0, "seed of random weights")
     timeout: float = _option(300.0, "seconds that the server may take to start")
+
+    @property
+    def trained(self) -> bool:
+        """Whether the trained pair is used: an installed package does not carry it."""
+        return self.weights == "trained" and TRAINED.is_dir()
 
 
 @dataclass(frozen=True)
@@ -93,13 +108,22 @@ def set_environment() -> bool:
 
 
 def make_place(options: Options, on_gpu: bool) -> Place:
-    """Makes backbone and adapter, or finds those of an earlier run with the same options."""
+    """Copies or makes backbone and adapter, or finds those of an earlier run with these options."""
     root = Path(options.directory).resolve()
     root.mkdir(parents=True, exist_ok=True)
     base, adapter, stamp = root / "backbone", root / "adapter", root / "made_with.json"
     keys = ("experts", "top_k", "rank", "seed")
     recipe = json.dumps({**BACKBONE, **{k: v for k, v in asdict(options).items() if k in keys}})
-    if not stamp.is_file() or stamp.read_text() != recipe:
+    if options.trained:
+        recipe = (TRAINED / "made_with.json").read_text()
+    if stamp.is_file() and stamp.read_text() == recipe:
+        return Place(base, adapter, on_gpu)
+    for made in (base, adapter):
+        if made.is_dir():
+            shutil.rmtree(made)
+        if options.trained:
+            shutil.copytree(TRAINED / made.name, made)
+    if not options.trained:
         make_tiny_backbone(base, seed=options.seed, **BACKBONE)
         make_random_adapter(
             base,
@@ -109,7 +133,7 @@ def make_place(options: Options, on_gpu: bool) -> Place:
             r=options.rank,
             seed=options.seed,
         )
-        stamp.write_text(recipe)
+    stamp.write_text(recipe)
     return Place(base, adapter, on_gpu)
 
 
@@ -190,7 +214,7 @@ def show_effect(place: Place, outputs: Sequence[Any], tokens: int) -> None:
 
 
 def printable(text: str) -> Text:
-    """Text on one line: random weights say any byte."""
+    """Text on one line: a small model says any byte."""
     return Text("".join(c if c.isprintable() else " " for c in text).strip())
 
 
@@ -207,7 +231,7 @@ def show_routes(place: Place, tokens: Sequence[int], tokenizer: Any) -> None:
     adapter = load_adapter(place.adapter)
     ids, gates = OfflineRouter(adapter, place.base).routes(torch.tensor(list(tokens)))
     names = adapter.config.expert_names
-    table = Table("token", "id", "experts and weights", title="Routes of the first prompt")
+    table = Table("token", "id", "experts and weights", title="Routes")
     for token, experts, weights in zip(tokens, ids.tolist(), gates.tolist()):
         cell = Text()
         for expert, weight in zip(experts, weights):
@@ -282,11 +306,14 @@ def run(options: Options, stage: Stages) -> None:
 
     logging.disable_progress_bar()
     console.print(
-        "The weights are random, so every text below is babble: its sense is that it is the "
+        "A model of 1.6 million parameters, trained on Python and prose: it speaks a little of "
+        "both."
+        if options.trained
+        else "The weights are random, so every text below is babble: its sense is that it is the "
         "adapted model's own.",
         soft_wrap=True,
     )
-    with stage(f"making a small backbone and an adapter in {options.directory}/"):
+    with stage(f"a small backbone and an adapter in {options.directory}/"):
         place = make_place(options, on_gpu)
     with stage(f"generating for {options.prompts} prompts with LLM.generate"):
         with output_to(place.engine_log), offline_engine(place) as llm:
@@ -297,8 +324,9 @@ def run(options: Options, stage: Stages) -> None:
             outputs = llm.generate(real_prompts(options.prompts), sampling)
         show_texts(outputs)
         show_effect(place, outputs, options.tokens)
-    with stage("routing one of these prompts"):
-        show_routes(place, outputs[0].prompt_token_ids, tokenizer)
+    with stage("routing code and prose"):
+        tokens = tokenizer(CODE_AND_PROSE)["input_ids"]
+        show_routes(place, tokens if options.trained else outputs[0].prompt_token_ids, tokenizer)
     overrides = json.dumps(place.overrides)
     command = vllm_serve(place.base, "--hf-overrides", overrides)
     shown = f"vllm serve {options.directory}/backbone --hf-overrides '{overrides}'"
@@ -325,6 +353,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
             "--" + option.name.replace("_", "-"),
             type=type(option.default),
             default=option.default,
+            choices=option.metadata["choices"],
             help=option.metadata["help"],
         )
     return Options(**vars(parser.parse_args(argv)))
