@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from vllm_adafuse.cli import common
 from vllm_adafuse.cli.colors import hue, level, terminal_style
 from vllm_adafuse.random_adapter import make_random_adapter
 from vllm_adafuse.routing import OfflineRouter, vocabulary_routes
+from vllm_adafuse.tiny import real_prompts
 
 # inspect
 
@@ -114,6 +116,18 @@ def test_route_terminal_shows_white_space_and_no_foreign_codes(adapter, capsys, 
     monkeypatch.setenv("COLORTERM", "truecolor")
     coloured = run(capsys, "route", adapter, "--text", TEXT)[1]
     assert "\x1b[30;48;2;" in coloured and "\x1b[31mred" not in coloured
+
+
+@pytest.mark.parametrize("columns", ["36", "40", "50", "80"])
+def test_route_keeps_an_expert_and_its_share_on_one_line(adapter, capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    code, out, _ = run(capsys, "route", adapter, "--text", " ".join(real_prompts(4)))
+    assert code == 0
+    legend = out[out.index("first expert:") :].split("\n\n")[0]
+    names = [common.printable(name) for name in load_adapter(adapter).config.expert_names]
+    told = sum(len(re.findall(rf" {re.escape(name)}  +[\d.]+ %", legend)) for name in names)
+    assert told == legend.count("%") >= 3
+    assert all(len(line.rstrip()) <= int(columns) for line in legend.splitlines())
 
 
 def test_route_of_file_and_of_nothing(adapter, tmp_path, capsys):

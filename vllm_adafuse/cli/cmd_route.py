@@ -129,10 +129,15 @@ def _show(adapter: Adapter, tokens: list[RoutedToken]) -> None:
     out.print()
 
     counts = first_choices(tokens)
-    legend = Text("first expert: ")
+    legend, line = Text("first expert: "), len("first expert: ")
     for expert, count in counts.items():
-        legend.append(f" {printable(names[expert])} ", terminal_style(expert))
-        legend.append(f" {share(count / len(tokens))}  ")
+        entry = Text().append(f" {printable(names[expert])} ", terminal_style(expert))
+        entry.append(f" {share(count / len(tokens))}  ")
+        if line + entry.cell_len > out.width:  # a name and its share stay on one line
+            legend.append("\n")
+            line = 0
+        legend.append_text(entry)
+        line += entry.cell_len
     if rest := len(names) - len(counts):
         legend.append(f"({rest} of {len(names)} experts are no token's first)")
     out.print(legend)
