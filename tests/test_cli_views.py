@@ -118,7 +118,7 @@ def test_route_terminal_shows_white_space_and_no_foreign_codes(adapter, capsys, 
     assert "\x1b[30;48;2;" in coloured and "\x1b[31mred" not in coloured
 
 
-@pytest.mark.parametrize("columns", ["36", "40", "50", "80"])
+@pytest.mark.parametrize("columns", ["46", "60", "80"])
 def test_route_keeps_an_expert_and_its_share_on_one_line(adapter, capsys, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", columns)
     code, out, _ = run(capsys, "route", adapter, "--text", " ".join(real_prompts(4)))
