@@ -65,14 +65,17 @@ def _domain(name: str) -> str | None:
     return "prose" if stem in PROSE_NAMES else None
 
 
-def _files(roots: list[Path]) -> Iterator[tuple[str, str]]:
-    """(domain, path) of every file, in an order that is the same each time."""
+def _files(roots: list[Path]) -> Iterator[tuple[str, bytes, str]]:
+    """(domain, key, path) of every file. Keys are in random order, but the same each time, and
+    wherever the roots lie."""
     for root in roots:
         for folder, folders, names in os.walk(root):
             folders.sort()
             for name in sorted(names):
                 if domain := _domain(name):
-                    yield domain, os.path.join(folder, name)
+                    path = os.path.join(folder, name)
+                    key = hashlib.sha256(os.path.relpath(path, root).encode()).digest()
+                    yield domain, key, path
 
 
 def _read(path: str) -> str | None:
@@ -107,15 +110,14 @@ def gather(size: Size, roots: list[Path] | None = None) -> Corpus:
         + size.adapt_bytes + 4 * (size.valid_bytes + size.held_bytes)
         for domain in DOMAINS
     }  # fmt: skip
-    paths: dict[str, list[str]] = {domain: [] for domain in DOMAINS}
-    for domain, path in _files(roots or default_roots()):
-        paths[domain].append(path)
+    paths: dict[str, list[tuple[bytes, str]]] = {domain: [] for domain in DOMAINS}
+    for domain, key, path in _files(roots or default_roots()):
+        paths[domain].append((key, path))
     found: dict[str, list[tuple[str, str]]] = {}
     for domain, names in paths.items():
-        names.sort(key=lambda p: hashlib.sha256(p.encode()).digest())  # any part of the machine
         seen: dict[str, str] = {}
         total = 0
-        for name in names:
+        for _, name in sorted(names):  # any part of the machine
             if total >= wanted[domain]:
                 break
             if (text := _read(name)) is not None:
