@@ -2,10 +2,11 @@
 
     python -m benchmarks.kernels --models llama-2-7b,mistral-7b --tokens 1,8,32,128,1024
 
-Each row: the projection with its experts, the vendor's product of the bare one, and the time to move
-the bytes at this device's measured copy bandwidth; what follows belongs to all of them, for the bare
-one by torch.compile: qkv's rotary embedding, gate_up's activation, residual and RMSNorm behind o and
-down. Everything runs from CUDA graphs over weights that are larger than the cache together.
+Each row: the projection with its experts, the vendor's product of the bare one, and the time to
+move the bytes at this device's measured copy bandwidth; what follows belongs to all of them, for
+the bare one by torch.compile: qkv's rotary embedding, gate_up's activation, residual and RMSNorm
+behind o and down. Everything runs from CUDA graphs over weights that are larger than the cache
+together.
 """
 
 from __future__ import annotations

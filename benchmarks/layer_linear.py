@@ -4,7 +4,8 @@
 
 Each row: the vendor's product of the bare projection with what follows gate_up; the joined form
 (`layer_linear`); the form over a quantised projection, with the bare one in its place
-(`low_product` and `layer_sgmm`); and of the joined form the product alone. Every linear has a router of its own.
+(`low_product` and `layer_sgmm`); and of the joined form the product alone. Every linear has a
+router of its own.
 Everything runs from CUDA graphs over weights that are larger than the cache together.
 """
 

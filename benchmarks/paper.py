@@ -56,7 +56,9 @@ class Options:
             if unknown := [v for v in values if v not in known]:
                 raise ValueError(f"{name} has {unknown[0]}, expected of {', '.join(known)}")
         if self.rows[:1] != ["backbone"] and self.where == "transformers":
-            raise ValueError(f"rows are {self.rows}, expected backbone first: overheads are over it")
+            raise ValueError(
+                f"rows are {self.rows}, expected backbone first: overheads are over it"
+            )
         self.mixture  # noqa: B018 (its checks)
 
     @property
@@ -177,7 +179,9 @@ def main() -> None:
     parser.add_argument("--engines", default=defaults.engines, type=words, help="with vllm")
     parser.add_argument("--prompt", default=defaults.prompt, type=int)
     parser.add_argument("--tokens", default=defaults.tokens, type=int, help="timed, per repeat")
-    parser.add_argument("--seconds", default=defaults.seconds, type=float, help="of timing, at most")
+    parser.add_argument(
+        "--seconds", default=defaults.seconds, type=float, help="of timing, at most"
+    )
     parser.add_argument("--repeats", default=defaults.repeats, type=int)
     parser.add_argument("--experts", default=defaults.experts, type=int)
     parser.add_argument("--top-k", default=defaults.top_k, type=int)

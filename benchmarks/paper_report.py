@@ -165,8 +165,8 @@ def _why(rows: dict[str, dict[str, Any]]) -> str:
     if idle > 0.25:
         text.append(
             f"The GPU is idle for {100 * idle:.0f} % of the bare backbone's time: the host "
-            "launches more slowly than the GPU works. What a row costs is then what it launches, which is "
-            "the paper's explanation."
+            "launches more slowly than the GPU works. What a row costs is then what it launches, "
+            "which is the paper's explanation."
         )
     else:
         text.append(

@@ -3,8 +3,8 @@
     python -m benchmarks.timeline --model llama-2-7b --batches 1,128
     python -m benchmarks.timeline --report
 
-torch's profiler listens inside the engine while it decodes from its CUDA graphs; the last whole step
-is kept. `--report` writes docs/timeline.md and its pictures from the newest result file alone.
+torch's profiler listens inside the engine while it decodes from its CUDA graphs; the last whole
+step is kept. `--report` writes docs/timeline.md and its pictures from the newest result file alone.
 Without a GPU operators stand for kernels, which shows only that it runs.
 """
 
@@ -31,7 +31,8 @@ PAGE = ROOT / "docs" / "timeline.md"
 HEAD = """\
 # Timeline of a decode step
 
-Written by `python -m benchmarks.timeline --report` from a file in `benchmarks/results/`; do not edit.
+Written by `python -m benchmarks.timeline --report` from a file in `benchmarks/results/`; do not
+edit.
 One step out of a replayed CUDA graph, as torch's profiler saw it. A layer is what runs from one
 attention kernel up to the next. Profiling stretches short kernels; the times of whole steps are in
 [benchmarks.md](benchmarks.md).

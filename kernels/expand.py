@@ -3,9 +3,9 @@
     y[t, n] + Σ_e B[n, e] s[t, p(n), e]                    p(n): the part that column n belongs to
 
 and at once what follows (pairs.py): gate_up's activation, the rotary embedding of q and k. The
-second half of SGMM (AdaFuse, arXiv 2603.11873, section 3). A program takes a tile of columns for a block of tokens and
-reads B of the experts that are present; sums run over experts in rising order, whoever else is in
-the batch. The additions ride on a pass over y that what follows needs anyway.
+second half of SGMM (AdaFuse, arXiv 2603.11873, section 3). A program takes a tile of columns for a
+block of tokens and reads B of the experts that are present; sums run over experts in rising order,
+whoever else is in the batch. The additions ride on a pass over y that what follows needs anyway.
 """
 
 from __future__ import annotations

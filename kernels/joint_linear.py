@@ -2,9 +2,9 @@
 
     both[t] = [W; A] x[t]                                   y, then s = A x of all experts
 
-With few tokens y holds the deltas already (`stream_linear`, one launch) and s is left as it is. Some
-more take one product of the vendor's. In long batches, which are bound by arithmetic, a few rows
-more would cost it a wave of programs: A has a product of its own.
+With few tokens y holds the deltas already (`stream_linear`, one launch) and s is left as it is.
+Some more take one product of the vendor's. In long batches, which are bound by arithmetic, a few
+rows more would cost it a wave of programs: A has a product of its own.
 """
 
 from __future__ import annotations

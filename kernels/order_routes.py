@@ -4,7 +4,7 @@
     present[i] = the experts of rows[64 i : 64 i + 64], a bit each
 
 Kernels that take 64 tokens to a tile then multiply the two or three experts of a tile instead of
-all: SGMM's segments (AdaFuse, arXiv 2603.11873, section 3), made for the step and not for the layer.
+all: SGMM's segments (AdaFuse, arXiv 2603.11873, section 3), made once per step and not per layer.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What becomes of two columns of a projection that belong together:
 
-    gate_up   out[j] = act(y[j]) * y[I + j]                              1: SiLU, 2: GELU (tanh form)
-    qkv       the rotary embedding, of halves a and b of a head          3
+    gate_up   out[j] = act(y[j]) * y[I + j]                       1: SiLU, 2: GELU (tanh form)
+    qkv       the rotary embedding, of halves a and b of a head   3
               out = a cos - b sin, b cos + a sin
 
 Kernels compute both columns in one program, so that this needs no pass of its own. Heads are cut

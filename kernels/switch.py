@@ -220,7 +220,8 @@ def _switch_kernel(
     table_ptr, places_ptr, ids_ptr, weights_ptr, row_ptr, merged_ptr,
     TYPE: tl.constexpr, TOP_K: tl.constexpr, RANK: tl.constexpr, FIELDS: tl.constexpr,
     ALIGN: tl.constexpr, EVEN: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr,
-    SLOTS: tl.constexpr, FULL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STRIP: tl.constexpr, STAGES: tl.constexpr,
+    SLOTS: tl.constexpr, FULL: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, STRIP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     at = table_ptr + tl.load(places_ptr + pid) * FIELDS

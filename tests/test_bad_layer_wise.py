@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from broken_adapters import Broken, add, edit_config, edit_tensors, make_backbones, swap
+from broken_adapters import add, edit_config, edit_tensors, make_backbones, swap
 from vllm_adafuse.adapter import check_adapter
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.config import AdapterConfig, parse_config

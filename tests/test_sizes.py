@@ -1,4 +1,4 @@
-"""The same token in steps of other sizes, which take other kernels: how far its results may differ."""
+"""One token in steps of several sizes, which take other kernels: how far its results may differ."""
 
 import pytest
 import torch

@@ -4,6 +4,7 @@ import json
 
 import benchmark_package  # noqa: F401
 import pytest
+
 from benchmarks.timeline import Options, last_step, one_layer, short_name, write_report
 
 LAYERS = 3
@@ -64,8 +65,9 @@ def test_the_page_is_written_from_the_file(tmp_path):
     for kind in ("stock", "adafuse"):
         row = {"engine": kind, "batch": 4, "kernels": 11, "busy": 120.4, "wall": 150.6}
         rows.append(row | {"layer": one_layer(events(1), LAYERS)})
-    content = {"benchmark": "timeline", "commit": "c0ffee", "command": "x", "time": "20260101-000000"}
-    content |= {"cpu": "x86", "versions": {"torch": "2.11", "vllm": "0.26"}, "rows": rows}
+    content = {"benchmark": "timeline", "commit": "c0ffee", "command": "x"}
+    content |= {"time": "20260101-000000", "cpu": "x86", "rows": rows}
+    content |= {"versions": {"torch": "2.11", "vllm": "0.26"}}
     (results / "timeline-20260101-000000.json").write_text(json.dumps(content))
     write_report(results, page)
     text = page.read_text()

@@ -40,7 +40,8 @@ def test_products_are_packed_as_vllm_packs_them(name):
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
     assert sum(found["qkv"].widths) == heads * config.head_dim // 2
     turned = name not in ("Qwen3ForCausalLM", "Phi3ForCausalLM")
-    assert (found["qkv"].activation, found["qkv"].head_dim) == (("rotary", 32) if turned else ("", 0))
+    follows = ("rotary", 32) if turned else ("", 0)
+    assert (found["qkv"].activation, found["qkv"].head_dim) == follows
     assert found["qkv"].rows == sum(found["qkv"].widths) // (2 if turned else 1)
 
 

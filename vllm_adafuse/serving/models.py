@@ -23,8 +23,8 @@ from vllm_adafuse.serving import layer_wise, linear
 from vllm_adafuse.serving.attach import ADAPTER_KEY, FINGERPRINT_KEY
 from vllm_adafuse.serving.bank import ExpertBank, place_banks
 from vllm_adafuse.serving.norm import NormPlace, norms_behind
-from vllm_adafuse.serving.router import AfterLoading, Route, Router
 from vllm_adafuse.serving.rotary import SharedRotary
+from vllm_adafuse.serving.router import AfterLoading, Route, Router
 
 # vLLM shows only what is logged below its own name.
 logger = init_logger("vllm.adafuse")
