@@ -59,8 +59,9 @@ def expert_blocks(experts: int, rank: int, skip: bool) -> dict[str, int | bool]:
     }  # fmt: skip
 
 
-def can_overlap(tensor: torch.Tensor) -> bool:
-    """Whether a launch may begin while the one before it ends (programmatic dependent launch)."""
+def on_hopper(tensor: torch.Tensor) -> bool:
+    """Whether it lies on an NVIDIA GPU of Hopper's kind or later: those have the tensor memory
+    accelerator, and a launch may begin while the one before it ends."""
     if not tensor.is_cuda or torch.version.hip:
         return False
     return torch.cuda.get_device_capability(tensor.device)[0] >= 9

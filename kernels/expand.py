@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.blocks import ExpandBlocks, can_overlap, expert_blocks
+from vllm_adafuse.kernels.blocks import ExpandBlocks, expert_blocks, on_hopper
 from vllm_adafuse.kernels.order_routes import Order
 from vllm_adafuse.kernels.pairs import ACTIVATIONS, ROTARY, activate, rotate
 
@@ -263,7 +263,7 @@ def _launch(
     every_part = min(parts) >= 0
     skip = tokens < _SKIP_TOKENS or order is not None
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
-    pdl = can_overlap(y)
+    pdl = on_hopper(y)
     _expand_kernel[(groups, triton.cdiv(tokens, blocks.tokens))](
         y, bias, out, s, bank_b, gates,
         present if order is None else order.present, order and order.rows, cos_sin,

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.blocks import ExpandBlocks, can_overlap, expert_blocks
+from vllm_adafuse.kernels.blocks import ExpandBlocks, expert_blocks, on_hopper
 from vllm_adafuse.kernels.expand import _load_b
 from vllm_adafuse.kernels.pairs import ACTIVATIONS, activate
 from vllm_adafuse.kernels.route_layer import SPLIT_FACTOR, LayerGate, router_gates
@@ -195,7 +195,7 @@ def layer_expand_triton(
     counts = [*gate.experts, 0, 0, 0][:3]
     even = all(w % cut.columns == 0 for w in tiled)
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
-    pdl = can_overlap(both)
+    pdl = on_hopper(both)
     _layer_expand_kernel[grid](
         both, bias, router_bias, scales, gates, present, bank_b, result,
         tokens, both.stride(0), result.stride(0), *counts, gate.temperature,

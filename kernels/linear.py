@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from vllm_adafuse.kernels import stream_linear, tile_linear
 from vllm_adafuse.kernels.expand import expand_raw_triton, expand_torch
 from vllm_adafuse.kernels.order_routes import Order
-from vllm_adafuse.kernels.pairs import activate_torch, rotate_torch
+from vllm_adafuse.kernels.pairs import activate_torch, is_gate_up, rotate_torch
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import shrink_torch
@@ -85,8 +85,7 @@ def _run(
 
 def _fake(x, joint, bias, bank_b, *arguments):
     *_, widths, activation = arguments
-    gate_up = activation not in ("", "rotary")
-    return x.new_empty(x.shape[0], widths[0] if gate_up else sum(widths))
+    return x.new_empty(x.shape[0], widths[0] if is_gate_up(activation) else sum(widths))
 
 
 # The scratch is changed and nothing of it is read by any other op: torch need not know.

@@ -10,6 +10,8 @@ into first and second halves as Llama's are ("neox style"); v is not turned.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -34,6 +36,18 @@ def activate(gate, up, ACT: tl.constexpr):
 def rotate(a, b, cos, sin):
     """The two halves of a head, turned."""
     return a * cos - b * sin, b * cos + a * sin
+
+
+def is_gate_up(activation: str) -> bool:
+    """Whether both members of a pair end in one column."""
+    return activation not in ("", "rotary")
+
+
+def tiled_widths(widths: Sequence[int], activation: str) -> list[int]:
+    """Columns of each part that are cut into tiles: where they come in pairs, of one member."""
+    if activation == "rotary":
+        return [width // 2 for width in widths]
+    return list(widths[:1] if activation else widths)
 
 
 def can_rotate(head_dim: int) -> bool:

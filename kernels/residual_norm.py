@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.blocks import can_overlap, expert_blocks
+from vllm_adafuse.kernels.blocks import expert_blocks, on_hopper
 from vllm_adafuse.kernels.expand import _add_delta, _load_b, _load_s, expand_raw_triton
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.stream_linear import MAX_STREAM_TOKENS
@@ -143,7 +143,7 @@ def residual_norm_triton(
     _, experts, rank = bank_b.shape
     out, z = residual.new_empty(tokens, width), residual.new_empty(tokens, width)
     cut = blocks or NormBlocks.choose(width, expand, both.element_size())
-    pdl = can_overlap(both)
+    pdl = on_hopper(both)
     _residual_norm_kernel[(triton.cdiv(tokens, cut.tokens),)](
         both, both[:, width:], residual, weight, bank_b, gates, z, out,
         tokens, both.stride(0), residual.stride(0), experts, eps,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.blocks import can_overlap
+from vllm_adafuse.kernels.blocks import on_hopper
 from vllm_adafuse.kernels.registry import register_op
 
 # The i-th part of a router is larger than its due by this factor to the power i, so that float16
@@ -295,7 +295,7 @@ def route_layer_triton(low, logits, bias, scales, gates, present, s, gate: Layer
     rank = s.shape[2] // every if every else 0
     block_c = min(1024, max(16, triton.next_power_of_2(every * rank)))
     counts = [*gate.experts, 0, 0, 0][:3]
-    pdl = can_overlap(low)
+    pdl = on_hopper(low)
     splits = logits.shape[1] // (routers * experts) if logits is not None and experts else 0
     _route_layer_kernel[(triton.cdiv(tokens, block_t),)](
         low, logits, bias, scales, gates, present, s,

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from vllm_adafuse.kernels.blocks import BLOCK_ER
-from vllm_adafuse.kernels.pairs import ACTIVATIONS, ROTARY, activate, rotate
+from vllm_adafuse.kernels.pairs import ACTIVATIONS, ROTARY, activate, rotate, tiled_widths
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import (
     MAX_SHRINK_TOKENS,
@@ -239,7 +239,7 @@ def stream_linear_triton(
     act = ACTIVATIONS.index(activation)
     half = cos_sin.shape[1] // 2 if act == ROTARY else 0
     n_parts, experts, rank, _ = bank_a.shape
-    members = [w // 2 for w in widths] if half else widths[:1] if act else widths
+    members = tiled_widths(widths, activation)
     rows = sum(members)
     if tiles is None:
         tiles = find_tiles(tokens, size_in, rows, activation, x.element_size(), x.device)

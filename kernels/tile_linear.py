@@ -21,8 +21,15 @@ import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
-from vllm_adafuse.kernels.blocks import BLOCK_ER
-from vllm_adafuse.kernels.pairs import ACTIVATIONS, ROTARY, activate, rotate
+from vllm_adafuse.kernels.blocks import BLOCK_ER, on_hopper
+from vllm_adafuse.kernels.pairs import (
+    ACTIVATIONS,
+    ROTARY,
+    activate,
+    is_gate_up,
+    rotate,
+    tiled_widths,
+)
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import MAX_SLICES, all_sums, is_last, leave_sums
 from vllm_adafuse.kernels.stream_linear import add_delta, load_b
@@ -37,13 +44,10 @@ MIN_ROWS = 6144
 def can_tile(x: torch.Tensor, joint: torch.Tensor, activation: str) -> bool:
     """Whether this kernel is the one to take: its numbers of tokens, a large product, and the
     accelerator can read it."""
-    gate_up = activation not in ("", "rotary")
-    fewest, most = (33, MAX_TILE_TOKENS) if gate_up else (17, 64)
+    fewest, most = (33, MAX_TILE_TOKENS) if is_gate_up(activation) else (17, 64)
     if not fewest <= x.shape[0] <= most:
         return False
-    if joint.shape[0] < MIN_ROWS or not x.is_cuda or torch.version.hip:
-        return False
-    if torch.cuda.get_device_capability(x.device)[0] < 9:
+    if joint.shape[0] < MIN_ROWS or not on_hopper(x):
         return False
     strides = x.stride(0) * x.element_size(), joint.stride(0) * joint.element_size()
     return x.stride(1) == 1 and not any(stride % 16 for stride in strides)
@@ -229,7 +233,7 @@ def tile_linear_triton(
     _, experts, rank = bank_b.shape
     ranks = joint.shape[0] - sum(widths)
     n_parts = ranks // (experts * rank)
-    members = [w // 2 for w in widths] if half else widths[:1] if act else widths
+    members = tiled_widths(widths, activation)
     cut = tiles or choose(tokens, activation, x.element_size())
     if half:
         cut = replace(cut, rows=min(cut.rows, half))
