@@ -80,7 +80,9 @@ def measure_one(p: Product, tokens: int, options: Options, bandwidth: float) -> 
         for i, (joint, b) in enumerate(trial.layers):
             if normed:
                 both = joint_linear(x, joint, b, gates, present, trial.counters, i, trial.scratch)
-                residual_norm(both, residual, factors, EPS, b, gates, present)
+                residual_norm(
+                    both, residual, factors, EPS, b, gates, present, trial.scratch, p.size_in
+                )
             else:
                 linear(
                     x, joint, None, b, gates, present, trial.counters, i, trial.scratch, order,

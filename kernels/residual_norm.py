@@ -7,8 +7,8 @@ for o_proj and down_proj, whose outputs go that way in most decoders. y and s = 
 come side by side from `joint_linear`. In long batches one program has all columns of a block of
 tokens: it writes z, sums its squares, and reads z again for the norm, so that the experts ride on a
 pass that the model makes anyway (AdaFuse, arXiv 2603.11873, section 3, for the deltas). Shorter
-ones would leave too few programs: there `expand` adds the deltas in place before. Few tokens find
-them in y already (`stream_linear`).
+ones would leave too few programs: there `expand` adds the deltas in place before. Of few tokens
+`joint_linear` leaves y with its deltas as sums of slices of `in`, which are added up here.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import triton
 import triton.language as tl
 from vllm_adafuse.kernels.blocks import expert_blocks, on_hopper
 from vllm_adafuse.kernels.expand import _add_delta, _load_b, _load_s, expand_raw_triton
+from vllm_adafuse.kernels.joint_linear import sliced_cut
 from vllm_adafuse.kernels.registry import register_op
-from vllm_adafuse.kernels.stream_linear import MAX_STREAM_TOKENS
+from vllm_adafuse.kernels.scratch import Scratch, slices_of
 
 # From so many tokens on one launch does it all.
 MIN_FUSED_TOKENS = 8192
@@ -29,9 +30,9 @@ MIN_FUSED_TOKENS = 8192
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _residual_norm_kernel(
-    y_ptr, s_ptr, residual_ptr, weight_ptr, b_ptr, gates_ptr, z_ptr, out_ptr,
+    y_ptr, s_ptr, slices_ptr, residual_ptr, weight_ptr, b_ptr, gates_ptr, z_ptr, out_ptr,
     n_tokens, y_stride, residual_stride, n_experts, eps,
-    WIDTH: tl.constexpr, EXPAND: tl.constexpr, PDL: tl.constexpr,
+    WIDTH: tl.constexpr, SPLIT: tl.constexpr, EXPAND: tl.constexpr, PDL: tl.constexpr,
     RANK: tl.constexpr, SKIP: tl.constexpr, EVEN_K: tl.constexpr, ONE: tl.constexpr,
     BLOCK_T: tl.constexpr, COLS: tl.constexpr, NORM_COLS: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -58,8 +59,15 @@ def _residual_norm_kernel(
         mask = here[:, None] & (inside[None, :] if not EVEN else (columns >= 0)[None, :])
         place = wide_rows[:, None] * residual_stride + columns[None, :]
         before = tl.load(residual_ptr + place, mask=mask, other=0.0)
-        z = tl.load(y_ptr + wide_rows[:, None] * y_stride + columns[None, :], mask=mask, other=0.0)
-        z = z.to(tl.float32) + before.to(tl.float32)
+        if SPLIT > 0:
+            slices_at = slices_ptr + wide_rows[:, None] * WIDTH + columns[None, :]
+            z = tl.load(slices_at, mask=mask, other=0.0)
+            for i in tl.static_range(1, SPLIT):
+                z += tl.load(slices_at + i * (n_tokens * WIDTH), mask=mask, other=0.0)
+        else:
+            y_at = y_ptr + wide_rows[:, None] * y_stride + columns[None, :]
+            z = tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
+        z += before.to(tl.float32)
         if EXPAND:
             b_at = b_ptr + columns.to(tl.int64) * (n_experts * RANK)
             b = tl.zeros([COLS, BLOCK_E * BLOCK_R], dtype=b_ptr.dtype.element_ty)
@@ -131,12 +139,14 @@ def residual_norm_triton(
     bank_b: torch.Tensor,
     gates: torch.Tensor,
     expand: bool,
+    slices: torch.Tensor | None = None,
     blocks: NormBlocks | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One launch; see `residual_norm`.
 
     Args:
         expand: the deltas are still to be added.
+        slices: [split, T, H] float32 contiguous, whose sum stands for `both`.
         blocks: how to cut, default `NormBlocks.choose`.
     """
     tokens, width = residual.shape
@@ -145,9 +155,9 @@ def residual_norm_triton(
     cut = blocks or NormBlocks.choose(width, expand, both.element_size())
     pdl = on_hopper(both)
     _residual_norm_kernel[(triton.cdiv(tokens, cut.tokens),)](
-        both, both[:, width:], residual, weight, bank_b, gates, z, out,
+        both, both[:, width:], slices, residual, weight, bank_b, gates, z, out,
         tokens, both.stride(0), residual.stride(0), experts, eps,
-        WIDTH=width, EXPAND=expand, PDL=pdl,
+        WIDTH=width, SPLIT=0 if slices is None else slices.shape[0], EXPAND=expand, PDL=pdl,
         BLOCK_T=cut.tokens, COLS=cut.columns, STAGES=cut.stages,
         NORM_COLS=cut.norm_columns if cut.columns < width else cut.columns,
         num_warps=cut.warps, **expert_blocks(experts, rank, False),
@@ -178,16 +188,18 @@ def residual_norm_torch(
     return (normed.to(z.dtype).float() * weight.float()).to(z.dtype), z
 
 
-def _run(both, residual, weight, eps, bank_b, gates, present):
+def _run(both, residual, weight, eps, bank_b, gates, present, partial, size_in):
     tokens, width = residual.shape
-    expand = tokens > MAX_STREAM_TOKENS
+    cut = sliced_cut(both, size_in, width)
     if not both.is_cuda:
-        return residual_norm_torch(both, residual, weight, eps, bank_b, gates, expand)
+        return residual_norm_torch(both, residual, weight, eps, bank_b, gates, cut is None)
+    slices = None if cut is None else slices_of(partial, cut.split, tokens, width)
+    expand = cut is None
     if expand and tokens < MIN_FUSED_TOKENS:
         y, s = both[:, :width], both[:, width:]
-        y = expand_raw_triton(y, s, None, bank_b, gates, present, [0], [width])
-        return residual_norm_triton(y, residual, weight, eps, bank_b, gates, False)
-    return residual_norm_triton(both, residual, weight, eps, bank_b, gates, expand)
+        both = expand_raw_triton(y, s, None, bank_b, gates, present, [0], [width])
+        expand = False
+    return residual_norm_triton(both, residual, weight, eps, bank_b, gates, expand, slices)
 
 
 def _fake(both, residual, *arguments):
@@ -196,7 +208,7 @@ def _fake(both, residual, *arguments):
 
 _op = register_op(
     "residual_norm(Tensor both, Tensor residual, Tensor weight, float eps, Tensor bank_b, "
-    "Tensor gates, Tensor present) -> (Tensor, Tensor)",
+    "Tensor gates, Tensor present, Tensor partial, int size_in) -> (Tensor, Tensor)",
     _run,
     _fake,
 )
@@ -210,6 +222,8 @@ def residual_norm(
     bank_b: torch.Tensor,
     gates: torch.Tensor,
     present: torch.Tensor,
+    scratch: Scratch,
+    size_in: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ends a projection: deltas, residual, RMSNorm.
 
@@ -221,8 +235,12 @@ def residual_norm(
         bank_b: [H, E, R], dtype of both.
         gates: [N, E] float32, N >= T, LoRA's scale included.
         present: [1] int64, see `spread_routes`.
+        scratch: of the device, as `joint_linear` left it.
+        size_in: of the projection.
 
     Returns:
         The normed hidden states and the new residual, [T, H] each.
     """
-    return _op(both, residual, weight, eps, bank_b, gates, present)
+    return _op(
+        both, residual, weight, eps, bank_b, gates, present, scratch.partial, size_in
+    )  # fmt: skip

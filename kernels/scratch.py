@@ -42,3 +42,19 @@ class Scratch(NamedTuple):
         if count * dtype.itemsize > self.low.numel():
             raise ValueError(f"scratch has {self.low.numel()} bytes for s, {shape} needs more")
         return self.low[: count * dtype.itemsize].view(dtype).view(shape)
+
+    def slices(self, split: int, tokens: int, width: int) -> torch.Tensor:
+        """[split, tokens, width] at the end of `partial`; see `slices_of`."""
+        return slices_of(self.partial, split, tokens, width)
+
+
+def slices_of(partial: torch.Tensor, split: int, tokens: int, width: int) -> torch.Tensor:
+    """[split, tokens, width] float32 at the end of a scratch's sums, beside those of its launches.
+
+    Raises:
+        ValueError: it was made too small.
+    """
+    count = split * tokens * width
+    if count > partial.numel():
+        raise ValueError(f"scratch has {partial.numel()} sums, {count} are to be left")
+    return partial[-count:].view(split, tokens, width)

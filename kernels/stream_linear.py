@@ -98,7 +98,7 @@ def _stream_linear_kernel(
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
     PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr,
-    EVEN: tl.constexpr, SPLIT: tl.constexpr,
+    EVEN: tl.constexpr, SPLIT: tl.constexpr, LEAVE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_ER: tl.constexpr,
     RANK: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
@@ -179,7 +179,7 @@ def _stream_linear_kernel(
                 n_tokens, part, n_parts, n_experts, n_slots, RANK, BLOCK_T, BLOCK_ER,
             )  # fmt: skip
         last = True
-        if SPLIT > 1:
+        if SPLIT > 1 and not LEAVE:
             acc, last = last_sums(
                 acc, partial_ptr + n_shrinks * (BLOCK_R * BLOCK_T), ticket_ptr + n_slots,
                 tile, split, SPLIT, ROWS, BLOCK_T,
@@ -196,6 +196,8 @@ def _stream_linear_kernel(
                 if HAS_BIAS:
                     acc_up += tl.load(bias_ptr + APART + rows).to(tl.float32)[:, None]
             y_at = y_ptr + tokens[None, :] * y_stride + rows[:, None]
+            if LEAVE:
+                y_at += split * n_tokens * y_stride
             mask = (local_rows < width)[:, None] & here[None, :]
             if ACT == 3:
                 if first < WIDTH0 + WIDTH1:  # v is not turned
@@ -232,7 +234,8 @@ def stream_linear_triton(
     Args:
         counter: [>= 1] int32, zero; of this launch alone until the next step.
         tiles: how to cut, default `find_tiles`.
-        out: where the result goes, rows contiguous; default a new tensor.
+        out: where the result goes, [T, out] with contiguous rows, or [split, T, out] contiguous,
+            float32, to leave the sums of each slice of `in` unadded; default a new tensor.
         cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
     """
     tokens, size_in = x.shape
@@ -251,16 +254,17 @@ def stream_linear_triton(
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
     count = sum(triton.cdiv(w, tiles.rows) for w in members)
     y = x.new_empty(tokens, 2 * rows if half else rows) if out is None else out
+    leave = y.dim() == 3
     _stream_linear_kernel[(grid.programs + count * tiles.split,)](
         x, weight, bias, bank_a, bank_b, y, cos_sin,
         gates, present, scratch.s(x.dtype, tokens, n_parts, experts * rank),
         scratch.partial, scratch.tickets, counter,
-        tokens, x.stride(0), y.stride(0), size_in, experts, n_parts, grid.slots, grid.slices,
+        tokens, x.stride(0), y.stride(-2), size_in, experts, n_parts, grid.slots, grid.slices,
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         PART0=parts[0], PART1=parts[1], PART2=parts[2],
         HAS_BIAS=bias is not None, ACT=act, HALF=half,
         EVEN=size_in % (tiles.cols * tiles.split) == 0,
-        SPLIT=tiles.split, BLOCK_T=block_t, BLOCK_R=grid.block_r,
+        SPLIT=tiles.split, LEAVE=leave, BLOCK_T=block_t, BLOCK_R=grid.block_r,
         BLOCK_ER=min(BLOCK_ER, max(16, triton.next_power_of_2(experts * rank))),
         RANK=rank, ROWS=tiles.rows, COLS=tiles.cols, STAGES=tiles.stages,
         SHRINK_COLS=shrink_cols, SHRINK_STAGES=SHRINK_STAGES,

@@ -33,7 +33,7 @@ from vllm_adafuse.kernels.pairs import (
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import MAX_SLICES, all_sums, is_last, leave_sums
 from vllm_adafuse.kernels.stream_linear import add_delta, load_b
-from vllm_adafuse.kernels.tiles import Tiles
+from vllm_adafuse.kernels.tiles import MAX_SPLIT, Tiles
 
 MAX_TILE_TOKENS = 128
 # Rows of W with which whole tiles are programs enough. To cut `in` as well costs more, in adding
@@ -71,6 +71,15 @@ def choose(tokens: int, activation: str, itemsize: int) -> Tiles:
     return Tiles(64, 64, 1, 4, 6, slices=2) if tokens > 32 else Tiles(64, 128, 1, 4, 4, slices=2)
 
 
+def choose_sliced(tokens: int, size_in: int, width: int, itemsize: int) -> Tiles:
+    """For a product of few rows, cut in slices of `in` that whoever reads it adds up."""
+    if itemsize > 2:
+        return Tiles(32, 32, 2, 4, 3)
+    rows = 64
+    split = min(MAX_SPLIT, max(1, triton.cdiv(128, triton.cdiv(width, rows))))
+    return Tiles(rows, 64, split, 4, 6 if tokens <= 64 else 5, slices=2)
+
+
 def block_er(block_t: int, act: int, ranks: int) -> int:
     """Ranks of a step of the expand: fewer where gate's and up's sums leave few registers."""
     most = BLOCK_ER // 2 if act and block_t > 64 else BLOCK_ER
@@ -85,7 +94,7 @@ def _tile_linear_kernel(
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
     PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr,
-    SLICES: tl.constexpr, RANK: tl.constexpr, EXPERTS: tl.constexpr,
+    SPLIT: tl.constexpr, SLICES: tl.constexpr, RANK: tl.constexpr, EXPERTS: tl.constexpr,
     SHRINK_TILES: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_ER: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
@@ -98,9 +107,9 @@ def _tile_linear_kernel(
     # Which tile of which part, or of A and which slice of `in`. With ACT a tile has both members of
     # its pairs: of gate and up, of first and second halves of heads.
     shrinks = pid < SHRINKS
-    tile = tl.where(shrinks, pid // SLICES, pid - SHRINKS)
-    slices = tl.where(shrinks, SLICES, 1)
-    slice_ = tl.where(shrinks, pid % SLICES, 0)
+    tile = tl.where(shrinks, pid // SLICES, (pid - SHRINKS) // SPLIT)
+    slices = tl.where(shrinks, SLICES, SPLIT)
+    slice_ = tl.where(shrinks, pid % SLICES, (pid - SHRINKS) % SPLIT)
     TALL: tl.constexpr = ROWS * (2 if ACT == 3 else 1)
     PARTED: tl.constexpr = ACT == 0 or ACT == 3
     TILES0: tl.constexpr = (WIDTH0 + TALL - 1) // TALL
@@ -171,7 +180,10 @@ def _tile_linear_kernel(
         present = tl.load(present_ptr)
         local_rows = start_row + tl.arange(0, ROWS)
         rows = first + tl.minimum(local_rows, width - 1)
-        if part >= 0:
+        adds = part >= 0
+        if SPLIT > 1:
+            adds = adds & (slice_ == 0)
+        if adds:
             b_at = b_ptr + (rows - skipped).to(tl.int64)[:, None] * size
             acc = add_delta(
                 acc, b_at, load_b(b_at, columns, size, present, RANK), present, s_ptr, counter_ptr,
@@ -190,6 +202,8 @@ def _tile_linear_kernel(
             if HAS_BIAS:
                 acc_up += tl.load(bias_ptr + APART + rows).to(tl.float32)[:, None]
         y_at = y_ptr + tokens[None, :] * y_stride + rows[:, None]
+        if SPLIT > 1:
+            y_at += slice_ * n_tokens * y_stride
         mask = (local_rows < width)[:, None] & here[None, :]
         if ACT == 3:
             if first < WIDTH0 + WIDTH1:  # v is not turned
@@ -217,6 +231,7 @@ def tile_linear_triton(
     widths: Sequence[int],
     activation: str = "",
     tiles: Tiles | None = None,
+    out: torch.Tensor | None = None,
     cos_sin: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One launch for up to 128 tokens; see `vllm_adafuse.kernels.linear.linear`.
@@ -224,7 +239,9 @@ def tile_linear_triton(
     Args:
         x, joint: as `can_tile` wants them.
         counter: [>= 1] int32, zero; of this launch alone until the next step.
-        tiles: how to cut, default `choose`; neither `split` nor `shrink_cols` is used.
+        tiles: how to cut, default `choose`; `shrink_cols` is not used, `split` with `out` only.
+        out: [split, T, out] contiguous, float32, to leave the sums of each slice of `in` unadded;
+            default a new tensor [T, out].
         cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
     """
     tokens, size_in = x.shape
@@ -241,18 +258,19 @@ def tile_linear_triton(
     shrink_tiles = triton.cdiv(ranks, cut.rows * (2 if act else 1))
     count = sum(triton.cdiv(w, cut.rows) for w in members)
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
-    y = x.new_empty(tokens, sum(members) * (2 if half else 1))
-    _tile_linear_kernel[(shrink_tiles * cut.slices + count,)](
+    y = x.new_empty(tokens, sum(members) * (2 if half else 1)) if out is None else out
+    split = 1 if out is None else cut.split
+    _tile_linear_kernel[(shrink_tiles * cut.slices + count * split,)](
         TensorDescriptor(x, list(x.shape), list(x.stride()), [block_t, cut.cols]),
         TensorDescriptor(joint, list(joint.shape), list(joint.stride()), [cut.rows, cut.cols]),
         bias, bank_b, y, cos_sin,
         gates, present, scratch.s(x.dtype, tokens, n_parts, experts * rank),
         scratch.partial, scratch.tickets, counter,
-        tokens, y.stride(0), size_in, n_parts,
+        tokens, y.stride(-2), size_in, n_parts,
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         PART0=parts[0], PART1=parts[1], PART2=parts[2],
-        HAS_BIAS=bias is not None, ACT=act, HALF=half, SLICES=cut.slices, RANK=rank,
-        EXPERTS=experts, SHRINK_TILES=shrink_tiles,
+        HAS_BIAS=bias is not None, ACT=act, HALF=half, SPLIT=split, SLICES=cut.slices,
+        RANK=rank, EXPERTS=experts, SHRINK_TILES=shrink_tiles,
         BLOCK_T=block_t, BLOCK_E=max(16, triton.next_power_of_2(experts)),
         BLOCK_ER=block_er(block_t, act, experts * rank),
         ROWS=cut.rows, COLS=cut.cols, STAGES=cut.stages,

@@ -53,6 +53,12 @@ def run(p, both, residual, weight, eps=1e-5, expand=True, **options):
     return residual_norm_triton(both, residual, weight, eps, p.bank_b, p.gates, expand, **options)
 
 
+def run_op(p, both, residual, weight):
+    return residual_norm(
+        both, residual, weight, 1e-5, p.bank_b, p.gates, p.present, p.scratch, p.x.shape[1]
+    )
+
+
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("name", SHAPES)
 def test_equals_float64(name, cut):
@@ -112,25 +118,37 @@ def test_a_token_does_not_see_its_company():
         assert torch.equal(a[5], b[5]) and not torch.equal(a[4], b[4])
 
 
-@pytest.mark.parametrize("tokens", [1, 32, 33, 70])
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("split", [1, 2, 4])
+def test_slices_are_added(split, cut):
+    p, both, residual, weight = make((5, 48, 100, 4, 2, 8))
+    slices = torch.randn(split, 5, 100, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    want = truth(p, slices.double().sum(0), residual, weight, 1e-5, expand=False)
+    both.fill_(float("nan"))
+    found = run(p, both, residual, weight, expand=False, slices=slices, blocks=CUTS[cut])
+    for out, exact in zip(found, want):
+        assert error(out, exact) <= 1e-5
+
+
+@pytest.mark.parametrize("tokens", [130, 150])
 def test_the_op_adds_what_is_missing(tokens):
     p, both, residual, weight = make((tokens, 32, 64, 4, 2, 4))
-    found = residual_norm(both, residual, weight, 1e-5, p.bank_b, p.gates, p.present)
-    for out, want in zip(found, truth(p, both, residual, weight, 1e-5, expand=tokens > 32)):
+    found = run_op(p, both, residual, weight)
+    for out, want in zip(found, truth(p, both, residual, weight, 1e-5)):
         assert error(out, want) <= 1e-5
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [20, 33, 128, 3000, 9000])
+@pytest.mark.parametrize("tokens", [129, 3000, 9000])
 def test_a_large_projection(tokens):
     p, both, residual, weight = make((tokens, 64, 4096, 8, 2, 16), torch.bfloat16)
-    found = residual_norm(both, residual, weight, 1e-5, p.bank_b, p.gates, p.present)
-    for out, exact in zip(found, truth(p, both, residual, weight, 1e-5, expand=tokens > 32)):
+    found = run_op(p, both, residual, weight)
+    for out, exact in zip(found, truth(p, both, residual, weight, 1e-5)):
         assert error(out, exact) <= 4e-3
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="checks the schema and fakes once")
 def test_schema_and_fake():
     p, both, residual, weight = make((40, 32, 64, 4, 2, 4))
-    flat = (both, residual, weight, 1e-5, p.bank_b, p.gates, p.present)
+    flat = (both, residual, weight, 1e-5, p.bank_b, p.gates, p.present, p.scratch.partial, 32)
     torch.library.opcheck(torch.ops.vllm_adafuse.residual_norm.default, flat)

@@ -32,6 +32,17 @@ def test_equals_float64(name, tiles):
     assert error(run(p, tiles=tiles), linear_truth(p)) <= 1e-5
 
 
+@pytest.mark.parametrize("name", ["one-token", "not-a-multiple", "slices", "hundred-tokens"])
+@pytest.mark.parametrize("split", [1, 2, 3])
+def test_slices_are_left_unadded(name, split):
+    p = make_problem(*SHAPES[name])
+    tokens, out = p.x.shape[0], sum(p.widths)
+    slices = p.scratch.slices(split, tokens, out)
+    run(p, tiles=Tiles(16, 32, split, slices=2), out=slices)
+    assert error(slices.sum(0), linear_truth(p)) <= 1e-5
+    assert split == 1 or error(slices[0], slices.sum(0).double()) > 0.1
+
+
 @pytest.mark.parametrize("parts", [[0, -1, 1], [-1, 0, -1], [0, 0, 0], [-1, -1, 0]])
 def test_parts_without_experts(parts):
     p = make_problem(4, 64, [40, 50, 30], 4, 2, 4, parts=parts, bias=True)

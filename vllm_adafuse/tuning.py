@@ -14,7 +14,8 @@ import torch
 import triton
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.kernels.linear import bank_a_of, scratch_sizes
+from vllm_adafuse.kernels.joint_linear import scratch_sizes
+from vllm_adafuse.kernels.linear import bank_a_of
 from vllm_adafuse.kernels.order_routes import Order, order_routes
 from vllm_adafuse.kernels.pairs import can_rotate
 from vllm_adafuse.kernels.scratch import Scratch

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
-from vllm_adafuse.kernels.joint_linear import joint_linear
+from vllm_adafuse.kernels import joint_linear
 from vllm_adafuse.kernels.linear import linear, scratch_sizes
 from vllm_adafuse.kernels.residual_norm import residual_norm
 from vllm_adafuse.kernels.sgmm import sgmm
@@ -151,6 +151,9 @@ class ExpertBank(torch.nn.Module):
         route: the step's static buffers.
         index: of the projection, its row in the route's counters.
         joint: W and A are to stand in one tensor; `join` says which W.
+
+    Attributes:
+        before_norm: `residual_norm` ends the projection.
     """
 
     def __init__(
@@ -165,6 +168,7 @@ class ExpertBank(torch.nn.Module):
     ):
         super().__init__()
         self.route, self.index = route, index
+        self.before_norm = False
         slices = slices_of(layer, parts)
         self.names, self.part_shards = slices.names, slices.part_shards
         self.parts, self.widths = slices.parts, slices.widths
@@ -208,7 +212,8 @@ class ExpertBank(torch.nn.Module):
             row += len(own)
 
     def scratch_sizes(self) -> tuple[int, int, int]:
-        return scratch_sizes(self.bank_a, sum(self.widths))
+        sizes = joint_linear.scratch_sizes if self.before_norm else scratch_sizes
+        return sizes(self.bank_a, sum(self.widths))
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """y + delta, in place. x: [T, in], y: [T, out] of this rank."""
@@ -237,7 +242,7 @@ class ExpertBank(torch.nn.Module):
     def joint_linear(self, x: torch.Tensor) -> torch.Tensor:
         """[W; A] x [T, out + E R], for `residual_norm`. Of a joined projection of one part."""
         route = self.route
-        return joint_linear(
+        return joint_linear.joint_linear(
             x, self.joint, self.bank_b, route.gates, route.present,
             route.counters, self.index, route.scratch,
         )  # fmt: skip
@@ -248,5 +253,6 @@ class ExpertBank(torch.nn.Module):
         """The norm of residual + projection + deltas, and that sum; both from `joint_linear`."""
         route = self.route
         return residual_norm(
-            both, residual, weight, eps, self.bank_b, route.gates, route.present
-        )
+            both, residual, weight, eps, self.bank_b, route.gates, route.present,
+            route.scratch, self.bank_a.shape[-1],
+        )  # fmt: skip

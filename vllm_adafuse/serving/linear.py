@@ -144,6 +144,7 @@ def wrap_linear(
         bank.rotary = rotary
         if behind is not None:
             behind.put(bank)
+            bank.before_norm = True
         layer.quant_method = FusedLinearMethod(layer.quant_method, activation, behind is not None)
     else:
         layer.quant_method = AdaFuseLinearMethod(layer.quant_method)

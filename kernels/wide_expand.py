@@ -1,0 +1,167 @@
+"""LoRA expand of long batches, with what follows the projection:
+
+    y[t, n] + Σ_e B[n, e] (gates[t, e] s[t, p(n), e])     p(n): the part that column n belongs to
+
+then gate_up's activation, or the rotary embedding of q and k (pairs.py). The same as `expand`, for
+thousands of tokens on Hopper and later, where it is bound by the traffic of y alone: a program
+keeps s of its tokens and walks along the columns, while the tensor memory accelerator brings the
+next tiles of y and of B, all experts in one product of up to 128 ranks, and takes the last results
+away. SGMM (AdaFuse, arXiv 2603.11873, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+from vllm_adafuse.kernels.blocks import BLOCK_ER, on_hopper
+from vllm_adafuse.kernels.expand import _load_s
+from vllm_adafuse.kernels.pairs import ACTIVATIONS, ROTARY, activate, is_gate_up, rotate
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def _wide_expand_kernel(
+    y_desc, b_desc, out_desc, s_ptr, gates_ptr, cos_sin_ptr,
+    n_tokens, s_stride, n_experts,
+    TILES0: tl.constexpr, TILES1: tl.constexpr, TILES2: tl.constexpr,
+    ACT: tl.constexpr, APART: tl.constexpr,
+    RANK: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr, COLS: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    # A group is LOOP tiles of one part; a tile has both members of its pairs.
+    WIDE: tl.constexpr = COLS * (2 if ACT == 3 else 1)
+    GROUPS0: tl.constexpr = (TILES0 + LOOP - 1) // LOOP
+    GROUPS01: tl.constexpr = GROUPS0 + (TILES1 + LOOP - 1) // LOOP
+    group, first_token = tl.program_id(0), tl.program_id(1) * BLOCK_T
+    second, third = group >= GROUPS0, group >= GROUPS01
+    part = second.to(tl.int32) + third.to(tl.int32)
+    group -= tl.where(third, GROUPS01, tl.where(second, GROUPS0, 0))
+    tiles = tl.where(third, TILES2, tl.where(second, TILES1, TILES0))
+    offset = tl.where(third, TILES0 + TILES1, tl.where(second, TILES0, 0)) * WIDE
+    rows = first_token + tl.arange(0, BLOCK_T)
+    here = rows < n_tokens
+    size = n_experts * RANK
+    s_at = s_ptr + rows.to(tl.int64) * s_stride + part * size
+    s = _load_s(s_at, gates_ptr, rows, 0, here, n_experts, 0, RANK, True, EVEN_K,
+                BLOCK_T, BLOCK_E, RANK)  # fmt: skip
+    s_up = s
+    if ACT == 1 or ACT == 2:
+        s_up = _load_s(s_at + size, gates_ptr, rows, 0, here, n_experts, 0, RANK, True, EVEN_K,
+                       BLOCK_T, BLOCK_E, RANK)  # fmt: skip
+    if ACT == 3:  # a tile is a whole head, so all of a program's turn alike
+        turn = cos_sin_ptr + rows[:, None] * (2 * COLS) + tl.arange(0, COLS)[None, :]
+        cos = tl.load(turn, mask=here[:, None], other=0.0)
+        sin = tl.load(turn + COLS, mask=here[:, None], other=0.0)
+        if part == 2:  # v is not turned
+            cos, sin = tl.full(cos.shape, 1.0, cos.dtype), tl.full(sin.shape, 0.0, sin.dtype)
+    last = tl.minimum((group + 1) * LOOP, tiles)
+    for tile in tl.range(group * LOOP, last, num_stages=STAGES):
+        column = offset + tile * WIDE
+        b = b_desc.load([column, 0])
+        y = y_desc.load([first_token, column]).to(tl.float32)
+        y = tl.dot(s, b.T, y, input_precision="ieee")
+        if ACT != 0:
+            b_up = b_desc.load([column + APART, 0])
+            up = y_desc.load([first_token, column + APART]).to(tl.float32)
+            up = tl.dot(s_up, b_up.T, up, input_precision="ieee")
+            if ACT == 3:
+                y, up = rotate(y, up, cos.to(tl.float32), sin.to(tl.float32))
+                out_desc.store([first_token, column + APART], up.to(out_desc.dtype))
+            else:
+                y = activate(y, up, ACT)
+        out_desc.store([first_token, column], y.to(out_desc.dtype))
+
+
+@dataclass(frozen=True)
+class WideBlocks:
+    """How it is cut.
+
+    Attributes:
+        tokens, columns: of a tile.
+        loop: tiles of a program, side by side.
+        warps: of a program.
+        stages: tiles under way.
+    """
+
+    tokens: int = 128
+    columns: int = 64
+    loop: int = 16
+    warps: int = 8
+    stages: int = 3
+
+
+def can_widen(
+    y: torch.Tensor, bank_b: torch.Tensor, parts: Sequence[int], widths: Sequence[int],
+    activation: str, half: int = 0,
+) -> bool:  # fmt: skip
+    """Whether this kernel can take a product: its experts fit one product, every part has some,
+    columns come in whole tiles, and the accelerator can read everything."""
+    _, experts, rank = bank_b.shape
+    if not on_hopper(y) or y.element_size() != 2 or list(parts) != list(range(len(widths))):
+        return False
+    columns = half or 64
+    if columns > 64:
+        return False
+    if rank < 16 or rank & (rank - 1) or triton.next_power_of_2(experts) * rank > BLOCK_ER:
+        return False
+    if any(width % (columns * (2 if half else 1)) for width in widths):
+        return False
+    return y.stride(1) == 1 and y.stride(0) % 8 == 0 and experts * rank % 8 == 0
+
+
+def wide_expand_triton(
+    y: torch.Tensor,
+    s: torch.Tensor,
+    bank_b: torch.Tensor,
+    gates: torch.Tensor,
+    widths: Sequence[int],
+    activation: str = "",
+    blocks: WideBlocks | None = None,
+    cos_sin: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One launch; for what `can_widen` holds.
+
+    Args:
+        y: [T, out], W x; overwritten where no gate_up follows.
+        s: [T, P E R], A x of all experts, not yet weighted; rows contiguous.
+        bank_b: [out, E, R], dtype of y.
+        gates: [N, E] float32, N >= T.
+        widths: columns of each part.
+        activation: "", "silu", "gelu_tanh", or "rotary" of q, k, v.
+        blocks: how to cut, default `WideBlocks`.
+        cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
+
+    Returns:
+        [T, out], which is y, or [T, I] after silu or gelu_tanh.
+    """
+    tokens, out = y.shape
+    _, experts, rank = bank_b.shape
+    act, cut = ACTIVATIONS.index(activation), blocks or WideBlocks()
+    half = cos_sin.shape[1] // 2 if act == ROTARY else 0
+    columns = half or cut.columns
+    gate_up = is_gate_up(activation)
+    result = y.new_empty(tokens, widths[0]) if gate_up else y
+    tiled = [w // (2 if half else 1) for w in (widths[:1] if gate_up else widths)]
+    tiles = [w // columns for w in tiled] + [0, 0]
+    groups = sum(triton.cdiv(n, cut.loop) for n in tiles)
+    flat_b, block = bank_b.view(out, experts * rank), [cut.tokens, columns]
+    block_e = triton.next_power_of_2(experts)
+    _wide_expand_kernel[(groups, triton.cdiv(tokens, cut.tokens))](
+        TensorDescriptor(y, list(y.shape), list(y.stride()), block),
+        TensorDescriptor(
+            flat_b, list(flat_b.shape), list(flat_b.stride()), [columns, block_e * rank]
+        ),
+        TensorDescriptor(result, list(result.shape), list(result.stride()), block),
+        s, gates, cos_sin,
+        tokens, s.stride(0), experts,
+        TILES0=tiles[0], TILES1=tiles[1], TILES2=tiles[2],
+        ACT=act, APART=half or widths[0], RANK=rank,
+        EVEN_K=experts == block_e, BLOCK_E=block_e,
+        BLOCK_T=cut.tokens, COLS=columns, LOOP=cut.loop, STAGES=cut.stages,
+        num_warps=cut.warps,
+    )  # fmt: skip
+    return result

@@ -1,0 +1,36 @@
+"""Expand of long batches, against float64."""
+
+import pytest
+import torch
+from ops import DEVICE, error, linear_truth, make_problem
+from vllm_adafuse.kernels.pairs import rotate_torch
+from vllm_adafuse.kernels.wide_expand import WideBlocks, wide_expand_triton
+
+SHAPES = {  # tokens, in, widths, experts, k, rank
+    "one-part": (70, 48, [128], 4, 2, 16, ""),
+    "three-parts": (33, 32, [192, 64, 64], 3, 2, 16, ""),
+    "gate-up": (40, 48, [192, 192], 8, 2, 16, "silu"),
+    "gelu": (16, 32, [64, 64], 2, 1, 32, "gelu_tanh"),
+    "rotary": (37, 32, [128, 64, 64], 4, 2, 16, "rotary"),
+    "one-expert": (17, 32, [128], 1, 1, 64, ""),
+}
+
+
+def run(p, activation, cos_sin=None, blocks=None):
+    x = p.x.double()
+    y = (x @ p.weight.double().T).to(p.x.dtype)
+    s = (x @ p.bank_a.flatten(0, 2).double().T).to(p.x.dtype)
+    return wide_expand_triton(y, s, p.bank_b, p.gates, p.widths, activation, blocks, cos_sin)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_equals_float64(name):
+    *shape, activation = SHAPES[name]
+    p = make_problem(*shape)
+    cos_sin = None
+    want = linear_truth(p, "" if activation == "rotary" else activation)
+    if activation == "rotary":
+        cos_sin = torch.randn(50, 64, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+        want = rotate_torch(want, cos_sin.double(), p.widths[0] + p.widths[1])
+    found = run(p, activation, cos_sin, WideBlocks(16, 32, 2, 4, 2))
+    assert error(found, want) <= 1e-5
