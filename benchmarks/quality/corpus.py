@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.quality.sizes import Size
+from benchmarks.quality.sizes import MIB, Size
 
 SUFFIXES = {
     "python": {".py", ".pyi"},
     "c": {".h", ".hpp", ".hh", ".cuh", ".c", ".cc", ".cpp", ".cu", ".inl"},
     "prose": {".txt", ".rst", ".md"},
-    "html": {".html", ".htm", ".xml", ".svg", ".css", ".js"},
+    "html": {".html", ".htm", ".xhtml", ".xml", ".svg", ".css", ".js", ".mjs"},
     "json": {".json", ".jsonl", ".ipynb"},
 }
 PROSE_NAMES = {"METADATA", "README", "LICENSE", "LICENCE", "COPYING", "NOTICE", "copyright"}
@@ -30,6 +30,9 @@ DOMAINS = tuple(SUFFIXES)
 PRETRAIN_SHARES = {"python": 0.70, "prose": 0.24, "c": 0.02, "html": 0.02, "json": 0.02}
 SPLITS = ("pretrain", "adapt", "valid", "held")
 SMALLEST, LARGEST = 400, 200_000  # bytes; longer files are cut
+LARGEST_SCARCE = 4_000_000  # in domains of which a machine has little
+MIN_FILES = 20  # of a domain, as far as cutting them achieves it
+SKIPPED = {"__pycache__", ".git", "node_modules", "proc", "sys"}
 NEAR_COPY = 0.5  # share of a file's lines that stand in training files
 
 
@@ -41,18 +44,24 @@ class Corpus:
         texts: (domain, split) -> texts.
         counts: domain -> split -> {"files", "bytes"}.
         fingerprint: of all contents.
+        notes: what the machine has little of, in words.
     """
 
     texts: dict[tuple[str, str], list[str]]
     counts: dict[str, dict[str, dict[str, int]]]
     fingerprint: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def domains(self) -> list[str]:
+        return list(self.counts)
 
 
 def default_roots() -> list[Path]:
     """Folders that usually hold text: Python's library and packages, headers, documentation."""
     paths = {sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib")}
     paths |= {p for p in sys.path if p.endswith(("site-packages", "dist-packages", "site"))}
-    paths |= {"/usr/include", "/usr/share", "/usr/local/cuda/include", "/usr/lib/python3"}
+    paths |= {"/usr/include", "/usr/share", "/usr/lib", "/usr/local", "/opt"}
     roots = sorted({Path(p).resolve() for p in paths if Path(p).is_dir()})
     return [r for r in roots if not any(o != r and o in r.parents for o in roots)]
 
@@ -70,7 +79,7 @@ def _files(roots: list[Path]) -> Iterator[tuple[str, bytes, str]]:
     wherever the roots lie."""
     for root in roots:
         for folder, folders, names in os.walk(root):
-            folders.sort()
+            folders[:] = sorted(f for f in folders if f not in SKIPPED)
             for name in sorted(names):
                 if domain := _domain(name):
                     path = os.path.join(folder, name)
@@ -78,13 +87,13 @@ def _files(roots: list[Path]) -> Iterator[tuple[str, bytes, str]]:
                     yield domain, key, path
 
 
-def _read(path: str) -> str | None:
+def _read(path: str, largest: int = LARGEST) -> str | None:
     """A file's text; None if it is no plain UTF-8 text of a useful length."""
     try:
         if not os.path.isfile(path) or os.path.getsize(path) < SMALLEST:
             return None
         with open(path, "rb") as file:
-            raw = file.read(LARGEST)
+            raw = file.read(largest)
     except OSError:  # unreadable: another user's file
         return None
     text = raw.decode("utf-8", "ignore")
@@ -103,7 +112,8 @@ def gather(size: Size, roots: list[Path] | None = None) -> Corpus:
         roots: folders to search; default `default_roots()`.
 
     Raises:
-        ValueError: a domain has too little text.
+        ValueError: fewer than two domains have text for every split; where two have it, the
+            others are left out, with a note.
     """
     wanted = {
         domain: size.pretrain_bytes * PRETRAIN_SHARES[domain]
@@ -114,37 +124,51 @@ def gather(size: Size, roots: list[Path] | None = None) -> Corpus:
     for domain, key, path in _files(roots or default_roots()):
         paths[domain].append((key, path))
     found: dict[str, list[tuple[str, str]]] = {}
-    for domain, names in paths.items():
-        seen: dict[str, str] = {}
-        total = 0
-        for _, name in sorted(names):  # any part of the machine
-            if total >= wanted[domain]:
-                break
-            if (text := _read(name)) is not None:
-                key = hashlib.sha256(text.encode()).hexdigest()
-                total += 0 if key in seen else len(text.encode())
-                seen[key] = text
-        found[domain] = sorted(seen.items())
     texts: dict[tuple[str, str], list[str]] = {}
-    for domain, files in found.items():
-        texts |= _split(domain, files, size)
-    counts = {
-        domain: {
-            split: {
-                "files": len(texts[domain, split]),
-                "bytes": sum(len(t.encode()) for t in texts[domain, split]),
-            }
-            for split in SPLITS
-        }
-        for domain in DOMAINS
-    }
-    poor = [f"{d}/{s}" for d in DOMAINS for s in SPLITS[1:] if not counts[d][s]["files"]]
-    if poor:
+    counts: dict[str, dict[str, dict[str, int]]] = {}
+    notes, poor = [], []
+    for domain, names in paths.items():
+        files = _texts(names, wanted[domain], min(LARGEST, int(wanted[domain] / MIN_FILES)))
+        if sum(len(text) for _, text in files) < wanted[domain]:
+            files = _texts(names, wanted[domain], LARGEST_SCARCE)
+        split = _split(domain, files, size)
+        lacking = [f"{domain}/{s}" for s in SPLITS[1:] if not split[domain, s]]
+        total = sum(len(text.encode()) for _, text in files)
+        if lacking:
+            poor += lacking
+            notes.append(f"{domain} is left out: {len(files)} files of {total / MIB:.2f} MiB")
+            continue
+        if total < 0.9 * wanted[domain]:
+            notes.append(f"{domain} is scarce: {total / MIB:.1f} MiB in {len(files)} files, "
+                         f"{wanted[domain] / MIB:.1f} wanted; its parts are smaller")  # fmt: skip
+        found[domain] = files
+        texts |= split
+        counts[domain] = {
+            s: {"files": len(split[domain, s]),
+                "bytes": sum(len(t.encode()) for t in split[domain, s])}
+            for s in SPLITS
+        }  # fmt: skip
+    if len(found) < 2:  # experts have nothing to be experts of
         raise ValueError(
             f"too little text on this machine for {', '.join(poor)}; name more --roots"
         )
     digest = hashlib.sha256("".join(k for files in found.values() for k, _ in files).encode())
-    return Corpus(texts, counts, digest.hexdigest()[:16])
+    return Corpus(texts, counts, digest.hexdigest()[:16], tuple(notes))
+
+
+def _texts(names: list[tuple[bytes, str]], wanted: float, largest: int) -> list[tuple[str, str]]:
+    """(hash, text) of files of any part of the machine, each text once, sorted by hash."""
+    seen: dict[str, str] = {}
+    total = 0
+    for _, name in sorted(names):
+        if total >= wanted:
+            break
+        if (text := _read(name, largest)) is not None:
+            raw = text.encode()
+            key = hashlib.sha256(raw).hexdigest()
+            total += 0 if key in seen else len(raw)
+            seen[key] = text
+    return sorted(seen.items())
 
 
 def _split(domain: str, files: list[tuple[str, str]], size: Size) -> dict[tuple[str, str], list]:
@@ -162,7 +186,9 @@ def _split(domain: str, files: list[tuple[str, str]], size: Size) -> dict[tuple[
         if used >= rooms[order[0]] and len(order) > 1:
             order.pop(0)
             used = 0.0
-        if used < rooms[order[0]]:
+        if used < (room := rooms[order[0]]):
+            if order[0] in ("held", "valid"):  # no judging by a single long file
+                text = text[: max(SMALLEST, int(room / 8))]
             made[order[0]].append(text)
             used += len(text.encode())
     known: set[int] = set()

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.quality.corpus import DOMAINS, PRETRAIN_SHARES, gather
+from benchmarks.quality.corpus import PRETRAIN_SHARES, gather
 from benchmarks.quality.sizes import Size
 
 SPECIAL = ["<|bos|>", "<|eos|>", "<|pad|>"]
 TOKENIZER_BYTES = 24 << 20
 CORPUS_FILE, TOKENS_FILE = "corpus.json", "tokens.npz"
+EPOCHS = 4  # a domain with little text is not read more often than this in pretraining
 
 
 def train_tokenizer(texts: list[str], vocab: int, path: Path) -> None:
@@ -42,11 +43,13 @@ def prepare(size: Size, work: Path, roots: list[Path] | None) -> None:
     from transformers import AutoTokenizer
 
     corpus = gather(size, roots)
+    for line in corpus.notes:
+        print(f"  {line}", flush=True)
     sample: list[str] = []
-    for domain in DOMAINS:  # equal shares: rare domains are not cut into bytes
+    for domain in corpus.domains:  # equal shares: rare domains are not cut into bytes
         used = 0
         for text in corpus.texts[domain, "adapt"] + corpus.texts[domain, "pretrain"]:
-            if used >= min(TOKENIZER_BYTES, size.pretrain_bytes) / len(DOMAINS):
+            if used >= min(TOKENIZER_BYTES, size.pretrain_bytes) / len(corpus.domains):
                 break
             sample.append(text)
             used += len(text)
@@ -56,32 +59,55 @@ def prepare(size: Size, work: Path, roots: list[Path] | None) -> None:
     for (domain, split), texts in corpus.texts.items():
         ids = [tokenizer.bos_token_id]
         for start in range(0, len(texts), 1000):
-            for row in tokenizer(texts[start : start + 1000])["input_ids"]:
-                ids += [*row, tokenizer.eos_token_id]
+            rows = tokenizer.backend_tokenizer.encode_batch(
+                texts[start : start + 1000], add_special_tokens=False
+            )
+            for row in rows:
+                ids += [*row.ids, tokenizer.eos_token_id]
         arrays[f"{domain}/{split}"] = np.array(ids, dtype=np.uint16)
         corpus.counts[domain][split]["tokens"] = len(ids)
     np.savez(work / TOKENS_FILE, **arrays)
-    content = {"counts": corpus.counts, "fingerprint": corpus.fingerprint}
+    content = {
+        "counts": corpus.counts, "fingerprint": corpus.fingerprint, "notes": list(corpus.notes),
+    }  # fmt: skip
     (work / CORPUS_FILE).write_text(json.dumps(content, indent=1))
 
 
+class _Tokens(dict):
+    """(domain, split) -> int32 [tokens], read when first asked for."""
+
+    def __init__(self, file: Path):
+        super().__init__()
+        self.file = file
+
+    def __missing__(self, key: tuple[str, str]) -> torch.Tensor:
+        with np.load(self.file) as arrays:
+            self[key] = torch.from_numpy(arrays["/".join(key)].astype(np.int32))
+        return self[key]
+
+
 class Data:
-    """The tokens of the work folder, as blocks."""
+    """The tokens of the work folder, as blocks.
+
+    Attributes:
+        size: of the experiment.
+        info: corpus.json.
+        domains: that the machine has text of.
+        tokens: (domain, split) -> int32 [tokens].
+    """
 
     def __init__(self, size: Size, work: Path):
         self.size = size
         self.info = json.loads((work / CORPUS_FILE).read_text())
-        with np.load(work / TOKENS_FILE) as arrays:
-            self.tokens = {
-                tuple(name.split("/")): torch.from_numpy(arrays[name].astype(np.int64))
-                for name in arrays.files
-            }
+        self.domains = list(self.info["counts"])
+        self.tokens = _Tokens(work / TOKENS_FILE)
+        self._shares: dict[str, float] | None = None
 
     def _windows(self, domain: str, split: str, count: int, rng: torch.Generator) -> torch.Tensor:
         tokens, length = self.tokens[domain, split], self.size.length
         starts = torch.randint(0, max(1, len(tokens) - length), (count,), generator=rng)
         tokens = tokens if len(tokens) >= length else tokens.repeat(length // len(tokens) + 1)
-        return tokens[starts[:, None] + torch.arange(length)]
+        return tokens[starts[:, None] + torch.arange(length)].long()
 
     def batch(
         self, split: str, count: int, rng: torch.Generator, shares: dict[str, float] | None = None
@@ -94,22 +120,30 @@ class Data:
             rng: decides all.
             shares: of the domains; default equal.
         """
-        weights = torch.tensor([(shares or dict.fromkeys(DOMAINS, 1.0))[d] for d in DOMAINS])
+        weights = torch.tensor([shares[d] if shares else 1.0 for d in self.domains])
         picked = torch.multinomial(weights, count, replacement=True, generator=rng)
         rows = [
             self._windows(domain, split, n, rng)
-            for i, domain in enumerate(DOMAINS)
+            for i, domain in enumerate(self.domains)
             if (n := int((picked == i).sum()))
         ]
         return torch.cat(rows)
 
     def pretraining(self, rng: torch.Generator) -> torch.Tensor:
-        """A batch for the backbone; domains without pretraining text are left out."""
-        shares = {
-            d: share if len(self.tokens[d, "pretrain"]) > self.size.length else 0.0
-            for d, share in PRETRAIN_SHARES.items()
-        }
-        return self.batch("pretrain", self.size.pretrain_batch, rng, shares)
+        """A batch for the backbone; a domain gets what its text carries for EPOCHS."""
+        if self._shares is None:
+            steps = self.size.pretrain_steps * self.size.pretrain_batch * self.size.length
+            counts = {d: self.info["counts"][d]["pretrain"]["tokens"] for d in self.domains}
+            self._shares = {
+                d: min(PRETRAIN_SHARES[d], EPOCHS * n / steps) if n > self.size.length else 0.0
+                for d, n in counts.items()
+            }
+            if not any(self._shares.values()):
+                raise ValueError(
+                    f"no domain has more than {self.size.length} tokens to pretrain on; name more "
+                    "--roots"
+                )
+        return self.batch("pretrain", self.size.pretrain_batch, rng, self._shares)
 
     def judged(self, domain: str, split: str = "held") -> torch.Tensor:
         """A domain's text in blocks that do not overlap, from all over it, [N, length]."""
@@ -118,4 +152,4 @@ class Data:
             tokens = tokens.repeat(length // len(tokens) + 1)
         blocks = tokens[: len(tokens) // length * length].view(-1, length)
         count = min(self.size.judge_blocks, len(blocks))
-        return blocks[torch.linspace(0, len(blocks) - 1, count).long()]
+        return blocks[torch.linspace(0, len(blocks) - 1, count).long()].long()

@@ -2,6 +2,7 @@
 
     python -m benchmarks.quality.demo --steps 800       minutes on a CPU
     python -m benchmarks.quality.demo --steps 20000     minutes on a GPU, and it speaks better
+    python -m benchmarks.quality.demo --steps 6000 --batch 128      as much text, sooner on a GPU
 
 A Llama of 1.6 million parameters learns Python and prose; a mixture of four experts is trained on
 both, and each expert is named after what it is used for. Files: `vllm_adafuse/demo_model`, at most
@@ -29,7 +30,7 @@ from vllm_adafuse.training.watch import count_experts
 
 from benchmarks.quality.data import Data, prepare
 from benchmarks.quality.sizes import MIB, Size
-from benchmarks.quality.train import DEVICE, autocast, fit, generator, judge, pretrain
+from benchmarks.quality.train import DEVICE, fit, generator, judge, lighten, pretrain
 
 OUT = Path(__file__).parents[2] / "vllm_adafuse" / "demo_model"
 LIMIT = 4 * MIB
@@ -40,7 +41,7 @@ SIZE = Size(
     hidden=160, layers=4, heads=5, inter=432, vocab=2048, length=128,
     pretrain_bytes=48 * MIB, adapt_bytes=2 * MIB, valid_bytes=MIB // 16, held_bytes=MIB // 8,
     pretrain_steps=800, pretrain_batch=32, pretrain_lr=4e-3, steps=200, batch=16, r=4, experts=4,
-    rates=(4e-3,), full_rate=0.25, seeds=(0,), judge_blocks=64,
+    choices=((4e-3, 1.0),), full_rate=0.25, seeds=(0,), judge_blocks=64,
 )  # fmt: skip
 
 
@@ -97,21 +98,21 @@ def train_adapter(base: Path, data: Data, out: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     size, rng = data.size, generator(0)
-    backbone = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(DEVICE)
+    backbone = lighten(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(DEVICE)
+    )
     config = MixtureConfig(num_experts=size.experts, top_k=2, r=size.r, balance_coef=1e-3)
     model = AdaFuseModel.from_backbone(backbone, config, "../backbone")
     with model.disabled():
         before = judge(model, data)["domains"]
     start_router(model, data)
     fit(model, model.trainable(), lambda: data.batch("adapt", size.batch, rng, SHARES),
-        size.steps, size.rates[0], 0.0)  # fmt: skip
+        size.steps, size.choices[0][0], 0.0)  # fmt: skip
     after = judge(model, data)["domains"]
     domains = [d for d, share in SHARES.items() if share]
-    with autocast():
-        usage = {
-            d: count_experts(model, data.judged(d).split(size.batch)).mean(0).tolist()
-            for d in domains
-        }
+    usage = {
+        d: count_experts(model, data.judged(d).split(size.batch)).mean(0).tolist() for d in domains
+    }
     model.adapter_config["expert_names"] = name_experts(usage)
     model.save_pretrained(out, torch.bfloat16)
     perplexity = {
@@ -121,8 +122,16 @@ def train_adapter(base: Path, data: Data, out: Path) -> dict[str, Any]:
     return {"held_out_perplexity": perplexity, "usage": usage}
 
 
-def make(out: Path, size: Size, roots: list[Path] | None = None) -> dict[str, Any]:
+def make(
+    out: Path, size: Size, roots: list[Path] | None = None, seconds: float | None = None
+) -> dict[str, Any]:
     """Trains and writes the two directories; returns what `made_with.json` says.
+
+    Args:
+        out: is written anew.
+        size: of backbone and training.
+        roots: folders to take text from.
+        seconds: for pretraining; the adapter's steps are cut in the same measure.
 
     Raises:
         ValueError: the files are larger than LIMIT.
@@ -133,7 +142,10 @@ def make(out: Path, size: Size, roots: list[Path] | None = None) -> dict[str, An
         prepare(size, work, roots)
         data = CodeAndProse(size, work)
         print("pretraining the backbone", flush=True)
-        pretrain(size, data, work)
+        pretrain(size, data, work, seconds)
+        made = json.loads((work / "base.json").read_text())["steps"]
+        steps = max(1, size.steps * made // size.pretrain_steps)
+        data.size = size = dataclasses.replace(size, pretrain_steps=made, steps=steps)
         halve(work / "base")
         if out.exists():
             shutil.rmtree(out)
@@ -160,12 +172,19 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, default=800, help="of pretraining; a quarter for "
                         "the adapter (default 800)")  # fmt: skip
+    parser.add_argument("--batch", type=int, default=SIZE.pretrain_batch,
+                        help="blocks of a step; half for the adapter (default %(default)s)")
+    parser.add_argument("--minutes", type=float, default=1e6,
+                        help="of pretraining; fewer steps are made where these do not suffice")
     parser.add_argument("--out", type=Path, default=OUT, help="the directory to write anew")
     parser.add_argument("--roots", type=lambda t: [Path(p) for p in t.split(",")],
                         help="folders to take text from")  # fmt: skip
     args = parser.parse_args()
-    size = dataclasses.replace(SIZE, pretrain_steps=args.steps, steps=max(1, args.steps // 4))
-    about = make(args.out, size, args.roots)
+    size = dataclasses.replace(
+        SIZE, pretrain_steps=args.steps, pretrain_batch=args.batch,
+        steps=max(1, args.steps // 4), batch=max(1, args.batch // 2),
+    )  # fmt: skip
+    about = make(args.out, size, args.roots, 60 * args.minutes)
     print(json.dumps({k: about[k] for k in ("held_out_perplexity", "usage")}, indent=1))
     return 0
 

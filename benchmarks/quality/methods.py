@@ -20,6 +20,8 @@ class Method:
         mixture: None trains all weights.
         teacher: the layer-wise method that is distilled, if any.
         tune_experts: distilling trains the experts too.
+        main: the comparison needs it; others are trained last, and dropped first where time is
+            limited.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Method:
     mixture: MixtureConfig | None = None
     teacher: str | None = None
     tune_experts: bool = False
+    main: bool = True
 
     @property
     def active_rank(self) -> int | None:
@@ -41,7 +44,7 @@ class Method:
 
 
 def methods(size: Size) -> dict[str, Method]:
-    """All methods of the experiment, in the order in which they run: teachers first."""
+    """All methods of the experiment, as tables list them."""
     r, experts = size.r, size.experts
 
     def mixture(k: int = 2, **options) -> MixtureConfig:
@@ -56,18 +59,19 @@ def methods(size: Size) -> dict[str, Method]:
     # Fewer routers to imitate than with one per linear, and as good a teacher.
     teacher = "layerwise-block"
     made = [
-        Method("full", "all weights", "all weights"),
+        Method("full", "all weights", "all weights", main=False),
         Method("lora-active", f"LoRA, r = {2 * r}", "static", static(2 * r)),
-        Method("lora-total", f"LoRA, r = {experts * r}", "static", static(experts * r)),
+        Method("lora-total", f"LoRA, r = {experts * r}", "static", static(experts * r),
+               main=False),
         Method("layerwise-linear", "layer-wise, per linear", "layer-wise", linear),
         Method("layerwise-block", "layer-wise, per block", "layer-wise", block),
         Method("adafuse-k1", "AdaFuse, k = 1", "pre-gated", mixture(1)),
         Method("adafuse-k2", "AdaFuse, k = 2", "pre-gated", mixture(2)),
         Method("adafuse-k4", "AdaFuse, k = 4", "pre-gated", mixture(4)),
         *(Method(f"context-{m}", f"AdaFuse, decides at layer {m}", "pre-gated",
-                 mixture(router_layer=m)) for m in contexts),
+                 mixture(router_layer=m), main=m == contexts[-1]) for m in contexts),
         Method("distilled", "AdaFuse, distilled, experts kept", "pre-gated", mixture(),
-               teacher),
+               teacher, main=False),
         Method("distilled-tuned", "AdaFuse, distilled, experts tuned", "pre-gated", mixture(),
                teacher, True),
     ]  # fmt: skip

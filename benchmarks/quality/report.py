@@ -18,7 +18,7 @@ HEAD = """\
 Written by `python -m benchmarks.quality --report` from a file in `benchmarks/quality/results/`; do
 not edit. The file was made by one command, which pretrains a small Llama on text that machines
 carry, adapts it by every method and judges on files that no training saw:
-`python -m benchmarks.quality --size full --work /tmp/quality --jobs 4 --speed`
+`python -m benchmarks.quality --size full --work /tmp/quality --jobs 8 --minutes 15 --speed`
 """
 COLOURS = {"all weights": "black", "static": "tab:gray", "layer-wise": "tab:orange",
            "pre-gated": "tab:blue"}  # fmt: skip
@@ -64,11 +64,15 @@ class Result:
         timed = {r["method"]: r["decode"] for r in rows if r.get("what") == "speed"}
         speed = {name: figures for name, figures in timed.items() if "error" not in figures}
         self.not_timed = {n: f["error"] for n, f in timed.items() if "error" in f}
-        self.methods = [
+        every = [
             Scores(r, [x for x in rows if x.get("what") == "run" and x["method"] == r["method"]],
                    speed.get(r["method"], {}))
             for r in rows if r.get("what") == "method"
         ]  # fmt: skip
+        self.methods = [m for m in every if m.runs]
+        self.missing = [m.label for m in every if not m.runs]
+        self.seeds = max((len(m.runs) for m in self.methods), default=0)
+        self.failed = {r["task"]: r["error"] for r in rows if r.get("what") == "failed"}
         self.domains = list(self.corpus["counts"])
 
     def best(self, group: str) -> Scores | None:
@@ -103,6 +107,8 @@ def verdict(result: Result) -> str:
     """What the table says, in sentences made from it."""
     ours, layer_wise = result.best("pre-gated"), result.best("layer-wise")
     lines = []
+    if not result.methods:
+        return "Nothing was trained yet.\n"
     if ours and layer_wise:
         gap = ours.perplexity() / layer_wise.perplexity() - 1
         met = "met" if gap <= NEAR else "not met"
@@ -110,13 +116,15 @@ def verdict(result: Result) -> str:
             f"{_against('the best layer-wise mixture', ours, layer_wise)} "
             f"The aim, at most {100 * NEAR:g} % higher, is **{met}**."
         )
+    plain, same = result.of("adafuse-k2"), result.best("layer-wise")
+    if plain and same and plain is not ours:
+        lines.append(_against("the best layer-wise mixture, at the same rank at work", plain, same))
     for name, text in (("lora-active", "static LoRA of the same active rank"),
                        ("lora-total", "static LoRA of the same total rank")):  # fmt: skip
         if ours and (other := result.of(name)):
             better = "better" if ours.perplexity() < other.perplexity() else "not better"
             lines.append(f"{_against(text, ours, other)} It is **{better}**.")
     contexts = [m for m in result.methods if m.about["method"].startswith("context-")]
-    plain = result.of("adafuse-k2")
     if contexts and plain:
         best = min(contexts, key=Scores.perplexity)
         lines.append(_against("the plain one, which sees no context", best, plain))
@@ -137,7 +145,8 @@ def main_table(result: Result) -> str:
     for m in result.methods:
         about = m.about
         ranks = f"{about['active_rank']} / {about['total_rank']}" if about["active_rank"] else ""
-        cells = [m.label, ranks, f"{m.runs[0]['trained']:,}", _spread(m.perplexities()),
+        few = f" ({len(m.runs)} of {result.seeds} seeds)" if len(m.runs) < result.seeds else ""
+        cells = [m.label + few, ranks, f"{m.runs[0]['trained']:,}", _spread(m.perplexities()),
                  f"{100 * m.accuracy():.2f} %"]  # fmt: skip
         cells += [f"{m.perplexity(d):.3f}" for d in result.domains]
         for batch in batches:
@@ -164,10 +173,12 @@ def distil_table(result: Result) -> str:
 def training_table(result: Result) -> str:
     rows = [
         [m.label, f"{m.runs[0]['lr']:g}",
+         f"{m.runs[0]['lr'] * m.runs[0]['router_rate']:g}" if "usage" in m.runs[0] else "",
          f"{statistics.median(r['tokens_per_s'] for r in m.runs):,.0f}"]
         for m in result.methods if "tokens_per_s" in m.runs[0]
     ]  # fmt: skip
-    return table(["method", "learning rate chosen", "tokens/s (several ran at once)"], rows)
+    header = ["method", "learning rate chosen", "of routers", "tokens/s (several ran at once)"]
+    return table(header, rows)
 
 
 def corpus_table(result: Result) -> str:
@@ -233,6 +244,18 @@ def draw_usage(result: Result, folder: Path) -> str:
     return "![expert usage](plots/quality-usage.svg)\n"
 
 
+def _tuned(options: dict[str, Any]) -> str:
+    """How rates were chosen, in a sentence."""
+    count = options.get("plan", {}).get("choices_tried", 0)
+    shown = [f"{rate:g} (routers {rate * times:g})" for rate, times in options["choices"][:count]]
+    if not shown:
+        return "No learning rates were tried: all methods have the same."
+    return (
+        f"Before, every method was tried with the learning rates {', '.join(shown)} on other text "
+        f"than is judged here; for all weights times {options['full_rate']:g}."
+    )
+
+
 def page(result: Result, name: str, docs: Path) -> str:
     """The whole page; plots go to `docs/plots`."""
     options, content = result.options, result.content
@@ -240,11 +263,17 @@ def page(result: Result, name: str, docs: Path) -> str:
     versions = content["versions"]
     size = (
         f"The backbone: {result.backbone['parameters']:,} parameters, {options['layers']} layers "
-        f"of {options['hidden']}, {options['vocab']:,} tokens, {options['pretrain_steps']:,} steps "
+        f"of {options['hidden']}, {options['vocab']:,} tokens, {result.backbone['steps']:,} steps "
         f"of {options['pretrain_batch']} blocks of {options['length']} tokens. Adapted: "
         f"{options['steps']:,} steps of {options['batch']} blocks, E = {options['experts']}, "
-        f"r = {options['r']}, {len(options['seeds'])} seeds."
+        f"r = {options['r']}, {result.seeds} seeds. What is distilled starts from a trained "
+        "mixture, and so has seen twice the steps."
     )
+    notes = [f"* The text: {note}." for note in result.corpus.get("notes", ())]
+    if result.missing:
+        notes.append(f"* Not trained, for lack of time: {', '.join(result.missing)}.")
+    notes += [f"* Failed: {task}: `{error.strip().splitlines()[-1]}`"
+              for task, error in result.failed.items()]  # fmt: skip
     warning = "" if options["size"] == "full" else (
         f"\n**Size `{options['size']}`: too small to conclude anything from.**\n"
     )  # fmt: skip
@@ -252,6 +281,7 @@ def page(result: Result, name: str, docs: Path) -> str:
     parts = [
         f"{HEAD}\n`{name}`, commit {content['commit']}, {where}, torch {versions['torch']}.\n"
         f"{warning}\n{size}\n",
+        "\n".join(notes) + "\n" if notes else "",
         f"## Who wins\n\n{verdict(result)}",
         f"## All methods\n\nPerplexity is that of the mean loss over domains: mean of the seeds, "
         f"lowest to highest. Of a domain: mean of the seeds.\n\n{main_table(result)}",
@@ -260,8 +290,7 @@ def page(result: Result, name: str, docs: Path) -> str:
         "## Which experts work for which domain\n\nShare of the slots, first seed; of layer-wise "
         f"mixtures the mean over routers.\n\n{draw_usage(result, folder)}",
         f"## Distilling\n\n{distil_table(result)}" if distil_table(result) else "",
-        f"## Training\n\nEach method was tried with "
-        f"{len(options['rates'])} learning rates on text that is not judged here.\n\n"
+        f"## Training\n\n{_tuned(options)}\n\n"
         f"{training_table(result)}",
         f"## The text\n\nNo file is in two splits; near copies of training files are not judged. "
         f"Corpus `{result.corpus['fingerprint']}`.\n\n{corpus_table(result)}",

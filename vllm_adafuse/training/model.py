@@ -178,6 +178,8 @@ class AdaFuseModel(nn.Module):
         """
         if num_items_in_batch is not None:
             kwargs["num_items_in_batch"] = num_items_in_batch
+        if self.training:  # nothing reads the keys and values again
+            kwargs.setdefault("use_cache", False)
         output = self.backbone(
             input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs
         )
