@@ -82,6 +82,7 @@ def backbone(options: Options) -> Any:
     torch.manual_seed(0)
     with torch.device(DEVICE):
         model = AutoModelForCausalLM.from_config(config)
+    model.config.use_cache = False  # for all methods alike
     return model.to(torch.bfloat16 if DEVICE == "cuda" else torch.float32).requires_grad_(False)
 
 

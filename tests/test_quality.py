@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from vllm_adafuse.adapter import check_adapter
 from vllm_adafuse.backbone import Backbone
 
-from benchmarks.quality import demo
+from benchmarks.quality import demo, pool
 from benchmarks.quality.__main__ import NOT_DONE, main, parse
 from benchmarks.quality.corpus import DOMAINS, SPLITS, gather
 from benchmarks.quality.data import Data
@@ -19,6 +19,7 @@ from benchmarks.quality.methods import methods
 from benchmarks.quality.report import Result, verdict, write
 from benchmarks.quality.sizes import SIZES
 from benchmarks.quality.speed import write_peft
+from benchmarks.quality.tasks import PACKING, Plan, Task
 
 TOY = SIZES["toy"]
 CHOSEN = "full,lora-active,layerwise-block,adafuse-k2,context-1,distilled-tuned"
@@ -139,6 +140,71 @@ def test_the_verdict_says_who_wins():
                               lora_active=[0.9, 0.9]))  # fmt: skip
     assert "is **met**" in near and "their seeds overlap" in near
     assert "It is **not better**" in near
+
+
+def test_a_scarce_kind_of_text_is_left_out_in_words(corpus_root, tmp_path):
+    for file in corpus_root.iterdir():
+        if file.suffix != ".html":
+            (tmp_path / file.name).write_text(file.read_text())
+    (tmp_path / "one.html").write_text("<p>one page of some length</p>\n" * 20)
+    scarce = gather(TOY, [tmp_path])
+    assert scarce.domains == [d for d in DOMAINS if d != "html"]
+    (note,) = scarce.notes
+    assert note == "html is left out: 1 files of 0.00 MiB"
+
+
+def finish(task, work, loss=1.0, seconds=1.0, steps=10):
+    file = task.file(work)
+    file.parent.mkdir(exist_ok=True)
+    row = {"method": task.method, "loss": loss, "task_seconds": seconds, "steps": steps}
+    file.write_text(json.dumps(row))
+
+
+def test_all_methods_choose_among_the_same_rates(tmp_path):
+    size = dataclasses.replace(TOY, choices=((1e-3, 4.0), (2e-3, 1.0), (2e-3, 4.0)))
+    plan = Plan(size, ["lora-active", "layerwise-block", "adafuse-k2"], tmp_path)
+    first, second = Task("run", "adafuse-k2", 0), Task("run", "lora-active", 0)
+    assert plan.rate(first) == (1e-3, 4.0)  # nothing was tried
+    tasks = plan.tune(late=False)
+    assert [t.rate for t in tasks] == [0, 0, 0, 1, 1, 1, 2, 2]  # a LoRA has no router
+    for task in tasks[:-1]:
+        finish(task, tmp_path, loss=3 - task.rate)
+    assert plan.tried(late=False) == [0, 1]
+    assert plan.rate(first) == (2e-3, 1.0) == plan.rate(second)
+    finish(tasks[-1], tmp_path, loss=0)
+    assert tasks[-1].method == "adafuse-k2" and plan.rate(first) == (2e-3, 4.0)
+
+
+def test_little_time_means_fewer_steps_for_all_and_no_seed_less(tmp_path):
+    size = dataclasses.replace(TOY, steps=100, seeds=(0, 1, 2))
+    plan = Plan(size, ["full", "layerwise-block", "adafuse-k2", "distilled"], tmp_path)
+    runs = plan.runs(late=False) + plan.runs(late=True)
+    assert [t.method for t in runs[-6:]] == 3 * ["full"] + 3 * ["distilled"]  # dropped first
+    assert not plan.ready(runs[-1]) and plan.ready(runs[0])
+    finish(Task("run", "layerwise-block", 2), tmp_path, seconds=5, steps=10)
+    assert plan.ready(runs[-1])
+    assert plan.expected(runs[0]) == 50 and plan.expected(runs[-1]) == 80
+    wall = PACKING * (8 * 50 + 3 * 80) / 4
+    assert plan.choose_steps(wall / 2, jobs=4) == 50 == plan.steps(runs[0])
+    assert plan.choose_steps(wall, jobs=4) == 50  # it stays, for those who go on
+
+
+def test_a_task_that_fails_twice_is_left_out(tmp_path, monkeypatch):
+    size, said, calls = dataclasses.replace(TOY), [], []
+
+    def broken(task, *rest):
+        calls.append(task.name)
+        if task.method == "full":
+            raise FloatingPointError("it diverged")
+        finish(task, tmp_path)
+        return {"lr": 1.0, "router_rate": 1.0, "steps": 1, "loss": 1.0, "task_seconds": 1.0}
+
+    monkeypatch.setattr(pool, "perform", broken)
+    plan = Plan(size, ["full", "adafuse-k2"], tmp_path)
+    assert not pool.Pool(plan, 1, said.append).run(plan.runs(late=False), math.inf)
+    assert sorted(calls) == ["adafuse-k2-s0", "full-s0", "full-s0"]
+    assert "it diverged" in plan.runs(late=False)[-1].failure(tmp_path).read_text()
+    assert any("failed: run full-s0" in line for line in said)
 
 
 def test_bad_options_are_refused(capsys):

@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
         done &= measure_all(args.size, args.methods, args.work, deadline, args.jobs)
     if not done:
         say("not all is done; call again to go on")
-    if done or args.partial:
+    if done or (args.partial and list(args.work.glob("runs/*.json"))):
         path = record.save("quality", result_rows(args, done), args.out, args.commit)
         print(json.dumps({"saved": str(path)}), flush=True)
     return 0 if done else NOT_DONE

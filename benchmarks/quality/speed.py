@@ -132,18 +132,13 @@ def measure(
                     if repeat:  # the first is warm-up
                         value = (long - short) / (STEPS[1] - STEPS[0]) * 1e3
                         times.setdefault((name, batch), []).append(value)
-    for name in engines:
-        if name == "stock":
-            continue
-        figures = {
-            str(batch): {
-                "unit": "ms per decode step",
-                **record.summary(times[name, batch]),
-                "stock": statistics.median(times["stock", batch]),
-            }
-            for batch in BATCHES
-        }
-        _write(work, name, figures)
+        for name in engines:
+            if name != "stock":
+                _write(work, name, {
+                    str(b): {"unit": "ms per decode step", **record.summary(times[name, b]),
+                             "stock": statistics.median(times["stock", b])}
+                    for b in BATCHES if (name, b) in times
+                })  # fmt: skip
     for engine in engines.values():
         engine.llm.llm_engine.engine_core.shutdown()
 
