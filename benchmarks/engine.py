@@ -1,16 +1,22 @@
 """Decode and prefill of whole vLLM engines, the stock backbone beside ours and beside LoRA.
 
     python -m benchmarks.engine --model llama-2-7b --batches 1,8,32,128 --repeats 5
-    python -m benchmarks.engine --engines stock,lora,adafuse,adafuse:16/16/2 --memory 0.2
+    python -m benchmarks.engine --engines stock,lora,adafuse,adafuse:16/16/2 --group 3
+    python -m benchmarks.engine --prefill 16x1000,1x512,1x2048
 
 Engines: `stock`, the bare backbone; `lora`, vLLM's own LoRA with one static adapter of rank r;
+`granite`, Granite Switch with E LoRAs of rank r, one active (see benchmarks/granite.py);
 `adafuse`, or `adafuse:E/r/k` for other experts, ranks and top-k than the options say;
 `layer_wise`, or `layer_wise:E/r/k`, the same with a router in every linear.
 
 Random weights (`load_format="dummy"`), random prompts, full CUDA graphs, greedy. The engines live
 side by side in processes of their own and take turns, so that drift of the clock hits all alike.
+The first engine is what the others are compared with. With `--group N` at most N live at the same
+time, the first always among them and timed again beside each group.
+
 Decode time per step is the difference of a long and a short generation over the difference of
-their lengths; prefill is the time of prompts with one token each.
+their lengths. Prefill is the time until prompts have one token each; a single prompt's is the time
+to its first token.
 """
 
 from __future__ import annotations
@@ -52,7 +58,7 @@ class Options:
     layers: int | None = None
     engines: list[str] = field(default_factory=lambda: ["stock", "adafuse"])
     batches: list[int] = field(default_factory=lambda: [1, 8, 32, 128])
-    prefill: tuple[int, int] = (16, 1000)
+    prefill: list[tuple[int, int]] = field(default_factory=lambda: [(16, 1000)])
     prompt: int = 128
     steps: tuple[int, int] = (8, 136)
     repeats: int = 5
@@ -61,12 +67,24 @@ class Options:
     r: int = 16
     dtype: str = "bfloat16"
     memory: float = 0.4
+    group: int | None = None
 
     def __post_init__(self):
         if self.model not in SHAPES:
             raise ValueError(f"model is {self.model}, expected one of {', '.join(SHAPES)}")
         for kind in self.engines:
             self.mixture(kind)
+        if len(set(self.engines)) < len(self.engines):
+            raise ValueError(f"engines has {', '.join(self.engines)}, expected each one once")
+        if self.group is not None and self.group < 2:
+            raise ValueError(f"group is {self.group}, expected at least 2: an engine and the first")
+
+    @property
+    def groups(self) -> list[list[str]]:
+        """Which engines live at the same time; the first is in every group."""
+        first, others = self.engines[:1], self.engines[1:]
+        size = (self.group or len(self.engines)) - 1
+        return [first + others[at : at + size] for at in range(0, len(others), size)] or [first]
 
     def mixture(self, kind: str) -> tuple[int, int, int] | None:
         """(E, r, k) of an engine of ours; None for the others.
@@ -74,7 +92,7 @@ class Options:
         Raises:
             ValueError: not an engine's name.
         """
-        if kind in ("stock", "lora"):
+        if kind in ("stock", "lora", "granite"):
             return None
         if kind in OURS:
             return self.experts, self.r, self.top_k
@@ -82,9 +100,22 @@ class Options:
         parts = numbers.split("/")
         if name not in OURS or len(parts) != 3 or not all(part.isdigit() for part in parts):
             raise ValueError(
-                f"engine {kind}: expected stock, lora, adafuse, layer_wise, or adafuse:E/r/k"
+                f"engine {kind}: expected stock, lora, granite, adafuse, layer_wise, or "
+                "adafuse:E/r/k"
             )
         return int(parts[0]), int(parts[1]), int(parts[2])
+
+
+def shapes(text: str) -> list[tuple[int, int]]:
+    """"16x1000,1x512" -> [(16, 1000), (1, 512)]: prompts, and the tokens of each.
+
+    Raises:
+        argparse.ArgumentTypeError: of another form.
+    """
+    parts = [part.split("x") for part in text.split(",")]
+    if not all(len(part) == 2 and all(n.isdigit() and int(n) for n in part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text}: expected PROMPTSxTOKENS,… such as 16x1000,1x512")
+    return [(int(count), int(length)) for count, length in parts]
 
 
 def write_config(options: Options, path: Path) -> None:
@@ -106,9 +137,18 @@ def write_config(options: Options, path: Path) -> None:
     config.save_pretrained(path)
 
 
-def _loaded_bytes(worker) -> int:
-    """Device memory of weights, banks and passports; 0 where vLLM does not count it (CPU)."""
-    return getattr(worker.model_runner, "model_memory_usage", 0)
+def _memory(worker) -> dict[str, int]:
+    """Bytes on the device: all that is loaded, and of it experts and passports; then the peak of
+    a step above it, and what is left for keys and values. 0 where vLLM does not count (CPU)."""
+    model = worker.get_model()
+    router = getattr(model, "adafuse_router", None)
+    return {
+        "model_bytes": int(getattr(worker.model_runner, "model_memory_usage", 0)),
+        "bank_bytes": sum(bank.nbytes for bank in getattr(model, "adafuse_banks", ())),
+        "passport_bytes": router.passport_bytes if router is not None else 0,
+        "step_bytes": int(getattr(worker, "peak_activation_memory", 0)),
+        "cache_bytes": int(getattr(worker, "available_kv_cache_memory_bytes", 0)),
+    }
 
 
 def make_lora(base: Path, out: Path, r: int) -> Path:
@@ -148,99 +188,139 @@ def make_adapter(
 
 @dataclass
 class Engine:
-    """A running engine, and what each of its requests carries."""
+    """A running engine, and what each of its requests carries.
+
+    Attributes:
+        lora: of every request.
+        control: tokens that switch an adapter on; prompts begin with them in turn.
+    """
 
     llm: Any
     lora: Any = None
+    control: list[int] = field(default_factory=list)
+
+    def stop(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
 
 
 def start(kind: str, options: Options, root: Path) -> tuple[Engine, dict]:
-    """One engine of a kind on the shared backbone."""
+    """One engine of a kind on the shared backbone, and the figures of its start."""
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
-    extra, lora, name = {}, None, kind.replace("/", "-").replace(":", "-")
+    base, name = root / "base", kind.replace("/", "-").replace(":", "-")
+    extra, lora, control = {}, None, []
     if mixture := options.mixture(kind):
         routing = OURS[kind.partition(":")[0]]
-        adapter = make_adapter(root / "base", root / name, mixture, routing)
+        adapter = make_adapter(base, root / name, mixture, routing)
         extra["hf_overrides"] = {"adafuse_adapter": str(adapter)}
-    if kind == "lora":
-        lora = LoRARequest("lora", 1, str(make_lora(root / "base", root / name, options.r)))
+    elif kind == "lora":
+        lora = LoRARequest("lora", 1, str(make_lora(base, root / name, options.r)))
         extra |= {"enable_lora": True, "max_lora_rank": max(8, options.r), "max_loras": 1}
-    longest = max(options.prefill[1] + 8, options.prompt + options.steps[1] + 8)
+    elif kind == "granite":
+        from benchmarks import granite
+
+        control = granite.write_config(base, root / name, options.experts, options.r)
+        base, extra = root / name, granite.ARGUMENTS
+    longest = [length + 8 for _, length in options.prefill]
+    longest.append(options.prompt + options.steps[1] + 8)
+    # 16 384 is vLLM's own value on large GPUs; here all prompts of a prefill fit into one step.
+    step = max([16384, *(count * length for count, length in options.prefill)])
     begin = time.perf_counter()
-    os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for the function below
+    os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for `_memory`
+    arguments = {"load_format": "dummy"} | extra
     llm = LLM(
-        str(root / "base"),
-        load_format="dummy",
+        str(base),
         skip_tokenizer_init=True,
         dtype=options.dtype,
         gpu_memory_utilization=options.memory,
-        max_model_len=longest,
-        max_num_seqs=max(options.batches),
+        max_model_len=max(longest),
+        max_num_seqs=max(options.batches + [count for count, _ in options.prefill]),
+        max_num_batched_tokens=step,
         enable_prefix_caching=False,
         compilation_config={"cudagraph_capture_sizes": sorted(set(options.batches))},
-        **extra,
+        **arguments,
     )
     seconds = time.perf_counter() - begin
-    loaded = llm.collective_rpc(_loaded_bytes)[0]
-    return Engine(llm, lora), {"start_s": seconds, "model_bytes": int(loaded)}
+    return Engine(llm, lora, control), {"start_s": seconds} | llm.collective_rpc(_memory)[0]
 
 
 def timed(
     engine: Engine, count: int, length: int, tokens: int, vocab: int, rng: random.Random
 ) -> float:
-    """Seconds for `count` random prompts of `length` ids, `tokens` tokens each."""
+    """Seconds from `count` random prompts of `length` ids to `tokens` tokens of each.
+
+    The prompts wait in the engine until all are there. Else the first would be prefilled alone,
+    and it would be chance how many join it.
+    """
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    prompts = [
-        {"prompt_token_ids": [rng.randrange(3, vocab) for _ in range(length)]} for _ in range(count)
-    ]
+    control = engine.control
+    prompts = []
+    for i in range(count):
+        ids = [rng.randrange(3, vocab - len(control)) for _ in range(length)]
+        if control:
+            ids[0] = control[i % len(control)]
+        prompts.append({"prompt_token_ids": ids})
+    engine.llm.sleep(level=0)  # holds the scheduler, and nothing else
+    engine.llm.enqueue(prompts, params, lora_request=engine.lora, use_tqdm=False)
     begin = time.perf_counter()
-    engine.llm.generate(prompts, params, use_tqdm=False, lora_request=engine.lora)
+    engine.llm.wake_up(tags=["scheduling"])
+    engine.llm.wait_for_completion(use_tqdm=False)
     return time.perf_counter() - begin
 
 
-def measure(options: Options) -> list[dict]:
-    """Runs every engine in turn at every size; one row per engine and size."""
+def take_turns(options: Options, engines: dict[str, Engine]) -> list[dict]:
+    """Times engines at every size; the overhead is over the first."""
     vocab, rng = SHAPES[options.model][-1], random.Random(0)
+    short, long = options.steps
+    rows = []
+    sizes = [("decode", batch, options.prompt) for batch in options.batches]
+    sizes += [("prefill", count, length) for count, length in options.prefill]
+    for what, batch, length in sizes:
+        times: dict[str, list[float]] = {kind: [] for kind in engines}
+        for repeat in range(options.repeats + 1):
+            for kind, engine in engines.items():
+                if what == "decode":
+                    small = timed(engine, batch, length, short, vocab, rng)
+                    large = timed(engine, batch, length, long, vocab, rng)
+                    value = (large - small) / (long - short) * 1e3
+                else:
+                    value = timed(engine, batch, length, 1, vocab, rng) * 1e3
+                if repeat:  # the first is warm-up
+                    times[kind].append(value)
+        base = statistics.median(next(iter(times.values())))
+        for kind, values in times.items():
+            row = {"engine": kind, "what": what, "batch": batch, "length": length, "unit": "ms"}
+            row |= record.summary(values)
+            row["overhead"] = row["median"] / base - 1
+            rows.append(row)
+            print(
+                f"{what:8} {batch:4} x {length:<5} {kind:16} {row['median']:9.3f} ms "
+                f"({row['min']:.3f} to {row['max']:.3f}) {row['overhead']:+.1%}",
+                flush=True,
+            )
+    return rows
+
+
+def measure(options: Options) -> list[dict]:
+    """One row per engine for its start, then one per group, engine and size."""
+    rows: list[dict] = []
     with tempfile.TemporaryDirectory() as scratch:
-        root = Path(scratch)
+        root, engines = Path(scratch), {}
         write_config(options, root / "base")
-        engines, rows = {}, []
-        for kind in options.engines:
-            engines[kind], figures = start(kind, options, root)
-            rows.append({"engine": kind, "what": "start", **figures})
-            print(f"start    {kind:8} {figures}", flush=True)
-        short, long = options.steps
-        sizes = [("decode", batch) for batch in options.batches] + [("prefill", options.prefill[0])]
-        for what, batch in sizes:
-            times: dict[str, list[float]] = {kind: [] for kind in engines}
-            for repeat in range(options.repeats + 1):
-                for kind, engine in engines.items():
-                    if what == "decode":
-                        small = timed(engine, batch, options.prompt, short, vocab, rng)
-                        large = timed(engine, batch, options.prompt, long, vocab, rng)
-                        value = (large - small) / (long - short) * 1e3
-                    else:
-                        length = options.prefill[1]
-                        value = timed(engine, batch, length, 1, vocab, rng) * 1e3
-                    if repeat:  # the first is warm-up
-                        times[kind].append(value)
-            base = statistics.median(times[options.engines[0]])
-            for kind, values in times.items():
-                row = {"engine": kind, "what": what, "batch": batch, "unit": "ms"}
-                row |= record.summary(values)
-                row["overhead"] = row["median"] / base - 1
-                rows.append(row)
-                print(
-                    f"{what:8} {batch:4} {kind:8} {row['median']:9.3f} ms "
-                    f"({row['min']:.3f} to {row['max']:.3f}) {row['overhead']:+.1%}",
-                    flush=True,
-                )
+        for number, group in enumerate(options.groups):
+            for kind in group:
+                if kind not in engines:
+                    engines[kind], figures = start(kind, options, root)
+                    rows.append({"engine": kind, "what": "start", "group": number} | figures)
+                    print(f"start    {kind:16} {figures}", flush=True)
+            rows += [row | {"group": number} for row in take_turns(options, engines)]
+            for kind in group[1:]:
+                engines.pop(kind).stop()
         for engine in engines.values():
-            engine.llm.llm_engine.engine_core.shutdown()
+            engine.stop()
     return rows
 
 
@@ -252,14 +332,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers, while working")
     parser.add_argument("--engines", default="stock,adafuse", type=lambda t: t.split(","))
     parser.add_argument("--batches", default="1,8,32,128", type=integers)
-    parser.add_argument("--prefill", default="16,1000", type=integers, help="prompts, tokens each")
+    parser.add_argument("--prefill", default="16x1000", type=shapes, help="PROMPTSxTOKENS,…")
     parser.add_argument("--prompt", default=128, type=int, help="tokens before decoding")
     parser.add_argument("--steps", default="8,136", type=integers, help="short and long generation")
     parser.add_argument("--repeats", default=5, type=int)
     parser.add_argument("--experts", default=8, type=int)
     parser.add_argument("--top-k", default=2, type=int)
     parser.add_argument("--r", default=16, type=int)
-    parser.add_argument("--memory", default=0.4, type=float)
+    parser.add_argument("--memory", default=0.4, type=float, help="of the GPU, for each engine")
+    parser.add_argument("--group", type=int, help="engines at the same time; default all")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path, help="folder of the result file")
     parser.add_argument("--commit", default="", help="of the measured code")

@@ -49,7 +49,7 @@ def measure_vllm(options: Options, model: str) -> list[dict[str, Any]]:
     # This process may have touched the GPU, which a forked engine could not use then.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     settings = engine.Options(
-        model=model, layers=options.layers, engines=options.engines, batches=[1], prefill=(1, 8),
+        model=model, layers=options.layers, engines=options.engines, batches=[1], prefill=[(1, 8)],
         prompt=options.prompt, repeats=options.repeats, experts=options.experts,
         top_k=options.top_k, r=options.r, dtype=options.dtype, memory=options.memory,
     )  # fmt: skip

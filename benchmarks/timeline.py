@@ -1,11 +1,13 @@
-"""What one decode step launches: every kernel of a layer, the stock backbone beside ours.
+"""What a step launches: every kernel of a decode step's layer, and the kernels of a prefill, the
+stock backbone beside ours.
 
-    python -m benchmarks.timeline --model llama-2-7b --batches 1,128
+    python -m benchmarks.timeline --model llama-2-7b --batches 1,128 --prefill 16x1000
     python -m benchmarks.timeline --report
 
-torch's profiler listens inside the engine while it decodes from its CUDA graphs; the last whole
-step is kept. `--report` writes docs/timeline.md and its pictures from the newest result file alone.
-Without a GPU operators stand for kernels, which shows only that it runs.
+torch's profiler listens inside the engine while it decodes from its CUDA graphs, and one step is
+cut out; a prefill is one step of its own. `--report` writes docs/timeline.md and its pictures from
+the newest result file alone. Without a GPU operators stand for kernels, which shows only that it
+runs.
 """
 
 from __future__ import annotations
@@ -29,14 +31,16 @@ from benchmarks.report import ROOT, plot, read_results, table
 SHORT, LONG = 6, 18  # tokens of two generations: their difference is decoding alone
 PAGE = ROOT / "docs" / "timeline.md"
 HEAD = """\
-# Timeline of a decode step
+# Timeline of a step
 
 Written by `python -m benchmarks.timeline --report` from a file in `benchmarks/results/`; do not
 edit.
-One step out of a replayed CUDA graph, as torch's profiler saw it. A layer is what runs from one
-attention kernel up to the next. Profiling stretches short kernels; the times of whole steps are in
+Decoding: one step out of a replayed CUDA graph, as torch's profiler saw it, sampling included. A
+layer is what runs from one attention kernel up to the next. Kernels may overlap, so that the sum of
+their times exceeds the step's. Profiling stretches short kernels; the times of whole steps are in
 [benchmarks.md](benchmarks.md).
 """
+SHOWN = 30  # kernels of a prefill by name, the longest first
 
 
 @dataclass
@@ -47,6 +51,7 @@ class Options:
     layers: int | None = None
     engines: list[str] = field(default_factory=lambda: ["stock", "adafuse"])
     batches: list[int] = field(default_factory=lambda: [1, 128])
+    prefill: list[tuple[int, int]] = field(default_factory=lambda: [(16, 1000)])
     prompt: int = 128
     experts: int = 8
     top_k: int = 2
@@ -60,29 +65,67 @@ class Options:
         Raises:
             ValueError: an unknown model or engine.
         """
-        return engine.Options(**vars(self), prefill=(1, 8), repeats=1)
+        return engine.Options(**vars(self), repeats=1)
 
 
 Event = tuple[str, float, float]  # name, begin and duration in microseconds
 
 
+def _anchor(short: list[Event], long: list[Event], steps: int) -> str:
+    """The kernel that a decode step begins with: the first of those that run once in each.
+
+    Such a kernel runs `steps` times more in the longer generation. Others do not run in every
+    step, as the copy of a sequence's next block.
+
+    Raises:
+        ValueError: there is none.
+    """
+    counts, before = Counter(n for n, *_ in long), Counter(n for n, *_ in short)
+    once = {name for name, count in counts.items() if count - before[name] == steps}
+    if not once:
+        more = len(long) - len(short)
+        raise ValueError(f"{more} more kernels in {steps} more steps, but none runs once in each")
+    last = {name: i for i, (name, *_) in enumerate(long) if name in once}
+    return min(last, key=last.__getitem__)
+
+
 def last_step(short: list[Event], long: list[Event], steps: int) -> list[Event]:
-    """The kernels of the last decode step.
+    """The kernels of a decode step: of those with the commonest kernels the last.
 
     Args:
         short, long: events of two generations, in order of time.
         steps: by which the second has more.
 
     Raises:
-        ValueError: the generations do not differ by whole steps, so a step cannot be told.
+        ValueError: no kernel runs once in each step, so a step cannot be told.
     """
-    more = len(long) - len(short)
-    if more <= 0 or more % steps:
-        raise ValueError(f"{more} more kernels in {steps} more steps, expected a multiple of it")
-    count = more // steps
-    step = long[-count:]
-    begin = step[0][1]
-    return [(name, at - begin, us) for name, at, us in step]
+    anchor = _anchor(short, long, steps)
+    places = [i for i, (name, *_) in enumerate(long) if name == anchor][-steps:]
+    found = [long[i:j] for i, j in zip(places, places[1:])]
+    # Counted, not compared in order: kernels that overlap may change places.
+    forms = [frozenset(Counter(name for name, *_ in step).items()) for step in found]
+    commonest = Counter(forms).most_common(1)[0][0]
+    return _from_zero(next(s for s, form in zip(found[::-1], forms[::-1]) if form == commonest))
+
+
+def _from_zero(events: list[Event]) -> list[Event]:
+    return [(name, at - events[0][1], us) for name, at, us in events]
+
+
+def span(events: list[Event]) -> float:
+    """Microseconds from the first kernel's begin to the last one's end."""
+    return max(at + us for _, at, us in events) - events[0][1]
+
+
+def totals(events: list[Event]) -> list[tuple[str, int, float]]:
+    """Kernels by short name: launches and microseconds; the longest first."""
+    launches: Counter[str] = Counter()
+    times: dict[str, float] = {}
+    for name, _, us in events:
+        key = short_name(name)
+        launches[key] += 1
+        times[key] = times.get(key, 0.0) + us
+    return sorted(((n, launches[n], t) for n, t in times.items()), key=lambda row: -row[2])
 
 
 def one_layer(step: list[Event], layers: int) -> list[Event]:
@@ -99,9 +142,7 @@ def one_layer(step: list[Event], layers: int) -> list[Event]:
     places = [i for i, (name, *_) in enumerate(step) if name == anchor]
     middle = max(0, layers // 2 - 1)
     end = places[middle + 1] if middle + 1 < len(places) else len(step)
-    layer = step[places[middle] : end]
-    begin = layer[0][1]
-    return [(name, at - begin, us) for name, at, us in layer]
+    return _from_zero(step[places[middle] : end])
 
 
 def short_name(name: str) -> str:
@@ -124,8 +165,18 @@ def _stop(worker) -> list[Event]:
     return listed(worker.timeline)
 
 
+def profiled(
+    one: engine.Engine, count: int, length: int, tokens: int, vocab: int
+) -> list[Event]:
+    """The kernels of `count` prompts of `length` ids that get `tokens` tokens each."""
+    one.llm.collective_rpc(_start)
+    engine.timed(one, count, length, tokens, vocab, random.Random(1))
+    return [(name, at, us) for name, at, us in one.llm.collective_rpc(_stop)[0]]
+
+
 def measure(options: Options) -> list[dict[str, Any]]:
-    """One row per engine and batch: the kernels of a step and of a layer."""
+    """One row per engine and batch, with the kernels of a decode step and of a layer, and one per
+    engine and prefill, with its kernels by name."""
     settings = options.engine_options()
     vocab = engine.SHAPES[options.model][-1]
     layers = options.layers or engine.SHAPES[options.model][3]
@@ -136,23 +187,27 @@ def measure(options: Options) -> list[dict[str, Any]]:
         for kind in options.engines:
             one, _ = engine.start(kind, settings, root)
             for batch in options.batches:
-                found = []
-                for tokens in (SHORT, SHORT, LONG):  # the first warms up
-                    one.llm.collective_rpc(_start)
-                    engine.timed(one, batch, options.prompt, tokens, vocab, random.Random(1))
-                    found.append(one.llm.collective_rpc(_stop)[0])
-                step = last_step([*map(tuple, found[1])], [*map(tuple, found[2])], LONG - SHORT)
-                layer = one_layer(step, layers)
-                rows.append({"engine": kind, "batch": batch, "unit": "us", "layers": layers})
-                rows[-1] |= {"kernels": len(step), "busy": sum(us for *_, us in step)}
-                rows[-1] |= {"wall": step[-1][1] + step[-1][2], "layer": layer}
-                print(
-                    f"{kind:10} batch {batch:4}  {len(step)} kernels a step, {len(layer)} a layer, "
-                    f"busy {rows[-1]['busy']:.0f} us",
-                    flush=True,
+                _, short, long = (  # the first warms up
+                    profiled(one, batch, options.prompt, tokens, vocab)
+                    for tokens in (SHORT, SHORT, LONG)
                 )
-            one.llm.llm_engine.engine_core.shutdown()
+                step = last_step(short, long, LONG - SHORT)
+                row = {"what": "decode", "batch": batch, "layer": one_layer(step, layers)}
+                rows.append(_row(kind, layers, step) | row)
+            for count, length in options.prefill:
+                events = [profiled(one, count, length, 1, vocab) for _ in range(2)][-1]
+                row = {"what": "prefill", "batch": count, "length": length}
+                rows.append(_row(kind, layers, events) | row | {"totals": totals(events)})
+            one.stop()
     return rows
+
+
+def _row(kind: str, layers: int, events: list[Event]) -> dict[str, Any]:
+    """What the rows of both kinds say; told on the screen too."""
+    busy, wall = sum(us for *_, us in events), span(events)
+    print(f"{kind:10} {len(events):5} kernels, busy {busy:9.0f} of {wall:9.0f} us", flush=True)
+    row = {"engine": kind, "layers": layers, "unit": "us"}
+    return row | {"kernels": len(events), "busy": busy, "wall": wall}
 
 
 def write_report(results: Path, page: Path) -> None:
@@ -166,25 +221,11 @@ def write_report(results: Path, page: Path) -> None:
         raise ValueError(f"no result file of benchmarks.timeline in {results}; measure first")
     result = own[-1]
     parts = [HEAD, result.caption() + "\n"]
-    for batch in dict.fromkeys(row["batch"] for row in result.rows):
-        rows = [row for row in result.rows if row["batch"] == batch]
+    decode = [row for row in result.rows if row.get("what", "decode") == "decode"]
+    for batch in dict.fromkeys(row["batch"] for row in decode):
+        rows = [row for row in decode if row["batch"] == batch]
         picture = page.parent / "plots" / f"timeline-{batch}.svg"
-
-        def draw(axes, rows=rows):
-            for height, row in enumerate(rows):
-                for i, (_, at, us) in enumerate(row["layer"]):
-                    color = f"C{i % 10}"
-                    axes.broken_barh([(at, us)], (height - 0.4, 0.8), color=color)
-                axes.plot([], [], label=f"{row['engine']}: {len(row['layer'])} kernels")
-            axes.set_yticks(range(len(rows)), [row["engine"] for row in rows])
-            axes.set_xlabel("microseconds")
-
-        plot(picture, draw, f"one layer at batch {batch}")
-        parts += [f"## Batch {batch}\n", f"![a layer]({picture.relative_to(page.parent)})\n"]
-        steps = [
-            [r["engine"], str(r["kernels"]), f"{r['busy']:.0f}", f"{r['wall']:.0f}"] for r in rows
-        ]
-        parts.append(table(["engine", "kernels a step", "their time, µs", "step, µs"], steps))
+        parts += [f"## Decoding, batch {batch}\n", _steps(rows), _picture(rows, batch, picture)]
         for row in rows:
             kernels = [
                 [str(i + 1), f"`{short_name(name)}`", f"{at:.1f}", f"{us:.1f}"]
@@ -192,7 +233,39 @@ def write_report(results: Path, page: Path) -> None:
             ]
             header = ["", f"{row['engine']}: a layer", "begins, µs", "takes, µs"]
             parts.append(table(header, kernels))
+    prefill = [row for row in result.rows if row.get("what") == "prefill"]
+    for count, length in dict.fromkeys((row["batch"], row["length"]) for row in prefill):
+        rows = [row for row in prefill if (row["batch"], row["length"]) == (count, length)]
+        parts += [f"## Prefill, {count} x {length} tokens\n", _steps(rows)]
+        for row in rows:
+            shown, rest = row["totals"][:SHOWN], row["totals"][SHOWN:]
+            if rest:
+                others = f"{len(rest)} others", sum(n for _, n, _ in rest), sum(t for *_, t in rest)
+                shown = [*shown, others]
+            kernels = [[f"`{name}`", str(n), f"{us:.1f}"] for name, n, us in shown]
+            parts.append(table([f"{row['engine']}: kernel", "launches", "µs"], kernels))
     page.write_text("\n".join(parts))
+
+
+def _steps(rows: list[dict[str, Any]]) -> str:
+    """The engines' steps beside one another."""
+    cells = [[r["engine"], str(r["kernels"]), f"{r['busy']:.0f}", f"{r['wall']:.0f}"] for r in rows]
+    return table(["engine", "kernels a step", "their time, µs", "step, µs"], cells)
+
+
+def _picture(rows: list[dict[str, Any]], batch: int, picture: Path) -> str:
+    """Draws the engines' layers one above the other."""
+
+    def draw(axes):
+        for height, row in enumerate(rows):
+            for i, (_, at, us) in enumerate(row["layer"]):
+                axes.broken_barh([(at, us)], (height - 0.4, 0.8), color=f"C{i % 10}")
+            axes.plot([], [], label=f"{row['engine']}: {len(row['layer'])} kernels")
+        axes.set_yticks(range(len(rows)), [row["engine"] for row in rows])
+        axes.set_xlabel("microseconds")
+
+    plot(picture, draw, f"one layer at batch {batch}")
+    return f"![a layer]({picture.parent.name}/{picture.name})\n"
 
 
 def main() -> None:
@@ -205,6 +278,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers, while working")
     parser.add_argument("--engines", default=defaults.engines, type=lambda t: t.split(","))
     parser.add_argument("--batches", default=defaults.batches, type=integers)
+    parser.add_argument("--prefill", default=defaults.prefill, type=engine.shapes)
     parser.add_argument("--prompt", default=defaults.prompt, type=int)
     parser.add_argument("--experts", default=defaults.experts, type=int)
     parser.add_argument("--top-k", default=defaults.top_k, type=int)

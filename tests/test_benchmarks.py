@@ -1,12 +1,16 @@
 """The report says what the result files say; options of the benchmarks are checked."""
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import benchmark_package  # noqa: F401
 import pytest
+
+from benchmarks.engine import Options, shapes
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,8 +63,8 @@ def test_the_newest_result_is_shown_and_all_are_listed(tmp_path):
 @pytest.mark.parametrize(
     "name,options,said",
     [
-        ("engine", ["--engines", "stock,fast"], "engine fast: expected stock, lora, adafuse"),
-        ("engine", ["--engines", "adafuse:8/16"], "adafuse:E/r/k"),
+        ("engine", ["--engines", "stock,fast"], "engine fast: expected stock, lora, granite"),
+        ("engine", ["--prefill", "16,1000"], "16,1000: expected PROMPTSxTOKENS"),
         ("serve", ["--rates", "0"], "rates has 0, expected numbers above 0"),
         ("serve", ["--engines", "lora"], "engines has lora"),
     ],
@@ -68,3 +72,31 @@ def test_the_newest_result_is_shown_and_all_are_listed(tmp_path):
 def test_bad_options_are_refused(name, options, said):
     done = module(name, *options)
     assert done.returncode != 0 and said in done.stderr
+
+
+def test_prefills_are_prompts_by_tokens():
+    assert shapes("16x1000,1x512") == [(16, 1000), (1, 512)]
+    for text in ("16x1000x2", "16", "0x5", "ax1"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"{text}: expected PROMPTSxTOKENS"):
+            shapes(text)
+
+
+def test_the_first_engine_is_in_every_group():
+    kinds = ["stock", "adafuse", "lora", "adafuse:4/8/1"]
+    groups = [["stock", "adafuse", "lora"], ["stock", "adafuse:4/8/1"]]
+    assert Options(engines=kinds, group=3).groups == groups
+    assert Options(engines=kinds).groups == [kinds]
+    assert Options(engines=["adafuse"], group=3).groups == [["adafuse"]]
+
+
+@pytest.mark.parametrize(
+    "changed,said",
+    [
+        ({"engines": ["stock", "adafuse:8/16"]}, "engine adafuse:8/16: expected .* adafuse:E/r/k"),
+        ({"engines": ["stock", "lora", "lora"]}, "engines has stock, lora, lora, expected each"),
+        ({"group": 1}, "group is 1, expected at least 2"),
+    ],
+)
+def test_bad_engine_options(changed, said):
+    with pytest.raises(ValueError, match=said):
+        Options(**changed)

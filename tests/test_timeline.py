@@ -1,32 +1,59 @@
-"""A decode step's kernels: the step and the layer are found, the page says what the file says."""
+"""A step's kernels: the step and the layer are found, the page says what the file says."""
 
 import json
 
 import benchmark_package  # noqa: F401
 import pytest
 
-from benchmarks.timeline import Options, last_step, one_layer, short_name, write_report
+from benchmarks.timeline import (
+    Options,
+    last_step,
+    one_layer,
+    short_name,
+    span,
+    totals,
+    write_report,
+)
 
 LAYERS = 3
 
 
-def events(steps, kernels_before=0):
-    """Prefill of some kernels, then steps of: embed, per layer qkv, attention, mlp; head."""
-    names = ["prefill"] * kernels_before
-    for _ in range(steps):
+def events(steps, kernels_before=0, blocks_at=()):
+    """Prefill of some kernels, then steps of: embed, per layer qkv, attention, mlp; head. Some
+    steps have a kernel more, which takes the next block of keys."""
+    names = ["prefill", "embed"] * kernels_before
+    for step in range(steps):
+        names += ["block"] if step in blocks_at else []
         names += ["embed", *["void qkv<1>(int)", "flash::fwd<2>", "mlp"] * LAYERS, "head"]
     return [(name, 10.0 * i, 2.0 + len(name)) for i, name in enumerate(names)]
 
 
-def test_the_last_step_is_cut_out():
-    step = last_step(events(2, 7), events(5, 7), 3)
-    assert [name for name, *_ in step] == [name for name, *_ in events(1)]
+STEP = [name for name, *_ in events(1)]
+
+
+@pytest.mark.parametrize("blocks_at", [(), (6,), (0, 3, 7)])
+def test_a_step_is_cut_out(blocks_at):
+    step = last_step(events(2, 7), events(8, 7, blocks_at), 6)
+    assert [name for name, *_ in step] == STEP
     assert step[0][1] == 0.0 and step[1][1] == 10.0
 
 
-@pytest.mark.parametrize("short,long", [(2, 2), (3, 2)])
-def test_no_more_kernels_is_an_error(short, long):
-    with pytest.raises(ValueError, match="expected a multiple"):
+def test_prefills_of_other_lengths_do_not_matter():
+    # "embed" runs in prefills too: once more, or less, than there are steps.
+    for before in (6, 8):
+        step = last_step(events(2, 7), events(8, before), 6)
+        assert sorted(name for name, *_ in step) == sorted(STEP)
+
+
+def test_kernels_that_overlap_may_change_places():
+    long = events(8)
+    long[-14], long[-13] = long[-13], long[-14]
+    assert sorted(name for name, *_ in last_step(events(2), long, 6)) == sorted(STEP)
+
+
+@pytest.mark.parametrize("short,long", [(2, 2), (3, 2), (1, 3)])
+def test_without_a_kernel_in_each_step_there_is_none(short, long):
+    with pytest.raises(ValueError, match="in 3 more steps, but none runs once in each"):
         last_step(events(short), events(long), 3)
 
 
@@ -53,6 +80,12 @@ def test_short_names(name, short):
     assert short_name(name) == short
 
 
+def test_totals_are_of_names_without_template_arguments():
+    found = [("void a<1>(int)", 0.0, 2.0), ("b", 1.0, 4.0), ("void a<2>(int)", 3.0, 1.0)]
+    assert totals(found) == [("b", 1, 4.0), ("a", 2, 3.0)]
+    assert span(found) == 5.0
+
+
 def test_the_page_is_written_from_the_file(tmp_path):
     pytest.importorskip("matplotlib")
     results, page = tmp_path / "results", tmp_path / "docs" / "timeline.md"
@@ -64,7 +97,9 @@ def test_the_page_is_written_from_the_file(tmp_path):
     rows = [{"options": options}]
     for kind in ("stock", "adafuse"):
         row = {"engine": kind, "batch": 4, "kernels": 11, "busy": 120.4, "wall": 150.6}
-        rows.append(row | {"layer": one_layer(events(1), LAYERS)})
+        rows.append(row | {"what": "decode", "layer": one_layer(events(1), LAYERS)})
+        named = [(f"gemm{i}", 2, 100.0 - i) for i in range(32)]
+        rows.append(row | {"what": "prefill", "length": 1000, "totals": named})
     content = {"benchmark": "timeline", "commit": "c0ffee", "command": "x"}
     content |= {"time": "20260101-000000", "cpu": "x86", "rows": rows}
     content |= {"versions": {"torch": "2.11", "vllm": "0.26"}}
@@ -72,6 +107,8 @@ def test_the_page_is_written_from_the_file(tmp_path):
     write_report(results, page)
     text = page.read_text()
     assert "| adafuse | 11 | 120 | 151 |" in text and "| 3 | `qkv` | 20.0 | 18.0 |" in text
+    assert "## Prefill, 4 x 1000 tokens" in text and "| `gemm1` | 2 | 99.0 |" in text
+    assert "| `2 others` | 4 | 139.0 |" in text and "gemm31" not in text
     assert "c0ffee" in text and (page.parent / "plots" / "timeline-4.svg").is_file()
 
 
