@@ -131,8 +131,9 @@ def train_all(args: argparse.Namespace, deadline: float, say: Callable[[str], No
         left = deadline - time.time()
         steps = plan.choose_steps(left - (SPEED_SHARE * left if args.speed else 0), args.jobs)
         runs = plan.runs(late=False) + plan.runs(late=True)
-        # The main methods, then what the distilled ones wait for, then the rest.
-        tasks = sorted(plan.tune(late=True) + runs, key=lambda t: not plan.methods[t.method].main)
+        # What the distilled ones wait for, then the main methods, then the rest.
+        runs.sort(key=lambda t: not plan.methods[t.method].main)
+        tasks = plan.tune(late=True) + runs
         say(f"training: {len(runs)} runs of {steps} steps, {left:.0f} s left")
         done = pool.run(tasks, deadline, keep)
     finally:
