@@ -20,10 +20,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from vllm_adafuse.cli.cmd_random import integers
-from vllm_adafuse.kernels.joint_linear import joint_linear
 from vllm_adafuse.kernels.linear import linear, linear_torch
+from vllm_adafuse.kernels.linear_norm import linear_norm
 from vllm_adafuse.kernels.pairs import rotate_torch
-from vllm_adafuse.kernels.residual_norm import residual_norm
 from vllm_adafuse.tuning import Product, Trial, time_us
 
 from benchmarks import record
@@ -79,10 +78,10 @@ def measure_one(p: Product, tokens: int, options: Options, bandwidth: float) -> 
         trial.counters.zero_()
         for i, (joint, b) in enumerate(trial.layers):
             if normed:
-                both = joint_linear(x, joint, b, gates, present, trial.counters, i, trial.scratch)
-                residual_norm(
-                    both, residual, factors, EPS, b, gates, present, trial.scratch, p.size_in
-                )
+                linear_norm(
+                    x, joint, residual, factors, EPS, b, gates, present, trial.counters, i,
+                    trial.scratch,
+                )  # fmt: skip
             else:
                 linear(
                     x, joint, None, b, gates, present, trial.counters, i, trial.scratch, order,

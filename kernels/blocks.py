@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
-import triton
 from vllm_adafuse.kernels.order_routes import ORDER_TILE
+from vllm_adafuse.kernels.whole import power_of_2
 
 # Ranks, of one expert or of several, that one product takes.
 BLOCK_ER = 128
@@ -30,6 +31,7 @@ class ExpandBlocks:
     stages: int
 
     @classmethod
+    @functools.cache
     def choose(
         cls, tokens: int, activation: bool, itemsize: int, ordered: bool = False
     ) -> ExpandBlocks:
@@ -37,20 +39,21 @@ class ExpandBlocks:
         if ordered:
             return cls(ORDER_TILE, 128, 1, 4, 1) if itemsize == 2 else cls(ORDER_TILE, 32, 1, 4, 1)
         if tokens <= 256 or itemsize > 2:
-            block_t = min(64 if itemsize == 2 else 32, max(16, triton.next_power_of_2(tokens)))
+            block_t = min(64 if itemsize == 2 else 32, max(16, power_of_2(tokens)))
             return cls(block_t, 64, 1, 4, 1)
         if activation:
             return cls(64, 64, 8, 4, 1)
         return cls(64, 64, 8, 4, 3) if tokens < 4096 else cls(128, 128, 8, 8, 3)
 
 
+@functools.cache
 def expert_blocks(experts: int, rank: int, skip: bool) -> dict[str, int | bool]:
     """How E experts of one rank are cut into products over ranks.
 
     skip: one expert at a time, so that absent ones can be left out.
     """
-    block_r = min(BLOCK_ER, triton.next_power_of_2(rank))
-    block_e = 1 if skip else min(triton.next_power_of_2(experts), BLOCK_ER // block_r)
+    block_r = min(BLOCK_ER, power_of_2(rank))
+    block_e = 1 if skip else min(power_of_2(experts), BLOCK_ER // block_r)
     block_r = max(block_r, 16 // block_e)
     even = rank % block_r == 0 and experts % block_e == 0 and (block_e == 1 or rank == block_r)
     return {
@@ -62,6 +65,9 @@ def expert_blocks(experts: int, rank: int, skip: bool) -> dict[str, int | bool]:
 def on_hopper(tensor: torch.Tensor) -> bool:
     """Whether it lies on an NVIDIA GPU of Hopper's kind or later: those have the tensor memory
     accelerator, and a launch may begin while the one before it ends."""
-    if not tensor.is_cuda or torch.version.hip:
-        return False
-    return torch.cuda.get_device_capability(tensor.device)[0] >= 9
+    return tensor.is_cuda and _is_hopper(tensor.device)
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return not torch.version.hip and torch.cuda.get_device_capability(device)[0] >= 9

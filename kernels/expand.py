@@ -19,6 +19,7 @@ import triton.language as tl
 from vllm_adafuse.kernels.blocks import ExpandBlocks, expert_blocks, on_hopper
 from vllm_adafuse.kernels.order_routes import Order
 from vllm_adafuse.kernels.pairs import ACTIVATIONS, ROTARY, activate, rotate
+from vllm_adafuse.kernels.whole import cdiv
 
 # With fewer tokens most experts are absent, and each is asked whether it is there.
 _SKIP_TOKENS = 8
@@ -259,12 +260,12 @@ def _launch(
     else:
         tiled = [w for w, part in zip(widths, parts) if part >= 0 or every]
     span = blocks.columns * blocks.loop
-    groups = sum(triton.cdiv(w, span) for w in tiled)
+    groups = sum(cdiv(w, span) for w in tiled)
     every_part = min(parts) >= 0
     skip = tokens < _SKIP_TOKENS or order is not None
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
     pdl = on_hopper(y)
-    _expand_kernel[(groups, triton.cdiv(tokens, blocks.tokens))](
+    _expand_kernel[(groups, cdiv(tokens, blocks.tokens))](
         y, bias, out, s, bank_b, gates,
         present if order is None else order.present, order and order.rows, cos_sin,
         tokens, y.stride(0), out.stride(0), s_stride, experts,

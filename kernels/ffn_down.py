@@ -14,6 +14,7 @@ import triton.language as tl
 from vllm_adafuse.kernels.expand import expand_torch, expand_triton
 from vllm_adafuse.kernels.ffn_mix import slots_of
 from vllm_adafuse.kernels.registry import register_op
+from vllm_adafuse.kernels.whole import power_of_2
 
 
 def s_of_slots_torch(low, gates, scales, tokens, rank, always, shared, dtype) -> torch.Tensor:
@@ -66,8 +67,8 @@ def s_of_slots_triton(low, gates, scales, tokens, rank, always, shared, dtype) -
     _slots_kernel[(tokens,)](
         low, gates, scales, s, tokens, low.stride(0), low.shape[0] // tokens - 1,
         EXPERTS=experts, EVERY=every, RANK=rank, SIZE_LOW=low.shape[1], SHARED=shared,
-        BLOCK_E=max(2, triton.next_power_of_2(experts)),
-        BLOCK_C=min(128, triton.next_power_of_2(every * rank)), num_warps=4,
+        BLOCK_E=max(2, power_of_2(experts)),
+        BLOCK_C=min(128, power_of_2(every * rank)), num_warps=4,
     )  # fmt: skip
     return s
 

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from vllm_adafuse.kernels.pairs import ACTIVATIONS, activate, activate_torch
 from vllm_adafuse.kernels.registry import register_op
+from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 _BLOCK_T, _BLOCK_C = 16, 64
 
@@ -129,13 +130,13 @@ def ffn_mix_triton(both, gates, bank_b, parts, width, slots, activation) -> torc
     """One launch; see `ffn_mix`."""
     tokens, (_, every, rank), experts = both.shape[0], bank_b.shape, gates.shape[-1]
     x = both.new_empty(1 + slots, tokens, width)
-    grid = triton.cdiv(width, _BLOCK_C), triton.cdiv(tokens, _BLOCK_T)
+    grid = cdiv(width, _BLOCK_C), cdiv(tokens, _BLOCK_T)
     _ffn_mix_kernel[grid](
         both, gates, bank_b, x, tokens, both.stride(0),
         WIDTH=width, PART0=parts[0], PART1=parts[1],
         EXPERTS=experts, EVERY=every, RANK=rank, SLOTS=slots,
         ACT=ACTIVATIONS.index(activation), BLOCK_T=_BLOCK_T, BLOCK_C=_BLOCK_C,
-        BLOCK_R=min(64, max(16, triton.next_power_of_2(rank))), num_warps=4,
+        BLOCK_R=min(64, max(16, power_of_2(rank))), num_warps=4,
     )  # fmt: skip
     return x
 

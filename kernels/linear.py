@@ -6,7 +6,8 @@
 W and A stand in one tensor, [W; A]. Few tokens take one launch that streams it (stream_linear.py),
 some dozens one that tiles it where the product is large (tile_linear.py). Otherwise one product of
 the vendor's gives W x and A x together (two of them for long batches), and one pass adds the expand
-and goes on to the activation. The choice falls by the shape and the number of tokens alone.
+(expand.py, wide_expand.py) and goes on to the activation. The choice falls by the shape and the
+number of tokens alone (tiles.py).
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from vllm_adafuse.kernels import stream_linear, tile_linear
-from vllm_adafuse.kernels.expand import expand_raw_triton, expand_torch
+from vllm_adafuse.kernels.expand import expand_torch
 from vllm_adafuse.kernels.order_routes import Order
-from vllm_adafuse.kernels.pairs import activate_torch, is_gate_up, rotate_torch
+from vllm_adafuse.kernels.pairs import activate_torch, is_gate_up, rotate_torch, tiled_widths
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import shrink_torch
-from vllm_adafuse.kernels.stream_linear import MAX_STREAM_TOKENS, stream_linear_triton
+from vllm_adafuse.kernels.stream_linear import stream_linear_triton
 from vllm_adafuse.kernels.tile_linear import can_tile, tile_linear_triton
+from vllm_adafuse.kernels.tiles import find_tiles
+from vllm_adafuse.kernels.wide_expand import expand_long
 
 # Up to this many tokens W and A are read in one product. Beyond it the product is bound by
 # arithmetic, and a few rows more would cost it a wave of programs.
@@ -58,29 +61,42 @@ def _run(
 ):  # fmt: skip
     if not x.is_cuda:
         return linear_torch(x, joint, bias, bank_b, gates, parts, widths, activation, cos_sin)
+    rows, tma = sum(tiled_widths(widths, activation)), can_tile(x, joint)
+    cut = find_tiles(*x.shape, rows, activation, x.element_size(), x.device, tma)
+    return linear_triton(
+        x, joint, bias, bank_b, gates, present, counters[index],
+        Scratch(low, partial, tickets, unread), Order(order_rows, order_present),
+        parts, widths, activation, cos_sin, cut,
+    )  # fmt: skip
+
+
+def linear_triton(
+    x, joint, bias, bank_b, gates, present, counter, scratch, order, parts, widths, activation,
+    cos_sin, cut,
+):  # fmt: skip
+    """`linear` on a GPU, cut as told; None: by the vendor's product."""
     out = sum(widths)
-    if can_tile(x, joint, activation):
-        return tile_linear_triton(
-            x, joint, bias, bank_b, gates, present, counters[index],
-            Scratch(low, partial, tickets, unread), parts, widths, activation, cos_sin=cos_sin,
-        )  # fmt: skip
-    if x.shape[0] <= MAX_STREAM_TOKENS:
-        return stream_linear_triton(
-            x, joint[:out], bias, bank_a_of(joint, bank_b, out), bank_b, gates, present,
-            counters[index], Scratch(low, partial, tickets, unread), parts, widths, activation,
-            cos_sin=cos_sin,
-        )  # fmt: skip
+    if cut:
+        shared = bank_b, gates, present, counter, scratch, parts, widths, activation, cut
+        if cut.tma:
+            return tile_linear_triton(x, joint, bias, *shared, cos_sin=cos_sin)
+        bank_a = bank_a_of(joint, bank_b, out)
+        return stream_linear_triton(x, joint[:out], bias, bank_a, *shared, cos_sin=cos_sin)
+    y, s, bias = joint_product(x, joint, bias, out)
+    return expand_long(
+        y, s, bias, bank_b, gates, present, parts, widths, activation,
+        order.of(x.shape[0]), cos_sin,
+    )  # fmt: skip
+
+
+def joint_product(
+    x: torch.Tensor, joint: torch.Tensor, bias: torch.Tensor | None, out: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """W x and A x by the vendor's product, and the bias if it is still to be added."""
     if x.shape[0] <= MAX_JOINT_TOKENS:
         both = F.linear(x, joint)
-        y, s = both[:, :out], both[:, out:]
-    else:
-        y, s = F.linear(x, joint[:out], bias), F.linear(x, joint[out:])
-        bias = None
-    order = Order(order_rows, order_present).of(x.shape[0])
-    return expand_raw_triton(
-        y, s, bias, bank_b, gates, present, parts, widths, activation,
-        order=order, cos_sin=cos_sin,
-    )  # fmt: skip
+        return both[:, :out], both[:, out:], bias
+    return F.linear(x, joint[:out], bias), F.linear(x, joint[out:]), None
 
 
 def _fake(x, joint, bias, bank_b, *arguments):

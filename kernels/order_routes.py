@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from vllm_adafuse.kernels.registry import register_op
+from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 # Tokens of a tile, and of the shortest step that is put into order.
 ORDER_TILE = 64
@@ -39,7 +40,7 @@ class Order(NamedTuple):
             tokens = 0
         return cls(
             torch.zeros(tokens, dtype=torch.int32, device=device),
-            torch.zeros(triton.cdiv(tokens, ORDER_TILE), dtype=torch.int64, device=device),
+            torch.zeros(cdiv(tokens, ORDER_TILE), dtype=torch.int64, device=device),
         )
 
     def of(self, tokens: int) -> Order | None:
@@ -61,9 +62,9 @@ def _tile_present_kernel(
 def _order_triton(expert_ids, rows, present, tokens, experts) -> None:
     sets, order = _sorted_sets(expert_ids, tokens)
     rows[:tokens].copy_(order)
-    _tile_present_kernel[(triton.cdiv(tokens, ORDER_TILE),)](
+    _tile_present_kernel[(cdiv(tokens, ORDER_TILE),)](
         sets, present, tokens, experts,
-        TILE=ORDER_TILE, BLOCK_E=max(2, triton.next_power_of_2(experts)),
+        TILE=ORDER_TILE, BLOCK_E=max(2, power_of_2(experts)),
     )  # fmt: skip
 
 

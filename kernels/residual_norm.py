@@ -1,37 +1,31 @@
-"""LoRA expand of a projection, the residual's addition and the RMSNorm behind it:
+"""The end of a projection: LoRA expand, the residual's addition, and the RMSNorm behind it:
 
     z[t] = residual[t] + y[t] + Σ_e B[:, e] (gates[t, e] s[t, e])
     out[t] = z[t] / sqrt(mean(z[t]²) + eps) * weight
 
-for o_proj and down_proj, whose outputs go that way in most decoders. y and s = A x of all experts
-come side by side from `joint_linear`. In long batches one program has all columns of a block of
-tokens: it writes z, sums its squares, and reads z again for the norm, so that the experts ride on a
-pass that the model makes anyway (AdaFuse, arXiv 2603.11873, section 3, for the deltas). Shorter
-ones would leave too few programs: there `expand` adds the deltas in place before. Of few tokens
-`joint_linear` leaves y with its deltas as sums of slices of `in`, which are added up here.
+Second half of `linear_norm`. With EXPAND one program has all columns of a block of tokens: it
+writes z, sums its squares, and reads z again for the norm, so that the experts ride on a pass that
+the model makes anyway (AdaFuse, arXiv 2603.11873, section 3, for the deltas). Without it y holds
+the deltas, whole or as sums of slices of `in`, which are added up here.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from vllm_adafuse.kernels.blocks import expert_blocks, on_hopper
-from vllm_adafuse.kernels.expand import _add_delta, _load_b, _load_s, expand_raw_triton
-from vllm_adafuse.kernels.joint_linear import sliced_cut
-from vllm_adafuse.kernels.registry import register_op
-from vllm_adafuse.kernels.scratch import Scratch, slices_of
-
-# From so many tokens on one launch does it all.
-MIN_FUSED_TOKENS = 8192
+from vllm_adafuse.kernels.expand import _add_delta, _load_b, _load_s
+from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _residual_norm_kernel(
-    y_ptr, s_ptr, slices_ptr, residual_ptr, weight_ptr, b_ptr, gates_ptr, z_ptr, out_ptr,
-    n_tokens, y_stride, residual_stride, n_experts, eps,
+    y_ptr, s_ptr, residual_ptr, weight_ptr, b_ptr, gates_ptr, z_ptr, out_ptr,
+    n_tokens, y_stride, s_stride, residual_stride, n_experts, eps,
     WIDTH: tl.constexpr, SPLIT: tl.constexpr, EXPAND: tl.constexpr, PDL: tl.constexpr,
     RANK: tl.constexpr, SKIP: tl.constexpr, EVEN_K: tl.constexpr, ONE: tl.constexpr,
     BLOCK_T: tl.constexpr, COLS: tl.constexpr, NORM_COLS: tl.constexpr, STAGES: tl.constexpr,
@@ -44,8 +38,10 @@ def _residual_norm_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
     wide_rows = rows.to(tl.int64)
-    s_at = s_ptr + wide_rows * y_stride
-    s = tl.zeros([BLOCK_T, BLOCK_E * BLOCK_R], dtype=y_ptr.dtype.element_ty)
+    s_at = rows
+    if EXPAND:
+        s_at = s_ptr + wide_rows * s_stride
+    s = tl.zeros([BLOCK_T, BLOCK_E * BLOCK_R], dtype=z_ptr.dtype.element_ty)
     if EXPAND and ONE:  # of all columns
         s = _load_s(
             s_at, gates_ptr, rows, 0, here, n_experts, 0,
@@ -59,14 +55,11 @@ def _residual_norm_kernel(
         mask = here[:, None] & (inside[None, :] if not EVEN else (columns >= 0)[None, :])
         place = wide_rows[:, None] * residual_stride + columns[None, :]
         before = tl.load(residual_ptr + place, mask=mask, other=0.0)
-        if SPLIT > 0:
-            slices_at = slices_ptr + wide_rows[:, None] * WIDTH + columns[None, :]
-            z = tl.load(slices_at, mask=mask, other=0.0)
-            for i in tl.static_range(1, SPLIT):
-                z += tl.load(slices_at + i * (n_tokens * WIDTH), mask=mask, other=0.0)
-        else:
-            y_at = y_ptr + wide_rows[:, None] * y_stride + columns[None, :]
-            z = tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
+        y_at = y_ptr + wide_rows[:, None] * y_stride + columns[None, :]
+        z = tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
+        for _ in tl.static_range(1, SPLIT):
+            y_at += n_tokens * y_stride
+            z += tl.load(y_at, mask=mask, other=0.0)
         z += before.to(tl.float32)
         if EXPAND:
             b_at = b_ptr + columns.to(tl.int64) * (n_experts * RANK)
@@ -121,43 +114,52 @@ class NormBlocks:
     stages: int = 1
 
     @classmethod
-    def choose(cls, width: int, expand: bool, itemsize: int) -> NormBlocks:
-        """Found on an H100 at the shapes of Llama-2-7B; docs/kernel-notes.md has the figures."""
-        whole = triton.next_power_of_2(width)
+    @functools.cache
+    def choose(cls, width: int, expand: bool, sliced: bool, itemsize: int) -> NormBlocks:
+        """Found on an H200 at the shapes of Llama-2-7B; docs/kernel-notes.md has the figures."""
+        whole = power_of_2(width)
         if not expand:
-            return cls(1, whole, whole, 4 if whole <= 4096 else 8)
+            return cls(1, whole, whole, 8 if sliced or whole > 4096 else 4)
         if itemsize > 2:
             return cls(32, 32, 32, 8)
         return cls(64, 64, 128, 8, 3)
 
 
 def residual_norm_triton(
-    both: torch.Tensor,
+    y: torch.Tensor,
+    s: torch.Tensor | None,
     residual: torch.Tensor,
     weight: torch.Tensor,
     eps: float,
     bank_b: torch.Tensor,
     gates: torch.Tensor,
-    expand: bool,
-    slices: torch.Tensor | None = None,
     blocks: NormBlocks | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One launch; see `residual_norm`.
+    """One launch.
 
     Args:
-        expand: the deltas are still to be added.
-        slices: [split, T, H] float32 contiguous, whose sum stands for `both`.
+        y: [T, H], W x; or [split, T, H] contiguous, float32, to be added up. Rows contiguous.
+        s: [T, E R], A x of all experts, not yet weighted; None if y holds the deltas.
+        residual: [T, H]; rows contiguous.
+        weight: [H], factors of the norm.
+        eps: its epsilon.
+        bank_b: [H, E, R], dtype of s.
+        gates: [N, E] float32, N >= T, LoRA's scale included.
         blocks: how to cut, default `NormBlocks.choose`.
+
+    Returns:
+        The normed hidden states and the new residual, [T, H] each, dtype of residual.
     """
     tokens, width = residual.shape
     _, experts, rank = bank_b.shape
     out, z = residual.new_empty(tokens, width), residual.new_empty(tokens, width)
-    cut = blocks or NormBlocks.choose(width, expand, both.element_size())
-    pdl = on_hopper(both)
-    _residual_norm_kernel[(triton.cdiv(tokens, cut.tokens),)](
-        both, both[:, width:], slices, residual, weight, bank_b, gates, z, out,
-        tokens, both.stride(0), residual.stride(0), experts, eps,
-        WIDTH=width, SPLIT=0 if slices is None else slices.shape[0], EXPAND=expand, PDL=pdl,
+    split = y.shape[0] if y.dim() == 3 else 0
+    cut = blocks or NormBlocks.choose(width, s is not None, split > 0, residual.element_size())
+    pdl = on_hopper(y)
+    _residual_norm_kernel[(cdiv(tokens, cut.tokens),)](
+        y, s, residual, weight, bank_b, gates, z, out,
+        tokens, y.stride(-2), 0 if s is None else s.stride(0), residual.stride(0), experts, eps,
+        WIDTH=width, SPLIT=split, EXPAND=s is not None, PDL=pdl,
         BLOCK_T=cut.tokens, COLS=cut.columns, STAGES=cut.stages,
         NORM_COLS=cut.norm_columns if cut.columns < width else cut.columns,
         num_warps=cut.warps, **expert_blocks(experts, rank, False),
@@ -167,80 +169,10 @@ def residual_norm_triton(
 
 
 def residual_norm_torch(
-    both: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    bank_b: torch.Tensor,
-    gates: torch.Tensor,
-    expand: bool,
+    y: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reference; see `residual_norm`."""
-    tokens, width = residual.shape
-    z = both[:, :width].float() + residual.float()
-    if expand:
-        _, experts, rank = bank_b.shape
-        s = both[:, width:].float().view(tokens, experts, rank) * gates[:tokens, :, None]
-        z += s.to(both.dtype).float().flatten(1) @ bank_b.flatten(1).float().t()
-    z = z.to(residual.dtype)
+    """The reference, of a y [T, H] that holds the deltas."""
+    z = (y.float() + residual.float()).to(residual.dtype)
     wide = z.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (normed.to(z.dtype).float() * weight.float()).to(z.dtype), z
-
-
-def _run(both, residual, weight, eps, bank_b, gates, present, partial, size_in):
-    tokens, width = residual.shape
-    cut = sliced_cut(both, size_in, width)
-    if not both.is_cuda:
-        return residual_norm_torch(both, residual, weight, eps, bank_b, gates, cut is None)
-    slices = None if cut is None else slices_of(partial, cut.split, tokens, width)
-    expand = cut is None
-    if expand and tokens < MIN_FUSED_TOKENS:
-        y, s = both[:, :width], both[:, width:]
-        both = expand_raw_triton(y, s, None, bank_b, gates, present, [0], [width])
-        expand = False
-    return residual_norm_triton(both, residual, weight, eps, bank_b, gates, expand, slices)
-
-
-def _fake(both, residual, *arguments):
-    return residual.new_empty(residual.shape), residual.new_empty(residual.shape)
-
-
-_op = register_op(
-    "residual_norm(Tensor both, Tensor residual, Tensor weight, float eps, Tensor bank_b, "
-    "Tensor gates, Tensor present, Tensor partial, int size_in) -> (Tensor, Tensor)",
-    _run,
-    _fake,
-)
-
-
-def residual_norm(
-    both: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    bank_b: torch.Tensor,
-    gates: torch.Tensor,
-    present: torch.Tensor,
-    scratch: Scratch,
-    size_in: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ends a projection: deltas, residual, RMSNorm.
-
-    Args:
-        both: [T, H + E R], from `joint_linear`; rows contiguous.
-        residual: [T, H], dtype of both; rows contiguous.
-        weight: [H], factors of the norm.
-        eps: its epsilon.
-        bank_b: [H, E, R], dtype of both.
-        gates: [N, E] float32, N >= T, LoRA's scale included.
-        present: [1] int64, see `spread_routes`.
-        scratch: of the device, as `joint_linear` left it.
-        size_in: of the projection.
-
-    Returns:
-        The normed hidden states and the new residual, [T, H] each.
-    """
-    return _op(
-        both, residual, weight, eps, bank_b, gates, present, scratch.partial, size_in
-    )  # fmt: skip

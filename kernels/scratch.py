@@ -44,17 +44,12 @@ class Scratch(NamedTuple):
         return self.low[: count * dtype.itemsize].view(dtype).view(shape)
 
     def slices(self, split: int, tokens: int, width: int) -> torch.Tensor:
-        """[split, tokens, width] at the end of `partial`; see `slices_of`."""
-        return slices_of(self.partial, split, tokens, width)
+        """[split, tokens, width] float32 at the end of `partial`, beside what a launch sums there.
 
-
-def slices_of(partial: torch.Tensor, split: int, tokens: int, width: int) -> torch.Tensor:
-    """[split, tokens, width] float32 at the end of a scratch's sums, beside those of its launches.
-
-    Raises:
-        ValueError: it was made too small.
-    """
-    count = split * tokens * width
-    if count > partial.numel():
-        raise ValueError(f"scratch has {partial.numel()} sums, {count} are to be left")
-    return partial[-count:].view(split, tokens, width)
+        Raises:
+            ValueError: it was made too small.
+        """
+        count = split * tokens * width
+        if count > self.partial.numel():
+            raise ValueError(f"scratch has {self.partial.numel()} sums, {count} are to be left")
+        return self.partial[-count:].view(split, tokens, width)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from vllm_adafuse.kernels.registry import matmul_f32
 from vllm_adafuse.kernels.scratch import Scratch
+from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 BLOCK_IN = 256
 MAX_SLICES = 8
@@ -144,8 +145,8 @@ class ShrinkGrid:
     def of(cls, bank_a: torch.Tensor, slices: int = 0) -> ShrinkGrid:
         """For a bank, in so many slices of `in`; 0: a sane number."""
         parts, experts, rank, size_in = bank_a.shape
-        block_r = min(32, max(16, triton.next_power_of_2(rank)))
-        slots = parts * experts * triton.cdiv(rank, block_r)
+        block_r = min(32, max(16, power_of_2(rank)))
+        slots = parts * experts * cdiv(rank, block_r)
         return cls(block_r, slices or max(1, min(MAX_SLICES, size_in // _SLICE)), slots)
 
     @property
@@ -187,7 +188,7 @@ def shrink_triton(
     parts, experts, rank, size_in = bank_a.shape
     grid = ShrinkGrid.of(bank_a)
     s = scratch.s(x.dtype, tokens, parts, experts * rank)
-    block_t = max(16, triton.next_power_of_2(tokens))
+    block_t = max(16, power_of_2(tokens))
     block_in = fit_cols(BLOCK_IN, grid.block_r, block_t, x.element_size())
     _shrink_kernel[(grid.programs,)](
         x, bank_a, gates, present, s, scratch.partial, scratch.tickets, scratch.unread,

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from vllm_adafuse.kernels.registry import register_op
+from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 # Up to this many tokens `present` tells the truth; longer batches touch all experts, and say so.
 MAX_PRESENT_TOKENS = 256
@@ -56,11 +57,11 @@ def spread_routes_triton(
     """One launch; see `spread_routes`."""
     top_k, experts = expert_ids.shape[1], gates.shape[1]
     one = tokens <= MAX_PRESENT_TOKENS
-    block = max(16, triton.next_power_of_2(tokens)) if one else 64
-    _spread_routes_kernel[(triton.cdiv(tokens, block),)](
+    block = max(16, power_of_2(tokens)) if one else 64
+    _spread_routes_kernel[(cdiv(tokens, block),)](
         expert_ids, weights, gates, present, counters,
         tokens, top_k, experts, counters.numel(),
-        BLOCK_T=block, BLOCK_E=max(2, triton.next_power_of_2(experts)), ONE=one,
+        BLOCK_T=block, BLOCK_E=max(2, power_of_2(experts)), ONE=one,
         num_warps=8 if block >= 128 else 4,
     )  # fmt: skip
 

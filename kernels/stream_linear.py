@@ -33,10 +33,8 @@ from vllm_adafuse.kernels.shrink import (
     last_sums,
     shrink_program,
 )
-from vllm_adafuse.kernels.tiles import MAX_SPLIT, Tiles, find_tiles
-
-# Beyond it the vendor's product with launches of their own for the experts is faster.
-MAX_STREAM_TOKENS = 32
+from vllm_adafuse.kernels.tiles import MAX_SPLIT, MAX_STREAM_TOKENS, Tiles
+from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 
 def scratch_sizes(bank_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
@@ -233,7 +231,7 @@ def stream_linear_triton(
 
     Args:
         counter: [>= 1] int32, zero; of this launch alone until the next step.
-        tiles: how to cut, default `find_tiles`.
+        tiles: how to cut, default `Tiles.choose`.
         out: where the result goes, [T, out] with contiguous rows, or [split, T, out] contiguous,
             float32, to leave the sums of each slice of `in` unadded; default a new tensor.
         cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
@@ -245,14 +243,14 @@ def stream_linear_triton(
     members = tiled_widths(widths, activation)
     rows = sum(members)
     if tiles is None:
-        tiles = find_tiles(tokens, size_in, rows, activation, x.element_size(), x.device)
+        tiles = Tiles.choose(tokens, size_in, rows, activation, x.element_size())
     if half:
         tiles = replace(tiles, rows=min(tiles.rows, half))
     grid = ShrinkGrid.of(bank_a, tiles.slices)
-    block_t = max(16, triton.next_power_of_2(tokens))
+    block_t = max(16, power_of_2(tokens))
     shrink_cols = fit_cols(tiles.shrink_cols, grid.block_r, block_t, x.element_size())
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
-    count = sum(triton.cdiv(w, tiles.rows) for w in members)
+    count = sum(cdiv(w, tiles.rows) for w in members)
     y = x.new_empty(tokens, 2 * rows if half else rows) if out is None else out
     leave = y.dim() == 3
     _stream_linear_kernel[(grid.programs + count * tiles.split,)](
@@ -265,7 +263,7 @@ def stream_linear_triton(
         HAS_BIAS=bias is not None, ACT=act, HALF=half,
         EVEN=size_in % (tiles.cols * tiles.split) == 0,
         SPLIT=tiles.split, LEAVE=leave, BLOCK_T=block_t, BLOCK_R=grid.block_r,
-        BLOCK_ER=min(BLOCK_ER, max(16, triton.next_power_of_2(experts * rank))),
+        BLOCK_ER=min(BLOCK_ER, max(16, power_of_2(experts * rank))),
         RANK=rank, ROWS=tiles.rows, COLS=tiles.cols, STAGES=tiles.stages,
         SHRINK_COLS=shrink_cols, SHRINK_STAGES=SHRINK_STAGES,
         num_warps=tiles.warps, num_stages=tiles.stages,

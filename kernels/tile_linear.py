@@ -22,32 +22,17 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 from vllm_adafuse.kernels.blocks import BLOCK_ER, on_hopper
-from vllm_adafuse.kernels.pairs import (
-    ACTIVATIONS,
-    ROTARY,
-    activate,
-    is_gate_up,
-    rotate,
-    tiled_widths,
-)
+from vllm_adafuse.kernels.pairs import ACTIVATIONS, ROTARY, activate, rotate, tiled_widths
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import MAX_SLICES, all_sums, is_last, leave_sums
 from vllm_adafuse.kernels.stream_linear import add_delta, load_b
-from vllm_adafuse.kernels.tiles import MAX_SPLIT, Tiles
-
-MAX_TILE_TOKENS = 128
-# Rows of W with which whole tiles are programs enough. To cut `in` as well costs more, in adding
-# up the parts, than it gains.
-MIN_ROWS = 6144
+from vllm_adafuse.kernels.tiles import MAX_TILE_TOKENS, Tiles
+from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 
-def can_tile(x: torch.Tensor, joint: torch.Tensor, activation: str) -> bool:
-    """Whether this kernel is the one to take: its numbers of tokens, a large product, and the
-    accelerator can read it."""
-    fewest, most = (33, MAX_TILE_TOKENS) if is_gate_up(activation) else (17, 64)
-    if not fewest <= x.shape[0] <= most:
-        return False
-    if joint.shape[0] < MIN_ROWS or not on_hopper(x):
+def can_tile(x: torch.Tensor, joint: torch.Tensor) -> bool:
+    """Whether the tensor memory accelerator is there, and can read both."""
+    if x.shape[0] > MAX_TILE_TOKENS or not on_hopper(x):
         return False
     strides = x.stride(0) * x.element_size(), joint.stride(0) * joint.element_size()
     return x.stride(1) == 1 and not any(stride % 16 for stride in strides)
@@ -60,30 +45,10 @@ def scratch_sizes(bank_a: torch.Tensor) -> tuple[int, int, int]:
     return low, MAX_SLICES * (ranks + 256) * MAX_TILE_TOKENS, ranks // 16 + 16
 
 
-def choose(tokens: int, activation: str, itemsize: int) -> Tiles:
-    """Found on an H200 at the shapes of Llama-2-7B; docs/kernel-notes.md has the figures."""
-    if itemsize > 2:
-        return Tiles(32, 32, 1, 4, 3)
-    if activation:
-        return Tiles(64, 64, 1, 4, 4 if tokens <= 64 else 3, slices=4)
-    if tokens > 64:
-        return Tiles(128, 64, 1, 8, 5, slices=2)
-    return Tiles(64, 64, 1, 4, 6, slices=2) if tokens > 32 else Tiles(64, 128, 1, 4, 4, slices=2)
-
-
-def choose_sliced(tokens: int, size_in: int, width: int, itemsize: int) -> Tiles:
-    """For a product of few rows, cut in slices of `in` that whoever reads it adds up."""
-    if itemsize > 2:
-        return Tiles(32, 32, 2, 4, 3)
-    rows = 64
-    split = min(MAX_SPLIT, max(1, triton.cdiv(128, triton.cdiv(width, rows))))
-    return Tiles(rows, 64, split, 4, 6 if tokens <= 64 else 5, slices=2)
-
-
 def block_er(block_t: int, act: int, ranks: int) -> int:
     """Ranks of a step of the expand: fewer where gate's and up's sums leave few registers."""
     most = BLOCK_ER // 2 if act and block_t > 64 else BLOCK_ER
-    return min(most, max(16, triton.next_power_of_2(ranks)))
+    return min(most, max(16, power_of_2(ranks)))
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -239,7 +204,8 @@ def tile_linear_triton(
     Args:
         x, joint: as `can_tile` wants them.
         counter: [>= 1] int32, zero; of this launch alone until the next step.
-        tiles: how to cut, default `choose`; `shrink_cols` is not used, `split` with `out` only.
+        tiles: how to cut, default `Tiles.choose`; `shrink_cols` is not used, and `split` only
+            with `out`.
         out: [split, T, out] contiguous, float32, to leave the sums of each slice of `in` unadded;
             default a new tensor [T, out].
         cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
@@ -251,14 +217,16 @@ def tile_linear_triton(
     ranks = joint.shape[0] - sum(widths)
     n_parts = ranks // (experts * rank)
     members = tiled_widths(widths, activation)
-    cut = tiles or choose(tokens, activation, x.element_size())
+    rows = sum(members)
+    cut = tiles or Tiles.choose(tokens, size_in, rows, activation, x.element_size(), True)
+    cut = cut or Tiles(64, 64, stages=3)
     if half:
         cut = replace(cut, rows=min(cut.rows, half))
-    block_t = max(16, triton.next_power_of_2(tokens))
-    shrink_tiles = triton.cdiv(ranks, cut.rows * (2 if act else 1))
-    count = sum(triton.cdiv(w, cut.rows) for w in members)
+    block_t = max(16, power_of_2(tokens))
+    shrink_tiles = cdiv(ranks, cut.rows * (2 if act else 1))
+    count = sum(cdiv(w, cut.rows) for w in members)
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
-    y = x.new_empty(tokens, sum(members) * (2 if half else 1)) if out is None else out
+    y = x.new_empty(tokens, rows * (2 if half else 1)) if out is None else out
     split = 1 if out is None else cut.split
     _tile_linear_kernel[(shrink_tiles * cut.slices + count * split,)](
         TensorDescriptor(x, list(x.shape), list(x.stride()), [block_t, cut.cols]),
@@ -271,7 +239,7 @@ def tile_linear_triton(
         PART0=parts[0], PART1=parts[1], PART2=parts[2],
         HAS_BIAS=bias is not None, ACT=act, HALF=half, SPLIT=split, SLICES=cut.slices,
         RANK=rank, EXPERTS=experts, SHRINK_TILES=shrink_tiles,
-        BLOCK_T=block_t, BLOCK_E=max(16, triton.next_power_of_2(experts)),
+        BLOCK_T=block_t, BLOCK_E=max(16, power_of_2(experts)),
         BLOCK_ER=block_er(block_t, act, experts * rank),
         ROWS=cut.rows, COLS=cut.cols, STAGES=cut.stages,
         num_warps=cut.warps, num_stages=cut.stages,

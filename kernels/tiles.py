@@ -1,7 +1,8 @@
-"""How the streaming kernel cuts a product: tuned for a device and a shape, or a sane default.
+"""How products of few tokens are cut: tuned for a device and a shape, or a sane default.
 
 `vllm-adafuse tune` finds cuts and leaves them in the user's cache directory, one JSON file for each
-kind of device. A cut changes the speed of a product, and the last bits of its result.
+kind of device; those of the devices that we had come with the package, in `cuts/`. A cut changes
+the speed of a product, and the last bits of its result.
 """
 
 from __future__ import annotations
@@ -17,13 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from vllm_adafuse.kernels.shrink import MAX_SLICES
+from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 logger = logging.getLogger("vllm.adafuse")
 
 MAX_SPLIT = 4
-VERSION = 2
+VERSION = 3
+# Up to so many tokens W can be streamed, and tiled.
+MAX_STREAM_TOKENS = 32
+MAX_TILE_TOKENS = 128
+# Rows of W, or pairs of them, with which whole tiles are programs enough. To add up slices of `in`
+# within the kernel costs more than it gains.
+_MIN_ROWS = 3072
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,8 @@ class Tiles:
         stages: steps in flight.
         shrink_cols: elements of `in` in a step of the shrink, a power of two.
         slices: programs that share the shrink of one expert, each with a slice of `in`.
+        tma: whole tiles through the tensor memory accelerator (tile_linear), not streamed
+            (stream_linear).
     """
 
     rows: int = 64
@@ -47,6 +56,7 @@ class Tiles:
     stages: int = 3
     shrink_cols: int = 256
     slices: int = 1
+    tma: bool = False
 
     def __post_init__(self):
         for name in ("rows", "cols", "warps", "shrink_cols"):
@@ -58,42 +68,101 @@ class Tiles:
         if not 1 <= self.slices <= MAX_SLICES:
             raise ValueError(f"Tiles: slices is {self.slices}, expected 1 to {MAX_SLICES}")
 
+    def takes(self, tokens: int, tma: bool) -> bool:
+        """Whether it serves so many tokens, with the accelerator or without."""
+        return tokens <= (MAX_TILE_TOKENS if self.tma else MAX_STREAM_TOKENS) and self.tma <= tma
+
     @classmethod
-    def choose(cls, tokens: int, size_in: int, rows: int, activation: str, itemsize: int) -> Tiles:
-        """A sane cut for any device: some 190 programs, each with deep loads.
+    def choose(
+        cls, tokens: int, size_in: int, rows: int, follows: str, itemsize: int, tma: bool = False
+    ) -> Tiles | None:
+        """A sane cut for any device; None: the vendor's product is the better one.
 
-        Found on an H200 at the shapes of Llama-2-7B; docs/kernel-notes.md has the figures.
+        Found on an H200 at the shapes of Llama-2-7B; docs/kernel-notes.md has the figures. See
+        `find_tiles` for the arguments.
         """
-        few, cols = tokens <= 16, 128 if itemsize == 2 else 64
-        height, most = (32, 1) if activation and few else (64, 1 if activation else 3)
-        while height > 16 and triton.cdiv(rows, height) * most < 120:
+        if tma and 16 < tokens <= MAX_TILE_TOKENS:
+            cut = cls._tiled(tokens, size_in, rows, follows, itemsize)
+            if cut or tokens > MAX_STREAM_TOKENS:
+                return cut
+        return cls._streamed(tokens, rows, follows, itemsize, tma)
+
+    @classmethod
+    def _tiled(
+        cls, tokens: int, size_in: int, rows: int, follows: str, itemsize: int
+    ) -> Tiles | None:
+        if follows == "norm":
+            if tokens > 64:
+                return None
+            split, long = min(MAX_SPLIT, max(1, cdiv(128, cdiv(rows, 64)))), size_in > 8192
+            if itemsize > 2:
+                return cls(32, 32, split, 4, 3, tma=True)
+            return cls(64, 128, split, 4, 4 if long else 6, slices=4 if long else 2, tma=True)
+        gate_up = follows not in ("", "rotary")
+        if rows < (_MIN_ROWS if follows else 2 * _MIN_ROWS) or (tokens > 64 and not gate_up):
+            return None
+        if itemsize > 2:
+            return cls(32, 32, 1, 4, 3, tma=True)
+        if gate_up:
+            few = tokens <= 64
+            return cls(64, 64, 1, 4, 4 if few else 3, slices=2 if few else 4, tma=True)
+        if follows or tokens <= 32:
+            return cls(64, 128, 1, 4, 4, slices=2, tma=True)
+        return cls(64, 64, 1, 4, 6, slices=2, tma=True)
+
+    @classmethod
+    def _streamed(
+        cls, tokens: int, rows: int, follows: str, itemsize: int, roomy: bool
+    ) -> Tiles | None:
+        # Hopper's processors have room for 110 kB; others must do with less.
+        if tokens > MAX_STREAM_TOKENS:
+            return None
+        few, pairs = tokens <= 16, follows not in ("", "norm")
+        cols, most = 128 if itemsize == 2 else 64, 1 if pairs else 3
+        height = 64 if roomy or not pairs or not few else 32
+        while height > 16 and cdiv(rows, height) * most < 90:
             height //= 2
-        if activation:
+        if follows == "rotary":
+            return cls(height, cols // 2, 1, 4, 6 if roomy else 4)
+        if pairs:
             return cls(height, cols if few else cols // 2, 1, 4, 3 if few else 4)
-        programs = triton.cdiv(rows, height)
-        split = min(most, triton.cdiv(160, programs))
+        split = min(most, cdiv(160, cdiv(rows, height)))
+        if tokens <= 4 and follows == "norm" and split > 1 and roomy:
+            return cls(height, cols, 2, 4, 6, 512, 2)
         slices = 1 if split == 1 else 2 if few else 3
-        return cls(height, cols, split, 4, 4, 512 if few and split > 1 else 256, slices)
+        stages = 3 if few and follows == "norm" else 4
+        return cls(height, cols, split, 4, stages, 512 if few and split > 1 else 256, slices)
 
 
-def shape_key(size_in: int, rows: int, activation: str, itemsize: int) -> str:
+def shape_key(size_in: int, rows: int, follows: str, itemsize: int) -> str:
     """"4096x11008 silu 2": the shape of a product in a file of cuts."""
-    return f"{size_in}x{rows} {activation or '-'} {itemsize}"
+    return f"{size_in}x{rows} {follows or '-'} {itemsize}"
 
 
 def cuts_file(device: str) -> Path:
     """Where the cuts of a kind of device are kept: $XDG_CACHE_HOME or ~/.cache, vllm-adafuse/."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    name = re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-")
-    return Path(cache) / "vllm-adafuse" / f"tiles-{name}.json"
+    return Path(cache) / "vllm-adafuse" / f"tiles-{_file_name(device)}.json"
 
 
-def save_cuts(device: str, cuts: dict[str, dict[int, Tiles]], how: dict[str, Any]) -> Path:
+def _file_name(device: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-")
+
+
+def packaged_file(device: str) -> Path:
+    """The cuts of a kind of device that come with the package, where there are any."""
+    return Path(__file__).parent / "cuts" / f"{_file_name(device)}.json"
+
+
+Cuts = dict[str, dict[int, Tiles | None]]
+
+
+def save_cuts(device: str, cuts: Cuts, how: dict[str, Any]) -> Path:
     """Adds cuts to the file of a device, and says in it how they were found.
 
     Args:
         device: its name, as torch gives it.
-        cuts: shape key -> tokens -> cut.
+        cuts: shape key -> tokens -> cut, None for the vendor's product.
         how: command, versions, figures.
     """
     path = cuts_file(device)
@@ -105,7 +174,7 @@ def save_cuts(device: str, cuts: dict[str, dict[int, Tiles]], how: dict[str, Any
         "device": device,
         "how": how,
         "cuts": {
-            key: {str(tokens): asdict(cut) for tokens, cut in sorted(by_tokens.items())}
+            key: {str(t): cut and asdict(cut) for t, cut in sorted(by_tokens.items())}
             for key, by_tokens in sorted(known.items())
         },
     }
@@ -118,14 +187,14 @@ def save_cuts(device: str, cuts: dict[str, dict[int, Tiles]], how: dict[str, Any
     return path
 
 
-def _read(path: Path) -> dict[str, dict[int, Tiles]]:
+def _read(path: Path) -> Cuts:
     """The cuts of a file; none, with a warning, if it cannot be used."""
     try:
         content = json.loads(path.read_text("utf-8"))
         if content["version"] != VERSION:
             raise ValueError(f"its version is {content['version']}, expected {VERSION}")
         return {
-            key: {int(tokens): Tiles(**cut) for tokens, cut in by_tokens.items()}
+            key: {int(tokens): cut and Tiles(**cut) for tokens, cut in by_tokens.items()}
             for key, by_tokens in content["cuts"].items()
         }
     except FileNotFoundError:
@@ -136,34 +205,49 @@ def _read(path: Path) -> dict[str, dict[int, Tiles]]:
 
 
 @functools.cache
-def _cuts_of(device: str) -> dict[str, dict[int, Tiles]]:
-    return _read(cuts_file(device))
+def _cuts_of(device: str) -> Cuts:
+    """The user's own, and for other shapes those of the package."""
+    return _read(packaged_file(device)) | _read(cuts_file(device))
 
 
 @functools.cache
 def find_cut(
-    device: str, tokens: int, size_in: int, rows: int, activation: str, itemsize: int
-) -> Tiles:
+    device: str, tokens: int, size_in: int, rows: int, follows: str, itemsize: int, tma: bool
+) -> Tiles | None:
     """The tuned cut of the nearest number of tokens, or `Tiles.choose`."""
-    tuned = _cuts_of(device).get(shape_key(size_in, rows, activation, itemsize))
-    if not tuned:
-        return Tiles.choose(tokens, size_in, rows, activation, itemsize)
-    return tuned[min(tuned, key=lambda t: (abs(math.log2(t / tokens)), t))]
+    tuned = _cuts_of(device).get(shape_key(size_in, rows, follows, itemsize), {})
+    fits = {
+        t: cut
+        for t, cut in tuned.items()
+        if (cut.takes(tokens, tma) if cut else tokens > MAX_STREAM_TOKENS)
+    }
+    if not fits:
+        return Tiles.choose(tokens, size_in, rows, follows, itemsize, tma)
+    return fits[min(fits, key=lambda t: (abs(math.log2(t / tokens)), t))]
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """As torch gives it; "cpu" without a GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def find_tiles(
-    tokens: int, size_in: int, rows: int, activation: str, itemsize: int, device: torch.device
-) -> Tiles:
-    """The cut of a product on a device.
+    tokens: int, size_in: int, rows: int, follows: str, itemsize: int, device: torch.device,
+    tma: bool = False,
+) -> Tiles | None:  # fmt: skip
+    """The cut of a product on a device; None: the vendor's product is the better one.
 
     Args:
         tokens: of the step; all numbers up to the same power of two are cut alike.
         size_in: elements of `in`.
-        rows: of W; of gate alone where an activation follows.
-        activation: "", "silu" or "gelu_tanh".
+        rows: of W; of one member where rows come in pairs (gate of gate_up, half heads of qkv).
+        follows: "", "silu", "gelu_tanh", "rotary", or "norm", which adds up slices of `in`.
         itemsize: bytes of an element.
         device: where it runs.
+        tma: the tensor memory accelerator can read x and W, see `tile_linear.can_tile`.
     """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    tokens = triton.next_power_of_2(tokens)
-    return find_cut(name, tokens, size_in, rows, activation, itemsize)
+    if tokens > MAX_TILE_TOKENS:
+        return None
+    name = device_name(device)
+    return find_cut(name, power_of_2(tokens), size_in, rows, follows, itemsize, tma)

@@ -11,6 +11,7 @@ away. SGMM (AdaFuse, arXiv 2603.11873, section 3).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,8 +20,14 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 from vllm_adafuse.kernels.blocks import BLOCK_ER, on_hopper
-from vllm_adafuse.kernels.expand import _load_s
+from vllm_adafuse.kernels.expand import _load_s, expand_raw_triton
+from vllm_adafuse.kernels.order_routes import Order
 from vllm_adafuse.kernels.pairs import ACTIVATIONS, ROTARY, activate, is_gate_up, rotate
+from vllm_adafuse.kernels.whole import cdiv, power_of_2
+
+# Below, programs of one tile are faster.
+MIN_WIDE_TOKENS = 512
+MIN_GATE_UP_TOKENS = 2048
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -87,30 +94,69 @@ class WideBlocks:
         stages: tiles under way.
     """
 
-    tokens: int = 128
-    columns: int = 64
-    loop: int = 16
-    warps: int = 8
-    stages: int = 3
+    tokens: int
+    columns: int
+    loop: int
+    warps: int
+    stages: int
+
+    @classmethod
+    @functools.cache
+    def choose(cls, tokens: int, width: int, activation: str) -> WideBlocks:
+        """Found on an H200 at the shapes of Llama-2-7B; docs/kernel-notes.md has the figures."""
+        if is_gate_up(activation):
+            return cls(128, 32, cdiv(width // 32, 8), 8, 3)
+        if activation:
+            return cls(128, 64, 16, 8, 3) if tokens >= 4096 else cls(64, 64, 8, 4, 3)
+        return cls(64, 128 if width % 128 == 0 else 64, 8, 8, 3)
 
 
 def can_widen(
-    y: torch.Tensor, bank_b: torch.Tensor, parts: Sequence[int], widths: Sequence[int],
-    activation: str, half: int = 0,
-) -> bool:  # fmt: skip
-    """Whether this kernel can take a product: its experts fit one product, every part has some,
-    columns come in whole tiles, and the accelerator can read everything."""
+    y: torch.Tensor,
+    bank_b: torch.Tensor,
+    parts: Sequence[int],
+    widths: Sequence[int],
+    activation: str,
+    head_dim: int,
+) -> bool:
+    """Whether this kernel is the one to take: many tokens, the experts fit one product, every part
+    has some, columns come in whole tiles, and the accelerator can read everything."""
     _, experts, rank = bank_b.shape
+    if y.shape[0] < (MIN_GATE_UP_TOKENS if is_gate_up(activation) else MIN_WIDE_TOKENS):
+        return False
     if not on_hopper(y) or y.element_size() != 2 or list(parts) != list(range(len(widths))):
         return False
-    columns = half or 64
-    if columns > 64:
+    if rank < 16 or rank & (rank - 1) or power_of_2(experts) * rank > BLOCK_ER:
         return False
-    if rank < 16 or rank & (rank - 1) or triton.next_power_of_2(experts) * rank > BLOCK_ER:
+    if activation == "rotary" and head_dim not in (32, 64, 128):
         return False
-    if any(width % (columns * (2 if half else 1)) for width in widths):
+    multiple = head_dim if activation == "rotary" else 64
+    if any(width % multiple for width in widths):
         return False
     return y.stride(1) == 1 and y.stride(0) % 8 == 0 and experts * rank % 8 == 0
+
+
+def expand_long(
+    y: torch.Tensor,
+    s: torch.Tensor,
+    bias: torch.Tensor | None,
+    bank_b: torch.Tensor,
+    gates: torch.Tensor,
+    present: torch.Tensor,
+    parts: Sequence[int],
+    widths: Sequence[int],
+    activation: str = "",
+    order: Order | None = None,
+    cos_sin: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`wide_expand_triton` where it can, `expand_raw_triton` elsewhere; see both."""
+    head_dim = cos_sin.shape[1] if activation == "rotary" else 0
+    if bias is None and can_widen(y, bank_b, parts, widths, activation, head_dim):
+        return wide_expand_triton(y, s, bank_b, gates, widths, activation, cos_sin=cos_sin)
+    return expand_raw_triton(
+        y, s, bias, bank_b, gates, present, parts, widths, activation,
+        order=order, cos_sin=cos_sin,
+    )  # fmt: skip
 
 
 def wide_expand_triton(
@@ -132,7 +178,7 @@ def wide_expand_triton(
         gates: [N, E] float32, N >= T.
         widths: columns of each part.
         activation: "", "silu", "gelu_tanh", or "rotary" of q, k, v.
-        blocks: how to cut, default `WideBlocks`.
+        blocks: how to cut, default `WideBlocks.choose`.
         cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
 
     Returns:
@@ -140,17 +186,18 @@ def wide_expand_triton(
     """
     tokens, out = y.shape
     _, experts, rank = bank_b.shape
-    act, cut = ACTIVATIONS.index(activation), blocks or WideBlocks()
+    act = ACTIVATIONS.index(activation)
+    cut = blocks or WideBlocks.choose(tokens, min(widths), activation)
     half = cos_sin.shape[1] // 2 if act == ROTARY else 0
     columns = half or cut.columns
     gate_up = is_gate_up(activation)
     result = y.new_empty(tokens, widths[0]) if gate_up else y
     tiled = [w // (2 if half else 1) for w in (widths[:1] if gate_up else widths)]
     tiles = [w // columns for w in tiled] + [0, 0]
-    groups = sum(triton.cdiv(n, cut.loop) for n in tiles)
+    groups = sum(cdiv(n, cut.loop) for n in tiles)
     flat_b, block = bank_b.view(out, experts * rank), [cut.tokens, columns]
-    block_e = triton.next_power_of_2(experts)
-    _wide_expand_kernel[(groups, triton.cdiv(tokens, cut.tokens))](
+    block_e = power_of_2(experts)
+    _wide_expand_kernel[(groups, cdiv(tokens, cut.tokens))](
         TensorDescriptor(y, list(y.shape), list(y.stride()), block),
         TensorDescriptor(
             flat_b, list(flat_b.shape), list(flat_b.stride()), [columns, block_e * rank]

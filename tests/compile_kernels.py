@@ -24,6 +24,7 @@ from vllm_adafuse.kernels import (
     switch,
     tile_linear,
     tiles,
+    wide_expand,
 )
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -85,10 +86,11 @@ def main() -> None:
         shape = shape | {"bias_ptr": None, "HAS_BIAS": False, "ACT": number, "HALF": 0}
         shape |= {"HALF": 64} if act == "rotary" else {"cos_sin_ptr": None}
         for tokens in (16, 32):
-            cut = tiles.Tiles.choose(tokens, 4096, size_out, act, 2)
+            cut = tiles.Tiles.choose(tokens, 4096, size_out, act, 2, tokens == 16)
             constants = shape | {
                 "EVEN": True,
-                "SPLIT": cut.split, "BLOCK_T": tokens, "BLOCK_R": 16, "BLOCK_ER": 128, "RANK": 16,
+                "SPLIT": cut.split, "LEAVE": False,
+                "BLOCK_T": tokens, "BLOCK_R": 16, "BLOCK_ER": 128, "RANK": 16,
                 "ROWS": cut.rows, "COLS": cut.cols, "SHRINK_COLS": cut.shrink_cols,
                 "SHRINK_STAGES": shrink.SHRINK_STAGES,
                 "STAGES": cut.stages,
@@ -97,9 +99,10 @@ def main() -> None:
             name = f"stream_linear act={number} tokens={tokens}"
             rows.append(build(name, kernel, constants, cut.warps, cut.stages))
         for tokens in (32, 64, 128) if act == "silu" else (32, 64):
-            cut = tile_linear.choose(tokens, act, 2)
+            cut = tiles.Tiles.choose(tokens, 4096, size_out, act, 2, True)
+            cut = cut or tiles.Tiles(64, 64, stages=3)
             constants = shape | {
-                "SLICES": cut.slices, "RANK": 16, "EXPERTS": 8, "SHRINK_TILES": 3,
+                "SPLIT": 1, "SLICES": cut.slices, "RANK": 16, "EXPERTS": 8, "SHRINK_TILES": 3,
                 "BLOCK_T": tokens, "BLOCK_E": 16,
                 "BLOCK_ER": tile_linear.block_er(tokens, number, 128),
                 "ROWS": cut.rows, "COLS": cut.cols, "STAGES": cut.stages,
@@ -120,12 +123,34 @@ def main() -> None:
             }  # fmt: skip
             name = f"expand act={number} tokens={tokens}"
             rows.append(build(name, expand._expand_kernel, constants, cut.warps, 2))
-    for tokens in (1, 16000):
-        cut = residual_norm.NormBlocks.choose(4096, tokens > 1, 2)
+        for tokens in (2048, 16000):
+            width = size_out if act == "silu" else 4096
+            cut = wide_expand.WideBlocks.choose(tokens, width, act)
+            tall = 2 if act == "rotary" else 1
+            tiles_of = {f"TILES{i}": width // (cut.columns * tall) * bool(shape[f"WIDTH{i}"])
+                        for i in range(3)}  # fmt: skip
+            if act == "silu":
+                tiles_of["TILES1"] = 0
+            constants = tiles_of | {
+                "ACT": number, "APART": shape["HALF"] or shape["WIDTH0"], "RANK": 16,
+                "EVEN_K": True, "BLOCK_E": 8, "BLOCK_T": cut.tokens, "COLS": cut.columns,
+                "LOOP": cut.loop, "STAGES": cut.stages,
+            }  # fmt: skip
+            constants |= {} if act == "rotary" else {"cos_sin_ptr": None}
+            block = f"tensordesc<bf16[{cut.tokens}, {cut.columns}]>"
+            POINTERS.update(y_desc=block, out_desc=block)
+            POINTERS["b_desc"] = f"tensordesc<bf16[{cut.columns}, 128]>"
+            name, kernel = f"wide_expand act={number} {tokens}", wide_expand._wide_expand_kernel
+            rows.append(build(name, kernel, constants, cut.warps, cut.stages))
+    for tokens in (1, 100, 16000):
+        split, expands = 2 * (tokens == 1), tokens > 1000
+        cut = residual_norm.NormBlocks.choose(4096, expands, split > 0, 2)
+        POINTERS["y_ptr"] = "*fp32" if split else "*bf16"
         constants = blocks.expert_blocks(8, 16, False) | {
-            "WIDTH": 4096, "EXPAND": tokens > 1, "PDL": True, "STAGES": cut.stages,
+            "WIDTH": 4096, "SPLIT": split, "EXPAND": expands, "PDL": True, "STAGES": cut.stages,
             "BLOCK_T": cut.tokens, "COLS": cut.columns, "NORM_COLS": cut.norm_columns,
         }  # fmt: skip
+        constants |= {} if expands else {"s_ptr": None}
         kernel = residual_norm._residual_norm_kernel
         rows.append(build(f"residual_norm tokens={tokens}", kernel, constants, cut.warps, 3))
     block_in = shrink.fit_cols(shrink.BLOCK_IN, 16, 64, 2)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from vllm_adafuse.kernels.joint_linear import scratch_sizes
+from vllm_adafuse.kernels.linear_norm import scratch_sizes
 from vllm_adafuse.kernels.order_routes import ORDER_TILE, Order, _order_torch
 from vllm_adafuse.kernels.scratch import Scratch
 

@@ -26,10 +26,25 @@ def test_the_nearest_number_of_tokens_is_taken():
     one, sixteen = Tiles(32, 64, 1, 4, 2), Tiles(64, 64, 1, 8, 4)
     path = save_cuts(DEVICE, {shape_key(*SHAPE): {1: one, 16: sixteen}}, {"command": "test"})
     assert path == cuts_file(DEVICE) and path.name == "tiles-NVIDIA-Test-80-GB.json"
-    found = {tokens: find_cut(DEVICE, tokens, *SHAPE) for tokens in (1, 2, 4, 8, 16, 32)}
+    found = {tokens: find_cut(DEVICE, tokens, *SHAPE, True) for tokens in (1, 2, 4, 8, 16, 32)}
     assert found == {1: one, 2: one, 4: one, 8: sixteen, 16: sixteen, 32: sixteen}
-    assert find_cut(DEVICE, 1, 4096, 4096, "", 2) == Tiles.choose(1, 4096, 4096, "", 2)
-    assert find_cut("other", 1, *SHAPE) == Tiles.choose(1, *SHAPE)
+    assert find_cut(DEVICE, 1, 4096, 4096, "", 2, True) == Tiles.choose(1, 4096, 4096, "", 2, True)
+    assert find_cut("other", 1, *SHAPE, True) == Tiles.choose(1, *SHAPE, True)
+
+
+def test_a_cut_serves_only_steps_that_it_can():
+    streamed, tiled = Tiles(32, 64, 1, 4, 2), Tiles(64, 64, 1, 4, 4, tma=True)
+    save_cuts(DEVICE, {shape_key(*SHAPE): {8: streamed, 32: tiled, 128: None}}, {})
+    assert find_cut(DEVICE, 32, *SHAPE, True) == tiled == find_cut(DEVICE, 64, *SHAPE, True)
+    assert find_cut(DEVICE, 32, *SHAPE, False) == streamed
+    assert find_cut(DEVICE, 64, *SHAPE, False) is None
+    assert find_cut(DEVICE, 128, *SHAPE, True) is None
+    assert find_tiles(129, *SHAPE, torch.device("cpu")) is None
+
+
+def test_the_package_brings_cuts_that_can_be_read():
+    for path in tiles.packaged_file(DEVICE).parent.glob("*.json"):
+        assert tiles._read(path), path
 
 
 def test_a_second_run_keeps_other_shapes():
@@ -44,10 +59,10 @@ def test_a_second_run_keeps_other_shapes():
     "text,said",
     [
         ("{", "Expecting"),
-        ('{"version": 9, "cuts": {}}', "its version is 9, expected 2"),
-        ('{"version": 2}', "cuts"),
-        ('{"version": 2, "cuts": {"a": {"1": {"rows": 48}}}}', "rows is 48"),
-        ('{"version": 2, "cuts": {"a": {"1": {"heads": 8}}}}', "heads"),
+        ('{"version": 9, "cuts": {}}', "its version is 9, expected 3"),
+        ('{"version": 3}', "cuts"),
+        ('{"version": 3, "cuts": {"a": {"1": {"rows": 48}}}}', "rows is 48"),
+        ('{"version": 3, "cuts": {"a": {"1": {"heads": 8}}}}', "heads"),
         ("[]", "list"),
     ],
 )
@@ -57,7 +72,7 @@ def test_a_damaged_file_is_named_and_left_out(text, said, caplog, monkeypatch):
     path.parent.mkdir(parents=True)
     path.write_text(text)
     with caplog.at_level("WARNING", "vllm.adafuse"):
-        assert find_cut(DEVICE, 1, *SHAPE) == Tiles.choose(1, *SHAPE)
+        assert find_cut(DEVICE, 1, *SHAPE, True) == Tiles.choose(1, *SHAPE, True)
     assert str(path) in caplog.text and said in caplog.text and "vllm-adafuse tune" in caplog.text
 
 

@@ -19,9 +19,9 @@ from vllm_adafuse.tuning import Plan, Product, Trial, candidates, products_of, t
 SEVEN_B = [
     Product("qkv", 4096, (4096, 4096, 4096)),
     Product("qkv", 4096, (4096, 1024, 1024), "rotary", 128),
-    Product("o", 4096, (4096,)),
+    Product("o", 4096, (4096,), norm=True),
     Product("gate_up", 4096, (11008, 11008), "silu"),
-    Product("down", 11008, (4096,)),
+    Product("down", 11008, (4096,), norm=True),
 ]
 
 
@@ -52,20 +52,26 @@ def test_widths_that_cannot_be_shared_out_are_refused():
 
 
 @pytest.mark.parametrize("product", SEVEN_B, ids=lambda p: p.name + p.activation)
-@pytest.mark.parametrize("tokens", [1, 32])
-def test_candidates_are_many_but_not_too_many_and_begin_with_the_default(product, tokens):
-    cuts = list(candidates(product, tokens))
-    assert cuts[0] == Tiles.choose(tokens, product.size_in, product.rows, product.activation, 2)
-    assert len(set(cuts)) == len(cuts) and 5 <= len(cuts) <= 64
-    assert not product.activation or all(cut.split == 1 for cut in cuts)
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("tokens", [1, 32, 128])
+def test_candidates_are_many_but_not_too_many_and_begin_with_the_default(product, tokens, tma):
+    cuts = list(candidates(product, tokens, tma=tma))
+    shape = tokens, product.size_in, product.rows, product.follows, 2
+    assert cuts[0] == Tiles.choose(*shape, tma)
+    assert len(set(cuts)) == len(cuts) <= 70
+    assert len(cuts) >= (5 if tma or tokens <= 32 else 1)
+    assert tokens <= 32 or None in cuts
+    assert all(cut is None or cut.takes(tokens, tma) for cut in cuts)
+    assert product.norm or not product.activation or all(c is None or c.split == 1 for c in cuts)
 
 
 def test_the_fastest_is_kept(monkeypatch):
     product = Product("o", 64, (64,))
     cuts = [Tiles(16, 64), Tiles(32, 64), Tiles(64, 64)]
     times = iter([[9.0, 8.0, 9.0], [5.0], [7.0]])
-    monkeypatch.setattr(tuning, "candidates", lambda product, tokens: iter(cuts))
-    monkeypatch.setattr(tuning, "Trial", lambda *a: Trial(*a, torch.float32, 1, "cpu"))
+    monkeypatch.setattr(tuning, "candidates", lambda product, tokens, tma: iter(cuts))
+    on_cpu = torch.float32, 1, "cpu"
+    monkeypatch.setattr(tuning, "Trial", lambda *a, tokens: Trial(*a, *on_cpu, tokens))
 
     def timed(function, calls):
         function()
@@ -86,30 +92,32 @@ def test_the_command_writes_what_it_found(base, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "Test GPU")
+    monkeypatch.setattr(cmd_tune, "has_accelerator", lambda: True)
     best = Tiles(32, 64, 1, 4, 2)
 
     def measured(plan, device):
         return [
-            tuning.Outcome(product, tokens, ((5.0, best), (6.0, Tiles())), 6.0)
+            tuning.Outcome(product, tokens, ((5.0, best if tokens < 64 else None),), 6.0)
             for product in plan.products
             for tokens in plan.tokens
         ]
 
     monkeypatch.setattr(cmd_tune, "measured", measured)
-    assert main(["tune", base, "--tokens", "1,16"]) == 0
+    assert main(["tune", base, "--tokens", "1,16,64"]) == 0
     out = capsys.readouterr().out
     content = json.loads(Path(cuts_file("Test GPU")).read_text())
     assert "gate_up" in out and "tiles-Test-GPU.json" in out and "32 x 64" in out
     config = AutoConfig.from_pretrained(base)
     key = f"{config.hidden_size}x{config.intermediate_size} silu 2"
-    assert content["cuts"][key]["16"]["rows"] == 32
+    assert content["cuts"][key]["16"]["rows"] == 32 and content["cuts"][key]["64"] is None
+    assert f"{config.intermediate_size}x{config.hidden_size} norm 2" in content["cuts"]
     assert content["how"]["us"]["down 1"] == [6.0, 5.0]
 
 
 @pytest.mark.parametrize(
     "options,said",
     [
-        (["--tokens", "1,64"], "--tokens is 64, expected a number from 1 to 32"),
+        (["--tokens", "1,129"], "--tokens is 129, expected a number from 1 to 128"),
         (["--num-experts", "65"], "--num-experts is 65"),
         (["--top-k", "9"], "--top-k is 9, expected a number from 1 to 8"),
         ([], "no GPU is visible here"),

@@ -1,4 +1,4 @@
-"""Finding how the streaming kernel should cut the products of a model on this machine's GPU."""
+"""Finding how products of few tokens should be cut on this machine's GPU."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ import torch
 import triton
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.kernels.joint_linear import scratch_sizes
-from vllm_adafuse.kernels.linear import bank_a_of
+from vllm_adafuse.kernels.linear import bank_a_of, linear_triton
+from vllm_adafuse.kernels.linear_norm import linear_norm_triton, scratch_sizes
 from vllm_adafuse.kernels.order_routes import Order, order_routes
 from vllm_adafuse.kernels.pairs import can_rotate
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import MAX_SHARED
 from vllm_adafuse.kernels.spread_routes import spread_routes
-from vllm_adafuse.kernels.stream_linear import MAX_STREAM_TOKENS, stream_linear_triton
-from vllm_adafuse.kernels.tiles import Tiles
+from vllm_adafuse.kernels.tiles import MAX_STREAM_TOKENS, Tiles
 
 PACKED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv"}
 PACKED |= {"gate_proj": "gate_up", "up_proj": "gate_up", "gate_up_proj": "gate_up"}
 ROW_PARALLEL = ("o_proj", "down_proj")
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+# Bytes of a processor's shared memory that a program of the tiled kernel may take.
+MAX_TILE_SHARED = 220 << 10
+NO_ORDER = Order(torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.int64))
 # Bytes of weights to go round, so that no cache holds them.
 BEYOND_CACHE = 256 << 20
 
@@ -42,6 +44,7 @@ class Product:
         widths: columns of its parts.
         activation: what follows it, "" for nothing, "rotary" behind q, k, v.
         head_dim: size of a head, with "rotary".
+        norm: a residual and an RMSNorm follow, in the same op.
     """
 
     name: str
@@ -49,6 +52,12 @@ class Product:
     widths: tuple[int, ...]
     activation: str = ""
     head_dim: int = 0
+    norm: bool = False
+
+    @property
+    def follows(self) -> str:
+        """As `find_tiles` calls it."""
+        return "norm" if self.norm else self.activation
 
     @property
     def rows(self) -> int:
@@ -90,10 +99,11 @@ def products_of(
         whole = PACKED.get(leaf, leaf.removesuffix("_proj"))
         widths = [size_out // 2] * 2 if leaf == "gate_up_proj" else [size_out]
         found.setdefault(whole, (size_in, []))[1].extend(widths)
+    norms = backbone.architecture.residual_norms and ranks == 1
     rotates = backbone.architecture.rotary_follows and can_rotate(head_dim)
     products = []
     for name, (size_in, widths) in found.items():
-        product = Product(name, size_in, tuple(widths))
+        product = Product(name, size_in, tuple(widths), norm=norms and name in ("o", "down"))
         if name == "gate_up":
             product = replace(product, activation=ACTIVATIONS.get(activation, ""))
         elif name == "qkv" and len(widths) == 3 and rotates:
@@ -102,30 +112,60 @@ def products_of(
     return products
 
 
-def candidates(product: Product, tokens: int, itemsize: int = 2) -> Iterator[Tiles]:
-    """The cuts worth a measurement; the default is among them."""
-    default = Tiles.choose(tokens, product.size_in, product.rows, product.activation, itemsize)
+def candidates(
+    product: Product, tokens: int, itemsize: int = 2, tma: bool = False
+) -> Iterator[Tiles | None]:
+    """The cuts worth a measurement, None for the vendor's product; the default comes first.
+
+    tma: this GPU has a tensor memory accelerator.
+    """
+    shape = tokens, product.size_in, product.rows, product.follows, itemsize
+    default = Tiles.choose(*shape, tma)
     yield default
-    two = 2 if product.activation else 1
-    block_t = max(16, triton.next_power_of_2(tokens))
+    if tokens > MAX_STREAM_TOKENS and default:
+        yield None
+    found = itertools.chain(
+        _streamed(*shape) if tokens <= MAX_STREAM_TOKENS else (),
+        _tiled(*shape) if tma and tokens > 8 else (),
+    )
+    yield from (cut for cut in found if cut != default)
+
+
+def _streamed(
+    tokens: int, size_in: int, rows_of_w: int, follows: str, itemsize: int
+) -> Iterator[Tiles]:
+    pairs, block_t = follows not in ("", "norm"), max(16, triton.next_power_of_2(tokens))
+    two = 2 if pairs else 1
     for rows, cols, stages, split in itertools.product(
-        (16, 32, 64), (64, 128), (3, 4, 6), (1, 2, 3, 4)
-    ):
-        if product.activation and split > 1:
-            continue  # the partial sums of gate and up would have to be kept
+        (16, 32, 64) if tokens <= 16 else (32, 64), (64, 128), (3, 4, 6),
+        (1,) if pairs else (1, 2, 3, 4),
+    ):  # fmt: skip
         shared = (stages - 1) * (rows * two + block_t) * cols * itemsize
-        programs = triton.cdiv(product.rows, rows) * split
+        programs = triton.cdiv(rows_of_w, rows) * split
         per_step = rows * two * cols
         if shared > MAX_SHARED or not 90 <= programs <= 600:
             continue
-        if not 4096 <= per_step <= 16384 or product.size_in < cols * split * stages:
+        if not 4096 <= per_step <= 16384 or size_in < cols * split * stages:
             continue
-        warps = 8 if per_step * block_t >= 1 << 19 else 4
-        for slices in (1,) if split == 1 else (2, 3):
-            shrink_cols = 512 if tokens <= 16 and slices > 1 else 256
-            cut = Tiles(rows, cols, split, warps, stages, shrink_cols, slices)
-            if cut != default:
-                yield cut
+        warps, few = 8 if per_step * block_t >= 1 << 19 else 4, tokens <= 16
+        slices = 1 if split == 1 else 2 if few else 3
+        yield Tiles(rows, cols, split, warps, stages, 512 if few and split > 1 else 256, slices)
+
+
+def _tiled(
+    tokens: int, size_in: int, rows_of_w: int, follows: str, itemsize: int
+) -> Iterator[Tiles]:
+    pairs, block_t = follows not in ("", "norm"), max(16, triton.next_power_of_2(tokens))
+    two, many = 2 if pairs else 1, tokens > 64
+    for rows, cols, stages, split, warps, slices in itertools.product(
+        (32, 64) if pairs else (64, 128), (64, 128), (3, 4, 6),
+        (1, 2, 3, 4) if follows == "norm" else (1,), (4, 8) if many else (4,),
+        (4,) if size_in > 8192 or many else (2,),
+    ):  # fmt: skip
+        shared = stages * (rows * two + block_t) * cols * itemsize
+        programs = triton.cdiv(rows_of_w, rows) * split
+        if shared <= MAX_TILE_SHARED and 60 <= programs <= 600:
+            yield Tiles(rows, cols, split, warps, stages, 256, slices, tma=True)
 
 
 class Trial:
@@ -190,18 +230,21 @@ class Trial:
         order_routes(ids, order, len(gates), self.experts)
         return order
 
-    def stream(self, step: tuple, tiles: Tiles) -> None:
-        """Runs the streaming kernel on every copy of the weights."""
-        (x, gates, present), product = step, self.product
+    def run(self, step: tuple, cut: Tiles | None) -> None:
+        """Runs the product, cut like this, on every copy of the weights, with what follows it."""
+        (x, gates, present), product, out = step, self.product, sum(self.product.widths)
         self.counters.zero_()
-        out = sum(product.widths)
-        parts = range(len(product.widths))
+        if product.norm:
+            residual = x.new_ones(x.shape[0], out)
         for i, (joint, bank_b) in enumerate(self.layers):
-            stream_linear_triton(
-                x, joint[:out], None, bank_a_of(joint, bank_b, out), bank_b, gates, present,
-                self.counters[i], self.scratch, parts, product.widths, product.activation, tiles,
-                cos_sin=self.cos_sin,
-            )  # fmt: skip
+            shared = bank_b, gates, present, self.counters[i], self.scratch
+            if product.norm:
+                linear_norm_triton(x, joint, residual, residual[0], 1e-5, *shared, cut)
+            else:
+                linear_triton(
+                    x, joint, None, *shared, NO_ORDER, range(len(product.widths)), product.widths,
+                    product.activation, self.cos_sin, cut,
+                )  # fmt: skip
 
 
 def time_us(function: Callable[[], object], calls: int, repeats: int = 7) -> list[float]:
@@ -230,11 +273,11 @@ class Outcome:
 
     product: Product
     tokens: int
-    times: tuple[tuple[float, Tiles], ...]
+    times: tuple[tuple[float, Tiles | None], ...]
     default: float
 
     @property
-    def best(self) -> tuple[float, Tiles]:
+    def best(self) -> tuple[float, Tiles | None]:
         return self.times[0]
 
 
@@ -247,39 +290,42 @@ class Plan:
         tokens: for which numbers of tokens.
         experts, top_k, rank: of the adapter.
         workers: processes that compile.
+        tma: the GPU has a tensor memory accelerator.
     """
 
     products: tuple[Product, ...]
-    tokens: tuple[int, ...] = (1, 8, 16, 32)
+    tokens: tuple[int, ...] = (1, 8, 16, 32, 64, 128)
     experts: int = 8
     top_k: int = 2
     rank: int = 16
     workers: int = 4
+    tma: bool = False
 
-    def jobs(self) -> list[tuple[Product, int, Tiles]]:
+    def jobs(self) -> list[tuple[Product, int, Tiles | None]]:
         return [
             (product, tokens, cut)
             for product in self.products
             for tokens in self.tokens
-            for cut in candidates(product, tokens)
+            for cut in candidates(product, tokens, tma=self.tma)
         ]
 
 
-def _compile(plan: Plan, jobs: list[tuple[Product, int, Tiles]]) -> int:
+def _compile(plan: Plan, jobs: list[tuple[Product, int, Tiles | None]]) -> int:
     """Runs each cut once in a process of its own, which leaves it in Triton's cache."""
     product, trial = None, None
     for wanted, tokens, cut in jobs:
         if wanted != product:
             product = wanted
-            trial = Trial(product, plan.experts, plan.top_k, plan.rank, copies=1)
+            most = max(plan.tokens)
+            trial = Trial(product, plan.experts, plan.top_k, plan.rank, copies=1, tokens=most)
         _try(trial, tokens, cut)
     return len(jobs)
 
 
-def _try(trial: Trial, tokens: int, cut: Tiles) -> bool:
+def _try(trial: Trial, tokens: int, cut: Tiles | None) -> bool:
     """Whether a cut runs on this device at all."""
     try:
-        trial.stream(trial.step(tokens), cut)
+        trial.run(trial.step(tokens), cut)
     except triton.runtime.errors.OutOfResources:
         return False
     return True
@@ -303,12 +349,12 @@ def tune(plan: Plan, advance: Callable[[int], object]) -> Iterator[Outcome]:
         An outcome for each product and number of tokens.
     """
     for product in plan.products:
-        trial = Trial(product, plan.experts, plan.top_k, plan.rank)
+        trial = Trial(product, plan.experts, plan.top_k, plan.rank, tokens=max(plan.tokens))
         for tokens in plan.tokens:
             step, times, default = trial.step(tokens), [], float("nan")
-            for number, cut in enumerate(candidates(product, tokens)):
+            for number, cut in enumerate(candidates(product, tokens, tma=plan.tma)):
                 if _try(trial, tokens, cut):
-                    run = functools.partial(trial.stream, step, cut)
+                    run = functools.partial(trial.run, step, cut)
                     taken = time_us(run, len(trial.layers))
                     times.append((statistics.median(taken), cut))
                     default = times[0][0] if number == 0 else default

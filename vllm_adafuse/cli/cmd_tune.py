@@ -12,7 +12,7 @@ from vllm_adafuse.cli.common import add_example, console, printable, require_bas
 from vllm_adafuse.errors import AdapterError
 
 DESCRIPTION = """\
-Measures how the kernel for small batches should cut the products of a backbone on this machine's
+Measures how the kernels for small batches should cut the products of a backbone on this machine's
 GPU, and keeps what it found in your cache directory, where servers look for it when they start.
 Random weights are used: only the backbone's config.json is read. It takes a few minutes, and
 wants the GPU for itself. Without it servers use a default that suits most.
@@ -33,9 +33,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add(
         "--tokens",
         type=integers,
-        default=[1, 8, 16, 32],
+        default=[1, 8, 16, 32, 64, 128],
         metavar="N",
-        help="batch sizes to tune for (default 1,8,16,32; the kernel serves up to 32)",
+        help="batch sizes to tune for (default 1,8,16,32,64,128; the kernels serve up to 128)",
     )
     add(
         "--tensor-parallel-size",
@@ -47,7 +47,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add(
         "--workers",
         type=int,
-        default=max(1, min(12, (os.cpu_count() or 2) - 1)),
+        default=max(1, min(16, (os.cpu_count() or 2) - 1)),
         metavar="N",
         help="processes that compile (default %(default)s)",
     )
@@ -58,8 +58,7 @@ def run(args: argparse.Namespace) -> int:
     """Tunes, shows a table, writes the file."""
     import torch
     from vllm_adafuse.backbone import Backbone
-    from vllm_adafuse.kernels.stream_linear import MAX_STREAM_TOKENS
-    from vllm_adafuse.kernels.tiles import save_cuts, shape_key
+    from vllm_adafuse.kernels.tiles import MAX_TILE_TOKENS, save_cuts, shape_key
     from vllm_adafuse.tuning import Plan, products_of
 
     base = require_base(args.base)
@@ -71,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
             ("--r", args.r, 256),
             ("--tensor-parallel-size", args.tensor_parallel_size, 64),
             ("--workers", args.workers, 256),
-            *(("--tokens", tokens, MAX_STREAM_TOKENS) for tokens in args.tokens),
+            *(("--tokens", tokens, MAX_TILE_TOKENS) for tokens in args.tokens),
         )
         if not 1 <= value <= most
     ]
@@ -82,14 +81,15 @@ def run(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         raise AdapterError("tune", ["no GPU is visible here; run it on the machine that serves"])
     plan = Plan(
-        tuple(products), tuple(args.tokens), args.num_experts, args.top_k, args.r, args.workers
-    )
+        tuple(products), tuple(args.tokens), args.num_experts, args.top_k, args.r, args.workers,
+        has_accelerator(),
+    )  # fmt: skip
     device = torch.cuda.get_device_name()
     outcomes = measured(plan, device)
     cuts: dict[str, dict] = {}
     for outcome in outcomes:
         product = outcome.product
-        key = shape_key(product.size_in, product.rows, product.activation, 2)
+        key = shape_key(product.size_in, product.rows, product.follows, 2)
         cuts.setdefault(key, {})[outcome.tokens] = outcome.best[1]
     show(outcomes, device)
     how = {
@@ -99,6 +99,14 @@ def run(args: argparse.Namespace) -> int:
     }
     print(printable(f"wrote {save_cuts(device, cuts, how)}; servers started from now on use it"))
     return 0
+
+
+def has_accelerator() -> bool:
+    """Whether this GPU has a tensor memory accelerator."""
+    import torch
+    from vllm_adafuse.kernels.blocks import on_hopper
+
+    return on_hopper(torch.empty(0, device="cuda"))
 
 
 def what_follows(base: str) -> tuple[str, int]:
@@ -136,7 +144,10 @@ def show(outcomes: list, device: str) -> None:
         table.add_column(name, justify="left" if name[0] in "pc" else "right")
     for outcome in outcomes:
         best, cut = outcome.best
-        how = f"{cut.rows} x {cut.cols}, split {cut.split}, {cut.warps} warps, {cut.stages} stages"
+        how = "the vendor's product"
+        if cut:
+            how = f"{cut.rows} x {cut.cols}, split {cut.split}, {cut.warps} warps, "
+            how += f"{cut.stages} stages{', tma' if cut.tma else ''}"
         row = (outcome.product.name, str(outcome.tokens), f"{outcome.default:.1f}", f"{best:.1f}")
         table.add_row(*row, how)
     console().print(table)

@@ -15,9 +15,7 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
-from vllm_adafuse.kernels import joint_linear
-from vllm_adafuse.kernels.linear import linear, scratch_sizes
-from vllm_adafuse.kernels.residual_norm import residual_norm
+from vllm_adafuse.kernels import linear, linear_norm
 from vllm_adafuse.kernels.sgmm import sgmm
 from vllm_adafuse.serving.router import Route
 
@@ -153,7 +151,7 @@ class ExpertBank(torch.nn.Module):
         joint: W and A are to stand in one tensor; `join` says which W.
 
     Attributes:
-        before_norm: `residual_norm` ends the projection.
+        before_norm: `linear_norm` computes the projection together with the norm behind it.
     """
 
     def __init__(
@@ -212,8 +210,8 @@ class ExpertBank(torch.nn.Module):
             row += len(own)
 
     def scratch_sizes(self) -> tuple[int, int, int]:
-        sizes = joint_linear.scratch_sizes if self.before_norm else scratch_sizes
-        return sizes(self.bank_a, sum(self.widths))
+        sizes = linear_norm if self.before_norm else linear
+        return sizes.scratch_sizes(self.bank_a, sum(self.widths))
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """y + delta, in place. x: [T, in], y: [T, out] of this rank."""
@@ -233,26 +231,18 @@ class ExpertBank(torch.nn.Module):
         route, cos_sin = self.route, None
         if activation == "rotary":
             cos_sin = self.rotary.cos_sin
-        return linear(
+        return linear.linear(
             x, self.joint, bias, self.bank_b, route.gates, route.present,
             route.counters, self.index, route.scratch, route.order, self.parts, self.widths,
             activation, cos_sin,
         )  # fmt: skip
 
-    def joint_linear(self, x: torch.Tensor) -> torch.Tensor:
-        """[W; A] x [T, out + E R], for `residual_norm`. Of a joined projection of one part."""
-        route = self.route
-        return joint_linear.joint_linear(
-            x, self.joint, self.bank_b, route.gates, route.present,
-            route.counters, self.index, route.scratch,
-        )  # fmt: skip
-
-    def residual_norm(
-        self, both: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    def linear_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The norm of residual + projection + deltas, and that sum; both from `joint_linear`."""
+        """The norm of residual + x Wᵀ + delta, and that sum. Of a joined projection of one part."""
         route = self.route
-        return residual_norm(
-            both, residual, weight, eps, self.bank_b, route.gates, route.present,
-            route.scratch, self.bank_a.shape[-1],
+        return linear_norm.linear_norm(
+            x, self.joint, residual, weight, eps, self.bank_b, route.gates, route.present,
+            route.counters, self.index, route.scratch,
         )  # fmt: skip

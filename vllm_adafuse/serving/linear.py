@@ -60,18 +60,18 @@ class FusedLinearMethod(AdaFuseLinearMethod):
     Args:
         inner: vLLM's unquantised method, which still makes and loads the weight.
         activation: what follows the projection and is done here too, "" for nothing.
-        joint: a `FusedNorm` follows; it gets W x and A x side by side, and adds the deltas.
+        before_norm: a `FusedNorm` follows, which computes the projection; it hands its input on.
     """
 
-    def __init__(self, inner: UnquantizedLinearMethod, activation: str, joint: bool = False):
+    def __init__(self, inner: UnquantizedLinearMethod, activation: str, before_norm: bool = False):
         super().__init__(inner)
-        self.activation, self.joint = activation, joint
+        self.activation, self.before_norm = activation, before_norm
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if self.joint:
-            return layer.adafuse_bank.joint_linear(x)
+        if self.before_norm:
+            return x
         return layer.adafuse_bank.linear(x, bias, self.activation)
 
 

@@ -1,4 +1,4 @@
-"""RMSNorms that end the projection before them: deltas, residual and norm in one launch."""
+"""RMSNorms that compute the projection before them: so one op has deltas, residual and norm."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class FusedNorm(torch.nn.Module):
 
     Args:
         norm: whose weight it keeps, under the same name.
-        bank: of the projection before it, which leaves W x and A x side by side.
+        bank: of the projection before it, which hands its input on.
     """
 
     def __init__(self, norm: RMSNorm, bank: ExpertBank):
@@ -28,9 +28,9 @@ class FusedNorm(torch.nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The normed hidden states and the new residual [T, H].
 
-        x: [T, H + E R], from `ExpertBank.joint_linear`; residual: [T, H].
+        x: [T, in], what the projection got; residual: [T, H].
         """
-        return self.bank.residual_norm(x, residual, self.weight, self.variance_epsilon)
+        return self.bank.linear_norm(x, residual, self.weight, self.variance_epsilon)
 
 
 @dataclass(frozen=True)

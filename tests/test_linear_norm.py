@@ -1,0 +1,73 @@
+"""Projection, residual and RMSNorm in one op, against float64."""
+
+import pytest
+import torch
+from ops import DEVICE, delta_truth, error, make_problem, plain_delta
+from vllm_adafuse.kernels.linear_norm import linear_norm, slices_triton
+from vllm_adafuse.kernels.tiles import Tiles
+
+
+def joint_of(p):
+    return torch.cat([p.weight, p.bank_a.flatten(0, 2)])
+
+
+def flat(p, residual, weight):
+    counters = torch.zeros(2, 4, dtype=torch.int32, device=DEVICE)
+    return p.x, joint_of(p), residual, weight, 1e-5, p.bank_b, p.gates, p.present, counters, 1
+
+
+def truth(p, residual, weight, dtype=torch.float64):
+    """Normed and residual in float64; or as plain torch would in `dtype`, op by op."""
+    delta = delta_truth(p) if dtype == torch.float64 else plain_delta(p)
+    z = residual.to(dtype) + (p.x.to(dtype) @ p.weight.to(dtype).T + delta)
+    wide = z.double() if dtype == torch.float64 else z.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
+    return normed.to(dtype) * weight.to(dtype), z
+
+
+def make(tokens, size_in, width, dtype=torch.float32, mixture=(4, 2, 8)):
+    p = make_problem(tokens, size_in, [width], *mixture, dtype=dtype)
+    g = torch.Generator().manual_seed(1)
+    residual = torch.randn(tokens, width, generator=g).to(dtype).to(DEVICE)
+    weight = (1 + 0.3 * torch.randn(width, generator=g)).to(dtype).to(DEVICE)
+    return p, residual, weight
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17, 32, 33, 100, 130, 300])
+def test_equals_float64(tokens):
+    p, residual, weight = make(tokens, 96, 72)
+    found = linear_norm(*flat(p, residual, weight), p.scratch)
+    for out, want in zip(found, truth(p, residual, weight)):
+        assert error(out, want) <= 1e-5
+
+
+@pytest.mark.parametrize("split", [1, 2, 3])
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("tokens", [1, 17, 32])
+def test_slices_are_left_unadded(tokens, tma, split):
+    p, *_ = make(tokens, 200, 72)
+    counter = torch.zeros(4, dtype=torch.int32, device=DEVICE)
+    cut = Tiles(16, 32, split, 4, 2, 32, 2, tma)
+    slices = slices_triton(p.x, joint_of(p), p.bank_b, p.gates, p.present, counter, p.scratch, cut)
+    assert slices.shape == (split, tokens, 72) and slices.dtype == torch.float32
+    assert error(slices.sum(0), p.x.double() @ p.weight.double().T + delta_truth(p)) <= 1e-5
+    assert split == 1 or error(slices[0], slices.sum(0).double()) > 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 8, 17, 32, 33, 64, 100, 128, 129, 300, 1000, 9000])
+def test_half_precision_is_no_worse_than_plain_torch(tokens):
+    p, residual, weight = make(tokens, 1024, 512, torch.bfloat16, (8, 2, 16))
+    exact = truth(p, residual, weight)
+    plain = truth(p, residual, weight, torch.bfloat16)
+    found = linear_norm(*flat(p, residual, weight), p.scratch)
+    for out, rough, want in zip(found, plain, exact):
+        assert error(out, want) <= 1.2 * error(rough, want)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="checks the schema and fakes once")
+@pytest.mark.parametrize("tokens", [4, 40])
+def test_schema_and_fake(tokens):
+    op = torch.ops.vllm_adafuse.linear_norm.default
+    p, residual, weight = make(tokens, 64, 64)
+    torch.library.opcheck(op, (*flat(p, residual, weight), *p.scratch))
