@@ -34,3 +34,23 @@ def test_equals_float64(name):
         want = rotate_torch(want, cos_sin.double(), p.widths[0] + p.widths[1])
     found = run(p, activation, cos_sin, WideBlocks(16, 32, 2, 4, 2))
     assert error(found, want) <= 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [600, 5000])
+@pytest.mark.parametrize("name", ["qkv", "gate_up", "o"])
+def test_half_precision_is_no_worse_than_plain_torch(name, tokens):
+    widths, activation = {
+        "qkv": ([1024, 512, 512], "rotary"), "gate_up": ([2752, 2752], "silu"), "o": ([1024], ""),
+    }[name]  # fmt: skip
+    p = make_problem(tokens, 256, widths, 8, 2, 16, dtype=torch.bfloat16)
+    cos_sin = None
+    follows = "" if activation == "rotary" else activation
+    truth, plain = linear_truth(p, follows), linear_truth(p, follows, torch.bfloat16)
+    if activation == "rotary":
+        cos_sin = torch.randn(tokens, 128, device=DEVICE).bfloat16()
+        truth = rotate_torch(truth, cos_sin.double(), 1536)
+        plain = rotate_torch(plain, cos_sin, 1536)
+    y, s = p.x @ p.weight.T, p.x @ p.bank_a.flatten(0, 2).T
+    found = wide_expand_triton(y, s, p.bank_b, p.gates, widths, activation, cos_sin=cos_sin)
+    assert error(found, truth) <= 1.2 * error(plain, truth)
