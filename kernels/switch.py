@@ -46,7 +46,7 @@ class SwitchBlocks:
     """
 
     rows: int = 64
-    cols: int = 64
+    cols: int = 128
     strip: int = 2048
     warps: int = 4
     stages: int = 3
@@ -60,6 +60,22 @@ class SwitchBlocks:
             raise ValueError(f"switch: strip is {self.strip}, expected a multiple of {self.cols}")
         if self.stages < 1:
             raise ValueError(f"switch: stages is {self.stages}, expected 1 or more")
+
+    @classmethod
+    def choose(cls, itemsize: int, columns: int, sizes_in: Sequence[int]) -> SwitchBlocks:
+        """The default cut was found on an H200 for 32 columns of bfloat16 (docs/switch.md). More
+        columns, or wider numbers, get tiles that registers and shared memory hold (not measured).
+
+        Args:
+            itemsize: bytes of a weight.
+            columns: k r, of all chosen B side by side.
+            sizes_in: `in` of all linears.
+        """
+        if itemsize > 2:
+            return cls(64 if columns <= 32 else 32 if columns <= 64 else 16, 64)
+        # A last tile that is cut off puts masks on all of them.
+        wide = all(size % 128 == 0 for size in sizes_in) or any(size % 64 for size in sizes_in)
+        return cls(64 if columns <= 64 else 32, 128 if wide else 64)
 
 
 @dataclass(frozen=True)
@@ -102,14 +118,17 @@ class SwitchPlan:
         Args:
             live, pristine, banks_a, banks_b: as in the class; all contiguous, of one dtype
                 (float32, float16 or bfloat16), device, E and r. They must not be freed or moved.
-            blocks: default `SwitchBlocks()`.
+            blocks: default `SwitchBlocks.choose` for routes of any number of experts.
 
         Raises:
             ValueError: tensors that do not fit each other.
         """
         if problem := _misfit(live, pristine, banks_a, banks_b):
             raise ValueError(f"switch: {problem}")
-        blocks = blocks or SwitchBlocks()
+        if blocks is None:
+            experts, rank = banks_a[0].shape[:2]
+            sizes_in = [w.shape[1] for w in live]
+            blocks = SwitchBlocks.choose(live[0].itemsize, experts * rank, sizes_in)
         rows, places, first, align, even = [], [], 0, 16, True
         for i, (w, w0, a, b) in enumerate(zip(live, pristine, banks_a, banks_b)):
             size_out, size_in = w.shape

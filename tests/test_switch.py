@@ -183,6 +183,17 @@ def test_constants():
     assert switch_constants(make_plan([(16, 16)], 2, 200), 2)["CHUNKS"] == 4
 
 
+def test_default_cuts():
+    choose = SwitchBlocks.choose
+    assert choose(2, 32, [4096, 11008]) == SwitchBlocks() == SwitchBlocks(64, 128, 2048, 4, 3)
+    assert choose(2, 32, [4096, 1088]) == SwitchBlocks(64, 64)  # whole tiles of 64 alone
+    assert choose(2, 32, [4096, 100]) == SwitchBlocks()  # no whole tiles at all
+    assert choose(2, 128, [4096]) == SwitchBlocks(32, 128)
+    assert [choose(4, columns, [4096]).rows for columns in (32, 64, 256)] == [64, 32, 16]
+    # A plan does not know k: its cut does for all experts.
+    assert make_plan([(64, 128)], 4, 16, blocks=None).blocks == choose(4, 64, [128])
+
+
 def test_misfits_are_refused():
     for bad in ({"rows": 48}, {"cols": 8}, {"strip": 100}, {"warps": 3}, {"stages": 0}):
         with pytest.raises(ValueError, match=f"switch: {list(bad)[0]} is"):

@@ -69,9 +69,9 @@ def switch_memory(
         dtype: of the model.
         blocks: the cut of the kernel.
     """
-    blocks, size = blocks or SwitchBlocks(), dtype.itemsize
+    config, size = adapter.config, dtype.itemsize
     shapes = [backbone.linears[name] for name in adapter.projections]
-    config = adapter.config
+    blocks = blocks or _default_cut(backbone, adapter, dtype)
     rank_rows = config.num_experts * config.rank
     programs = sum(-(-o // blocks.rows) * -(-i // blocks.strip) for i, o in shapes)
     return SwitchMemory(
@@ -80,6 +80,12 @@ def switch_memory(
         passports=0 if config.router_layer else backbone.vocab_size * config.top_k * (4 + 4),
         table=len(shapes) * FIELDS * 8 + programs * 4,
     )
+
+
+def _default_cut(backbone: Backbone, adapter: Adapter, dtype: torch.dtype) -> SwitchBlocks:
+    columns = adapter.config.top_k * adapter.config.rank
+    sizes_in = [backbone.linears[name][0] for name in adapter.projections]
+    return SwitchBlocks.choose(dtype.itemsize, columns, sizes_in)
 
 
 class SwitchRuntime:
@@ -182,6 +188,7 @@ class SwitchRuntime:
                 name: tuple(read(f"{name}.lora_{side}").to(model.device) for side in "AB")
                 for name in checked.projections
             }
+        blocks = blocks or _default_cut(backbone, checked, model.dtype)
         return cls(model, experts, routes, blocks)
 
     def generate(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
