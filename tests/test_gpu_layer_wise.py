@@ -19,19 +19,25 @@ ADAPTERS = {
         "shared_A": True,
         "always_r": 12,
         "always_alpha": 12,
-        "top_k": [1, 2, 3],
+        # With one expert at the entrance a tie there, of a token that every prompt has, decided the
+        # test: merely rounding norms once moved the distance of bf16 by factors of 0.6 to 1.9.
+        "top_k": [2, 3, 1],
+        "router_temperature": 0.25,
     },
     "blocks": {"routing": "layer_wise", "router_scope": "block", "top_k": 3},
     "MixLoRA": {"routing": "layer_wise", "always_r": 4, "always_alpha": 8, **MIXLORA},
     "later router": {"router_layer": 1},
 }
+# A most likely token is so by the served model's own error too: where routes flip and errors are
+# large, that alone is most of the distance. In a sampled one it is an error's square.
+SAMPLED = greedy(temperature=1.0, seed=0)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_logprobs_are_as_close_as_the_bf16_reference(name, tmp_path):
     base, adapter = gpu_pair(tmp_path, **ADAPTERS[name])
     with gpu_engine(base, adapter, **GRAPHS) as llm:
-        outputs = llm.generate(real_prompts(48), greedy(), use_tqdm=False)
+        outputs = llm.generate(real_prompts(48), SAMPLED, use_tqdm=False)
     served, reference = distances(outputs, base, adapter)
     print(f"{name}: served {served:.5f}, bf16 reference {reference:.5f} from float32")
     assert served <= 1.2 * reference + 1e-4

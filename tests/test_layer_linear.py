@@ -7,7 +7,7 @@ from test_layer_sgmm import CASES, make, truth
 from vllm_adafuse.kernels.expand import expand_weighted_triton
 from vllm_adafuse.kernels.layer_linear import layer_linear
 from vllm_adafuse.kernels.pairs import activate_torch
-from vllm_adafuse.kernels.route_layer import route_layer_triton
+from vllm_adafuse.kernels.route_layer import LayerGate, route_layer_triton
 
 
 def problem(name, bias, dtype=torch.float32):
@@ -79,6 +79,43 @@ def test_half_precision_keeps_the_choices():
             found = gates[t, router]
             assert found.nonzero()[:, 0].tolist() == sorted(chosen.tolist())
             assert error(found[chosen], weights.softmax(0)) <= 1e-5
+
+
+@pytest.mark.parametrize("tokens", [1, 48, 200, 2000])
+def test_every_path_decides_as_float64_in_bfloat16(tokens):
+    """One expert of |z|, a shared A, parts always on: of the same numbers, the same choices."""
+    widths, experts, always, rank, size_in = [256, 128, 128], 4, 2, 8, 256
+    g = torch.Generator().manual_seed(tokens)
+
+    def normal(*shape, scale):
+        return (torch.randn(*shape, generator=g) * scale).to(DEVICE, torch.bfloat16)
+
+    x, weight = normal(tokens, size_in, scale=1), normal(sum(widths), size_in, scale=1 / 16)
+    a = normal(3, 1 + always, rank, size_in, scale=1 / 16)
+    routers, b = normal(3, experts, size_in, scale=1 / 16), normal(512, 6, rank, scale=0.1)
+    joint = torch.cat([weight, a.flatten(0, 2), routers.flatten(0, 1)])
+    scales = torch.tensor([2.0] * experts + [1.0] * always, device=DEVICE)
+    gates, present = torch.zeros(tokens, 3, experts, device=DEVICE), torch.zeros(1).long().to(DEVICE)
+    gate = LayerGate(1, (experts,) * 3, always, absolute=True, shared=True)
+    y = layer_linear(
+        x, joint, 3 * (1 + always) * rank, 3 * experts, None, None, scales, gates, present, b,
+        [0, 1, 2], widths, "", gate,
+    )  # fmt: skip
+    x, weight, a, routers, b = (t.double() for t in (x, weight, a, routers, b))
+    z = torch.einsum("ti,pei->tpe", x, routers).abs()
+    (best, second), chosen = z.topk(2).values.unbind(-1), z.argmax(-1)
+    flipped = gates.argmax(-1) != chosen
+    assert not (flipped & (best - second > 1e-4)).any() and flipped.sum() <= 2
+    assert (gates.amax(-1) == 1).all() and ((gates != 0).sum(-1) == 1).all()
+    low = torch.einsum("ti,pari->tpar", x, a)[:, :, [0] * experts + [1, 2]]
+    taken = torch.cat([gates.double(), gates.new_ones(tokens, 3, always).double()], -1) * scales
+    delta = [
+        torch.einsum("te,ter,oer->to", taken[:, p], low[:, p], rows)
+        for p, rows in enumerate(b.split(widths))
+    ]
+    exact = x @ weight.T + torch.cat(delta, -1)
+    # s and the sum, rounded once each; W x as well where the vendor's product rounds it.
+    assert error(y, exact) <= 2 * error(exact.bfloat16(), exact)
 
 
 def test_inside_torch_compile():
