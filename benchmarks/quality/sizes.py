@@ -57,7 +57,7 @@ SIZES = {
     # 30 million parameters.
     "full": Size(
         hidden=512, layers=8, heads=8, inter=1408, vocab=8192, length=512,
-        pretrain_bytes=96 * MIB, adapt_bytes=8 * MIB, valid_bytes=MIB // 4,
+        pretrain_bytes=72 * MIB, adapt_bytes=8 * MIB, valid_bytes=MIB // 4,
         held_bytes=MIB // 2, pretrain_steps=3000, pretrain_batch=64, pretrain_lr=1e-3,
         steps=500, batch=32, r=8, experts=8, full_rate=0.125,
         choices=((4e-3, 4.0), (2e-3, 1.0), (8e-3, 1.0), (4e-3, 1.0), (2e-3, 4.0)),

@@ -29,6 +29,8 @@ h1 { font-size: 1.4rem; margin: 0; }
 .w { opacity: .45; }
 .legend { display: flex; flex-wrap: wrap; gap: .5rem; padding: 0; list-style: none; }
 .legend .e { padding: .1rem .6rem; font-size: .9rem; overflow-wrap: anywhere; }
+details { margin-top: 1.2rem; }
+summary { cursor: pointer; }
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { text-align: left; padding: .15rem 1rem .15rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; overflow-wrap: anywhere; }
