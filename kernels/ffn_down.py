@@ -33,7 +33,7 @@ def s_of_slots_torch(low, gates, scales, tokens, rank, always, shared, dtype) ->
     return s.to(dtype).view(tokens, 1, -1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def _slots_kernel(
     low_ptr, gates_ptr, scales_ptr, s_ptr, n_tokens, low_stride, slots,
     EXPERTS: tl.constexpr, EVERY: tl.constexpr, RANK: tl.constexpr, SIZE_LOW: tl.constexpr,

@@ -13,7 +13,7 @@ from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def _gather_routes_kernel(
     token_ptr, table_ids_ptr, table_weights_ptr, ids_ptr, weights_ptr,
     n_tokens, vocab_size, top_k,

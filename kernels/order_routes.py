@@ -48,7 +48,7 @@ class Order(NamedTuple):
         return self if MIN_ORDER_TOKENS <= tokens <= self.rows.shape[0] else None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def _tile_present_kernel(
     sets_ptr, present_ptr, n_tokens, n_experts, TILE: tl.constexpr, BLOCK_E: tl.constexpr
 ):  # fmt: skip

@@ -19,7 +19,7 @@ from vllm_adafuse.kernels.whole import cdiv, power_of_2
 MAX_PRESENT_TOKENS = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def _spread_routes_kernel(
     ids_ptr, weights_ptr, gates_ptr, present_ptr, counters_ptr,
     n_tokens, top_k, n_experts, n_counters,

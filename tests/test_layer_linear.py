@@ -95,7 +95,8 @@ def test_every_path_decides_as_float64_in_bfloat16(tokens):
     routers, b = normal(3, experts, size_in, scale=1 / 16), normal(512, 6, rank, scale=0.1)
     joint = torch.cat([weight, a.flatten(0, 2), routers.flatten(0, 1)])
     scales = torch.tensor([2.0] * experts + [1.0] * always, device=DEVICE)
-    gates, present = torch.zeros(tokens, 3, experts, device=DEVICE), torch.zeros(1).long().to(DEVICE)
+    gates = torch.zeros(tokens, 3, experts, device=DEVICE)
+    present = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     gate = LayerGate(1, (experts,) * 3, always, absolute=True, shared=True)
     y = layer_linear(
         x, joint, 3 * (1 + always) * rank, 3 * experts, None, None, scales, gates, present, b,

@@ -15,6 +15,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 from vllm_adafuse.adapter import Adapter, check_adapter
 from vllm_adafuse.architectures import ARCHITECTURES, PREFIX, Architecture
@@ -26,6 +27,7 @@ from vllm_adafuse.serving.bank import ExpertBank, place_banks
 from vllm_adafuse.serving.norm import NormPlace, norms_behind
 from vllm_adafuse.serving.rotary import SharedRotary
 from vllm_adafuse.serving.router import AfterLoading, Route, Router
+from vllm_adafuse.serving.warm_up import warm_up
 
 # vLLM shows only what is logged below its own name.
 logger = init_logger("vllm.adafuse")
@@ -45,6 +47,8 @@ class AdaFuseMixin:
         hf_config = vllm_config.model_config.hf_config
         self.adafuse_adapter = _open_checked(hf_config.adafuse)
         adapter_config = self.adafuse_adapter.config
+        self.adafuse_rows = _max_tokens(vllm_config)
+        self.adafuse_cold = current_platform.is_cuda_alike()
         # The last module, so that its AfterLoading runs when all others are loaded.
         loading = torch.nn.Module()
         loading.quant_method = AfterLoading(self._load_adapter)
@@ -159,6 +163,16 @@ class AdaFuseMixin:
             router.passport_bytes,
         )
 
+    def route_any(self, tokens: int, like: torch.Tensor | None) -> None:
+        """Gives so many tokens routes, as a step does, for `warm_up`; like: its token ids."""
+        if self.adafuse_adapter.config.layer_wise:
+            return
+        router = self.adafuse_router
+        if like is not None and router.passport_ids.numel():
+            router(like.new_zeros(tokens), None)
+        else:
+            router.route.spread(tokens)
+
     def forward(
         self,
         input_ids: torch.Tensor | None,
@@ -167,6 +181,9 @@ class AdaFuseMixin:
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
+        if self.adafuse_cold and not torch.compiler.is_compiling():
+            self.adafuse_cold = False
+            warm_up(self.model, self.adafuse_rows, lambda tokens: self.route_any(tokens, input_ids))
         if self.adafuse_adapter.config.layer_wise:  # decides in its layers
             return super().forward(
                 input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs
