@@ -92,7 +92,7 @@ def main() -> None:
                 "SPLIT": cut.split, "LEAVE": False,
                 "BLOCK_T": tokens, "BLOCK_R": 16, "BLOCK_ER": 128, "RANK": 16,
                 "ROWS": cut.rows, "COLS": cut.cols, "SHRINK_COLS": cut.shrink_cols,
-                "SHRINK_STAGES": shrink.SHRINK_STAGES,
+                "SHRINK_STAGES": shrink.SHRINK_STAGES, "PDL": True,
                 "STAGES": cut.stages,
             }  # fmt: skip
             kernel = stream_linear._stream_linear_kernel
@@ -105,7 +105,7 @@ def main() -> None:
                 "SPLIT": 1, "SLICES": cut.slices, "RANK": 16, "EXPERTS": 8, "SHRINK_TILES": 3,
                 "BLOCK_T": tokens, "BLOCK_E": 16,
                 "BLOCK_ER": tile_linear.block_er(tokens, number, 128),
-                "ROWS": cut.rows, "COLS": cut.cols, "STAGES": cut.stages,
+                "ROWS": cut.rows, "COLS": cut.cols, "STAGES": cut.stages, "PDL": True,
             }  # fmt: skip
             POINTERS["x_desc"] = f"tensordesc<bf16[{tokens}, {cut.cols}]>"
             POINTERS["joint_desc"] = f"tensordesc<bf16[{cut.rows}, {cut.cols}]>"
@@ -134,7 +134,7 @@ def main() -> None:
             constants = tiles_of | {
                 "ACT": number, "APART": shape["HALF"] or shape["WIDTH0"], "RANK": 16,
                 "EVEN_K": True, "BLOCK_E": 8, "BLOCK_T": cut.tokens, "COLS": cut.columns,
-                "LOOP": cut.loop, "STAGES": cut.stages,
+                "LOOP": cut.loop, "STAGES": cut.stages, "PDL": True,
             }  # fmt: skip
             constants |= {} if act == "rotary" else {"cos_sin_ptr": None}
             block = f"tensordesc<bf16[{cut.tokens}, {cut.columns}]>"
@@ -159,13 +159,16 @@ def main() -> None:
     constants = {"BLOCK_T": 256, "BLOCK_E": 8, "ONE": True}
     kernel = spread_routes._spread_routes_kernel
     rows.append(build("spread_routes", kernel, constants, 8, 3))
-    cut = switch.SwitchBlocks()
-    constants = {
-        "merged_ptr": None, "TYPE": tl.bfloat16, "TOP_K": 2, "RANK": 16, "BLOCK_C": 32,
-        "CHUNKS": 1, "SLOTS": 2, "FIELDS": switch.FIELDS, "ALIGN": 16, "EVEN": True, "FULL": True,
-        "ROWS": cut.rows, "COLS": cut.cols, "STRIP": cut.strip, "STAGES": cut.stages,
-    }  # fmt: skip
-    rows.append(build("switch", switch._switch_kernel, constants, cut.warps, cut.stages))
+    for dtype, rank in ((tl.bfloat16, 16), (tl.bfloat16, 64), (tl.float32, 64)):
+        cut = switch.SwitchBlocks.choose(dtype.primitive_bitwidth // 8, 2 * rank, [4096])
+        constants = {
+            "merged_ptr": None, "TYPE": dtype, "TOP_K": 2, "RANK": rank, "BLOCK_C": 2 * rank,
+            "CHUNKS": 1, "SLOTS": 2, "FIELDS": switch.FIELDS, "ALIGN": 16, "EVEN": True,
+            "FULL": True, "ROWS": cut.rows, "COLS": cut.cols, "STRIP": cut.strip,
+            "STAGES": cut.stages,
+        }  # fmt: skip
+        name = f"switch {dtype} r={rank}"
+        rows.append(build(name, switch._switch_kernel, constants, cut.warps, cut.stages))
     print(json.dumps(rows))
 
 
