@@ -71,3 +71,8 @@ def on_hopper(tensor: torch.Tensor) -> bool:
 @functools.cache
 def _is_hopper(device: torch.device) -> bool:
     return not torch.version.hip and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def overlap(tensor: torch.Tensor) -> dict[str, bool]:
+    """Options of a launch whose kernel itself waits for the one before it (`gdc_wait`)."""
+    return {"launch_pdl": True} if on_hopper(tensor) else {}

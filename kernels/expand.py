@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.blocks import ExpandBlocks, expert_blocks, on_hopper
+from vllm_adafuse.kernels.blocks import ExpandBlocks, expert_blocks, on_hopper, overlap
 from vllm_adafuse.kernels.order_routes import Order
 from vllm_adafuse.kernels.pairs import ACTIVATIONS, ROTARY, activate, rotate
 from vllm_adafuse.kernels.whole import cdiv
@@ -264,7 +264,6 @@ def _launch(
     every_part = min(parts) >= 0
     skip = tokens < _SKIP_TOKENS or order is not None
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
-    pdl = on_hopper(y)
     _expand_kernel[(groups, cdiv(tokens, blocks.tokens))](
         y, bias, out, s, bank_b, gates,
         present if order is None else order.present, order and order.rows, cos_sin,
@@ -273,10 +272,10 @@ def _launch(
         PART0=parts[0], PART1=parts[1], PART2=parts[2],
         HAS_BIAS=bias is not None, ACT=act, HALF=half,
         RAW=gates is not None, ALL=every, EVEN=all(w % span == 0 for w in tiled),
-        EVERY_PART=every_part, ORDER=order is not None, PDL=pdl,
+        EVERY_PART=every_part, ORDER=order is not None, PDL=on_hopper(y),
         BLOCK_T=blocks.tokens, BLOCK_OUT=blocks.columns,
         LOOP=blocks.loop, STAGES=blocks.stages, num_warps=blocks.warps,
-        **expert_blocks(experts, rank, skip), **({"launch_pdl": True} if pdl else {}),
+        **expert_blocks(experts, rank, skip), **overlap(y),
     )  # fmt: skip
 
 

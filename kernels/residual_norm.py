@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.blocks import expert_blocks, on_hopper
+from vllm_adafuse.kernels.blocks import expert_blocks, on_hopper, overlap
 from vllm_adafuse.kernels.expand import _add_delta, _load_b, _load_s
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
@@ -155,15 +155,13 @@ def residual_norm_triton(
     out, z = residual.new_empty(tokens, width), residual.new_empty(tokens, width)
     split = y.shape[0] if y.dim() == 3 else 0
     cut = blocks or NormBlocks.choose(width, s is not None, split > 0, residual.element_size())
-    pdl = on_hopper(y)
     _residual_norm_kernel[(cdiv(tokens, cut.tokens),)](
         y, s, residual, weight, bank_b, gates, z, out,
         tokens, y.stride(-2), 0 if s is None else s.stride(0), residual.stride(0), experts, eps,
-        WIDTH=width, SPLIT=split, EXPAND=s is not None, PDL=pdl,
+        WIDTH=width, SPLIT=split, EXPAND=s is not None, PDL=on_hopper(y),
         BLOCK_T=cut.tokens, COLS=cut.columns, STAGES=cut.stages,
         NORM_COLS=cut.norm_columns if cut.columns < width else cut.columns,
-        num_warps=cut.warps, **expert_blocks(experts, rank, False),
-        **({"launch_pdl": True} if pdl else {}),
+        num_warps=cut.warps, **expert_blocks(experts, rank, False), **overlap(y),
     )  # fmt: skip
     return out, z
 

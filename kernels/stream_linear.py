@@ -21,7 +21,7 @@ from dataclasses import replace
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.blocks import BLOCK_ER
+from vllm_adafuse.kernels.blocks import BLOCK_ER, on_hopper, overlap
 from vllm_adafuse.kernels.pairs import ACTIVATIONS, ROTARY, activate, rotate, tiled_widths
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import (
@@ -100,9 +100,11 @@ def _stream_linear_kernel(
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_ER: tl.constexpr,
     RANK: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
-    SHRINK_COLS: tl.constexpr, SHRINK_STAGES: tl.constexpr,
+    SHRINK_COLS: tl.constexpr, SHRINK_STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     pid, n_shrinks = tl.program_id(0), n_slots * slices
+    if PDL:  # launched while the kernel before it ends
+        tl.extra.cuda.gdc_wait()
     if pid < n_shrinks:
         shrink_program(
             pid, x_ptr, a_ptr, gates_ptr, present_ptr, s_ptr, partial_ptr, ticket_ptr,
@@ -265,7 +267,7 @@ def stream_linear_triton(
         SPLIT=tiles.split, LEAVE=leave, BLOCK_T=block_t, BLOCK_R=grid.block_r,
         BLOCK_ER=min(BLOCK_ER, max(16, power_of_2(experts * rank))),
         RANK=rank, ROWS=tiles.rows, COLS=tiles.cols, STAGES=tiles.stages,
-        SHRINK_COLS=shrink_cols, SHRINK_STAGES=SHRINK_STAGES,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        SHRINK_COLS=shrink_cols, SHRINK_STAGES=SHRINK_STAGES, PDL=on_hopper(x),
+        num_warps=tiles.warps, num_stages=tiles.stages, **overlap(x),
     )  # fmt: skip
     return y

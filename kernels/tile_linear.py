@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
-from vllm_adafuse.kernels.blocks import BLOCK_ER, on_hopper
+from vllm_adafuse.kernels.blocks import BLOCK_ER, on_hopper, overlap
 from vllm_adafuse.kernels.pairs import ACTIVATIONS, ROTARY, activate, rotate, tiled_widths
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import MAX_SLICES, all_sums, is_last, leave_sums
@@ -62,9 +62,11 @@ def _tile_linear_kernel(
     SPLIT: tl.constexpr, SLICES: tl.constexpr, RANK: tl.constexpr, EXPERTS: tl.constexpr,
     SHRINK_TILES: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_ER: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
+    if PDL:  # launched while the kernel before it ends
+        tl.extra.cuda.gdc_wait()
     SHRINKS: tl.constexpr = SHRINK_TILES * SLICES
     OUT: tl.constexpr = WIDTH0 + WIDTH1 + WIDTH2
     tokens = tl.arange(0, BLOCK_T)
@@ -241,7 +243,7 @@ def tile_linear_triton(
         RANK=rank, EXPERTS=experts, SHRINK_TILES=shrink_tiles,
         BLOCK_T=block_t, BLOCK_E=max(16, power_of_2(experts)),
         BLOCK_ER=block_er(block_t, act, experts * rank),
-        ROWS=cut.rows, COLS=cut.cols, STAGES=cut.stages,
-        num_warps=cut.warps, num_stages=cut.stages,
+        ROWS=cut.rows, COLS=cut.cols, STAGES=cut.stages, PDL=on_hopper(x),
+        num_warps=cut.warps, num_stages=cut.stages, **overlap(x),
     )  # fmt: skip
     return y

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
-from vllm_adafuse.kernels.blocks import BLOCK_ER, on_hopper
+from vllm_adafuse.kernels.blocks import BLOCK_ER, on_hopper, overlap
 from vllm_adafuse.kernels.expand import _load_s, expand_raw_triton
 from vllm_adafuse.kernels.order_routes import Order
 from vllm_adafuse.kernels.pairs import ACTIVATIONS, ROTARY, activate, is_gate_up, rotate
@@ -38,7 +38,10 @@ def _wide_expand_kernel(
     ACT: tl.constexpr, APART: tl.constexpr,
     RANK: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr, COLS: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:  # launched while the kernel before it ends
+        tl.extra.cuda.gdc_wait()
     # A group is LOOP tiles of one part; a tile has both members of its pairs.
     WIDE: tl.constexpr = COLS * (2 if ACT == 3 else 1)
     GROUPS0: tl.constexpr = (TILES0 + LOOP - 1) // LOOP
@@ -208,7 +211,7 @@ def wide_expand_triton(
         TILES0=tiles[0], TILES1=tiles[1], TILES2=tiles[2],
         ACT=act, APART=half or widths[0], RANK=rank,
         EVEN_K=experts == block_e, BLOCK_E=block_e,
-        BLOCK_T=cut.tokens, COLS=columns, LOOP=cut.loop, STAGES=cut.stages,
-        num_warps=cut.warps,
+        BLOCK_T=cut.tokens, COLS=columns, LOOP=cut.loop, STAGES=cut.stages, PDL=on_hopper(y),
+        num_warps=cut.warps, **overlap(y),
     )  # fmt: skip
     return result

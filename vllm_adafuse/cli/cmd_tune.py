@@ -95,7 +95,10 @@ def run(args: argparse.Namespace) -> int:
     how = {
         "command": "vllm-adafuse " + shlex.join(sys.argv[1:]),
         "torch": torch.__version__,
-        "us": {f"{o.product.name} {o.tokens}": [o.default, o.best[0]] for o in outcomes},
+        "us": {
+            f"{o.product.name} {o.tokens}": [round(o.default, 2), round(o.best[0], 2)]
+            for o in outcomes
+        },
     }
     print(printable(f"wrote {save_cuts(device, cuts, how)}; servers started from now on use it"))
     return 0
