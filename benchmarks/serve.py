@@ -2,8 +2,9 @@
 
     python -m benchmarks.serve --model llama-2-7b --rates 1,4,16,inf --num-prompts 200
 
-Random weights, random prompts, vLLM's own `vllm bench serve` as the client. The servers run one
-after the other on the same GPU. `inf` sends all requests at once: the throughput at saturation.
+Random weights, random prompts, greedy, vLLM's own `vllm bench serve` as the client. The servers run
+one after the other on the same GPU. `inf` sends all requests at once: the throughput at saturation.
+Nothing is asked of a hub: the tokenizer has a word for every id.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vllm_adafuse.server import Server, running_server, vllm_serve
-from vllm_adafuse.tiny import save_tokenizer
 
 from benchmarks import engine, record
 
@@ -60,6 +61,20 @@ class Options:
                 raise ValueError(f"rates has {rate}, expected numbers above 0, or inf")
 
 
+def save_tokenizer(path: Path, vocab: int) -> None:
+    """A tokenizer with a word for every id, so that text has as many words as it has tokens and
+    prompts keep the length that was asked for."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(vocab)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="w0", eos_token="w1", pad_token="w1"
+    ).save_pretrained(path)
+
+
 def command(kind: str, options: Options, root: Path) -> list[str]:
     """The `vllm serve` command of one engine."""
     longest = options.input_len + options.output_len + 16
@@ -78,9 +93,11 @@ def load(server: Server, rate: str, options: Options, root: Path, seed: int) -> 
         RuntimeError: the client failed, or a request did.
     """
     result = root / f"result-{rate}.json"
+    result.unlink(missing_ok=True)
     argv = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve"]
     argv += ["--backend", "openai", "--base-url", server.url, "--model", str(root / "base")]
     argv += ["--dataset-name", "random", "--ignore-eos", "--seed", str(seed)]
+    argv += ["--temperature", "0"]
     argv += ["--random-input-len", str(options.input_len)]
     argv += ["--random-output-len", str(options.output_len)]
     argv += ["--num-prompts", str(options.num_prompts), "--request-rate", rate]
@@ -92,16 +109,19 @@ def load(server: Server, rate: str, options: Options, root: Path, seed: int) -> 
     content = json.loads(result.read_text())
     if content["completed"] != options.num_prompts:
         raise RuntimeError(f"{content['completed']} of {options.num_prompts} requests completed")
+    asked = options.num_prompts * options.input_len, options.num_prompts * options.output_len
+    found = content["total_input_tokens"], content["total_output_tokens"]
+    if found != asked:
+        raise RuntimeError(f"{found} tokens in and out, expected {asked}")
     return {name: content[name] for name in FIGURES}
 
 
-def measure(options: Options, logs: Path) -> list[dict]:
+def measure(options: Options, logs: Path) -> Iterator[dict]:
     """A row for each engine and rate."""
-    rows = []
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         engine.write_config(options, root / "base")
-        save_tokenizer(root / "base", min(2000, engine.SHAPES[options.model][-1]))
+        save_tokenizer(root / "base", engine.SHAPES[options.model][-1])
         mixture = (options.experts, options.r, options.top_k)
         engine.make_adapter(root / "base", root / "adapter", mixture)
         for kind in options.engines:
@@ -110,14 +130,13 @@ def measure(options: Options, logs: Path) -> list[dict]:
                 load(server, "inf", options, root, seed=1)  # warm-up
                 for rate in options.rates:
                     row = {"engine": kind, "rate": rate} | load(server, rate, options, root, 0)
-                    rows.append(row)
                     print(
                         f"{kind:8} {rate:>5}/s: {row['output_throughput']:9.1f} tokens/s, TTFT "
                         f"{row['median_ttft_ms']:7.1f} ms (p99 {row['p99_ttft_ms']:.1f}), TPOT "
                         f"{row['median_tpot_ms']:6.2f} ms (p99 {row['p99_tpot_ms']:.2f})",
                         flush=True,
                     )
-    return rows
+                    yield row
 
 
 def main() -> None:
@@ -145,8 +164,11 @@ def main() -> None:
     options = Options(**arguments)
     logs = out or Path(tempfile.mkdtemp())
     logs.mkdir(parents=True, exist_ok=True)
-    rows = [{"options": vars(options)}, *measure(options, logs)]
-    print(json.dumps({"saved": str(record.save("serve", rows, out, commit))}))
+    rows, path = [{"options": vars(options)}], None
+    for row in measure(options, logs):
+        rows.append(row)
+        path = record.save("serve", rows, out, commit, path)
+    print(json.dumps({"saved": str(path)}))
 
 
 if __name__ == "__main__":

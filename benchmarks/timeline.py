@@ -25,8 +25,8 @@ from typing import Any
 from vllm_adafuse.cli.cmd_random import integers
 
 from benchmarks import engine, record
+from benchmarks.pages import ROOT, plot, read_results, table
 from benchmarks.profile import launch_profiler, listed
-from benchmarks.report import ROOT, plot, read_results, table
 
 SHORT, LONG = 6, 18  # tokens of two generations: their difference is decoding alone
 PAGE = ROOT / "docs" / "timeline.md"

