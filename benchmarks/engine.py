@@ -5,7 +5,8 @@
     python -m benchmarks.engine --prefill 16x1000,1x512,1x2048
 
 Engines: `stock`, the bare backbone; `lora`, vLLM's own LoRA with one static adapter of rank r;
-`granite`, Granite Switch with E LoRAs of rank r, one active (see benchmarks/granite.py);
+`granite`, Granite Switch with E LoRAs of rank r, one active (see benchmarks/granite.py), and
+`granite_bare`, its model without any;
 `adafuse`, or `adafuse:E/r/k` for other experts, ranks and top-k than the options say;
 `layer_wise`, or `layer_wise:E/r/k`, the same with a router in every linear.
 
@@ -49,6 +50,7 @@ SHAPES = {
 }
 
 # Our engines, and the routing of their adapters.
+GRANITE = ("granite", "granite_bare")
 OURS = {"adafuse": "pre_gated", "layer_wise": "layer_wise"}
 
 
@@ -94,7 +96,7 @@ class Options:
         Raises:
             ValueError: not an engine's name.
         """
-        if kind in ("stock", "lora", "granite"):
+        if kind in ("stock", "lora", *GRANITE):
             return None
         if kind in OURS:
             return self.experts, self.r, self.top_k
@@ -219,10 +221,11 @@ def start(kind: str, options: Options, root: Path) -> tuple[Engine, dict]:
     elif kind == "lora":
         lora = LoRARequest("lora", 1, str(make_lora(base, root / name, options.r)))
         extra |= {"enable_lora": True, "max_lora_rank": max(8, options.r), "max_loras": 1}
-    elif kind == "granite":
+    elif kind in GRANITE:
         from benchmarks import granite
 
-        control = granite.write_config(base, root / name, options.experts, options.r)
+        count = options.experts if kind == "granite" else 0
+        control = granite.write_config(base, root / name, count, options.r)
         base, extra = root / name, granite.ARGUMENTS
     longest = [length + 8 for _, length in options.prefill]
     longest.append(options.prompt + options.steps[1] + 8)
@@ -313,7 +316,7 @@ def measure(options: Options) -> Iterator[dict]:
     Raises:
         RuntimeError: an engine needs a package that is not there.
     """
-    if "granite" in options.engines:
+    if set(GRANITE) & set(options.engines):
         from benchmarks import granite
 
         granite.check_installed()

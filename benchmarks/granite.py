@@ -46,6 +46,9 @@ class RandomWeights(DummyModelLoader):
     """vLLM's dummy loader, with what Granite Switch does when it has loaded a checkpoint."""
 
     def load_weights(self, model: torch.nn.Module, model_config) -> None:
+        if model.model.switch is None:  # no LoRAs
+            super().load_weights(model, model_config)
+            return
         codebook = model.model.switch.codebook
         kept = codebook.clone()
         super().load_weights(model, model_config)
@@ -81,12 +84,13 @@ def config(backbone: dict, count: int, r: int) -> dict:
 
     Args:
         backbone: config.json of the bare backbone.
+        count: 0 for Granite Switch's own bare model.
     """
     # Its switch has two layers of keys and values, which count as layers.
-    layers = backbone["num_hidden_layers"] + 2
+    layers = backbone["num_hidden_layers"] + (2 if count else 0)
     vocab = backbone["vocab_size"]
     same = {key: backbone[key] for key in SAME if key in backbone}
-    return same | {
+    model = same | {
         "architectures": ["GraniteSwitchForCausalLM"],
         "model_type": "granite_switch",
         "num_hidden_layers": layers,
@@ -98,6 +102,10 @@ def config(backbone: dict, count: int, r: int) -> dict:
         "tie_word_embeddings": False,
         "fused_add_norm": True,  # as Llama and Mistral add and norm
         "num_adapters": count,
+    }
+    if not count:
+        return model
+    return model | {
         "adapter_names": [f"lora{i}" for i in range(count)],
         "adapter_token_ids": list(range(vocab - count, vocab)),
         "adapter_substitute_token_ids": list(range(3, 3 + count)),
@@ -117,4 +125,4 @@ def write_config(base: Path, out: Path, count: int, r: int) -> list[int]:
     content = config(json.loads((base / "config.json").read_text()), count, r)
     out.mkdir()
     (out / "config.json").write_text(json.dumps(content, indent=1))
-    return content["adapter_token_ids"]
+    return content.get("adapter_token_ids", [])

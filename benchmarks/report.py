@@ -82,8 +82,10 @@ SECTIONS = {
     "kernels": ("Projections", kernels_section),
 }
 
-# Written to docs/paper.md, by benchmarks.paper_report; told of in docs/compose-experts.md.
-ON_OTHER_PAGES = ("paper", "switch", "compose-experts", "timeline", "quality", "training")
+# Of docs/paper.md, docs/timeline.md and docs/quality.md, or told of in the pages on training.
+ON_OTHER_PAGES = (
+    "paper", "switch", "layer_linear", "timeline", "quality", "compose-experts", "training",
+)  # fmt: skip
 
 
 def write_report(results: list[Result], docs: Path) -> Path:

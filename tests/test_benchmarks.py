@@ -76,7 +76,15 @@ def test_required_figures_stand_beside_the_newest_ones(tmp_path):
     assert "one static adapter, r = 16 | +30.0 % |" in text and "+60.0 % | c1," in text
     assert "| **required** | ≤ 3 % | ≤ 4 % | ≤ 3 % | ≤ 2 % | ≤ 3 % | issue 3 |" in text
     assert "| met | met | met | missed by 0.5 | missed by 2.0 |" in text
-    assert "Granite" not in text and "NVIDIA H200, 580; vLLM" in text
+    assert "Granite" not in text and "its own model" not in text
+    assert "NVIDIA H200, 580; vLLM" in text
+
+
+def test_granite_stands_over_stock_and_over_its_own_model(tmp_path):
+    kinds = ["stock", "granite_bare", "granite", "adafuse"]
+    engine_file(tmp_path, "1", kinds, [0.0, 0.25, 0.375, 0.125])
+    text = report(tmp_path, tmp_path)
+    assert "one active | +37.5 % |" in text and "without LoRAs | +10.0 % |" in text
 
 
 def test_memory_over_stock_is_told_in_parts(tmp_path):

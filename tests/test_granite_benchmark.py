@@ -24,6 +24,12 @@ def test_the_config_has_the_backbones_shape_and_its_loras(base):
     assert made["adapter_token_ids"] == [997, 998, 999] and made["adapter_ranks"] == [16] * 3
 
 
+def test_its_bare_model_has_no_loras_and_no_switch(base):
+    made = granite.config(json.loads((base / "config.json").read_text()), count=0, r=16)
+    assert made["num_hidden_layers"] == len(made["layer_types"]) == 2
+    assert made["num_adapters"] == 0 and not [key for key in made if key.startswith("adapter_")]
+
+
 @pytest.mark.parametrize("vllm", ["0.31.0", "0.32.0", "1.0"])
 def test_a_vllm_that_is_too_new_is_refused(base, tmp_path, monkeypatch, vllm):
     monkeypatch.setattr(granite, "version", lambda name: "0.1.1")
