@@ -31,6 +31,19 @@ def length_of(row: dict[str, Any], result: Result) -> int:
     return result.options["prompt"] if row["what"] == "decode" else result.options["prefill"][1]
 
 
+def asked(result: Result) -> list[tuple[str, int, int]]:
+    """The sizes that a run was to measure: what, batch or prompts, tokens of each."""
+    options, prefill = result.options, result.options["prefill"]
+    if isinstance(prefill[0], int):  # older files have one
+        prefill = [prefill]
+    sizes = [("decode", batch, options["prompt"]) for batch in options["batches"]]
+    return sizes + [("prefill", count, length) for count, length in prefill]
+
+
+def _size(size: tuple[str, int, int]) -> str:
+    return "{} {} x {}".format(*size)
+
+
 def _overheads(result: Result, kind: str, base: str) -> list[float] | None:
     """Over another engine of the same turns, at the sizes of the required figures; None where
     they are not all there, or of another model, mixture or device."""
@@ -100,11 +113,13 @@ def engine_section(result: Result, picture: Path) -> str:
             more = "" if row is None or name[1] == first else f" ({percent(row['overhead'])})"
             cells.append("–" if row is None else f"{row['median']:.3f} ms{more}")
         rows.append(cells)
-    header = ["engine", *(f"{what} {batch} x {length}" for what, batch, length in sizes)]
+    header = ["engine", *map(_size, sizes)]
     text = (
         "Milliseconds of a decode step, batch x tokens of its prompts; of a prefill, prompts x "
         f"tokens. Overheads are over `{first}` of the same turns.\n\n{table(header, rows)}"
     )
+    if missing := [_size(size) for size in asked(result) if size not in sizes]:
+        text += f"\nThe run was cut off before {', '.join(missing)}.\n"
     for row in result.rows:
         if row["what"] == "failed":
             text += f"\n`{row['engine']}` did not start: {row['error'].splitlines()[0]}\n"

@@ -47,6 +47,12 @@ class Result:
         return "; ".join(dict.fromkeys(self.content.get("gpu", "").splitlines()))
 
     @property
+    def command(self) -> str:
+        """The program, without its folder, and its arguments."""
+        program, *arguments = self.content["command"].split(" ")
+        return " ".join([Path(program).name, *arguments])
+
+    @property
     def mixture(self) -> str:
         options = self.options
         return f"E = {options['experts']}, r = {options['r']}, k = {options['top_k']}"

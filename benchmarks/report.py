@@ -113,7 +113,7 @@ def write_report(results: list[Result], docs: Path) -> Path:
             text += f"\n{result.caption()}\n\n{section(result, picture)}"
     text += "\n## All result files\n\n"
     listed = [
-        [r.path.name, r.content["commit"], r.models, f"`{r.content['command'].split('/')[-1]}`"]
+        [r.path.name, r.content["commit"], r.models, f"`{r.command}`"]
         for r in results
     ]
     text += table(["file", "commit", "model", "command"], listed)
