@@ -6,7 +6,6 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from vllm_adafuse.kernels.order_routes import ORDER_TILE
 from vllm_adafuse.kernels.whole import power_of_2
 
 # Ranks, of one expert or of several, that one product takes.
@@ -32,12 +31,8 @@ class ExpandBlocks:
 
     @classmethod
     @functools.cache
-    def choose(
-        cls, tokens: int, activation: bool, itemsize: int, ordered: bool = False
-    ) -> ExpandBlocks:
+    def choose(cls, tokens: int, activation: bool, itemsize: int) -> ExpandBlocks:
         """Found on an H200 at the shapes of Llama-2-7B; docs/kernel-notes.md has the figures."""
-        if ordered:
-            return cls(ORDER_TILE, 128, 1, 4, 1) if itemsize == 2 else cls(ORDER_TILE, 32, 1, 4, 1)
         if tokens <= 256 or itemsize > 2:
             block_t = min(64 if itemsize == 2 else 32, max(16, power_of_2(tokens)))
             return cls(block_t, 64, 1, 4, 1)

@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 from vllm_adafuse.kernels.blocks import ExpandBlocks, expert_blocks, on_hopper, overlap
-from vllm_adafuse.kernels.order_routes import Order
 from vllm_adafuse.kernels.pairs import ACTIVATIONS, ROTARY, activate, rotate
 from vllm_adafuse.kernels.whole import cdiv
 
@@ -114,14 +113,14 @@ def _add_delta(
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _expand_kernel(
-    y_ptr, bias_ptr, out_ptr, s_ptr, b_ptr, gates_ptr, present_ptr, order_ptr, cos_sin_ptr,
+    y_ptr, bias_ptr, out_ptr, s_ptr, b_ptr, gates_ptr, present_ptr, cos_sin_ptr,
     n_tokens, y_stride, out_stride, s_stride, n_experts,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
     PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr,
     RAW: tl.constexpr, SKIP: tl.constexpr, ALL: tl.constexpr,
     RANK: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr, ONE: tl.constexpr,
-    EVERY_PART: tl.constexpr, ORDER: tl.constexpr, PDL: tl.constexpr,
+    EVERY_PART: tl.constexpr, PDL: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -154,9 +153,6 @@ def _expand_kernel(
     # A part without experts has deltas of zeros; EVEN_B says that there is none.
     rows_s = rows < tl.where(part >= 0, n_tokens, 0)
     rows_up = rows < tl.where(part_up >= 0, n_tokens, 0)
-    if ORDER:
-        present = tl.load(present_ptr + tl.program_id(1))
-        rows = tl.load(order_ptr + rows, mask=here, other=0)
     EVEN_B: tl.constexpr = EVEN and EVERY_PART
     s_at = s_ptr + rows.to(tl.int64) * s_stride + part * size
     s_up_at = s_ptr + rows.to(tl.int64) * s_stride + part_up * size
@@ -205,8 +201,7 @@ def _expand_kernel(
                     s_at, s_up_at, gates_ptr, rows, rows_s, rows_up, n_experts,
                     ACT, RANK, RAW, EVEN_K, BLOCK_T, BLOCK_E, BLOCK_R,
                 )  # fmt: skip
-        if not ORDER:  # it may come from the kernel before
-            present = tl.load(present_ptr)
+        present = tl.load(present_ptr)  # it may come from the kernel before
         y = tl.load(y_at, mask=mask, other=0.0)
         up = y
         if ACT != 0:
@@ -244,12 +239,12 @@ def _expand_kernel(
 
 def _launch(
     y, bias, out, s, s_stride, bank_b, gates, present, parts, widths, act,
-    blocks=None, order=None, cos_sin=None,
+    blocks=None, cos_sin=None,
 ) -> None:  # fmt: skip
     tokens, (_, experts, rank) = y.shape[0], bank_b.shape
     every = out is not y
     if blocks is None:
-        blocks = ExpandBlocks.choose(tokens, act != 0, y.element_size(), order is not None)
+        blocks = ExpandBlocks.choose(tokens, act != 0, y.element_size())
     half = cos_sin.shape[1] // 2 if act == ROTARY else 0
     # A tile has both members of its pairs.
     if act == ROTARY:
@@ -262,17 +257,17 @@ def _launch(
     span = blocks.columns * blocks.loop
     groups = sum(cdiv(w, span) for w in tiled)
     every_part = min(parts) >= 0
-    skip = tokens < _SKIP_TOKENS or order is not None
+    skip = tokens < _SKIP_TOKENS
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
     _expand_kernel[(groups, cdiv(tokens, blocks.tokens))](
         y, bias, out, s, bank_b, gates,
-        present if order is None else order.present, order and order.rows, cos_sin,
+        present, cos_sin,
         tokens, y.stride(0), out.stride(0), s_stride, experts,
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         PART0=parts[0], PART1=parts[1], PART2=parts[2],
         HAS_BIAS=bias is not None, ACT=act, HALF=half,
         RAW=gates is not None, ALL=every, EVEN=all(w % span == 0 for w in tiled),
-        EVERY_PART=every_part, ORDER=order is not None, PDL=on_hopper(y),
+        EVERY_PART=every_part, PDL=on_hopper(y),
         BLOCK_T=blocks.tokens, BLOCK_OUT=blocks.columns,
         LOOP=blocks.loop, STAGES=blocks.stages, num_warps=blocks.warps,
         **expert_blocks(experts, rank, skip), **overlap(y),
@@ -311,7 +306,6 @@ def expand_raw_triton(
     widths: Sequence[int],
     activation: str = "",
     blocks: ExpandBlocks | None = None,
-    order: Order | None = None,
     cos_sin: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """From the outputs of W and A to those of the adapted projection, in one launch.
@@ -324,8 +318,7 @@ def expand_raw_triton(
         gates: [N, E] float32, N >= T.
         activation: "", or "silu" or "gelu_tanh" of gate and up: two parts of I columns; or
             "rotary" of q, k, v.
-        blocks: how to cut, default `ExpandBlocks.choose`; with an order `ORDER_TILE` tokens.
-        order: tokens side by side that share experts, see `order_routes`.
+        blocks: how to cut, default `ExpandBlocks.choose`.
         cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
 
     Returns:
@@ -339,7 +332,7 @@ def expand_raw_triton(
         result = y.new_empty(y.shape[0], widths[0] if act else out)
     _launch(
         y, bias, result, s, s.stride(0), bank_b, gates, present, parts, widths, act,
-        blocks, order, cos_sin,
+        blocks, cos_sin,
     )  # fmt: skip
     return result
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from vllm_adafuse.kernels.blocks import BLOCK_ER
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
@@ -34,9 +35,11 @@ class Order(NamedTuple):
     present: torch.Tensor
 
     @classmethod
-    def make(cls, tokens: int, experts: int, device: torch.device) -> Order:
-        """Buffers for steps of up to so many tokens; empty where no step is put into order."""
-        if experts > MAX_ORDER_EXPERTS or tokens < MIN_ORDER_TOKENS:
+    def make(cls, tokens: int, experts: int, rank: int, device: torch.device) -> Order:
+        """Buffers for steps of up to so many tokens; empty where no step is put into order, since
+        one product takes the ranks of all experts, or since they are too many."""
+        few = experts * rank <= BLOCK_ER
+        if few or experts > MAX_ORDER_EXPERTS or tokens < MIN_ORDER_TOKENS:
             tokens = 0
         return cls(
             torch.zeros(tokens, dtype=torch.int32, device=device),

@@ -22,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from vllm_adafuse.kernels.blocks import BLOCK_ER, on_hopper, overlap
 from vllm_adafuse.kernels.expand import _load_s, expand_raw_triton
 from vllm_adafuse.kernels.order_routes import Order
+from vllm_adafuse.kernels.ordered_expand import can_order, ordered_expand_triton
 from vllm_adafuse.kernels.pairs import ACTIVATIONS, ROTARY, activate, is_gate_up, rotate
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
@@ -152,14 +153,18 @@ def expand_long(
     order: Order | None = None,
     cos_sin: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`wide_expand_triton` where it can, `expand_raw_triton` elsewhere; see both."""
+    """`wide_expand_triton` where it can, `ordered_expand_triton` where the step has an order and it
+    can, `expand_raw_triton` elsewhere; see all three."""
     head_dim = cos_sin.shape[1] if activation == "rotary" else 0
     if bias is None and can_widen(y, bank_b, parts, widths, activation, head_dim):
         return wide_expand_triton(y, s, bank_b, gates, widths, activation, cos_sin=cos_sin)
+    if bias is None and order and can_order(y, bank_b, parts, widths, head_dim):
+        return ordered_expand_triton(
+            y, s, bank_b, gates, order, widths, activation, cos_sin=cos_sin
+        )
     return expand_raw_triton(
-        y, s, bias, bank_b, gates, present, parts, widths, activation,
-        order=order, cos_sin=cos_sin,
-    )  # fmt: skip
+        y, s, bias, bank_b, gates, present, parts, widths, activation, cos_sin=cos_sin
+    )
 
 
 def wide_expand_triton(

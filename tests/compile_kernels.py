@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 from vllm_adafuse.kernels import (
     blocks,
     expand,
+    ordered_expand,
     pairs,
     residual_norm,
     shrink,
@@ -26,6 +27,7 @@ from vllm_adafuse.kernels import (
     tiles,
     wide_expand,
 )
+from vllm_adafuse.kernels.order_routes import ORDER_TILE
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -113,13 +115,12 @@ def main() -> None:
             name = f"tile_linear act={number} tokens={tokens}"
             rows.append(build(name, kernel, constants, cut.warps, cut.stages))
         for tokens in (128, 16000):
-            ordered = tokens > 1000
-            cut = blocks.ExpandBlocks.choose(tokens, act != "", 2, ordered)
+            cut = blocks.ExpandBlocks.choose(tokens, act != "", 2)
             columns = min(cut.columns, 64) if act == "rotary" else cut.columns
-            constants = shape | blocks.expert_blocks(8, 16, ordered) | {
+            constants = shape | blocks.expert_blocks(8, 16, False) | {
                 "RAW": True, "ALL": True, "EVERY_PART": True, "EVEN": True,
                 "BLOCK_T": cut.tokens, "BLOCK_OUT": columns,
-                "LOOP": cut.loop, "STAGES": cut.stages, "ORDER": ordered, "PDL": True,
+                "LOOP": cut.loop, "STAGES": cut.stages, "PDL": True,
             }  # fmt: skip
             name = f"expand act={number} tokens={tokens}"
             rows.append(build(name, expand._expand_kernel, constants, cut.warps, 2))
@@ -142,6 +143,15 @@ def main() -> None:
             POINTERS["b_desc"] = f"tensordesc<bf16[{cut.columns}, 128]>"
             name, kernel = f"wide_expand act={number} {tokens}", wide_expand._wide_expand_kernel
             rows.append(build(name, kernel, constants, cut.warps, cut.stages))
+        cut = ordered_expand.OrderedBlocks.choose(act, 16)
+        constants |= {
+            **{name: count * constants["COLS"] // cut.columns for name, count in tiles_of.items()},
+            "CHUNK": cut.ranks // 16, "BLOCK_E": 64, "BLOCK_T": ORDER_TILE, "COLS": cut.columns,
+            "LOOP": cut.loop, "STAGES": cut.stages,
+        }  # fmt: skip
+        del constants["EVEN_K"]
+        kernel = ordered_expand._ordered_expand_kernel
+        rows.append(build(f"ordered_expand act={number}", kernel, constants, cut.warps, cut.stages))
     for tokens in (1, 100, 16000):
         split, expands = 2 * (tokens == 1), tokens > 1000
         cut = residual_norm.NormBlocks.choose(4096, expands, split > 0, 2)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops import delta_truth, error, make_order, make_problem, shrink_truth
+from ops import delta_truth, error, make_problem, shrink_truth
 from vllm_adafuse.kernels.blocks import ExpandBlocks
 from vllm_adafuse.kernels.expand import expand_raw_triton, expand_torch, expand_triton
 from vllm_adafuse.kernels.pairs import activate_torch, rotate_torch
@@ -59,35 +59,17 @@ def test_cuts_of_the_tile(shape, bias):
     assert (out is y) is not bias
 
 
-@pytest.mark.parametrize("activation", ["", "silu"])
-@pytest.mark.parametrize("shape", [(150, 40, 8, 2, 4), (90, 70, 3, 2, 20)])
-def test_in_the_order_of_the_routes(shape, activation):
-    tokens, width, *mixture = shape
-    p = make_problem(tokens, 24, [width, width], *mixture, bias=True)
-    y = 3 * torch.randn(tokens, 2 * width, device=p.x.device)
-    raw = torch.einsum("peri,ti->tper", p.bank_a.double(), p.x.double()).flatten(1).float()
-    order = make_order(p.gates, tokens, mixture[1])
-    truth = y.double() + p.bias.double() + delta_truth(p)
-    p.present.zero_()  # the tiles' own words count
-    out = expand_raw_triton(
-        y, raw, p.bias, p.bank_b, p.gates, p.present, p.parts, p.widths, activation, order=order
-    )
-    assert error(out, activate_torch(truth, activation) if activation else truth) <= 1e-5
-
-
-@pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("widths", [[64, 64, 64], [128, 32, 32], [96, 32, 64]])
 @pytest.mark.parametrize("parts", [[0, 1, 2], [0, -1, 1], [-1, -1, 0]])
-def test_queries_and_keys_are_turned(parts, widths, ordered):
+def test_queries_and_keys_are_turned(parts, widths):
     tokens, head_dim = 70, 32
     p = make_problem(tokens, 24, widths, 8, 2, 4, parts=parts, bias=True)
     y = 3 * torch.randn(tokens, sum(widths), device=p.x.device)
     raw = torch.einsum("peri,ti->tper", p.bank_a.double(), p.x.double()).flatten(1).float()
     cos_sin = torch.randn(tokens + 3, head_dim, device=p.x.device)
     out = expand_raw_triton(
-        y, raw, p.bias, p.bank_b, p.gates, p.present, parts, widths, "rotary",
-        order=make_order(p.gates, tokens, 2) if ordered else None, cos_sin=cos_sin,
-    )  # fmt: skip
+        y, raw, p.bias, p.bank_b, p.gates, p.present, parts, widths, "rotary", cos_sin=cos_sin
+    )
     truth = y.double() + p.bias.double() + delta_truth(p)
     assert error(out, rotate_torch(truth, cos_sin, widths[0] + widths[1])) <= 1e-5
 

@@ -9,7 +9,7 @@ from vllm_adafuse.kernels.pairs import rotate_torch
 
 # On a GPU: the streaming kernel, and the joint product.
 TOKENS = [1, 32, 33, 100]
-NO_ORDER = Order.make(0, 4, DEVICE)
+NO_ORDER = Order.make(0, 4, 16, DEVICE)
 
 
 def arguments(p, activation="", cos_sin=None):

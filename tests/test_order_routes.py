@@ -49,10 +49,11 @@ def test_schema_and_fake():
 
 
 def test_short_steps_and_many_experts_have_no_order(monkeypatch):
-    assert Order.make(MIN_ORDER_TOKENS - 1, 8, DEVICE).rows.numel() == 0
-    assert Order.make(10_000, 65, DEVICE).rows.numel() == 0
-    assert Order.make(10_000, 65, DEVICE).of(5000) is None
-    order = Order.make(MIN_ORDER_TOKENS, 8, DEVICE)
+    assert Order.make(MIN_ORDER_TOKENS - 1, 8, 32, DEVICE).rows.numel() == 0
+    assert Order.make(10_000, 65, 16, DEVICE).rows.numel() == 0
+    assert Order.make(10_000, 65, 16, DEVICE).of(5000) is None
+    assert Order.make(10_000, 8, 16, DEVICE).rows.numel() == 0  # one product takes them all
+    order = Order.make(MIN_ORDER_TOKENS, 8, 32, DEVICE)
     assert order.of(MIN_ORDER_TOKENS - 1) is None and order.of(MIN_ORDER_TOKENS) is order
     _, ids, _ = make(100, 8, 2)
     order_routes(ids, order, 100, 8)

@@ -88,7 +88,8 @@ def one_decision(rank: int):
     gates, present = empty(MOST, experts, dtype=f32), empty(1, dtype=torch.int64)
     table, counters = empty(32000, top_k, dtype=i32), empty(9, 4, dtype=i32)
     table_weights = empty(32000, top_k, dtype=f32)
-    scratch, order = Scratch.make(1 << 30, 1 << 30, 1 << 20, CPU), Order.make(MOST, experts, CPU)
+    scratch = Scratch.make(1 << 30, 1 << 30, 1 << 20, CPU)
+    order = Order.make(MOST, experts, rank, CPU)
     banks = gates, present, counters
 
     def run(tokens: int) -> None:

@@ -190,7 +190,7 @@ class Trial:
         device: str = "cuda",
         tokens: int = 0,
     ):
-        self.product, self.experts, self.top_k = product, experts, top_k
+        self.product, self.experts, self.top_k, self.rank = product, experts, top_k, rank
         self.dtype, self.device = dtype, device
         out, parts = sum(product.widths), len(product.widths)
         if copies is None:
@@ -226,7 +226,7 @@ class Trial:
     def order(self, gates: torch.Tensor) -> Order:
         """The order of a step with these gates."""
         ids = gates.topk(self.top_k).indices.int()
-        order = Order.make(len(gates), self.experts, gates.device)
+        order = Order.make(len(gates), self.experts, self.rank, gates.device)
         order_routes(ids, order, len(gates), self.experts)
         return order
 

@@ -20,7 +20,6 @@ from vllm.sequence import IntermediateTensors
 from vllm_adafuse.adapter import Adapter, check_adapter
 from vllm_adafuse.architectures import ARCHITECTURES, PREFIX, Architecture
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.kernels.blocks import BLOCK_ER
 from vllm_adafuse.serving import layer_wise, linear
 from vllm_adafuse.serving.attach import ADAPTER_KEY, FINGERPRINT_KEY
 from vllm_adafuse.serving.bank import ExpertBank, place_banks
@@ -105,9 +104,8 @@ class AdaFuseMixin:
         for (layer, block, _), bank, fuse in zip(found, banks, fused):
             linear.wrap_linear(layer, block, bank, fuse, behind.get(layer), self.adafuse_rotary)
         # A pipeline stage may have no adapted layer, but still passes routes on.
-        ordered = any(fused) and config.num_experts * config.rank > BLOCK_ER
         sizes = [(1, 1, 1), *(bank.scratch_sizes() for bank in banks)]
-        route.reserve(max(1, len(banks)), sizes, ordered)
+        route.reserve(max(1, len(banks)), sizes, config.rank if any(fused) else 0)
         return banks
 
     def _adapted_projections(

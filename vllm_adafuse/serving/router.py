@@ -44,14 +44,14 @@ class Route(torch.nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
     def reserve(
-        self, projections: int, sizes: Iterable[tuple[int, int, int]], ordered: bool
+        self, projections: int, sizes: Iterable[tuple[int, int, int]], rank: int
     ) -> None:
         """Makes what depends on the projections.
 
         Args:
             projections: their number.
             sizes: `scratch_sizes` of each.
-            ordered: long steps are to be put into order.
+            rank: R of their banks, 0 if none reads long steps in order.
         """
         low, floats, tickets = (max(column) for column in zip(*sizes))
         scratch = Scratch.make(low, floats, tickets, self.gates.device)
@@ -60,7 +60,7 @@ class Route(torch.nn.Module):
         counters = torch.zeros(projections, 4, dtype=torch.int32)
         self.register_buffer("counters", counters, persistent=False)
         rows, experts = self.gates.shape
-        order = Order.make(rows if ordered else 0, experts, self.gates.device)
+        order = Order.make(rows, experts, rank, self.gates.device)
         self.register_buffer("order_rows", order.rows, persistent=False)
         self.register_buffer("order_present", order.present, persistent=False)
 

@@ -1,0 +1,232 @@
+"""LoRA expand of long batches whose tokens are in the order of their experts (order_routes.py):
+
+    y[t, n] + Σ_e B[n, e] (gates[t, e] s[t, p(n), e])     p(n): the part that column n belongs to
+
+then gate_up's activation, or the rotary embedding of q and k (pairs.py). The same as `expand`. A
+tile of neighbours needs a few experts: their s and B are loaded side by side, for one product of a
+few dozen ranks. The program keeps s and walks along the columns, with the next
+tiles of y and B under way. SGMM's segments (AdaFuse, arXiv 2603.11873, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from vllm_adafuse.kernels.blocks import on_hopper, overlap
+from vllm_adafuse.kernels.order_routes import ORDER_TILE, Order
+from vllm_adafuse.kernels.pairs import ACTIVATIONS, ROTARY, activate, is_gate_up, rotate
+from vllm_adafuse.kernels.whole import cdiv, power_of_2
+
+
+@triton.jit
+def _chosen(present, chunk, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Of a chunk of the experts in a word of bits: their numbers, and whether there is one, each
+    [1, CHUNK, 1]."""
+    experts = tl.arange(0, BLOCK_E)
+    bits = ((present >> experts.to(tl.int64)) & 1).to(tl.int32)
+    before = tl.cumsum(bits, 0) - bits
+    slots = chunk * CHUNK + tl.arange(0, CHUNK)
+    match = (before[None, :] == slots[:, None]) & (bits[None, :] != 0)
+    numbers = tl.sum(tl.where(match, experts[None, :], 0), 1)
+    return numbers[None, :, None], (slots < tl.sum(bits, 0))[None, :, None]
+
+
+@triton.jit
+def _weighted(
+    s_at, gates_at, here, experts, there,
+    RANK: tl.constexpr, CHUNK: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """s [BLOCK_T, CHUNK * RANK] of a chunk of experts, weighted by the gates."""
+    mask = here[:, None, None] & there
+    gates = tl.load(gates_at[:, None, None] + experts, mask=mask, other=0.0)
+    at = s_at[:, None, None] + experts * RANK + tl.arange(0, RANK)[None, None, :]
+    s = tl.load(at, mask=mask, other=0.0)
+    # Not a bare product: what other tokens see of an expert must not matter.
+    s = tl.where(gates != 0, s.to(tl.float32) * gates, 0.0).to(s.dtype)
+    return tl.reshape(s, (BLOCK_T, CHUNK * RANK))
+
+
+@triton.jit
+def _columns_of_b(
+    b_at, experts, there, RANK: tl.constexpr, CHUNK: tl.constexpr, COLS: tl.constexpr
+):
+    """B [COLS, CHUNK * RANK] of a chunk of experts."""
+    at = b_at[:, None, None] + experts * RANK + tl.arange(0, RANK)[None, None, :]
+    return tl.reshape(tl.load(at, mask=there, other=0.0), (COLS, CHUNK * RANK))
+
+
+@triton.jit
+def _add(
+    y, s, first_experts, first_there, s_at, gates_at, b_at, present, chunks, here,
+    RANK: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """y + the deltas of a tile's experts; s: the first chunk's, which is all as a rule."""
+    b = _columns_of_b(b_at, first_experts, first_there, RANK, CHUNK, COLS)
+    y = tl.dot(s, tl.trans(b), y, input_precision="ieee")
+    for chunk in range(1, chunks):
+        experts, there = _chosen(present, chunk, CHUNK, BLOCK_E)
+        more = _weighted(s_at, gates_at, here, experts, there, RANK, CHUNK, BLOCK_T)
+        b = _columns_of_b(b_at, experts, there, RANK, CHUNK, COLS)
+        y = tl.dot(more, tl.trans(b), y, input_precision="ieee")
+    return y
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def _ordered_expand_kernel(
+    y_ptr, out_ptr, s_ptr, b_ptr, gates_ptr, order_ptr, present_ptr, cos_sin_ptr,
+    n_tokens, y_stride, out_stride, s_stride, n_experts,
+    TILES0: tl.constexpr, TILES1: tl.constexpr, TILES2: tl.constexpr,
+    ACT: tl.constexpr, APART: tl.constexpr, RANK: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr, COLS: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:  # launched while the kernel before it ends
+        tl.extra.cuda.gdc_wait()
+    # A group is LOOP tiles of one part; a tile has both members of its pairs.
+    WIDE: tl.constexpr = COLS * (2 if ACT == 3 else 1)
+    GROUPS0: tl.constexpr = (TILES0 + LOOP - 1) // LOOP
+    GROUPS01: tl.constexpr = GROUPS0 + (TILES1 + LOOP - 1) // LOOP
+    group, tile_t = tl.program_id(0), tl.program_id(1)
+    second, third = group >= GROUPS0, group >= GROUPS01
+    part = second.to(tl.int32) + third.to(tl.int32)
+    group -= tl.where(third, GROUPS01, tl.where(second, GROUPS0, 0))
+    tiles = tl.where(third, TILES2, tl.where(second, TILES1, TILES0))
+    offset = tl.where(third, TILES0 + TILES1, tl.where(second, TILES0, 0)) * WIDE
+    place = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    here = place < n_tokens
+    rows = tl.load(order_ptr + place, mask=here, other=0)
+    present, size = tl.load(present_ptr + tile_t), n_experts * RANK
+    experts, there = _chosen(present, 0, CHUNK, BLOCK_E)
+    bits = (present >> tl.arange(0, BLOCK_E).to(tl.int64)) & 1
+    chunks = tl.cdiv(tl.sum(bits, 0).to(tl.int32), CHUNK)
+    gates_at = gates_ptr + rows * n_experts
+    s_at = s_ptr + rows.to(tl.int64) * s_stride + part * size
+    s = _weighted(s_at, gates_at, here, experts, there, RANK, CHUNK, BLOCK_T)
+    s_up_at, s_up = s_at, s
+    if ACT == 1 or ACT == 2:
+        s_up_at = s_at + size
+        s_up = _weighted(s_up_at, gates_at, here, experts, there, RANK, CHUNK, BLOCK_T)
+    columns = tl.arange(0, COLS)
+    if ACT == 3:  # a tile is a whole head, so all of a program's turn alike
+        turn = cos_sin_ptr + rows[:, None] * (2 * COLS) + columns[None, :]
+        cos = tl.load(turn, mask=here[:, None], other=0.0)
+        sin = tl.load(turn + COLS, mask=here[:, None], other=0.0)
+        if part == 2:  # v is not turned
+            cos, sin = tl.full(cos.shape, 1.0, cos.dtype), tl.full(sin.shape, 0.0, sin.dtype)
+    y_at = y_ptr + rows.to(tl.int64)[:, None] * y_stride + columns[None, :]
+    out_at = out_ptr + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
+    b_at = b_ptr + columns.to(tl.int64) * size
+    last = tl.minimum((group + 1) * LOOP, tiles)
+    for tile in tl.range(group * LOOP, last, num_stages=STAGES):
+        first = offset + tile * WIDE
+        y = tl.load(y_at + first, mask=here[:, None], other=0.0).to(tl.float32)
+        b_here = b_at + first.to(tl.int64) * size
+        y = _add(
+            y, s, experts, there, s_at, gates_at, b_here, present, chunks, here,
+            RANK, CHUNK, BLOCK_E, BLOCK_T, COLS,
+        )  # fmt: skip
+        if ACT != 0:
+            up = tl.load(y_at + first + APART, mask=here[:, None], other=0.0).to(tl.float32)
+            up = _add(
+                up, s_up, experts, there, s_up_at, gates_at, b_here + APART * size, present,
+                chunks, here, RANK, CHUNK, BLOCK_E, BLOCK_T, COLS,
+            )  # fmt: skip
+            if ACT == 3:
+                y, up = rotate(y, up, cos.to(tl.float32), sin.to(tl.float32))
+                value = up.to(out_ptr.dtype.element_ty)
+                tl.store(out_at + first + APART, value, mask=here[:, None])
+            else:
+                y = activate(y, up, ACT)
+        tl.store(out_at + first, y.to(out_ptr.dtype.element_ty), mask=here[:, None])
+
+
+@dataclass(frozen=True)
+class OrderedBlocks:
+    """How it is cut; tiles have `ORDER_TILE` tokens.
+
+    Attributes:
+        columns: of a tile.
+        loop: tiles of a program, side by side.
+        warps: of a program.
+        stages: tiles under way.
+        ranks: that one product takes, at least those of one expert.
+    """
+
+    columns: int = 64
+    loop: int = 16
+    warps: int = 4
+    stages: int = 2
+    ranks: int = 64
+
+    @classmethod
+    def choose(cls, activation: str, rank: int) -> OrderedBlocks:
+        """What the compiler keeps in registers; not yet tuned."""
+        return cls(ranks=max(rank, 32 if activation == "rotary" else 64))
+
+
+def can_order(
+    y: torch.Tensor,
+    bank_b: torch.Tensor,
+    parts: Sequence[int],
+    widths: Sequence[int],
+    head_dim: int,
+) -> bool:
+    """Whether this kernel can take a product: ranks that fit tiles, columns in whole tiles, every
+    part with experts. head_dim: with "rotary", else 0."""
+    rank, multiple = bank_b.shape[2], head_dim or 64
+    if rank > 64 or rank & (rank - 1) or y.element_size() != 2 or head_dim not in (0, 32, 64, 128):
+        return False
+    return list(parts) == list(range(len(widths))) and not any(w % multiple for w in widths)
+
+
+def ordered_expand_triton(
+    y: torch.Tensor,
+    s: torch.Tensor,
+    bank_b: torch.Tensor,
+    gates: torch.Tensor,
+    order: Order,
+    widths: Sequence[int],
+    activation: str = "",
+    blocks: OrderedBlocks | None = None,
+    cos_sin: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One launch; for what `can_order` holds.
+
+    Args:
+        y: [T, out], W x; overwritten where no gate_up follows. Rows contiguous.
+        s: [T, P E R], A x of all experts, not yet weighted; rows contiguous.
+        bank_b: [out, E, R], dtype of y.
+        gates: [N, E] float32, N >= T.
+        order: of the step's tokens.
+        widths: columns of each part.
+        activation: "", "silu", "gelu_tanh", or "rotary" of q, k, v.
+        blocks: how to cut, default `OrderedBlocks.choose`.
+        cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
+
+    Returns:
+        [T, out], which is y, or [T, I] after silu or gelu_tanh.
+    """
+    tokens, _, (_, experts, rank) = *y.shape, bank_b.shape
+    act, cut = ACTIVATIONS.index(activation), blocks or OrderedBlocks.choose(activation, rank)
+    half = cos_sin.shape[1] // 2 if act == ROTARY else 0
+    columns, gate_up = half or cut.columns, is_gate_up(activation)
+    result = y.new_empty(tokens, widths[0]) if gate_up else y
+    tiled = [w // (2 if half else 1) for w in (widths[:1] if gate_up else widths)]
+    tiles = [w // columns for w in tiled] + [0, 0]
+    groups = sum(cdiv(n, cut.loop) for n in tiles)
+    _ordered_expand_kernel[(groups, cdiv(tokens, ORDER_TILE))](
+        y, result, s, bank_b, gates, order.rows, order.present, cos_sin,
+        tokens, y.stride(0), result.stride(0), s.stride(0), experts,
+        TILES0=tiles[0], TILES1=tiles[1], TILES2=tiles[2],
+        ACT=act, APART=half or widths[0], RANK=rank, CHUNK=max(1, cut.ranks // rank),
+        BLOCK_E=max(2, power_of_2(experts)),
+        BLOCK_T=ORDER_TILE, COLS=columns, LOOP=cut.loop, STAGES=cut.stages, PDL=on_hopper(y),
+        num_warps=cut.warps, **overlap(y),
+    )  # fmt: skip
+    return result
