@@ -38,7 +38,7 @@ class ExpandBlocks:
             return cls(block_t, 64, 1, 4, 1)
         if activation:
             return cls(64, 64, 8, 4, 1)
-        return cls(64, 64, 8, 4, 3) if tokens < 4096 else cls(128, 128, 8, 8, 3)
+        return cls(64, 64, 8, 4, 3)
 
 
 @functools.cache
