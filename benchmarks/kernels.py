@@ -5,15 +5,17 @@
 Each row: the projection with its experts, the vendor's product of the bare one, and the time to
 move the bytes at this device's measured copy bandwidth; what follows belongs to all of them, for
 the bare one by torch.compile: qkv's rotary embedding, gate_up's activation, residual and RMSNorm
-behind o and down. Everything runs from CUDA graphs over weights that are larger than the cache
-together.
+behind o and down. The row `layer` is all four in a chain. Everything runs from CUDA graphs over
+weights that are larger than the cache together.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,75 +66,111 @@ def copy_bandwidth() -> float:
     return 2 * a.nbytes / us * 1e6
 
 
-def measure_one(p: Product, tokens: int, options: Options, bandwidth: float) -> dict:
-    dtype = getattr(torch, options.dtype)
-    copies = 1 if tokens >= LARGE else None
-    trial = Trial(p, options.experts, options.top_k, options.r, dtype, copies, tokens=tokens)
-    x, gates, present = trial.step(tokens)
-    parts, out = list(range(len(p.widths))), sum(p.widths)
-    normed, order = p.name in ("o", "down"), trial.order(gates)
-    residual, factors = (torch.randn(n, out, device="cuda").to(dtype) for n in (tokens, 1))
-    factors = factors[0]
+# One graph for all sizes: compiling anew for each would take longer than all measurements.
+@functools.partial(torch.compile, dynamic=True)
+def turn(y, cos_sin, rotated):  # in place, as vLLM's compiled models do it
+    y[:, :rotated] = rotate_torch(y[:, :rotated], cos_sin, rotated)
 
-    def ours():
-        trial.counters.zero_()
-        for i, (joint, b) in enumerate(trial.layers):
-            if normed:
-                linear_norm(
-                    x, joint, residual, factors, EPS, b, gates, present, trial.counters, i,
-                    trial.scratch,
-                )  # fmt: skip
-            else:
-                linear(
-                    x, joint, None, b, gates, present, trial.counters, i, trial.scratch, order,
-                    parts, p.widths, p.activation, trial.cos_sin,
-                )  # fmt: skip
 
-    @torch.compile(dynamic=False)
-    def act(y):
-        if p.activation == "rotary":
-            return rotate_torch(y, trial.cos_sin, p.widths[0] + p.widths[1])
-        gate, up = y.chunk(2, -1)
-        return F.silu(gate) * up
+@functools.partial(torch.compile, dynamic=True)
+def activate(y):
+    gate, up = y.chunk(2, -1)
+    return F.silu(gate) * up
 
-    @torch.compile(dynamic=False)
-    def norm(y):
-        z = y.float() + residual.float()
-        wide = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + EPS)
-        return wide.to(y.dtype) * factors, z.to(y.dtype)
 
-    def bare():
-        for joint, _ in trial.layers:
-            y = F.linear(x, joint[:out])
-            if p.activation:
-                act(y)
-            elif normed:
-                norm(y)
+@functools.partial(torch.compile, dynamic=True)
+def norm(y, residual, factors):
+    z = y.float() + residual.float()
+    wide = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + EPS)
+    return wide.to(y.dtype) * factors, z.to(y.dtype)
 
-    def by_torch():
-        for joint, b in trial.layers:
-            y = linear_torch(
-                x, joint, None, b, gates, parts, p.widths, p.activation, trial.cos_sin
-            )
-            if normed:
-                norm(y)
 
-    used = int(gates.any(0).sum())
-    expert_bytes = used * options.r * (len(parts) * p.size_in + out) * dtype.itemsize
-    wide = p.widths[0] if p.name == "gate_up" else out
-    moved = (
-        out * p.size_in * dtype.itemsize
-        + expert_bytes
-        + tokens * (p.size_in + wide) * dtype.itemsize
-    )
-    row = {"projection": p.name, "tokens": tokens, "unit": "us"}
-    for name, function in (("bare", bare), ("ours", ours), ("torch", by_torch)):
-        row[name] = record.summary(time_us(function, len(trial.layers), options.repeats))
-    median = row["ours"]["median"]
-    row["floor"] = moved / bandwidth * 1e6
-    row["tb_s"] = moved / median / 1e6
+class Case:
+    """A projection at one number of tokens, with random weights: ours, the bare one, plain torch.
+
+    Each of the three runs one copy of the weights, with what follows the projection.
+    """
+
+    def __init__(self, p: Product, tokens: int, options: Options, copies: int | None):
+        dtype = getattr(torch, options.dtype)
+        self.p, self.out = p, sum(p.widths)
+        mixture = options.experts, options.top_k, options.r
+        self.trial = Trial(p, *mixture, dtype, copies, tokens=tokens)
+        self.x, self.gates, self.present = self.trial.step(tokens)
+        self.parts = list(range(len(p.widths)))
+        self.normed, self.order = p.name in ("o", "down"), self.trial.order(self.gates)
+        residual, factors = (torch.randn(n, self.out, device="cuda") for n in (tokens, 1))
+        self.residual, self.factors = residual.to(dtype), factors[0].to(dtype)
+
+    def ours(self, i: int) -> None:
+        (joint, b), p, trial = self.trial.layers[i], self.p, self.trial
+        shared = b, self.gates, self.present, trial.counters, i, trial.scratch
+        if self.normed:
+            linear_norm(self.x, joint, self.residual, self.factors, EPS, *shared)
+        else:
+            linear(
+                self.x, joint, None, *shared, self.order, self.parts, p.widths, p.activation,
+                trial.cos_sin,
+            )  # fmt: skip
+
+    def bare(self, i: int) -> None:
+        joint, _ = self.trial.layers[i]
+        self._follow(F.linear(self.x, joint[: self.out]), self.p.activation)
+
+    def torch(self, i: int) -> None:
+        (joint, b), p = self.trial.layers[i], self.p
+        y = linear_torch(
+            self.x, joint, None, b, self.gates, self.parts, p.widths, p.activation,
+            self.trial.cos_sin,
+        )  # fmt: skip
+        self._follow(y, "")
+
+    def _follow(self, y: torch.Tensor, activation: str) -> None:
+        if activation == "rotary":
+            turn(y, self.trial.cos_sin, self.p.widths[0] + self.p.widths[1])
+        elif activation:
+            activate(y)
+        elif self.normed:
+            norm(y, self.residual, self.factors)
+
+    def moved(self, options: Options) -> int:
+        """Bytes: W, the experts that are present, x and the result."""
+        used, p = int(self.gates.any(0).sum()), self.p
+        wide = p.widths[0] if p.name == "gate_up" else self.out
+        experts = used * options.r * (len(self.parts) * p.size_in + self.out)
+        elements = self.out * p.size_in + experts + len(self.x) * (p.size_in + wide)
+        return elements * self.x.element_size()
+
+
+def measure_one(name: str, cases: list[Case], options: Options, bandwidth: float) -> dict:
+    """A row: the cases one after the other, on every copy of their weights."""
+    copies = len(cases[0].trial.layers)
+
+    def run(kind: str) -> None:
+        for case in cases:
+            case.trial.counters.zero_()
+        for i in range(copies):
+            for case in cases:
+                getattr(case, kind)(i)
+
+    row = {"projection": name, "tokens": len(cases[0].x), "unit": "us"}
+    for kind in ("bare", "ours", "torch"):
+        times = time_us(functools.partial(run, kind), copies, options.repeats)
+        row[kind] = record.summary(times)
+    moved, median = sum(case.moved(options) for case in cases), row["ours"]["median"]
+    row |= {"floor": moved / bandwidth * 1e6, "tb_s": moved / median / 1e6}
     row["overhead"] = median / row["bare"]["median"] - 1
     return row
+
+
+def measure(model: str, tokens: int, options: Options, bandwidth: float) -> Iterator[dict]:
+    """The four projections of a layer, then all in a chain, where launches can overlap."""
+    copies = 1 if tokens >= LARGE else None
+    for p in products(model):
+        yield measure_one(p.name, [Case(p, tokens, options, copies)], options, bandwidth)
+    copies = 1 if tokens >= LARGE else 2
+    cases = [Case(p, tokens, options, copies) for p in products(model)]
+    yield measure_one("layer", cases, options, bandwidth)
 
 
 def main() -> None:
@@ -158,24 +196,16 @@ def main() -> None:
     rows = [{"options": vars(options), "copy_bytes_per_s": bandwidth}]
     for model in options.models:
         for tokens in options.tokens:
-            total = {"bare": 0.0, "ours": 0.0}
-            for p in products(model):
-                row = {"model": model} | measure_one(p, tokens, options, bandwidth)
-                rows.append(row)
-                for name in total:
-                    total[name] += row[name]["median"]
+            for row in measure(model, tokens, options, bandwidth):
+                rows.append({"model": model} | row)
                 print(
-                    f"{model:14} {tokens:5} {p.name:8} bare {row['bare']['median']:8.1f}  "
+                    f"{model:14} {tokens:5} {row['projection']:8} "
+                    f"bare {row['bare']['median']:8.1f}  "
                     f"ours {row['ours']['median']:8.1f} {row['overhead']:+6.1%}  torch "
                     f"{row['torch']['median']:8.1f}  floor {row['floor']:7.1f} us  "
                     f"{row['tb_s']:.2f} TB/s",
                     flush=True,
                 )
-            print(
-                f"{model:14} {tokens:5} layer    bare {total['bare']:8.1f}  "
-                f"ours {total['ours']:8.1f} {total['ours'] / total['bare'] - 1:+6.1%}",
-                flush=True,
-            )
     print(json.dumps({"saved": str(record.save("kernels", rows, out, commit))}))
 
 

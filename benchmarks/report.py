@@ -41,6 +41,7 @@ def kernels_section(result: Result, picture: Path) -> str:
                 values = []
                 for count in tokens:
                     some = [r for r in result.rows if (r["model"], r["tokens"]) == (model, count)]
+                    some = [r for r in some if r["projection"] == "layer"] or some
                     total = sum(r[name]["median"] for r in some)
                     values.append(100 * (total / sum(r["bare"]["median"] for r in some) - 1))
                 axes.plot(tokens, values, marker="o", label=f"{model}, {name}")
