@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from vllm_adafuse.kernels.blocks import ExpandBlocks, expert_blocks, on_hopper, overlap
+from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.pairs import ACTIVATIONS, ROTARY, activate, rotate
 from vllm_adafuse.kernels.whole import cdiv
 
@@ -259,7 +260,8 @@ def _launch(
     every_part = min(parts) >= 0
     skip = tokens < _SKIP_TOKENS
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
-    _expand_kernel[(groups, cdiv(tokens, blocks.tokens))](
+    launch(
+        _expand_kernel, (groups, cdiv(tokens, blocks.tokens)),
         y, bias, out, s, bank_b, gates,
         present, cos_sin,
         tokens, y.stride(0), out.stride(0), s_stride, experts,

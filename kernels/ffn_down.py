@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from vllm_adafuse.kernels.expand import expand_torch, expand_triton
 from vllm_adafuse.kernels.ffn_mix import slots_of
+from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.whole import power_of_2
 
@@ -64,7 +65,8 @@ def s_of_slots_triton(low, gates, scales, tokens, rank, always, shared, dtype) -
     """One launch; see `s_of_slots_torch`."""
     experts, every = gates.shape[-1], scales.shape[0]
     s = low.new_empty(tokens, 1, every * rank, dtype=dtype)
-    _slots_kernel[(tokens,)](
+    launch(
+        _slots_kernel, (tokens,),
         low, gates, scales, s, tokens, low.stride(0), low.shape[0] // tokens - 1,
         EXPERTS=experts, EVERY=every, RANK=rank, SIZE_LOW=low.shape[1], SHARED=shared,
         BLOCK_E=max(2, power_of_2(experts)),

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.pairs import ACTIVATIONS, activate, activate_torch
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
@@ -131,7 +132,8 @@ def ffn_mix_triton(both, gates, bank_b, parts, width, slots, activation) -> torc
     tokens, (_, every, rank), experts = both.shape[0], bank_b.shape, gates.shape[-1]
     x = both.new_empty(1 + slots, tokens, width)
     grid = cdiv(width, _BLOCK_C), cdiv(tokens, _BLOCK_T)
-    _ffn_mix_kernel[grid](
+    launch(
+        _ffn_mix_kernel, grid,
         both, gates, bank_b, x, tokens, both.stride(0),
         WIDTH=width, PART0=parts[0], PART1=parts[1],
         EXPERTS=experts, EVERY=every, RANK=rank, SLOTS=slots,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
@@ -40,7 +41,8 @@ def gather_routes_triton(
     """One launch; see `gather_routes`."""
     tokens, (vocab_size, top_k) = token_ids.shape[0], table_ids.shape
     block = 64
-    _gather_routes_kernel[(cdiv(tokens, block),)](
+    launch(
+        _gather_routes_kernel, (cdiv(tokens, block),),
         token_ids, table_ids, table_weights, expert_ids, weights,
         tokens, vocab_size, top_k,
         BLOCK_T=block, BLOCK_K=power_of_2(top_k),

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from vllm_adafuse.kernels.blocks import ExpandBlocks, expert_blocks, on_hopper
 from vllm_adafuse.kernels.expand import _load_b
+from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.pairs import ACTIVATIONS, activate
 from vllm_adafuse.kernels.route_layer import SPLIT_FACTOR, LayerGate, router_gates
 
@@ -196,7 +197,8 @@ def layer_expand_triton(
     even = all(w % cut.columns == 0 for w in tiled)
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
     pdl = on_hopper(both)
-    _layer_expand_kernel[grid](
+    launch(
+        _layer_expand_kernel, grid,
         both, bias, router_bias, scales, gates, present, bank_b, result,
         tokens, both.stride(0), result.stride(0), *counts, gate.temperature,
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from vllm_adafuse.kernels.blocks import BLOCK_ER
+from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
@@ -65,7 +66,8 @@ def _tile_present_kernel(
 def _order_triton(expert_ids, rows, present, tokens, experts) -> None:
     sets, order = _sorted_sets(expert_ids, tokens)
     rows[:tokens].copy_(order)
-    _tile_present_kernel[(cdiv(tokens, ORDER_TILE),)](
+    launch(
+        _tile_present_kernel, (cdiv(tokens, ORDER_TILE),),
         sets, present, tokens, experts,
         TILE=ORDER_TILE, BLOCK_E=max(2, power_of_2(experts)),
     )  # fmt: skip

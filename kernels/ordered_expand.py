@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from vllm_adafuse.kernels.blocks import on_hopper, overlap
+from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.order_routes import ORDER_TILE, Order
 from vllm_adafuse.kernels.pairs import ACTIVATIONS, ROTARY, activate, is_gate_up, rotate
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
@@ -220,7 +221,8 @@ def ordered_expand_triton(
     tiled = [w // (2 if half else 1) for w in (widths[:1] if gate_up else widths)]
     tiles = [w // columns for w in tiled] + [0, 0]
     groups = sum(cdiv(n, cut.loop) for n in tiles)
-    _ordered_expand_kernel[(groups, cdiv(tokens, ORDER_TILE))](
+    launch(
+        _ordered_expand_kernel, (groups, cdiv(tokens, ORDER_TILE)),
         y, result, s, bank_b, gates, order.rows, order.present, cos_sin,
         tokens, y.stride(0), result.stride(0), s.stride(0), experts,
         TILES0=tiles[0], TILES1=tiles[1], TILES2=tiles[2],

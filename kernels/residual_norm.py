@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from vllm_adafuse.kernels.blocks import expert_blocks, on_hopper, overlap
 from vllm_adafuse.kernels.expand import _add_delta, _load_b, _load_s
+from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 
@@ -155,7 +156,8 @@ def residual_norm_triton(
     out, z = residual.new_empty(tokens, width), residual.new_empty(tokens, width)
     split = y.shape[0] if y.dim() == 3 else 0
     cut = blocks or NormBlocks.choose(width, s is not None, split > 0, residual.element_size())
-    _residual_norm_kernel[(cdiv(tokens, cut.tokens),)](
+    launch(
+        _residual_norm_kernel, (cdiv(tokens, cut.tokens),),
         y, s, residual, weight, bank_b, gates, z, out,
         tokens, y.stride(-2), 0 if s is None else s.stride(0), residual.stride(0), experts, eps,
         WIDTH=width, SPLIT=split, EXPAND=s is not None, PDL=on_hopper(y),

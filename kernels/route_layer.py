@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from vllm_adafuse.kernels.blocks import on_hopper
+from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.registry import register_op
 
 # The i-th part of a router is larger than its due by this factor to the power i, so that float16
@@ -297,7 +298,8 @@ def route_layer_triton(low, logits, bias, scales, gates, present, s, gate: Layer
     counts = [*gate.experts, 0, 0, 0][:3]
     pdl = on_hopper(low)
     splits = logits.shape[1] // (routers * experts) if logits is not None and experts else 0
-    _route_layer_kernel[(triton.cdiv(tokens, block_t),)](
+    launch(
+        _route_layer_kernel, (triton.cdiv(tokens, block_t),),
         low, logits, bias, scales, gates, present, s,
         tokens, low.stride(0), logits.stride(0) if logits is not None else 0,
         *counts, gate.temperature,

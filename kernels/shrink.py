@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.registry import matmul_f32
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
@@ -190,7 +191,8 @@ def shrink_triton(
     s = scratch.s(x.dtype, tokens, parts, experts * rank)
     block_t = max(16, power_of_2(tokens))
     block_in = fit_cols(BLOCK_IN, grid.block_r, block_t, x.element_size())
-    _shrink_kernel[(grid.programs,)](
+    launch(
+        _shrink_kernel, (grid.programs,),
         x, bank_a, gates, present, s, scratch.partial, scratch.tickets, scratch.unread,
         tokens, x.stride(0), size_in, experts, rank, parts, grid.slices,
         BLOCK_T=block_t, BLOCK_R=grid.block_r, BLOCK_IN=block_in,

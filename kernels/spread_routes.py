@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
@@ -58,7 +59,8 @@ def spread_routes_triton(
     top_k, experts = expert_ids.shape[1], gates.shape[1]
     one = tokens <= MAX_PRESENT_TOKENS
     block = max(16, power_of_2(tokens)) if one else 64
-    _spread_routes_kernel[(cdiv(tokens, block),)](
+    launch(
+        _spread_routes_kernel, (cdiv(tokens, block),),
         expert_ids, weights, gates, present, counters,
         tokens, top_k, experts, counters.numel(),
         BLOCK_T=block, BLOCK_E=max(2, power_of_2(experts)), ONE=one,

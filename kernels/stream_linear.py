@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from vllm_adafuse.kernels.blocks import BLOCK_ER, on_hopper, overlap
+from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.pairs import ACTIVATIONS, ROTARY, activate, rotate, tiled_widths
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import (
@@ -255,7 +256,8 @@ def stream_linear_triton(
     count = sum(cdiv(w, tiles.rows) for w in members)
     y = x.new_empty(tokens, 2 * rows if half else rows) if out is None else out
     leave = y.dim() == 3
-    _stream_linear_kernel[(grid.programs + count * tiles.split,)](
+    launch(
+        _stream_linear_kernel, (grid.programs + count * tiles.split,),
         x, weight, bias, bank_a, bank_b, y, cos_sin,
         gates, present, scratch.s(x.dtype, tokens, n_parts, experts * rank),
         scratch.partial, scratch.tickets, counter,

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 from vllm_adafuse.kernels.blocks import BLOCK_ER, on_hopper, overlap
+from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.pairs import ACTIVATIONS, ROTARY, activate, rotate, tiled_widths
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import MAX_SLICES, all_sums, is_last, leave_sums
@@ -230,7 +231,8 @@ def tile_linear_triton(
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
     y = x.new_empty(tokens, rows * (2 if half else 1)) if out is None else out
     split = 1 if out is None else cut.split
-    _tile_linear_kernel[(shrink_tiles * cut.slices + count * split,)](
+    launch(
+        _tile_linear_kernel, (shrink_tiles * cut.slices + count * split,),
         TensorDescriptor(x, list(x.shape), list(x.stride()), [block_t, cut.cols]),
         TensorDescriptor(joint, list(joint.shape), list(joint.stride()), [cut.rows, cut.cols]),
         bias, bank_b, y, cos_sin,

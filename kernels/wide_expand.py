@@ -21,6 +21,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 from vllm_adafuse.kernels.blocks import BLOCK_ER, on_hopper, overlap
 from vllm_adafuse.kernels.expand import _load_s, expand_raw_triton
+from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.order_routes import Order
 from vllm_adafuse.kernels.ordered_expand import can_order, ordered_expand_triton
 from vllm_adafuse.kernels.pairs import ACTIVATIONS, ROTARY, activate, is_gate_up, rotate
@@ -205,7 +206,8 @@ def wide_expand_triton(
     groups = sum(cdiv(n, cut.loop) for n in tiles)
     flat_b, block = bank_b.view(out, experts * rank), [cut.tokens, columns]
     block_e = power_of_2(experts)
-    _wide_expand_kernel[(groups, cdiv(tokens, cut.tokens))](
+    launch(
+        _wide_expand_kernel, (groups, cdiv(tokens, cut.tokens)),
         TensorDescriptor(y, list(y.shape), list(y.stride()), block),
         TensorDescriptor(
             flat_b, list(flat_b.shape), list(flat_b.stride()), [columns, block_e * rank]

@@ -4,7 +4,8 @@ Triton compiles a kernel when it is first launched. Which one a step launches, a
 hangs on its number of tokens: without this a first long prompt or an odd batch would wait for
 seconds. vLLM warms its own kernels at a few numbers of tokens only (worker:
 compile_or_warm_up_model), so here each projection, norm and activation of another shape runs alone,
-once for every number of tokens at which a choice may change.
+once for every number of tokens at which a choice may change. Our kernels do not run there: threads
+compile them, so that all cores do.
 
 It happens in the model's first forward. That is vLLM's profile run: the device still has room, all
 ranks are in it together, and nothing is captured yet.
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
+from vllm_adafuse.kernels.launch import compile_only
 from vllm_adafuse.serving.layer_wise import FfnActivation
 from vllm_adafuse.serving.norm import FusedNorm
 
@@ -45,12 +47,13 @@ def warm_up(model: torch.nn.Module, most: int, prepare: Callable[[int], None]) -
         prepare: number of tokens -> routes them, before the parts run.
     """
     started, counts = time.perf_counter(), token_counts(most)
-    kinds = run_parts(model, counts, prepare)
+    with compile_only() as kernels:
+        kinds = run_parts(model, counts, prepare)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     logger.info(
-        "AdaFuse: kernels of %d parts for %d numbers of tokens are ready, in %.1f s (less from "
-        "Triton's cache)", kinds, len(counts), time.perf_counter() - started,
+        "AdaFuse: kernels of %d parts for %d numbers of tokens are ready: %d, in %.1f s (less from "
+        "Triton's cache)", kinds, len(counts), len(kernels), time.perf_counter() - started,
     )  # fmt: skip
 
 

@@ -1,0 +1,46 @@
+"""Launches past Triton's own: the same binary, grid and arguments as by its way."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    script = Path(__file__).with_name("launch_kernels.py")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    command = [sys.executable, "-P", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_launch_is_triton_s_own(seen):
+    for name, (*ours, triton_s) in seen["rows"].items():
+        assert triton_s[1:4] == [[3, 2, 1], 7, True]
+        assert len(ours) == 3
+        for launch in ours:  # descriptors are compared by what they print
+            assert launch == triton_s, name
+
+
+def test_what_a_binary_counts_on_gets_one_of_its_own(seen):
+    binary = {name: launches[0][0] for name, launches in seen["rows"].items()}
+    same = ("another number", "another long stride", "another address")
+    usual = binary["usual"]
+    assert [binary.pop(name) for name in same] == [usual] * len(same)
+    assert len(set(binary.values())) == len(binary) == 10
+
+
+def test_compile_only_launches_nothing_and_later_launches_find_it(seen):
+    binaries, launches, loaded_later = seen["compiled only"]
+    assert (binaries, launches) == (2, 1)
+    assert loaded_later == 1  # the script's own count
+
+
+def test_a_constant_without_its_name_is_refused(seen):
+    assert seen["refused"] == "kernel: constants must be named, and stand behind arguments"
