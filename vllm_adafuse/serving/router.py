@@ -10,6 +10,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm_adafuse.config import AdapterConfig
 from vllm_adafuse.kernels.gate import gate
 from vllm_adafuse.kernels.gather_routes import gather_routes
+from vllm_adafuse.compat import release_workspaces
 from vllm_adafuse.kernels.live_route import live_route
 from vllm_adafuse.kernels.order_routes import Order, order_routes
 from vllm_adafuse.kernels.scratch import Scratch
@@ -217,6 +218,7 @@ class Router(torch.nn.Module):
             ids, weights = self.decide(embed(tokens))
             self.passport_ids[start:stop].copy_(ids)
             self.passport_weights[start:stop].copy_(weights)
+        release_workspaces()
 
 
 _LAYER_TAKES = ("positions", "hidden_states", "residual")
