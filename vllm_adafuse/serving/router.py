@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable
 
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm_adafuse.compat import release_workspaces
 from vllm_adafuse.config import AdapterConfig
 from vllm_adafuse.kernels.gate import gate
 from vllm_adafuse.kernels.gather_routes import gather_routes
-from vllm_adafuse.compat import release_workspaces
 from vllm_adafuse.kernels.live_route import live_route
 from vllm_adafuse.kernels.order_routes import Order, order_routes
 from vllm_adafuse.kernels.scratch import Scratch
