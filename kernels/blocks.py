@@ -68,6 +68,7 @@ def _is_hopper(device: torch.device) -> bool:
     return not torch.version.hip and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def overlap(tensor: torch.Tensor) -> dict[str, bool]:
-    """Options of a launch whose kernel itself waits for the one before it (`gdc_wait`)."""
-    return {"launch_pdl": True} if on_hopper(tensor) else {}
+@functools.cache
+def overlap(hopper: bool) -> dict[str, bool]:
+    """What tells a kernel to wait itself for the one before it (`gdc_wait`) where it can."""
+    return {"PDL": True, "launch_pdl": True} if hopper else {"PDL": False}

@@ -10,15 +10,15 @@ whoever else is in the batch. The additions ride on a pass over y that what foll
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from vllm_adafuse.kernels.blocks import ExpandBlocks, expert_blocks, on_hopper, overlap
 from vllm_adafuse.kernels.launch import launch
-from vllm_adafuse.kernels.pairs import ACTIVATIONS, ROTARY, activate, rotate
+from vllm_adafuse.kernels.pairs import ACTIVATIONS, ROTARY, activate, rotate, tiled_widths
 from vllm_adafuse.kernels.whole import cdiv
 
 # With fewer tokens most experts are absent, and each is asked whether it is there.
@@ -243,37 +243,43 @@ def _launch(
     blocks=None, cos_sin=None,
 ) -> None:  # fmt: skip
     tokens, (_, experts, rank) = y.shape[0], bank_b.shape
-    every = out is not y
     if blocks is None:
         blocks = ExpandBlocks.choose(tokens, act != 0, y.element_size())
     half = cos_sin.shape[1] // 2 if act == ROTARY else 0
-    # A tile has both members of its pairs.
-    if act == ROTARY:
-        tiled = [w // 2 for w in widths]
-        blocks = replace(blocks, columns=min(blocks.columns, half))
-    elif act:
-        tiled = widths[:1]
-    else:
-        tiled = [w for w, part in zip(widths, parts) if part >= 0 or every]
-    span = blocks.columns * blocks.loop
-    groups = sum(cdiv(w, span) for w in tiled)
-    every_part = min(parts) >= 0
-    skip = tokens < _SKIP_TOKENS
-    widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
+    shape = tuple(widths), tuple(parts), act, half, out is not y, experts, rank
+    groups, constants = _plan(*shape, tokens < _SKIP_TOKENS, blocks, on_hopper(y))
     launch(
         _expand_kernel, (groups, cdiv(tokens, blocks.tokens)),
-        y, bias, out, s, bank_b, gates,
-        present, cos_sin,
+        y, bias, out, s, bank_b, gates, present, cos_sin,
         tokens, y.stride(0), out.stride(0), s_stride, experts,
-        WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
-        PART0=parts[0], PART1=parts[1], PART2=parts[2],
-        HAS_BIAS=bias is not None, ACT=act, HALF=half,
-        RAW=gates is not None, ALL=every, EVEN=all(w % span == 0 for w in tiled),
-        EVERY_PART=every_part, PDL=on_hopper(y),
-        BLOCK_T=blocks.tokens, BLOCK_OUT=blocks.columns,
-        LOOP=blocks.loop, STAGES=blocks.stages, num_warps=blocks.warps,
-        **expert_blocks(experts, rank, skip), **overlap(y),
+        HAS_BIAS=bias is not None, RAW=gates is not None, **constants,
     )  # fmt: skip
+
+
+@functools.cache
+def _plan(
+    widths: tuple, parts: tuple, act: int, half: int, every: bool, experts: int, rank: int,
+    skip: bool, blocks: ExpandBlocks, hopper: bool,
+) -> tuple[int, dict]:  # fmt: skip
+    """Groups of tiles, and the kernel's constants; every: parts without experts have tiles too."""
+    columns = min(blocks.columns, half) if act == ROTARY else blocks.columns
+    # A tile has both members of its pairs.
+    if act:
+        tiled = tiled_widths(widths, ACTIVATIONS[act])
+    else:
+        tiled = [w for w, part in zip(widths, parts) if part >= 0 or every]
+    span = columns * blocks.loop
+    every_part = min(parts) >= 0
+    widths, parts = (*widths, 0, 0)[:3], (*parts, -1, -1)[:3]
+    return sum(cdiv(w, span) for w in tiled), {
+        "WIDTH0": widths[0], "WIDTH1": widths[1], "WIDTH2": widths[2],
+        "PART0": parts[0], "PART1": parts[1], "PART2": parts[2],
+        "ACT": act, "HALF": half, "ALL": every,
+        "EVEN": all(w % span == 0 for w in tiled), "EVERY_PART": every_part,
+        "BLOCK_T": blocks.tokens, "BLOCK_OUT": columns,
+        "LOOP": blocks.loop, "STAGES": blocks.stages, "num_warps": blocks.warps,
+        **expert_blocks(experts, rank, skip), **overlap(hopper),
+    }  # fmt: skip
 
 
 def expand_triton(

@@ -64,7 +64,7 @@ def _run(
     rows, tma = sum(tiled_widths(widths, activation)), can_tile(x, joint)
     cut = find_tiles(*x.shape, rows, activation, x.element_size(), x.device, tma)
     return linear_triton(
-        x, joint, bias, bank_b, gates, present, counters[index],
+        x, joint, bias, bank_b, gates, present, counters[index] if cut else None,
         Scratch(low, partial, tickets, unread), Order(order_rows, order_present),
         parts, widths, activation, cos_sin, cut,
     )  # fmt: skip

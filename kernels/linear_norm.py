@@ -76,8 +76,8 @@ def _run(
     tma, out = tile_linear.can_tile(x, joint), bank_b.shape[0]
     cut = find_tiles(*x.shape, out, "norm", x.element_size(), x.device, tma)
     return linear_norm_triton(
-        x, joint, residual, weight, eps, bank_b, gates, present, counters[index],
-        Scratch(low, partial, tickets, unread), cut,
+        x, joint, residual, weight, eps, bank_b, gates, present,
+        counters[index] if cut else None, Scratch(low, partial, tickets, unread), cut,
     )  # fmt: skip
 
 

@@ -228,7 +228,7 @@ def ordered_expand_triton(
         TILES0=tiles[0], TILES1=tiles[1], TILES2=tiles[2],
         ACT=act, APART=half or widths[0], RANK=rank, CHUNK=max(1, cut.ranks // rank),
         BLOCK_E=max(2, power_of_2(experts)),
-        BLOCK_T=ORDER_TILE, COLS=columns, LOOP=cut.loop, STAGES=cut.stages, PDL=on_hopper(y),
-        num_warps=cut.warps, **overlap(y),
+        BLOCK_T=ORDER_TILE, COLS=columns, LOOP=cut.loop, STAGES=cut.stages,
+        num_warps=cut.warps, **overlap(on_hopper(y)),
     )  # fmt: skip
     return result

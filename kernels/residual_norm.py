@@ -160,10 +160,11 @@ def residual_norm_triton(
         _residual_norm_kernel, (cdiv(tokens, cut.tokens),),
         y, s, residual, weight, bank_b, gates, z, out,
         tokens, y.stride(-2), 0 if s is None else s.stride(0), residual.stride(0), experts, eps,
-        WIDTH=width, SPLIT=split, EXPAND=s is not None, PDL=on_hopper(y),
+        WIDTH=width, SPLIT=split, EXPAND=s is not None,
         BLOCK_T=cut.tokens, COLS=cut.columns, STAGES=cut.stages,
         NORM_COLS=cut.norm_columns if cut.columns < width else cut.columns,
-        num_warps=cut.warps, **expert_blocks(experts, rank, False), **overlap(y),
+        num_warps=cut.warps, **expert_blocks(experts, rank, False),
+        **overlap(on_hopper(y)),
     )  # fmt: skip
     return out, z
 

@@ -269,7 +269,7 @@ def stream_linear_triton(
         SPLIT=tiles.split, LEAVE=leave, BLOCK_T=block_t, BLOCK_R=grid.block_r,
         BLOCK_ER=min(BLOCK_ER, max(16, power_of_2(experts * rank))),
         RANK=rank, ROWS=tiles.rows, COLS=tiles.cols, STAGES=tiles.stages,
-        SHRINK_COLS=shrink_cols, SHRINK_STAGES=SHRINK_STAGES, PDL=on_hopper(x),
-        num_warps=tiles.warps, num_stages=tiles.stages, **overlap(x),
+        SHRINK_COLS=shrink_cols, SHRINK_STAGES=SHRINK_STAGES,
+        num_warps=tiles.warps, num_stages=tiles.stages, **overlap(on_hopper(x)),
     )  # fmt: skip
     return y

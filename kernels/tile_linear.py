@@ -245,7 +245,7 @@ def tile_linear_triton(
         RANK=rank, EXPERTS=experts, SHRINK_TILES=shrink_tiles,
         BLOCK_T=block_t, BLOCK_E=max(16, power_of_2(experts)),
         BLOCK_ER=block_er(block_t, act, experts * rank),
-        ROWS=cut.rows, COLS=cut.cols, STAGES=cut.stages, PDL=on_hopper(x),
-        num_warps=cut.warps, num_stages=cut.stages, **overlap(x),
+        ROWS=cut.rows, COLS=cut.cols, STAGES=cut.stages,
+        num_warps=cut.warps, num_stages=cut.stages, **overlap(on_hopper(x)),
     )  # fmt: skip
     return y

@@ -24,7 +24,7 @@ from vllm_adafuse.kernels.expand import _load_s, expand_raw_triton
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.order_routes import Order
 from vllm_adafuse.kernels.ordered_expand import can_order, ordered_expand_triton
-from vllm_adafuse.kernels.pairs import ACTIVATIONS, ROTARY, activate, is_gate_up, rotate
+from vllm_adafuse.kernels.pairs import ACTIVATIONS, activate, is_gate_up, rotate, tiled_widths
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 # Below, programs of one tile are faster.
@@ -126,19 +126,25 @@ def can_widen(
 ) -> bool:
     """Whether this kernel is the one to take: many tokens, the experts fit one product, every part
     has some, columns come in whole tiles, and the accelerator can read everything."""
-    _, experts, rank = bank_b.shape
     if y.shape[0] < (MIN_GATE_UP_TOKENS if is_gate_up(activation) else MIN_WIDE_TOKENS):
         return False
-    if not on_hopper(y) or y.element_size() != 2 or list(parts) != list(range(len(widths))):
+    if not on_hopper(y) or y.element_size() != 2 or y.stride(1) != 1 or y.stride(0) % 8:
+        return False
+    return _fits(*bank_b.shape[1:], tuple(parts), tuple(widths), activation, head_dim)
+
+
+@functools.cache
+def _fits(
+    experts: int, rank: int, parts: tuple, widths: tuple, activation: str, head_dim: int
+) -> bool:
+    if parts != tuple(range(len(widths))):
         return False
     if rank < 16 or rank & (rank - 1) or power_of_2(experts) * rank > BLOCK_ER:
         return False
     if activation == "rotary" and head_dim not in (32, 64, 128):
         return False
     multiple = head_dim if activation == "rotary" else 64
-    if any(width % multiple for width in widths):
-        return False
-    return y.stride(1) == 1 and y.stride(0) % 8 == 0 and experts * rank % 8 == 0
+    return experts * rank % 8 == 0 and not any(width % multiple for width in widths)
 
 
 def expand_long(
@@ -183,7 +189,7 @@ def wide_expand_triton(
     Args:
         y: [T, out], W x; overwritten where no gate_up follows.
         s: [T, P E R], A x of all experts, not yet weighted; rows contiguous.
-        bank_b: [out, E, R], dtype of y.
+        bank_b: [out, E, R] contiguous, dtype of y.
         gates: [N, E] float32, N >= T.
         widths: columns of each part.
         activation: "", "silu", "gelu_tanh", or "rotary" of q, k, v.
@@ -195,30 +201,39 @@ def wide_expand_triton(
     """
     tokens, out = y.shape
     _, experts, rank = bank_b.shape
-    act = ACTIVATIONS.index(activation)
     cut = blocks or WideBlocks.choose(tokens, min(widths), activation)
-    half = cos_sin.shape[1] // 2 if act == ROTARY else 0
-    columns = half or cut.columns
-    gate_up = is_gate_up(activation)
-    result = y.new_empty(tokens, widths[0]) if gate_up else y
-    tiled = [w // (2 if half else 1) for w in (widths[:1] if gate_up else widths)]
-    tiles = [w // columns for w in tiled] + [0, 0]
-    groups = sum(cdiv(n, cut.loop) for n in tiles)
-    flat_b, block = bank_b.view(out, experts * rank), [cut.tokens, columns]
-    block_e = power_of_2(experts)
+    half = cos_sin.shape[1] // 2 if activation == "rotary" else 0
+    shape = experts, rank, tuple(widths), activation, half
+    groups, constants = _plan(*shape, cut, on_hopper(y))
+    block = [cut.tokens, constants["COLS"]]
+    size, block_b = experts * rank, [constants["COLS"], constants["BLOCK_E"] * rank]
+    y_desc, result = TensorDescriptor.from_tensor(y, block), y
+    out_desc = y_desc
+    if is_gate_up(activation):
+        result = y.new_empty(tokens, widths[0])
+        out_desc = TensorDescriptor.from_tensor(result, block)
     launch(
         _wide_expand_kernel, (groups, cdiv(tokens, cut.tokens)),
-        TensorDescriptor(y, list(y.shape), list(y.stride()), block),
-        TensorDescriptor(
-            flat_b, list(flat_b.shape), list(flat_b.stride()), [columns, block_e * rank]
-        ),
-        TensorDescriptor(result, list(result.shape), list(result.stride()), block),
+        y_desc, TensorDescriptor(bank_b, [out, size], [size, 1], block_b), out_desc,
         s, gates, cos_sin,
         tokens, s.stride(0), experts,
-        TILES0=tiles[0], TILES1=tiles[1], TILES2=tiles[2],
-        ACT=act, APART=half or widths[0], RANK=rank,
-        EVEN_K=experts == block_e, BLOCK_E=block_e,
-        BLOCK_T=cut.tokens, COLS=columns, LOOP=cut.loop, STAGES=cut.stages, PDL=on_hopper(y),
-        num_warps=cut.warps, **overlap(y),
+        **constants,
     )  # fmt: skip
     return result
+
+
+@functools.cache
+def _plan(
+    experts: int, rank: int, widths: tuple, activation: str, half: int,
+    cut: WideBlocks, hopper: bool,
+) -> tuple[int, dict]:  # fmt: skip
+    """Groups of tiles, and the kernel's constants."""
+    columns, block_e = half or cut.columns, power_of_2(experts)
+    tiles = [width // columns for width in tiled_widths(widths, activation)] + [0, 0]
+    return sum(cdiv(count, cut.loop) for count in tiles), {
+        "TILES0": tiles[0], "TILES1": tiles[1], "TILES2": tiles[2],
+        "ACT": ACTIVATIONS.index(activation), "APART": half or widths[0], "RANK": rank,
+        "EVEN_K": experts == block_e, "BLOCK_E": block_e,
+        "BLOCK_T": cut.tokens, "COLS": columns, "LOOP": cut.loop, "STAGES": cut.stages,
+        "num_warps": cut.warps, **overlap(hopper),
+    }  # fmt: skip
