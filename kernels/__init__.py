@@ -26,6 +26,7 @@
     tiles          how the streaming kernel cuts a product, by shape and device
     blocks         how expands are cut and launched
     pairs          what becomes of two columns that belong together
+    launch         how kernels are launched, or only compiled
 
 A route is a pair of [T, k] tensors, expert ids (int32) and weights (float32), written once per
 step; gates [T, E] are its weights at their experts' places. Nothing here imports vLLM. Importing a

@@ -107,6 +107,6 @@ def compile_only() -> Iterator[dict]:
             _pending = None
         binaries = [b.result() if hasattr(b, "result") else b for b, _ in pending.values()]
         # To ask for a launch loads the binary, and Triton 3.6 has its launcher compiled then.
-        list(pool.map(lambda binary: binary[(1, 1, 1)], binaries))
+        list(pool.map(lambda binary: binary[(1, 1, 1)], set(binaries)))
     if _EXACT:
         _compiled.update({k: (b, e) for b, (k, (_, e)) in zip(binaries, pending.items())})
