@@ -70,6 +70,7 @@ class Options:
     top_k: int = 2
     r: int = 16
     dtype: str = "bfloat16"
+    quantization: str | None = None
     memory: float = 0.4
     group: int | None = None
 
@@ -238,6 +239,7 @@ def start(kind: str, options: Options, root: Path) -> tuple[Engine, dict]:
         str(base),
         skip_tokenizer_init=True,
         dtype=options.dtype,
+        quantization=options.quantization,
         gpu_memory_utilization=options.memory,
         max_model_len=max(longest),
         max_num_seqs=max(options.batches + [count for count, _ in options.prefill]),
@@ -365,6 +367,7 @@ def main() -> None:
     parser.add_argument("--memory", default=0.4, type=float, help="of the GPU, for each engine")
     parser.add_argument("--group", type=int, help="engines at the same time; default all")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--quantization", help="of the backbone, as vLLM names it: fp8")
     parser.add_argument("--out", type=Path, help="folder of the result file")
     parser.add_argument("--commit", default="", help="of the measured code")
     arguments = vars(parser.parse_args())

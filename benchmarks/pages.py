@@ -34,7 +34,9 @@ class Result:
     def models(self) -> str:
         options = self.options
         layers = f", {options['layers']} layers" if options.get("layers") else ""
-        return ", ".join(options.get("models", [options.get("model", "")])) + layers
+        names = ", ".join(options.get("models", [options.get("model", "")]))
+        kind = f", {options['quantization']}" if options.get("quantization") else ""
+        return names + layers + kind
 
     @property
     def engines(self) -> tuple[str, ...]:
