@@ -63,8 +63,8 @@ def main() -> None:
             "WIDTH0": widths[0], "WIDTH1": widths[1], "WIDTH2": widths[2],
             "PART0": 0, "PART1": 1, "PART2": 2 if widths[2] else -1,
             "bias_ptr": None, "HAS_BIAS": False, "ACT": pairs.ACTIVATIONS.index(act), "HALF": 0,
-            "cos_sin_ptr": None, "gates_ptr": None, "order_ptr": None,
-            "RAW": False, "ALL": True, "EVERY_PART": True, "EVEN": True, "ORDER": False,
+            "cos_sin_ptr": None, "gates_ptr": None,
+            "RAW": False, "ALL": True, "EVERY_PART": True, "EVEN": True,
             "PDL": True, "BLOCK_T": cut.tokens, "BLOCK_OUT": cut.columns,
             "LOOP": cut.loop, "STAGES": cut.stages,
         }  # fmt: skip
