@@ -58,7 +58,8 @@ def _kind(value: Any) -> Hashable:
     multiples of 16, has ones built in, and holds numbers in 32 bits if they fit."""
     kind = type(value)
     if kind is int:
-        return value % 16 if 1 < value < 1 << 31 else value
+        # Itself, if it is one or does not fit; of all others, 0 for multiples and 2.
+        return value if value == 1 or value >> 31 else 2 * (value % 16 != 0)
     if kind is TensorDescriptor:
         return value.base.dtype, *value.block_shape
     if isinstance(value, torch.Tensor):

@@ -74,7 +74,8 @@ def main() -> None:
     changes = {
         "usual": {}, "another number": {"count": 1}, "another long stride": {"stride": 32},
         "another address": {"x": memory[4:]}, "misaligned": {"x": memory[1:]}, "dtype": {"x": half},
-        "odd stride": {"stride": 5}, "stride of one": {"stride": 1}, "long": {"stride": 1 << 40},
+        "odd stride": {"stride": 5}, "stride of one": {"stride": 1}, "odd like one": {"stride": 17},
+        "long": {"stride": 1 << 40},
         "no bias": {"bias": None, "HAS": False}, "block": {"BLOCK": 32},
         "y of another dtype": {"y": y.half()}, "device": {},
     }  # fmt: skip

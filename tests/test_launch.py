@@ -33,6 +33,7 @@ def test_what_a_binary_counts_on_gets_one_of_its_own(seen):
     same = ("another number", "another long stride", "another address")
     usual = binary["usual"]
     assert [binary.pop(name) for name in same] == [usual] * len(same)
+    assert binary.pop("odd like one") == binary["odd stride"]
     assert len(set(binary.values())) == len(binary) == 10
 
 
