@@ -12,6 +12,7 @@ away. SGMM (AdaFuse, arXiv 2603.11873, section 3).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -108,7 +109,10 @@ class WideBlocks:
     @classmethod
     @functools.cache
     def choose(cls, tokens: int, width: int, activation: str) -> WideBlocks:
-        """Found on an H200 at the shapes of Llama-2-7B; docs/kernel-notes.md has the figures."""
+        """Found on an H200 at the shapes of Llama-2-7B; docs/kernel-notes.md has the figures.
+
+        width: of which the widths of all parts are multiples.
+        """
         if is_gate_up(activation):
             return cls(128, 32, cdiv(width // 32, 8), 8, 3)
         if activation:
@@ -201,7 +205,7 @@ def wide_expand_triton(
     """
     tokens, out = y.shape
     _, experts, rank = bank_b.shape
-    cut = blocks or WideBlocks.choose(tokens, min(widths), activation)
+    cut = blocks or WideBlocks.choose(tokens, math.gcd(*widths), activation)
     half = cos_sin.shape[1] // 2 if activation == "rotary" else 0
     shape = experts, rank, tuple(widths), activation, half
     groups, constants = _plan(*shape, cut, on_hopper(y))

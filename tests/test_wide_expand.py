@@ -36,6 +36,12 @@ def test_equals_float64(name):
     assert error(found, want) <= 1e-5
 
 
+@pytest.mark.parametrize("widths", [[320, 128, 128], [256, 128], [192]])
+def test_default_cuts_reach_every_column(widths):
+    p = make_problem(70, 16, widths, 2, 1, 16)
+    assert error(run(p, ""), linear_truth(p)) <= 1e-5
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [600, 5000])
 @pytest.mark.parametrize("name", ["qkv", "gate_up", "o"])
