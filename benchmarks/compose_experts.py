@@ -42,12 +42,13 @@ def train_lora(domain: str, size: Size, data: Any, work: Path) -> Path:
     config = LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=2 * r, target_modules=MODULES)
     model, rng = get_peft_model(_backbone(work), config), generator(0)
     shares = {name: float(name == domain) for name in DOMAINS}
+    rates = sorted({rate for rate, _ in size.choices})
     fit(
         model,
         [p for p in model.parameters() if p.requires_grad],
         lambda: data.batch("adapt", size.batch, rng, shares),
         size.steps,
-        size.rates[len(size.rates) // 2] / 2,
+        rates[len(rates) // 2] / 2,
         0.0,
     )
     model.save_pretrained(out)
