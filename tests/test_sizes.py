@@ -4,8 +4,10 @@ import pytest
 import torch
 from ops import DEVICE, error, linear_truth, make_order, make_problem
 from vllm_adafuse.kernels.expand import expand_raw_triton
+from vllm_adafuse.kernels.ordered_expand import ordered_expand_triton
 from vllm_adafuse.kernels.stream_linear import stream_linear_triton
 from vllm_adafuse.kernels.tile_linear import tile_linear_triton
+from vllm_adafuse.kernels.wide_expand import wide_expand_triton
 
 WIDTHS, SIZE_IN = [64, 64], 96
 
@@ -31,19 +33,29 @@ def tiled(p, counter, activation):
     )  # fmt: skip
 
 
-def expanded(p, counter, activation, order=None):
-    y, s = p.x @ p.weight.T, p.x @ p.bank_a.flatten(0, 2).T
-    return expand_raw_triton(
-        y, s, None, p.bank_b, p.gates, p.present, p.parts, p.widths, activation, order=order
-    )
+def products(p):
+    return p.x @ p.weight.T, p.x @ p.bank_a.flatten(0, 2).T
+
+
+def expanded(p, counter, activation):
+    y, s = products(p)
+    shared = p.bank_b, p.gates, p.present, p.parts, p.widths, activation
+    return expand_raw_triton(y, s, None, *shared)
 
 
 def in_order(p, counter, activation):
-    return expanded(p, counter, activation, make_order(p.gates, len(p.x), 2))
+    order = make_order(p.gates, len(p.x), 2)
+    return ordered_expand_triton(*products(p), p.bank_b, p.gates, order, p.widths, activation)
 
 
-PATHS = {"stream": (5, streamed), "tile": (40, tiled), "expand": (90, expanded)}
-PATHS["in order"] = (150, in_order)
+def wide(p, counter, activation):
+    return wide_expand_triton(*products(p), p.bank_b, p.gates, p.widths, activation)
+
+
+PATHS = {
+    "stream": (5, streamed), "tile": (40, tiled), "expand": (90, expanded),
+    "wide": (120, wide), "in order": (150, in_order),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
