@@ -3,24 +3,13 @@
 Both cost more than any cut of the work can win back, and neither shows in a result.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from uninterpreted import run_compiled
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    script = Path(__file__).with_name("compile_kernels.py")
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [sys.executable, "-P", script]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_compiled("compile_kernels.py", tmp_path_factory.mktemp("triton"))
 
 
 def test_kernels_keep_their_values_in_registers(built):

@@ -1,23 +1,12 @@
 """Launches past Triton's own: the same binary, grid and arguments as by its way."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from uninterpreted import run_compiled
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
-    script = Path(__file__).with_name("launch_kernels.py")
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [sys.executable, "-P", script]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_compiled("launch_kernels.py", tmp_path_factory.mktemp("triton"))
 
 
 def test_every_launch_is_triton_s_own(seen):
