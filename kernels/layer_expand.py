@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.blocks import ExpandBlocks, expert_blocks, on_hopper
+from vllm_adafuse.kernels.blocks import ExpandBlocks, expert_blocks, on_hopper, overlap
 from vllm_adafuse.kernels.expand import _load_b
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.pairs import ACTIVATIONS, activate
@@ -196,7 +196,6 @@ def layer_expand_triton(
     counts = [*gate.experts, 0, 0, 0][:3]
     even = all(w % cut.columns == 0 for w in tiled)
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
-    pdl = on_hopper(both)
     launch(
         _layer_expand_kernel, grid,
         both, bias, router_bias, scales, gates, present, bank_b, result,
@@ -209,9 +208,9 @@ def layer_expand_triton(
         ROUTERS=routers, SPLITS=logits // (routers * experts) if logits else 0,
         SPLIT_FACTOR=SPLIT_FACTOR, EXPERTS=experts, EVERY=every, RANK=rank, TOP_K=gate.top_k,
         SOFTMAX_FIRST=gate.softmax_first, ABSOLUTE=gate.absolute, SHARED=gate.shared,
-        EVEN=even, EVEN_K=blocks["EVEN_K"], PDL=pdl,
+        EVEN=even, EVEN_K=blocks["EVEN_K"],
         BLOCK_T=cut.tokens, BLOCK_OUT=cut.columns,
         BLOCK_E=blocks["BLOCK_E"], BLOCK_R=blocks["BLOCK_R"],
-        num_warps=cut.warps, **({"launch_pdl": True} if pdl else {}),
+        num_warps=cut.warps, **overlap(on_hopper(both)),
     )  # fmt: skip
     return result

@@ -75,18 +75,28 @@ def linear_triton(
     cos_sin, cut,
 ):  # fmt: skip
     """`linear` on a GPU, cut as told; None: by the vendor's product."""
-    out = sum(widths)
     if cut:
-        shared = bank_b, gates, present, counter, scratch, parts, widths, activation, cut
-        if cut.tma:
-            return tile_linear_triton(x, joint, bias, *shared, cos_sin=cos_sin)
-        bank_a = bank_a_of(joint, bank_b, out)
-        return stream_linear_triton(x, joint[:out], bias, bank_a, *shared, cos_sin=cos_sin)
-    y, s, bias = joint_product(x, joint, bias, out)
+        return one_launch(
+            x, joint, bias, bank_b, gates, present, counter, scratch, parts, widths, activation,
+            cut, cos_sin=cos_sin,
+        )  # fmt: skip
+    y, s, bias = joint_product(x, joint, bias, sum(widths))
     return expand_long(
         y, s, bias, bank_b, gates, present, parts, widths, activation,
         order.of(x.shape[0]), cos_sin,
     )  # fmt: skip
+
+
+def one_launch(
+    x, joint, bias, bank_b, gates, present, counter, scratch, parts, widths, activation, cut,
+    out=None, cos_sin=None,
+):  # fmt: skip
+    """The projection of few tokens by the kernel that a cut is for; see both."""
+    shared = bank_b, gates, present, counter, scratch, parts, widths, activation, cut, out, cos_sin
+    if cut.tma:
+        return tile_linear_triton(x, joint, bias, *shared)
+    rows = sum(widths)
+    return stream_linear_triton(x, joint[:rows], bias, bank_a_of(joint, bank_b, rows), *shared)
 
 
 def joint_product(

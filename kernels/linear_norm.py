@@ -14,13 +14,12 @@ arXiv 2603.11873, section 3) for the deltas. The choice falls by shape and numbe
 from __future__ import annotations
 
 import torch
-from vllm_adafuse.kernels import linear, tile_linear
-from vllm_adafuse.kernels.linear import bank_a_of, joint_product, linear_torch
+from vllm_adafuse.kernels import linear
+from vllm_adafuse.kernels.linear import joint_product, linear_torch, one_launch
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.residual_norm import residual_norm_torch, residual_norm_triton
 from vllm_adafuse.kernels.scratch import Scratch
-from vllm_adafuse.kernels.stream_linear import stream_linear_triton
-from vllm_adafuse.kernels.tile_linear import tile_linear_triton
+from vllm_adafuse.kernels.tile_linear import can_tile
 from vllm_adafuse.kernels.tiles import MAX_SPLIT, MAX_TILE_TOKENS, Tiles, find_tiles
 from vllm_adafuse.kernels.wide_expand import expand_long
 
@@ -55,10 +54,9 @@ def slices_triton(
     """
     out = bank_b.shape[0]
     slices = scratch.slices(cut.split, x.shape[0], out)
-    shared = bank_b, gates, present, counter, scratch, [0], [out], "", cut, slices
-    if cut.tma:
-        return tile_linear_triton(x, joint, None, *shared)
-    return stream_linear_triton(x, joint[:out], None, bank_a_of(joint, bank_b, out), *shared)
+    return one_launch(
+        x, joint, None, bank_b, gates, present, counter, scratch, [0], [out], "", cut, slices
+    )
 
 
 def linear_norm_torch(x, joint, residual, weight, eps, bank_b, gates):
@@ -73,7 +71,7 @@ def _run(
 ):  # fmt: skip
     if not x.is_cuda:
         return linear_norm_torch(x, joint, residual, weight, eps, bank_b, gates)
-    tma, out = tile_linear.can_tile(x, joint), bank_b.shape[0]
+    tma, out = can_tile(x, joint), bank_b.shape[0]
     cut = find_tiles(*x.shape, out, "norm", x.element_size(), x.device, tma)
     return linear_norm_triton(
         x, joint, residual, weight, eps, bank_b, gates, present,

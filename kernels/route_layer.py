@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.blocks import on_hopper
+from vllm_adafuse.kernels.blocks import on_hopper, overlap
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.registry import register_op
 
@@ -296,7 +296,6 @@ def route_layer_triton(low, logits, bias, scales, gates, present, s, gate: Layer
     rank = s.shape[2] // every if every else 0
     block_c = min(1024, max(16, triton.next_power_of_2(every * rank)))
     counts = [*gate.experts, 0, 0, 0][:3]
-    pdl = on_hopper(low)
     splits = logits.shape[1] // (routers * experts) if logits is not None and experts else 0
     launch(
         _route_layer_kernel, (triton.cdiv(tokens, block_t),),
@@ -308,8 +307,8 @@ def route_layer_triton(low, logits, bias, scales, gates, present, s, gate: Layer
         TOP_K=gate.top_k, SOFTMAX_FIRST=gate.softmax_first, ABSOLUTE=gate.absolute,
         SHARED=gate.shared, PLAIN=gate.plain,
         HAS_LOGITS=logits is not None, HAS_BIAS=bias is not None,
-        ONE=one, PDL=pdl, BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_C=block_c,
-        num_warps=4, **({"launch_pdl": True} if pdl else {}),
+        ONE=one, BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_C=block_c,
+        num_warps=4, **overlap(on_hopper(low)),
     )  # fmt: skip
 
 
