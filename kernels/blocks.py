@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from vllm_adafuse.kernels.whole import power_of_2
+import triton
+import triton.language as tl
+from vllm_adafuse.kernels.pairs import ACTIVATIONS, tiled_widths
+from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 # Ranks, of one expert or of several, that one product takes.
 BLOCK_ER = 128
@@ -55,6 +59,50 @@ def expert_blocks(experts: int, rank: int, skip: bool) -> dict[str, int | bool]:
         "RANK": rank, "SKIP": skip, "EVEN_K": even, "BLOCK_E": block_e, "BLOCK_R": block_r,
         "ONE": not skip and experts <= block_e and rank <= block_r,
     }  # fmt: skip
+
+
+@triton.jit
+def group_of_tiles(
+    group, TILES0: tl.constexpr, TILES1: tl.constexpr, TILES2: tl.constexpr, LOOP: tl.constexpr
+):  # fmt: skip
+    """Which part a group of LOOP tiles belongs to, its first and its end among that part's tiles,
+    and the tiles of the parts before; see `grouped_tiles`."""
+    GROUPS0: tl.constexpr = (TILES0 + LOOP - 1) // LOOP
+    GROUPS01: tl.constexpr = GROUPS0 + (TILES1 + LOOP - 1) // LOOP
+    second, third = group >= GROUPS0, group >= GROUPS01
+    part = second.to(tl.int32) + third.to(tl.int32)
+    group -= tl.where(third, GROUPS01, tl.where(second, GROUPS0, 0))
+    tiles = tl.where(third, TILES2, tl.where(second, TILES1, TILES0))
+    before = tl.where(third, TILES0 + TILES1, tl.where(second, TILES0, 0))
+    return part, group * LOOP, tl.minimum((group + 1) * LOOP, tiles), before
+
+
+def grouped_tiles(
+    widths: Sequence[int], activation: str, half: int, columns: int, loop: int
+) -> tuple[int, dict[str, int]]:
+    """Groups of `loop` tiles, and a kernel's constants that say so.
+
+    Args:
+        widths: columns of each part, in whole tiles.
+        activation: what follows; columns come in pairs.
+        half: of a head with "rotary", whose tiles are whole heads; else 0.
+        columns: of a tile elsewhere.
+    """
+    columns = half or columns
+    tiles = [width // columns for width in tiled_widths(widths, activation)] + [0, 0]
+    return sum(cdiv(count, loop) for count in tiles), {
+        "TILES0": tiles[0], "TILES1": tiles[1], "TILES2": tiles[2],
+        "ACT": ACTIVATIONS.index(activation), "APART": half or widths[0],
+        "COLS": columns, "LOOP": loop,
+    }  # fmt: skip
+
+
+def in_whole_tiles(parts: Sequence[int], widths: Sequence[int], head_dim: int) -> bool:
+    """Whether every part has experts, and columns come in tiles of 64, or of heads of this size
+    where it is not 0."""
+    if list(parts) != list(range(len(widths))) or head_dim not in (0, 32, 64, 128):
+        return False
+    return not any(width % (head_dim or 64) for width in widths)
 
 
 def on_hopper(tensor: torch.Tensor) -> bool:

@@ -16,24 +16,31 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.blocks import on_hopper, overlap
+from vllm_adafuse.kernels.blocks import (
+    group_of_tiles,
+    grouped_tiles,
+    in_whole_tiles,
+    on_hopper,
+    overlap,
+)
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.order_routes import ORDER_TILE, Order
-from vllm_adafuse.kernels.pairs import ACTIVATIONS, ROTARY, activate, is_gate_up, rotate
+from vllm_adafuse.kernels.pairs import activate, is_gate_up, rotate, turns_of_heads
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 
 @triton.jit
 def _chosen(present, chunk, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr):
     """Of a chunk of the experts in a word of bits: their numbers, and whether there is one, each
-    [1, CHUNK, 1]."""
+    [1, CHUNK, 1]; and the count of all."""
     experts = tl.arange(0, BLOCK_E)
     bits = ((present >> experts.to(tl.int64)) & 1).to(tl.int32)
     before = tl.cumsum(bits, 0) - bits
     slots = chunk * CHUNK + tl.arange(0, CHUNK)
     match = (before[None, :] == slots[:, None]) & (bits[None, :] != 0)
     numbers = tl.sum(tl.where(match, experts[None, :], 0), 1)
-    return numbers[None, :, None], (slots < tl.sum(bits, 0))[None, :, None]
+    count = tl.sum(bits, 0)
+    return numbers[None, :, None], (slots < count)[None, :, None], count
 
 
 @triton.jit
@@ -70,7 +77,7 @@ def _add(
     b = _columns_of_b(b_at, first_experts, first_there, RANK, CHUNK, COLS)
     y = tl.dot(s, tl.trans(b), y, input_precision="ieee")
     for chunk in range(1, chunks):
-        experts, there = _chosen(present, chunk, CHUNK, BLOCK_E)
+        experts, there, _ = _chosen(present, chunk, CHUNK, BLOCK_E)
         more = _weighted(s_at, gates_at, here, experts, there, RANK, CHUNK, BLOCK_T)
         b = _columns_of_b(b_at, experts, there, RANK, CHUNK, COLS)
         y = tl.dot(more, tl.trans(b), y, input_precision="ieee")
@@ -89,23 +96,17 @@ def _ordered_expand_kernel(
 ):  # fmt: skip
     if PDL:  # launched while the kernel before it ends
         tl.extra.cuda.gdc_wait()
-    # A group is LOOP tiles of one part; a tile has both members of its pairs.
+    # A tile has both members of its pairs.
     WIDE: tl.constexpr = COLS * (2 if ACT == 3 else 1)
-    GROUPS0: tl.constexpr = (TILES0 + LOOP - 1) // LOOP
-    GROUPS01: tl.constexpr = GROUPS0 + (TILES1 + LOOP - 1) // LOOP
-    group, tile_t = tl.program_id(0), tl.program_id(1)
-    second, third = group >= GROUPS0, group >= GROUPS01
-    part = second.to(tl.int32) + third.to(tl.int32)
-    group -= tl.where(third, GROUPS01, tl.where(second, GROUPS0, 0))
-    tiles = tl.where(third, TILES2, tl.where(second, TILES1, TILES0))
-    offset = tl.where(third, TILES0 + TILES1, tl.where(second, TILES0, 0)) * WIDE
+    part, first_tile, end, before = group_of_tiles(tl.program_id(0), TILES0, TILES1, TILES2, LOOP)
+    offset = before * WIDE
+    tile_t = tl.program_id(1)
     place = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
     here = place < n_tokens
     rows = tl.load(order_ptr + place, mask=here, other=0)
     present, size = tl.load(present_ptr + tile_t), n_experts * RANK
-    experts, there = _chosen(present, 0, CHUNK, BLOCK_E)
-    bits = (present >> tl.arange(0, BLOCK_E).to(tl.int64)) & 1
-    chunks = tl.cdiv(tl.sum(bits, 0).to(tl.int32), CHUNK)
+    experts, there, count = _chosen(present, 0, CHUNK, BLOCK_E)
+    chunks = tl.cdiv(count, CHUNK)
     gates_at = gates_ptr + rows * n_experts
     s_at = s_ptr + rows.to(tl.int64) * s_stride + part * size
     s = _weighted(s_at, gates_at, here, experts, there, RANK, CHUNK, BLOCK_T)
@@ -115,16 +116,11 @@ def _ordered_expand_kernel(
         s_up = _weighted(s_up_at, gates_at, here, experts, there, RANK, CHUNK, BLOCK_T)
     columns = tl.arange(0, COLS)
     if ACT == 3:  # a tile is a whole head, so all of a program's turn alike
-        turn = cos_sin_ptr + rows[:, None] * (2 * COLS) + columns[None, :]
-        cos = tl.load(turn, mask=here[:, None], other=0.0)
-        sin = tl.load(turn + COLS, mask=here[:, None], other=0.0)
-        if part == 2:  # v is not turned
-            cos, sin = tl.full(cos.shape, 1.0, cos.dtype), tl.full(sin.shape, 0.0, sin.dtype)
+        cos, sin = turns_of_heads(cos_sin_ptr, rows, here, part, COLS)
     y_at = y_ptr + rows.to(tl.int64)[:, None] * y_stride + columns[None, :]
     out_at = out_ptr + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
     b_at = b_ptr + columns.to(tl.int64) * size
-    last = tl.minimum((group + 1) * LOOP, tiles)
-    for tile in tl.range(group * LOOP, last, num_stages=STAGES):
+    for tile in tl.range(first_tile, end, num_stages=STAGES):
         first = offset + tile * WIDE
         y = tl.load(y_at + first, mask=here[:, None], other=0.0).to(tl.float32)
         b_here = b_at + first.to(tl.int64) * size
@@ -180,10 +176,10 @@ def can_order(
 ) -> bool:
     """Whether this kernel can take a product: ranks that fit tiles, columns in whole tiles, every
     part with experts. head_dim: with "rotary", else 0."""
-    rank, multiple = bank_b.shape[2], head_dim or 64
-    if rank > 64 or rank & (rank - 1) or y.element_size() != 2 or head_dim not in (0, 32, 64, 128):
+    rank = bank_b.shape[2]
+    if rank > 64 or rank & (rank - 1) or y.element_size() != 2:
         return False
-    return list(parts) == list(range(len(widths))) and not any(w % multiple for w in widths)
+    return in_whole_tiles(parts, widths, head_dim)
 
 
 def ordered_expand_triton(
@@ -214,21 +210,15 @@ def ordered_expand_triton(
         [T, out], which is y, or [T, I] after silu or gelu_tanh.
     """
     tokens, _, (_, experts, rank) = *y.shape, bank_b.shape
-    act, cut = ACTIVATIONS.index(activation), blocks or OrderedBlocks.choose(activation, rank)
-    half = cos_sin.shape[1] // 2 if act == ROTARY else 0
-    columns, gate_up = half or cut.columns, is_gate_up(activation)
-    result = y.new_empty(tokens, widths[0]) if gate_up else y
-    tiled = [w // (2 if half else 1) for w in (widths[:1] if gate_up else widths)]
-    tiles = [w // columns for w in tiled] + [0, 0]
-    groups = sum(cdiv(n, cut.loop) for n in tiles)
+    cut = blocks or OrderedBlocks.choose(activation, rank)
+    half = cos_sin.shape[1] // 2 if activation == "rotary" else 0
+    result = y.new_empty(tokens, widths[0]) if is_gate_up(activation) else y
+    groups, tiles = grouped_tiles(widths, activation, half, cut.columns, cut.loop)
     launch(
         _ordered_expand_kernel, (groups, cdiv(tokens, ORDER_TILE)),
         y, result, s, bank_b, gates, order.rows, order.present, cos_sin,
         tokens, y.stride(0), result.stride(0), s.stride(0), experts,
-        TILES0=tiles[0], TILES1=tiles[1], TILES2=tiles[2],
-        ACT=act, APART=half or widths[0], RANK=rank, CHUNK=max(1, cut.ranks // rank),
-        BLOCK_E=max(2, power_of_2(experts)),
-        BLOCK_T=ORDER_TILE, COLS=columns, LOOP=cut.loop, STAGES=cut.stages,
-        num_warps=cut.warps, **overlap(on_hopper(y)),
+        **tiles, RANK=rank, CHUNK=max(1, cut.ranks // rank), BLOCK_E=max(2, power_of_2(experts)),
+        BLOCK_T=ORDER_TILE, STAGES=cut.stages, num_warps=cut.warps, **overlap(on_hopper(y)),
     )  # fmt: skip
     return result

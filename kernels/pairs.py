@@ -38,6 +38,18 @@ def rotate(a, b, cos, sin):
     return a * cos - b * sin, b * cos + a * sin
 
 
+@triton.jit
+def turns_of_heads(cos_sin_ptr, rows, here, part, COLS: tl.constexpr):
+    """Cosines and sines [rows, COLS] for tiles that are whole heads, whose halves have COLS
+    columns; those of v turn nothing."""
+    turn = cos_sin_ptr + rows[:, None] * (2 * COLS) + tl.arange(0, COLS)[None, :]
+    cos = tl.load(turn, mask=here[:, None], other=0.0)
+    sin = tl.load(turn + COLS, mask=here[:, None], other=0.0)
+    if part == 2:
+        cos, sin = tl.full(cos.shape, 1.0, cos.dtype), tl.full(sin.shape, 0.0, sin.dtype)
+    return cos, sin
+
+
 def is_gate_up(activation: str) -> bool:
     """Whether both members of a pair end in one column."""
     return activation not in ("", "rotary")

@@ -14,18 +14,25 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
-from vllm_adafuse.kernels.blocks import BLOCK_ER, on_hopper, overlap
+from vllm_adafuse.kernels.blocks import (
+    BLOCK_ER,
+    ExpandBlocks,
+    group_of_tiles,
+    grouped_tiles,
+    in_whole_tiles,
+    on_hopper,
+    overlap,
+)
 from vllm_adafuse.kernels.expand import _load_s, expand_raw_triton
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.order_routes import Order
 from vllm_adafuse.kernels.ordered_expand import can_order, ordered_expand_triton
-from vllm_adafuse.kernels.pairs import ACTIVATIONS, activate, is_gate_up, rotate, tiled_widths
+from vllm_adafuse.kernels.pairs import activate, is_gate_up, rotate, turns_of_heads
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 # Below, programs of one tile are faster.
@@ -45,16 +52,11 @@ def _wide_expand_kernel(
 ):  # fmt: skip
     if PDL:  # launched while the kernel before it ends
         tl.extra.cuda.gdc_wait()
-    # A group is LOOP tiles of one part; a tile has both members of its pairs.
+    # A tile has both members of its pairs.
     WIDE: tl.constexpr = COLS * (2 if ACT == 3 else 1)
-    GROUPS0: tl.constexpr = (TILES0 + LOOP - 1) // LOOP
-    GROUPS01: tl.constexpr = GROUPS0 + (TILES1 + LOOP - 1) // LOOP
-    group, first_token = tl.program_id(0), tl.program_id(1) * BLOCK_T
-    second, third = group >= GROUPS0, group >= GROUPS01
-    part = second.to(tl.int32) + third.to(tl.int32)
-    group -= tl.where(third, GROUPS01, tl.where(second, GROUPS0, 0))
-    tiles = tl.where(third, TILES2, tl.where(second, TILES1, TILES0))
-    offset = tl.where(third, TILES0 + TILES1, tl.where(second, TILES0, 0)) * WIDE
+    part, first_tile, end, before = group_of_tiles(tl.program_id(0), TILES0, TILES1, TILES2, LOOP)
+    offset = before * WIDE
+    first_token = tl.program_id(1) * BLOCK_T
     rows = first_token + tl.arange(0, BLOCK_T)
     here = rows < n_tokens
     size = n_experts * RANK
@@ -66,13 +68,8 @@ def _wide_expand_kernel(
         s_up = _load_s(s_at + size, gates_ptr, rows, 0, here, n_experts, 0, RANK, True, EVEN_K,
                        BLOCK_T, BLOCK_E, RANK)  # fmt: skip
     if ACT == 3:  # a tile is a whole head, so all of a program's turn alike
-        turn = cos_sin_ptr + rows[:, None] * (2 * COLS) + tl.arange(0, COLS)[None, :]
-        cos = tl.load(turn, mask=here[:, None], other=0.0)
-        sin = tl.load(turn + COLS, mask=here[:, None], other=0.0)
-        if part == 2:  # v is not turned
-            cos, sin = tl.full(cos.shape, 1.0, cos.dtype), tl.full(sin.shape, 0.0, sin.dtype)
-    last = tl.minimum((group + 1) * LOOP, tiles)
-    for tile in tl.range(group * LOOP, last, num_stages=STAGES):
+        cos, sin = turns_of_heads(cos_sin_ptr, rows, here, part, COLS)
+    for tile in tl.range(first_tile, end, num_stages=STAGES):
         column = offset + tile * WIDE
         b = b_desc.load([column, 0])
         y = y_desc.load([first_token, column]).to(tl.float32)
@@ -89,35 +86,17 @@ def _wide_expand_kernel(
         out_desc.store([first_token, column], y.to(out_desc.dtype))
 
 
-@dataclass(frozen=True)
-class WideBlocks:
-    """How it is cut.
+@functools.cache
+def choose(tokens: int, width: int, activation: str) -> ExpandBlocks:
+    """Found on an H200 at the shapes of Llama-2-7B; docs/kernel-notes.md has the figures.
 
-    Attributes:
-        tokens, columns: of a tile.
-        loop: tiles of a program, side by side.
-        warps: of a program.
-        stages: tiles under way.
+    width: of which the widths of all parts are multiples.
     """
-
-    tokens: int
-    columns: int
-    loop: int
-    warps: int
-    stages: int
-
-    @classmethod
-    @functools.cache
-    def choose(cls, tokens: int, width: int, activation: str) -> WideBlocks:
-        """Found on an H200 at the shapes of Llama-2-7B; docs/kernel-notes.md has the figures.
-
-        width: of which the widths of all parts are multiples.
-        """
-        if is_gate_up(activation):
-            return cls(128, 32, cdiv(width // 32, 8), 8, 3)
-        if activation:
-            return cls(128, 64, 16, 8, 3) if tokens >= 4096 else cls(64, 64, 8, 4, 3)
-        return cls(64, 128 if width % 128 == 0 else 64, 8, 8, 3)
+    if is_gate_up(activation):
+        return ExpandBlocks(128, 32, cdiv(width // 32, 8), 8, 3)
+    if activation:
+        return ExpandBlocks(128, 64, 16, 8, 3) if tokens >= 4096 else ExpandBlocks(64, 64, 8, 4, 3)
+    return ExpandBlocks(64, 128 if width % 128 == 0 else 64, 8, 8, 3)
 
 
 def can_widen(
@@ -134,21 +113,14 @@ def can_widen(
         return False
     if not on_hopper(y) or y.element_size() != 2 or y.stride(1) != 1 or y.stride(0) % 8:
         return False
-    return _fits(*bank_b.shape[1:], tuple(parts), tuple(widths), activation, head_dim)
+    return _fits(*bank_b.shape[1:], tuple(parts), tuple(widths), head_dim)
 
 
 @functools.cache
-def _fits(
-    experts: int, rank: int, parts: tuple, widths: tuple, activation: str, head_dim: int
-) -> bool:
-    if parts != tuple(range(len(widths))):
-        return False
+def _fits(experts: int, rank: int, parts: tuple, widths: tuple, head_dim: int) -> bool:
     if rank < 16 or rank & (rank - 1) or power_of_2(experts) * rank > BLOCK_ER:
         return False
-    if activation == "rotary" and head_dim not in (32, 64, 128):
-        return False
-    multiple = head_dim if activation == "rotary" else 64
-    return experts * rank % 8 == 0 and not any(width % multiple for width in widths)
+    return experts * rank % 8 == 0 and in_whole_tiles(parts, widths, head_dim)
 
 
 def expand_long(
@@ -185,7 +157,7 @@ def wide_expand_triton(
     gates: torch.Tensor,
     widths: Sequence[int],
     activation: str = "",
-    blocks: WideBlocks | None = None,
+    blocks: ExpandBlocks | None = None,
     cos_sin: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One launch; for what `can_widen` holds.
@@ -197,7 +169,7 @@ def wide_expand_triton(
         gates: [N, E] float32, N >= T.
         widths: columns of each part.
         activation: "", "silu", "gelu_tanh", or "rotary" of q, k, v.
-        blocks: how to cut, default `WideBlocks.choose`.
+        blocks: how to cut, default `choose`.
         cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
 
     Returns:
@@ -205,7 +177,7 @@ def wide_expand_triton(
     """
     tokens, out = y.shape
     _, experts, rank = bank_b.shape
-    cut = blocks or WideBlocks.choose(tokens, math.gcd(*widths), activation)
+    cut = blocks or choose(tokens, math.gcd(*widths), activation)
     half = cos_sin.shape[1] // 2 if activation == "rotary" else 0
     shape = experts, rank, tuple(widths), activation, half
     groups, constants = _plan(*shape, cut, on_hopper(y))
@@ -229,15 +201,12 @@ def wide_expand_triton(
 @functools.cache
 def _plan(
     experts: int, rank: int, widths: tuple, activation: str, half: int,
-    cut: WideBlocks, hopper: bool,
+    cut: ExpandBlocks, hopper: bool,
 ) -> tuple[int, dict]:  # fmt: skip
     """Groups of tiles, and the kernel's constants."""
-    columns, block_e = half or cut.columns, power_of_2(experts)
-    tiles = [width // columns for width in tiled_widths(widths, activation)] + [0, 0]
-    return sum(cdiv(count, cut.loop) for count in tiles), {
-        "TILES0": tiles[0], "TILES1": tiles[1], "TILES2": tiles[2],
-        "ACT": ACTIVATIONS.index(activation), "APART": half or widths[0], "RANK": rank,
-        "EVEN_K": experts == block_e, "BLOCK_E": block_e,
-        "BLOCK_T": cut.tokens, "COLS": columns, "LOOP": cut.loop, "STAGES": cut.stages,
-        "num_warps": cut.warps, **overlap(hopper),
+    block_e = power_of_2(experts)
+    groups, tiles = grouped_tiles(widths, activation, half, cut.columns, cut.loop)
+    return groups, tiles | {
+        "RANK": rank, "EVEN_K": experts == block_e, "BLOCK_E": block_e,
+        "BLOCK_T": cut.tokens, "STAGES": cut.stages, "num_warps": cut.warps, **overlap(hopper),
     }  # fmt: skip

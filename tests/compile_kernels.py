@@ -124,18 +124,13 @@ def main() -> None:
             }  # fmt: skip
             name = f"expand act={number} tokens={tokens}"
             rows.append(build(name, expand._expand_kernel, constants, cut.warps, 2))
+        widths = [shape[f"WIDTH{i}"] for i in range(3) if shape[f"WIDTH{i}"]]
         for tokens in (2048, 16000):
-            width = size_out if act == "silu" else 4096
-            cut = wide_expand.WideBlocks.choose(tokens, width, act)
-            tall = 2 if act == "rotary" else 1
-            tiles_of = {f"TILES{i}": width // (cut.columns * tall) * bool(shape[f"WIDTH{i}"])
-                        for i in range(3)}  # fmt: skip
-            if act == "silu":
-                tiles_of["TILES1"] = 0
-            constants = tiles_of | {
-                "ACT": number, "APART": shape["HALF"] or shape["WIDTH0"], "RANK": 16,
-                "EVEN_K": True, "BLOCK_E": 8, "BLOCK_T": cut.tokens, "COLS": cut.columns,
-                "LOOP": cut.loop, "STAGES": cut.stages, "PDL": True,
+            cut = wide_expand.choose(tokens, widths[0], act)
+            _, constants = blocks.grouped_tiles(widths, act, shape["HALF"], cut.columns, cut.loop)
+            constants |= {
+                "RANK": 16, "EVEN_K": True, "BLOCK_E": 8, "BLOCK_T": cut.tokens,
+                "STAGES": cut.stages, "PDL": True,
             }  # fmt: skip
             constants |= {} if act == "rotary" else {"cos_sin_ptr": None}
             block = f"tensordesc<bf16[{cut.tokens}, {cut.columns}]>"
@@ -144,12 +139,12 @@ def main() -> None:
             name, kernel = f"wide_expand act={number} {tokens}", wide_expand._wide_expand_kernel
             rows.append(build(name, kernel, constants, cut.warps, cut.stages))
         cut = ordered_expand.OrderedBlocks.choose(act, 16)
+        _, constants = blocks.grouped_tiles(widths, act, shape["HALF"], cut.columns, cut.loop)
         constants |= {
-            **{name: count * constants["COLS"] // cut.columns for name, count in tiles_of.items()},
-            "CHUNK": cut.ranks // 16, "BLOCK_E": 64, "BLOCK_T": ORDER_TILE, "COLS": cut.columns,
-            "LOOP": cut.loop, "STAGES": cut.stages,
+            "RANK": 16, "CHUNK": cut.ranks // 16, "BLOCK_E": 64, "BLOCK_T": ORDER_TILE,
+            "STAGES": cut.stages, "PDL": True,
         }  # fmt: skip
-        del constants["EVEN_K"]
+        constants |= {} if act == "rotary" else {"cos_sin_ptr": None}
         kernel = ordered_expand._ordered_expand_kernel
         rows.append(build(f"ordered_expand act={number}", kernel, constants, cut.warps, cut.stages))
     for tokens in (1, 100, 16000):

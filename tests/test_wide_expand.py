@@ -3,8 +3,9 @@
 import pytest
 import torch
 from ops import DEVICE, error, linear_truth, make_problem
+from vllm_adafuse.kernels.blocks import ExpandBlocks
 from vllm_adafuse.kernels.pairs import rotate_torch
-from vllm_adafuse.kernels.wide_expand import WideBlocks, wide_expand_triton
+from vllm_adafuse.kernels.wide_expand import wide_expand_triton
 
 SHAPES = {  # tokens, in, widths, experts, k, rank
     "one-part": (70, 48, [128], 4, 2, 16, ""),
@@ -32,7 +33,7 @@ def test_equals_float64(name):
     if activation == "rotary":
         cos_sin = torch.randn(50, 64, generator=torch.Generator().manual_seed(3)).to(DEVICE)
         want = rotate_torch(want, cos_sin.double(), p.widths[0] + p.widths[1])
-    found = run(p, activation, cos_sin, WideBlocks(16, 32, 2, 4, 2))
+    found = run(p, activation, cos_sin, ExpandBlocks(16, 32, 2, 4, 2))
     assert error(found, want) <= 1e-5
 
 
