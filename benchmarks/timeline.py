@@ -18,6 +18,7 @@ import random
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -174,13 +175,12 @@ def profiled(
     return [(name, at, us) for name, at, us in one.llm.collective_rpc(_stop)[0]]
 
 
-def measure(options: Options) -> list[dict[str, Any]]:
+def measure(options: Options) -> Iterator[dict[str, Any]]:
     """One row per engine and batch, with the kernels of a decode step and of a layer, and one per
     engine and prefill, with its kernels by name."""
     settings = options.engine_options()
     vocab = engine.SHAPES[options.model][-1]
     layers = options.layers or engine.SHAPES[options.model][3]
-    rows = []
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         engine.write_config(settings, root / "base")
@@ -193,13 +193,12 @@ def measure(options: Options) -> list[dict[str, Any]]:
                 )
                 step = last_step(short, long, LONG - SHORT)
                 row = {"what": "decode", "batch": batch, "layer": one_layer(step, layers)}
-                rows.append(_row(kind, layers, step) | row)
+                yield _row(kind, layers, step) | row
             for count, length in options.prefill:
                 events = [profiled(one, count, length, 1, vocab) for _ in range(2)][-1]
                 row = {"what": "prefill", "batch": count, "length": length}
-                rows.append(_row(kind, layers, events) | row | {"totals": totals(events)})
+                yield _row(kind, layers, events) | row | {"totals": totals(events)}
             one.stop()
-    return rows
 
 
 def _row(kind: str, layers: int, events: list[Event]) -> dict[str, Any]:
@@ -293,8 +292,11 @@ def main() -> None:
         write_report(out or record.RESULTS, PAGE)
         return
     options = Options(**arguments)
-    rows = measure(options)
-    path = record.save("timeline", [{"options": vars(options)}, *rows], out, commit)
+    rows: list[dict[str, Any]] = [{"options": vars(options)}]
+    path = None
+    for row in measure(options):  # kept as they come: starting an engine is long
+        rows.append(row)
+        path = record.save("timeline", rows, out, commit, path)
     print(json.dumps({"saved": str(path)}))
 
 

@@ -177,7 +177,8 @@ def can_order(
     """Whether this kernel can take a product: ranks that fit tiles, columns in whole tiles, every
     part with experts. head_dim: with "rotary", else 0."""
     rank = bank_b.shape[2]
-    if rank > 64 or rank & (rank - 1) or y.element_size() != 2:
+    # Of fewer than 8 ranks Triton cannot lay out a tile of B (seen with 3.6).
+    if not 8 <= rank <= 64 or rank & (rank - 1) or y.element_size() != 2:
         return False
     return in_whole_tiles(parts, widths, head_dim)
 

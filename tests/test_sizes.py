@@ -9,7 +9,7 @@ from vllm_adafuse.kernels.stream_linear import stream_linear_triton
 from vllm_adafuse.kernels.tile_linear import tile_linear_triton
 from vllm_adafuse.kernels.wide_expand import wide_expand_triton
 
-WIDTHS, SIZE_IN = [64, 64], 96
+WIDTHS, SIZE_IN, RANK = [64, 64], 96, 16
 
 
 def common(p, big, tokens):
@@ -64,10 +64,10 @@ PATHS = {
 )
 @pytest.mark.parametrize("activation", ["", "silu"])
 def test_sizes_differ_by_less_than_two_roundings(dtype, activation):
-    big = make_problem(150, SIZE_IN, WIDTHS, 8, 2, 4, dtype=dtype)
+    big = make_problem(150, SIZE_IN, WIDTHS, 8, 2, RANK, dtype=dtype)
     results = {}
     for name, (tokens, run) in PATHS.items():
-        p = common(make_problem(150, SIZE_IN, WIDTHS, 8, 2, 4, dtype=dtype), big, tokens)
+        p = common(make_problem(150, SIZE_IN, WIDTHS, 8, 2, RANK, dtype=dtype), big, tokens)
         counter = torch.zeros(4, dtype=torch.int32, device=DEVICE)
         results[name] = run(p, counter, activation)[:5]
     p = common(big, big, 5)
