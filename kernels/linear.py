@@ -5,8 +5,8 @@
 
 W and A stand in one tensor, [W; A]. Few tokens take one launch that streams it (stream_linear.py),
 some dozens one that tiles it where the product is large (tile_linear.py). Otherwise one product of
-the vendor's gives W x and A x together (two of them for long batches), and one pass adds the expand
-(expand.py, wide_expand.py) and goes on to the activation. The choice falls by the shape and the
+the vendor's gives W x and A x together, and one pass adds the expand (expand.py, wide_expand.py)
+and goes on to the activation. The choice falls by the shape and the
 number of tokens alone (tiles.py).
 """
 
@@ -28,9 +28,8 @@ from vllm_adafuse.kernels.tile_linear import can_tile, tile_linear_triton
 from vllm_adafuse.kernels.tiles import find_tiles
 from vllm_adafuse.kernels.wide_expand import expand_long
 
-# Up to this many tokens W and A are read in one product. Beyond it the product is bound by
-# arithmetic, and a few rows more would cost it a wave of programs.
-MAX_JOINT_TOKENS = 256
+# Up to this many tokens the expand adds a bias at no cost; those of long steps have no place for it.
+MAX_BIAS_TOKENS = 256
 
 
 def scratch_sizes(bank_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
@@ -102,8 +101,14 @@ def one_launch(
 def joint_product(
     x: torch.Tensor, joint: torch.Tensor, bias: torch.Tensor | None, out: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """W x and A x by the vendor's product, and the bias if it is still to be added."""
-    if x.shape[0] <= MAX_JOINT_TOKENS:
+    """W x and A x by the vendor's product, and the bias if it is still to be added.
+
+    One product of both: a few rows more cost nearly nothing at any number of tokens, a second
+    launch 6 to 30 us (H200, shapes of Llama-2-7B; docs/kernel-notes.md). Two where rows of the
+    result would not begin at multiples of 16 bytes, which the vendor's best kernels need.
+    """
+    aligned = joint.shape[0] * x.element_size() % 16 == 0
+    if aligned and (bias is None or x.shape[0] <= MAX_BIAS_TOKENS):
         both = F.linear(x, joint)
         return both[:, :out], both[:, out:], bias
     return F.linear(x, joint[:out], bias), F.linear(x, joint[out:]), None

@@ -197,7 +197,7 @@ def ordered_expand_triton(
     """One launch; for what `can_order` holds.
 
     Args:
-        y: [T, out], W x; overwritten where no gate_up follows. Rows contiguous.
+        y: [T, out], W x; rows contiguous. Overwritten if it is contiguous and no gate_up follows.
         s: [T, P E R], A x of all experts, not yet weighted; rows contiguous.
         bank_b: [out, E, R], dtype of y.
         gates: [N, E] float32, N >= T.
@@ -208,12 +208,14 @@ def ordered_expand_triton(
         cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
 
     Returns:
-        [T, out], which is y, or [T, I] after silu or gelu_tanh.
+        [T, out], or [T, I] after silu or gelu_tanh; contiguous.
     """
     tokens, _, (_, experts, rank) = *y.shape, bank_b.shape
     cut = blocks or OrderedBlocks.choose(activation, rank)
     half = cos_sin.shape[1] // 2 if activation == "rotary" else 0
-    result = y.new_empty(tokens, widths[0]) if is_gate_up(activation) else y
+    result = y
+    if is_gate_up(activation) or not y.is_contiguous():
+        result = y.new_empty(tokens, widths[0] if is_gate_up(activation) else y.shape[1])
     groups, tiles = grouped_tiles(widths, activation, half, cut.columns, cut.loop)
     launch(
         _ordered_expand_kernel, (groups, cdiv(tokens, ORDER_TILE)),

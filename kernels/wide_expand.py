@@ -163,7 +163,7 @@ def wide_expand_triton(
     """One launch; for what `can_widen` holds.
 
     Args:
-        y: [T, out], W x; overwritten where no gate_up follows.
+        y: [T, out], W x; rows contiguous. Overwritten if it is contiguous and no gate_up follows.
         s: [T, P E R], A x of all experts, not yet weighted; rows contiguous.
         bank_b: [out, E, R] contiguous, dtype of y.
         gates: [N, E] float32, N >= T.
@@ -173,7 +173,7 @@ def wide_expand_triton(
         cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
 
     Returns:
-        [T, out], which is y, or [T, I] after silu or gelu_tanh.
+        [T, out], or [T, I] after silu or gelu_tanh; contiguous.
     """
     tokens, out = y.shape
     _, experts, rank = bank_b.shape
@@ -185,8 +185,8 @@ def wide_expand_triton(
     size, block_b = experts * rank, [constants["COLS"], constants["BLOCK_E"] * rank]
     y_desc, result = TensorDescriptor.from_tensor(y, block), y
     out_desc = y_desc
-    if is_gate_up(activation):
-        result = y.new_empty(tokens, widths[0])
+    if is_gate_up(activation) or not y.is_contiguous():
+        result = y.new_empty(tokens, widths[0] if is_gate_up(activation) else out)
         out_desc = TensorDescriptor.from_tensor(result, block)
     launch(
         _wide_expand_kernel, (groups, cdiv(tokens, cut.tokens)),
