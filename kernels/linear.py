@@ -28,7 +28,7 @@ from vllm_adafuse.kernels.tile_linear import can_tile, tile_linear_triton
 from vllm_adafuse.kernels.tiles import find_tiles
 from vllm_adafuse.kernels.wide_expand import expand_long
 
-# Up to this many tokens the expand adds a bias at no cost; those of long steps have no place for it.
+# Up to so many tokens the expand adds a bias at no cost; those of long steps have no place for it.
 MAX_BIAS_TOKENS = 256
 
 

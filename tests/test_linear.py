@@ -3,12 +3,13 @@
 import pytest
 import torch
 from ops import DEVICE, error, linear_truth, make_problem
-from vllm_adafuse.kernels.linear import linear
+from vllm_adafuse.kernels.linear import linear, linear_triton
 from vllm_adafuse.kernels.order_routes import Order
 from vllm_adafuse.kernels.pairs import rotate_torch
 
-# On a GPU: the streaming kernel, and the joint product.
+# On a GPU: the streaming kernel, the tiled one, and the joint product with two kinds of expand.
 TOKENS = [1, 32, 33, 100]
+LONG = [300, 2500]
 NO_ORDER = Order.make(0, 4, 16, DEVICE)
 
 
@@ -40,8 +41,22 @@ def test_queries_and_keys_are_turned(tokens, parts):
     assert error(out, rotate_torch(linear_truth(p), cos_sin, 192)) <= 1e-5
 
 
+@pytest.mark.parametrize("ranks", [4, 3])  # 3: rows of [W; A] that are no multiple of 16 bytes
+@pytest.mark.parametrize("activation", ["", "silu"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_of_the_vendor_and_an_expand(bias, activation, ranks):
+    p = make_problem(300, 48, [64, 64], 1, 1, ranks, bias=bias)
+    x, joint, _, *rest, _ = arguments(p, activation)
+    counters, scratch, order, parts, widths = rest[3], *rest[5:9]
+    out = linear_triton(
+        x, joint, p.bias, p.bank_b, p.gates, p.present, counters[1], scratch, order, parts, widths,
+        activation, None, None,
+    )  # fmt: skip
+    assert out.is_contiguous() and error(out, linear_truth(p, activation)) <= 1e-5
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("tokens", TOKENS + LONG)
 @pytest.mark.parametrize("activation", ["", "silu"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_no_worse_than_plain_torch(tokens, activation, dtype):

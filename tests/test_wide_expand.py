@@ -37,6 +37,18 @@ def test_equals_float64(name):
     assert error(found, want) <= 1e-5
 
 
+@pytest.mark.parametrize("name", ["one-part", "gate-up", "rotary"])
+def test_rows_of_a_joint_product_come_back_contiguous(name):
+    *shape, activation = SHAPES[name]
+    p = make_problem(*shape)
+    cos_sin = torch.randn(50, 64, device=DEVICE) if activation == "rotary" else None
+    apart = run(p, activation, cos_sin)
+    both = p.x.double() @ torch.cat([p.weight, p.bank_a.flatten(0, 2)]).double().T
+    y, s = both.to(p.x.dtype).split([p.weight.shape[0], len(both[0]) - p.weight.shape[0]], 1)
+    found = wide_expand_triton(y, s, p.bank_b, p.gates, p.widths, activation, None, cos_sin)
+    assert found.is_contiguous() and torch.equal(found, apart)
+
+
 @pytest.mark.parametrize("widths", [[320, 128, 128], [256, 128], [192]])
 def test_default_cuts_reach_every_column(widths):
     p = make_problem(70, 16, widths, 2, 1, 16)
