@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import time
 
+import fake_engines
 import pytest
 import torch
 from benchmark_package import ROOT
@@ -11,14 +13,13 @@ from transformers import AutoModelForCausalLM
 from vllm_adafuse.adapter import check_adapter
 from vllm_adafuse.backbone import Backbone
 
-from benchmarks.quality import demo, pool
+from benchmarks.quality import demo, pool, speed
 from benchmarks.quality.__main__ import NOT_DONE, main, parse
 from benchmarks.quality.corpus import DOMAINS, SPLITS, gather
 from benchmarks.quality.data import Data
 from benchmarks.quality.methods import methods
 from benchmarks.quality.report import Result, verdict, write
 from benchmarks.quality.sizes import SIZES
-from benchmarks.quality.speed import write_peft
 from benchmarks.quality.tasks import PACKING, Plan, Task
 
 TOY = SIZES["toy"]
@@ -254,7 +255,7 @@ def test_static_loras_are_timed_as_peft_saves_them(finished, tmp_path):
 
     work = finished / "work"
     adapter = work / "runs" / "lora-active-s0"
-    peft = write_peft(adapter, tmp_path / "peft")
+    peft = speed.write_peft(adapter, tmp_path / "peft")
     ids = torch.randint(3, TOY.vocab, (2, 20))
     logits = []
     for load, path in ((AdaFuseModel.from_pretrained, adapter), (PeftModel.from_pretrained, peft)):
@@ -263,3 +264,27 @@ def test_static_loras_are_timed_as_peft_saves_them(finished, tmp_path):
     assert torch.allclose(logits[0], logits[1], atol=1e-5)
     bare = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.float32).eval()
     assert not torch.allclose(logits[0], bare(ids).logits, atol=1e-4)
+
+
+def test_an_engine_that_fails_takes_no_other_along(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "serve_times", fake_engines.serve)
+    monkeypatch.setattr(speed, "START_SECONDS", 0)
+    monkeypatch.setattr(speed, "TURNS_SECONDS", 5)
+    names = ["lora-active", "layerwise-linear", "layerwise-block", "adafuse-k2", "adafuse-k4"]
+    (tmp_path / "runs").mkdir()
+    for name in names:
+        (tmp_path / "runs" / f"{name}-s0.json").touch()
+    said = []
+    assert not speed.measure_all("toy", names, tmp_path, time.time() + 11, said.append)
+    figures = {f.stem: json.loads(f.read_text()) for f in (tmp_path / "speed").glob("*.json")}
+    assert set(figures) == set(names)
+    assert {b: (f["median"], f["stock"]) for b, f in figures["lora-active"].items()} == {
+        "1": (0.25, 0.5), "32": (8.0, 0.5)}  # fmt: skip
+    assert list(figures["adafuse-k2"]) == ["1"]  # what it had before it ended
+    assert "process ended while it started" in figures["layerwise-linear"]["error"]
+    assert figures["layerwise-block"]["error"] == "ValueError: no room"
+    assert "not started within" in figures["adafuse-k4"]["error"]
+    assert any("started: " in line for line in said)
+    late = time.time() + 4  # too little; what failed would be tried again
+    assert not speed.measure_all("toy", names, tmp_path, late, said.append)
+    assert "3 adapters" in said[-1]

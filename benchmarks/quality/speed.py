@@ -1,18 +1,23 @@
-"""Decode time of the trained adapters, each in a vLLM engine, beside the bare backbone."""
+"""Decode time of the trained adapters, each in a vLLM engine, beside the bare backbone.
+
+Every engine lives in a process of its own. All start at the same time, which takes about as long as
+one; then this process asks each in turn for one measurement, while the others stand still.
+"""
 
 from __future__ import annotations
 
-import fcntl
 import json
+import multiprocessing
 import os
 import random
+import signal
 import statistics
-import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_any
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +26,14 @@ from benchmarks.engine import Engine, timed
 from benchmarks.quality.methods import Method, methods
 from benchmarks.quality.sizes import SIZES, Size
 
-BATCHES, REPEATS, STEPS = (1, 32), 5, (8, 136)
-START_SECONDS = 75  # what an engine and its figures may take, when time is limited
-PROCESSES = 4  # that start engines at the same time; they measure one at a time
-MEMORY, CACHE = 0.06, 1 << 30  # of the GPU for each engine; bytes of keys and values
+BATCHES, REPEATS, STEPS, PROMPT = (1, 32), 5, (8, 136), 64
+STOCK = "stock"
+START_SECONDS, TURNS_SECONDS = 60, 30  # with less time left no engine is started
+STOP_SECONDS = 10  # for an engine to end by itself
+LONGEST_WAIT = 3600.0  # at once: the system knows no endless number of seconds
+# Of the GPU, free when an engine starts (vLLM refuses else); bytes of keys and values, which are
+# given so that no engine measures what others take meanwhile.
+MEMORY, CACHE = 0.02, 1 << 29
 
 
 def write_peft(adapter: Path, out: Path) -> Path:
@@ -65,11 +74,13 @@ def start(method: Method | None, size: Size, work: Path) -> Engine:
             extra = {"hf_overrides": {"adafuse_adapter": str(adapter)}}
     llm = LLM(
         str(work / "base"),
+        skip_tokenizer_init=True,
         dtype="bfloat16",
         gpu_memory_utilization=MEMORY,
-        kv_cache_memory_bytes=CACHE,  # no profiling, which other engines' starts would disturb
+        kv_cache_memory_bytes=CACHE,
         max_model_len=512,
         max_num_seqs=max(BATCHES),
+        max_num_batched_tokens=max(BATCHES) * PROMPT,  # no kernels for more need be compiled
         enable_prefix_caching=False,
         compilation_config={"cudagraph_capture_sizes": list(BATCHES)},
         **extra,
@@ -77,70 +88,104 @@ def start(method: Method | None, size: Size, work: Path) -> Engine:
     return Engine(llm, lora)
 
 
-@contextmanager
-def alone(work: Path) -> Iterator[None]:
-    """The GPU for one process at a time; engines of the others stand still."""
-    with open(work / "gpu.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _meet(work: Path, i: int, count: int) -> None:
-    """Waits until all processes have started their engines: starting disturbs what is timed."""
-    (work / "speed" / f"ready-{i}").touch()
-    until = time.time() + START_SECONDS
-    while len(list((work / "speed").glob("ready-*"))) < count and time.time() < until:
-        time.sleep(0.5)
-
-
-def measure(
-    size: Size, names: list[str], work: Path, deadline: float, i: int = 0, count: int = 1
-) -> None:
-    """Times methods, and writes a file for each in `work/speed`.
-
-    The bare backbone takes turns with the methods of each call, and its figures stand in their
-    rows: compare within a row.
+def serve_times(answer: Connection, name: str, size: Size, work: Path) -> None:
+    """A process with one engine: says "ready", then answers batches with ms per decode step.
 
     Args:
+        answer: to the process that asks; batch 0, or its end, ends this one.
+        name: of the method, or STOCK.
         size: of the experiment.
-        names: of methods.
-        work: folder of the experiment.
-        deadline: no engine is started that would not be done by then.
-        i, count: number of this process, of how many.
+        work: its folder; the engine's log goes there.
     """
-    (work / "speed").mkdir(exist_ok=True)
+    log = os.open(work / f"speed-{name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the engine's process ends, too
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
-    rng = random.Random(0)
-    engines = {"stock": start(None, size, work)}
-    for name in names:
-        if time.time() + START_SECONDS > deadline:
-            break
+    try:
+        engine = start(methods(size).get(name), size, work)
+    except Exception as e:
+        traceback.print_exc()
+        answer.send(f"{type(e).__name__}: {e}"[:500])
+        return
+    try:
+        answer.send("ready")
+        rng = random.Random(0)
+        while batch := answer.recv():
+            short, long = (timed(engine, batch, PROMPT, n, size.vocab, rng) for n in STEPS)
+            answer.send((long - short) / (STEPS[1] - STEPS[0]) * 1e3)
+    except EOFError:
+        pass
+    finally:
+        engine.stop()
+
+
+class Engines:
+    """Engines in processes of their own, in a `with` block.
+
+    Attributes:
+        ready: name -> its connection, of those that started.
+        errors: name -> why another did not.
+    """
+
+    def __init__(self, names: list[str], size: Size, work: Path):
+        context = multiprocessing.get_context("spawn")
+        self.ready: dict[str, Connection] = {}
+        self.errors: dict[str, str] = {}
+        self._processes, self._starting = {}, {}
+        for name in names:
+            self._starting[name], theirs = context.Pipe()
+            process = context.Process(target=serve_times, args=(theirs, name, size, work))
+            process.start()
+            theirs.close()
+            self._processes[name] = process
+
+    def wait(self, until: float) -> None:
+        """Until all have started, or failed, or time is up."""
+        begin = time.time()
+        while self._starting and (left := until - time.time()) > 0:
+            there = wait_any(list(self._starting.values()), min(left, LONGEST_WAIT))
+            for name in [n for n, c in self._starting.items() if c in there]:
+                connection = self._starting.pop(name)
+                try:
+                    said = connection.recv()
+                except EOFError:
+                    said = "its process ended while it started"
+                if said == "ready":
+                    self.ready[name] = connection
+                else:
+                    self.errors[name] = said
+        for name in self._starting:
+            self.errors[name] = f"not started within {time.time() - begin:.0f} s"
+
+    def ask(self, name: str, batch: int, until: float) -> float | None:
+        """ms per decode step; None if there is none by then, or the engine failed."""
+        connection = self.ready[name]
         try:
-            engines[name] = start(methods(size)[name], size, work)
-        except Exception as e:  # the others are timed all the same; the report tells of it
-            traceback.print_exc()
-            _write(work, name, {"error": f"{type(e).__name__}: {e}"[:500]})
-    _meet(work, i, count)
-    times: dict[tuple[str, int], list[float]] = {}
-    for batch in BATCHES:
-        for repeat in range(REPEATS + 1):
-            with alone(work):
-                for name, engine in engines.items():
-                    short, long = (
-                        timed(engine, batch, 64, steps, size.vocab, rng) for steps in STEPS
-                    )
-                    if repeat:  # the first is warm-up
-                        value = (long - short) / (STEPS[1] - STEPS[0]) * 1e3
-                        times.setdefault((name, batch), []).append(value)
-        for name in engines:
-            if name != "stock":
-                _write(work, name, {
-                    str(b): {"unit": "ms per decode step", **record.summary(times[name, b]),
-                             "stock": statistics.median(times["stock", b])}
-                    for b in BATCHES if (name, b) in times
-                })  # fmt: skip
-    for engine in engines.values():
-        engine.llm.llm_engine.engine_core.shutdown()
+            connection.send(batch)
+            left = min(LONGEST_WAIT, max(0.0, until - time.time()))
+            return connection.recv() if connection.poll(left) else None
+        except (EOFError, OSError):
+            self.errors[name] = "its process ended while it was timed"
+            del self.ready[name]
+            return None
+
+    def __enter__(self) -> Engines:
+        return self
+
+    def __exit__(self, *_) -> None:
+        import psutil
+
+        for process in self._processes.values():
+            process.terminate()
+        until = time.time() + STOP_SECONDS
+        for process in self._processes.values():
+            process.join(max(0.0, until - time.time()))
+            if process.is_alive():
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()  # it holds the GPU's memory
+                process.kill()
+                process.join()
 
 
 def _file(work: Path, name: str) -> Path:
@@ -153,41 +198,71 @@ def _write(work: Path, name: str, figures: dict[str, Any]) -> None:
     part.rename(_file(work, name))
 
 
-def measure_all(size_name: str, names: list[str], work: Path, deadline: float, jobs: int) -> bool:
-    """Times methods that have no figures yet, in processes that start at the same time.
+def take_turns(engines: Engines, work: Path, deadline: float) -> None:
+    """Times all engines that started; writes a file for each method after each size."""
+    times: dict[tuple[str, int], list[float]] = {}
+    for batch in BATCHES:
+        for repeat in range(REPEATS + 1):
+            for name in list(engines.ready):
+                value = engines.ask(name, batch, deadline)
+                if value is None and name in engines.ready:
+                    return  # no time
+                if value is not None and repeat:  # the first is warm-up
+                    times.setdefault((name, batch), []).append(value)
+        for name in engines.ready:
+            if name != STOCK and STOCK in engines.ready:
+                _write(work, name, {
+                    str(b): {"unit": "ms per decode step", **record.summary(times[name, b]),
+                             "stock": statistics.median(times[STOCK, b])}
+                    for b in BATCHES if (name, b) in times
+                })  # fmt: skip
+
+
+def measure_all(
+    size_name: str, names: list[str], work: Path, deadline: float, say: Callable[[str], None]
+) -> bool:
+    """Times methods that have no figures yet; writes `work/speed`, a file for each.
 
     What is distilled is served as what is not, and all weights as the bare backbone: not timed.
+    All engines live at the same time, and take 2 to 3 GB of the GPU each.
+
+    Args:
+        size_name: of the experiment.
+        names: of methods.
+        work: its folder.
+        deadline: no measurement is waited for longer.
+        say: takes a line for people.
 
     Returns:
         Whether all have figures.
     """
     size = SIZES[size_name]
-    missing = [
-        name for name in names
-        if (m := methods(size)[name]).mixture and not m.teacher and not _file(work, name).exists()
-    ]  # fmt: skip
+    folder = work / "speed"
+    folder.mkdir(exist_ok=True)
+
+    def lacking(name: str) -> bool:  # one that failed gets another chance
+        file = _file(work, name)
+        return not file.exists() or "error" in json.loads(file.read_text())
+
+    served = [n for n in names if (m := methods(size)[n]).mixture and not m.teacher]
+    missing = [n for n in served if lacking(n)]
     there = [n for n in missing if (work / "runs" / f"{n}-s{size.seeds[0]}.json").exists()]
     if not missing:
         return True
-    if time.time() + START_SECONDS > deadline:
+    left = deadline - time.time()
+    if left < START_SECONDS + TURNS_SECONDS or not there:
+        say(f"not timed: {len(there)} adapters, {left:.0f} s left")
         return False
-    count = min(PROCESSES, jobs, len(there))
-    processes = []
-    for old in (work / "speed").glob("ready-*"):
-        old.unlink()
-    for i in range(count):
-        command = [sys.executable, "-m", "benchmarks.quality.speed", size_name, str(work),
-                   str(deadline), str(i), str(count), *there[i::count]]  # fmt: skip
-        with open(work / f"speed-{i}.log", "w") as log:
-            processes.append(subprocess.Popen(command, stdout=log, stderr=log))
-    for process in processes:
-        try:
-            process.wait(max(1.0, deadline - time.time()))
-        except subprocess.TimeoutExpired:
-            process.terminate()
-    return all(_file(work, name).exists() for name in missing)
-
-
-if __name__ == "__main__":
-    _, chosen, folder, until, number, of, *some = sys.argv
-    measure(SIZES[chosen], some, Path(folder), float(until), int(number), int(of))
+    say(f"timing in vLLM: {len(there)} adapters and the backbone")
+    with Engines([STOCK, *there], size, work) as engines:
+        engines.wait(deadline - TURNS_SECONDS)
+        say(f"started: {', '.join(engines.ready) or 'none'}")
+        if STOCK in engines.ready:
+            take_turns(engines, work, deadline)
+    bare = engines.errors.get(STOCK)
+    for name in there:
+        error = f"the bare backbone: {bare}" if bare else engines.errors.get(name)
+        if error and lacking(name):  # figures of a smaller batch stay
+            say(f"not timed: {name}, {error}")
+            _write(work, name, {"error": error})
+    return not any(lacking(n) for n in missing)
