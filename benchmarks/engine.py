@@ -213,6 +213,8 @@ def start(kind: str, options: Options, root: Path) -> tuple[Engine, dict]:
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
+    # vLLM forks this process: a pool of threads, which random weights would start, hangs the copy.
+    torch.set_num_threads(1)
     base, name = root / "base", kind.replace("/", "-").replace(":", "-")
     extra, lora, control = {}, None, []
     if mixture := options.mixture(kind):
@@ -372,8 +374,6 @@ def main() -> None:
     parser.add_argument("--commit", default="", help="of the measured code")
     arguments = vars(parser.parse_args())
     out, commit = arguments.pop("out"), arguments.pop("commit")
-    # vLLM forks this process: a pool of threads would hang in the copy.
-    torch.set_num_threads(1)
     options = Options(**arguments)
     rows, path = [{"options": vars(options)}], None
     for row in measure(options):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import torch
 from vllm_adafuse.kernels import linear
+from vllm_adafuse.kernels.blocks import ExpandBlocks
 from vllm_adafuse.kernels.linear import joint_product, linear_torch, one_launch
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.residual_norm import residual_norm_torch, residual_norm_triton
@@ -25,6 +26,9 @@ from vllm_adafuse.kernels.wide_expand import expand_long
 
 # From so many tokens on the norm adds the deltas: before, its programs are too few.
 MIN_FUSED_TOKENS = 8192
+# Behind a product of so many elements of `in`, which ends otherwise than a short one, an expand of
+# some dozens of tokens is better cut like this (H200; docs/kernel-notes.md).
+_LONG_IN, _SOME_TOKENS, _SOME_BLOCKS = 8192, 192, ExpandBlocks(32, 128, 1, 8, 1)
 
 
 def scratch_sizes(bank_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
@@ -90,7 +94,8 @@ def linear_norm_triton(
     y, s, _ = joint_product(x, joint, None, out)
     if x.shape[0] >= MIN_FUSED_TOKENS:
         return residual_norm_triton(y, s, *behind)
-    y = expand_long(y, s, None, bank_b, gates, present, [0], [out])
+    blocks = _SOME_BLOCKS if x.shape[1] > _LONG_IN and x.shape[0] <= _SOME_TOKENS else None
+    y = expand_long(y, s, None, bank_b, gates, present, [0], [out], blocks=blocks)
     return residual_norm_triton(y, None, *behind)
 
 

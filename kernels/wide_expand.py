@@ -95,7 +95,7 @@ def choose(tokens: int, width: int, activation: str) -> ExpandBlocks:
     if is_gate_up(activation):
         return ExpandBlocks(128, 32, cdiv(width // 32, 8), 8, 3)
     if activation:
-        return ExpandBlocks(128, 64, 16, 8, 3) if tokens >= 4096 else ExpandBlocks(64, 64, 8, 4, 3)
+        return ExpandBlocks(128, 64, 16, 8, 3) if tokens >= 4096 else ExpandBlocks(64, 64, 4, 4, 2)
     return ExpandBlocks(64, 128 if width % 128 == 0 else 64, 8, 8, 3)
 
 
@@ -135,9 +135,10 @@ def expand_long(
     activation: str = "",
     order: Order | None = None,
     cos_sin: torch.Tensor | None = None,
+    blocks: ExpandBlocks | None = None,
 ) -> torch.Tensor:
     """`wide_expand_triton` where it can, `ordered_expand_triton` where the step has an order and it
-    can, `expand_raw_triton` elsewhere; see all three."""
+    can, `expand_raw_triton` elsewhere, cut like `blocks` if it is told; see all three."""
     head_dim = cos_sin.shape[1] if activation == "rotary" else 0
     if bias is None and can_widen(y, bank_b, parts, widths, activation, head_dim):
         return wide_expand_triton(y, s, bank_b, gates, widths, activation, cos_sin=cos_sin)
@@ -146,7 +147,7 @@ def expand_long(
             y, s, bank_b, gates, order, widths, activation, cos_sin=cos_sin
         )
     return expand_raw_triton(
-        y, s, bias, bank_b, gates, present, parts, widths, activation, cos_sin=cos_sin
+        y, s, bias, bank_b, gates, present, parts, widths, activation, blocks, cos_sin
     )
 
 
