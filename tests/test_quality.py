@@ -13,14 +13,17 @@ from transformers import AutoModelForCausalLM
 from vllm_adafuse.adapter import check_adapter
 from vllm_adafuse.backbone import Backbone
 
+from benchmarks.pages import Result as File
 from benchmarks.quality import demo, pool, speed
 from benchmarks.quality.__main__ import NOT_DONE, main, parse
 from benchmarks.quality.corpus import DOMAINS, SPLITS, gather
 from benchmarks.quality.data import Data
 from benchmarks.quality.methods import methods
-from benchmarks.quality.report import Result, verdict, write
+from benchmarks.quality.report import write
+from benchmarks.quality.scores import Result
 from benchmarks.quality.sizes import SIZES
 from benchmarks.quality.tasks import PACKING, Plan, Task
+from benchmarks.quality.verdict import verdict
 
 TOY = SIZES["toy"]
 CHOSEN = "full,lora-active,layerwise-block,adafuse-k2,context-1,distilled-tuned"
@@ -120,12 +123,15 @@ def test_the_report_is_made_from_the_file_alone(finished, tmp_path):
 
 def fabricated(**losses):
     """A result whose methods have these losses, one per seed."""
-    groups = {"adafuse_k2": "pre-gated", "layerwise_block": "layer-wise", "lora_active": "static"}
+    groups = {"adafuse": "pre-gated", "distilled": "pre-gated", "layerwise": "layer-wise",
+              "lora": "static"}  # fmt: skip
     domains = {d: {"loss": 1.0, "accuracy": 0.5} for d in DOMAINS}
-    rows = [{"options": {}}, {"what": "corpus", "counts": {}}, {"what": "backbone"}]
+    seeds = list(range(max(map(len, losses.values()))))
+    rows = [{"options": {"seeds": seeds}}, {"what": "corpus", "counts": {}}, {"what": "backbone"}]
     for name, values in losses.items():
         method = name.replace("_", "-")
-        rows.append({"what": "method", "method": method, "label": method, "group": groups[name]})
+        about = {"group": groups[name.split("_")[0]], "active_rank": 32 if "k4" in name else 16}
+        rows.append({"what": "method", "method": method, "label": method, **about})
         rows += [{"what": "run", "method": method, "seed": i, "loss": v, "domains": domains}
                  for i, v in enumerate(values)]  # fmt: skip
     return Result({"rows": rows})
@@ -134,13 +140,39 @@ def fabricated(**losses):
 def test_the_verdict_says_who_wins():
     lost = verdict(fabricated(adafuse_k2=[1.01, 1.012], layerwise_block=[1.0, 1.002],
                               lora_active=[1.02, 1.03]))  # fmt: skip
-    assert "1.01 % higher than the best layer-wise mixture" in lost and "**not met**" in lost
-    assert "their seeds do not overlap" in lost and "It is **better**" in lost
-    assert "The lowest perplexity of all has: layerwise-block" in lost
+    assert "**Layer-wise routing wins**: adafuse-k2 is worse than layerwise-block with each" in lost
+    assert "+1.01 % (2.748 against 2.721; by seed +1.01, +1.01 %): **not met**" in lost
+    assert "layer-wise, per linear | no figure" in lost and "-1.39 %" in lost
+    assert "at least 0 of each" in lost and "no figure: no training-*.json" in lost
     near = verdict(fabricated(adafuse_k2=[1.003, 0.999], layerwise_block=[1.0, 1.0],
-                              lora_active=[0.9, 0.9]))  # fmt: skip
-    assert "is **met**" in near and "their seeds overlap" in near
-    assert "It is **not better**" in near
+                              layerwise_linear=[1.2, 1.2], lora_active=[0.9, 0.9]))  # fmt: skip
+    assert "**A draw**" in near and "+0.10 %" in near and "is also the best of the 1" in near
+    assert "static LoRA of the same rank at work | +10.63 %" in near
+    assert "**One decision per token wins**" in verdict(
+        fabricated(adafuse_k2=[0.9], layerwise_block=[1.0])
+    )
+
+
+def test_the_verdict_tells_a_choice_from_a_plan():
+    said = verdict(fabricated(adafuse_k2=[1.01] * 3, adafuse_k4=[0.99] * 3, distilled=[0.5],
+                              layerwise_block=[1.0] * 3, layerwise_linear=[1.0] * 3,
+                              lora_active=[1.0] * 3))  # fmt: skip
+    assert "adafuse-k4: the best variant, chosen after it" in said  # and not what has one seed
+    assert "best of 3 pre-gated ones, against 2 layer-wise" in said
+    assert "not comparable: rank 32 at work, the LoRA 16" in said
+    assert "It also has rank 32 at work" in said and "at least 3 of each" in said
+
+
+@pytest.mark.parametrize(("rate", "said"), [(71.0, "71.0 % (71 of 100"), (69.0, "**not met**")])
+def test_training_throughput_is_of_the_newest_file_with_peft(rate, said, tmp_path):
+    rows = [{"options": {"model": "llama-2-7b", "layers": 8}}]
+    rows += [{"method": m, "median": v} for m, v in (("peft", 100.0), ("adafuse", rate))]
+    content = {"benchmark": "training", "rows": rows}
+    other = content | {"rows": [rows[0], {"method": "lora", "median": 1.0}, rows[2]]}
+    files = [File(tmp_path / "a.json", content), File(tmp_path / "b.json", other)]
+    result = fabricated(adafuse_k2=[1.0], layerwise_block=[1.0])
+    (line,) = [x for x in verdict(result, files).splitlines() if "throughput" in x]
+    assert said in line and "llama-2-7b, 8 layers" in line
 
 
 def test_a_scarce_kind_of_text_is_left_out_in_words(corpus_root, tmp_path):

@@ -4,157 +4,69 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import plot, read_results, table
+from benchmarks.pages import ROOT, read_results, table
+from benchmarks.pages import Result as File
+from benchmarks.quality.plots import draw_quality, draw_time, draw_usage
+from benchmarks.quality.scores import Result
+from benchmarks.quality.verdict import throughput, verdict
 
-ROOT = Path(__file__).parent.parent.parent
-NEAR = 0.005  # relative difference of perplexity that the project allows itself
 HEAD = """\
 # Does a route decided once per token cost quality?
 
-Written by `python -m benchmarks.quality --report` from a file in `benchmarks/quality/results/`; do
-not edit. The file was made by one command, which pretrains a small Llama on text that machines
-carry, adapts it by every method and judges on files that no training saw:
-`python -m benchmarks.quality --size full --work /tmp/quality --jobs 8 --minutes 15 --speed`
+Written by `python -m benchmarks.quality --report` from files in `benchmarks/quality/results/`; do
+not edit. One command pretrained a small Llama on text that machines carry, adapted it by every
+method and judged on files that no training saw.
 """
-COLOURS = {"all weights": "black", "static": "tab:gray", "layer-wise": "tab:orange",
-           "pre-gated": "tab:blue"}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Scores:
-    """One method over its seeds.
-
-    Attributes:
-        about: its row: label, group, ranks.
-        runs: a row per seed.
-        decode: batch -> figures of `speed`, or empty.
-    """
-
-    about: dict[str, Any]
-    runs: list[dict[str, Any]]
-    decode: dict[str, dict[str, Any]]
-
-    @property
-    def label(self) -> str:
-        return self.about["label"]
-
-    def perplexities(self, domain: str | None = None) -> list[float]:
-        """Of each seed: of a domain, or of the mean loss over domains."""
-        return [math.exp(r["domains"][domain]["loss"] if domain else r["loss"]) for r in self.runs]
-
-    def perplexity(self, domain: str | None = None) -> float:
-        return statistics.mean(self.perplexities(domain))
-
-    def accuracy(self) -> float:
-        return statistics.mean(r["accuracy"] for r in self.runs)
-
-
-class Result:
-    """The rows of a result file, by what they are."""
-
-    def __init__(self, content: dict[str, Any]):
-        self.content, rows = content, content["rows"]
-        self.options = rows[0]["options"]
-        (self.corpus,) = [r for r in rows if r.get("what") == "corpus"]
-        (self.backbone,) = [r for r in rows if r.get("what") == "backbone"]
-        timed = {r["method"]: r["decode"] for r in rows if r.get("what") == "speed"}
-        speed = {name: figures for name, figures in timed.items() if "error" not in figures}
-        self.not_timed = {n: f["error"] for n, f in timed.items() if "error" in f}
-        every = [
-            Scores(r, [x for x in rows if x.get("what") == "run" and x["method"] == r["method"]],
-                   speed.get(r["method"], {}))
-            for r in rows if r.get("what") == "method"
-        ]  # fmt: skip
-        self.methods = [m for m in every if m.runs]
-        self.missing = [m.label for m in every if not m.runs]
-        self.seeds = max((len(m.runs) for m in self.methods), default=0)
-        self.failed = {r["task"]: r["error"] for r in rows if r.get("what") == "failed"}
-        self.domains = list(self.corpus["counts"])
-
-    def best(self, group: str) -> Scores | None:
-        """The method of a group with the lowest perplexity."""
-        some = [m for m in self.methods if m.about["group"] == group]
-        return min(some, key=Scores.perplexity) if some else None
-
-    def of(self, name: str) -> Scores | None:
-        return next((m for m in self.methods if m.about["method"] == name), None)
 
 
 def _spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-
-
-def _against(name: str, ours: Scores, other: Scores) -> str:
-    """One sentence: how far apart two methods are, and whether seeds overlap."""
-    a, b = ours.perplexities(), other.perplexities()
-    gap = statistics.mean(a) / statistics.mean(b) - 1
-    overlap = max(a) >= min(b) and max(b) >= min(a)
-    seeds = "their seeds overlap" if overlap else "their seeds do not overlap"
-    one = len(a) == 1
-    word = "lower" if gap < 0 else "higher"
-    return (
-        f"{ours.label} has a perplexity of {statistics.mean(a):.3f}, {abs(100 * gap):.2f} % {word} "
-        f"than {name} ({other.label}, {statistics.mean(b):.3f}); "
-        f"{'one seed each' if one else seeds}."
-    )
-
-
-def verdict(result: Result) -> str:
-    """What the table says, in sentences made from it."""
-    ours, layer_wise = result.best("pre-gated"), result.best("layer-wise")
-    lines = []
-    if not result.methods:
-        return "Nothing was trained yet.\n"
-    if ours and layer_wise:
-        gap = ours.perplexity() / layer_wise.perplexity() - 1
-        met = "met" if gap <= NEAR else "not met"
-        lines.append(
-            f"{_against('the best layer-wise mixture', ours, layer_wise)} "
-            f"The aim, at most {100 * NEAR:g} % higher, is **{met}**."
-        )
-    plain, same = result.of("adafuse-k2"), result.best("layer-wise")
-    if plain and same and plain is not ours:
-        lines.append(_against("the best layer-wise mixture, at the same rank at work", plain, same))
-    for name, text in (("lora-active", "static LoRA of the same active rank"),
-                       ("lora-total", "static LoRA of the same total rank")):  # fmt: skip
-        if ours and (other := result.of(name)):
-            better = "better" if ours.perplexity() < other.perplexity() else "not better"
-            lines.append(f"{_against(text, ours, other)} It is **{better}**.")
-    contexts = [m for m in result.methods if m.about["method"].startswith("context-")]
-    if contexts and plain:
-        best = min(contexts, key=Scores.perplexity)
-        lines.append(_against("the plain one, which sees no context", best, plain))
-    winner = min(result.methods, key=Scores.perplexity)
-    lines.append(f"The lowest perplexity of all has: {winner.label}, {winner.perplexity():.3f}.")
-    return "\n".join(f"* {line}" for line in lines) + "\n"
+    mean = f"{statistics.mean(values):.3f}"
+    return f"{mean} ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else mean
 
 
 def main_table(result: Result) -> str:
+    batches = list(dict.fromkeys(b for m in result.methods for b in m.decode))
     header = ["method", "rank at work / in all", "trained weights", "perplexity (seeds)",
-              "right next token", *result.domains]  # fmt: skip
-    batches = list(next((m.decode for m in result.methods if m.decode), {}))
-    header += [f"decode step, batch {b}" for b in batches]
-    bare = {d: math.exp(v["loss"]) for d, v in result.backbone["domains"].items()}
+              "right next token", *(f"decode step, batch {b}" for b in batches)]  # fmt: skip
     rows = [["backbone, not adapted", "", "", f"{math.exp(result.backbone['loss']):.3f}",
-             f"{100 * result.backbone['accuracy']:.2f} %", *(f"{bare[d]:.3f}" for d in bare),
-             *("" for _ in batches)]]  # fmt: skip
+             f"{100 * result.backbone['accuracy']:.2f} %", *("" for _ in batches)]]  # fmt: skip
     for m in result.methods:
         about = m.about
         ranks = f"{about['active_rank']} / {about['total_rank']}" if about["active_rank"] else ""
         few = f" ({len(m.runs)} of {result.seeds} seeds)" if len(m.runs) < result.seeds else ""
         cells = [m.label + few, ranks, f"{m.runs[0]['trained']:,}", _spread(m.perplexities()),
                  f"{100 * m.accuracy():.2f} %"]  # fmt: skip
-        cells += [f"{m.perplexity(d):.3f}" for d in result.domains]
         for batch in batches:
             at = m.decode.get(batch)
             more = f" ({100 * (at['median'] / at['stock'] - 1):+.1f} %)" if at else ""
             cells.append(f"{at['median']:.3f} ms{more}" if at else "")
         rows.append(cells)
     return table(header, rows)
+
+
+def domain_table(result: Result) -> str:
+    bare = result.backbone["domains"]
+    rows = [["backbone, not adapted", *(f"{math.exp(bare[d]['loss']):.3f}" for d in bare)]]
+    for m in result.methods:
+        rows.append([m.label, *(f"{m.perplexity(d):.3f}" for d in result.domains)])
+    return table(["method", *result.domains], rows)
+
+
+def timing_notes(result: Result) -> list[str]:
+    """What the columns of decode steps leave out, and why."""
+    if not any(m.decode for m in result.methods):
+        return ["Decode steps in vLLM were not timed in this run."]
+    bare = [m.decode["1"]["stock"] for m in result.methods if "1" in m.decode]
+    notes = [
+        "Decode steps in vLLM: medians of the first seed's adapter, and how much more than the "
+        f"bare backbone's ({statistics.median(bare):.3f} ms at batch 1). docs/benchmarks.md has "
+        "backbones of real sizes. What is distilled is served as AdaFuse, k = 2, all weights as "
+        "the backbone."
+    ]
+    return notes + [f"Not timed: {name}, {error}" for name, error in result.not_timed.items()]
 
 
 def distil_table(result: Result) -> str:
@@ -170,15 +82,33 @@ def distil_table(result: Result) -> str:
     return table(header, rows) if rows else ""
 
 
-def training_table(result: Result) -> str:
+def rates_table(result: Result) -> str:
     rows = [
         [m.label, f"{m.runs[0]['lr']:g}",
-         f"{m.runs[0]['lr'] * m.runs[0]['router_rate']:g}" if "usage" in m.runs[0] else "",
-         f"{statistics.median(r['tokens_per_s'] for r in m.runs):,.0f}"]
-        for m in result.methods if "tokens_per_s" in m.runs[0]
+         f"{m.runs[0]['lr'] * m.runs[0]['router_rate']:g}" if "usage" in m.runs[0] else ""]
+        for m in result.methods
     ]  # fmt: skip
-    header = ["method", "learning rate chosen", "of routers", "tokens/s (several ran at once)"]
-    return table(header, rows)
+    return table(["method", "learning rate chosen", "of routers"], rows)
+
+
+def throughput_text(files: list[File]) -> str:
+    """Training speed, of a file of its own: in the experiment several trainings run at once."""
+    if not (found := throughput(files)):
+        return "Training throughput beside PEFT was not measured.\n"
+    file, rows = found
+    peft = rows["peft"]["median"]
+    shown = [
+        [name, f"{r['median']:,.0f} ({r['min']:,.0f} to {r['max']:,.0f})",
+         f"{100 * r['median'] / peft:.1f} %"]
+        for name, r in rows.items()
+    ]  # fmt: skip
+    options = file.options
+    return (
+        f"Training throughput, one method at a time in turns: {file.models}, {file.mixture}, "
+        f"{options['batch']} x {options['length']} tokens a step, the LoRA with rank k r; "
+        f"{file.gpu or file.content['cpu']}; commit {file.content['commit']}; "
+        f"`{file.path.name}`.\n\n" + table(["method", "tokens/s", "of PEFT LoRA"], shown)
+    )
 
 
 def corpus_table(result: Result) -> str:
@@ -188,60 +118,6 @@ def corpus_table(result: Result) -> str:
     ]
     splits = list(next(iter(result.corpus["counts"].values())))
     return table(["domain", *splits], rows)
-
-
-def draw_quality(result: Result, folder: Path) -> str:
-    """Perplexity against decode time; against the rank at work where no time was taken."""
-    timed = [m for m in result.methods if m.decode]
-    shown = timed or [m for m in result.methods if m.about["active_rank"]]
-    path = folder / "quality.svg"
-
-    def draw(axes: Any) -> None:
-        for m in shown:
-            x = m.decode["1"]["median"] if timed else m.about["active_rank"]
-            values = m.perplexities()
-            mean = statistics.mean(values)
-            group = m.about["group"]
-            error = [[mean - min(values)], [max(values) - mean]]
-            handles, labels = axes.get_legend_handles_labels()
-            axes.errorbar(x, mean, yerr=error, marker="o", color=COLOURS[group], capsize=2,
-                          label=None if group in labels else group, linestyle="")  # fmt: skip
-            axes.annotate(m.label, (x, mean), fontsize=6, xytext=(4, 3),
-                          textcoords="offset points")  # fmt: skip
-        axes.set_xlabel("ms per decode step, batch 1" if timed else "rank at work for a token")
-        axes.set_ylabel("held-out perplexity")
-
-    plot(path, draw, "quality against decode time" if timed else "quality against active rank")
-    return f"![quality](plots/{path.name})\n"
-
-
-def draw_usage(result: Result, folder: Path) -> str:
-    """Expert usage per domain, first seed, one map a method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    matplotlib.rcParams["svg.hashsalt"] = "vllm-adafuse"
-    shown = [m for m in result.methods if "usage" in m.runs[0]]
-    if not shown:
-        return ""
-    columns = 3
-    lines = math.ceil(len(shown) / columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(9, 1.9 * lines), layout="constrained",
-                                squeeze=False)  # fmt: skip
-    for axis in axes.flat[len(shown) :]:
-        axis.axis("off")
-    for axis, m in zip(axes.flat, shown):
-        usage = [m.runs[0]["usage"][domain] for domain in result.domains]
-        axis.imshow(usage, aspect="auto", vmin=0, vmax=0.5, cmap="viridis")
-        axis.set_title(m.label, fontsize=8)
-        axis.set_yticks(range(len(result.domains)), result.domains, fontsize=7)
-        axis.set_xticks(range(len(usage[0])), range(len(usage[0])), fontsize=7)
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "quality-usage.svg", metadata={"Date": None})
-    plt.close(figure)
-    return "![expert usage](plots/quality-usage.svg)\n"
 
 
 def _tuned(options: dict[str, Any]) -> str:
@@ -256,42 +132,66 @@ def _tuned(options: dict[str, Any]) -> str:
     )
 
 
-def page(result: Result, name: str, docs: Path) -> str:
-    """The whole page; plots go to `docs/plots`."""
-    options, content = result.options, result.content
-    where = content.get("gpu") or content["cpu"]
-    versions = content["versions"]
-    size = (
+def _setting(result: Result) -> str:
+    options = result.options
+    seeds = f"{result.seeds} seeds" if result.seeds > 1 else "one seed"
+    return (
         f"The backbone: {result.backbone['parameters']:,} parameters, {options['layers']} layers "
         f"of {options['hidden']}, {options['vocab']:,} tokens, {result.backbone['steps']:,} steps "
         f"of {options['pretrain_batch']} blocks of {options['length']} tokens. Adapted: "
         f"{options['steps']:,} steps of {options['batch']} blocks, E = {options['experts']}, "
-        f"r = {options['r']}, {result.seeds} seeds. What is distilled starts from a trained "
-        "mixture, and so has seen twice the steps."
+        f"r = {options['r']}, {seeds}. What is distilled starts from a trained mixture, and so has "
+        "seen twice the steps.\n"
     )
-    notes = [f"* The text: {note}." for note in result.corpus.get("notes", ())]
+
+
+def _notes(result: Result) -> str:
+    """What a reader must know of this run: what is missing, too small, or failed."""
+    notes = [f"The text: {note}." for note in result.corpus.get("notes", ())]
+    if result.options["size"] != "full":
+        size = result.options["size"]
+        notes.append(f"**Size `{size}`: too small to conclude anything from.**")
     if result.missing:
-        notes.append(f"* Not trained, for lack of time: {', '.join(result.missing)}.")
-    notes += [f"* Failed: {task}: `{error.strip().splitlines()[-1]}`"
-              for task, error in result.failed.items()]  # fmt: skip
-    warning = "" if options["size"] == "full" else (
-        f"\n**Size `{options['size']}`: too small to conclude anything from.**\n"
-    )  # fmt: skip
-    folder = docs / "plots"
+        notes.append(f"**Not trained** in the time there was: {'; '.join(result.missing)}.")
+    few = [f"{m.label} ({len(m.runs)})" for m in result.methods if len(m.runs) < result.seeds]
+    if few:
+        notes.append(f"**Fewer than {result.seeds} seeds**: {'; '.join(few)}.")
+    for task, error in result.failed.items():
+        last = (error.strip() or "no message").splitlines()[-1]
+        notes.append(f"Failed: {task}: `{last}`")
+    return "".join(f"* {note}\n" for note in notes)
+
+
+def page(result: Result, file: File, files: list[File], docs: Path) -> str:
+    """The whole page; plots go to `docs/plots`.
+
+    Args:
+        result: of the experiment.
+        file: where it stands.
+        files: all result files, for training throughput.
+        docs: folder of the page.
+    """
+    content, folder = result.content, docs / "plots"
+    _, _, arguments = file.command.partition(" ")
+    usage = draw_usage(result, folder)
     parts = [
-        f"{HEAD}\n`{name}`, commit {content['commit']}, {where}, torch {versions['torch']}.\n"
-        f"{warning}\n{size}\n",
-        "\n".join(notes) + "\n" if notes else "",
-        f"## Who wins\n\n{verdict(result)}",
-        f"## All methods\n\nPerplexity is that of the mean loss over domains: mean of the seeds, "
-        f"lowest to highest. Of a domain: mean of the seeds.\n\n{main_table(result)}",
-        *(f"Not timed: {name}, {error}\n" for name, error in result.not_timed.items()),
+        f"{HEAD}\n`{file.path.name}`, commit {content['commit']}, {file.gpu or content['cpu']}, "
+        f"torch {content['versions']['torch']}: `python -m benchmarks.quality {arguments}`\n",
+        _setting(result),
+        _notes(result),
+        f"## Who wins\n\n{verdict(result, files)}",
+        "## All methods\n\nPerplexity is that of the mean loss over domains: mean of the seeds "
+        f"(lowest to highest).\n\n{main_table(result)}",
+        *(f"{note}\n" for note in timing_notes(result)),
         draw_quality(result, folder),
-        "## Which experts work for which domain\n\nShare of the slots, first seed; of layer-wise "
-        f"mixtures the mean over routers.\n\n{draw_usage(result, folder)}",
+        draw_time(result, folder),
+        f"## By domain\n\nPerplexity, mean of the seeds.\n\n{domain_table(result)}",
+        "## Which experts work for which domain\n\nShare of the slots, first seed: dark is none, "
+        "bright a half or more; of layer-wise mixtures the mean over routers.\n\n" * bool(usage),
+        usage,
         f"## Distilling\n\n{distil_table(result)}" if distil_table(result) else "",
-        f"## Training\n\n{_tuned(options)}\n\n"
-        f"{training_table(result)}",
+        f"## Training\n\n{throughput_text(files)}\n{_tuned(result.options)}\n\n"
+        f"{rates_table(result)}",
         f"## The text\n\nNo file is in two splits; near copies of training files are not judged. "
         f"Corpus `{result.corpus['fingerprint']}`.\n\n{corpus_table(result)}",
     ]
@@ -302,13 +202,19 @@ def write(results: Path, docs: Path = ROOT / "docs") -> Path:
     """Writes the page of the newest file of the largest size.
 
     Raises:
-        ValueError: no result file.
+        ValueError: no result file, or one without a finished training.
     """
     order = ["toy", "small", "full"]
-    found = [r for r in read_results(results) if r.content["benchmark"] == "quality"]
+    files = read_results(results)
+    found = [f for f in files if f.kind == "quality"]
     if not found:
         raise ValueError(f"no quality-*.json in {results}; run python -m benchmarks.quality first")
-    last = max(found, key=lambda r: (order.index(r.options["size"]), r.content["time"]))
+    last = max(found, key=lambda f: (order.index(f.options["size"]), f.content["time"]))
+    result = Result(last.content)
+    if not result.methods:
+        raise ValueError(f"{last.path} has no finished training; run python -m benchmarks.quality")
     path = docs / "quality.md"
-    path.write_text(page(Result(last.content), last.path.name, docs), encoding="utf-8")
+    text = page(result, last, files, docs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
     return path
