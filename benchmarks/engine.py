@@ -23,6 +23,7 @@ to its first token.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -30,7 +31,8 @@ import statistics
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,7 @@ class Options:
     dtype: str = "bfloat16"
     quantization: str | None = None
     memory: float = 0.4
+    cache: float | None = None
     group: int | None = None
 
     def __post_init__(self):
@@ -242,7 +245,8 @@ def start(kind: str, options: Options, root: Path) -> tuple[Engine, dict]:
         skip_tokenizer_init=True,
         dtype=options.dtype,
         quantization=options.quantization,
-        gpu_memory_utilization=options.memory,
+        gpu_memory_utilization=options.memory if options.cache is None else 0.05,
+        kv_cache_memory_bytes=options.cache and int(options.cache * (1 << 30)),
         max_model_len=max(longest),
         max_num_seqs=max(options.batches + [count for count, _ in options.prefill]),
         max_num_batched_tokens=step,
@@ -252,6 +256,32 @@ def start(kind: str, options: Options, root: Path) -> tuple[Engine, dict]:
     )
     seconds = time.perf_counter() - begin
     return Engine(llm, lora, control), {"start_s": seconds} | llm.collective_rpc(_memory)[0]
+
+
+def start_all(
+    kinds: Sequence[str], options: Options, root: Path
+) -> Iterator[tuple[str, tuple[Engine, dict] | Exception]]:
+    """Engines on the shared backbone, or why one did not start; see `start`.
+
+    One after the other; all at once if each is told its share of the GPU (`options.cache`), which
+    vLLM need not find out then.
+    """
+    tried = functools.partial(_tried, options=options, root=root)
+    if options.cache is None or not kinds:
+        yield from zip(kinds, map(tried, kinds))
+        return
+    # Threads that start processes must not copy the locks of one another.
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    with ThreadPoolExecutor(len(kinds)) as pool:
+        yield from zip(kinds, pool.map(tried, kinds))
+
+
+def _tried(kind: str, options: Options, root: Path) -> tuple[Engine, dict] | Exception:
+    try:
+        return start(kind, options, root)
+    except Exception as e:  # told of in its row
+        traceback.print_exc()
+        return e
 
 
 def timed(
@@ -329,20 +359,19 @@ def measure(options: Options) -> Iterator[dict]:
         root = Path(scratch)
         write_config(options, root / "base")
         for number, group in enumerate(options.groups):
-            for kind in group:
-                if kind in engines:
-                    continue
+            new = [kind for kind in group if kind not in engines]
+            for kind, started in start_all(new, options, root):
                 row = {"engine": kind, "group": number}
-                try:
-                    engines[kind], figures = start(kind, options, root)
-                except Exception as e:
+                if isinstance(started, Exception):
                     if kind == options.engines[0]:
-                        raise
-                    traceback.print_exc()
-                    yield row | {"what": "failed", "error": f"{type(e).__name__}: {e}"}
+                        raise started
+                    error = f"{type(started).__name__}: {started}"
+                    yield row | {"what": "failed", "error": error}
                     continue
+                engines[kind], figures = started
                 print(f"start    {kind:16} {figures}", flush=True)
-                yield row | {"what": "start"} | figures
+                if options.cache is None:  # else each was in the others' way
+                    yield row | {"what": "start"} | figures
             for row in take_turns(options, engines):
                 yield row | {"group": number}
             for kind in list(engines)[1:]:
@@ -367,6 +396,11 @@ def main() -> None:
     parser.add_argument("--top-k", default=2, type=int)
     parser.add_argument("--r", default=16, type=int)
     parser.add_argument("--memory", default=0.4, type=float, help="of the GPU, for each engine")
+    parser.add_argument(
+        "--cache", type=float, metavar="GIB",
+        help="of keys and values, for each engine: then a group's engines start all at once, and "
+        "neither their start nor their memory is timed",
+    )  # fmt: skip
     parser.add_argument("--group", type=int, help="engines at the same time; default all")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--quantization", help="of the backbone, as vLLM names it: fp8")

@@ -50,6 +50,7 @@ class Options:
     r: int = 16
     dtype: str = "bfloat16" if torch.cuda.is_available() else "float32"
     memory: float = 0.2
+    cache: float | None = None
 
     def __post_init__(self):
         for name, values, known in (("models", self.models, SHAPES), ("rows", self.rows, ROWS)):
@@ -188,6 +189,10 @@ def main() -> None:
     parser.add_argument("--r", default=defaults.r, type=int)
     parser.add_argument("--dtype", default=defaults.dtype)
     parser.add_argument("--memory", default=defaults.memory, type=float, help="of each vLLM engine")
+    parser.add_argument(
+        "--cache", type=float, metavar="GIB",
+        help="of keys and values, for each vLLM engine: then they start all at once",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder of the result file")
     parser.add_argument("--commit", default="", help="of the measured code")
     parser.add_argument("--report", action="store_true", help="write docs/paper.md and its plots")

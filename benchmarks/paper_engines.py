@@ -52,16 +52,21 @@ def measure_vllm(options: Options, model: str) -> list[dict[str, Any]]:
         model=model, layers=options.layers, engines=options.engines, batches=[1], prefill=[(1, 8)],
         prompt=options.prompt, repeats=options.repeats, experts=options.experts,
         top_k=options.top_k, r=options.r, dtype=options.dtype, memory=options.memory,
+        cache=options.cache,
     )  # fmt: skip
     vocab, rng, rows = SHAPES[model][-1], random.Random(0), []
     with tempfile.TemporaryDirectory() as scratch:
         root, engines = Path(scratch), {}
         engine.write_config(settings, root / "base")
         times: dict[str, list[float]] = {}
-        for kind in options.engines:
-            engines[kind], figures = engine.start(kind, settings, root)
+        for kind, started in engine.start_all(options.engines, settings, root):
+            if isinstance(started, Exception):
+                raise started
+            engines[kind], figures = started
             rows.append({"where": "vllm", "model": model, "row": kind, "unit": "ms/token"})
-            rows[-1] |= {"start_s": figures["start_s"], "peak_bytes": figures["model_bytes"]}
+            rows[-1]["peak_bytes"] = figures["model_bytes"]
+            if options.cache is None:
+                rows[-1]["start_s"] = figures["start_s"]
             times[kind] = []
         short, long = settings.steps
         for repeat in range(options.repeats + 1):

@@ -213,6 +213,9 @@ def test_an_engine_that_does_not_start_is_told_of_and_the_others_go_on(monkeypat
         "engine": "lora", "group": 0, "what": "failed", "error": "MemoryError: no room",
     }  # fmt: skip
     assert len(Stopped.stops) == 2
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")  # to be put back
+    at_once = list(engine.measure(Options(model="tiny", engines=["stock", "lora"], cache=1.0)))
+    assert [row.get("what", row.get("beside")) for row in at_once] == ["failed", ["stock"]]
     with pytest.raises(MemoryError):
         list(engine.measure(Options(model="tiny", engines=["lora", "adafuse"])))
 
