@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import tarfile
 import time
 
 import fake_engines
@@ -14,7 +15,7 @@ from vllm_adafuse.adapter import check_adapter
 from vllm_adafuse.backbone import Backbone
 
 from benchmarks.pages import Result as File
-from benchmarks.quality import demo, pool, speed
+from benchmarks.quality import demo, pool, publish, speed
 from benchmarks.quality.__main__ import NOT_DONE, main, parse
 from benchmarks.quality.corpus import DOMAINS, SPLITS, gather
 from benchmarks.quality.data import Data
@@ -274,6 +275,45 @@ def test_the_demo_s_model_is_made_small_and_checked(corpus_root, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "demo_model" / "backbone", dtype="auto")
     assert model.dtype == torch.float32  # the config's; the file holds bfloat16
     assert all(torch.equal(p, p.bfloat16().float()) for p in model.parameters())
+
+
+    # Made on another machine, it is installed with what it says of itself, if it got better.
+    says = tmp_path / "demo_model" / "made_with.json"
+    for adapted, refused in ((2.0, None), (3.0, "perplexity of prose is 3.00 adapted and 3.00")):
+        better = {d: {"backbone": 3.0, "adapted": adapted} for d in ("prose", "python")}
+        says.write_text(json.dumps(about | {"held_out_perplexity": better}))
+        with tarfile.open(tmp_path / "demo_model.tgz", "w:gz") as tar:
+            tar.add(says.parent, "demo_model")
+        if refused:
+            with pytest.raises(ValueError, match=refused):
+                demo.install(tmp_path / "demo_model.tgz", tmp_path / "installed")
+        else:
+            demo.install(tmp_path / "demo_model.tgz", tmp_path / "installed")
+    demo.check(tmp_path / "installed")
+    (says.parent / "adapter" / "more.bin").write_bytes(bytes(demo.LIMIT))
+    with pytest.raises(ValueError, match="more.bin, which does not belong there; has .* bytes"):
+        demo.check(says.parent)
+
+
+def test_the_demo_s_model_in_the_repository_is_whole():
+    if not demo.OUT.is_dir():
+        pytest.skip("a tree without it")
+    assert demo.check(demo.OUT)["made_by"] == "python -m benchmarks.quality.demo"
+
+
+def test_what_a_gpu_machine_sent_is_published_by_one_command(finished, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    (file,) = (finished / "out").glob("quality-*.json")
+    (tmp_path / "sent").mkdir()
+    (tmp_path / "sent" / "so-far.json").write_bytes(file.read_bytes())
+    arguments = [str(tmp_path / "sent"), "--results", str(tmp_path / "results"),
+                 "--docs", str(tmp_path / "docs")]  # fmt: skip
+    assert publish.main(arguments) == 0
+    assert (tmp_path / "results" / file.name).read_bytes() == file.read_bytes()
+    assert file.name in (tmp_path / "docs" / "quality.md").read_text("utf-8")
+    other = json.loads(file.read_text()) | {"commit": "another"}
+    (tmp_path / "sent" / "so-far.json").write_text(json.dumps(other))
+    assert publish.main(arguments) == 1 and "is another result" in capsys.readouterr().err
 
 
 def test_experts_are_named_after_their_use():

@@ -3,6 +3,7 @@
     python -m benchmarks.quality.demo --steps 800       minutes on a CPU
     python -m benchmarks.quality.demo --steps 20000     minutes on a GPU, and it speaks better
     python -m benchmarks.quality.demo --steps 6000 --batch 128      as much text, sooner on a GPU
+    python -m benchmarks.quality.demo --install demo_model.tgz      one made on another machine
 
 A Llama of 1.6 million parameters learns Python and prose; a mixture of four experts is trained on
 both, and each expert is named after what it is used for. Files: `vllm_adafuse/demo_model`, at most
@@ -18,12 +19,15 @@ import json
 import math
 import shutil
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from vllm_adafuse.adapter import check_adapter
+from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.training import AdaFuseModel, MixtureConfig
 from vllm_adafuse.training.align import fit_router, router_inputs
 from vllm_adafuse.training.watch import count_experts
@@ -34,6 +38,12 @@ from benchmarks.quality.train import DEVICE, fit, generator, judge, lighten, pre
 
 OUT = Path(__file__).parents[2] / "vllm_adafuse" / "demo_model"
 LIMIT = 4 * MIB
+FILES = {
+    "made_with.json",
+    *(f"adapter/adapter_{name}" for name in ("config.json", "model.safetensors")),
+    *(f"backbone/{name}" for name in ("config.json", "generation_config.json", "model.safetensors",
+                                      "tokenizer.json", "tokenizer_config.json")),
+}  # fmt: skip
 SHARES = {"python": 0.5, "prose": 0.5, "c": 0.0, "html": 0.0, "json": 0.0}
 # A conversation is text that goes on.
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
@@ -156,13 +166,71 @@ def make(
     about = {
         "made_by": "python -m benchmarks.quality.demo",
         "size": dataclasses.asdict(size),
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
         "corpus": data.info["fingerprint"],
         **figures,
     }
     (out / "made_with.json").write_text(json.dumps(about, indent=1) + "\n")
-    total = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    if total > LIMIT:
-        raise ValueError(f"{out} has {total} bytes, expected at most {LIMIT}")
+    check(out)
+    return about
+
+
+def check(folder: Path) -> dict[str, Any]:
+    """Checks what `make demo` and the package take: these files, small, an adapter that loads.
+
+    Returns:
+        What `made_with.json` says.
+
+    Raises:
+        ValueError: with all that is wrong.
+    """
+    sizes = {str(f.relative_to(folder)): f.stat().st_size for f in folder.rglob("*") if f.is_file()}
+    wrong = [f"lacks {name}" for name in sorted(FILES - sizes.keys())]
+    wrong += [f"has {name}, which does not belong there" for name in sorted(sizes.keys() - FILES)]
+    if (total := sum(sizes.values())) > LIMIT:
+        wrong.append(f"has {total} bytes, expected at most {LIMIT}")
+    if not wrong:
+        backbone = Backbone.from_path(str(folder / "backbone"))
+        adapter, wrong = check_adapter(folder / "adapter", backbone)
+        named = adapter and adapter.config.base_path(adapter.path)
+        if adapter and named != str((folder / "backbone").resolve()):
+            wrong.append(f"has an adapter of {named}, expected its own backbone")
+    if wrong:
+        raise ValueError(f"{folder}: " + "; ".join(wrong))
+    return json.loads((folder / "made_with.json").read_text())
+
+
+def install(archive: Path, out: Path = OUT) -> dict[str, Any]:
+    """Puts a model that was made elsewhere in the place of the one in `out`.
+
+    Args:
+        archive: a tar file of a folder `demo_model`, as `make` writes it.
+        out: is replaced, once all is checked.
+
+    Returns:
+        What `made_with.json` says.
+
+    Raises:
+        ValueError: not such a folder, or adapting made it worse on held-out text.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        with tarfile.open(archive) as tar:
+            tar.extractall(scratch, filter="data")
+        new = Path(scratch) / "demo_model"
+        about = check(new)
+        for domain, perplexity in about["held_out_perplexity"].items():
+            before, after = perplexity["backbone"], perplexity["adapted"]
+            if after >= before:
+                raise ValueError(
+                    f"{archive}: perplexity of {domain} is {after:.2f} adapted and {before:.2f} "
+                    "before, expected less; train longer (--steps)"
+                )
+        for file in new.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)
+        if out.exists():
+            shutil.rmtree(out)
+        new.rename(out)
     return about
 
 
@@ -179,12 +247,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=OUT, help="the directory to write anew")
     parser.add_argument("--roots", type=lambda t: [Path(p) for p in t.split(",")],
                         help="folders to take text from")  # fmt: skip
+    parser.add_argument("--install", type=Path, metavar="TGZ",
+                        help="train nothing: check this archive of a demo_model and unpack it to "
+                        "--out")  # fmt: skip
     args = parser.parse_args()
     size = dataclasses.replace(
         SIZE, pretrain_steps=args.steps, pretrain_batch=args.batch,
         steps=max(1, args.steps // 4), batch=max(1, args.batch // 2),
     )  # fmt: skip
-    about = make(args.out, size, args.roots, 60 * args.minutes)
+    about = (install(args.install, args.out) if args.install
+             else make(args.out, size, args.roots, 60 * args.minutes))  # fmt: skip
     print(json.dumps({k: about[k] for k in ("held_out_perplexity", "usage")}, indent=1))
     return 0
 

@@ -224,7 +224,7 @@ def measure_all(
     """Times methods that have no figures yet; writes `work/speed`, a file for each.
 
     What is distilled is served as what is not, and all weights as the bare backbone: not timed.
-    All engines live at the same time, and take 2 to 3 GB of the GPU each.
+    All engines live at the same time: each has CACHE bytes of the GPU, and what its process needs.
 
     Args:
         size_name: of the experiment.
