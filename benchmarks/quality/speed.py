@@ -157,6 +157,7 @@ class Engines:
                     self.errors[name] = said
         for name in self._starting:
             self.errors[name] = f"not started within {time.time() - begin:.0f} s"
+        self._stop(list(self._starting), 1)  # starting would disturb what is timed
 
     def ask(self, name: str, batch: int, until: float) -> float | None:
         """ms per decode step; None if there is none by then, or the engine failed."""
@@ -174,12 +175,16 @@ class Engines:
         return self
 
     def __exit__(self, *_) -> None:
+        self._stop(list(self._processes), STOP_SECONDS)
+
+    def _stop(self, names: list[str], seconds: float) -> None:
         import psutil
 
-        for process in self._processes.values():
+        stopped = [self._processes.pop(name) for name in names]
+        for process in stopped:
             process.terminate()
-        until = time.time() + STOP_SECONDS
-        for process in self._processes.values():
+        until = time.time() + seconds
+        for process in stopped:
             process.join(max(0.0, until - time.time()))
             if process.is_alive():
                 for child in psutil.Process(process.pid).children(recursive=True):
