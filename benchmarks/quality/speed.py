@@ -21,6 +21,8 @@ from multiprocessing.connection import wait as wait_any
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import record
 from benchmarks.engine import Engine, timed
 from benchmarks.quality.methods import Method, methods
@@ -101,7 +103,7 @@ def serve_times(answer: Connection, name: str, size: Size, work: Path) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the engine's process ends, too
-    os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    torch.set_num_threads(1)  # vLLM forks this process: a pool of threads would hang in the copy
     try:
         engine = start(methods(size).get(name), size, work)
     except Exception as e:
