@@ -35,8 +35,8 @@ from vllm_adafuse.kernels.ordered_expand import can_order, ordered_expand_triton
 from vllm_adafuse.kernels.pairs import activate, is_gate_up, rotate, turns_of_heads
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
-# Below, steps wait for the CPU, which three descriptors take 60 us more than `expand`; the GPU needs
-# 10 us more for that. For gate_up programs of one tile are faster.
+# Below, steps wait for the CPU, which three descriptors take 60 us more than `expand`; the GPU
+# needs 10 us more for that. For gate_up programs of one tile are faster.
 MIN_WIDE_TOKENS = 1024
 MIN_GATE_UP_TOKENS = 2048
 
