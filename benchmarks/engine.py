@@ -270,6 +270,9 @@ def start_all(
     if options.cache is None or not kinds:
         yield from zip(kinds, map(tried, kinds))
         return
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()  # the first thread would, and the others would not wait for it
     # Threads that start processes must not copy the locks of one another.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     with ThreadPoolExecutor(len(kinds)) as pool:
