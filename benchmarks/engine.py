@@ -42,88 +42,7 @@ from vllm_adafuse.cli.cmd_random import integers
 from vllm_adafuse.random_adapter import make_random_adapter
 
 from benchmarks import record
-
-SHAPES = {
-    "llama-2-7b": ("LlamaForCausalLM", 4096, 11008, 32, 32, 32, 32000),
-    "mistral-7b": ("MistralForCausalLM", 4096, 14336, 32, 32, 8, 32000),
-    "llama-2-13b": ("LlamaForCausalLM", 5120, 13824, 40, 40, 40, 32000),
-    "qwen2.5-0.5b": ("Qwen2ForCausalLM", 896, 4864, 24, 14, 2, 151936),
-    "tiny": ("LlamaForCausalLM", 128, 256, 2, 4, 2, 1000),
-}
-
-# Our engines, and the routing of their adapters.
-GRANITE = ("granite", "granite_bare")
-OURS = {"adafuse": "pre_gated", "layer_wise": "layer_wise"}
-
-
-@dataclass
-class Options:
-    """What to measure; checked at construction."""
-
-    model: str = "llama-2-7b"
-    layers: int | None = None
-    engines: list[str] = field(default_factory=lambda: ["stock", "adafuse"])
-    batches: list[int] = field(default_factory=lambda: [1, 8, 32, 128])
-    prefill: list[tuple[int, int]] = field(default_factory=lambda: [(16, 1000)])
-    prompt: int = 128
-    steps: tuple[int, int] = (8, 136)
-    repeats: int = 5
-    experts: int = 8
-    top_k: int = 2
-    r: int = 16
-    dtype: str = "bfloat16"
-    quantization: str | None = None
-    memory: float = 0.4
-    cache: float | None = None
-    group: int | None = None
-
-    def __post_init__(self):
-        if self.model not in SHAPES:
-            raise ValueError(f"model is {self.model}, expected one of {', '.join(SHAPES)}")
-        for kind in self.engines:
-            self.mixture(kind)
-        if len(set(self.engines)) < len(self.engines):
-            raise ValueError(f"engines has {', '.join(self.engines)}, expected each one once")
-        if self.group is not None and self.group < 2:
-            raise ValueError(f"group is {self.group}, expected at least 2: an engine and the first")
-
-    @property
-    def groups(self) -> list[list[str]]:
-        """Which engines live at the same time; the first is in every group."""
-        first, others = self.engines[:1], self.engines[1:]
-        size = (self.group or len(self.engines)) - 1
-        return [first + others[at : at + size] for at in range(0, len(others), size)] or [first]
-
-    def mixture(self, kind: str) -> tuple[int, int, int] | None:
-        """(E, r, k) of an engine of ours; None for the others.
-
-        Raises:
-            ValueError: not an engine's name.
-        """
-        if kind in ("stock", "lora", *GRANITE):
-            return None
-        if kind in OURS:
-            return self.experts, self.r, self.top_k
-        name, _, numbers = kind.partition(":")
-        parts = numbers.split("/")
-        if name not in OURS or len(parts) != 3 or not all(part.isdigit() for part in parts):
-            raise ValueError(
-                f"engine {kind}: expected stock, lora, granite, adafuse, layer_wise, or "
-                "adafuse:E/r/k"
-            )
-        return int(parts[0]), int(parts[1]), int(parts[2])
-
-
-def shapes(text: str) -> list[tuple[int, int]]:
-    """"16x1000,1x512" -> [(16, 1000), (1, 512)]: prompts, and the tokens of each.
-
-    Raises:
-        argparse.ArgumentTypeError: of another form.
-    """
-    parts = [part.split("x") for part in text.split(",")]
-    if not all(len(part) == 2 and all(n.isdigit() and int(n) for n in part) for part in parts):
-        raise argparse.ArgumentTypeError(f"{text}: expected PROMPTSxTOKENS,… such as 16x1000,1x512")
-    return [(int(count), int(length)) for count, length in parts]
+from benchmarks.engine_options import GRANITE, OURS, SHAPES, Options, shapes, sizes
 
 
 def write_config(options: Options, path: Path) -> None:
@@ -317,9 +236,7 @@ def take_turns(options: Options, engines: dict[str, Engine]) -> Iterator[dict]:
     """Times engines at every size, a row for each; the overhead is over the first."""
     vocab, rng = SHAPES[options.model][-1], random.Random(0)
     short, long = options.steps
-    sizes = [("decode", batch, options.prompt) for batch in options.batches]
-    sizes += [("prefill", count, length) for count, length in options.prefill]
-    for what, batch, length in sizes:
+    for what, batch, length in sizes(vars(options)):
         times: dict[str, list[float]] = {kind: [] for kind in engines}
         for repeat in range(options.repeats + 1):
             for kind, engine in engines.items():
@@ -401,8 +318,8 @@ def main() -> None:
     parser.add_argument("--memory", default=0.4, type=float, help="of the GPU, for each engine")
     parser.add_argument(
         "--cache", type=float, metavar="GIB",
-        help="of keys and values, for each engine: then a group's engines start all at once, and "
-        "neither their start nor their memory is timed",
+        help="of keys and values, for each engine, enough for every size: then a group's engines "
+        "start all at once, and neither their start nor their memory is timed",
     )  # fmt: skip
     parser.add_argument("--group", type=int, help="engines at the same time; default all")
     parser.add_argument("--dtype", default="bfloat16")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.engine_options import Size, name_of, sizes, too_large
 from benchmarks.pages import Result, percent, plot, table
 
 MIB = 1 << 20
@@ -31,95 +32,102 @@ def length_of(row: dict[str, Any], result: Result) -> int:
     return result.options["prompt"] if row["what"] == "decode" else result.options["prefill"][1]
 
 
-def asked(result: Result) -> list[tuple[str, int, int]]:
-    """The sizes that a run was to measure: what, batch or prompts, tokens of each."""
+def asked(result: Result) -> list[Size]:
+    """The sizes that a run was to measure."""
     options, prefill = result.options, result.options["prefill"]
     if isinstance(prefill[0], int):  # older files have one
         prefill = [prefill]
-    sizes = [("decode", batch, options["prompt"]) for batch in options["batches"]]
-    return sizes + [("prefill", count, length) for count, length in prefill]
+    return sizes(options | {"prefill": prefill})
 
 
-def _size(size: tuple[str, int, int]) -> str:
-    return "{} {} x {}".format(*size)
+def timed(result: Result) -> dict[tuple[int, str, Size], dict[str, Any]]:
+    """Rows of times by group, engine and size; not of sizes that the run's cache did not hold."""
+    large, found = too_large(result.options), {}
+    for row in result.rows:
+        if row["what"] in ("decode", "prefill"):
+            size = row["what"], row["batch"], length_of(row, result)
+            if size not in large:
+                found[row.get("group", 0), row["engine"], size] = row
+    return found
 
 
-def _overheads(result: Result, kind: str, base: str) -> list[float] | None:
-    """Over another engine of the same turns, at the sizes of the required figures; None where
-    they are not all there, or of another model, mixture or device."""
-    if not (result.models == MODEL and GPU in result.gpu and result.mixture == MIXTURE):
-        return None
-    found = {
-        (row.get("group", 0), row["engine"], row["what"], row["batch"], length_of(row, result)): row
-        for row in result.rows
-        if row["what"] in ("decode", "prefill")
-    }
-    for group in dict.fromkeys(key[0] for key in found):
-        pairs = [[found.get((group, name, *size)) for name in (kind, base)] for size in SIZES]
-        if all(None not in pair for pair in pairs):
-            return [own["median"] / other["median"] - 1 for own, other in pairs]
+def _overhead(
+    results: list[Result], kind: str, base: str, size: Size
+) -> tuple[float, Result] | None:
+    """Over another engine of the same turns, in the newest run that has both; and that run."""
+    for result in reversed(results):
+        rows = timed(result)
+        for group in dict.fromkeys(group for group, *_ in rows):
+            pair = [rows.get((group, name, size)) for name in (kind, base)]
+            if None not in pair:
+                return pair[0]["median"] / pair[1]["median"] - 1, result
     return None
 
 
+def _verdict(value: float | None, limit: float) -> str:
+    if value is None:
+        return "not measured"
+    return "met" if value <= limit else f"missed by {100 * (value - limit):.1f}"
+
+
 def required_section(results: list[Result]) -> str:
-    """The figures to reach beside the newest ones; empty where no file has all of ours.
+    """The figures to reach beside the newest ones, which may be of several runs; empty where no
+    run has one of ours.
 
     Args:
         results: of benchmarks.engine, oldest first.
     """
-    rows, ours = [PAPER], None
+    fit = [r for r in results if (r.models, r.mixture) == (MODEL, MIXTURE) and GPU in r.gpu]
+    rows, ours = [PAPER], [None] * len(SIZES)
     for kind, base, name in MEASURED:
-        for result in reversed(results):
-            if values := _overheads(result, kind, base):
-                where = f"{result.content['commit']}, `{result.path.name}`"
-                rows.append([name, *map(percent, values), where])
-                ours = values
-                break
-        else:
-            ours = None
-    if ours is None:  # the last of them is ours
+        found = [_overhead(fit, kind, base, size) for size in SIZES]
+        runs = [r for r in reversed(fit) if any(one and one[1] is r for one in found)]
+        ours = [one and one[0] for one in found]  # in the end those of the last, which is ours
+        if runs:
+            where = "; ".join(f"{r.content['commit']}, `{r.path.name}`" for r in runs)
+            rows.append([name, *("–" if v is None else percent(v) for v in ours), where])
+    if set(ours) == {None}:
         return ""
     rows.append(["**required**", *(f"≤ {100 * limit:.0f} %" for limit in REQUIRED), "issue 3"])
-    verdicts = [
-        "met" if value <= limit else f"missed by {100 * (value - limit):.1f}"
-        for value, limit in zip(ours, REQUIRED)
-    ]
+    verdicts = map(_verdict, ours, REQUIRED)
     rows.append(["AdaFuse against it", *verdicts, "points of percentage"])
     return (
         "\n## The figures to reach\n\nOverhead over the bare backbone in stock vLLM: one H200, "
         f"Llama-2-7B's shape, 32 layers, bf16, {MIXTURE}, all seven projections, random routes, "
-        f"full CUDA graphs.\n\n{table(HEADER, rows)}"
+        "full CUDA graphs. Each figure is of the newest run that has it, over an engine of "
+        f"the same turns.\n\n{table(HEADER, rows)}"
     )
 
 
 def engine_section(result: Result, picture: Path) -> str:
     """Times, memory and a plot of one run."""
-    timed = [row for row in result.rows if row["what"] in ("decode", "prefill")]
-    sizes = list(
-        dict.fromkeys((row["what"], row["batch"], length_of(row, result)) for row in timed)
-    )
+    by = timed(result)
+    columns = list(dict.fromkeys(size for *_, size in by))
     # An engine of several groups, the first, has a row in each.
-    names = list(dict.fromkeys((row.get("group", 0), row["engine"]) for row in timed))
-    by = {
-        (row.get("group", 0), row["engine"], row["what"], row["batch"], length_of(row, result)): row
-        for row in timed
-    }
+    names = list(dict.fromkeys((group, kind) for group, kind, _ in by))
     first = names[0][1] if names else ""
     rows = []
     for name in names:
         cells = [name[1]]
-        for size in sizes:
-            row = by.get((*name, *size))
+        for size in columns:
+            row = by.get((*name, size))
             more = "" if row is None or name[1] == first else f" ({percent(row['overhead'])})"
             cells.append("–" if row is None else f"{row['median']:.3f} ms{more}")
         rows.append(cells)
-    header = ["engine", *map(_size, sizes)]
+    header = ["engine", *map(name_of, columns)]
     text = (
         "Milliseconds of a decode step, batch x tokens of its prompts; of a prefill, prompts x "
         f"tokens. Overheads are over `{first}` of the same turns.\n\n{table(header, rows)}"
     )
-    if missing := [_size(size) for size in asked(result) if size not in sizes]:
-        text += f"\nThe run was cut off before {', '.join(missing)}.\n"
+    if large := too_large(result.options):
+        needs = (f"{name_of(size)} ({need:.1f} GiB)" for size, need in large.items())
+        text += (
+            f"\nLeft out, as the cache of {result.options['cache']:g} GiB did not hold all their "
+            f"keys and values at once: {', '.join(needs)}.\n"
+        )
+    missing = [size for size in asked(result) if size not in columns and size not in large]
+    if missing:
+        text += f"\nThe run was cut off before {', '.join(map(name_of, missing))}.\n"
     for row in result.rows:
         if row["what"] == "failed":
             text += f"\n`{row['engine']}` did not start: {row['error'].splitlines()[0]}\n"
@@ -131,12 +139,12 @@ def engine_section(result: Result, picture: Path) -> str:
     def draw(axes):
         width = 0.8 / len(others)
         for i, name in enumerate(others):
-            at = [x for x, size in enumerate(sizes) if (*name, *size) in by]
-            values = [100 * by[(*name, *sizes[x])]["overhead"] for x in at]
+            at = [x for x, size in enumerate(columns) if (*name, size) in by]
+            values = [100 * by[(*name, columns[x])]["overhead"] for x in at]
             axes.bar([x + i * width for x in at], values, width, label=name[1])
         middle = width * (len(others) - 1) / 2
-        labels = [f"{what}\n{batch} x {length}" for what, batch, length in sizes]
-        axes.set_xticks([x + middle for x in range(len(sizes))], labels, fontsize=8)
+        labels = [f"{what}\n{batch} x {length}" for what, batch, length in columns]
+        axes.set_xticks([x + middle for x in range(len(columns))], labels, fontsize=8)
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_ylabel(f"% over {first}")
 

@@ -44,10 +44,8 @@ def result(path: Path, time: str, overhead: float) -> None:
 
 def engine_file(path: Path, time: str, engines: list[str], overheads: list[float], **changed):
     """A run as `benchmarks.engine` saves it: each engine at the sizes of issue 3."""
-    options = {"model": "llama-2-7b", "layers": None, "experts": 8, "r": 16, "top_k": 2}
-    options |= {"engines": engines, "prompt": 128, "prefill": [[16, 1000]]}
-    options["batches"] = [1, 8, 32, 128]
-    sizes = [("decode", n, 128) for n in (1, 8, 32, 128)] + [("prefill", 16, 1000)]
+    options = vars(Options(engines=engines)) | changed.pop("options", {})
+    sizes = [("decode", n, 128) for n in options["batches"]] + [("prefill", 16, 1000)]
     rows: list[dict] = [{"options": options}]
     for i, kind in enumerate(engines):
         memory = {"model_bytes": (1000 + 300 * i) << 20, "step_bytes": (100 + i) << 20}
@@ -72,6 +70,7 @@ def test_required_figures_stand_beside_the_newest_ones(tmp_path):
     engine_file(tmp_path, "1", ["stock", "adafuse", "lora"], [0.0, 0.5, 0.3])
     engine_file(tmp_path, "2", ["stock", "adafuse"], [0.0, 0.025])
     engine_file(tmp_path, "3", ["stock", "adafuse"], [0.0, 0.9], gpu="NVIDIA H100, 580")
+    engine_file(tmp_path, "4", ["stock", "adafuse"], [0.0, 0.9], options={"r": 8})
     text = report(tmp_path, tmp_path)
     ours = "| +2.5 % | +2.5 % | +2.5 % | +2.5 % | +5.0 % | c2, `engine-2.json` |"
     assert f"| AdaFuse, 8 experts, top-2 {ours}" in text
@@ -80,6 +79,30 @@ def test_required_figures_stand_beside_the_newest_ones(tmp_path):
     assert "| met | met | met | missed by 0.5 | missed by 2.0 |" in text
     assert "Granite" not in text and "its own model" not in text and "cut off" not in text
     assert "NVIDIA H200, 580; vLLM" in text
+
+
+def test_each_required_figure_is_that_of_the_newest_run_that_has_it(tmp_path):
+    some = {"options": {"batches": [32], "cache": 8.5}}
+    engine_file(tmp_path, "1", ["stock", "lora"], [0.0, 0.3], **some)
+    engine_file(tmp_path, "2", ["stock", "adafuse"], [0.0, 0.025], options={"batches": [1, 8, 32]})
+    engine_file(tmp_path, "3", ["stock", "adafuse"], [0.0, 0.01], **some)
+    text = report(tmp_path, tmp_path)
+    files = "c3, `engine-3.json`; c2, `engine-2.json`"
+    assert f"top-2 | +2.5 % | +2.5 % | +1.0 % | – | +2.0 % | {files} |" in text
+    assert "r = 16 | – | – | +30.0 % | – | +60.0 % | c1, `engine-1.json` |" in text
+    assert "| met | met | met | not measured | met |" in text
+
+
+def test_sizes_that_the_cache_did_not_hold_are_left_out(tmp_path):
+    engine_file(tmp_path, "1", ["stock", "adafuse"], [0.0, 0.01])
+    # Such a run is refused today.
+    engine_file(tmp_path, "2", ["stock", "adafuse"], [0.0, 0.02], options={"cache": 8.5})
+    text = report(tmp_path, tmp_path)
+    assert "top-2 | +2.0 % | +2.0 % | +2.0 % | +1.0 % | +4.0 % | c2, `engine-2.json`; c1," in text
+    assert "cache of 8.5 GiB did not hold all their keys and values" in text
+    assert "once: decode 128 x 128 (17.0 GiB).\n" in text and "cut off" not in text
+    shown = text.partition("## Whole engines")[2]
+    assert "| engine | decode 1 x 128 | decode 8 x 128 | decode 32 x 128 | prefill" in shown
 
 
 def test_granite_stands_over_stock_and_over_its_own_model(tmp_path):
@@ -172,11 +195,20 @@ def test_the_first_engine_is_in_every_group():
         ({"engines": ["stock", "adafuse:8/16"]}, "engine adafuse:8/16: expected .* adafuse:E/r/k"),
         ({"engines": ["stock", "lora", "lora"]}, "engines has stock, lora, lora, expected each"),
         ({"group": 1}, "group is 1, expected at least 2"),
+        # 128 sequences of 17 blocks of 16 tokens of 512 KiB; Mistral's, in float32, of 256 KiB.
+        ({"cache": 16.5}, "cache is 16.5 GiB, expected at least 17: .* of decode 128 x 128, all"),
+        ({"model": "mistral-7b", "dtype": "float32", "cache": 8.4}, "cache is 8.4 .* least 8.5: "),
+        ({"batches": [1], "cache": 7.8}, "at least 7.88: .* of prefill 16 x 1000, all sequences"),
     ],
 )
 def test_bad_engine_options(changed, said):
     with pytest.raises(ValueError, match=said):
         Options(**changed)
+
+
+def test_a_cache_that_holds_every_size_is_taken():
+    assert Options(cache=17.0).cache == 17.0
+    assert Options(cache=2.2, layers=4).cache == 2.2
 
 
 def test_a_run_saves_what_it_has_and_spares_other_runs(tmp_path, monkeypatch):

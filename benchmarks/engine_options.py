@@ -1,0 +1,131 @@
+"""What `benchmarks.engine` measures: models, engines and sizes; and what their caches must hold."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+SHAPES = {
+    "llama-2-7b": ("LlamaForCausalLM", 4096, 11008, 32, 32, 32, 32000),
+    "mistral-7b": ("MistralForCausalLM", 4096, 14336, 32, 32, 8, 32000),
+    "llama-2-13b": ("LlamaForCausalLM", 5120, 13824, 40, 40, 40, 32000),
+    "qwen2.5-0.5b": ("Qwen2ForCausalLM", 896, 4864, 24, 14, 2, 151936),
+    "tiny": ("LlamaForCausalLM", 128, 256, 2, 4, 2, 1000),
+}
+
+BLOCK = 16  # tokens; what vLLM gives a sequence of the cache at a time
+Size = tuple[str, int, int]  # decode or prefill, sequences, tokens of each prompt
+
+# Our engines, and the routing of their adapters.
+GRANITE = ("granite", "granite_bare")
+OURS = {"adafuse": "pre_gated", "layer_wise": "layer_wise"}
+
+
+@dataclass
+class Options:
+    """What to measure; checked at construction."""
+
+    model: str = "llama-2-7b"
+    layers: int | None = None
+    engines: list[str] = field(default_factory=lambda: ["stock", "adafuse"])
+    batches: list[int] = field(default_factory=lambda: [1, 8, 32, 128])
+    prefill: list[tuple[int, int]] = field(default_factory=lambda: [(16, 1000)])
+    prompt: int = 128
+    steps: tuple[int, int] = (8, 136)
+    repeats: int = 5
+    experts: int = 8
+    top_k: int = 2
+    r: int = 16
+    dtype: str = "bfloat16"
+    quantization: str | None = None
+    memory: float = 0.4
+    cache: float | None = None
+    group: int | None = None
+
+    def __post_init__(self):
+        if self.model not in SHAPES:
+            raise ValueError(f"model is {self.model}, expected one of {', '.join(SHAPES)}")
+        for kind in self.engines:
+            self.mixture(kind)
+        if len(set(self.engines)) < len(self.engines):
+            raise ValueError(f"engines has {', '.join(self.engines)}, expected each one once")
+        if self.group is not None and self.group < 2:
+            raise ValueError(f"group is {self.group}, expected at least 2: an engine and the first")
+        if large := too_large(vars(self)):
+            size, need = max(large.items(), key=lambda item: item[1])
+            raise ValueError(
+                f"cache is {self.cache:g} GiB, expected at least {math.ceil(100 * need) / 100:g}: "
+                f"the keys and values of {name_of(size)}, all sequences at once"
+            )
+
+    @property
+    def groups(self) -> list[list[str]]:
+        """Which engines live at the same time; the first is in every group."""
+        first, others = self.engines[:1], self.engines[1:]
+        size = (self.group or len(self.engines)) - 1
+        return [first + others[at : at + size] for at in range(0, len(others), size)] or [first]
+
+    def mixture(self, kind: str) -> tuple[int, int, int] | None:
+        """(E, r, k) of an engine of ours; None for the others.
+
+        Raises:
+            ValueError: not an engine's name.
+        """
+        if kind in ("stock", "lora", *GRANITE):
+            return None
+        if kind in OURS:
+            return self.experts, self.r, self.top_k
+        name, _, numbers = kind.partition(":")
+        parts = numbers.split("/")
+        if name not in OURS or len(parts) != 3 or not all(part.isdigit() for part in parts):
+            raise ValueError(
+                f"engine {kind}: expected stock, lora, granite, adafuse, layer_wise, or "
+                "adafuse:E/r/k"
+            )
+        return int(parts[0]), int(parts[1]), int(parts[2])
+
+
+def shapes(text: str) -> list[tuple[int, int]]:
+    """"16x1000,1x512" -> [(16, 1000), (1, 512)]: prompts, and the tokens of each.
+
+    Raises:
+        argparse.ArgumentTypeError: of another form.
+    """
+    parts = [part.split("x") for part in text.split(",")]
+    if not all(len(part) == 2 and all(n.isdigit() and int(n) for n in part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text}: expected PROMPTSxTOKENS,… such as 16x1000,1x512")
+    return [(int(count), int(length)) for count, length in parts]
+
+
+def sizes(options: Mapping[str, Any]) -> list[Size]:
+    """What a run of these options measures, in order."""
+    decode = [("decode", batch, options["prompt"]) for batch in options["batches"]]
+    return decode + [("prefill", count, length) for count, length in options["prefill"]]
+
+
+def name_of(size: Size) -> str:
+    return "{} {} x {}".format(*size)
+
+
+def too_large(options: Mapping[str, Any]) -> dict[Size, float]:
+    """Sizes that the cache of a run does not hold, and the GiB of keys and values that they need.
+
+    Some of their sequences would wait for others, or be thrown out and computed again: no time of
+    such a step is one of its size. None where vLLM chooses the cache itself.
+    """
+    if options.get("cache") is None:
+        return {}
+    _, hidden, _, layers, heads, kv_heads, _ = SHAPES[options["model"]]
+    width = 4 if options["dtype"] in ("float", "float32") else 2  # bytes
+    a_token = 2 * (options["layers"] or layers) * kv_heads * (hidden // heads) * width
+    found = {}
+    for size in sizes(options):
+        what, count, length = size
+        tokens = length + (options["steps"][1] if what == "decode" else 8)
+        need = count * math.ceil(tokens / BLOCK) * BLOCK * a_token / (1 << 30)
+        if need > options["cache"]:
+            found[size] = need
+    return found
