@@ -238,6 +238,9 @@ def write_report(folder: Path, docs: Path) -> Path:
         mine = {key: result for key, result in latest.items() if key[0] == where}
         if not mine:
             text += "\nNo result file yet.\n"
+        elif lacking := sorted({model for _, model in latest} - {model for _, model in mine}):
+            text += f"\nNo result file of {', '.join(lacking)} yet; more on whole engines is in "
+            text += "[benchmarks.md](benchmarks.md).\n"
         for (_, model), result in sorted(mine.items()):
             rows = _measured(result, where, model)
             picture = docs / "plots" / f"paper-{where}-{model}.svg"
