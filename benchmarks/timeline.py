@@ -37,9 +37,9 @@ HEAD = """\
 Written by `python -m benchmarks.timeline --report` from a file in `benchmarks/results/`; do not
 edit.
 Decoding: one step out of a replayed CUDA graph, as torch's profiler saw it, sampling included. A
-layer is what runs from one attention kernel up to the next. Kernels may overlap, so that the sum of
-their times exceeds the step's. Profiling stretches short kernels; the times of whole steps are in
-[benchmarks.md](benchmarks.md).
+layer is what runs from one attention kernel up to the next. Kernels may overlap or
+leave gaps, so that their times do not add up to the step's. Profiling stretches short kernels; the
+times of whole steps are in [benchmarks.md](benchmarks.md).
 """
 SHOWN = 30  # kernels of a prefill by name, the longest first
 
@@ -148,7 +148,7 @@ def one_layer(step: list[Event], layers: int) -> list[Event]:
 
 def short_name(name: str) -> str:
     """A kernel's name without its template arguments and its namespace."""
-    name = re.sub(r"^void |<.*|\(.*", "", name)
+    name = re.sub(r"^void |\(anonymous namespace\)::|<.*|\(.*", "", name)
     return name.split("::")[-1].strip() or name
 
 
@@ -241,7 +241,7 @@ def write_report(results: Path, page: Path) -> None:
             if rest:
                 others = f"{len(rest)} others", sum(n for _, n, _ in rest), sum(t for *_, t in rest)
                 shown = [*shown, others]
-            kernels = [[f"`{name}`", str(n), f"{us:.1f}"] for name, n, us in shown]
+            kernels = [[f"`{name or 'unnamed'}`", str(n), f"{us:.1f}"] for name, n, us in shown]
             parts.append(table([f"{row['engine']}: kernel", "launches", "µs"], kernels))
     page.write_text("\n".join(parts))
 

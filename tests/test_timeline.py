@@ -73,6 +73,8 @@ def test_without_a_kernel_in_every_layer_there_is_no_layer():
     [
         ("void at::native::copy<4>(int*)", "copy"),
         ("_expand_kernel", "_expand_kernel"),
+        ("void vllm::(anonymous namespace)::merge<8>(int*)", "merge"),
+        ("(anonymous namespace)::fill(int)", "fill"),
         ("sm90_gemm<a, b<c>>", "sm90_gemm"),
     ],
 )
