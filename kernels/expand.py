@@ -18,7 +18,14 @@ import triton
 import triton.language as tl
 from vllm_adafuse.kernels.blocks import ExpandBlocks, expert_blocks, on_hopper, overlap
 from vllm_adafuse.kernels.launch import launch
-from vllm_adafuse.kernels.pairs import ACTIVATIONS, ROTARY, activate, rotate, tiled_widths
+from vllm_adafuse.kernels.pairs import (
+    ACTIVATIONS,
+    ROTARY,
+    activate,
+    result_width,
+    rotate,
+    tiled_widths,
+)
 from vllm_adafuse.kernels.whole import cdiv
 
 # With fewer tokens most experts are absent, and each is asked whether it is there.
@@ -332,12 +339,9 @@ def expand_raw_triton(
     Returns:
         [T, out], or [T, I] after silu or gelu_tanh; contiguous.
     """
-    act, out = ACTIVATIONS.index(activation), sum(widths)
-    result = y
-    if act == ROTARY:
-        result = y.new_empty(y.shape[0], out)
-    elif act or bias is not None or not y.is_contiguous():
-        result = y.new_empty(y.shape[0], widths[0] if act else out)
+    act, result = ACTIVATIONS.index(activation), y
+    if act or bias is not None or not y.is_contiguous():
+        result = y.new_empty(y.shape[0], result_width(widths, activation))
     _launch(
         y, bias, result, s, s.stride(0), bank_b, gates, present, parts, widths, act,
         blocks, cos_sin,
@@ -367,7 +371,7 @@ def expand_weighted_triton(
         [T, out], or [T, I] after an activation, in the dtype of s; a new tensor.
     """
     act = ACTIVATIONS.index(activation)
-    result = s.new_empty(y.shape[0], widths[0] if act else sum(widths))
+    result = s.new_empty(y.shape[0], result_width(widths, activation))
     blocks = ExpandBlocks.choose(y.shape[0], act != 0, s.element_size())
     _launch(
         y, bias, result, s, s.stride(0), bank_b, None, present, parts, widths, act, blocks

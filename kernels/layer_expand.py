@@ -18,7 +18,7 @@ import triton.language as tl
 from vllm_adafuse.kernels.blocks import ExpandBlocks, expert_blocks, on_hopper, overlap
 from vllm_adafuse.kernels.expand import _load_b
 from vllm_adafuse.kernels.launch import launch
-from vllm_adafuse.kernels.pairs import ACTIVATIONS, activate
+from vllm_adafuse.kernels.pairs import ACTIVATIONS, activate, result_width
 from vllm_adafuse.kernels.route_layer import SPLIT_FACTOR, LayerGate, router_gates
 
 # Beyond it B is read again by too many tiles of tokens. (Not measured yet.)
@@ -187,8 +187,8 @@ def layer_expand_triton(
     """
     tokens, (_, every, rank) = both.shape[0], bank_b.shape
     _, routers, experts = gates.shape
-    act, out = ACTIVATIONS.index(activation), sum(widths)
-    result = both.new_empty(tokens, widths[0] if act else out, dtype=bank_b.dtype)
+    act = ACTIVATIONS.index(activation)
+    result = both.new_empty(tokens, result_width(widths, activation), dtype=bank_b.dtype)
     cut = choose(tokens, act != 0, bank_b.element_size())
     blocks = expert_blocks(every, rank, False)
     tiled = widths[:1] if act else widths

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from vllm_adafuse.kernels.expand import expand_torch, expand_weighted_triton
 from vllm_adafuse.kernels.layer_expand import can_expand, layer_expand_triton
-from vllm_adafuse.kernels.pairs import activate_torch
+from vllm_adafuse.kernels.pairs import activate_torch, result_width
 from vllm_adafuse.kernels.registry import matmul_f32, register_op
 from vllm_adafuse.kernels.route_layer import GATE_SCHEMA, LayerGate, route
 
@@ -57,7 +57,7 @@ def _fake(
     x, joint, columns, logits, bias, router_bias, scales, gates, present, bank_b, parts, widths,
     activation, *gate,
 ):  # fmt: skip
-    return x.new_empty(x.shape[0], widths[0] if activation else sum(widths))
+    return x.new_empty(x.shape[0], result_width(widths, activation))
 
 
 # See `route_layer` for what torch is not told of gates and present.

@@ -6,8 +6,8 @@
 W and A stand in one tensor, [W; A]. Few tokens take one launch that streams it (stream_linear.py),
 some dozens one that tiles it where the product is large (tile_linear.py). Otherwise one product of
 the vendor's gives W x and A x together, and one pass adds the expand (expand.py, wide_expand.py)
-and goes on to the activation. The choice falls by the shape and the
-number of tokens alone (tiles.py).
+and goes on to the activation. The choice falls by the shape and the number of tokens alone
+(tiles.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from vllm_adafuse.kernels import stream_linear, tile_linear
 from vllm_adafuse.kernels.expand import expand_torch
 from vllm_adafuse.kernels.order_routes import Order
-from vllm_adafuse.kernels.pairs import activate_torch, is_gate_up, rotate_torch, tiled_widths
+from vllm_adafuse.kernels.pairs import activate_torch, result_width, rotate_torch, tiled_widths
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import shrink_torch
@@ -116,7 +116,7 @@ def joint_product(
 
 def _fake(x, joint, bias, bank_b, *arguments):
     *_, widths, activation = arguments
-    return x.new_empty(x.shape[0], widths[0] if is_gate_up(activation) else sum(widths))
+    return x.new_empty(x.shape[0], result_width(widths, activation))
 
 
 # The scratch is changed and nothing of it is read by any other op: torch need not know.

@@ -25,7 +25,7 @@ from vllm_adafuse.kernels.blocks import (
 )
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.order_routes import ORDER_TILE, Order
-from vllm_adafuse.kernels.pairs import activate, is_gate_up, rotate, turns_of_heads
+from vllm_adafuse.kernels.pairs import activate, result_of, rotate, turns_of_heads
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 
@@ -213,9 +213,7 @@ def ordered_expand_triton(
     tokens, _, (_, experts, rank) = *y.shape, bank_b.shape
     cut = blocks or OrderedBlocks.choose(activation, rank)
     half = cos_sin.shape[1] // 2 if activation == "rotary" else 0
-    result = y
-    if is_gate_up(activation) or not y.is_contiguous():
-        result = y.new_empty(tokens, widths[0] if is_gate_up(activation) else y.shape[1])
+    result = result_of(y, widths, activation)
     groups, tiles = grouped_tiles(widths, activation, half, cut.columns, cut.loop)
     launch(
         _ordered_expand_kernel, (groups, cdiv(tokens, ORDER_TILE)),

@@ -55,6 +55,19 @@ def is_gate_up(activation: str) -> bool:
     return activation not in ("", "rotary")
 
 
+def result_width(widths: Sequence[int], activation: str) -> int:
+    """Columns that are left of parts of these widths by what follows."""
+    return widths[0] if is_gate_up(activation) else sum(widths)
+
+
+def result_of(y: torch.Tensor, widths: Sequence[int], activation: str) -> torch.Tensor:
+    """Where a pass over y [T, out] leaves its result, contiguous: y itself, or a new tensor where y
+    has gaps or another width."""
+    if is_gate_up(activation) or not y.is_contiguous():
+        return y.new_empty(y.shape[0], result_width(widths, activation))
+    return y
+
+
 def tiled_widths(widths: Sequence[int], activation: str) -> list[int]:
     """Columns of each part that are cut into tiles: where they come in pairs, of one member."""
     if activation == "rotary":

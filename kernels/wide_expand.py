@@ -32,7 +32,7 @@ from vllm_adafuse.kernels.expand import _load_s, expand_raw_triton
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.order_routes import Order
 from vllm_adafuse.kernels.ordered_expand import can_order, ordered_expand_triton
-from vllm_adafuse.kernels.pairs import activate, is_gate_up, rotate, turns_of_heads
+from vllm_adafuse.kernels.pairs import activate, is_gate_up, result_of, rotate, turns_of_heads
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 # Below, steps wait for the CPU, which three descriptors take 60 us more than `expand`; the GPU
@@ -185,11 +185,8 @@ def wide_expand_triton(
     groups, constants = _plan(*shape, cut, on_hopper(y))
     block = [cut.tokens, constants["COLS"]]
     size, block_b = experts * rank, [constants["COLS"], constants["BLOCK_E"] * rank]
-    y_desc, result = TensorDescriptor.from_tensor(y, block), y
-    out_desc = y_desc
-    if is_gate_up(activation) or not y.is_contiguous():
-        result = y.new_empty(tokens, widths[0] if is_gate_up(activation) else out)
-        out_desc = TensorDescriptor.from_tensor(result, block)
+    y_desc, result = TensorDescriptor.from_tensor(y, block), result_of(y, widths, activation)
+    out_desc = y_desc if result is y else TensorDescriptor.from_tensor(result, block)
     launch(
         _wide_expand_kernel, (groups, cdiv(tokens, cut.tokens)),
         y_desc, TensorDescriptor(bank_b, [out, size], [size, 1], block_b), out_desc,
