@@ -232,18 +232,28 @@ def timed(
     return time.perf_counter() - begin
 
 
+def decode_ms(
+    engine: Engine, count: int, length: int, steps: Sequence[int], vocab: int, rng: random.Random
+) -> float:
+    """Milliseconds of a decode step: of a long generation less a short one, per step more.
+
+    Args:
+        count, length, vocab, rng: as in `timed`.
+        steps: tokens of the short generation, and of the long one.
+    """
+    short, long = (timed(engine, count, length, tokens, vocab, rng) for tokens in steps)
+    return (long - short) / (steps[1] - steps[0]) * 1e3
+
+
 def take_turns(options: Options, engines: dict[str, Engine]) -> Iterator[dict]:
     """Times engines at every size, a row for each; the overhead is over the first."""
     vocab, rng = SHAPES[options.model][-1], random.Random(0)
-    short, long = options.steps
     for what, batch, length in sizes(vars(options)):
         times: dict[str, list[float]] = {kind: [] for kind in engines}
         for repeat in range(options.repeats + 1):
             for kind, engine in engines.items():
                 if what == "decode":
-                    small = timed(engine, batch, length, short, vocab, rng)
-                    large = timed(engine, batch, length, long, vocab, rng)
-                    value = (large - small) / (long - short) * 1e3
+                    value = decode_ms(engine, batch, length, options.steps, vocab, rng)
                 else:
                     value = timed(engine, batch, length, 1, vocab, rng) * 1e3
                 if repeat:  # the first is warm-up

@@ -68,18 +68,16 @@ def measure_vllm(options: Options, model: str) -> list[dict[str, Any]]:
             if options.cache is None:
                 rows[-1]["start_s"] = figures["start_s"]
             times[kind] = []
-        short, long = settings.steps
         for repeat in range(options.repeats + 1):
             for kind, one in engines.items():
-                small = engine.timed(one, 1, options.prompt, short, vocab, rng)
-                large = engine.timed(one, 1, options.prompt, long, vocab, rng)
+                value = engine.decode_ms(one, 1, options.prompt, settings.steps, vocab, rng)
                 if repeat:  # the first is warm-up
-                    times[kind].append((large - small) / (long - short) * 1e3)
+                    times[kind].append(value)
         base = statistics.median(times[options.engines[0]])
         for row in rows:
             row |= record.summary(times[row["row"]])
             row["overhead"] = row["median"] / base - 1
             row |= launches_per_token(engines[row["row"]], options.prompt, vocab)
         for one in engines.values():
-            one.llm.llm_engine.engine_core.shutdown()
+            one.stop()
     return rows

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks import record
-from benchmarks.engine import Engine, timed
+from benchmarks.engine import Engine, decode_ms
 from benchmarks.quality.methods import Method, methods
 from benchmarks.quality.sizes import SIZES, Size
 
@@ -114,8 +114,7 @@ def serve_times(answer: Connection, name: str, size: Size, work: Path) -> None:
         answer.send("ready")
         rng = random.Random(0)
         while batch := answer.recv():
-            short, long = (timed(engine, batch, PROMPT, n, size.vocab, rng) for n in STEPS)
-            answer.send((long - short) / (STEPS[1] - STEPS[0]) * 1e3)
+            answer.send(decode_ms(engine, batch, PROMPT, STEPS, size.vocab, rng))
     except EOFError:
         pass
     finally:
