@@ -52,11 +52,13 @@ def timed(result: Result) -> dict[tuple[int, str, Size], dict[str, Any]]:
 
 
 def _overhead(
-    results: list[Result], kind: str, base: str, size: Size
+    runs: list[tuple[Result, dict]], kind: str, base: str, size: Size
 ) -> tuple[float, Result] | None:
-    """Over another engine of the same turns, in the newest run that has both; and that run."""
-    for result in reversed(results):
-        rows = timed(result)
+    """Over another engine of the same turns, in the first run that has both; and that run.
+
+    runs: with what is `timed` of them.
+    """
+    for result, rows in runs:
         for group in dict.fromkeys(group for group, *_ in rows):
             pair = [rows.get((group, name, size)) for name in (kind, base)]
             if None not in pair:
@@ -77,11 +79,15 @@ def required_section(results: list[Result]) -> str:
     Args:
         results: of benchmarks.engine, oldest first.
     """
-    fit = [r for r in results if (r.models, r.mixture) == (MODEL, MIXTURE) and GPU in r.gpu]
+    fit = [
+        (r, timed(r))
+        for r in reversed(results)
+        if (r.models, r.mixture) == (MODEL, MIXTURE) and GPU in r.gpu
+    ]
     rows, ours = [PAPER], [None] * len(SIZES)
     for kind, base, name in MEASURED:
         found = [_overhead(fit, kind, base, size) for size in SIZES]
-        runs = [r for r in reversed(fit) if any(one and one[1] is r for one in found)]
+        runs = [r for r, _ in fit if any(one and one[1] is r for one in found)]
         ours = [one and one[0] for one in found]  # in the end those of the last, which is ours
         if runs:
             where = "; ".join(f"{r.content['commit']}, `{r.path.name}`" for r in runs)

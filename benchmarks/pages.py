@@ -99,18 +99,30 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def plot(path: Path, draw: Callable[[Any], None], title: str) -> None:
-    """Saves one drawing as SVG, the same bytes for the same figures."""
+    """Saves one drawing as SVG."""
+    figure, ((axes,),) = new_figure(1, 1, (7, 3.6))
+    draw(axes)
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def new_figure(lines: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    """A figure of `size` inches, and its axes [lines, columns]; see `save_figure`."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    matplotlib.rcParams["svg.hashsalt"] = "vllm-adafuse"
-    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    draw(axes)
-    axes.set_title(title, fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    matplotlib.rcParams["svg.hashsalt"] = "vllm-adafuse"  # the same bytes for the same figures
+    return plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """As SVG."""
+    import matplotlib.pyplot as plt
+
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import new_figure, save_figure
 from benchmarks.quality.scores import Result, Scores
 from benchmarks.quality.verdict import NEAR
 
@@ -14,22 +15,8 @@ COLOURS = {"all weights": "black", "static": "tab:gray", "layer-wise": "tab:oran
 MARKERS = "osD^v<>Ph*X"
 
 
-def _figure(lines: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    matplotlib.rcParams["svg.hashsalt"] = "vllm-adafuse"  # the same bytes for the same figures
-    return plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
-
-
 def _save(figure: Any, path: Path, title: str) -> str:
-    import matplotlib.pyplot as plt
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    save_figure(figure, path)
     return f"![{title}](plots/{path.name})\n"
 
 
@@ -40,7 +27,7 @@ def _colour(method: Scores) -> str:
 def draw_quality(result: Result, folder: Path) -> str:
     """Perplexity of each method, a dot a seed, and what is allowed beside layer-wise mixtures."""
     methods = result.methods[::-1]
-    figure, ((axes,),) = _figure(1, 1, (7, 0.7 + 0.26 * len(methods)))
+    figure, ((axes,),) = new_figure(1, 1, (7, 0.7 + 0.26 * len(methods)))
     for y, m in enumerate(methods):
         values = m.perplexities()
         axes.plot([min(values), max(values)], [y, y], color=_colour(m), linewidth=1)
@@ -61,7 +48,7 @@ def draw_time(result: Result, folder: Path) -> str:
     timed = [m for m in result.methods if "1" in m.decode]
     if not timed:
         return ""
-    figure, ((axes,),) = _figure(1, 1, (8, 3.6))
+    figure, ((axes,),) = new_figure(1, 1, (8, 3.6))
     for m, marker in zip(timed, MARKERS):
         values, at = m.perplexities(), m.decode["1"]
         error = [[m.perplexity() - min(values)], [max(values) - m.perplexity()]]
@@ -81,7 +68,7 @@ def draw_usage(result: Result, folder: Path) -> str:
         return ""
     columns = 3
     lines = math.ceil(len(shown) / columns)
-    figure, axes = _figure(lines, columns, (9, 1.9 * lines))
+    figure, axes = new_figure(lines, columns, (9, 1.9 * lines))
     for axis in axes.flat[len(shown) :]:
         axis.axis("off")
     for axis, m in zip(axes.flat, shown):

@@ -53,9 +53,8 @@ def _winner(ours: Scores | None, other: Scores | None) -> str:
     elif max(pair.gaps) < 0:
         head = f"**One decision per token wins**: {ours.label} is better than {other.label}"
     else:
-        head = f"**A draw** of {ours.label} and {other.label}: each is better with some seed"
-    if min(pair.gaps) <= 0 <= max(pair.gaps):
-        return f"{head}, {_figures(pair)}."
+        both = f"{ours.label} and {other.label}"
+        return f"**A draw** of {both}: each is better with some seed, {_figures(pair)}."
     count = len(pair.gaps)
     seeds = f"each of {count} seeds" if count > 1 else "the one seed there is"
     chance = f" By chance, {count} seeds agree in one of {2 ** (count - 1)} runs." * (count > 1)
