@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import tarfile
-import time
+from types import SimpleNamespace
 
 import fake_engines
 import pytest
@@ -339,15 +339,23 @@ def test_static_loras_are_timed_as_peft_saves_them(finished, tmp_path):
 
 
 def test_an_engine_that_fails_takes_no_other_along(tmp_path, monkeypatch):
+    now, together = [0.0], speed.wait_any
+
+    def wait(connections, seconds):  # once all others have spoken, time is up for the slow one
+        if len(connections) > 1:
+            return together(connections)
+        now[0] += seconds
+        return []
+
     monkeypatch.setattr(speed, "serve_times", fake_engines.serve)
-    monkeypatch.setattr(speed, "START_SECONDS", 0)
-    monkeypatch.setattr(speed, "TURNS_SECONDS", 5)
+    monkeypatch.setattr(speed, "wait_any", wait)
+    monkeypatch.setattr(speed, "time", SimpleNamespace(time=lambda: now[0]))
     names = ["lora-active", "layerwise-linear", "layerwise-block", "adafuse-k2", "adafuse-k4"]
     (tmp_path / "runs").mkdir()
     for name in names:
         (tmp_path / "runs" / f"{name}-s0.json").touch()
     said = []
-    assert not speed.measure_all("toy", names, tmp_path, time.time() + 11, said.append)
+    assert not speed.measure_all("toy", names, tmp_path, 600.0, said.append)
     figures = {f.stem: json.loads(f.read_text()) for f in (tmp_path / "speed").glob("*.json")}
     assert set(figures) == set(names)
     assert {b: (f["median"], f["stock"]) for b, f in figures["lora-active"].items()} == {
@@ -357,6 +365,6 @@ def test_an_engine_that_fails_takes_no_other_along(tmp_path, monkeypatch):
     assert figures["layerwise-block"]["error"] == "ValueError: no room"
     assert "not started within" in figures["adafuse-k4"]["error"]
     assert any("started: " in line for line in said)
-    late = time.time() + 4  # too little; what failed would be tried again
+    late = now[0] + speed.TURNS_SECONDS  # too little; what failed would be tried again
     assert not speed.measure_all("toy", names, tmp_path, late, said.append)
     assert "3 adapters" in said[-1]
