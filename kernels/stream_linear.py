@@ -196,7 +196,7 @@ def _stream_linear_kernel(
                     )  # fmt: skip
                 if HAS_BIAS:
                     acc_up += tl.load(bias_ptr + APART + rows).to(tl.float32)[:, None]
-            y_at = y_ptr + tokens[None, :] * y_stride + rows[:, None]
+            y_at = y_ptr + tokens[None, :] * y_stride + (first + local_rows)[:, None]
             if LEAVE:
                 y_at += split * n_tokens * y_stride
             mask = (local_rows < width)[:, None] & here[None, :]

@@ -48,7 +48,7 @@ def dump_tool() -> str:
 
 
 def build(name: str, kernel, constants: dict, warps: int, stages: int) -> dict:
-    """Registers, bytes of spills, and global loads narrower than 8 bytes."""
+    """Registers, bytes of spills, global loads narrower than 8 bytes, and stores of 2."""
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else POINTERS.get(n, "i32") for n in names}
     attributes = {
@@ -68,12 +68,14 @@ def build(name: str, kernel, constants: dict, warps: int, stages: int) -> dict:
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     loads = re.findall(r"ld\.global\S*", built.asm["ptx"])
     narrow = [load for load in loads if not re.search(r"v[24]|b64|u64", load)]
+    halves = re.findall(r"st\.global\S*\.b16", built.asm["ptx"])
     return {
         "kernel": name,
         "threads": 32 * warps,
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "spilled": int(re.search(r"STACK:(\d+)", usage)[1]),
         "narrow": len(narrow),
+        "halves": len(halves),
         "shared": built.metadata.shared,
     }
 

@@ -22,6 +22,10 @@ def test_kernels_keep_their_values_in_registers(built):
     assert min(at_once.values()) >= 2
 
 
+def test_kernels_store_vectors(built):
+    assert [row for row in built if row["halves"]] == []
+
+
 def test_kernels_load_vectors(built):
     # What remains are scalars and short vectors: gates, counters, bits; in a long step's order also
     # the numbers of the eight rows that a thread reads.
