@@ -48,8 +48,8 @@ def _residual_norm_kernel(
             s_at, gates_ptr, rows, 0, here, n_experts, 0,
             RANK, True, EVEN_K, BLOCK_T, BLOCK_E, BLOCK_R,
         )  # fmt: skip
-    squares = tl.zeros([BLOCK_T], dtype=tl.float32)
     z = tl.zeros([BLOCK_T, COLS], dtype=tl.float32)
+    squares = z  # added up when all are there: threads need not wait for one another in every step
     for i in tl.range(LOOP, num_stages=STAGES):
         columns = i * COLS + tl.arange(0, COLS)
         inside = columns < WIDTH
@@ -75,13 +75,15 @@ def _residual_norm_kernel(
         rounded = z.to(z_ptr.dtype.element_ty)
         tl.store(z_ptr + wide_rows[:, None] * WIDTH + columns[None, :], rounded, mask=mask)
         z = tl.where(mask, rounded.to(tl.float32), 0.0)
-        squares += tl.sum(z * z, 1)
+        squares += z * z
 
-    scale = tl.rsqrt(squares / WIDTH + eps)
+    scale = tl.rsqrt(tl.sum(squares, 1) / WIDTH + eps)
     if LOOP > 1:
         tl.debug_barrier()  # z of other threads
-    for start in tl.range(0, WIDTH, NORM_COLS):
-        columns = start + tl.arange(0, NORM_COLS)
+    NORM_LOOP: tl.constexpr = (WIDTH + NORM_COLS - 1) // NORM_COLS
+    # The last columns first: what was written last is likeliest to be in the cache still.
+    for i in tl.range(NORM_LOOP, num_stages=STAGES):
+        columns = (NORM_LOOP - 1 - i) * NORM_COLS + tl.arange(0, NORM_COLS)
         mask = here[:, None] & (columns < WIDTH)[None, :]
         place = wide_rows[:, None] * WIDTH + columns[None, :]
         if LOOP == 1:
@@ -105,7 +107,7 @@ class NormBlocks:
         columns: of a step of its loop.
         norm_columns: of a step of the norm.
         warps: of a program.
-        stages: loads in flight in the loop.
+        stages: loads in flight in either loop.
     """
 
     tokens: int
