@@ -27,7 +27,7 @@ from vllm_adafuse.cli.cmd_random import integers
 
 from benchmarks import engine, record
 from benchmarks.pages import ROOT, plot, read_results, table
-from benchmarks.profile import launch_profiler, listed
+from benchmarks.profile import COPIES, launch_profiler, listed
 
 SHORT, LONG = 6, 18  # tokens of two generations: their difference is decoding alone
 PAGE = ROOT / "docs" / "timeline.md"
@@ -38,10 +38,12 @@ Written by `python -m benchmarks.timeline --report` from a file in `benchmarks/r
 edit.
 Decoding: one step out of a replayed CUDA graph, as torch's profiler saw it, sampling included. A
 layer is what runs from one attention kernel up to the next. Kernels may overlap or
-leave gaps, so that their times do not add up to the step's. Profiling stretches short kernels; the
-times of whole steps are in [benchmarks.md](benchmarks.md).
+leave gaps, so that their times do not add up to the step's, which goes from the first one's begin
+to the last one's end. Profiling stretches short kernels; the times of whole steps are in
+[benchmarks.md](benchmarks.md).
 """
 SHOWN = 30  # kernels of a prefill by name, the longest first
+GAPS = 10  # of a prefill, the longest first
 
 
 @dataclass
@@ -118,6 +120,37 @@ def span(events: list[Event]) -> float:
     return max(at + us for _, at, us in events) - events[0][1]
 
 
+def without_copies(events: list[Event]) -> list[Event]:
+    """The kernels among them."""
+    return [event for event in events if not event[0].startswith(COPIES)]
+
+
+Gap = tuple[float, float, float, str, str]
+
+
+def gaps(events: list[Event]) -> list[Gap]:
+    """Where no kernel runs between the first and the last, in order of time.
+
+    Args:
+        events: kernels and copies in order of time.
+
+    Returns:
+        For each gap: microseconds from the first kernel's begin to the gap's, how many it takes,
+        how many of copies begin in it; the short names of the kernels before it and after it.
+    """
+    first, *rest = without_copies(events)
+    copies = [(at, us) for name, at, us in events if name.startswith(COPIES)]
+    begin, found = first[1], []
+    before, end = first[0], first[1] + first[2]
+    for name, at, us in rest:
+        if at > end:
+            copied = sum(took for copy, took in copies if end <= copy < at)
+            found.append((end - begin, at - end, copied, short_name(before), short_name(name)))
+        if at + us > end:
+            before, end = name, at + us
+    return found
+
+
 def totals(events: list[Event]) -> list[tuple[str, int, float]]:
     """Kernels by short name: launches and microseconds; the longest first."""
     launches: Counter[str] = Counter()
@@ -169,7 +202,7 @@ def _stop(worker) -> list[Event]:
 def profiled(
     one: engine.Engine, count: int, length: int, tokens: int, vocab: int
 ) -> list[Event]:
-    """The kernels of `count` prompts of `length` ids that get `tokens` tokens each."""
+    """The kernels and copies of `count` prompts of `length` ids that get `tokens` tokens each."""
     one.llm.collective_rpc(_start)
     engine.timed(one, count, length, tokens, vocab, random.Random(1))
     return [(name, at, us) for name, at, us in one.llm.collective_rpc(_stop)[0]]
@@ -188,7 +221,7 @@ def measure(options: Options) -> Iterator[dict[str, Any]]:
             one, _ = engine.start(kind, settings, root)
             for batch in options.batches:
                 _, short, long = (  # the first warms up
-                    profiled(one, batch, options.prompt, tokens, vocab)
+                    without_copies(profiled(one, batch, options.prompt, tokens, vocab))
                     for tokens in (SHORT, SHORT, LONG)
                 )
                 step = last_step(short, long, LONG - SHORT)
@@ -197,16 +230,19 @@ def measure(options: Options) -> Iterator[dict[str, Any]]:
             for count, length in options.prefill:
                 events = [profiled(one, count, length, 1, vocab) for _ in range(2)][-1]
                 row = {"what": "prefill", "batch": count, "length": length}
-                yield _row(kind, layers, events) | row | {"totals": totals(events)}
+                row["gaps"] = sorted(gaps(events), key=lambda gap: -gap[1])[:GAPS]
+                kernels = without_copies(events)
+                yield _row(kind, layers, kernels) | row | {"totals": totals(kernels)}
             one.stop()
 
 
 def _row(kind: str, layers: int, events: list[Event]) -> dict[str, Any]:
     """What the rows of both kinds say; told on the screen too."""
     busy, wall = sum(us for *_, us in events), span(events)
-    print(f"{kind:10} {len(events):5} kernels, busy {busy:9.0f} of {wall:9.0f} us", flush=True)
+    idle = sum(us for _, us, *_ in gaps(events))
+    print(f"{kind:10} {len(events):5} kernels, {busy:9.0f} us in a step of {wall:9.0f}", flush=True)
     row = {"engine": kind, "layers": layers, "unit": "us"}
-    return row | {"kernels": len(events), "busy": busy, "wall": wall}
+    return row | {"kernels": len(events), "busy": busy, "wall": wall, "idle": idle}
 
 
 def write_report(results: Path, page: Path) -> None:
@@ -243,13 +279,30 @@ def write_report(results: Path, page: Path) -> None:
                 shown = [*shown, others]
             kernels = [[f"`{name or 'unnamed'}`", str(n), f"{us:.1f}"] for name, n, us in shown]
             parts.append(table([f"{row['engine']}: kernel", "launches", "µs"], kernels))
+            if row.get("gaps"):
+                parts.append(_gaps(row))
     page.write_text("\n".join(parts))
 
 
 def _steps(rows: list[dict[str, Any]]) -> str:
-    """The engines' steps beside one another."""
+    """The engines' steps beside one another; when no kernel ran, where the file knows it."""
+    header = ["engine", "kernels a step", "their time, µs", "step, µs"]
     cells = [[r["engine"], str(r["kernels"]), f"{r['busy']:.0f}", f"{r['wall']:.0f}"] for r in rows]
-    return table(["engine", "kernels a step", "their time, µs", "step, µs"], cells)
+    if all("idle" in row for row in rows):
+        header.append("no kernel runs, µs")
+        cells = [[*line, f"{row['idle']:.0f}"] for line, row in zip(cells, rows)]
+    return table(header, cells)
+
+
+def _gaps(row: dict[str, Any]) -> str:
+    """An engine's longest gaps."""
+    header = [f"{row['engine']}: no kernel after", "and before", "begins, µs", "takes, µs"]
+    header.append("copies in it, µs")
+    cells = []
+    for at, us, copied, *kernels in row["gaps"]:
+        names = [f"`{name or 'unnamed'}`" for name in kernels]
+        cells.append([*names, f"{at:.0f}", f"{us:.1f}", f"{copied:.1f}"])
+    return table(header, cells)
 
 
 def _picture(rows: list[dict[str, Any]], batch: int, picture: Path) -> str:

@@ -7,11 +7,13 @@ import pytest
 
 from benchmarks.timeline import (
     Options,
+    gaps,
     last_step,
     one_layer,
     short_name,
     span,
     totals,
+    without_copies,
     write_report,
 )
 
@@ -88,6 +90,32 @@ def test_totals_are_of_names_without_template_arguments():
     assert span(found) == 5.0
 
 
+COPIED = [
+    ("void a<1>(int)", 100.0, 20.0),
+    ("long", 105.0, 5.0),  # within a
+    ("overlaps", 118.0, 4.0),
+    ("Memcpy HtoD (Pinned -> Device)", 123.0, 1.5),
+    ("Memset (Device)", 125.0, 0.5),
+    ("b", 130.0, 10.0),
+    ("at once", 140.0, 1.0),
+    ("ns::c<2>(int)", 141.5, 1.0),
+    ("Memcpy DtoH (Device -> Pageable)", 143.0, 1.0),
+]
+
+
+def test_gaps_are_between_kernels_whatever_overlaps():
+    assert gaps(COPIED) == [(22.0, 8.0, 2.0, "overlaps", "b"), (41.0, 0.5, 0.0, "at once", "c")]
+    kernels = without_copies(COPIED)
+    assert len(kernels) == 6 and span(kernels) == 42.5
+    # Half microseconds in which some kernel runs.
+    runs = {at for _, begin, us in kernels for at in range(int(2 * begin), int(2 * begin + 2 * us))}
+    assert sum(us for _, us, *_ in gaps(kernels)) == span(kernels) - len(runs) / 2
+
+
+def test_without_a_gap_there_is_none():
+    assert gaps([("a", 5.0, 2.0), ("b", 6.0, 3.0), ("c", 9.0, 1.0)]) == []
+
+
 def test_the_page_is_written_from_the_file(tmp_path):
     pytest.importorskip("matplotlib")
     results, page = tmp_path / "results", tmp_path / "docs" / "timeline.md"
@@ -101,7 +129,9 @@ def test_the_page_is_written_from_the_file(tmp_path):
         row = {"engine": kind, "batch": 4, "kernels": 11, "busy": 120.4, "wall": 150.6}
         rows.append(row | {"what": "decode", "layer": one_layer(events(1), LAYERS)})
         named = [(f"gemm{i}", 2, 100.0 - i) for i in range(32)]
-        rows.append(row | {"what": "prefill", "length": 1000, "totals": named})
+        row |= {"what": "prefill", "totals": named}
+        rows.append(row | {"length": 500})  # of an older file
+        rows.append(row | {"length": 1000, "idle": 30.2, "gaps": gaps(COPIED)})
     content = {"benchmark": "timeline", "commit": "c0ffee", "command": "x"}
     content |= {"time": "20260101-000000", "cpu": "x86", "rows": rows}
     content |= {"versions": {"torch": "2.11", "vllm": "0.26"}}
@@ -111,6 +141,9 @@ def test_the_page_is_written_from_the_file(tmp_path):
     assert "| adafuse | 11 | 120 | 151 |" in text and "| 3 | `qkv` | 20.0 | 18.0 |" in text
     assert "## Prefill, 4 x 1000 tokens" in text and "| `gemm1` | 2 | 99.0 |" in text
     assert "| `2 others` | 4 | 139.0 |" in text and "gemm31" not in text
+    old, new = text.split("## Prefill")[1:]
+    assert "no kernel" not in old and "| adafuse | 11 | 120 | 151 | 30 |" in new
+    assert "| `overlaps` | `b` | 22 | 8.0 | 2.0 |" in new
     assert "c0ffee" in text and (page.parent / "plots" / "timeline-4.svg").is_file()
 
 
