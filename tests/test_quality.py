@@ -347,6 +347,7 @@ def test_an_engine_that_fails_takes_no_other_along(tmp_path, monkeypatch):
         now[0] += seconds
         return []
 
+    monkeypatch.syspath_prepend(ROOT)  # where `benchmarks` is, for the processes
     monkeypatch.setattr(speed, "serve_times", fake_engines.serve)
     monkeypatch.setattr(speed, "wait_any", wait)
     monkeypatch.setattr(speed, "time", SimpleNamespace(time=lambda: now[0]))
