@@ -18,7 +18,7 @@ import triton.language as tl
 from vllm_adafuse.kernels.blocks import ExpandBlocks, expert_blocks, on_hopper, overlap
 from vllm_adafuse.kernels.expand import _load_b
 from vllm_adafuse.kernels.launch import launch
-from vllm_adafuse.kernels.pairs import ACTIVATIONS, activate, result_width
+from vllm_adafuse.kernels.pairs import ACTIVATIONS, activate, result_width, tiled_widths
 from vllm_adafuse.kernels.route_layer import SPLIT_FACTOR, LayerGate, router_gates
 
 # Beyond it B is read again by too many tiles of tokens. (Not measured yet.)
@@ -191,7 +191,7 @@ def layer_expand_triton(
     result = both.new_empty(tokens, result_width(widths, activation), dtype=bank_b.dtype)
     cut = choose(tokens, act != 0, bank_b.element_size())
     blocks = expert_blocks(every, rank, False)
-    tiled = widths[:1] if act else widths
+    tiled = tiled_widths(widths, activation)
     grid = sum(triton.cdiv(w, cut.columns) for w in tiled), triton.cdiv(tokens, cut.tokens)
     counts = [*gate.experts, 0, 0, 0][:3]
     even = all(w % cut.columns == 0 for w in tiled)

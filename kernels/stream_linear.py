@@ -23,7 +23,14 @@ import triton
 import triton.language as tl
 from vllm_adafuse.kernels.blocks import BLOCK_ER, on_hopper, overlap
 from vllm_adafuse.kernels.launch import launch
-from vllm_adafuse.kernels.pairs import ACTIVATIONS, ROTARY, activate, rotate, tiled_widths
+from vllm_adafuse.kernels.pairs import (
+    ACTIVATIONS,
+    ROTARY,
+    activate,
+    result_width,
+    rotate,
+    tiled_widths,
+)
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import (
     MAX_SHRINK_TOKENS,
@@ -254,7 +261,7 @@ def stream_linear_triton(
     shrink_cols = fit_cols(tiles.shrink_cols, grid.block_r, block_t, x.element_size())
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
     count = sum(cdiv(w, tiles.rows) for w in members)
-    y = x.new_empty(tokens, 2 * rows if half else rows) if out is None else out
+    y = x.new_empty(tokens, result_width(widths, activation)) if out is None else out
     leave = y.dim() == 3
     launch(
         _stream_linear_kernel, (grid.programs + count * tiles.split,),

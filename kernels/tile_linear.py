@@ -23,7 +23,14 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 from vllm_adafuse.kernels.blocks import BLOCK_ER, on_hopper, overlap
 from vllm_adafuse.kernels.launch import launch
-from vllm_adafuse.kernels.pairs import ACTIVATIONS, ROTARY, activate, rotate, tiled_widths
+from vllm_adafuse.kernels.pairs import (
+    ACTIVATIONS,
+    ROTARY,
+    activate,
+    result_width,
+    rotate,
+    tiled_widths,
+)
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import MAX_SLICES, all_sums, is_last, leave_sums
 from vllm_adafuse.kernels.stream_linear import add_delta, load_b
@@ -229,7 +236,7 @@ def tile_linear_triton(
     shrink_tiles = cdiv(ranks, cut.rows * (2 if act else 1))
     count = sum(cdiv(w, cut.rows) for w in members)
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
-    y = x.new_empty(tokens, rows * (2 if half else 1)) if out is None else out
+    y = x.new_empty(tokens, result_width(widths, activation)) if out is None else out
     split = 1 if out is None else cut.split
     launch(
         _tile_linear_kernel, (shrink_tiles * cut.slices + count * split,),

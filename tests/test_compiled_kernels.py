@@ -1,6 +1,7 @@
-"""What the compiler makes of the kernels for a Hopper GPU: no spills, no loads element by element.
+"""What the compiler makes of the kernels for a Hopper GPU: no spills, no loads or stores element
+by element.
 
-Both cost more than any cut of the work can win back, and neither shows in a result.
+Each costs more than any cut of the work can win back, and none shows in a result.
 """
 
 import pytest
