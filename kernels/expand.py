@@ -117,7 +117,13 @@ def _expand_kernel(
                     b_at + APART_B * size, inside_up, 0, n_experts, 0,
                     RANK, EVEN_B, EVEN_K, BLOCK_E, BLOCK_R,
                 )  # fmt: skip
-        # What needs no kernel before this one is there by now.
+        if ACT == 3:
+            turned = mask & (offset < WIDTH0 + WIDTH1)  # v is not
+            turn = cos_sin_ptr + rows[:, None] * (2 * HALF)
+            turn += (within + tl.arange(0, BLOCK_OUT))[None, :]
+            cos = tl.load(turn, mask=turned, other=0.0)
+            sin = tl.load(turn + HALF, mask=turned, other=0.0)
+        # All that needs no kernel before this one is asked for by now.
         if PDL and LOOP == 1:
             tl.extra.cuda.gdc_wait()
         y = tl.load(y_at, mask=mask, other=0.0)
@@ -153,11 +159,7 @@ def _expand_kernel(
         out_at = out_ptr + rows.to(tl.int64)[:, None] * out_stride + (offset + columns)[None, :]
         if ACT == 3:
             if offset < WIDTH0 + WIDTH1:
-                turn = cos_sin_ptr + rows[:, None] * (2 * HALF)
-                turn += (within + tl.arange(0, BLOCK_OUT))[None, :]
-                cos = tl.load(turn, mask=mask, other=0.0).to(tl.float32)
-                sin = tl.load(turn + HALF, mask=mask, other=0.0).to(tl.float32)
-                y, up = rotate(y, up, cos, sin)
+                y, up = rotate(y, up, cos.to(tl.float32), sin.to(tl.float32))
             tl.store(out_at + HALF, up.to(out_ptr.dtype.element_ty), mask=mask)
         elif ACT != 0:
             y = activate(y, up, ACT)
