@@ -118,7 +118,8 @@ def _expand_kernel(
                     RANK, EVEN_B, EVEN_K, BLOCK_E, BLOCK_R,
                 )  # fmt: skip
         if ACT == 3:
-            turned = mask & (offset < WIDTH0 + WIDTH1)  # v is not
+            turning = rows < tl.where(offset < WIDTH0 + WIDTH1, n_tokens, 0)  # v is not turned
+            turned = turning[:, None] & inside[None, :]
             turn = cos_sin_ptr + rows[:, None] * (2 * HALF)
             turn += (within + tl.arange(0, BLOCK_OUT))[None, :]
             cos = tl.load(turn, mask=turned, other=0.0)
