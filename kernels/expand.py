@@ -10,14 +10,14 @@ whoever else is in the batch. The additions ride on a pass over y that what foll
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.blocks import ExpandBlocks, expert_blocks, on_hopper, overlap
+from vllm_adafuse.kernels.blocks import ExpandBlocks, expand_plan, on_hopper
 from vllm_adafuse.kernels.launch import launch
+from vllm_adafuse.kernels.paged_cache import NO_PAGES, Pages, rows_in_pages, starts_of_head
 from vllm_adafuse.kernels.pairs import (
     ACTIVATIONS,
     ROTARY,
@@ -123,9 +123,10 @@ def _add_delta(
 def _expand_kernel(
     y_ptr, bias_ptr, out_ptr, s_ptr, b_ptr, gates_ptr, present_ptr, cos_sin_ptr,
     n_tokens, y_stride, out_stride, s_stride, n_experts,
+    keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
     PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
     RAW: tl.constexpr, SKIP: tl.constexpr, ALL: tl.constexpr,
     RANK: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr, ONE: tl.constexpr,
     EVERY_PART: tl.constexpr, PDL: tl.constexpr,
@@ -169,6 +170,11 @@ def _expand_kernel(
     # Of all columns; a program of one tile asks for B first, which needs no kernel before it.
     if PDL and LOOP > 1:
         tl.extra.cuda.gdc_wait()
+    in_pages, there = rows.to(tl.int64), here
+    if LOOP > 1:
+        in_pages, there = rows_in_pages(
+            slots_ptr, rows, here, block_size, block_stride, row_stride, PAGED
+        )
     if ONE and LOOP > 1:
         s, s_up = _load_both(
             s_at, s_up_at, gates_ptr, rows, rows_s, rows_up, n_experts,
@@ -204,6 +210,9 @@ def _expand_kernel(
         if LOOP == 1:
             if PDL:
                 tl.extra.cuda.gdc_wait()
+            in_pages, there = rows_in_pages(
+                slots_ptr, rows, here, block_size, block_stride, row_stride, PAGED
+            )
             if ONE:
                 s, s_up = _load_both(
                     s_at, s_up_at, gates_ptr, rows, rows_s, rows_up, n_experts,
@@ -239,6 +248,15 @@ def _expand_kernel(
                 cos = tl.load(turn, mask=mask, other=0.0).to(tl.float32)
                 sin = tl.load(turn + HALF, mask=mask, other=0.0).to(tl.float32)
                 y, up = rotate(y, up, cos, sin)
+            if PAGED:
+                head = first // HALF
+                starts, kept = starts_of_head(
+                    out_ptr + rows.to(tl.int64) * out_stride + (offset + head * (2 * HALF)), here,
+                    keys_ptr, values_ptr, in_pages, there,
+                    second.to(tl.int32) + third.to(tl.int32), head, head_stride, PAGED,
+                )  # fmt: skip
+                out_at = starts[:, None] + (within + tl.arange(0, BLOCK_OUT))[None, :]
+                mask = kept[:, None] & inside[None, :]
             tl.store(out_at + HALF, up.to(out_ptr.dtype.element_ty), mask=mask)
         elif ACT != 0:
             y = activate(y, up, ACT)
@@ -247,46 +265,20 @@ def _expand_kernel(
 
 def _launch(
     y, bias, out, s, s_stride, bank_b, gates, present, parts, widths, act,
-    blocks=None, cos_sin=None,
+    blocks=None, cos_sin=None, pages=None,
 ) -> None:  # fmt: skip
     tokens, (_, experts, rank) = y.shape[0], bank_b.shape
     if blocks is None:
         blocks = ExpandBlocks.choose(tokens, act != 0, y.element_size())
     half = cos_sin.shape[1] // 2 if act == ROTARY else 0
     shape = tuple(widths), tuple(parts), act, half, out is not y, experts, rank
-    groups, constants = _plan(*shape, tokens < _SKIP_TOKENS, blocks, on_hopper(y))
+    groups, constants = expand_plan(*shape, tokens < _SKIP_TOKENS, blocks, on_hopper(y))
     launch(
         _expand_kernel, (groups, cdiv(tokens, blocks.tokens)),
         y, bias, out, s, bank_b, gates, present, cos_sin,
-        tokens, y.stride(0), out.stride(0), s_stride, experts,
-        HAS_BIAS=bias is not None, RAW=gates is not None, **constants,
+        tokens, y.stride(0), out.stride(0), s_stride, experts, *(pages or NO_PAGES),
+        HAS_BIAS=bias is not None, PAGED=pages is not None, RAW=gates is not None, **constants,
     )  # fmt: skip
-
-
-@functools.cache
-def _plan(
-    widths: tuple, parts: tuple, act: int, half: int, every: bool, experts: int, rank: int,
-    skip: bool, blocks: ExpandBlocks, hopper: bool,
-) -> tuple[int, dict]:  # fmt: skip
-    """Groups of tiles, and the kernel's constants; every: parts without experts have tiles too."""
-    columns = min(blocks.columns, half) if act == ROTARY else blocks.columns
-    # A tile has both members of its pairs.
-    if act:
-        tiled = tiled_widths(widths, ACTIVATIONS[act])
-    else:
-        tiled = [w for w, part in zip(widths, parts) if part >= 0 or every]
-    span = columns * blocks.loop
-    every_part = min(parts) >= 0
-    widths, parts = (*widths, 0, 0)[:3], (*parts, -1, -1)[:3]
-    return sum(cdiv(w, span) for w in tiled), {
-        "WIDTH0": widths[0], "WIDTH1": widths[1], "WIDTH2": widths[2],
-        "PART0": parts[0], "PART1": parts[1], "PART2": parts[2],
-        "ACT": act, "HALF": half, "ALL": every,
-        "EVEN": all(w % span == 0 for w in tiled), "EVERY_PART": every_part,
-        "BLOCK_T": blocks.tokens, "BLOCK_OUT": columns,
-        "LOOP": blocks.loop, "STAGES": blocks.stages, "num_warps": blocks.warps,
-        **expert_blocks(experts, rank, skip), **overlap(hopper),
-    }  # fmt: skip
 
 
 def expand_triton(
@@ -322,6 +314,7 @@ def expand_raw_triton(
     activation: str = "",
     blocks: ExpandBlocks | None = None,
     cos_sin: torch.Tensor | None = None,
+    pages: Pages | None = None,
 ) -> torch.Tensor:
     """From the outputs of W and A to those of the adapted projection, in one launch.
 
@@ -335,6 +328,7 @@ def expand_raw_triton(
             "rotary" of q, k, v.
         blocks: how to cut, default `ExpandBlocks.choose`.
         cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
+        pages: where k and v go with "rotary", whose columns of the result stay undefined then.
 
     Returns:
         [T, out], or [T, I] after silu or gelu_tanh; contiguous.
@@ -344,7 +338,7 @@ def expand_raw_triton(
         result = y.new_empty(y.shape[0], result_width(widths, activation))
     _launch(
         y, bias, result, s, s.stride(0), bank_b, gates, present, parts, widths, act,
-        blocks, cos_sin,
+        blocks, cos_sin, pages,
     )  # fmt: skip
     return result
 

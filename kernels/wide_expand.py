@@ -32,6 +32,7 @@ from vllm_adafuse.kernels.expand import _load_s, expand_raw_triton
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.order_routes import Order
 from vllm_adafuse.kernels.ordered_expand import can_order, ordered_expand_triton
+from vllm_adafuse.kernels.paged_cache import NO_PAGES, Pages, head_in_pages, rows_in_pages
 from vllm_adafuse.kernels.pairs import activate, is_gate_up, result_of, rotate, turns_of_heads
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
@@ -45,8 +46,9 @@ MIN_GATE_UP_TOKENS = 2048
 def _wide_expand_kernel(
     y_desc, b_desc, out_desc, s_ptr, gates_ptr, cos_sin_ptr,
     n_tokens, s_stride, n_experts,
+    keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
     TILES0: tl.constexpr, TILES1: tl.constexpr, TILES2: tl.constexpr,
-    ACT: tl.constexpr, APART: tl.constexpr,
+    ACT: tl.constexpr, APART: tl.constexpr, PAGED: tl.constexpr,
     RANK: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr, COLS: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
@@ -70,6 +72,9 @@ def _wide_expand_kernel(
                        BLOCK_T, BLOCK_E, RANK)  # fmt: skip
     if ACT == 3:  # a tile is a whole head, so all of a program's turn alike
         cos, sin = turns_of_heads(cos_sin_ptr, rows, here, part, COLS)
+    in_pages, there = rows_in_pages(
+        slots_ptr, rows, here, block_size, block_stride, row_stride, PAGED
+    )
     for tile in tl.range(first_tile, end, num_stages=STAGES):
         column = offset + tile * WIDE
         b = b_desc.load([column, 0])
@@ -81,10 +86,20 @@ def _wide_expand_kernel(
             up = tl.dot(s_up, b_up.T, up, input_precision="ieee")
             if ACT == 3:
                 y, up = rotate(y, up, cos.to(tl.float32), sin.to(tl.float32))
-                out_desc.store([first_token, column + APART], up.to(out_desc.dtype))
+                if not PAGED:
+                    out_desc.store([first_token, column + APART], up.to(out_desc.dtype))
+                elif part == 0:
+                    out_desc.store([first_token, column + APART], up.to(out_desc.dtype))
+                    out_desc.store([first_token, column], y.to(out_desc.dtype))
+                else:
+                    at = head_in_pages(keys_ptr, values_ptr, in_pages, part, tile, head_stride)
+                    at, mask = at[:, None] + tl.arange(0, COLS)[None, :], there[:, None]
+                    tl.store(at, y.to(out_desc.dtype), mask=mask)
+                    tl.store(at + APART, up.to(out_desc.dtype), mask=mask)
             else:
                 y = activate(y, up, ACT)
-        out_desc.store([first_token, column], y.to(out_desc.dtype))
+        if not PAGED:
+            out_desc.store([first_token, column], y.to(out_desc.dtype))
 
 
 @functools.cache
@@ -137,18 +152,21 @@ def expand_long(
     order: Order | None = None,
     cos_sin: torch.Tensor | None = None,
     blocks: ExpandBlocks | None = None,
+    pages: Pages | None = None,
 ) -> torch.Tensor:
     """`wide_expand_triton` where it can, `ordered_expand_triton` where the step has an order and it
     can, `expand_raw_triton` elsewhere, cut like `blocks` if it is told; see all three."""
     head_dim = cos_sin.shape[1] if activation == "rotary" else 0
     if bias is None and can_widen(y, bank_b, parts, widths, activation, head_dim):
-        return wide_expand_triton(y, s, bank_b, gates, widths, activation, cos_sin=cos_sin)
+        return wide_expand_triton(
+            y, s, bank_b, gates, widths, activation, cos_sin=cos_sin, pages=pages
+        )
     if bias is None and order and can_order(y, bank_b, parts, widths, head_dim):
         return ordered_expand_triton(
-            y, s, bank_b, gates, order, widths, activation, cos_sin=cos_sin
+            y, s, bank_b, gates, order, widths, activation, cos_sin=cos_sin, pages=pages
         )
     return expand_raw_triton(
-        y, s, bias, bank_b, gates, present, parts, widths, activation, blocks, cos_sin
+        y, s, bias, bank_b, gates, present, parts, widths, activation, blocks, cos_sin, pages
     )
 
 
@@ -161,6 +179,7 @@ def wide_expand_triton(
     activation: str = "",
     blocks: ExpandBlocks | None = None,
     cos_sin: torch.Tensor | None = None,
+    pages: Pages | None = None,
 ) -> torch.Tensor:
     """One launch; for what `can_widen` holds.
 
@@ -173,6 +192,7 @@ def wide_expand_triton(
         activation: "", "silu", "gelu_tanh", or "rotary" of q, k, v.
         blocks: how to cut, default `choose`.
         cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
+        pages: where k and v go with "rotary", whose columns of the result stay undefined then.
 
     Returns:
         [T, out], or [T, I] after silu or gelu_tanh; contiguous.
@@ -191,8 +211,8 @@ def wide_expand_triton(
         _wide_expand_kernel, (groups, cdiv(tokens, cut.tokens)),
         y_desc, TensorDescriptor(bank_b, [out, size], [size, 1], block_b), out_desc,
         s, gates, cos_sin,
-        tokens, s.stride(0), experts,
-        **constants,
+        tokens, s.stride(0), experts, *(pages or NO_PAGES),
+        PAGED=pages is not None, **constants,
     )  # fmt: skip
     return result
 
