@@ -24,7 +24,6 @@ from vllm_adafuse.kernels.pairs import (
     activate,
     result_width,
     rotate,
-    tiled_widths,
 )
 from vllm_adafuse.kernels.whole import cdiv
 
@@ -387,4 +386,3 @@ def expand_torch(
             y[:, column : column + width].addmm_(s[:, part], b[row : row + width].t())
             row += width
         column += width
-

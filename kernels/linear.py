@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from vllm_adafuse.kernels import stream_linear, tile_linear
 from vllm_adafuse.kernels.expand import expand_torch
 from vllm_adafuse.kernels.order_routes import Order
-from vllm_adafuse.kernels.paged_cache import Pages, claim_pages, paged_cache_torch
+from vllm_adafuse.kernels.paged_cache import claim_pages, paged_cache_torch
 from vllm_adafuse.kernels.pairs import activate_torch, result_width, rotate_torch, tiled_widths
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.scratch import Scratch

@@ -232,7 +232,8 @@ def ordered_expand_triton(
         y, result, s, bank_b, gates, order.rows, order.present, cos_sin,
         tokens, y.stride(0), result.stride(0), s.stride(0), experts,
         *(pages or NO_PAGES),
-        **tiles, PAGED=pages is not None, RANK=rank, CHUNK=max(1, cut.ranks // rank), BLOCK_E=max(2, power_of_2(experts)),
-        BLOCK_T=ORDER_TILE, STAGES=cut.stages, num_warps=cut.warps, **overlap(on_hopper(y)),
+        **tiles, PAGED=pages is not None, RANK=rank, CHUNK=max(1, cut.ranks // rank),
+        BLOCK_E=max(2, power_of_2(experts)), BLOCK_T=ORDER_TILE, STAGES=cut.stages,
+        num_warps=cut.warps, **overlap(on_hopper(y)),
     )  # fmt: skip
     return result

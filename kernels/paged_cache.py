@@ -1,6 +1,6 @@
 """Keys and values that the projection of q, k and v leaves in the pages of a KV cache:
 
-    keys[slots[t] // block, slots[t] % block, h] = k[t, h]          likewise values; none if slot < 0
+    keys[slots[t] // block, slots[t] % block, h] = k[t, h]      likewise values; none if slot < 0
 
 where they would lie in the projection's result otherwise, for a launch of its own to copy. A head's
 columns stand side by side in both, so kernels store as before, only from another start.
@@ -20,7 +20,8 @@ class Pages(NamedTuple):
     """Where a step's keys and values go, in the order of a kernel's arguments.
 
     Attributes:
-        keys, values: [blocks, block_size, heads, D] of the projection's dtype, D contiguous.
+        keys, values: [blocks, block_size, heads, D] of the projection's dtype, D contiguous;
+            heads begin at multiples of 16 bytes.
         slots: [T] int64, block * block_size + place in it; -1 for a token to leave out.
         block_size: tokens of a page.
         block_stride, row_stride, head_stride: of keys and of values.
@@ -42,7 +43,9 @@ class Pages(NamedTuple):
                 f"pages of keys and values have strides {keys.stride()} and {values.stride()}, "
                 "expected the same ones that end in 1"
             )
-        return cls(keys, values, slots, keys.shape[1], *keys.stride()[:3])
+        block, row, head, _ = keys.stride()
+        # Of a single head the stride may be anything.
+        return cls(keys, values, slots, keys.shape[1], block, row, head * (keys.shape[2] > 1))
 
 
 NO_PAGES: tuple[Any, ...] = (None,) * len(Pages._fields)
@@ -78,13 +81,15 @@ def rows_in_pages(
     slots_ptr, tokens, here, block_size, block_stride, row_stride, PAGED: tl.constexpr
 ):
     """Where tokens' rows begin in pages, [T], and who has one."""
-    if not PAGED:
-        return tokens.to(tl.int64), here
-    slots = tl.load(slots_ptr + tokens, mask=here, other=-1)
-    there = slots >= 0
-    slots = slots.to(tl.int32)
-    # A block's number by itself fits; times its stride it may not.
-    return (slots // block_size).to(tl.int64) * block_stride + slots % block_size * row_stride, there
+    in_pages, there = tokens.to(tl.int64), here
+    if PAGED:
+        slots = tl.load(slots_ptr + tokens, mask=here, other=-1)
+        there = slots >= 0
+        # Fits 32 bits, in which a division is short; a block's place may not.
+        slots = slots.to(tl.int32)
+        in_pages = (slots // block_size).to(tl.int64) * block_stride
+        in_pages += slots % block_size * row_stride
+    return in_pages, there
 
 
 @triton.jit
@@ -106,10 +111,13 @@ def starts_of_head(
 
     in_y: [T], where it begins in y; in_pages, there: from `rows_in_pages`.
     """
-    if not PAGED:
-        return in_y, here
-    paged = head_in_pages(keys_ptr, values_ptr, in_pages, part, head, head_stride)
-    return tl.where(part > 0, paged, in_y), tl.where(part > 0, there, here)
+    starts, kept = in_y, here
+    if PAGED:
+        paged = head_in_pages(keys_ptr, values_ptr, in_pages, part, head, head_stride)
+        # Both at 16 bytes; without being told, Triton 3.9 stores element by element.
+        starts = tl.multiple_of(tl.where(part > 0, paged, in_y), 16)
+        kept = tl.where(part > 0, there, here)
+    return starts, kept
 
 
 def paged_cache_torch(y: torch.Tensor, pages: Pages, widths: list[int]) -> None:

@@ -18,7 +18,8 @@ def test_kernels_keep_their_values_in_registers(built):
     assert [row for row in built if row["spilled"]] == []
     # Two programs and more to a processor of 65536 registers; in long batches one deep one will do.
     at_once = {row["kernel"]: 65536 // (row["registers"] * row["threads"]) for row in built}
-    for name in ("residual_norm tokens=16000", "wide_expand act=3 16000"):
+    paged = "wide_expand act=3, paged 16000"
+    for name in ("residual_norm tokens=16000", "wide_expand act=3 16000", paged):
         assert at_once.pop(name) >= 1
     assert min(at_once.values()) >= 2
 

@@ -1,4 +1,4 @@
-"""Keys and values in the pages of a KV cache: the kernels that leave them there, against float64."""
+"""Keys and values in the pages of a KV cache: what kernels leave there, against float64."""
 
 import gc
 

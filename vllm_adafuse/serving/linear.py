@@ -15,6 +15,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.platforms import current_platform
 from vllm_adafuse.serving.bank import ExpertBank
+from vllm_adafuse.serving.kv_cache import share_cache
 from vllm_adafuse.serving.norm import NormPlace
 from vllm_adafuse.serving.rotary import SharedRotary
 
@@ -142,6 +143,8 @@ def wrap_linear(
         activation = _take_what_follows(layer, block, rotary)
         bank.join(layer.weight)
         bank.rotary = rotary
+        if activation == "rotary":
+            bank.share(share_cache(block))
         if behind is not None:
             behind.put(bank)
             bank.before_norm = True
