@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.pairs import ACTIVATIONS, ROTARY, tiled_widths
+from vllm_adafuse.kernels.pairs import ACTIVATIONS, tiled_widths
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 # Ranks, of one expert or of several, that one product takes.
@@ -58,35 +58,6 @@ def expert_blocks(experts: int, rank: int, skip: bool) -> dict[str, int | bool]:
     return {
         "RANK": rank, "SKIP": skip, "EVEN_K": even, "BLOCK_E": block_e, "BLOCK_R": block_r,
         "ONE": not skip and experts <= block_e and rank <= block_r,
-    }  # fmt: skip
-
-
-@functools.cache
-def expand_plan(
-    widths: tuple, parts: tuple, act: int, half: int, every: bool, experts: int, rank: int,
-    skip: bool, blocks: ExpandBlocks, hopper: bool,
-) -> tuple[int, dict]:  # fmt: skip
-    """Groups of tiles of `expand`, and its kernel's constants.
-
-    every: parts without experts have tiles too.
-    """
-    columns = min(blocks.columns, half) if act == ROTARY else blocks.columns
-    # A tile has both members of its pairs.
-    if act:
-        tiled = tiled_widths(widths, ACTIVATIONS[act])
-    else:
-        tiled = [w for w, part in zip(widths, parts) if part >= 0 or every]
-    span = columns * blocks.loop
-    every_part = min(parts) >= 0
-    widths, parts = (*widths, 0, 0)[:3], (*parts, -1, -1)[:3]
-    return sum(cdiv(w, span) for w in tiled), {
-        "WIDTH0": widths[0], "WIDTH1": widths[1], "WIDTH2": widths[2],
-        "PART0": parts[0], "PART1": parts[1], "PART2": parts[2],
-        "ACT": act, "HALF": half, "ALL": every,
-        "EVEN": all(w % span == 0 for w in tiled), "EVERY_PART": every_part,
-        "BLOCK_T": blocks.tokens, "BLOCK_OUT": columns,
-        "LOOP": blocks.loop, "STAGES": blocks.stages, "num_warps": blocks.warps,
-        **expert_blocks(experts, rank, skip), **overlap(hopper),
     }  # fmt: skip
 
 

@@ -155,6 +155,9 @@ def _tile_linear_kernel(
             tl.atomic_add(counter_ptr, 1, sem="release")
     else:
         present = tl.load(present_ptr)
+        in_pages, there = rows_in_pages(
+            slots_ptr, tokens, here, block_size, block_stride, row_stride, PAGED
+        )
         local_rows = start_row + tl.arange(0, ROWS)
         rows = first + tl.minimum(local_rows, width - 1)
         adds = part >= 0
@@ -178,9 +181,6 @@ def _tile_linear_kernel(
                 )  # fmt: skip
             if HAS_BIAS:
                 acc_up += tl.load(bias_ptr + APART + rows).to(tl.float32)[:, None]
-        in_pages, there = rows_in_pages(
-            slots_ptr, tokens, here, block_size, block_stride, row_stride, PAGED
-        )
         y_at = y_ptr + tokens[None, :] * y_stride + (first + local_rows)[:, None]
         if SPLIT > 1:
             y_at += slice_ * n_tokens * y_stride

@@ -28,7 +28,8 @@ from vllm_adafuse.kernels.blocks import (
     on_hopper,
     overlap,
 )
-from vllm_adafuse.kernels.expand import _load_s, expand_raw_triton
+from vllm_adafuse.kernels.deltas import load_s
+from vllm_adafuse.kernels.expand import expand_raw_triton
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.order_routes import Order
 from vllm_adafuse.kernels.ordered_expand import can_order, ordered_expand_triton
@@ -64,11 +65,11 @@ def _wide_expand_kernel(
     here = rows < n_tokens
     size = n_experts * RANK
     s_at = s_ptr + rows.to(tl.int64) * s_stride + part * size
-    s = _load_s(s_at, gates_ptr, rows, 0, here, n_experts, 0, RANK, True, EVEN_K,
+    s = load_s(s_at, gates_ptr, rows, 0, here, n_experts, 0, RANK, True, EVEN_K,
                 BLOCK_T, BLOCK_E, RANK)  # fmt: skip
     s_up = s
     if ACT == 1 or ACT == 2:
-        s_up = _load_s(s_at + size, gates_ptr, rows, 0, here, n_experts, 0, RANK, True, EVEN_K,
+        s_up = load_s(s_at + size, gates_ptr, rows, 0, here, n_experts, 0, RANK, True, EVEN_K,
                        BLOCK_T, BLOCK_E, RANK)  # fmt: skip
     if ACT == 3:  # a tile is a whole head, so all of a program's turn alike
         cos, sin = turns_of_heads(cos_sin_ptr, rows, here, part, COLS)
