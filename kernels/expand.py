@@ -122,7 +122,14 @@ def _expand_kernel(
                     b_at + APART_B * size, inside_up, 0, n_experts, 0,
                     RANK, EVEN_B, EVEN_K, BLOCK_E, BLOCK_R,
                 )  # fmt: skip
-        # What needs no kernel before this one is there by now.
+        if ACT == 3:
+            turning = rows < tl.where(offset < WIDTH0 + WIDTH1, n_tokens, 0)  # v is not turned
+            turned = turning[:, None] & inside[None, :]
+            turn = cos_sin_ptr + rows[:, None] * (2 * HALF)
+            turn += (within + tl.arange(0, BLOCK_OUT))[None, :]
+            cos = tl.load(turn, mask=turned, other=0.0)
+            sin = tl.load(turn + HALF, mask=turned, other=0.0)
+        # All that needs no kernel before this one is asked for by now.
         if PDL and LOOP == 1:
             tl.extra.cuda.gdc_wait()
         y = tl.load(y_at, mask=mask, other=0.0)
@@ -158,11 +165,7 @@ def _expand_kernel(
         out_at = out_ptr + rows.to(tl.int64)[:, None] * out_stride + (offset + columns)[None, :]
         if ACT == 3:
             if offset < WIDTH0 + WIDTH1:
-                turn = cos_sin_ptr + rows[:, None] * (2 * HALF)
-                turn += (within + tl.arange(0, BLOCK_OUT))[None, :]
-                cos = tl.load(turn, mask=mask, other=0.0).to(tl.float32)
-                sin = tl.load(turn + HALF, mask=mask, other=0.0).to(tl.float32)
-                y, up = rotate(y, up, cos, sin)
+                y, up = rotate(y, up, cos.to(tl.float32), sin.to(tl.float32))
             if PAGED:
                 head = first // HALF
                 starts, kept = starts_of_head(
