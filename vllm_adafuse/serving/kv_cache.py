@@ -123,18 +123,11 @@ class LayerCache:
         keys, values = cache.transpose(1, 2).split(size, -1)  # as FlashAttentionImpl does
         return keys, values
 
-    def _update(
-        self,
-        layer: torch.nn.Module,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
+    def _update(self, *arguments: Any, **options: Any) -> None:
         """In the place of the backend's `do_kv_cache_update`, if the projection has not done it."""
         written, self._written = self._written, None
         if written is None or written is not get_forward_context():
-            self._stock_update(layer, key, value, kv_cache, slot_mapping)
+            self._stock_update(*arguments, **options)
 
     @contextmanager
     def rehearsal(self, tokens: int, dtype: torch.dtype, device: torch.device) -> Iterator[None]:

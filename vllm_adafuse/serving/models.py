@@ -150,13 +150,15 @@ class AdaFuseMixin:
                 )
         config = adapter.config
         logger.info(
-            "AdaFuse: %d experts, top-%d, ranks %s, modules %s in %d projections; "
+            "AdaFuse: %d experts, top-%d, ranks %s, modules %s in %d projections; %d layers write "
+            "their KV cache with them; "
             "expert banks %d bytes, passports %d bytes on this device",
             config.num_experts,
             config.top_k,
             "/".join(map(str, sorted(set(config.ranks)))),
             ",".join(config.target_modules),
             len(adapter.projections),
+            sum(bank.cache is not None for bank in self.adafuse_banks),
             sum(bank.nbytes for bank in self.adafuse_banks),
             router.passport_bytes,
         )
