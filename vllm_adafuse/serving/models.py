@@ -150,8 +150,8 @@ class AdaFuseMixin:
                 )
         config = adapter.config
         logger.info(
-            "AdaFuse: %d experts, top-%d, ranks %s, modules %s in %d projections; %d layers write "
-            "their KV cache with them; "
+            "AdaFuse: %d experts, top-%d, ranks %s, modules %s in %d projections; "
+            "%d layers write the KV cache themselves; "
             "expert banks %d bytes, passports %d bytes on this device",
             config.num_experts,
             config.top_k,
