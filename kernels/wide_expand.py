@@ -4,9 +4,10 @@
 
 then gate_up's activation, or the rotary embedding of q and k (pairs.py). The same as `expand`, for
 thousands of tokens on Hopper and later, where it is bound by the traffic of y alone: a program
-keeps s of its tokens and walks along the columns, while the tensor memory accelerator brings the
-next tiles of y and of B, all experts in one product of up to 128 ranks, and takes the last results
-away. SGMM (AdaFuse, arXiv 2603.11873, section 3).
+keeps s of its tokens in registers and walks along the columns, while the tensor memory accelerator
+brings the next tiles of y and of B, all experts in one product of up to 128 ranks, and takes the
+last results away; two programs to a processor wait by turns. SGMM (AdaFuse, arXiv 2603.11873,
+section 3).
 """
 
 from __future__ import annotations
@@ -28,76 +29,108 @@ from vllm_adafuse.kernels.blocks import (
     on_hopper,
     overlap,
 )
-from vllm_adafuse.kernels.expand import _load_s, expand_raw_triton
+from vllm_adafuse.kernels.expand import expand_raw_triton
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.order_routes import Order
 from vllm_adafuse.kernels.ordered_expand import can_order, ordered_expand_triton
 from vllm_adafuse.kernels.pairs import activate, is_gate_up, result_of, rotate, turns_of_heads
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
-# Below, steps wait for the CPU, which three descriptors take 60 us more than `expand`; the GPU
+# Below, steps wait for the CPU, which four descriptors take 60 us more than `expand`; the GPU
 # needs 10 us more for that. For gate_up programs of one tile are faster.
 MIN_WIDE_TOKENS = 1024
 MIN_GATE_UP_TOKENS = 2048
+# Three to each of two places on a processor.
+MIN_PROGRAMS = 792
+
+
+@triton.jit
+def _weigh(s, gates_ptr, rows, here, n_experts, RANK: tl.constexpr, BLOCK_E: tl.constexpr):
+    """s [BLOCK_T, BLOCK_E * RANK] of all experts, weighted by the gates.
+
+    s comes from a descriptor: it then lies in registers as products take it. What comes by pointers
+    lies in shared memory, and every product fetches it from there.
+    """
+    experts = tl.arange(0, BLOCK_E)
+    chosen = here[:, None] & (experts < n_experts)[None, :]
+    gates_at = gates_ptr + rows[:, None] * n_experts + experts[None, :]
+    gates = tl.load(gates_at, mask=chosen, other=0.0)
+    gates = tl.broadcast_to(gates[:, :, None], (s.shape[0], BLOCK_E, RANK))
+    gates = tl.reshape(gates, (s.shape[0], BLOCK_E * RANK))
+    # Not a bare product: what other tokens see of an expert must not matter.
+    return tl.where(gates != 0, s.to(tl.float32) * gates, 0.0).to(s.dtype)
+
+
+@triton.jit
+def _add_delta(y_desc, b_desc, s, first_token, column):
+    """A tile of y, and to it s B, [BLOCK_T, COLS] float32."""
+    b = b_desc.load([column, 0])
+    y = y_desc.load([first_token, column]).to(tl.float32)
+    return tl.dot(s, b.T, y, input_precision="ieee")
+
+
+@triton.jit
+def _store_tile(out_desc, tile, first_token, offset, within):
+    """Leaves a finished tile of the part that begins at column `offset`; `within`: its column
+    there."""
+    out_desc.store([first_token, offset + within], tile.to(out_desc.dtype))
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _wide_expand_kernel(
-    y_desc, b_desc, out_desc, s_ptr, gates_ptr, cos_sin_ptr,
-    n_tokens, s_stride, n_experts,
+    y_desc, b_desc, out_desc, s_desc, gates_ptr, cos_sin_ptr,
+    n_tokens, n_experts,
     TILES0: tl.constexpr, TILES1: tl.constexpr, TILES2: tl.constexpr,
-    ACT: tl.constexpr, APART: tl.constexpr,
-    RANK: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    ACT: tl.constexpr, APART: tl.constexpr, PIECES: tl.constexpr,
+    RANK: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr, COLS: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:  # launched while the kernel before it ends
         tl.extra.cuda.gdc_wait()
-    # A tile has both members of its pairs.
-    WIDE: tl.constexpr = COLS * (2 if ACT == 3 else 1)
-    part, first_tile, end, before = group_of_tiles(tl.program_id(0), TILES0, TILES1, TILES2, LOOP)
-    offset = before * WIDE
+    # From one tile to the next: whole heads, of each of which a tile has a piece of both halves.
+    STEP: tl.constexpr = 2 * APART if ACT == 3 else COLS
+    group, piece = tl.program_id(0) // PIECES, tl.program_id(0) % PIECES * COLS
+    part, first_tile, end, before = group_of_tiles(group, TILES0, TILES1, TILES2, LOOP)
+    offset = before * STEP
     first_token = tl.program_id(1) * BLOCK_T
     rows = first_token + tl.arange(0, BLOCK_T)
     here = rows < n_tokens
-    size = n_experts * RANK
-    s_at = s_ptr + rows.to(tl.int64) * s_stride + part * size
-    s = _load_s(s_at, gates_ptr, rows, 0, here, n_experts, 0, RANK, True, EVEN_K,
-                BLOCK_T, BLOCK_E, RANK)  # fmt: skip
+    SIZE: tl.constexpr = EXPERTS * RANK
+    s = s_desc.load([first_token, part * SIZE])
+    s = _weigh(s, gates_ptr, rows, here, n_experts, RANK, BLOCK_E)
     s_up = s
     if ACT == 1 or ACT == 2:
-        s_up = _load_s(s_at + size, gates_ptr, rows, 0, here, n_experts, 0, RANK, True, EVEN_K,
-                       BLOCK_T, BLOCK_E, RANK)  # fmt: skip
-    if ACT == 3:  # a tile is a whole head, so all of a program's turn alike
-        cos, sin = turns_of_heads(cos_sin_ptr, rows, here, part, COLS)
+        s_up = s_desc.load([first_token, SIZE])
+        s_up = _weigh(s_up, gates_ptr, rows, here, n_experts, RANK, BLOCK_E)
+    if ACT == 3:  # a program's tiles are the same piece of their heads, so all turn alike
+        cos, sin = turns_of_heads(cos_sin_ptr, rows, here, part, piece, APART, COLS)
     for tile in tl.range(first_tile, end, num_stages=STAGES):
-        column = offset + tile * WIDE
-        b = b_desc.load([column, 0])
-        y = y_desc.load([first_token, column]).to(tl.float32)
-        y = tl.dot(s, b.T, y, input_precision="ieee")
+        within = tile * STEP + piece
+        y = _add_delta(y_desc, b_desc, s, first_token, offset + within)
         if ACT != 0:
-            b_up = b_desc.load([column + APART, 0])
-            up = y_desc.load([first_token, column + APART]).to(tl.float32)
-            up = tl.dot(s_up, b_up.T, up, input_precision="ieee")
+            up = _add_delta(y_desc, b_desc, s_up, first_token, offset + within + APART)
             if ACT == 3:
                 y, up = rotate(y, up, cos.to(tl.float32), sin.to(tl.float32))
-                out_desc.store([first_token, column + APART], up.to(out_desc.dtype))
+                _store_tile(out_desc, up, first_token, offset, within + APART)
             else:
                 y = activate(y, up, ACT)
-        out_desc.store([first_token, column], y.to(out_desc.dtype))
+        _store_tile(out_desc, y, first_token, offset, within)
 
 
 @functools.cache
 def choose(tokens: int, width: int, activation: str) -> ExpandBlocks:
-    """Found on an H200 at the shapes of Llama-2-7B; docs/kernel-notes.md has the figures.
+    """Two programs fit a processor of Hopper's, at the shapes of Llama-2-7B; not yet timed.
 
     width: of which the widths of all parts are multiples.
     """
+    # So many groups that all processors have programs, no more: each begins by fetching its s.
     if is_gate_up(activation):
-        return ExpandBlocks(128, 32, cdiv(width // 32, 8), 8, 3)
+        groups = max(8, cdiv(MIN_PROGRAMS, cdiv(tokens, 128)))
+        return ExpandBlocks(128, 32, cdiv(width // 32, groups), 8, 3)
     if activation:
-        return ExpandBlocks(128, 64, 16, 8, 3) if tokens >= 4096 else ExpandBlocks(64, 64, 4, 4, 2)
-    return ExpandBlocks(64, 128 if width % 128 == 0 else 64, 8, 8, 3)
+        return ExpandBlocks(128, 32, 16 if tokens >= 4096 else 4, 8, 3)
+    return ExpandBlocks(128, 64, 8 if tokens >= 4096 else 2, 8, 3)
 
 
 def can_widen(
@@ -166,7 +199,7 @@ def wide_expand_triton(
 
     Args:
         y: [T, out], W x; rows contiguous. Overwritten if it is contiguous and no gate_up follows.
-        s: [T, P E R], A x of all experts, not yet weighted; rows contiguous.
+        s: [T, P E R], A x of all experts, not yet weighted; rows contiguous, 16 bytes aligned.
         bank_b: [out, E, R] contiguous, dtype of y.
         gates: [N, E] float32, N >= T.
         widths: columns of each part.
@@ -183,15 +216,15 @@ def wide_expand_triton(
     half = cos_sin.shape[1] // 2 if activation == "rotary" else 0
     shape = experts, rank, tuple(widths), activation, half
     groups, constants = _plan(*shape, cut, on_hopper(y))
-    block = [cut.tokens, constants["COLS"]]
-    size, block_b = experts * rank, [constants["COLS"], constants["BLOCK_E"] * rank]
+    columns, ranks = constants["COLS"], constants["BLOCK_E"] * rank
+    block, size = [cut.tokens, columns], experts * rank
     y_desc, result = TensorDescriptor.from_tensor(y, block), result_of(y, widths, activation)
     out_desc = y_desc if result is y else TensorDescriptor.from_tensor(result, block)
     launch(
         _wide_expand_kernel, (groups, cdiv(tokens, cut.tokens)),
-        y_desc, TensorDescriptor(bank_b, [out, size], [size, 1], block_b), out_desc,
-        s, gates, cos_sin,
-        tokens, s.stride(0), experts,
+        y_desc, TensorDescriptor(bank_b, [out, size], [size, 1], [columns, ranks]), out_desc,
+        TensorDescriptor.from_tensor(s, [cut.tokens, ranks]), gates, cos_sin,
+        tokens, experts,
         **constants,
     )  # fmt: skip
     return result
@@ -203,9 +236,11 @@ def _plan(
     cut: ExpandBlocks, hopper: bool,
 ) -> tuple[int, dict]:  # fmt: skip
     """Groups of tiles, and the kernel's constants."""
-    block_e = power_of_2(experts)
     groups, tiles = grouped_tiles(widths, activation, half, cut.columns, cut.loop)
-    return groups, tiles | {
-        "RANK": rank, "EVEN_K": experts == block_e, "BLOCK_E": block_e,
+    columns = min(cut.columns, tiles["COLS"])
+    pieces = tiles["COLS"] // columns
+    return groups * pieces, tiles | {
+        "PIECES": pieces, "COLS": columns,
+        "RANK": rank, "EXPERTS": experts, "BLOCK_E": power_of_2(experts),
         "BLOCK_T": cut.tokens, "STAGES": cut.stages, "num_warps": cut.warps, **overlap(hopper),
     }  # fmt: skip
