@@ -193,7 +193,7 @@ def main() -> None:
     options = Options(**arguments)
     bandwidth = copy_bandwidth()
     print(f"copy: {bandwidth / 1e12:.2f} TB/s", flush=True)
-    rows = [{"options": vars(options), "copy_bytes_per_s": bandwidth}]
+    rows, path = [{"options": vars(options), "copy_bytes_per_s": bandwidth}], None
     for model in options.models:
         for tokens in options.tokens:
             for row in measure(model, tokens, options, bandwidth):
@@ -206,7 +206,8 @@ def main() -> None:
                     f"{row['tb_s']:.2f} TB/s",
                     flush=True,
                 )
-    print(json.dumps({"saved": str(record.save("kernels", rows, out, commit))}))
+            path = record.save("kernels", rows, out, commit, path)
+    print(json.dumps({"saved": str(path)}))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from vllm_adafuse.kernels.blocks import ExpandBlocks, expert_blocks, on_hopper, overlap
+from vllm_adafuse.kernels.deltas import add_deltas, load_both, load_gates, load_ranks, weigh
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.pairs import (
     ACTIVATIONS,
@@ -30,93 +31,6 @@ from vllm_adafuse.kernels.whole import cdiv
 
 # With fewer tokens most experts are absent, and each is asked whether it is there.
 _SKIP_TOKENS = 8
-
-
-@triton.jit
-def _load_s(
-    s_at, gates_ptr, rows, first_rank, here, n_experts, chunk,
-    RANK: tl.constexpr, RAW: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """s [BLOCK_T, BLOCK_E * BLOCK_R] of a chunk of experts, weighted by the gates if it is RAW."""
-    experts, ranks = chunk * BLOCK_E + tl.arange(0, BLOCK_E), first_rank + tl.arange(0, BLOCK_R)
-    at = s_at[:, None, None] + (experts * RANK)[None, :, None] + ranks[None, None, :]
-    mask = here[:, None, None]
-    if not EVEN_K:
-        mask &= (experts < n_experts)[None, :, None] & (ranks < RANK)[None, None, :]
-    s = tl.load(at, mask=mask, other=0.0)
-    if RAW:
-        gates_at = gates_ptr + rows[:, None] * n_experts + experts[None, :]
-        chosen = here[:, None] & (experts < n_experts)[None, :]
-        gates = tl.load(gates_at, mask=chosen, other=0.0)[:, :, None]
-        # Not a bare product: what other tokens see of an expert must not matter.
-        s = tl.where(gates != 0, s.to(tl.float32) * gates, 0.0).to(s.dtype)
-    return tl.reshape(s, (BLOCK_T, BLOCK_E * BLOCK_R))
-
-
-@triton.jit
-def _load_both(
-    s_at, s_up_at, gates_ptr, rows, here, here_up, n_experts,
-    ACT: tl.constexpr, RANK: tl.constexpr, RAW: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """s of the first chunk of experts, and of up's where it has its own."""
-    s = _load_s(
-        s_at, gates_ptr, rows, 0, here, n_experts, 0, RANK, RAW, EVEN_K, BLOCK_T, BLOCK_E, BLOCK_R
-    )
-    s_up = s
-    if ACT == 1 or ACT == 2:
-        s_up = _load_s(
-            s_up_at, gates_ptr, rows, 0, here_up, n_experts, 0,
-            RANK, RAW, EVEN_K, BLOCK_T, BLOCK_E, BLOCK_R,
-        )  # fmt: skip
-    return s, s_up
-
-
-@triton.jit
-def _load_b(
-    b_at, inside, first_rank, n_experts, chunk,
-    RANK: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """B [BLOCK_OUT, BLOCK_E * BLOCK_R] of a chunk of experts."""
-    k = tl.arange(0, BLOCK_E * BLOCK_R)
-    if EVEN_K:  # as one row of memory
-        at = b_at[:, None] + (chunk * BLOCK_E * RANK + first_rank + k)[None, :]
-        if EVEN:
-            return tl.load(at)
-        return tl.load(at, mask=inside[:, None], other=0.0)
-    expert, rank = chunk * BLOCK_E + k // BLOCK_R, first_rank + k % BLOCK_R
-    mask = inside[:, None] & ((expert < n_experts) & (rank < RANK))[None, :]
-    return tl.load(b_at[:, None] + (expert * RANK + rank)[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _add_delta(
-    y, first_b, first_s, s_at, gates_ptr, present, b_at, rows, here, inside, n_experts,
-    RANK: tl.constexpr, RAW: tl.constexpr, SKIP: tl.constexpr,
-    EVEN: tl.constexpr, EVEN_K: tl.constexpr, ONE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """y + Σ_e s[rows, e] B[columns, e], [BLOCK_T, BLOCK_OUT] float32; ONE: one chunk is all."""
-    if ONE:
-        return tl.dot(first_s, tl.trans(first_b), y, input_precision="ieee")
-    BLOCKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
-    for i in range(tl.cdiv(n_experts, BLOCK_E) * BLOCKS):
-        chunk, first_rank = i // BLOCKS, i % BLOCKS * BLOCK_R
-        here_too = True
-        if SKIP:  # BLOCK_E is 1: is this expert there?
-            here_too = (present >> chunk) & 1 != 0
-        if here_too:
-            b = _load_b(
-                b_at, inside, first_rank, n_experts, chunk, RANK, EVEN, EVEN_K, BLOCK_E, BLOCK_R
-            )
-            s = _load_s(
-                s_at, gates_ptr, rows, first_rank, here, n_experts, chunk,
-                RANK, RAW, EVEN_K, BLOCK_T, BLOCK_E, BLOCK_R,
-            )  # fmt: skip
-            y = tl.dot(s, tl.trans(b), y, input_precision="ieee")
-    return y
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -166,14 +80,16 @@ def _expand_kernel(
     s_up_at = s_ptr + rows.to(tl.int64) * s_stride + part_up * size
     s = tl.zeros([BLOCK_T, BLOCK_E * BLOCK_R], dtype=s_ptr.dtype.element_ty)
     s_up = s
-    # Of all columns; a program of one tile asks for B first, which needs no kernel before it.
     if PDL and LOOP > 1:
         tl.extra.cuda.gdc_wait()
-    if ONE and LOOP > 1:
-        s, s_up = _load_both(
-            s_at, s_up_at, gates_ptr, rows, rows_s, rows_up, n_experts,
-            ACT, RANK, RAW, EVEN_K, BLOCK_T, BLOCK_E, BLOCK_R,
-        )  # fmt: skip
+    if ONE and RAW:  # the step's: not of the kernel before
+        gates = load_gates(gates_ptr, rows, here, n_experts, 0, BLOCK_T, BLOCK_E, BLOCK_R)
+    if ONE and LOOP > 1:  # of all columns
+        s, s_up = load_both(
+            s_at, s_up_at, rows_s, rows_up, n_experts, ACT, RANK, EVEN_K, BLOCK_E, BLOCK_R
+        )
+        if RAW:
+            s, s_up = weigh(s, gates), weigh(s_up, gates)
     for i in tl.range(LOOP, num_stages=STAGES):
         first = (group * LOOP + i) * BLOCK_OUT
         if ACT == 3:  # of a head's first half
@@ -193,32 +109,42 @@ def _expand_kernel(
         b = tl.zeros([BLOCK_OUT, BLOCK_E * BLOCK_R], dtype=b_ptr.dtype.element_ty)
         b_up = b
         if ONE:
-            b = _load_b(
+            b = load_ranks(
                 b_at, inside_b, 0, n_experts, 0, RANK, EVEN_B, EVEN_K, BLOCK_E, BLOCK_R
             )
             if ACT != 0:
-                b_up = _load_b(
+                b_up = load_ranks(
                     b_at + APART_B * size, inside_up, 0, n_experts, 0,
                     RANK, EVEN_B, EVEN_K, BLOCK_E, BLOCK_R,
                 )  # fmt: skip
-        if LOOP == 1:
-            if PDL:
-                tl.extra.cuda.gdc_wait()
-            if ONE:
-                s, s_up = _load_both(
-                    s_at, s_up_at, gates_ptr, rows, rows_s, rows_up, n_experts,
-                    ACT, RANK, RAW, EVEN_K, BLOCK_T, BLOCK_E, BLOCK_R,
-                )  # fmt: skip
-        present = tl.load(present_ptr)  # it may come from the kernel before
+        if ACT == 3:
+            turning = rows < tl.where(offset < WIDTH0 + WIDTH1, n_tokens, 0)  # v is not turned
+            turned = turning[:, None] & inside[None, :]
+            turn = cos_sin_ptr + rows[:, None] * (2 * HALF)
+            turn += (within + tl.arange(0, BLOCK_OUT))[None, :]
+            cos = tl.load(turn, mask=turned, other=0.0)
+            sin = tl.load(turn + HALF, mask=turned, other=0.0)
+        # All that needs no kernel before this one is asked for by now.
+        if PDL and LOOP == 1:
+            tl.extra.cuda.gdc_wait()
         y = tl.load(y_at, mask=mask, other=0.0)
         up = y
         if ACT != 0:
             up = tl.load(y_at + APART, mask=mask, other=0.0)
+        if ONE and LOOP == 1:
+            s, s_up = load_both(
+                s_at, s_up_at, rows_s, rows_up, n_experts, ACT, RANK, EVEN_K, BLOCK_E, BLOCK_R
+            )
+            if RAW:
+                s, s_up = weigh(s, gates), weigh(s_up, gates)
+        present = -1
+        if SKIP:  # it may come from the kernel before
+            present = tl.load(present_ptr)
         y = y.to(tl.float32)
         if HAS_BIAS:
             bias_at = bias_ptr + offset + columns
             y += tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)[None, :]
-        y = _add_delta(
+        y = add_deltas(
             y, b, s, s_at, gates_ptr, present, b_at, rows, rows_s, inside_b,
             n_experts, RANK, RAW, SKIP, EVEN_B, EVEN_K, ONE, BLOCK_T, BLOCK_E, BLOCK_R,
         )  # fmt: skip
@@ -226,7 +152,7 @@ def _expand_kernel(
             up = up.to(tl.float32)
             if HAS_BIAS:
                 up += tl.load(bias_at + APART, mask=inside, other=0.0).to(tl.float32)[None, :]
-            up = _add_delta(
+            up = add_deltas(
                 up, b_up, s_up, s_up_at, gates_ptr, present, b_at + APART_B * size, rows,
                 rows_up, inside_up,
                 n_experts, RANK, RAW, SKIP, EVEN_B, EVEN_K, ONE, BLOCK_T, BLOCK_E, BLOCK_R,
@@ -234,11 +160,7 @@ def _expand_kernel(
         out_at = out_ptr + rows.to(tl.int64)[:, None] * out_stride + (offset + columns)[None, :]
         if ACT == 3:
             if offset < WIDTH0 + WIDTH1:
-                turn = cos_sin_ptr + rows[:, None] * (2 * HALF)
-                turn += (within + tl.arange(0, BLOCK_OUT))[None, :]
-                cos = tl.load(turn, mask=mask, other=0.0).to(tl.float32)
-                sin = tl.load(turn + HALF, mask=mask, other=0.0).to(tl.float32)
-                y, up = rotate(y, up, cos, sin)
+                y, up = rotate(y, up, cos.to(tl.float32), sin.to(tl.float32))
             tl.store(out_at + HALF, up.to(out_ptr.dtype.element_ty), mask=mask)
         elif ACT != 0:
             y = activate(y, up, ACT)

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from vllm_adafuse.kernels.blocks import ExpandBlocks, expert_blocks, on_hopper, overlap
-from vllm_adafuse.kernels.expand import _load_b
+from vllm_adafuse.kernels.deltas import load_ranks
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.pairs import ACTIVATIONS, activate, result_width, tiled_widths
 from vllm_adafuse.kernels.route_layer import SPLIT_FACTOR, LayerGate, router_gates
@@ -83,12 +83,12 @@ def _layer_expand_kernel(
     here = rows < n_tokens
     b_at = b_ptr + (b_first + columns).to(tl.int64) * (EVERY * RANK)
     # B needs no kernel before this one.
-    b = _load_b(b_at, inside_b, 0, EVERY, 0, RANK, False, EVEN_K, BLOCK_E, BLOCK_R)
+    b = load_ranks(b_at, inside_b, 0, EVERY, 0, RANK, False, EVEN_K, BLOCK_E, BLOCK_R)
     b_up = b
     if ACT != 0:
         inside_up = columns < (WIDTH1 if PART1 >= 0 else 0)
         up_at = b_at + B1 * (EVERY * RANK)
-        b_up = _load_b(up_at, inside_up, 0, EVERY, 0, RANK, False, EVEN_K, BLOCK_E, BLOCK_R)
+        b_up = load_ranks(up_at, inside_up, 0, EVERY, 0, RANK, False, EVEN_K, BLOCK_E, BLOCK_R)
     if PDL:
         tl.extra.cuda.gdc_wait()
     row_at = both_ptr + rows.to(tl.int64) * both_stride

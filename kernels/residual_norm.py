@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from vllm_adafuse.kernels.blocks import expert_blocks, on_hopper, overlap
-from vllm_adafuse.kernels.expand import _add_delta, _load_b, _load_s
+from vllm_adafuse.kernels.deltas import add_deltas, load_ranks, load_s
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
@@ -36,15 +36,21 @@ def _residual_norm_kernel(
     LOOP: tl.constexpr = (WIDTH + COLS - 1) // COLS
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     here = rows < n_tokens
+    wide_rows = rows.to(tl.int64)
+    if LOOP == 1:  # neither comes from the kernel before
+        columns = tl.arange(0, COLS)
+        weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0)
+        place = wide_rows[:, None] * residual_stride + columns[None, :]
+        mask = here[:, None] & (columns < WIDTH)[None, :]
+        before = tl.load(residual_ptr + place, mask=mask, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    wide_rows = rows.to(tl.int64)
     s_at = rows
     if EXPAND:
         s_at = s_ptr + wide_rows * s_stride
     s = tl.zeros([BLOCK_T, BLOCK_E * BLOCK_R], dtype=z_ptr.dtype.element_ty)
     if EXPAND and ONE:  # of all columns
-        s = _load_s(
+        s = load_s(
             s_at, gates_ptr, rows, 0, here, n_experts, 0,
             RANK, True, EVEN_K, BLOCK_T, BLOCK_E, BLOCK_R,
         )  # fmt: skip
@@ -54,8 +60,9 @@ def _residual_norm_kernel(
         columns = i * COLS + tl.arange(0, COLS)
         inside = columns < WIDTH
         mask = here[:, None] & (inside[None, :] if not EVEN else (columns >= 0)[None, :])
-        place = wide_rows[:, None] * residual_stride + columns[None, :]
-        before = tl.load(residual_ptr + place, mask=mask, other=0.0)
+        if LOOP > 1:
+            place = wide_rows[:, None] * residual_stride + columns[None, :]
+            before = tl.load(residual_ptr + place, mask=mask, other=0.0)
         y_at = y_ptr + wide_rows[:, None] * y_stride + columns[None, :]
         z = tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
         for _ in tl.static_range(1, SPLIT):
@@ -66,8 +73,8 @@ def _residual_norm_kernel(
             b_at = b_ptr + columns.to(tl.int64) * (n_experts * RANK)
             b = tl.zeros([COLS, BLOCK_E * BLOCK_R], dtype=b_ptr.dtype.element_ty)
             if ONE:
-                b = _load_b(b_at, inside, 0, n_experts, 0, RANK, EVEN, EVEN_K, BLOCK_E, BLOCK_R)
-            z = _add_delta(
+                b = load_ranks(b_at, inside, 0, n_experts, 0, RANK, EVEN, EVEN_K, BLOCK_E, BLOCK_R)
+            z = add_deltas(
                 z, b, s, s_at, gates_ptr, -1, b_at, rows, here, inside, n_experts,
                 RANK, True, SKIP, EVEN, EVEN_K, ONE, BLOCK_T, BLOCK_E, BLOCK_R,
             )  # fmt: skip
@@ -91,10 +98,10 @@ def _residual_norm_kernel(
         else:
             value = tl.load(z_ptr + place, mask=mask, other=0.0, cache_modifier=".cg")
             value = value.to(tl.float32)
-        weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+            weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0)
         # Rounded before the weight, as the models do it.
         normed = (value * scale[:, None]).to(out_ptr.dtype.element_ty).to(tl.float32)
-        normed = (normed * weight[None, :]).to(out_ptr.dtype.element_ty)
+        normed = (normed * weight.to(tl.float32)[None, :]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + place, normed, mask=mask)
 
 

@@ -29,6 +29,7 @@ from vllm_adafuse.kernels.blocks import (
     on_hopper,
     overlap,
 )
+from vllm_adafuse.kernels.deltas import load_gates, weigh
 from vllm_adafuse.kernels.expand import expand_raw_triton
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.order_routes import Order
@@ -42,23 +43,6 @@ MIN_WIDE_TOKENS = 1024
 MIN_GATE_UP_TOKENS = 2048
 # Three to each of two places on a processor.
 MIN_PROGRAMS = 792
-
-
-@triton.jit
-def _weigh(s, gates_ptr, rows, here, n_experts, RANK: tl.constexpr, BLOCK_E: tl.constexpr):
-    """s [BLOCK_T, BLOCK_E * RANK] of all experts, weighted by the gates.
-
-    s comes from a descriptor: it then lies in registers as products take it. What comes by pointers
-    lies in shared memory, and every product fetches it from there.
-    """
-    experts = tl.arange(0, BLOCK_E)
-    chosen = here[:, None] & (experts < n_experts)[None, :]
-    gates_at = gates_ptr + rows[:, None] * n_experts + experts[None, :]
-    gates = tl.load(gates_at, mask=chosen, other=0.0)
-    gates = tl.broadcast_to(gates[:, :, None], (s.shape[0], BLOCK_E, RANK))
-    gates = tl.reshape(gates, (s.shape[0], BLOCK_E * RANK))
-    # Not a bare product: what other tokens see of an expert must not matter.
-    return tl.where(gates != 0, s.to(tl.float32) * gates, 0.0).to(s.dtype)
 
 
 @triton.jit
@@ -97,12 +81,13 @@ def _wide_expand_kernel(
     rows = first_token + tl.arange(0, BLOCK_T)
     here = rows < n_tokens
     SIZE: tl.constexpr = EXPERTS * RANK
-    s = s_desc.load([first_token, part * SIZE])
-    s = _weigh(s, gates_ptr, rows, here, n_experts, RANK, BLOCK_E)
+    gates = load_gates(gates_ptr, rows, here, n_experts, 0, BLOCK_T, BLOCK_E, RANK)
+    # From a descriptor, so that it lies in registers as products take it; what comes by pointers
+    # lies in shared memory, and every product fetches it from there.
+    s = weigh(s_desc.load([first_token, part * SIZE]), gates)
     s_up = s
     if ACT == 1 or ACT == 2:
-        s_up = s_desc.load([first_token, SIZE])
-        s_up = _weigh(s_up, gates_ptr, rows, here, n_experts, RANK, BLOCK_E)
+        s_up = weigh(s_desc.load([first_token, SIZE]), gates)
     if ACT == 3:  # a program's tiles are the same piece of their heads, so all turn alike
         cos, sin = turns_of_heads(cos_sin_ptr, rows, here, part, piece, APART, COLS)
     for tile in tl.range(first_tile, end, num_stages=STAGES):

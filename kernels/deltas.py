@@ -1,0 +1,99 @@
+"""Parts of the expands: B, and s weighted by the gates, for a chunk of experts at a time."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_ranks(
+    row_at, inside, first_rank, n_experts, chunk,
+    RANK: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Rows of B or of s, [rows, BLOCK_E * BLOCK_R] of a chunk of experts."""
+    k = tl.arange(0, BLOCK_E * BLOCK_R)
+    if EVEN_K:  # as one row of memory
+        at = row_at[:, None] + (chunk * BLOCK_E * RANK + first_rank + k)[None, :]
+        if EVEN:
+            return tl.load(at)
+        return tl.load(at, mask=inside[:, None], other=0.0)
+    expert, rank = chunk * BLOCK_E + k // BLOCK_R, first_rank + k % BLOCK_R
+    mask = inside[:, None] & ((expert < n_experts) & (rank < RANK))[None, :]
+    return tl.load(row_at[:, None] + (expert * RANK + rank)[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_gates(
+    gates_ptr, rows, here, n_experts, chunk,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Gates of a chunk of experts, for every rank: [BLOCK_T, BLOCK_E * BLOCK_R]."""
+    experts = chunk * BLOCK_E + tl.arange(0, BLOCK_E)
+    at = gates_ptr + rows[:, None] * n_experts + experts[None, :]
+    chosen = here[:, None] & (experts < n_experts)[None, :]
+    gates = tl.load(at, mask=chosen, other=0.0)[:, :, None]
+    gates = tl.broadcast_to(gates, (BLOCK_T, BLOCK_E, BLOCK_R))
+    return tl.reshape(gates, (BLOCK_T, BLOCK_E * BLOCK_R))
+
+
+@triton.jit
+def weigh(s, gates):
+    """s times gates. Not a bare product: what other tokens see of an expert must not matter."""
+    return tl.where(gates != 0, s.to(tl.float32) * gates, 0.0).to(s.dtype)
+
+
+@triton.jit
+def load_s(
+    s_at, gates_ptr, rows, first_rank, here, n_experts, chunk,
+    RANK: tl.constexpr, RAW: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """s [BLOCK_T, BLOCK_E * BLOCK_R] of a chunk of experts, weighted by the gates if it is RAW."""
+    s = load_ranks(s_at, here, first_rank, n_experts, chunk, RANK, False, EVEN_K, BLOCK_E, BLOCK_R)
+    if RAW:
+        s = weigh(s, load_gates(gates_ptr, rows, here, n_experts, chunk, BLOCK_T, BLOCK_E, BLOCK_R))
+    return s
+
+
+@triton.jit
+def load_both(
+    s_at, s_up_at, here, here_up, n_experts,
+    ACT: tl.constexpr, RANK: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """s of the first chunk of experts, and of up's where it has its own; not weighted."""
+    s = load_ranks(s_at, here, 0, n_experts, 0, RANK, False, EVEN_K, BLOCK_E, BLOCK_R)
+    s_up = s
+    if ACT == 1 or ACT == 2:
+        s_up = load_ranks(s_up_at, here_up, 0, n_experts, 0, RANK, False, EVEN_K, BLOCK_E, BLOCK_R)
+    return s, s_up
+
+
+@triton.jit
+def add_deltas(
+    y, first_b, first_s, s_at, gates_ptr, present, b_at, rows, here, inside, n_experts,
+    RANK: tl.constexpr, RAW: tl.constexpr, SKIP: tl.constexpr,
+    EVEN: tl.constexpr, EVEN_K: tl.constexpr, ONE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """y + Σ_e s[rows, e] B[columns, e], [BLOCK_T, BLOCK_OUT] float32; ONE: one chunk is all."""
+    if ONE:
+        return tl.dot(first_s, tl.trans(first_b), y, input_precision="ieee")
+    BLOCKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
+    for i in range(tl.cdiv(n_experts, BLOCK_E) * BLOCKS):
+        chunk, first_rank = i // BLOCKS, i % BLOCKS * BLOCK_R
+        here_too = True
+        if SKIP:  # BLOCK_E is 1: is this expert there?
+            here_too = (present >> chunk) & 1 != 0
+        if here_too:
+            b = load_ranks(
+                b_at, inside, first_rank, n_experts, chunk, RANK, EVEN, EVEN_K, BLOCK_E, BLOCK_R
+            )
+            s = load_s(
+                s_at, gates_ptr, rows, first_rank, here, n_experts, chunk,
+                RANK, RAW, EVEN_K, BLOCK_T, BLOCK_E, BLOCK_R,
+            )  # fmt: skip
+            y = tl.dot(s, tl.trans(b), y, input_precision="ieee")
+    return y
