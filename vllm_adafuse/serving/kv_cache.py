@@ -141,10 +141,3 @@ class LayerCache:
             yield
         finally:
             self._rehearsed = None
-
-
-def share_cache(block: torch.nn.Module) -> LayerCache | None:
-    """The cache of an attention block whose keys and values leave their projection as attention
-    wants them, or None where vLLM's own update is to write it."""
-    attention = getattr(block, "attn", None)
-    return LayerCache(attention) if can_write(attention) else None
