@@ -21,7 +21,6 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
-from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 from vllm_adafuse.kernels.paged_cache import Pages, register_source
 
 # As the model computes them: a cache of one of these has no scales.
@@ -37,6 +36,9 @@ def can_write(attention: Any) -> bool:
     """
     if not current_platform.is_cuda() or type(attention) is not Attention:
         return False
+    # Brings compiled kernels along, which a model's inspection at start can do without.
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
+
     impl = attention.impl
     return (
         type(impl) is FlashAttentionImpl
