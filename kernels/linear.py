@@ -178,7 +178,8 @@ def linear(
             "rotary" of q, k, v.
         cos_sin: [N, D] with "rotary", dtype of x: cosines of each token's position, then sines, D
             the size of a head, for which `can_rotate` holds; rows past T are not read.
-        cache: with "rotary", the source of pages (paged_cache.py) that is asked where k and v go.
+        cache: with "rotary", the source of pages (paged_cache.py) that is asked where k and v go,
+            if there is one of this name.
 
     Returns:
         [T, out], or [T, out / 2] after silu or gelu_tanh. Columns of k and v that went to pages

@@ -119,7 +119,7 @@ def _ordered_expand_kernel(
         s_up = _weighted(s_up_at, gates_at, here, experts, there, RANK, CHUNK, BLOCK_T)
     columns = tl.arange(0, COLS)
     if ACT == 3:  # a tile is a whole head, so all of a program's turn alike
-        cos, sin = turns_of_heads(cos_sin_ptr, rows, here, part, COLS)
+        cos, sin = turns_of_heads(cos_sin_ptr, rows, here, part, 0, COLS, COLS)
     y_at = y_ptr + rows.to(tl.int64)[:, None] * y_stride + columns[None, :]
     b_at = b_ptr + columns.to(tl.int64) * size
     starts_in_y = out_ptr + rows.to(tl.int64) * out_stride

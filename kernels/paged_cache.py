@@ -68,12 +68,9 @@ def register_source(name: str, source: PageSource) -> None:
 
 
 def claim_pages(name: str, x: torch.Tensor) -> Pages | None:
-    """`PageSource.claim` for the tokens of x; None without a name.
-
-    Raises:
-        KeyError: no such source lives.
-    """
-    return _sources[name].claim(x.shape[0], x.dtype) if name else None
+    """`PageSource.claim` for the tokens of x; None where no such source lives."""
+    source = _sources.get(name)
+    return source.claim(x.shape[0], x.dtype) if source else None
 
 
 @triton.jit

@@ -138,15 +138,13 @@ def main() -> None:
         widths = [shape[f"WIDTH{i}"] for i in range(3) if shape[f"WIDTH{i}"]]
         for tokens in (2048, 16000):
             cut = wide_expand.choose(tokens, widths[0], act)
-            _, constants = blocks.grouped_tiles(widths, act, shape["HALF"], cut.columns, cut.loop)
-            constants |= paged | {
-                "RANK": 16, "EVEN_K": True, "BLOCK_E": 8, "BLOCK_T": cut.tokens,
-                "STAGES": cut.stages, "PDL": True,
-            }  # fmt: skip
+            _, constants = wide_expand._plan(8, 16, tuple(widths), act, shape["HALF"], cut, True)
+            constants = {k: v for k, v in constants.items() if k.isupper()} | paged
             constants |= {} if act == "rotary" else {"cos_sin_ptr": None}
             block = f"tensordesc<bf16[{cut.tokens}, {cut.columns}]>"
             POINTERS.update(y_desc=block, out_desc=block)
             POINTERS["b_desc"] = f"tensordesc<bf16[{cut.columns}, 128]>"
+            POINTERS["s_desc"] = f"tensordesc<bf16[{cut.tokens}, 128]>"
             name, kernel = f"wide_expand act={number} {tokens}", wide_expand._wide_expand_kernel
             rows.append(build(name, kernel, constants, cut.warps, cut.stages))
         cut = ordered_expand.OrderedBlocks.choose(act, 16)

@@ -18,7 +18,7 @@ import conftest
 from engines import completion, greedy
 from test_gpu_engine import gpu_engine
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
-from vllm_adafuse.serving import kv_cache
+from vllm_adafuse.serving import bank as banks
 
 ours, updates = json.loads(sys.argv[5]), []
 stock = FlashAttentionImpl.do_kv_cache_update
@@ -27,7 +27,7 @@ def counted(*arguments):
     return stock(*arguments)
 FlashAttentionImpl.do_kv_cache_update = counted
 if not ours:
-    kv_cache.can_write = lambda attention: False
+    banks.can_write = lambda attention: False
 
 def claims(model):
     caches = [bank.cache for bank in model.adafuse_banks if bank.cache]

@@ -203,8 +203,7 @@ def test_a_source_is_known_while_it_lives():
     assert paged_cache.claim_pages("", x) is None
     del source
     gc.collect()
-    with pytest.raises(KeyError, match="layers.7.attn"):
-        paged_cache.claim_pages("layers.7.attn", x)
+    assert paged_cache.claim_pages("layers.7.attn", x) is None
 
 
 @pytest.mark.gpu

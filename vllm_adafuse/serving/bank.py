@@ -17,7 +17,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm_adafuse.kernels import linear, linear_norm
 from vllm_adafuse.kernels.sgmm import sgmm
-from vllm_adafuse.serving.kv_cache import LayerCache
+from vllm_adafuse.serving.kv_cache import LayerCache, can_write
 from vllm_adafuse.serving.router import Route
 
 
@@ -154,7 +154,8 @@ class ExpertBank(torch.nn.Module):
     Attributes:
         before_norm: `linear_norm` computes the projection together with the norm behind it.
         cache: where the projection of q, k and v may write keys and values itself; or None.
-        cache_name: its name, or "".
+        cache_name: by which the op asks for it. The same with and without one: it stands in
+            compiled models, which vLLM keeps for later starts.
     """
 
     def __init__(
@@ -227,9 +228,13 @@ class ExpertBank(torch.nn.Module):
         )  # fmt: skip
         return y
 
-    def share(self, cache: LayerCache | None) -> None:
-        """Lets the projection of q, k and v write its keys and values there itself."""
-        self.cache, self.cache_name = cache, cache.name if cache else ""
+    def share_cache(self, attention: torch.nn.Module | None) -> None:
+        """Lets the projection of q, k and v write its keys and values for this layer where it can.
+
+        They come from the projection as the layer wants them.
+        """
+        self.cache_name = getattr(attention, "layer_name", "")
+        self.cache = LayerCache(attention) if can_write(attention) else None
 
     def join(self, weight: torch.nn.Parameter) -> None:
         """Makes a weight [out, in] that is still to be loaded a view of the joint tensor."""

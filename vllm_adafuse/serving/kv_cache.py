@@ -21,7 +21,6 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
-from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 from vllm_adafuse.kernels.paged_cache import Pages, register_source
 
 # As the model computes them: a cache of one of these has no scales.
@@ -37,6 +36,9 @@ def can_write(attention: Any) -> bool:
     """
     if not current_platform.is_cuda() or type(attention) is not Attention:
         return False
+    # Brings compiled kernels along, which a model's inspection at start can do without.
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
+
     impl = attention.impl
     return (
         type(impl) is FlashAttentionImpl
@@ -123,18 +125,11 @@ class LayerCache:
         keys, values = cache.transpose(1, 2).split(size, -1)  # as FlashAttentionImpl does
         return keys, values
 
-    def _update(
-        self,
-        layer: torch.nn.Module,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
+    def _update(self, *arguments: Any, **options: Any) -> None:
         """In the place of the backend's `do_kv_cache_update`, if the projection has not done it."""
         written, self._written = self._written, None
         if written is None or written is not get_forward_context():
-            self._stock_update(layer, key, value, kv_cache, slot_mapping)
+            self._stock_update(*arguments, **options)
 
     @contextmanager
     def rehearsal(self, tokens: int, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
@@ -148,10 +143,3 @@ class LayerCache:
             yield
         finally:
             self._rehearsed = None
-
-
-def share_cache(block: torch.nn.Module) -> LayerCache | None:
-    """The cache of an attention block whose keys and values leave their projection as attention
-    wants them, or None where vLLM's own update is to write it."""
-    attention = getattr(block, "attn", None)
-    return LayerCache(attention) if can_write(attention) else None

@@ -15,7 +15,6 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.platforms import current_platform
 from vllm_adafuse.serving.bank import ExpertBank
-from vllm_adafuse.serving.kv_cache import share_cache
 from vllm_adafuse.serving.norm import NormPlace
 from vllm_adafuse.serving.rotary import SharedRotary
 
@@ -144,7 +143,7 @@ def wrap_linear(
         bank.join(layer.weight)
         bank.rotary = rotary
         if activation == "rotary":
-            bank.share(share_cache(block))
+            bank.share_cache(getattr(block, "attn", None))
         if behind is not None:
             behind.put(bank)
             bank.before_norm = True
