@@ -42,8 +42,6 @@ from vllm_adafuse.kernels.whole import cdiv, power_of_2
 # needs 10 us more for that. For gate_up programs of one tile are faster.
 MIN_WIDE_TOKENS = 1024
 MIN_GATE_UP_TOKENS = 2048
-# Three to each of two places on a processor.
-MIN_PROGRAMS = 792
 
 
 @triton.jit
@@ -124,9 +122,10 @@ def choose(tokens: int, width: int, activation: str) -> ExpandBlocks:
 
     width: of which the widths of all parts are multiples.
     """
-    # So many groups that all processors have programs, no more: each begins by fetching its s.
+    # As many tiles to a program as leave all processors enough: each begins by fetching its s.
+    # Limits are powers of two, as warm-up expects.
     if is_gate_up(activation):
-        groups = max(8, cdiv(MIN_PROGRAMS, cdiv(tokens, 128)))
+        groups = 8 if tokens >= 8192 else 16 if tokens >= 4096 else 32
         return ExpandBlocks(128, 32, cdiv(width // 32, groups), 8, 3)
     if activation:
         return ExpandBlocks(128, 32, 16 if tokens >= 4096 else 4, 8, 3)
