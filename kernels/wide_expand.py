@@ -118,18 +118,20 @@ def _wide_expand_kernel(
 
 @functools.cache
 def choose(tokens: int, width: int, activation: str) -> ExpandBlocks:
-    """Two programs fit a processor of Hopper's, at the shapes of Llama-2-7B; not yet timed.
+    """Found on an H200 at the shapes of Llama-2-7B; docs/kernel-notes.md has the figures.
 
     width: of which the widths of all parts are multiples.
     """
-    # As many tiles to a program as leave all processors enough: each begins by fetching its s.
-    # Limits are powers of two, as warm-up expects.
+    # Two programs to a processor, and about as many as have a place at once: each begins by
+    # fetching its s. Limits are powers of two, as warm-up expects.
     if is_gate_up(activation):
-        groups = 8 if tokens >= 8192 else 16 if tokens >= 4096 else 32
+        groups = max(2, min(32, (1 << 15) // power_of_2(tokens)))
         return ExpandBlocks(128, 32, cdiv(width // 32, groups), 8, 3)
     if activation:
-        return ExpandBlocks(128, 32, 16 if tokens >= 4096 else 4, 8, 3)
-    return ExpandBlocks(128, 64, 8 if tokens >= 4096 else 2, 8, 3)
+        if tokens > 8192:
+            return ExpandBlocks(128, 32, 32, 8, 3)
+        return ExpandBlocks(64, 32, 16 if tokens > 1024 else 8, 4, 3)
+    return ExpandBlocks(128, 64, 8 if tokens > 4096 else 2, 8, 3)
 
 
 def can_widen(
