@@ -22,6 +22,7 @@
     ffn_mix        W x and s of gate_up   -> activations of a token's experts, and their mixture
     ffn_down       y, those in rank space -> y + deltas of the down projection
     switch         a route, W, A, B       -> W + deltas of all linears (one stream; no torch op)
+    paged_cache    where keys and values go in a KV cache, for the kernels that end `linear`
     scratch        memory that all launches share
     tiles          how the streaming kernel cuts a product, by shape and device
     blocks         how expands are cut and launched

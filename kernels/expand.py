@@ -19,6 +19,7 @@ import triton.language as tl
 from vllm_adafuse.kernels.blocks import ExpandBlocks, expert_blocks, on_hopper, overlap
 from vllm_adafuse.kernels.deltas import add_deltas, load_both, load_gates, load_ranks, weigh
 from vllm_adafuse.kernels.launch import launch
+from vllm_adafuse.kernels.paged_cache import NO_PAGES, Pages, rows_in_pages, starts_of_head
 from vllm_adafuse.kernels.pairs import (
     ACTIVATIONS,
     ROTARY,
@@ -37,9 +38,10 @@ _SKIP_TOKENS = 8
 def _expand_kernel(
     y_ptr, bias_ptr, out_ptr, s_ptr, b_ptr, gates_ptr, present_ptr, cos_sin_ptr,
     n_tokens, y_stride, out_stride, s_stride, n_experts,
+    keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
     PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
     RAW: tl.constexpr, SKIP: tl.constexpr, ALL: tl.constexpr,
     RANK: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr, ONE: tl.constexpr,
     EVERY_PART: tl.constexpr, PDL: tl.constexpr,
@@ -84,6 +86,9 @@ def _expand_kernel(
         tl.extra.cuda.gdc_wait()
     if ONE and RAW:  # the step's: not of the kernel before
         gates = load_gates(gates_ptr, rows, here, n_experts, 0, BLOCK_T, BLOCK_E, BLOCK_R)
+    in_pages, there = rows_in_pages(
+        slots_ptr, rows, here, block_size, block_stride, row_stride, PAGED
+    )
     if ONE and LOOP > 1:  # of all columns
         s, s_up = load_both(
             s_at, s_up_at, rows_s, rows_up, n_experts, ACT, RANK, EVEN_K, BLOCK_E, BLOCK_R
@@ -161,6 +166,15 @@ def _expand_kernel(
         if ACT == 3:
             if offset < WIDTH0 + WIDTH1:
                 y, up = rotate(y, up, cos.to(tl.float32), sin.to(tl.float32))
+            if PAGED:
+                head = first // HALF
+                starts, kept = starts_of_head(
+                    out_ptr + rows.to(tl.int64) * out_stride + (offset + head * (2 * HALF)), here,
+                    keys_ptr, values_ptr, in_pages, there,
+                    second.to(tl.int32) + third.to(tl.int32), head, head_stride, PAGED,
+                )  # fmt: skip
+                out_at = starts[:, None] + (within + tl.arange(0, BLOCK_OUT))[None, :]
+                mask = kept[:, None] & inside[None, :]
             tl.store(out_at + HALF, up.to(out_ptr.dtype.element_ty), mask=mask)
         elif ACT != 0:
             y = activate(y, up, ACT)
@@ -169,7 +183,7 @@ def _expand_kernel(
 
 def _launch(
     y, bias, out, s, s_stride, bank_b, gates, present, parts, widths, act,
-    blocks=None, cos_sin=None,
+    blocks=None, cos_sin=None, pages=None,
 ) -> None:  # fmt: skip
     tokens, (_, experts, rank) = y.shape[0], bank_b.shape
     if blocks is None:
@@ -180,8 +194,8 @@ def _launch(
     launch(
         _expand_kernel, (groups, cdiv(tokens, blocks.tokens)),
         y, bias, out, s, bank_b, gates, present, cos_sin,
-        tokens, y.stride(0), out.stride(0), s_stride, experts,
-        HAS_BIAS=bias is not None, RAW=gates is not None, **constants,
+        tokens, y.stride(0), out.stride(0), s_stride, experts, *(pages or NO_PAGES),
+        HAS_BIAS=bias is not None, PAGED=pages is not None, RAW=gates is not None, **constants,
     )  # fmt: skip
 
 
@@ -244,6 +258,7 @@ def expand_raw_triton(
     activation: str = "",
     blocks: ExpandBlocks | None = None,
     cos_sin: torch.Tensor | None = None,
+    pages: Pages | None = None,
 ) -> torch.Tensor:
     """From the outputs of W and A to those of the adapted projection, in one launch.
 
@@ -257,6 +272,7 @@ def expand_raw_triton(
             "rotary" of q, k, v.
         blocks: how to cut, default `ExpandBlocks.choose`.
         cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
+        pages: where k and v go with "rotary", whose columns of the result stay undefined then.
 
     Returns:
         [T, out], or [T, I] after silu or gelu_tanh; contiguous.
@@ -266,7 +282,7 @@ def expand_raw_triton(
         result = y.new_empty(y.shape[0], result_width(widths, activation))
     _launch(
         y, bias, result, s, s.stride(0), bank_b, gates, present, parts, widths, act,
-        blocks, cos_sin,
+        blocks, cos_sin, pages,
     )  # fmt: skip
     return result
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from vllm_adafuse.kernels import stream_linear, tile_linear
 from vllm_adafuse.kernels.expand import expand_torch
 from vllm_adafuse.kernels.order_routes import Order
+from vllm_adafuse.kernels.paged_cache import claim_pages, paged_cache_torch
 from vllm_adafuse.kernels.pairs import activate_torch, result_width, rotate_torch, tiled_widths
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.scratch import Scratch
@@ -39,13 +40,18 @@ def scratch_sizes(bank_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
     return low, floats, tickets
 
 
-def linear_torch(x, joint, bias, bank_b, gates, parts, widths, activation, cos_sin=None):
+def linear_torch(
+    x, joint, bias, bank_b, gates, parts, widths, activation, cos_sin=None, pages=None
+):
     """The reference; see `linear`."""
     out = sum(widths)
     y = F.linear(x, joint[:out], bias)
     expand_torch(y, shrink_torch(x, bank_a_of(joint, bank_b, out), gates), bank_b, parts, widths)
     if activation == "rotary":
-        return rotate_torch(y, cos_sin, widths[0] + widths[1])
+        y = rotate_torch(y, cos_sin, widths[0] + widths[1])
+        if pages:
+            paged_cache_torch(y, pages, widths)
+        return y
     return activate_torch(y, activation) if activation else y
 
 
@@ -56,42 +62,48 @@ def bank_a_of(joint: torch.Tensor, bank_b: torch.Tensor, out: int) -> torch.Tens
 
 def _run(
     x, joint, bias, bank_b, gates, present, counters, index, low, partial, tickets, unread,
-    order_rows, order_present, cos_sin, parts, widths, activation,
+    order_rows, order_present, cos_sin, parts, widths, activation, cache,
 ):  # fmt: skip
+    pages = claim_pages(cache, x)
     if not x.is_cuda:
-        return linear_torch(x, joint, bias, bank_b, gates, parts, widths, activation, cos_sin)
+        return linear_torch(
+            x, joint, bias, bank_b, gates, parts, widths, activation, cos_sin, pages
+        )
     rows, tma = sum(tiled_widths(widths, activation)), can_tile(x, joint)
     cut = find_tiles(*x.shape, rows, activation, x.element_size(), x.device, tma)
     return linear_triton(
         x, joint, bias, bank_b, gates, present, counters[index] if cut else None,
         Scratch(low, partial, tickets, unread), Order(order_rows, order_present),
-        parts, widths, activation, cos_sin, cut,
+        parts, widths, activation, cos_sin, cut, pages,
     )  # fmt: skip
 
 
 def linear_triton(
     x, joint, bias, bank_b, gates, present, counter, scratch, order, parts, widths, activation,
-    cos_sin, cut,
+    cos_sin, cut, pages=None,
 ):  # fmt: skip
     """`linear` on a GPU, cut as told; None: by the vendor's product."""
     if cut:
         return one_launch(
             x, joint, bias, bank_b, gates, present, counter, scratch, parts, widths, activation,
-            cut, cos_sin=cos_sin,
+            cut, cos_sin=cos_sin, pages=pages,
         )  # fmt: skip
     y, s, bias = joint_product(x, joint, bias, sum(widths))
     return expand_long(
         y, s, bias, bank_b, gates, present, parts, widths, activation,
-        order.of(x.shape[0]), cos_sin,
+        order.of(x.shape[0]), cos_sin, pages=pages,
     )  # fmt: skip
 
 
 def one_launch(
     x, joint, bias, bank_b, gates, present, counter, scratch, parts, widths, activation, cut,
-    out=None, cos_sin=None,
+    out=None, cos_sin=None, pages=None,
 ):  # fmt: skip
     """The projection of few tokens by the kernel that a cut is for; see both."""
-    shared = bank_b, gates, present, counter, scratch, parts, widths, activation, cut, out, cos_sin
+    shared = (
+        bank_b, gates, present, counter, scratch, parts, widths, activation, cut, out, cos_sin,
+        pages,
+    )  # fmt: skip
     if cut.tma:
         return tile_linear_triton(x, joint, bias, *shared)
     rows = sum(widths)
@@ -115,7 +127,7 @@ def joint_product(
 
 
 def _fake(x, joint, bias, bank_b, *arguments):
-    *_, widths, activation = arguments
+    *_, widths, activation, _ = arguments
     return x.new_empty(x.shape[0], result_width(widths, activation))
 
 
@@ -124,7 +136,7 @@ _op = register_op(
     "linear(Tensor x, Tensor joint, Tensor? bias, Tensor bank_b, Tensor gates, "
     "Tensor present, Tensor counters, int index, Tensor low, Tensor partial, Tensor tickets, "
     "Tensor unread, Tensor order_rows, Tensor order_present, Tensor? cos_sin, int[] parts, "
-    "int[] widths, str activation) -> Tensor",
+    "int[] widths, str activation, str cache) -> Tensor",
     _run,
     _fake,
 )
@@ -145,6 +157,7 @@ def linear(
     widths: Sequence[int],
     activation: str = "",
     cos_sin: torch.Tensor | None = None,
+    cache: str = "",
 ) -> torch.Tensor:
     """An adapted projection of T tokens.
 
@@ -165,12 +178,15 @@ def linear(
             "rotary" of q, k, v.
         cos_sin: [N, D] with "rotary", dtype of x: cosines of each token's position, then sines, D
             the size of a head, for which `can_rotate` holds; rows past T are not read.
+        cache: with "rotary", the source of pages (paged_cache.py) that is asked where k and v go,
+            if there is one of this name.
 
     Returns:
-        [T, out], or [T, out / 2] after silu or gelu_tanh.
+        [T, out], or [T, out / 2] after silu or gelu_tanh. Columns of k and v that went to pages
+        may hold anything.
     """
     return _op(
         x, joint, bias, bank_b, gates, present, counters, index,
         scratch.low, scratch.partial, scratch.tickets, scratch.unread,
-        order.rows, order.present, cos_sin, parts, widths, activation,
+        order.rows, order.present, cos_sin, parts, widths, activation, cache,
     )  # fmt: skip

@@ -25,6 +25,7 @@ from vllm_adafuse.kernels.blocks import (
 )
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.order_routes import ORDER_TILE, Order
+from vllm_adafuse.kernels.paged_cache import NO_PAGES, Pages, rows_in_pages, starts_of_head
 from vllm_adafuse.kernels.pairs import activate, result_of, rotate, turns_of_heads
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
@@ -88,8 +89,10 @@ def _add(
 def _ordered_expand_kernel(
     y_ptr, out_ptr, s_ptr, b_ptr, gates_ptr, order_ptr, present_ptr, cos_sin_ptr,
     n_tokens, y_stride, out_stride, s_stride, n_experts,
+    keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
     TILES0: tl.constexpr, TILES1: tl.constexpr, TILES2: tl.constexpr,
-    ACT: tl.constexpr, APART: tl.constexpr, RANK: tl.constexpr, CHUNK: tl.constexpr,
+    ACT: tl.constexpr, APART: tl.constexpr, PAGED: tl.constexpr,
+    RANK: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr, COLS: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
@@ -116,10 +119,13 @@ def _ordered_expand_kernel(
         s_up = _weighted(s_up_at, gates_at, here, experts, there, RANK, CHUNK, BLOCK_T)
     columns = tl.arange(0, COLS)
     if ACT == 3:  # a tile is a whole head, so all of a program's turn alike
-        cos, sin = turns_of_heads(cos_sin_ptr, rows, here, part, COLS)
+        cos, sin = turns_of_heads(cos_sin_ptr, rows, here, part, 0, COLS, COLS)
     y_at = y_ptr + rows.to(tl.int64)[:, None] * y_stride + columns[None, :]
-    out_at = out_ptr + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
     b_at = b_ptr + columns.to(tl.int64) * size
+    starts_in_y = out_ptr + rows.to(tl.int64) * out_stride
+    in_pages, slotted = rows_in_pages(
+        slots_ptr, rows, here, block_size, block_stride, row_stride, PAGED
+    )
     for tile in tl.range(first_tile, end, num_stages=STAGES):
         first = offset + tile * WIDE
         y = tl.load(y_at + first, mask=here[:, None], other=0.0).to(tl.float32)
@@ -134,13 +140,17 @@ def _ordered_expand_kernel(
                 up, s_up, experts, there, s_up_at, gates_at, b_here + APART * size, present,
                 chunks, here, RANK, CHUNK, BLOCK_E, BLOCK_T, COLS,
             )  # fmt: skip
-            if ACT == 3:
-                y, up = rotate(y, up, cos.to(tl.float32), sin.to(tl.float32))
-                value = up.to(out_ptr.dtype.element_ty)
-                tl.store(out_at + first + APART, value, mask=here[:, None])
-            else:
-                y = activate(y, up, ACT)
-        tl.store(out_at + first, y.to(out_ptr.dtype.element_ty), mask=here[:, None])
+        starts, kept = starts_of_head(
+            starts_in_y + first, here, keys_ptr, values_ptr, in_pages, slotted, part, tile,
+            head_stride, PAGED,
+        )  # fmt: skip
+        out_at, mask = starts[:, None] + columns[None, :], kept[:, None]
+        if ACT == 3:
+            y, up = rotate(y, up, cos.to(tl.float32), sin.to(tl.float32))
+            tl.store(out_at + APART, up.to(out_ptr.dtype.element_ty), mask=mask)
+        elif ACT != 0:
+            y = activate(y, up, ACT)
+        tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @dataclass(frozen=True)
@@ -193,6 +203,7 @@ def ordered_expand_triton(
     activation: str = "",
     blocks: OrderedBlocks | None = None,
     cos_sin: torch.Tensor | None = None,
+    pages: Pages | None = None,
 ) -> torch.Tensor:
     """One launch; for what `can_order` holds.
 
@@ -206,6 +217,7 @@ def ordered_expand_triton(
         activation: "", "silu", "gelu_tanh", or "rotary" of q, k, v.
         blocks: how to cut, default `OrderedBlocks.choose`.
         cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
+        pages: where k and v go with "rotary", whose columns of the result stay undefined then.
 
     Returns:
         [T, out], or [T, I] after silu or gelu_tanh; contiguous.
@@ -219,7 +231,9 @@ def ordered_expand_triton(
         _ordered_expand_kernel, (groups, cdiv(tokens, ORDER_TILE)),
         y, result, s, bank_b, gates, order.rows, order.present, cos_sin,
         tokens, y.stride(0), result.stride(0), s.stride(0), experts,
-        **tiles, RANK=rank, CHUNK=max(1, cut.ranks // rank), BLOCK_E=max(2, power_of_2(experts)),
-        BLOCK_T=ORDER_TILE, STAGES=cut.stages, num_warps=cut.warps, **overlap(on_hopper(y)),
+        *(pages or NO_PAGES),
+        **tiles, PAGED=pages is not None, RANK=rank, CHUNK=max(1, cut.ranks // rank),
+        BLOCK_E=max(2, power_of_2(experts)), BLOCK_T=ORDER_TILE, STAGES=cut.stages,
+        num_warps=cut.warps, **overlap(on_hopper(y)),
     )  # fmt: skip
     return result

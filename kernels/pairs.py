@@ -25,11 +25,16 @@ MIN_HALF = 16
 
 @triton.jit
 def activate(gate, up, ACT: tl.constexpr):
-    """act(gate) * up in float32: 1 is SiLU, 2 is GELU in its tanh form."""
+    """act(gate) * up in float32: 1 is SiLU, 2 is GELU in its tanh form.
+
+    Both are gate / (1 + 2^z), here in 7 instructions: exp() and a division take 14.
+    """
     if ACT == 1:
-        return gate / (1.0 + tl.exp(-gate)) * up
-    z = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-    return gate / (1.0 + tl.exp(-2.0 * z)) * up
+        z = gate * -1.4426950408889634  # log2(e)
+    else:  # -2 sqrt(2 / pi) log2(e) (gate + 0.044715 gate^3)
+        z = gate * (-2.302208198144325 - 0.10294323958002303 * gate * gate)
+    root = tl.rsqrt(1.0 + tl.exp2(z))
+    return gate * up * root * root
 
 
 @triton.jit
@@ -39,12 +44,14 @@ def rotate(a, b, cos, sin):
 
 
 @triton.jit
-def turns_of_heads(cos_sin_ptr, rows, here, part, COLS: tl.constexpr):
-    """Cosines and sines [rows, COLS] for tiles that are whole heads, whose halves have COLS
-    columns; those of v turn nothing."""
-    turn = cos_sin_ptr + rows[:, None] * (2 * COLS) + tl.arange(0, COLS)[None, :]
+def turns_of_heads(
+    cos_sin_ptr, rows, here, part, first, HALF: tl.constexpr, COLS: tl.constexpr
+):  # fmt: skip
+    """Cosines and sines [rows, COLS] for tiles of columns `first` and on of a head's first half,
+    and of its second; those of v turn nothing."""
+    turn = cos_sin_ptr + rows[:, None] * (2 * HALF) + (first + tl.arange(0, COLS))[None, :]
     cos = tl.load(turn, mask=here[:, None], other=0.0)
-    sin = tl.load(turn + COLS, mask=here[:, None], other=0.0)
+    sin = tl.load(turn + HALF, mask=here[:, None], other=0.0)
     if part == 2:
         cos, sin = tl.full(cos.shape, 1.0, cos.dtype), tl.full(sin.shape, 0.0, sin.dtype)
     return cos, sin

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from vllm_adafuse.kernels.blocks import BLOCK_ER, on_hopper, overlap
 from vllm_adafuse.kernels.launch import launch
+from vllm_adafuse.kernels.paged_cache import NO_PAGES, Pages, rows_in_pages, starts_of_head
 from vllm_adafuse.kernels.pairs import (
     ACTIVATIONS,
     ROTARY,
@@ -101,9 +102,10 @@ def _stream_linear_kernel(
     x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, y_ptr, cos_sin_ptr,
     gates_ptr, present_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
     n_tokens, x_stride, y_stride, size_in, n_experts, n_parts, n_slots, slices,
+    keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
     PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
     EVEN: tl.constexpr, SPLIT: tl.constexpr, LEAVE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_ER: tl.constexpr,
     RANK: tl.constexpr,
@@ -147,6 +149,9 @@ def _stream_linear_kernel(
         rows = first + tl.minimum(local_rows, width - 1)
         tokens = tl.arange(0, BLOCK_T)
         here = tokens < n_tokens
+        in_pages, there = rows_in_pages(
+            slots_ptr, tokens, here, block_size, block_stride, row_stride, PAGED
+        )
         slice_in = tl.cdiv(tl.cdiv(size_in, SPLIT), COLS) * COLS
         begin = split * slice_in
         end = tl.minimum(begin + slice_in, size_in)
@@ -214,6 +219,15 @@ def _stream_linear_kernel(
                     cos = tl.load(turn, mask=mask, other=0.0).to(tl.float32)
                     sin = tl.load(turn + HALF, mask=mask, other=0.0).to(tl.float32)
                     acc, acc_up = rotate(acc, acc_up, cos, sin)
+                if PAGED:
+                    head = local * ROWS // HALF
+                    starts, kept = starts_of_head(
+                        y_ptr + tokens * y_stride + (first + head * (2 * HALF)), here,
+                        keys_ptr, values_ptr, in_pages, there,
+                        second.to(tl.int32) + third.to(tl.int32), head, head_stride, PAGED,
+                    )  # fmt: skip
+                    y_at = starts[None, :] + (within + tl.arange(0, ROWS))[:, None]
+                    mask = (local_rows < width)[:, None] & kept[None, :]
                 tl.store(y_at + HALF, acc_up.to(y_ptr.dtype.element_ty), mask=mask)
             elif ACT != 0:
                 acc = activate(acc, acc_up, ACT)
@@ -236,6 +250,7 @@ def stream_linear_triton(
     tiles: Tiles | None = None,
     out: torch.Tensor | None = None,
     cos_sin: torch.Tensor | None = None,
+    pages: Pages | None = None,
 ) -> torch.Tensor:
     """One launch; see `vllm_adafuse.kernels.linear.linear`.
 
@@ -245,6 +260,7 @@ def stream_linear_triton(
         out: where the result goes, [T, out] with contiguous rows, or [split, T, out] contiguous,
             float32, to leave the sums of each slice of `in` unadded; default a new tensor.
         cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
+        pages: where k and v go with "rotary", whose columns of the result stay undefined then.
     """
     tokens, size_in = x.shape
     act = ACTIVATIONS.index(activation)
@@ -269,9 +285,10 @@ def stream_linear_triton(
         gates, present, scratch.s(x.dtype, tokens, n_parts, experts * rank),
         scratch.partial, scratch.tickets, counter,
         tokens, x.stride(0), y.stride(-2), size_in, experts, n_parts, grid.slots, grid.slices,
+        *(pages or NO_PAGES),
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         PART0=parts[0], PART1=parts[1], PART2=parts[2],
-        HAS_BIAS=bias is not None, ACT=act, HALF=half,
+        HAS_BIAS=bias is not None, ACT=act, HALF=half, PAGED=pages is not None,
         EVEN=size_in % (tiles.cols * tiles.split) == 0,
         SPLIT=tiles.split, LEAVE=leave, BLOCK_T=block_t, BLOCK_R=grid.block_r,
         BLOCK_ER=min(BLOCK_ER, max(16, power_of_2(experts * rank))),

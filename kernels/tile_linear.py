@@ -23,6 +23,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 from vllm_adafuse.kernels.blocks import BLOCK_ER, on_hopper, overlap
 from vllm_adafuse.kernels.launch import launch
+from vllm_adafuse.kernels.paged_cache import NO_PAGES, Pages, rows_in_pages, starts_of_head
 from vllm_adafuse.kernels.pairs import (
     ACTIVATIONS,
     ROTARY,
@@ -64,9 +65,10 @@ def _tile_linear_kernel(
     x_desc, joint_desc, bias_ptr, b_ptr, y_ptr, cos_sin_ptr,
     gates_ptr, present_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
     n_tokens, y_stride, size_in, n_parts,
+    keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
     PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
     SPLIT: tl.constexpr, SLICES: tl.constexpr, RANK: tl.constexpr, EXPERTS: tl.constexpr,
     SHRINK_TILES: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_ER: tl.constexpr,
@@ -153,6 +155,9 @@ def _tile_linear_kernel(
             tl.atomic_add(counter_ptr, 1, sem="release")
     else:
         present = tl.load(present_ptr)
+        in_pages, there = rows_in_pages(
+            slots_ptr, tokens, here, block_size, block_stride, row_stride, PAGED
+        )
         local_rows = start_row + tl.arange(0, ROWS)
         rows = first + tl.minimum(local_rows, width - 1)
         adds = part >= 0
@@ -187,6 +192,15 @@ def _tile_linear_kernel(
                 cos = tl.load(turn, mask=mask, other=0.0).to(tl.float32)
                 sin = tl.load(turn + HALF, mask=mask, other=0.0).to(tl.float32)
                 acc, acc_up = rotate(acc, acc_up, cos, sin)
+            if PAGED:
+                head = local * ROWS // HALF
+                starts, kept = starts_of_head(
+                    y_ptr + tokens * y_stride + (first + head * (2 * HALF)), here,
+                    keys_ptr, values_ptr, in_pages, there,
+                    second.to(tl.int32) + third.to(tl.int32), head, head_stride, PAGED,
+                )  # fmt: skip
+                y_at = starts[None, :] + (within + tl.arange(0, ROWS))[:, None]
+                mask = (local_rows < width)[:, None] & kept[None, :]
             tl.store(y_at + HALF, acc_up.to(y_ptr.dtype.element_ty), mask=mask)
         elif ACT != 0:
             acc = activate(acc, acc_up, ACT)
@@ -208,6 +222,7 @@ def tile_linear_triton(
     tiles: Tiles | None = None,
     out: torch.Tensor | None = None,
     cos_sin: torch.Tensor | None = None,
+    pages: Pages | None = None,
 ) -> torch.Tensor:
     """One launch for up to 128 tokens; see `vllm_adafuse.kernels.linear.linear`.
 
@@ -219,6 +234,7 @@ def tile_linear_triton(
         out: [split, T, out] contiguous, float32, to leave the sums of each slice of `in` unadded;
             default a new tensor [T, out].
         cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
+        pages: where k and v go with "rotary", whose columns of the result stay undefined then.
     """
     tokens, size_in = x.shape
     act = ACTIVATIONS.index(activation)
@@ -245,11 +261,11 @@ def tile_linear_triton(
         bias, bank_b, y, cos_sin,
         gates, present, scratch.s(x.dtype, tokens, n_parts, experts * rank),
         scratch.partial, scratch.tickets, counter,
-        tokens, y.stride(-2), size_in, n_parts,
+        tokens, y.stride(-2), size_in, n_parts, *(pages or NO_PAGES),
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         PART0=parts[0], PART1=parts[1], PART2=parts[2],
-        HAS_BIAS=bias is not None, ACT=act, HALF=half, SPLIT=split, SLICES=cut.slices,
-        RANK=rank, EXPERTS=experts, SHRINK_TILES=shrink_tiles,
+        HAS_BIAS=bias is not None, ACT=act, HALF=half, PAGED=pages is not None,
+        SPLIT=split, SLICES=cut.slices, RANK=rank, EXPERTS=experts, SHRINK_TILES=shrink_tiles,
         BLOCK_T=block_t, BLOCK_E=max(16, power_of_2(experts)),
         BLOCK_ER=block_er(block_t, act, experts * rank),
         ROWS=cut.rows, COLS=cut.cols, STAGES=cut.stages,

@@ -4,9 +4,10 @@
 
 then gate_up's activation, or the rotary embedding of q and k (pairs.py). The same as `expand`, for
 thousands of tokens on Hopper and later, where it is bound by the traffic of y alone: a program
-keeps s of its tokens and walks along the columns, while the tensor memory accelerator brings the
-next tiles of y and of B, all experts in one product of up to 128 ranks, and takes the last results
-away. SGMM (AdaFuse, arXiv 2603.11873, section 3).
+keeps s of its tokens in registers and walks along the columns, while the tensor memory accelerator
+brings the next tiles of y and of B, all experts in one product of up to 128 ranks, and takes the
+last results away; two programs to a processor wait by turns. SGMM (AdaFuse, arXiv 2603.11873,
+section 3).
 """
 
 from __future__ import annotations
@@ -28,64 +29,91 @@ from vllm_adafuse.kernels.blocks import (
     on_hopper,
     overlap,
 )
-from vllm_adafuse.kernels.deltas import load_s
+from vllm_adafuse.kernels.deltas import load_gates, weigh
 from vllm_adafuse.kernels.expand import expand_raw_triton
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.order_routes import Order
 from vllm_adafuse.kernels.ordered_expand import can_order, ordered_expand_triton
+from vllm_adafuse.kernels.paged_cache import NO_PAGES, Pages, head_in_pages, rows_in_pages
 from vllm_adafuse.kernels.pairs import activate, is_gate_up, result_of, rotate, turns_of_heads
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
-# Below, steps wait for the CPU, which three descriptors take 60 us more than `expand`; the GPU
+# Below, steps wait for the CPU, which four descriptors take 60 us more than `expand`; the GPU
 # needs 10 us more for that. For gate_up programs of one tile are faster.
 MIN_WIDE_TOKENS = 1024
 MIN_GATE_UP_TOKENS = 2048
 
 
+@triton.jit
+def _add_delta(y_desc, b_desc, s, first_token, column):
+    """A tile of y, and to it s B, [BLOCK_T, COLS] float32."""
+    b = b_desc.load([column, 0])
+    y = y_desc.load([first_token, column]).to(tl.float32)
+    return tl.dot(s, b.T, y, input_precision="ieee")
+
+
+@triton.jit
+def _store_tile(out_desc, tile, first_token, offset, within):
+    """Leaves a finished tile of the part that begins at column `offset`; `within`: its column
+    there."""
+    out_desc.store([first_token, offset + within], tile.to(out_desc.dtype))
+
+
 @triton.jit(do_not_specialize=["n_tokens"])
 def _wide_expand_kernel(
-    y_desc, b_desc, out_desc, s_ptr, gates_ptr, cos_sin_ptr,
-    n_tokens, s_stride, n_experts,
+    y_desc, b_desc, out_desc, s_desc, gates_ptr, cos_sin_ptr,
+    n_tokens, n_experts,
+    keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
     TILES0: tl.constexpr, TILES1: tl.constexpr, TILES2: tl.constexpr,
-    ACT: tl.constexpr, APART: tl.constexpr,
-    RANK: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    ACT: tl.constexpr, APART: tl.constexpr, PAGED: tl.constexpr, PIECES: tl.constexpr,
+    RANK: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr, COLS: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:  # launched while the kernel before it ends
         tl.extra.cuda.gdc_wait()
-    # A tile has both members of its pairs.
-    WIDE: tl.constexpr = COLS * (2 if ACT == 3 else 1)
-    part, first_tile, end, before = group_of_tiles(tl.program_id(0), TILES0, TILES1, TILES2, LOOP)
-    offset = before * WIDE
+    # From one tile to the next: whole heads, of each of which a tile has a piece of both halves.
+    STEP: tl.constexpr = 2 * APART if ACT == 3 else COLS
+    group, piece = tl.program_id(0) // PIECES, tl.program_id(0) % PIECES * COLS
+    part, first_tile, end, before = group_of_tiles(group, TILES0, TILES1, TILES2, LOOP)
+    offset = before * STEP
     first_token = tl.program_id(1) * BLOCK_T
     rows = first_token + tl.arange(0, BLOCK_T)
     here = rows < n_tokens
-    size = n_experts * RANK
-    s_at = s_ptr + rows.to(tl.int64) * s_stride + part * size
-    s = load_s(s_at, gates_ptr, rows, 0, here, n_experts, 0, RANK, True, EVEN_K,
-                BLOCK_T, BLOCK_E, RANK)  # fmt: skip
+    SIZE: tl.constexpr = EXPERTS * RANK
+    gates = load_gates(gates_ptr, rows, here, n_experts, 0, BLOCK_T, BLOCK_E, RANK)
+    # From a descriptor, so that it lies in registers as products take it; what comes by pointers
+    # lies in shared memory, and every product fetches it from there.
+    s = weigh(s_desc.load([first_token, part * SIZE]), gates)
     s_up = s
     if ACT == 1 or ACT == 2:
-        s_up = load_s(s_at + size, gates_ptr, rows, 0, here, n_experts, 0, RANK, True, EVEN_K,
-                       BLOCK_T, BLOCK_E, RANK)  # fmt: skip
-    if ACT == 3:  # a tile is a whole head, so all of a program's turn alike
-        cos, sin = turns_of_heads(cos_sin_ptr, rows, here, part, COLS)
+        s_up = weigh(s_desc.load([first_token, SIZE]), gates)
+    if ACT == 3:  # a program's tiles are the same piece of their heads, so all turn alike
+        cos, sin = turns_of_heads(cos_sin_ptr, rows, here, part, piece, APART, COLS)
+    in_pages, there = rows_in_pages(
+        slots_ptr, rows, here, block_size, block_stride, row_stride, PAGED
+    )
     for tile in tl.range(first_tile, end, num_stages=STAGES):
-        column = offset + tile * WIDE
-        b = b_desc.load([column, 0])
-        y = y_desc.load([first_token, column]).to(tl.float32)
-        y = tl.dot(s, b.T, y, input_precision="ieee")
+        within = tile * STEP + piece
+        y = _add_delta(y_desc, b_desc, s, first_token, offset + within)
         if ACT != 0:
-            b_up = b_desc.load([column + APART, 0])
-            up = y_desc.load([first_token, column + APART]).to(tl.float32)
-            up = tl.dot(s_up, b_up.T, up, input_precision="ieee")
+            up = _add_delta(y_desc, b_desc, s_up, first_token, offset + within + APART)
             if ACT == 3:
                 y, up = rotate(y, up, cos.to(tl.float32), sin.to(tl.float32))
-                out_desc.store([first_token, column + APART], up.to(out_desc.dtype))
+                if not PAGED:
+                    _store_tile(out_desc, up, first_token, offset, within + APART)
+                elif part == 0:
+                    _store_tile(out_desc, up, first_token, offset, within + APART)
+                    _store_tile(out_desc, y, first_token, offset, within)
+                else:
+                    at = head_in_pages(keys_ptr, values_ptr, in_pages, part, tile, head_stride)
+                    at, mask = at[:, None] + (piece + tl.arange(0, COLS))[None, :], there[:, None]
+                    tl.store(at, y.to(out_desc.dtype), mask=mask)
+                    tl.store(at + APART, up.to(out_desc.dtype), mask=mask)
             else:
                 y = activate(y, up, ACT)
-        out_desc.store([first_token, column], y.to(out_desc.dtype))
+        if not PAGED:
+            _store_tile(out_desc, y, first_token, offset, within)
 
 
 @functools.cache
@@ -94,11 +122,16 @@ def choose(tokens: int, width: int, activation: str) -> ExpandBlocks:
 
     width: of which the widths of all parts are multiples.
     """
+    # Two programs to a processor, and about as many as have a place at once: each begins by
+    # fetching its s. Limits are powers of two, as warm-up expects.
     if is_gate_up(activation):
-        return ExpandBlocks(128, 32, cdiv(width // 32, 8), 8, 3)
+        groups = max(2, min(32, (1 << 15) // power_of_2(tokens)))
+        return ExpandBlocks(128, 32, cdiv(width // 32, groups), 8, 3)
     if activation:
-        return ExpandBlocks(128, 64, 16, 8, 3) if tokens >= 4096 else ExpandBlocks(64, 64, 4, 4, 2)
-    return ExpandBlocks(64, 128 if width % 128 == 0 else 64, 8, 8, 3)
+        if tokens > 8192:
+            return ExpandBlocks(128, 32, 32, 8, 3)
+        return ExpandBlocks(64, 32, 16 if tokens > 1024 else 8, 4, 3)
+    return ExpandBlocks(128, 64, 8 if tokens > 4096 else 2, 8, 3)
 
 
 def can_widen(
@@ -138,18 +171,21 @@ def expand_long(
     order: Order | None = None,
     cos_sin: torch.Tensor | None = None,
     blocks: ExpandBlocks | None = None,
+    pages: Pages | None = None,
 ) -> torch.Tensor:
     """`wide_expand_triton` where it can, `ordered_expand_triton` where the step has an order and it
     can, `expand_raw_triton` elsewhere, cut like `blocks` if it is told; see all three."""
     head_dim = cos_sin.shape[1] if activation == "rotary" else 0
     if bias is None and can_widen(y, bank_b, parts, widths, activation, head_dim):
-        return wide_expand_triton(y, s, bank_b, gates, widths, activation, cos_sin=cos_sin)
+        return wide_expand_triton(
+            y, s, bank_b, gates, widths, activation, cos_sin=cos_sin, pages=pages
+        )
     if bias is None and order and can_order(y, bank_b, parts, widths, head_dim):
         return ordered_expand_triton(
-            y, s, bank_b, gates, order, widths, activation, cos_sin=cos_sin
+            y, s, bank_b, gates, order, widths, activation, cos_sin=cos_sin, pages=pages
         )
     return expand_raw_triton(
-        y, s, bias, bank_b, gates, present, parts, widths, activation, blocks, cos_sin
+        y, s, bias, bank_b, gates, present, parts, widths, activation, blocks, cos_sin, pages
     )
 
 
@@ -162,18 +198,20 @@ def wide_expand_triton(
     activation: str = "",
     blocks: ExpandBlocks | None = None,
     cos_sin: torch.Tensor | None = None,
+    pages: Pages | None = None,
 ) -> torch.Tensor:
     """One launch; for what `can_widen` holds.
 
     Args:
         y: [T, out], W x; rows contiguous. Overwritten if it is contiguous and no gate_up follows.
-        s: [T, P E R], A x of all experts, not yet weighted; rows contiguous.
+        s: [T, P E R], A x of all experts, not yet weighted; rows contiguous, 16 bytes aligned.
         bank_b: [out, E, R] contiguous, dtype of y.
         gates: [N, E] float32, N >= T.
         widths: columns of each part.
         activation: "", "silu", "gelu_tanh", or "rotary" of q, k, v.
         blocks: how to cut, default `choose`.
         cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
+        pages: where k and v go with "rotary", whose columns of the result stay undefined then.
 
     Returns:
         [T, out], or [T, I] after silu or gelu_tanh; contiguous.
@@ -184,16 +222,16 @@ def wide_expand_triton(
     half = cos_sin.shape[1] // 2 if activation == "rotary" else 0
     shape = experts, rank, tuple(widths), activation, half
     groups, constants = _plan(*shape, cut, on_hopper(y))
-    block = [cut.tokens, constants["COLS"]]
-    size, block_b = experts * rank, [constants["COLS"], constants["BLOCK_E"] * rank]
+    columns, ranks = constants["COLS"], constants["BLOCK_E"] * rank
+    block, size = [cut.tokens, columns], experts * rank
     y_desc, result = TensorDescriptor.from_tensor(y, block), result_of(y, widths, activation)
     out_desc = y_desc if result is y else TensorDescriptor.from_tensor(result, block)
     launch(
         _wide_expand_kernel, (groups, cdiv(tokens, cut.tokens)),
-        y_desc, TensorDescriptor(bank_b, [out, size], [size, 1], block_b), out_desc,
-        s, gates, cos_sin,
-        tokens, s.stride(0), experts,
-        **constants,
+        y_desc, TensorDescriptor(bank_b, [out, size], [size, 1], [columns, ranks]), out_desc,
+        TensorDescriptor.from_tensor(s, [cut.tokens, ranks]), gates, cos_sin,
+        tokens, experts, *(pages or NO_PAGES),
+        PAGED=pages is not None, **constants,
     )  # fmt: skip
     return result
 
@@ -204,9 +242,11 @@ def _plan(
     cut: ExpandBlocks, hopper: bool,
 ) -> tuple[int, dict]:  # fmt: skip
     """Groups of tiles, and the kernel's constants."""
-    block_e = power_of_2(experts)
     groups, tiles = grouped_tiles(widths, activation, half, cut.columns, cut.loop)
-    return groups, tiles | {
-        "RANK": rank, "EVEN_K": experts == block_e, "BLOCK_E": block_e,
+    columns = min(cut.columns, tiles["COLS"])
+    pieces = tiles["COLS"] // columns
+    return groups * pieces, tiles | {
+        "PIECES": pieces, "COLS": columns,
+        "RANK": rank, "EXPERTS": experts, "BLOCK_E": power_of_2(experts),
         "BLOCK_T": cut.tokens, "STAGES": cut.stages, "num_warps": cut.warps, **overlap(hopper),
     }  # fmt: skip

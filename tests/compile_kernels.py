@@ -36,9 +36,12 @@ POINTERS = {
     **dict.fromkeys("gates_ptr partial_ptr weights_ptr".split(), "*fp32"),
     **dict.fromkeys("ticket_ptr counter_ptr counters_ptr ids_ptr places_ptr".split(), "*i32"),
     "order_ptr": "*i32",
-    **dict.fromkeys("present_ptr table_ptr row_ptr merged_ptr".split(), "*i64"),
+    **dict.fromkeys("present_ptr table_ptr row_ptr merged_ptr slots_ptr".split(), "*i64"),
+    **dict.fromkeys(("keys_ptr", "values_ptr"), "*bf16"),
 }
 ALIGNED = ("residual_stride", "x_stride", "y_stride", "out_stride", "s_stride", "size_in", "rank")
+ALIGNED += "block_size", "block_stride", "row_stride", "head_stride"
+NO_PAGES = dict.fromkeys(("keys_ptr", "values_ptr", "slots_ptr", *ALIGNED[-4:])) | {"PAGED": False}
 
 
 def dump_tool() -> str:
@@ -85,10 +88,16 @@ def main() -> None:
     gate_up = qkv | {"WIDTH2": 0, "PART2": -1}
     rows = []
     # With an activation or the rotary embedding, rows of W in a tile are those of one member.
-    for act, size_out, shape in (("", 12288, qkv), ("silu", 11008, gate_up), ("rotary", 6144, qkv)):
+    for act, size_out, shape, paged in (
+        ("", 12288, qkv, NO_PAGES),
+        ("silu", 11008, gate_up, NO_PAGES),
+        ("rotary", 6144, qkv, NO_PAGES),
+        ("rotary", 6144, qkv, {"PAGED": True}),
+    ):
         number = pairs.ACTIVATIONS.index(act)
-        shape = shape | {"bias_ptr": None, "HAS_BIAS": False, "ACT": number, "HALF": 0}
+        shape = shape | {"bias_ptr": None, "HAS_BIAS": False, "ACT": number, "HALF": 0} | paged
         shape |= {"HALF": 64} if act == "rotary" else {"cos_sin_ptr": None}
+        number = f"{number}, paged" if shape["PAGED"] else number
         for tokens in (16, 32):
             cut = tiles.Tiles.choose(tokens, 4096, size_out, act, 2, tokens == 16)
             constants = shape | {
@@ -108,7 +117,7 @@ def main() -> None:
             constants = shape | {
                 "SPLIT": 1, "SLICES": cut.slices, "RANK": 16, "EXPERTS": 8, "SHRINK_TILES": 3,
                 "BLOCK_T": tokens, "BLOCK_E": 16,
-                "BLOCK_ER": tile_linear.block_er(tokens, number, 128),
+                "BLOCK_ER": tile_linear.block_er(tokens, shape["ACT"], 128),
                 "ROWS": cut.rows, "COLS": cut.cols, "STAGES": cut.stages, "PDL": True,
             }  # fmt: skip
             POINTERS["x_desc"] = f"tensordesc<bf16[{tokens}, {cut.cols}]>"
@@ -129,20 +138,18 @@ def main() -> None:
         widths = [shape[f"WIDTH{i}"] for i in range(3) if shape[f"WIDTH{i}"]]
         for tokens in (2048, 16000):
             cut = wide_expand.choose(tokens, widths[0], act)
-            _, constants = blocks.grouped_tiles(widths, act, shape["HALF"], cut.columns, cut.loop)
-            constants |= {
-                "RANK": 16, "EVEN_K": True, "BLOCK_E": 8, "BLOCK_T": cut.tokens,
-                "STAGES": cut.stages, "PDL": True,
-            }  # fmt: skip
+            _, constants = wide_expand._plan(8, 16, tuple(widths), act, shape["HALF"], cut, True)
+            constants = {k: v for k, v in constants.items() if k.isupper()} | paged
             constants |= {} if act == "rotary" else {"cos_sin_ptr": None}
             block = f"tensordesc<bf16[{cut.tokens}, {cut.columns}]>"
             POINTERS.update(y_desc=block, out_desc=block)
             POINTERS["b_desc"] = f"tensordesc<bf16[{cut.columns}, 128]>"
+            POINTERS["s_desc"] = f"tensordesc<bf16[{cut.tokens}, 128]>"
             name, kernel = f"wide_expand act={number} {tokens}", wide_expand._wide_expand_kernel
             rows.append(build(name, kernel, constants, cut.warps, cut.stages))
         cut = ordered_expand.OrderedBlocks.choose(act, 16)
         _, constants = blocks.grouped_tiles(widths, act, shape["HALF"], cut.columns, cut.loop)
-        constants |= {
+        constants |= paged | {
             "RANK": 16, "CHUNK": cut.ranks // 16, "BLOCK_E": 64, "BLOCK_T": ORDER_TILE,
             "STAGES": cut.stages, "PDL": True,
         }  # fmt: skip

@@ -18,7 +18,7 @@ def arguments(p, activation="", cos_sin=None):
     counters = torch.zeros(3, 4, dtype=torch.int32, device=DEVICE)
     return (
         p.x, joint, p.bias, p.bank_b, p.gates, p.present, counters, 1, p.scratch, NO_ORDER,
-        p.parts, p.widths, activation, cos_sin,
+        p.parts, p.widths, activation, cos_sin, "",
     )  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def test_queries_and_keys_are_turned(tokens, parts):
 @pytest.mark.parametrize("bias", [True, False])
 def test_products_of_the_vendor_and_an_expand(bias, activation, ranks):
     p = make_problem(300, 48, [64, 64], 1, 1, ranks, bias=bias)
-    x, joint, _, *rest, _ = arguments(p, activation)
+    x, joint, _, *rest = arguments(p, activation)
     counters, scratch, order, parts, widths = rest[3], *rest[5:9]
     out = linear_triton(
         x, joint, p.bias, p.bank_b, p.gates, p.present, counters[1], scratch, order, parts, widths,
@@ -99,5 +99,6 @@ def test_schema_and_fake(activation):
     p = make_problem(4, 64, [64, 64], 4, 2, 4)
     x, *rest = arguments(p, activation)
     scratch, order = rest.pop(7), rest.pop(7)
-    flat = (x, *rest[:7], *scratch, *order, rest[-1], *rest[7:-1])
+    *rest, cos_sin, cache = rest
+    flat = (x, *rest[:7], *scratch, *order, cos_sin, *rest[7:], cache)
     torch.library.opcheck(torch.ops.vllm_adafuse.linear.default, flat)

@@ -20,6 +20,7 @@ from vllm_adafuse.kernels.layer_linear import layer_linear
 from vllm_adafuse.kernels.layer_sgmm import layer_sgmm
 from vllm_adafuse.kernels.linear import linear
 from vllm_adafuse.kernels.order_routes import Order, order_routes
+from vllm_adafuse.kernels.paged_cache import Pages, register_source
 from vllm_adafuse.kernels.route_layer import LayerGate
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.sgmm import sgmm
@@ -81,6 +82,17 @@ def empty(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype)
 
 
+class Paged:
+    """A source of pages, in either of vLLM's layouts, as `LayerCache` is for a served layer."""
+
+    def claim(self, tokens, dtype):
+        self.turn = not getattr(self, "turn", False)
+        shape = (9, 64, 8, 256) if self.turn else (9, 8, 64, 256)
+        pages = empty(*shape, dtype=dtype)
+        pages = pages if self.turn else pages.transpose(1, 2)
+        return Pages.of(*pages.split(128, -1), empty(tokens, dtype=torch.int64))
+
+
 def one_decision(rank: int):
     """tokens -> the launches of a step with one decision for all layers."""
     experts, top_k, i32, f32 = 8, 2, torch.int32, torch.float32
@@ -91,8 +103,11 @@ def one_decision(rank: int):
     scratch = Scratch.make(1 << 30, 1 << 30, 1 << 20, CPU)
     order = Order.make(MOST, experts, rank, CPU)
     banks = gates, present, counters
+    source = Paged()
+    register_source("paged", source)
 
     def run(tokens: int) -> None:
+        assert source  # which is known while it lives
         gather_routes(empty(tokens, dtype=i32), table, table_weights, ids, weights)
         spread_routes(ids, weights, gates, present, counters, tokens)
         order_routes(ids, order, tokens, experts)
@@ -101,7 +116,9 @@ def one_decision(rank: int):
             joint = empty(sum(widths) + len(widths) * experts * rank, 4096)
             b, cos_sin = empty(sum(widths), experts, rank), empty(MOST, 128)
             x = empty(tokens, 4096)
-            linear(x, joint, None, b, *banks, 0, scratch, order, parts, widths, act, cos_sin)
+            for cache in ("", "paged") if act == "rotary" else ("",):
+                shared = scratch, order, parts, widths, act, cos_sin, cache
+                linear(x, joint, None, b, *banks, 0, *shared)
             a = joint[sum(widths) :].view(len(widths), experts, rank, 4096)
             y = empty(tokens, sum(widths))
             sgmm(y, x, a, b, gates, present, scratch, parts, widths)

@@ -27,7 +27,8 @@ class Architecture:
         residual_norms: what o_proj and down_proj give goes nowhere but into the residual, added
             by the RMSNorm behind them. Allows a fusion; false is always right.
         rotary_follows: the rotary embedding takes queries and keys as their projection leaves
-            them. Allows a fusion; false is always right.
+            them, and attention keys as the embedding leaves them and values as the projection.
+            Allows a fusion; false is always right.
     """
 
     name: str

@@ -17,6 +17,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm_adafuse.kernels import linear, linear_norm
 from vllm_adafuse.kernels.sgmm import sgmm
+from vllm_adafuse.serving.kv_cache import LayerCache, can_write
 from vllm_adafuse.serving.router import Route
 
 
@@ -152,6 +153,9 @@ class ExpertBank(torch.nn.Module):
 
     Attributes:
         before_norm: `linear_norm` computes the projection together with the norm behind it.
+        cache: where the projection of q, k and v may write keys and values itself; or None.
+        cache_name: by which the op asks for it. The same with and without one: it stands in
+            compiled models, which vLLM keeps for later starts.
     """
 
     def __init__(
@@ -167,6 +171,8 @@ class ExpertBank(torch.nn.Module):
         super().__init__()
         self.route, self.index = route, index
         self.before_norm = False
+        self.cache: LayerCache | None = None
+        self.cache_name = ""
         slices = slices_of(layer, parts)
         self.names, self.part_shards = slices.names, slices.part_shards
         self.parts, self.widths = slices.parts, slices.widths
@@ -222,6 +228,14 @@ class ExpertBank(torch.nn.Module):
         )  # fmt: skip
         return y
 
+    def share_cache(self, attention: torch.nn.Module | None) -> None:
+        """Lets the projection of q, k and v write its keys and values for this layer where it can.
+
+        They come from the projection as the layer wants them.
+        """
+        self.cache_name = getattr(attention, "layer_name", "")
+        self.cache = LayerCache(attention) if can_write(attention) else None
+
     def join(self, weight: torch.nn.Parameter) -> None:
         """Makes a weight [out, in] that is still to be loaded a view of the joint tensor."""
         weight.data = self.joint[: sum(self.widths)]
@@ -234,7 +248,7 @@ class ExpertBank(torch.nn.Module):
         return linear.linear(
             x, self.joint, bias, self.bank_b, route.gates, route.present,
             route.counters, self.index, route.scratch, route.order, self.parts, self.widths,
-            activation, cos_sin,
+            activation, cos_sin, self.cache_name,
         )  # fmt: skip
 
     def linear_norm(

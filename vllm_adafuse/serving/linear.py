@@ -142,6 +142,8 @@ def wrap_linear(
         activation = _take_what_follows(layer, block, rotary)
         bank.join(layer.weight)
         bank.rotary = rotary
+        if activation == "rotary":
+            bank.share_cache(getattr(block, "attn", None))
         if behind is not None:
             behind.put(bank)
             bank.before_norm = True

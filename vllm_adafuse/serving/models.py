@@ -151,12 +151,14 @@ class AdaFuseMixin:
         config = adapter.config
         logger.info(
             "AdaFuse: %d experts, top-%d, ranks %s, modules %s in %d projections; "
+            "%d layers write the KV cache themselves; "
             "expert banks %d bytes, passports %d bytes on this device",
             config.num_experts,
             config.top_k,
             "/".join(map(str, sorted(set(config.ranks)))),
             ",".join(config.target_modules),
             len(adapter.projections),
+            sum(bank.cache is not None for bank in self.adafuse_banks),
             sum(bank.nbytes for bank in self.adafuse_banks),
             router.passport_bytes,
         )

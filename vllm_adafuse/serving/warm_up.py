@@ -99,8 +99,8 @@ def _kind(layer: LinearBase) -> tuple:
     slices = getattr(bank, "slices", bank)
     shapes = tuple((name, b.dtype, *b.shape) for name, b in bank.named_buffers(recurse=False))
     activation, bias = getattr(method, "activation", ""), _bias(layer) is not None
-    gate = getattr(bank, "gate", None)
-    return type(method), activation, bias, gate, *slices.parts, *slices.widths, shapes
+    gate, cache = getattr(bank, "gate", None), getattr(bank, "cache", None) is not None
+    return type(method), activation, bias, gate, cache, *slices.parts, *slices.widths, shapes
 
 
 def _bias(layer: LinearBase) -> torch.Tensor | None:
@@ -120,13 +120,17 @@ def _inputs(layer: LinearBase, tokens: int) -> torch.Tensor:
 
 
 class _Projection:
-    """A projection, and the norm that ends it."""
+    """A projection, and the norm that ends it; with and without pages for its keys and values."""
 
     def __init__(self, layer: LinearBase, norm: FusedNorm | None):
         self.layer, self.norm = layer, norm
 
     def __call__(self, tokens: int) -> None:
-        y = _apply(self.layer, _inputs(self.layer, tokens))
+        x, cache = _inputs(self.layer, tokens), getattr(self.layer.adafuse_bank, "cache", None)
+        y = _apply(self.layer, x)
+        if cache is not None:
+            with cache.rehearsal(tokens, x.dtype, x.device):
+                _apply(self.layer, x)
         if self.norm is not None:
             self.norm(y, y.new_zeros(tokens, self.norm.weight.shape[0]))
 

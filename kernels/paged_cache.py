@@ -1,0 +1,127 @@
+"""Keys and values that the projection of q, k and v leaves in the pages of a KV cache:
+
+    keys[slots[t] // block, slots[t] % block, h] = k[t, h]      likewise values; none if slot < 0
+
+where they would lie in the projection's result otherwise, for a launch of its own to copy. A head's
+columns stand side by side in both, so kernels store as before, only from another start.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakValueDictionary
+
+import torch
+import triton
+import triton.language as tl
+
+
+class Pages(NamedTuple):
+    """Where a step's keys and values go, in the order of a kernel's arguments.
+
+    Attributes:
+        keys, values: [blocks, block_size, heads, D] of the projection's dtype, D contiguous;
+            heads begin at multiples of 16 bytes.
+        slots: [T] int64, block * block_size + place in it; -1 for a token to leave out.
+        block_size: tokens of a page.
+        block_stride, row_stride, head_stride: of keys and of values.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    slots: torch.Tensor
+    block_size: int
+    block_stride: int
+    row_stride: int
+    head_stride: int
+
+    @classmethod
+    def of(cls, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> Pages:
+        """Raises ValueError: the two are not laid out alike, or a row's columns have gaps."""
+        if keys.stride() != values.stride() or keys.stride(3) != 1:
+            raise ValueError(
+                f"pages of keys and values have strides {keys.stride()} and {values.stride()}, "
+                "expected the same ones that end in 1"
+            )
+        block, row, head, _ = keys.stride()
+        # Of a single head the stride may be anything.
+        return cls(keys, values, slots, keys.shape[1], block, row, head * (keys.shape[2] > 1))
+
+
+NO_PAGES: tuple[Any, ...] = (None,) * len(Pages._fields)
+
+
+class PageSource(Protocol):
+    """What knows a layer's KV cache."""
+
+    def claim(self, tokens: int, dtype: torch.dtype) -> Pages | None:
+        """Pages for this step's keys and values, which the caller is going to write; or None, and
+        they are to lie in the projection's result."""
+
+
+_sources: WeakValueDictionary[str, PageSource] = WeakValueDictionary()
+
+
+def register_source(name: str, source: PageSource) -> None:
+    """Makes a layer's KV cache known to ops, which are handed its name; for as long as it lives."""
+    _sources[name] = source
+
+
+def claim_pages(name: str, x: torch.Tensor) -> Pages | None:
+    """`PageSource.claim` for the tokens of x; None where no such source lives."""
+    source = _sources.get(name)
+    return source.claim(x.shape[0], x.dtype) if source else None
+
+
+@triton.jit
+def rows_in_pages(
+    slots_ptr, tokens, here, block_size, block_stride, row_stride, PAGED: tl.constexpr
+):
+    """Where tokens' rows begin in pages, [T], and who has one."""
+    in_pages, there = tokens.to(tl.int64), here
+    if PAGED:
+        slots = tl.load(slots_ptr + tokens, mask=here, other=-1)
+        there = slots >= 0
+        # Fits 32 bits, in which a division is short; a block's place may not.
+        slots = slots.to(tl.int32)
+        in_pages = (slots // block_size).to(tl.int64) * block_stride
+        in_pages += slots % block_size * row_stride
+    return in_pages, there
+
+
+@triton.jit
+def head_in_pages(keys_ptr, values_ptr, in_pages, part, head, head_stride):
+    """Where a head of each token begins in pages, [T], of keys (part 1) or values (part 2).
+
+    in_pages: from `rows_in_pages`.
+    """
+    return tl.where(part == 2, values_ptr, keys_ptr) + in_pages + head * head_stride
+
+
+@triton.jit
+def starts_of_head(
+    in_y, here, keys_ptr, values_ptr, in_pages, there, part, head, head_stride,
+    PAGED: tl.constexpr,
+):  # fmt: skip
+    """Where a head of each token begins, [T], and who has it: in y, or for keys (part 1) and values
+    (part 2) in their pages.
+
+    in_y: [T], where it begins in y; in_pages, there: from `rows_in_pages`.
+    """
+    starts, kept = in_y, here
+    if PAGED:
+        paged = head_in_pages(keys_ptr, values_ptr, in_pages, part, head, head_stride)
+        # Both at 16 bytes; without being told, Triton 3.9 stores element by element.
+        starts = tl.multiple_of(tl.where(part > 0, paged, in_y), 16)
+        kept = tl.where(part > 0, there, here)
+    return starts, kept
+
+
+def paged_cache_torch(y: torch.Tensor, pages: Pages, widths: list[int]) -> None:
+    """Copies keys and values of y [T, q + k + v columns] to their pages: the reference."""
+    kept = pages.slots >= 0
+    slots = pages.slots[kept]
+    block, row = slots // pages.block_size, slots % pages.block_size
+    _, k, v = y[: len(kept)].split(list(widths), 1)
+    for to, columns in ((pages.keys, k), (pages.values, v)):
+        to[block, row] = columns[kept].unflatten(1, to.shape[2:])

@@ -1,0 +1,239 @@
+"""Keys and values in the pages of a KV cache: what kernels leave there, against float64."""
+
+import gc
+
+import pytest
+import torch
+from ops import DEVICE, error, linear_truth, make_order, make_problem
+from vllm_adafuse.kernels import paged_cache
+from vllm_adafuse.kernels.blocks import ExpandBlocks
+from vllm_adafuse.kernels.expand import expand_raw_triton
+from vllm_adafuse.kernels.linear import linear
+from vllm_adafuse.kernels.order_routes import Order
+from vllm_adafuse.kernels.ordered_expand import OrderedBlocks, ordered_expand_triton
+from vllm_adafuse.kernels.paged_cache import Pages, paged_cache_torch, register_source
+from vllm_adafuse.kernels.pairs import rotate_torch
+from vllm_adafuse.kernels.stream_linear import stream_linear_triton
+from vllm_adafuse.kernels.tile_linear import tile_linear_triton
+from vllm_adafuse.kernels.tiles import Tiles
+from vllm_adafuse.kernels.wide_expand import wide_expand_triton
+
+UNTOUCHED = 1024.0  # which no result is
+BLOCK = 16
+# From [blocks, heads, block, 2 D], vLLM's names of dimensions, to an order of memory and back.
+LAYOUTS = {"NHD": (0, 2, 1, 3), "HND": (0, 1, 2, 3)}
+
+
+def make_pages(tokens, heads, head_dim, dtype=torch.float32, layout="NHD", seed=0) -> Pages:
+    """Pages for tokens at random places; every fourth token has none."""
+    g = torch.Generator().manual_seed(seed)
+    blocks = tokens // BLOCK + 2
+    order = LAYOUTS[layout]
+    shape = blocks, heads, BLOCK, 2 * head_dim
+    memory = torch.full([shape[i] for i in order], UNTOUCHED, dtype=dtype, device=DEVICE)
+    slots = torch.randperm(blocks * BLOCK, generator=g)[:tokens]
+    slots[3::4] = -1
+    # Both orders are their own inverses.
+    keys, values = memory.permute(order).transpose(1, 2).split(head_dim, -1)
+    return Pages.of(keys, values, slots.to(DEVICE))
+
+
+def wanted(truth, pages, widths) -> Pages:
+    """What is to stand in pages that are untouched elsewhere, in float64."""
+    keys = torch.full(pages.keys.shape, UNTOUCHED, dtype=torch.float64, device=DEVICE)
+    want = Pages.of(keys, keys.clone(), pages.slots)
+    for t, slot in enumerate(pages.slots.tolist()):
+        if slot >= 0:
+            _, k, v = truth[t].split(list(widths))
+            place = slot // BLOCK, slot % BLOCK
+            want.keys[place] = k.view(keys.shape[2:])
+            want.values[place] = v.view(keys.shape[2:])
+    return want
+
+
+def by_stream(p, cos_sin, pages):
+    counter = torch.zeros(4, dtype=torch.int32, device=DEVICE)
+    return stream_linear_triton(
+        p.x, p.weight, p.bias, p.bank_a, p.bank_b, p.gates, p.present, counter, p.scratch,
+        p.parts, p.widths, "rotary", Tiles(16, 32), cos_sin=cos_sin, pages=pages,
+    )  # fmt: skip
+
+
+def by_tiles(p, cos_sin, pages):
+    counter = torch.zeros(4, dtype=torch.int32, device=DEVICE)
+    joint = torch.cat([p.weight, p.bank_a.flatten(0, 2)])
+    return tile_linear_triton(
+        p.x, joint, p.bias, p.bank_b, p.gates, p.present, counter, p.scratch,
+        p.parts, p.widths, "rotary", Tiles(16, 32, slices=2), cos_sin=cos_sin, pages=pages,
+    )  # fmt: skip
+
+
+def products(p):
+    x = p.x.double()
+    y, s = x @ p.weight.double().T, x @ p.bank_a.flatten(0, 2).double().T
+    return y.to(p.x.dtype), s.to(p.x.dtype)
+
+
+def by_expand(p, cos_sin, pages, blocks=None):
+    y, s = products(p)
+    return expand_raw_triton(
+        y, s, p.bias, p.bank_b, p.gates, p.present, p.parts, p.widths, "rotary", blocks, cos_sin,
+        pages,
+    )  # fmt: skip
+
+
+def by_long_expand(p, cos_sin, pages):
+    return by_expand(p, cos_sin, pages, ExpandBlocks(16, 16, 4, 4, 2))
+
+
+def by_wide_expand(p, cos_sin, pages):
+    y, s = products(p)
+    blocks = ExpandBlocks(16, 32, 2, 4, 2)
+    return wide_expand_triton(
+        y, s, p.bank_b, p.gates, p.widths, "rotary", blocks, cos_sin, pages
+    )  # fmt: skip
+
+
+def by_ordered_expand(p, cos_sin, pages):
+    y, s = products(p)
+    order = make_order(p.gates, p.x.shape[0], 2)
+    return ordered_expand_triton(
+        y, s, p.bank_b, p.gates, order, p.widths, "rotary", OrderedBlocks(32, 2, 4, 2, 32),
+        cos_sin, pages,
+    )  # fmt: skip
+
+
+class Anywhere:
+    """A source of pages that gives what it has."""
+
+    def __init__(self, pages):
+        self.pages, self.asked = pages, []
+
+    def claim(self, tokens, dtype):
+        self.asked.append((tokens, dtype))
+        return self.pages
+
+
+def by_op(p, cos_sin, pages):
+    source = Anywhere(pages)
+    register_source("layers.0.attn", source)
+    joint = torch.cat([p.weight, p.bank_a.flatten(0, 2)])
+    counters = torch.zeros(3, 4, dtype=torch.int32, device=DEVICE)
+    order = Order.make(0, 4, 16, DEVICE)
+    out = linear(
+        p.x, joint, p.bias, p.bank_b, p.gates, p.present, counters, 1, p.scratch, order,
+        p.parts, p.widths, "rotary", cos_sin, "layers.0.attn",
+    )  # fmt: skip
+    assert source.asked == [(p.x.shape[0], p.x.dtype)]
+    return out
+
+
+ANY = [by_stream, by_tiles, by_expand, by_long_expand, by_op]
+WHOLE = [by_wide_expand, by_ordered_expand]  # every part has experts, no bias
+HALF_DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+
+
+def check(run, tokens, widths, head_dim, layout, dtype=torch.float32, parts=(0, 1, 2), rank=4):
+    rank = 16 if run in WHOLE else rank
+    p = make_problem(
+        tokens, 48, widths, 4, 2, rank, dtype=dtype, parts=list(parts), bias=run not in WHOLE
+    )
+    g = torch.Generator().manual_seed(1)
+    cos_sin = torch.randn(tokens + 2, head_dim, generator=g).to(DEVICE, dtype)
+    rotated = widths[0] + widths[1]
+    truth = rotate_torch(linear_truth(p), cos_sin.double(), rotated)
+    limit = 1e-5
+    if dtype != torch.float32:
+        limit = 1.2 * error(rotate_torch(linear_truth(p, dtype=dtype), cos_sin, rotated), truth)
+    pages = make_pages(tokens, widths[1] // head_dim, head_dim, dtype, layout)
+    out = run(p, cos_sin, pages)
+    want = wanted(truth, pages, widths)
+    assert error(out[:, : widths[0]], truth[:, : widths[0]]) <= limit
+    for have, expected in ((pages.keys, want.keys), (pages.values, want.values)):
+        there = expected != UNTOUCHED
+        assert torch.equal(have != UNTOUCHED, there)
+        assert error(have[there], expected[there]) <= limit
+    # To the last bit what the result holds without pages.
+    left = run(p, cos_sin, None) if run is not by_op else None
+    if left is not None:
+        again = make_pages(tokens, widths[1] // head_dim, head_dim, dtype, layout)
+        paged_cache_torch(left, again, widths)
+        assert torch.equal(again.keys, pages.keys) and torch.equal(again.values, pages.values)
+        assert torch.equal(left[:, : widths[0]], out[:, : widths[0]])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("widths,head_dim", [([128, 64, 64], 64), ([96, 32, 32], 32)])
+@pytest.mark.parametrize("run", ANY + WHOLE)
+def test_equals_float64(run, widths, head_dim, layout):
+    check(run, 21, widths, head_dim, layout)
+
+
+@pytest.mark.parametrize("parts", [[0, -1, 1], [-1, 0, -1], [0, 0, 0]])
+@pytest.mark.parametrize("run", ANY)
+def test_parts_without_experts(run, parts):
+    check(run, 9, [128, 64, 64], 32, "NHD", parts=parts)
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("run", ANY + WHOLE)
+def test_half_precision_is_no_worse_than_plain_torch(run, dtype):
+    check(run, 21, [256, 128, 128], 64, "NHD", dtype)
+
+
+def test_what_has_no_slot_is_written_nowhere():
+    pages = make_pages(5, 2, 32)
+    pages.slots.fill_(-1)
+    p = make_problem(5, 48, [64, 64, 64], 4, 2, 4)
+    by_stream(p, torch.randn(5, 32, device=DEVICE), pages)
+    assert (pages.keys == UNTOUCHED).all() and (pages.values == UNTOUCHED).all()
+
+
+def test_keys_and_values_must_be_laid_out_alike():
+    pages = make_pages(5, 2, 32)
+    with pytest.raises(ValueError, match="the same ones"):
+        Pages.of(pages.keys, pages.values.contiguous(), pages.slots)
+
+
+def test_a_source_is_known_while_it_lives():
+    source = Anywhere(None)
+    register_source("layers.7.attn", source)
+    x = torch.zeros(3, 4)
+    assert paged_cache.claim_pages("layers.7.attn", x) is None and source.asked
+    assert paged_cache.claim_pages("", x) is None
+    del source
+    gc.collect()
+    assert paged_cache.claim_pages("layers.7.attn", x) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tokens", [1, 8, 33, 100, 300, 2500])
+def test_every_kernel_that_a_number_of_tokens_selects(tokens, layout):
+    check(by_op, tokens, [1024, 256, 256], 64, layout, torch.bfloat16, rank=16)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_follows_the_slots():
+    p = make_problem(8, 512, [256, 128, 128], 4, 2, 8, dtype=torch.bfloat16)
+    cos_sin = torch.randn(8, 64, device=DEVICE).bfloat16()
+    pages = make_pages(8, 2, 64, torch.bfloat16)
+    counter = torch.zeros(4, dtype=torch.int32, device=DEVICE)
+
+    def step():
+        counter.zero_()
+        return stream_linear_triton(
+            p.x, p.weight, None, p.bank_a, p.bank_b, p.gates, p.present, counter, p.scratch,
+            p.parts, p.widths, "rotary", cos_sin=cos_sin, pages=pages,
+        )  # fmt: skip
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for first in (5, 17):
+        pages.keys.fill_(UNTOUCHED), pages.values.fill_(UNTOUCHED)
+        pages.slots.copy_(torch.arange(first, first + 8)), pages.slots[2].fill_(-1)
+        graph.replay()
+        written = (pages.keys != UNTOUCHED).flatten(2).any(-1).flatten().nonzero().flatten()
+        assert written.tolist() == [s for s in range(first, first + 8) if s != first + 2]

@@ -1,0 +1,145 @@
+"""Who writes a step's keys and values into vLLM's KV cache: the projection that makes them, where
+that is certain to be right, or vLLM's own update, which is a launch more.
+
+vLLM's Attention calls `unified_kv_cache_update`, which hands the keys to the backend's
+`do_kv_cache_update`. A `LayerCache` stands in the place of that method. When the projection's op
+runs it claims the pages; when the update comes for the same forward, it finds that done. Both run
+in Python in an eager step and while a FULL graph is captured, whose replays repeat the projection
+alone. A PIECEWISE graph holds the projection and not the update, and no step's metadata is known at
+its capture: there nothing is claimed, and vLLM's update runs as it always does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionType
+from vllm_adafuse.kernels.paged_cache import Pages, register_source
+
+# As the model computes them: a cache of one of these has no scales.
+PLAIN_DTYPES = ("auto", "float16", "bfloat16")
+
+
+def can_write(attention: Any) -> bool:
+    """Whether all that ever reads an attention layer's keys and values is its KV cache, in the
+    layout of vLLM's FlashAttention, as they are.
+
+    Read against vLLM 0.26 and 0.32: FlashAttentionImpl.forward reads keys and values themselves
+    for encoders and with context parallelism only.
+    """
+    if not current_platform.is_cuda() or type(attention) is not Attention:
+        return False
+    # Brings compiled kernels along, which a model's inspection at start can do without.
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
+
+    impl = attention.impl
+    return (
+        type(impl) is FlashAttentionImpl
+        and not attention.attn_backend.forward_includes_kv_cache_update
+        and attention.attn_type == impl.attn_type == AttentionType.DECODER
+        and attention.kv_sharing_target_layer_name is None
+        and attention.kv_cache_dtype in PLAIN_DTYPES
+        and not getattr(attention, "calculate_kv_scales", False)  # until 0.31
+        and attention.head_size == attention.head_size_v
+        and impl.dcp_world_size == impl.pcp_world_size == 1
+    )
+
+
+class LayerCache:
+    """The KV cache of one attention layer, shared by it and the projection of q, k and v.
+
+    Args:
+        attention: of which `can_write` holds; its keys and values come unchanged from the
+            projection.
+
+    Attributes:
+        name: under which ops find it, see `claim_pages`.
+        claims: how often the projection has taken it upon itself to write; a captured step counts
+            once.
+    """
+
+    def __init__(self, attention: Attention):
+        self.attention, self.name, self.claims = attention, attention.layer_name, 0
+        self._stock_update = attention.impl.do_kv_cache_update
+        attention.impl.do_kv_cache_update = self._update
+        self._written: Any = None  # the forward whose keys are in their pages
+        self._rehearsed: Pages | None = None
+        register_source(self.name, self)
+
+    def claim(self, tokens: int, dtype: torch.dtype) -> Pages | None:
+        """Pages for the keys and values of this forward, which the caller is going to write."""
+        self._written = None
+        if self._rehearsed is not None:
+            return self._rehearsed
+        if not is_forward_context_available():
+            return None
+        context = get_forward_context()
+        slots = self._slots(context, tokens)
+        views = self._views(dtype)
+        if slots is None or views is None:
+            return None
+        self._written = context
+        self.claims += 1
+        return Pages.of(*views, slots)
+
+    def _slots(self, context: Any, tokens: int) -> torch.Tensor | None:
+        """The forward's slots, if it is an ordinary step, eager or in a FULL graph."""
+        if (
+            context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE
+            or context.ubatch_slices is not None
+            or not isinstance(context.attn_metadata, dict)  # none in profile runs
+            or self.name not in context.attn_metadata
+            or not isinstance(context.slot_mapping, dict)
+            or context.no_compile_layers.get(self.name) is not self.attention
+        ):
+            return None
+        slots = context.slot_mapping.get(self.name)
+        if slots is None or slots.dtype != torch.int64 or slots.shape != (tokens,):
+            return None
+        return slots if slots.is_contiguous() else None
+
+    def _views(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Keys and values [blocks, block, heads, D] of the bound cache, if its layout is the one
+        known. Made anew for every claim: to keep them would keep a cache that vLLM gives up."""
+        cache, heads, size = (
+            self.attention.kv_cache, self.attention.num_kv_heads, self.attention.head_size
+        )  # fmt: skip
+        if not isinstance(cache, torch.Tensor) or cache.dim() != 4 or cache.dtype != dtype:
+            return None
+        blocks, found_heads, block_size, both = cache.shape
+        if (found_heads, both) != (heads, 2 * size) or blocks * block_size >= 1 << 31:
+            return None
+        # Kernels store 16 bytes at a time.
+        block, head, row, column = cache.stride()
+        if column != 1 or block % 16 or row % 16 or (heads > 1 and head % 16):
+            return None
+        if cache.data_ptr() % 16:
+            return None
+        keys, values = cache.transpose(1, 2).split(size, -1)  # as FlashAttentionImpl does
+        return keys, values
+
+    def _update(self, *arguments: Any, **options: Any) -> None:
+        """In the place of the backend's `do_kv_cache_update`, if the projection has not done it."""
+        written, self._written = self._written, None
+        if written is None or written is not get_forward_context():
+            self._stock_update(*arguments, **options)
+
+    @contextmanager
+    def rehearsal(self, tokens: int, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+        """Meanwhile every claim gets pages of no use, laid out like those of a step: before there
+        is a KV cache, so that the kernels that will write it can be compiled."""
+        heads, size = self.attention.num_kv_heads, self.attention.head_size
+        memory = torch.zeros(1, 16, heads, 2 * size, dtype=dtype, device=device)
+        slots = torch.full((tokens,), -1, device=device)
+        self._rehearsed = Pages.of(*memory.split(size, -1), slots)
+        try:
+            yield
+        finally:
+            self._rehearsed = None
