@@ -160,7 +160,7 @@ def test_the_verdict_tells_a_choice_from_a_plan():
                               lora_active=[1.0] * 3))  # fmt: skip
     assert "adafuse-k4: the best variant, chosen after it" in said  # and not what has one seed
     assert "best of 3 pre-gated ones, against 2 layer-wise" in said
-    assert "not comparable: rank 32 at work, the LoRA 16" in said
+    assert "not comparable: rank 32 at work, no LoRA above 16" in said
     assert "It also has rank 32 at work" in said and "at least 3 of each" in said
 
 

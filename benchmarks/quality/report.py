@@ -64,9 +64,17 @@ def timing_notes(result: Result) -> list[str]:
         "Decode steps in vLLM: medians of the first seed's adapter, and how much more than the "
         f"bare backbone's ({statistics.median(bare):.3f} ms at batch 1). docs/benchmarks.md has "
         "backbones of real sizes. What is distilled is served as AdaFuse, k = 2, all weights as "
-        "the backbone."
+        "the backbone.",
+        f"A model of this size waits for the CPU, and repeats of one engine lie up to "
+        f"{100 * _widest(result):.0f} % apart: smaller differences say nothing.",
     ]
     return notes + [f"Not timed: {name}, {error}" for name, error in result.not_timed.items()]
+
+
+def _widest(result: Result) -> float:
+    """Of all decode times the largest spread of repeats, over their median."""
+    rows = [row for m in result.methods for row in m.decode.values()]
+    return max((row["max"] - row["min"]) / row["median"] for row in rows)
 
 
 def distil_table(result: Result) -> str:

@@ -80,7 +80,7 @@ def required_table(result: Result, files: list[File]) -> str:
         cells = [f"perplexity at most {100 * NEAR:g} % above {label}"]
         rows.append(cells + [_near(m, result.of(name), label) for m in columns])
     cells = ["better than static LoRA of the same rank at work"]
-    rows.append(cells + [_better(m, result.of(SAME_RANK)) for m in columns])
+    rows.append(cells + [_better(m, result) for m in columns])
     rows.append([f"{SEEDS} seeds, with their spread", *(_seeds(m, result) for m in columns)])
     cells = [f"training throughput at least {100 * OF_PEFT:g} % of PEFT LoRA's"]
     rows.append([*cells, _training(files), *("" for _ in columns[1:])])
@@ -97,14 +97,23 @@ def _near(ours: Scores | None, other: Scores | None, label: str) -> str:
     return f"{_figures(pair)}: {_met(pair.gap <= NEAR)}" if pair else "no figure: no seed in common"
 
 
-def _better(ours: Scores | None, other: Scores | None) -> str:
-    if not ours or not other:
+def _better(ours: Scores | None, result: Result) -> str:
+    """Against the static LoRA of its rank at work; if there is none, the next larger one."""
+    statics = sorted(result.group("static"), key=lambda m: m.about["active_rank"])
+    if not ours or not statics:
         return f"no figure: {'static LoRA' if ours else 'this variant'} was not trained"
-    ranks = [m.about["active_rank"] for m in (ours, other)]
-    if ranks[0] != ranks[1]:
-        return f"not comparable: rank {ranks[0]} at work, the LoRA {ranks[1]}"
-    pair = compare(ours, other)
-    return f"{_figures(pair)}: {_met(pair.gap < 0)}" if pair else "no figure: no seed in common"
+    rank = ours.about["active_rank"]
+    enough = [m for m in statics if m.about["active_rank"] >= rank]
+    if not enough:
+        most = statics[-1].about["active_rank"]
+        return f"not comparable: rank {rank} at work, no LoRA above {most}"
+    other = enough[0]
+    if not (pair := compare(ours, other)):
+        return "no figure: no seed in common"
+    larger, more = other.about["active_rank"], ""
+    if larger > rank:
+        more = f" (a LoRA of rank {larger}: none of its {rank} was trained)"
+    return f"{_figures(pair)}{more}: {_met(pair.gap < 0)}"
 
 
 def _seeds(ours: Scores | None, result: Result) -> str:
