@@ -128,8 +128,8 @@ def choose(tokens: int, width: int, activation: str) -> ExpandBlocks:
         groups = max(2, min(32, (1 << 15) // power_of_2(tokens)))
         return ExpandBlocks(128, 32, cdiv(width // 32, groups), 8, 3)
     if activation:
-        if tokens > 8192:
-            return ExpandBlocks(128, 32, 32, 8, 3)
+        if tokens > 8192:  # 32 heads are 3 % faster, and take a register too many with pages
+            return ExpandBlocks(128, 32, 16, 8, 3)
         return ExpandBlocks(64, 32, 16 if tokens > 1024 else 8, 4, 3)
     return ExpandBlocks(128, 64, 8 if tokens > 4096 else 2, 8, 3)
 
