@@ -38,10 +38,9 @@ from vllm_adafuse.kernels.paged_cache import NO_PAGES, Pages, head_in_pages, row
 from vllm_adafuse.kernels.pairs import activate, is_gate_up, result_of, rotate, turns_of_heads
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
-# Below, steps wait for the CPU, which four descriptors take 60 us more than `expand`; the GPU
-# needs 10 us more for that. For gate_up programs of one tile are faster.
-MIN_WIDE_TOKENS = 1024
-MIN_GATE_UP_TOKENS = 2048
+# Below, steps wait for the CPU, which four descriptors take 130 us more than `expand` (GPU machine
+# of docs/kernel-notes.md); the GPU needs 10 to 20 us more for that.
+MIN_WIDE_TOKENS = 2048
 
 
 @triton.jit
@@ -130,7 +129,7 @@ def choose(tokens: int, width: int, activation: str) -> ExpandBlocks:
     if activation:
         if tokens > 8192:  # 32 heads are 3 % faster, and take a register too many with pages
             return ExpandBlocks(128, 32, 16, 8, 3)
-        return ExpandBlocks(64, 32, 16 if tokens > 1024 else 8, 4, 3)
+        return ExpandBlocks(64, 32, 16, 4, 3)
     return ExpandBlocks(128, 64, 8 if tokens > 4096 else 2, 8, 3)
 
 
@@ -144,7 +143,7 @@ def can_widen(
 ) -> bool:
     """Whether this kernel is the one to take: many tokens, the experts fit one product, every part
     has some, columns come in whole tiles, and the accelerator can read everything."""
-    if y.shape[0] < (MIN_GATE_UP_TOKENS if is_gate_up(activation) else MIN_WIDE_TOKENS):
+    if y.shape[0] < MIN_WIDE_TOKENS:
         return False
     if not on_hopper(y) or y.element_size() != 2 or y.stride(1) != 1 or y.stride(0) % 8:
         return False
