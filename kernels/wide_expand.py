@@ -38,9 +38,9 @@ from vllm_adafuse.kernels.paged_cache import NO_PAGES, Pages, head_in_pages, row
 from vllm_adafuse.kernels.pairs import activate, is_gate_up, result_of, rotate, turns_of_heads
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
-# Below, steps wait for the CPU, which four descriptors take 130 us more than `expand` (GPU machine
-# of docs/kernel-notes.md); the GPU needs 10 to 20 us more for that.
-MIN_WIDE_TOKENS = 2048
+# Below, steps wait for the CPU, which four descriptors take 110 us more than `expand`; the GPU
+# needs 15 to 30 us more for that.
+MIN_WIDE_TOKENS = 4096
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def choose(tokens: int, width: int, activation: str) -> ExpandBlocks:
     # Two programs to a processor, and about as many as have a place at once: each begins by
     # fetching its s. Limits are powers of two, as warm-up expects.
     if is_gate_up(activation):
-        groups = max(2, min(32, (1 << 15) // power_of_2(tokens)))
+        groups = max(2, (1 << 15) // power_of_2(tokens))
         return ExpandBlocks(128, 32, cdiv(width // 32, groups), 8, 3)
     if activation:
         if tokens > 8192:  # 32 heads are 3 % faster, and take a register too many with pages
