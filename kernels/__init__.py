@@ -8,11 +8,15 @@
                                              activation, the rotary embedding of queries and keys
       stream_linear  its kernel for few tokens
       tile_linear    its kernel for some dozens, for large projections
-    joint_linear   x, [W; A]              -> W x and A x of o_proj or down_proj, for
-    residual_norm  those, residual        -> + deltas + residual, and the RMSNorm of it
+    linear_norm    x, [W; A], B, residual -> o_proj or down_proj with its deltas, added to the
+                                             residual, and the RMSNorm of that
+      residual_norm  its end
     sgmm           y, x, A, B, gates      -> y + deltas, over a projection of any kind
       shrink         its first kernel: x into the rank space of the experts
-      expand         its second kernel: out of it, added to y; ends `linear` for many tokens
+      expand         its second kernel: out of it, added to y; ends both `linear`s behind the
+                     vendor's product, as do
+      wide_expand    for thousands of tokens, and
+      ordered_expand for thousands and more than 128 ranks
     live_route     hidden states at a layer -> routes   (`router.layer`, inside the model)
     layer_linear   x, [W; A; routers], B  -> the adapted projection, routed by its own input
       layer_expand   its kernel behind the product, for few tokens
@@ -26,6 +30,7 @@
     scratch        memory that all launches share
     tiles          how the streaming kernel cuts a product, by shape and device
     blocks         how expands are cut and launched
+    deltas         what expands have in common: s, weighted, and B
     pairs          what becomes of two columns that belong together
     launch         how kernels are launched, or only compiled
 

@@ -138,7 +138,6 @@ def can_widen(
     bank_b: torch.Tensor,
     parts: Sequence[int],
     widths: Sequence[int],
-    activation: str,
     head_dim: int,
 ) -> bool:
     """Whether this kernel is the one to take: many tokens, the experts fit one product, every part
@@ -175,7 +174,7 @@ def expand_long(
     """`wide_expand_triton` where it can, `ordered_expand_triton` where the step has an order and it
     can, `expand_raw_triton` elsewhere, cut like `blocks` if it is told; see all three."""
     head_dim = cos_sin.shape[1] if activation == "rotary" else 0
-    if bias is None and can_widen(y, bank_b, parts, widths, activation, head_dim):
+    if bias is None and can_widen(y, bank_b, parts, widths, head_dim):
         return wide_expand_triton(
             y, s, bank_b, gates, widths, activation, cos_sin=cos_sin, pages=pages
         )
