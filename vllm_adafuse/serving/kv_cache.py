@@ -31,8 +31,8 @@ def can_write(attention: Any) -> bool:
     """Whether all that ever reads an attention layer's keys and values is its KV cache, in the
     layout of vLLM's FlashAttention, as they are.
 
-    Read against vLLM 0.26, 0.32 and 0.33: FlashAttentionImpl.forward reads keys and values themselves
-    for encoders and with context parallelism only.
+    Read against vLLM 0.26, 0.32 and 0.33: FlashAttentionImpl.forward reads keys and values
+    themselves for encoders and with context parallelism only.
     """
     if not current_platform.is_cuda() or type(attention) is not Attention:
         return False
