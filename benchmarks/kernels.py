@@ -110,7 +110,7 @@ class Case:
         else:
             linear(
                 self.x, joint, None, *shared, self.order, self.parts, p.widths, p.activation,
-                trial.cos_sin,
+                trial.cos_sin, in_place=True,
             )  # fmt: skip
 
     def bare(self, i: int) -> None:

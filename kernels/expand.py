@@ -24,6 +24,7 @@ from vllm_adafuse.kernels.pairs import (
     ACTIVATIONS,
     ROTARY,
     activate,
+    result_of,
     result_width,
     rotate,
     tiled_widths,
@@ -259,11 +260,13 @@ def expand_raw_triton(
     blocks: ExpandBlocks | None = None,
     cos_sin: torch.Tensor | None = None,
     pages: Pages | None = None,
+    in_place: bool = False,
 ) -> torch.Tensor:
     """From the outputs of W and A to those of the adapted projection, in one launch.
 
     Args:
-        y: [T, out], W x; overwritten where no activation follows and no bias is added.
+        y: [T, out], W x; overwritten where no activation follows and no bias is added, and with
+            `in_place`.
         s: [T, P E R], A x of all experts, not yet weighted.
         bias: [out], or None.
         bank_b, present, parts, widths: as in `expand_triton`.
@@ -273,13 +276,14 @@ def expand_raw_triton(
         blocks: how to cut, default `ExpandBlocks.choose`.
         cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
         pages: where k and v go with "rotary", whose columns of the result stay undefined then.
+        in_place: what follows gate_up stays in gate's columns of y, see `result_of`.
 
     Returns:
-        [T, out], or [T, I] after silu or gelu_tanh; contiguous.
+        [T, out], or [T, I] after silu or gelu_tanh; contiguous, or in y.
     """
-    act, result = ACTIVATIONS.index(activation), y
-    if act or bias is not None or not y.is_contiguous():
-        result = y.new_empty(y.shape[0], result_width(widths, activation))
+    act, result = ACTIVATIONS.index(activation), result_of(y, widths, activation, in_place)
+    if result is y and (act or bias is not None):
+        result = torch.empty_like(y)
     _launch(
         y, bias, result, s, s.stride(0), bank_b, gates, present, parts, widths, act,
         blocks, cos_sin, pages,

@@ -20,7 +20,13 @@ from vllm_adafuse.kernels import stream_linear, tile_linear
 from vllm_adafuse.kernels.expand import expand_torch
 from vllm_adafuse.kernels.order_routes import Order
 from vllm_adafuse.kernels.paged_cache import claim_pages, paged_cache_torch
-from vllm_adafuse.kernels.pairs import activate_torch, result_width, rotate_torch, tiled_widths
+from vllm_adafuse.kernels.pairs import (
+    activate_torch,
+    is_gate_up,
+    result_width,
+    rotate_torch,
+    tiled_widths,
+)
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import shrink_torch
@@ -60,38 +66,61 @@ def bank_a_of(joint: torch.Tensor, bank_b: torch.Tensor, out: int) -> torch.Tens
     return joint[out:].view(-1, *bank_b.shape[1:], joint.shape[1])
 
 
+def stays_in_place(
+    joint: torch.Tensor,
+    bias: torch.Tensor | None,
+    widths: Sequence[int],
+    activation: str,
+    in_place: bool,
+) -> bool:
+    """Whether the result has the rows of the product [T, out + P E R], gaps and all: what follows
+    gate_up then takes no tensor of its own, which would be a quarter of a long step's memory.
+
+    By shapes alone: a compiled model holds steps of all lengths to one layout. Not with a bias, for
+    then long products are of W alone; in multiples of 16, for which the next kernel is compiled.
+    """
+    whole = joint.shape[0] % 16 == 0 and widths[0] % 16 == 0
+    return in_place and is_gate_up(activation) and bias is None and whole
+
+
+def _new_result(x, joint, widths, activation, in_place) -> torch.Tensor:
+    width = result_width(widths, activation)
+    return x.new_empty_strided((x.shape[0], width), (joint.shape[0] if in_place else width, 1))
+
+
 def _run(
     x, joint, bias, bank_b, gates, present, counters, index, low, partial, tickets, unread,
-    order_rows, order_present, cos_sin, parts, widths, activation, cache,
+    order_rows, order_present, cos_sin, parts, widths, activation, cache, in_place,
 ):  # fmt: skip
     pages = claim_pages(cache, x)
+    in_place = stays_in_place(joint, bias, widths, activation, in_place)
     if not x.is_cuda:
-        return linear_torch(
-            x, joint, bias, bank_b, gates, parts, widths, activation, cos_sin, pages
-        )
+        y = linear_torch(x, joint, bias, bank_b, gates, parts, widths, activation, cos_sin, pages)
+        return _new_result(x, joint, widths, activation, True).copy_(y) if in_place else y
     rows, tma = sum(tiled_widths(widths, activation)), can_tile(x, joint)
     cut = find_tiles(*x.shape, rows, activation, x.element_size(), x.device, tma)
     return linear_triton(
         x, joint, bias, bank_b, gates, present, counters[index] if cut else None,
         Scratch(low, partial, tickets, unread), Order(order_rows, order_present),
-        parts, widths, activation, cos_sin, cut, pages,
+        parts, widths, activation, cos_sin, cut, pages, in_place,
     )  # fmt: skip
 
 
 def linear_triton(
     x, joint, bias, bank_b, gates, present, counter, scratch, order, parts, widths, activation,
-    cos_sin, cut, pages=None,
+    cos_sin, cut, pages=None, in_place=False,
 ):  # fmt: skip
-    """`linear` on a GPU, cut as told; None: by the vendor's product."""
+    """`linear` on a GPU, cut as told; None: by the vendor's product. in_place: `stays_in_place`."""
     if cut:
+        out = _new_result(x, joint, widths, activation, in_place)
         return one_launch(
             x, joint, bias, bank_b, gates, present, counter, scratch, parts, widths, activation,
-            cut, cos_sin=cos_sin, pages=pages,
+            cut, out, cos_sin, pages,
         )  # fmt: skip
     y, s, bias = joint_product(x, joint, bias, sum(widths))
     return expand_long(
         y, s, bias, bank_b, gates, present, parts, widths, activation,
-        order.of(x.shape[0]), cos_sin, pages=pages,
+        order.of(x.shape[0]), cos_sin, pages=pages, in_place=in_place,
     )  # fmt: skip
 
 
@@ -127,8 +156,9 @@ def joint_product(
 
 
 def _fake(x, joint, bias, bank_b, *arguments):
-    *_, widths, activation, _ = arguments
-    return x.new_empty(x.shape[0], result_width(widths, activation))
+    *_, widths, activation, _, in_place = arguments
+    in_place = stays_in_place(joint, bias, widths, activation, in_place)
+    return _new_result(x, joint, widths, activation, in_place)
 
 
 # The scratch is changed and nothing of it is read by any other op: torch need not know.
@@ -136,7 +166,7 @@ _op = register_op(
     "linear(Tensor x, Tensor joint, Tensor? bias, Tensor bank_b, Tensor gates, "
     "Tensor present, Tensor counters, int index, Tensor low, Tensor partial, Tensor tickets, "
     "Tensor unread, Tensor order_rows, Tensor order_present, Tensor? cos_sin, int[] parts, "
-    "int[] widths, str activation, str cache) -> Tensor",
+    "int[] widths, str activation, str cache, bool in_place) -> Tensor",
     _run,
     _fake,
 )
@@ -158,6 +188,7 @@ def linear(
     activation: str = "",
     cos_sin: torch.Tensor | None = None,
     cache: str = "",
+    in_place: bool = False,
 ) -> torch.Tensor:
     """An adapted projection of T tokens.
 
@@ -180,13 +211,15 @@ def linear(
             the size of a head, for which `can_rotate` holds; rows past T are not read.
         cache: with "rotary", the source of pages (paged_cache.py) that is asked where k and v go,
             if there is one of this name.
+        in_place: the reader of silu's or gelu_tanh's result minds no gaps between rows.
 
     Returns:
-        [T, out], or [T, out / 2] after silu or gelu_tanh. Columns of k and v that went to pages
+        [T, out], or [T, out / 2] after silu or gelu_tanh; contiguous, but for rows as far apart as
+        those of the product where `stays_in_place` holds. Columns of k and v that went to pages
         may hold anything.
     """
     return _op(
         x, joint, bias, bank_b, gates, present, counters, index,
         scratch.low, scratch.partial, scratch.tickets, scratch.unread,
-        order.rows, order.present, cos_sin, parts, widths, activation, cache,
+        order.rows, order.present, cos_sin, parts, widths, activation, cache, in_place,
     )  # fmt: skip

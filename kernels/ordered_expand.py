@@ -204,11 +204,13 @@ def ordered_expand_triton(
     blocks: OrderedBlocks | None = None,
     cos_sin: torch.Tensor | None = None,
     pages: Pages | None = None,
+    in_place: bool = False,
 ) -> torch.Tensor:
     """One launch; for what `can_order` holds.
 
     Args:
-        y: [T, out], W x; rows contiguous. Overwritten if it is contiguous and no gate_up follows.
+        y: [T, out], W x; rows contiguous. Overwritten with `in_place`, and if it is contiguous and
+            no gate_up follows.
         s: [T, P E R], A x of all experts, not yet weighted; rows contiguous.
         bank_b: [out, E, R], dtype of y.
         gates: [N, E] float32, N >= T.
@@ -218,14 +220,15 @@ def ordered_expand_triton(
         blocks: how to cut, default `OrderedBlocks.choose`.
         cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
         pages: where k and v go with "rotary", whose columns of the result stay undefined then.
+        in_place: what follows gate_up stays in gate's columns of y, see `result_of`.
 
     Returns:
-        [T, out], or [T, I] after silu or gelu_tanh; contiguous.
+        [T, out], or [T, I] after silu or gelu_tanh; contiguous, or in y.
     """
     tokens, _, (_, experts, rank) = *y.shape, bank_b.shape
     cut = blocks or OrderedBlocks.choose(activation, rank)
     half = cos_sin.shape[1] // 2 if activation == "rotary" else 0
-    result = result_of(y, widths, activation)
+    result = result_of(y, widths, activation, in_place)
     groups, tiles = grouped_tiles(widths, activation, half, cut.columns, cut.loop)
     launch(
         _ordered_expand_kernel, (groups, cdiv(tokens, ORDER_TILE)),

@@ -67,12 +67,15 @@ def result_width(widths: Sequence[int], activation: str) -> int:
     return widths[0] if is_gate_up(activation) else sum(widths)
 
 
-def result_of(y: torch.Tensor, widths: Sequence[int], activation: str) -> torch.Tensor:
-    """Where a pass over y [T, out] leaves its result, contiguous: y itself, or a new tensor where y
-    has gaps or another width."""
-    if is_gate_up(activation) or not y.is_contiguous():
-        return y.new_empty(y.shape[0], result_width(widths, activation))
-    return y
+def result_of(
+    y: torch.Tensor, widths: Sequence[int], activation: str, in_place: bool = False
+) -> torch.Tensor:
+    """Where a pass over y [T, out] leaves its result: y itself, or a new contiguous tensor where y
+    has gaps or another width. in_place: gate's columns of y for gate_up, whose pairs end there."""
+    width = result_width(widths, activation)
+    if is_gate_up(activation):
+        return y[:, :width] if in_place else y.new_empty(y.shape[0], width)
+    return y if y.stride(0) == width else y.new_empty(y.shape[0], width)
 
 
 def tiled_widths(widths: Sequence[int], activation: str) -> list[int]:

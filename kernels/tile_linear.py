@@ -230,9 +230,9 @@ def tile_linear_triton(
         x, joint: as `can_tile` wants them.
         counter: [>= 1] int32, zero; of this launch alone until the next step.
         tiles: how to cut, default `Tiles.choose`; `shrink_cols` is not used, and `split` only
-            with `out`.
-        out: [split, T, out] contiguous, float32, to leave the sums of each slice of `in` unadded;
-            default a new tensor [T, out].
+            with slices in `out`.
+        out: where the result goes, [T, out] with contiguous rows, or [split, T, out] contiguous,
+            float32, to leave the sums of each slice of `in` unadded; default a new tensor.
         cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
         pages: where k and v go with "rotary", whose columns of the result stay undefined then.
     """
@@ -253,7 +253,7 @@ def tile_linear_triton(
     count = sum(cdiv(w, cut.rows) for w in members)
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
     y = x.new_empty(tokens, result_width(widths, activation)) if out is None else out
-    split = 1 if out is None else cut.split
+    split = cut.split if y.dim() == 3 else 1
     launch(
         _tile_linear_kernel, (shrink_tiles * cut.slices + count * split,),
         TensorDescriptor(x, list(x.shape), list(x.stride()), [block_t, cut.cols]),

@@ -170,20 +170,18 @@ def expand_long(
     cos_sin: torch.Tensor | None = None,
     blocks: ExpandBlocks | None = None,
     pages: Pages | None = None,
+    in_place: bool = False,
 ) -> torch.Tensor:
     """`wide_expand_triton` where it can, `ordered_expand_triton` where the step has an order and it
     can, `expand_raw_triton` elsewhere, cut like `blocks` if it is told; see all three."""
     head_dim = cos_sin.shape[1] if activation == "rotary" else 0
+    behind = {"cos_sin": cos_sin, "pages": pages, "in_place": in_place}
     if bias is None and can_widen(y, bank_b, parts, widths, head_dim):
-        return wide_expand_triton(
-            y, s, bank_b, gates, widths, activation, cos_sin=cos_sin, pages=pages
-        )
+        return wide_expand_triton(y, s, bank_b, gates, widths, activation, **behind)
     if bias is None and order and can_order(y, bank_b, parts, widths, head_dim):
-        return ordered_expand_triton(
-            y, s, bank_b, gates, order, widths, activation, cos_sin=cos_sin, pages=pages
-        )
+        return ordered_expand_triton(y, s, bank_b, gates, order, widths, activation, **behind)
     return expand_raw_triton(
-        y, s, bias, bank_b, gates, present, parts, widths, activation, blocks, cos_sin, pages
+        y, s, bias, bank_b, gates, present, parts, widths, activation, blocks, **behind
     )
 
 
@@ -197,11 +195,13 @@ def wide_expand_triton(
     blocks: ExpandBlocks | None = None,
     cos_sin: torch.Tensor | None = None,
     pages: Pages | None = None,
+    in_place: bool = False,
 ) -> torch.Tensor:
     """One launch; for what `can_widen` holds.
 
     Args:
-        y: [T, out], W x; rows contiguous. Overwritten if it is contiguous and no gate_up follows.
+        y: [T, out], W x; rows contiguous. Overwritten with `in_place`, and if it is contiguous and
+            no gate_up follows.
         s: [T, P E R], A x of all experts, not yet weighted; rows contiguous, 16 bytes aligned.
         bank_b: [out, E, R] contiguous, dtype of y.
         gates: [N, E] float32, N >= T.
@@ -210,9 +210,10 @@ def wide_expand_triton(
         blocks: how to cut, default `choose`.
         cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
         pages: where k and v go with "rotary", whose columns of the result stay undefined then.
+        in_place: what follows gate_up stays in gate's columns of y, see `result_of`.
 
     Returns:
-        [T, out], or [T, I] after silu or gelu_tanh; contiguous.
+        [T, out], or [T, I] after silu or gelu_tanh; contiguous, or in y.
     """
     tokens, out = y.shape
     _, experts, rank = bank_b.shape
@@ -222,8 +223,10 @@ def wide_expand_triton(
     groups, constants = _plan(*shape, cut, on_hopper(y))
     columns, ranks = constants["COLS"], constants["BLOCK_E"] * rank
     block, size = [cut.tokens, columns], experts * rank
-    y_desc, result = TensorDescriptor.from_tensor(y, block), result_of(y, widths, activation)
-    out_desc = y_desc if result is y else TensorDescriptor.from_tensor(result, block)
+    y_desc = TensorDescriptor.from_tensor(y, block)
+    result, out_desc = result_of(y, widths, activation, in_place), y_desc
+    if result.data_ptr() != y.data_ptr():
+        out_desc = TensorDescriptor.from_tensor(result, block)
     launch(
         _wide_expand_kernel, (groups, cdiv(tokens, cut.tokens)),
         y_desc, TensorDescriptor(bank_b, [out, size], [size, 1], [columns, ranks]), out_desc,

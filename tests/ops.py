@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -148,6 +149,21 @@ def plain_delta(p: Problem) -> torch.Tensor:
                     row += width
                 column += width
     return delta
+
+
+def twice_from_joint(
+    p: Problem, run: Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """What an expand leaves in place and in a tensor of its own, and whether the first is in y.
+
+    run: (W x, A x, in_place) -> the result; both of the one product that `linear` makes.
+    """
+    joint, out = torch.cat([p.weight, p.bank_a.flatten(0, 2)]), sum(p.widths)
+    both = (p.x.double() @ joint.double().T).to(p.x.dtype)
+    apart = run(both[:, :out], both[:, out:], False)
+    found = run(both[:, :out], both[:, out:], True)
+    in_y = found.data_ptr() == both.data_ptr() and found.stride() == both.stride()
+    return found, apart, in_y
 
 
 def error(out: torch.Tensor, truth: torch.Tensor) -> float:

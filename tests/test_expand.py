@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops import delta_truth, error, make_problem, shrink_truth
+from ops import delta_truth, error, make_problem, shrink_truth, twice_from_joint
 from vllm_adafuse.kernels.blocks import ExpandBlocks
 from vllm_adafuse.kernels.expand import expand_raw_triton, expand_torch, expand_triton
 from vllm_adafuse.kernels.pairs import activate_torch, rotate_torch
@@ -42,6 +42,18 @@ def test_from_raw_sums_equals_float64(tokens, parts, activation):
     )  # fmt: skip
     truth = y.double() + bias.double() + delta_truth(p)
     assert error(out, activate_torch(truth, activation) if activation else truth) <= 1e-5
+
+
+@pytest.mark.parametrize("width", [140, 128])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("parts", [[0, 1], [-1, 0]])
+def test_an_activation_in_place(parts, bias, width):
+    p = make_problem(70, 48, [width, width], 3, 2, 4, parts=parts, bias=bias)
+    out, apart, in_y = twice_from_joint(p, lambda y, s, in_place: expand_raw_triton(
+        y, s, p.bias, p.bank_b, p.gates, p.present, parts, p.widths, "silu",
+        ExpandBlocks(32, 16, 4, 4, 2), in_place=in_place,
+    ))  # fmt: skip
+    assert in_y and torch.equal(out, apart)
 
 
 @pytest.mark.parametrize("shape", [(70, 48, [140, 66, 66], 8, 2, 16), (33, 48, [140], 3, 1, 200)])

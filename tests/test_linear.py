@@ -3,9 +3,11 @@
 import pytest
 import torch
 from ops import DEVICE, error, linear_truth, make_problem
-from vllm_adafuse.kernels.linear import linear, linear_triton
+from torch._subclasses.fake_tensor import FakeTensorMode
+from vllm_adafuse.kernels.linear import linear, linear_triton, stays_in_place
 from vllm_adafuse.kernels.order_routes import Order
 from vllm_adafuse.kernels.pairs import rotate_torch
+from vllm_adafuse.kernels.tiles import Tiles
 
 # On a GPU: the streaming kernel, the tiled one, and the joint product with two kinds of expand.
 TOKENS = [1, 32, 33, 100]
@@ -13,13 +15,21 @@ LONG = [300, 2500]
 NO_ORDER = Order.make(0, 4, 16, DEVICE)
 
 
-def arguments(p, activation="", cos_sin=None):
+def arguments(p, activation="", cos_sin=None, in_place=False):
     joint = torch.cat([p.weight, p.bank_a.view(-1, p.x.shape[1])])
     counters = torch.zeros(3, 4, dtype=torch.int32, device=DEVICE)
     return (
         p.x, joint, p.bias, p.bank_b, p.gates, p.present, counters, 1, p.scratch, NO_ORDER,
-        p.parts, p.widths, activation, cos_sin, "",
+        p.parts, p.widths, activation, cos_sin, "", in_place,
     )  # fmt: skip
+
+
+def flat(p, activation, in_place=False):
+    """The arguments of the op below `linear`."""
+    x, *rest = arguments(p, activation)
+    scratch, order = rest.pop(7), rest.pop(7)
+    *rest, cos_sin, cache, _ = rest
+    return (x, *rest[:7], *scratch, *order, cos_sin, *rest[7:], cache, in_place)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -97,8 +107,52 @@ def test_inside_torch_compile():
 @pytest.mark.parametrize("activation", ["", "silu"])
 def test_schema_and_fake(activation):
     p = make_problem(4, 64, [64, 64], 4, 2, 4)
-    x, *rest = arguments(p, activation)
-    scratch, order = rest.pop(7), rest.pop(7)
-    *rest, cos_sin, cache = rest
-    flat = (x, *rest[:7], *scratch, *order, cos_sin, *rest[7:], cache)
-    torch.library.opcheck(torch.ops.vllm_adafuse.linear.default, flat)
+    torch.library.opcheck(torch.ops.vllm_adafuse.linear.default, flat(p, activation))
+
+
+# Rows of [W; A] here: 160. Not in place: no pairs, a bias, ranks that make it 152, odd columns.
+@pytest.mark.parametrize(
+    "activation,bias,ranks,width,stride",
+    [
+        ("silu", False, 4, 64, 160), ("gelu_tanh", False, 4, 64, 160), ("", False, 4, 64, 128),
+        ("silu", True, 4, 64, 64), ("silu", False, 3, 64, 64), ("silu", False, 4, 72, 72),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("tokens", [*TOKENS, 300])
+def test_every_path_leaves_the_layout_that_the_fake_tells(
+    tokens, activation, bias, ranks, width, stride
+):
+    p = make_problem(tokens, 48, [width, width], 4, 2, ranks, bias=bias)
+    out = linear(*arguments(p, activation, in_place=True))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        given = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a
+                 for a in flat(p, activation, True)]  # fmt: skip
+        fake = torch.ops.vllm_adafuse.linear.default(*given)
+    assert out.shape == fake.shape and out.stride() == fake.stride() == (stride, 1)
+    truth = linear_truth(p, activation)
+    assert error(out, truth) <= 1e-5
+    # Paths of a GPU; streamed and tiled, and the joint product.
+    x, joint, _, _, gates, present, counters, _, scratch, order, parts, widths, *_ = arguments(p)
+    cuts = [None]
+    if tokens <= 32:
+        cuts += [Tiles(16, 32), Tiles(16, 32, 1, 4, 2, slices=2, tma=True)]
+    whole = stays_in_place(joint, p.bias, widths, activation, True)
+    for i, cut in enumerate(cuts):
+        found = linear_triton(
+            x, joint, p.bias, p.bank_b, gates, present, counters[i], scratch, order, parts, widths,
+            activation, None, cut, in_place=whole,
+        )  # fmt: skip
+        assert found.stride() == (stride, 1) and error(found, truth) <= 1e-5
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="Inductor's checks of layouts, once")
+def test_compiled_down_reads_rows_with_gaps():
+    up, down = make_problem(7, 64, [32, 32], 2, 1, 8), make_problem(7, 32, [64], 2, 1, 8)
+    first, second = arguments(up, "silu", in_place=True), arguments(down)
+    compiled = torch.compile(
+        lambda x: linear(linear(x * 2.0, *first[1:]), *second[1:]) + 1.0,
+        fullgraph=True, dynamic=True,
+    )  # fmt: skip
+    down.x = linear(up.x, *first[1:])
+    assert down.x.stride() == (96, 1)
+    assert error(compiled(up.x * 0.5) - 1.0, linear_truth(down)) <= 1e-5

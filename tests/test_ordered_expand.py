@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops import DEVICE, error, linear_truth, make_order, make_problem
+from ops import DEVICE, error, linear_truth, make_order, make_problem, twice_from_joint
 from vllm_adafuse.kernels.ordered_expand import OrderedBlocks, ordered_expand_triton
 from vllm_adafuse.kernels.pairs import rotate_torch
 
@@ -44,6 +44,18 @@ def test_equals_float64(name, ranks):
         want = turned(want, p, cos_sin.double())
     found = run(p, shape[4], activation, cos_sin, OrderedBlocks(32, 2, 4, 2, ranks))
     assert error(found, want) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["gate-up", "gelu", "every-expert"])
+def test_an_activation_in_place(name):
+    *shape, activation = SHAPES[name]
+    p = make_problem(*shape)
+    order = make_order(p.gates, shape[0], shape[4])
+    out, apart, in_y = twice_from_joint(p, lambda y, s, in_place: ordered_expand_triton(
+        y, s, p.bank_b, p.gates, order, p.widths, activation, OrderedBlocks(32, 2, 4, 2, 32),
+        in_place=in_place,
+    ))  # fmt: skip
+    assert in_y and torch.equal(out, apart)
 
 
 def test_a_token_does_not_see_its_company():

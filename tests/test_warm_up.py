@@ -118,7 +118,7 @@ def one_decision(rank: int):
             x = empty(tokens, 4096)
             for cache in ("", "paged") if act == "rotary" else ("",):
                 shared = scratch, order, parts, widths, act, cos_sin, cache
-                linear(x, joint, None, b, *banks, 0, *shared)
+                linear(x, joint, None, b, *banks, 0, *shared, in_place=act == "silu")
             a = joint[sum(widths) :].view(len(widths), experts, rank, 4096)
             y = empty(tokens, sum(widths))
             sgmm(y, x, a, b, gates, present, scratch, parts, widths)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops import DEVICE, error, linear_truth, make_problem
+from ops import DEVICE, error, linear_truth, make_problem, twice_from_joint
 from vllm_adafuse.kernels.blocks import ExpandBlocks
 from vllm_adafuse.kernels.pairs import rotate_torch
 from vllm_adafuse.kernels.wide_expand import wide_expand_triton
@@ -60,6 +60,17 @@ def test_rows_of_a_joint_product_come_back_contiguous(name):
     y, s = both.to(p.x.dtype).split([p.weight.shape[0], len(both[0]) - p.weight.shape[0]], 1)
     found = wide_expand_triton(y, s, p.bank_b, p.gates, p.widths, activation, None, cos_sin)
     assert found.is_contiguous() and torch.equal(found, apart)
+
+
+@pytest.mark.parametrize("name", ["gate-up", "gelu"])
+def test_an_activation_in_place(name):
+    *shape, activation = SHAPES[name]
+    p = make_problem(*shape)
+    out, apart, in_y = twice_from_joint(p, lambda y, s, in_place: wide_expand_triton(
+        y, s, p.bank_b, p.gates, p.widths, activation, ExpandBlocks(16, 32, 2, 4, 2),
+        in_place=in_place,
+    ))  # fmt: skip
+    assert in_y and torch.equal(out, apart)
 
 
 @pytest.mark.parametrize("widths", [[320, 128, 128], [256, 128], [192]])

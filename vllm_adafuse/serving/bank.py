@@ -153,6 +153,7 @@ class ExpertBank(torch.nn.Module):
 
     Attributes:
         before_norm: `linear_norm` computes the projection together with the norm behind it.
+        in_place: what follows gate_up may stay in its product's memory, see `linear`.
         cache: where the projection of q, k and v may write keys and values itself; or None.
         cache_name: by which the op asks for it. The same with and without one: it stands in
             compiled models, which vLLM keeps for later starts.
@@ -170,7 +171,7 @@ class ExpertBank(torch.nn.Module):
     ):
         super().__init__()
         self.route, self.index = route, index
-        self.before_norm = False
+        self.before_norm = self.in_place = False
         self.cache: LayerCache | None = None
         self.cache_name = ""
         slices = slices_of(layer, parts)
@@ -248,7 +249,7 @@ class ExpertBank(torch.nn.Module):
         return linear.linear(
             x, self.joint, bias, self.bank_b, route.gates, route.present,
             route.counters, self.index, route.scratch, route.order, self.parts, self.widths,
-            activation, cos_sin, self.cache_name,
+            activation, cos_sin, self.cache_name, self.in_place,
         )  # fmt: skip
 
     def linear_norm(

@@ -14,6 +14,7 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 from vllm.platforms import current_platform
+from vllm_adafuse.kernels.pairs import is_gate_up
 from vllm_adafuse.serving.bank import ExpertBank
 from vllm_adafuse.serving.norm import NormPlace
 from vllm_adafuse.serving.rotary import SharedRotary
@@ -116,6 +117,18 @@ def take_activation(layer: LinearBase, block: torch.nn.Module) -> str:
         return ""
     block.act_fn = torch.nn.Identity()
     return name
+
+
+def keep_in_place(layer: LinearBase, block: torch.nn.Module) -> None:
+    """Lets gate_up's activation stay in the memory of its product, where down_proj reads it by our
+    op: others, such as those of quantised weights, may count on rows without gaps.
+
+    When all projections of the block are wrapped.
+    """
+    method, reader = layer.quant_method, getattr(block, "down_proj", None)
+    if isinstance(method, FusedLinearMethod) and is_gate_up(method.activation):
+        by_us = isinstance(getattr(reader, "quant_method", None), FusedLinearMethod)
+        layer.adafuse_bank.in_place = by_us
 
 
 def wrap_linear(

@@ -103,6 +103,8 @@ class AdaFuseMixin:
         place_banks(banks, dtype)
         for (layer, block, _), bank, fuse in zip(found, banks, fused):
             linear.wrap_linear(layer, block, bank, fuse, behind.get(layer), self.adafuse_rotary)
+        for layer, block, _ in found:
+            linear.keep_in_place(layer, block)
         # A pipeline stage may have no adapted layer, but still passes routes on.
         sizes = [(1, 1, 1), *(bank.scratch_sizes() for bank in banks)]
         route.reserve(max(1, len(banks)), sizes, config.rank if any(fused) else 0)
