@@ -77,15 +77,19 @@ def test_projections_fused_as_on_a_gpu(name, tmp_path, monkeypatch):
     )
     architecture, options = CASES[name]
     base, adapter = make_pair(tmp_path, architecture, **options)
-    with engine(base, adapter) as llm:
+    # Compiled code checks sizes and strides of what ops return.
+    with engine(base, adapter, enforce_eager=name != "qwen2") as llm:
         methods = llm.apply_model(
             lambda model: [type(m.quant_method).__name__ for m in model.modules()
                            if hasattr(m, "adafuse_bank")]
         )[0]  # fmt: skip
         names = llm.apply_model(lambda model: [type(m).__name__ for m in model.modules()])[0]
+        in_place = llm.apply_model(lambda model: [b.in_place for b in model.adafuse_banks])[0]
         outputs = llm.generate(real_prompts(20), greedy(), use_tqdm=False)
     assert set(methods) == {"FusedLinearMethod"}
     assert (names.count("FusedNorm"), names.count("Turned")) == FUSED[name]
+    # gate_up, where down is adapted too
+    assert any(in_place) is (not name.endswith("partial"))
     assert_greedy_equals(outputs, load_reference(base, adapter))
 
 
