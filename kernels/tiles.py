@@ -33,12 +33,17 @@ MAX_TILE_TOKENS = 128
 _MIN_ROWS = 3072
 
 
+def power_of_2_part(rows: int) -> int:
+    """The first piece of a tile of so many rows, whose second one is half of it or nothing."""
+    return 1 << max(rows, 1).bit_length() - 1
+
+
 @dataclass(frozen=True)
 class Tiles:
     """How a product is cut.
 
     Attributes:
-        rows: of W in a tile, a power of two.
+        rows: of W in a tile, a power of two; with `tma` or one and a half of one.
         cols: elements of `in` in a step of the loop, a power of two.
         split: programs that share a tile, each with a slice of `in`.
         warps: of a program.
@@ -59,7 +64,10 @@ class Tiles:
     tma: bool = False
 
     def __post_init__(self):
-        for name in ("rows", "cols", "warps", "shrink_cols"):
+        if self.rows not in (power_of_2_part(self.rows) * k // 2 for k in (2, 2 + self.tma)):
+            more = " or one and a half of one" if self.tma else ""
+            raise ValueError(f"Tiles: rows is {self.rows}, expected a power of two{more}")
+        for name in ("cols", "warps", "shrink_cols"):
             value = getattr(self, name)
             if value < 1 or value & (value - 1):
                 raise ValueError(f"Tiles: {name} is {value}, expected a power of two")
