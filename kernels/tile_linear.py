@@ -42,6 +42,8 @@ from vllm_adafuse.kernels.whole import cdiv, power_of_2
 # Rows of A in a tile. Hopper's tensor cores take no fewer tokens than MIN_TOKENS.
 SHRINK_ROWS = 64
 MIN_TOKENS = 64
+import os
+EARLY = bool(int(os.environ.get('EARLY', '1')))
 
 
 def can_tile(x: torch.Tensor, joint: torch.Tensor) -> bool:
@@ -126,6 +128,23 @@ def _load_b(b_ptr, columns, width, first, chunk, SIZE: tl.constexpr, BLOCK_ER: t
     if SIZE % BLOCK_ER == 0:
         return tl.load(at)
     return tl.load(at, mask=(ranks < SIZE)[None, :], other=0.0)
+
+
+@triton.jit
+def _both_b(
+    b_ptr, local, width, first, apart, adds, adds_up, ACT: tl.constexpr, HALF: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK_ER: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The first chunk of B for a tile's first members and its second ones, where they add some."""
+    b = tl.zeros([ROWS if ROWS else 1, BLOCK_ER], dtype=b_ptr.dtype.element_ty)
+    b_up = b
+    if ROWS > 0:
+        _, _, columns, _ = _columns(local, width, ACT, HALF, ROWS)
+        if adds:
+            b = _load_b(b_ptr, columns, width, first, 0, SIZE, BLOCK_ER)
+        if ACT != 0 and adds_up:
+            b_up = _load_b(b_ptr, columns, width, first + apart, 0, SIZE, BLOCK_ER)
+    return b, b_up
 
 
 @triton.jit
@@ -216,7 +235,7 @@ def _tile_linear_kernel(
     RANKS: tl.constexpr, SHRINK_ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_ER: tl.constexpr,
     ROWS: tl.constexpr, MORE: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     SHRINK_TILES: tl.constexpr = (RANKS + SHRINK_ROWS - 1) // SHRINK_ROWS
@@ -256,22 +275,16 @@ def _tile_linear_kernel(
         adds = part >= 0
         if SPLIT > 1:
             adds = adds & (slice_ == 0)
-        # B is asked for long before it is needed, and comes from no kernel before this one.
-        b = tl.zeros([ROWS, BLOCK_ER], dtype=b_ptr.dtype.element_ty)
-        b_up = b
-        b_more = tl.zeros([MORE if MORE else 16, BLOCK_ER], dtype=b_ptr.dtype.element_ty)
-        b_more_up = b_more
-        _, _, columns, _ = _columns(local, width, ACT, HALF, ROWS)
-        _, _, after, _ = _columns(local + ROWS, width, ACT, HALF, MORE if MORE else 16)
-        if adds:
-            b = _load_b(b_ptr, columns, width, first - skipped, 0, SIZE, BLOCK_ER)
-            if MORE:
-                b_more = _load_b(b_ptr, after, width, first - skipped, 0, SIZE, BLOCK_ER)
-        if ACT != 0 and part_up >= 0:
-            up_first = first - skipped + APART_B
-            b_up = _load_b(b_ptr, columns, width, up_first, 0, SIZE, BLOCK_ER)
-            if MORE:
-                b_more_up = _load_b(b_ptr, after, width, up_first, 0, SIZE, BLOCK_ER)
+        at = first - skipped
+        if EARLY:  # long before it is needed; it comes from no kernel before this one
+            b, b_up = _both_b(
+                b_ptr, local, width, at, APART_B, adds, part_up >= 0,
+                ACT, HALF, SIZE, BLOCK_ER, ROWS,
+            )  # fmt: skip
+            b_more, b_more_up = _both_b(
+                b_ptr, local + ROWS, width, at, APART_B, adds, part_up >= 0,
+                ACT, HALF, SIZE, BLOCK_ER, MORE,
+            )  # fmt: skip
         if PDL:
             tl.extra.cuda.gdc_wait()
         tokens = tl.arange(0, BLOCK_T)
@@ -296,6 +309,15 @@ def _tile_linear_kernel(
                 w = more_desc.load([member, row + ROWS, start])
                 w = tl.reshape(w, [MEMBERS * MORE, COLS])
                 more = tl.dot(x, w.T, more, input_precision="ieee")
+        if not EARLY:
+            b, b_up = _both_b(
+                b_ptr, local, width, at, APART_B, adds, part_up >= 0,
+                ACT, HALF, SIZE, BLOCK_ER, ROWS,
+            )  # fmt: skip
+            b_more, b_more_up = _both_b(
+                b_ptr, local + ROWS, width, at, APART_B, adds, part_up >= 0,
+                ACT, HALF, SIZE, BLOCK_ER, MORE,
+            )  # fmt: skip
         if adds | (part_up >= 0 if ACT != 0 else False):
             while tl.atomic_add(counter_ptr, 0, sem="acquire") < SHRINK_TILES:
                 pass
@@ -384,7 +406,7 @@ def tile_linear_triton(
         RANKS=bank_a.shape[0], SHRINK_ROWS=SHRINK_ROWS,
         BLOCK_T=block_t, BLOCK_E=max(16, power_of_2(experts)),
         BLOCK_ER=min(BLOCK_ER, max(16, power_of_2(experts * rank))),
-        ROWS=rows, MORE=cut.rows - rows, COLS=cut.cols, STAGES=cut.stages,
+        ROWS=rows, MORE=cut.rows - rows, COLS=cut.cols, STAGES=cut.stages, EARLY=EARLY,
         num_warps=cut.warps, num_stages=cut.stages, **overlap(on_hopper(x)),
     )  # fmt: skip
     return y
