@@ -42,8 +42,6 @@ from vllm_adafuse.kernels.whole import cdiv, power_of_2
 # Rows of A in a tile. Hopper's tensor cores take no fewer tokens than MIN_TOKENS.
 SHRINK_ROWS = 64
 MIN_TOKENS = 64
-import os
-EARLY = bool(int(os.environ.get('EARLY', '1')))
 
 
 def can_tile(x: torch.Tensor, joint: torch.Tensor) -> bool:
@@ -235,14 +233,14 @@ def _tile_linear_kernel(
     RANKS: tl.constexpr, SHRINK_ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_ER: tl.constexpr,
     ROWS: tl.constexpr, MORE: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
-    EARLY: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     SHRINK_TILES: tl.constexpr = (RANKS + SHRINK_ROWS - 1) // SHRINK_ROWS
     SHRINKS: tl.constexpr = SHRINK_TILES * SLICES
+    if PDL:  # launched while the kernel before it ends
+        tl.extra.cuda.gdc_wait()
     if pid < SHRINKS:
-        if PDL:  # launched while the kernel before it ends
-            tl.extra.cuda.gdc_wait()
         _shrink_tile(
             pid, x_desc, a_desc, gates_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
             n_tokens, size_in, RANKS, RANK, EXPERTS, SLICES,
@@ -275,18 +273,6 @@ def _tile_linear_kernel(
         adds = part >= 0
         if SPLIT > 1:
             adds = adds & (slice_ == 0)
-        at = first - skipped
-        if EARLY:  # long before it is needed; it comes from no kernel before this one
-            b, b_up = _both_b(
-                b_ptr, local, width, at, APART_B, adds, part_up >= 0,
-                ACT, HALF, SIZE, BLOCK_ER, ROWS,
-            )  # fmt: skip
-            b_more, b_more_up = _both_b(
-                b_ptr, local + ROWS, width, at, APART_B, adds, part_up >= 0,
-                ACT, HALF, SIZE, BLOCK_ER, MORE,
-            )  # fmt: skip
-        if PDL:
-            tl.extra.cuda.gdc_wait()
         tokens = tl.arange(0, BLOCK_T)
         in_pages, there = rows_in_pages(
             slots_ptr, tokens, tokens < n_tokens, block_size, block_stride, row_stride, PAGED
@@ -309,15 +295,16 @@ def _tile_linear_kernel(
                 w = more_desc.load([member, row + ROWS, start])
                 w = tl.reshape(w, [MEMBERS * MORE, COLS])
                 more = tl.dot(x, w.T, more, input_precision="ieee")
-        if not EARLY:
-            b, b_up = _both_b(
-                b_ptr, local, width, at, APART_B, adds, part_up >= 0,
-                ACT, HALF, SIZE, BLOCK_ER, ROWS,
-            )  # fmt: skip
-            b_more, b_more_up = _both_b(
-                b_ptr, local + ROWS, width, at, APART_B, adds, part_up >= 0,
-                ACT, HALF, SIZE, BLOCK_ER, MORE,
-            )  # fmt: skip
+        # B is asked for before s is waited for.
+        at = first - skipped
+        b, b_up = _both_b(
+            b_ptr, local, width, at, APART_B, adds, part_up >= 0,
+            ACT, HALF, SIZE, BLOCK_ER, ROWS,
+        )  # fmt: skip
+        b_more, b_more_up = _both_b(
+            b_ptr, local + ROWS, width, at, APART_B, adds, part_up >= 0,
+            ACT, HALF, SIZE, BLOCK_ER, MORE,
+        )  # fmt: skip
         if adds | (part_up >= 0 if ACT != 0 else False):
             while tl.atomic_add(counter_ptr, 0, sem="acquire") < SHRINK_TILES:
                 pass
@@ -406,7 +393,7 @@ def tile_linear_triton(
         RANKS=bank_a.shape[0], SHRINK_ROWS=SHRINK_ROWS,
         BLOCK_T=block_t, BLOCK_E=max(16, power_of_2(experts)),
         BLOCK_ER=min(BLOCK_ER, max(16, power_of_2(experts * rank))),
-        ROWS=rows, MORE=cut.rows - rows, COLS=cut.cols, STAGES=cut.stages, EARLY=EARLY,
+        ROWS=rows, MORE=cut.rows - rows, COLS=cut.cols, STAGES=cut.stages,
         num_warps=cut.warps, num_stages=cut.stages, **overlap(on_hopper(x)),
     )  # fmt: skip
     return y

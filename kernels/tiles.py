@@ -102,21 +102,22 @@ class Tiles:
         if follows == "norm":
             if tokens > 64:
                 return None
-            split, long = min(MAX_SPLIT, max(1, cdiv(128, cdiv(rows, 64)))), size_in > 8192
             if itemsize > 2:
-                return cls(32, 32, split, 4, 3, tma=True)
-            return cls(64, 128, split, 4, 4 if long else 6, slices=4 if long else 2, tma=True)
-        gate_up = follows not in ("", "rotary")
-        if rows < (_MIN_ROWS if follows else 2 * _MIN_ROWS) or (tokens > 64 and not gate_up):
+                return cls(32, 32, min(MAX_SPLIT, max(1, cdiv(128, cdiv(rows, 32)))), tma=True)
+            split = min(MAX_SPLIT, max(1, 112 // cdiv(rows, 96)))
+            return cls(96, 128, split, 4, 5, slices=4, tma=True)
+        pairs = bool(follows)
+        if rows < (_MIN_ROWS if pairs else 2 * _MIN_ROWS) or (tokens > 64 and not pairs):
             return None
         if itemsize > 2:
             return cls(32, 32, 1, 4, 3, tma=True)
-        if gate_up:
-            few = tokens <= 64
-            return cls(64, 64, 1, 4, 4 if few else 3, slices=2 if few else 4, tma=True)
-        if follows or tokens <= 32:
-            return cls(64, 128, 1, 4, 4, slices=2, tma=True)
-        return cls(64, 64, 1, 4, 6, slices=2, tma=True)
+        if follows in ("", "rotary"):
+            if tokens <= 64:
+                return cls(64, 128, 1, 8 if pairs else 4, 4, slices=2, tma=True)
+            return cls(64, 64, 1, 4, 6, slices=2, tma=True)
+        if tokens <= 64:
+            return cls(64, 64, 1, 4, 4, slices=2, tma=True)
+        return cls(96, 64, 1, 8, 4, slices=2, tma=True)
 
     @classmethod
     def _streamed(
