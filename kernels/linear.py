@@ -129,14 +129,14 @@ def one_launch(
     out=None, cos_sin=None, pages=None,
 ):  # fmt: skip
     """The projection of few tokens by the kernel that a cut is for; see both."""
-    shared = (
-        bank_b, gates, present, counter, scratch, parts, widths, activation, cut, out, cos_sin,
-        pages,
-    )  # fmt: skip
+    shared = counter, scratch, parts, widths, activation, cut, out, cos_sin, pages
     if cut.tma:
-        return tile_linear_triton(x, joint, bias, *shared)
+        return tile_linear_triton(x, joint, bias, bank_b, gates, *shared)
     rows = sum(widths)
-    return stream_linear_triton(x, joint[:rows], bias, bank_a_of(joint, bank_b, rows), *shared)
+    bank_a = bank_a_of(joint, bank_b, rows)
+    return stream_linear_triton(
+        x, joint[:rows], bias, bank_a, bank_b, gates, present, *shared
+    )  # fmt: skip
 
 
 def joint_product(

@@ -8,8 +8,10 @@ W and A are one tensor, [W; A], cut into tiles of rows, all tokens to a tile. Th
 take the tiles of A and leave s; the others, when their tile of W x is done, wait for it and add the
 expand. With so many tokens x is read as often as W: both come through the tensor memory
 accelerator, without which the loop is bound by its addresses. Hence Hopper and later; elsewhere
-`linear` takes the vendor's product. SGMM (AdaFuse, arXiv 2603.11873, section 3), inside the base
-product; `stream_linear` is the same for fewer tokens, and says why waiting cannot hang.
+`linear` takes the vendor's product. Where rows come in pairs, one box of the accelerator's has both
+members, so that one product takes them and each thread ends with the two columns that belong
+together. SGMM (AdaFuse, arXiv 2603.11873, section 3), inside the base product; `stream_linear` is
+the same for fewer tokens, and says why waiting cannot hang.
 """
 
 from __future__ import annotations
@@ -34,9 +36,12 @@ from vllm_adafuse.kernels.pairs import (
 )
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import MAX_SLICES, all_sums, is_last, leave_sums
-from vllm_adafuse.kernels.stream_linear import add_delta, load_b
-from vllm_adafuse.kernels.tiles import MAX_TILE_TOKENS, Tiles
+from vllm_adafuse.kernels.tiles import MAX_TILE_TOKENS, Tiles, power_of_2_part
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
+
+# Rows of A in a tile. Hopper's tensor cores take no fewer tokens than MIN_TOKENS.
+SHRINK_ROWS = 64
+MIN_TOKENS = 64
 
 
 def can_tile(x: torch.Tensor, joint: torch.Tensor) -> bool:
@@ -51,160 +56,273 @@ def scratch_sizes(bank_a: torch.Tensor) -> tuple[int, int, int]:
     """Bytes of s, floats of partial sums and tickets that a projection may need."""
     ranks = bank_a.numel() // bank_a.shape[-1]
     low = MAX_TILE_TOKENS * ranks * bank_a.element_size()
-    return low, MAX_SLICES * (ranks + 256) * MAX_TILE_TOKENS, ranks // 16 + 16
+    tiles = cdiv(ranks, SHRINK_ROWS)
+    return low, MAX_SLICES * tiles * SHRINK_ROWS * MAX_TILE_TOKENS, tiles
 
 
-def block_er(block_t: int, act: int, ranks: int) -> int:
-    """Ranks of a step of the expand: fewer where gate's and up's sums leave few registers."""
-    most = BLOCK_ER // 2 if act and block_t > 64 else BLOCK_ER
-    return min(most, max(16, power_of_2(ranks)))
+@triton.jit
+def _slice_of_in(size_in, slice_, slices, COLS: tl.constexpr):
+    """Where a slice of `in` begins and ends, in whole steps of COLS."""
+    size = tl.cdiv(tl.cdiv(size_in, slices), COLS) * COLS
+    return slice_ * size, tl.minimum((slice_ + 1) * size, size_in)
+
+
+@triton.jit
+def _shrink_tile(
+    pid, x_desc, a_desc, gates_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
+    n_tokens, size_in,
+    RANKS: tl.constexpr, RANK: tl.constexpr, EXPERTS: tl.constexpr, SLICES: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, SHRINK_ROWS: tl.constexpr,
+    COLS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A slice of `in` for one tile of A; whoever is the last of its tile leaves s [T, ranks]."""
+    tile, slice_ = pid // SLICES, pid % SLICES
+    begin, end = _slice_of_in(size_in, slice_, SLICES, COLS)
+    sums = tl.zeros([BLOCK_T, SHRINK_ROWS], dtype=tl.float32)
+    for start in tl.range(begin, end, COLS, num_stages=STAGES):
+        a = a_desc.load([tile * SHRINK_ROWS, start])
+        sums = tl.dot(x_desc.load([0, start]), a.T, sums, input_precision="ieee")
+    last = True
+    if SLICES > 1:
+        leave_sums(sums, partial_ptr, tile, slice_, SLICES, BLOCK_T, SHRINK_ROWS)
+        last = is_last(ticket_ptr + tile, SLICES)
+    if last:
+        if SLICES > 1:
+            sums = all_sums(partial_ptr, tile, SLICES, BLOCK_T, SHRINK_ROWS)
+        tokens, ranks = tl.arange(0, BLOCK_T), tile * SHRINK_ROWS + tl.arange(0, SHRINK_ROWS)
+        here, experts = tokens < n_tokens, tl.arange(0, BLOCK_E)
+        # Spread over ranks by a product with ones: to gather would be a load per element.
+        its = (experts[:, None] == (ranks // RANK % EXPERTS)[None, :]).to(tl.float32)
+        gates_at = gates_ptr + tokens[:, None] * EXPERTS + experts[None, :]
+        chosen = here[:, None] & (experts < EXPERTS)[None, :]
+        gates = tl.load(gates_at, mask=chosen, other=0.0)
+        gates = tl.dot(gates, its, input_precision="tf32x3")
+        # Not a bare product: what another token sees of this expert must not matter.
+        s = tl.where(gates != 0, sums * gates, 0.0).to(s_ptr.dtype.element_ty)
+        s_at = s_ptr + tokens[:, None] * RANKS + ranks[None, :]
+        tl.store(s_at, s, mask=here[:, None] & (ranks < RANKS)[None, :])
+        tl.debug_barrier()
+        tl.atomic_add(counter_ptr, 1, sem="release")
+
+
+@triton.jit
+def _columns(local, width, ACT: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr):
+    """Columns of a part that rows `local` and on of its first members are: how far the first one
+    is in its head, the head, the columns, and which of them are there."""
+    head, within, start = 0, 0, local
+    if ACT == 3:
+        head, within = local // HALF, tl.multiple_of(local % HALF, ROWS)
+        start = tl.multiple_of(head * (2 * HALF) + within, ROWS)
+    columns = start + tl.arange(0, ROWS)
+    return within, head, columns, columns < width
+
+
+@triton.jit
+def _load_b(b_ptr, columns, width, first, chunk, SIZE: tl.constexpr, BLOCK_ER: tl.constexpr):
+    """A chunk of B [rows, BLOCK_ER]; rows past the part's end may be anything."""
+    rows = (first + tl.minimum(columns, width - 1)).to(tl.int64)
+    ranks = chunk * BLOCK_ER + tl.arange(0, BLOCK_ER)
+    at = b_ptr + rows[:, None] * SIZE + ranks[None, :]
+    if SIZE % BLOCK_ER == 0:
+        return tl.load(at)
+    return tl.load(at, mask=(ranks < SIZE)[None, :], other=0.0)
+
+
+@triton.jit
+def _both_b(
+    b_ptr, local, width, first, apart, adds, adds_up, ACT: tl.constexpr, HALF: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK_ER: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The first chunk of B for a tile's first members and its second ones, where they add some."""
+    b = tl.zeros([ROWS if ROWS else 1, BLOCK_ER], dtype=b_ptr.dtype.element_ty)
+    b_up = b
+    if ROWS > 0:
+        _, _, columns, _ = _columns(local, width, ACT, HALF, ROWS)
+        if adds:
+            b = _load_b(b_ptr, columns, width, first, 0, SIZE, BLOCK_ER)
+        if ACT != 0 and adds_up:
+            b_up = _load_b(b_ptr, columns, width, first + apart, 0, SIZE, BLOCK_ER)
+    return b, b_up
+
+
+@triton.jit
+def _add_delta(
+    acc, first_b, b_ptr, columns, width, first, s_ptr, n_tokens, part,
+    RANKS: tl.constexpr, SIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_ER: tl.constexpr,
+):  # fmt: skip
+    """acc [T, rows] + s[part] B[rows]ᵀ; first_b: B's first chunk, loaded long before."""
+    tokens = tl.arange(0, BLOCK_T)
+    s_at = s_ptr + tokens * RANKS + part * SIZE
+    for chunk in tl.static_range((SIZE + BLOCK_ER - 1) // BLOCK_ER):
+        ranks = chunk * BLOCK_ER + tl.arange(0, BLOCK_ER)
+        b = first_b
+        if chunk > 0:
+            b = _load_b(b_ptr, columns, width, first, chunk, SIZE, BLOCK_ER)
+        mask = (tokens < n_tokens)[:, None] & (ranks < SIZE)[None, :]
+        s = tl.load(s_at[:, None] + ranks[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+        acc = tl.dot(s, b.T, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _finish(
+    acc, b, b_up, local, slice_, bias_ptr, b_ptr, y_ptr, cos_sin_ptr, s_ptr,
+    n_tokens, y_stride, part, part_up, number, first, width, skipped, adds, in_pages, there,
+    keys_ptr, values_ptr, head_stride,
+    APART: tl.constexpr, APART_B: tl.constexpr, TURNED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
+    RANKS: tl.constexpr, SIZE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_ER: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """From a tile of W x to one of the result."""
+    tokens = tl.arange(0, BLOCK_T)
+    here = tokens < n_tokens
+    within, head, columns, inside = _columns(local, width, ACT, HALF, ROWS)
+    y, up = acc, acc
+    if ACT != 0:
+        y, up = tl.split(tl.permute(tl.reshape(acc, [BLOCK_T, 2, ROWS]), [0, 2, 1]))
+    if adds:
+        y = _add_delta(
+            y, b, b_ptr, columns, width, first - skipped, s_ptr, n_tokens, part,
+            RANKS, SIZE, BLOCK_T, BLOCK_ER,
+        )  # fmt: skip
+    if HAS_BIAS:
+        bias_at = bias_ptr + first + columns
+        y += tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)[None, :]
+    y_at = y_ptr + slice_ * n_tokens * y_stride
+    y_at += tokens[:, None] * y_stride + (first + columns)[None, :]
+    mask = here[:, None] & inside[None, :]
+    if ACT != 0:
+        if part_up >= 0:
+            up = _add_delta(
+                up, b_up, b_ptr, columns, width, first - skipped + APART_B, s_ptr, n_tokens,
+                part_up, RANKS, SIZE, BLOCK_T, BLOCK_ER,
+            )  # fmt: skip
+        if HAS_BIAS:
+            up += tl.load(bias_at + APART, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if ACT == 3:
+            if first < TURNED:  # v is not turned
+                turn = cos_sin_ptr + tokens[:, None] * (2 * HALF)
+                turn += (within + tl.arange(0, ROWS))[None, :]
+                cos = tl.load(turn, mask=mask, other=0.0).to(tl.float32)
+                sin = tl.load(turn + HALF, mask=mask, other=0.0).to(tl.float32)
+                y, up = rotate(y, up, cos, sin)
+            if PAGED:
+                starts, kept = starts_of_head(
+                    y_ptr + tokens * y_stride + (first + head * (2 * HALF)), here,
+                    keys_ptr, values_ptr, in_pages, there, number, head, head_stride, PAGED,
+                )  # fmt: skip
+                y_at = starts[:, None] + (within + tl.arange(0, ROWS))[None, :]
+                mask = kept[:, None] & inside[None, :]
+            tl.store(y_at + HALF, up.to(y_ptr.dtype.element_ty), mask=mask)
+        else:
+            y = activate(y, up, ACT)
+    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _tile_linear_kernel(
-    x_desc, joint_desc, bias_ptr, b_ptr, y_ptr, cos_sin_ptr,
-    gates_ptr, present_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
-    n_tokens, y_stride, size_in, n_parts,
+    x_desc, w_desc, more_desc, a_desc, bias_ptr, b_ptr, y_ptr, cos_sin_ptr,
+    gates_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
+    n_tokens, y_stride, size_in,
     keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
     PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
     SPLIT: tl.constexpr, SLICES: tl.constexpr, RANK: tl.constexpr, EXPERTS: tl.constexpr,
-    SHRINK_TILES: tl.constexpr,
+    RANKS: tl.constexpr, SHRINK_ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_ER: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, MORE: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
+    SHRINK_TILES: tl.constexpr = (RANKS + SHRINK_ROWS - 1) // SHRINK_ROWS
+    SHRINKS: tl.constexpr = SHRINK_TILES * SLICES
     if PDL:  # launched while the kernel before it ends
         tl.extra.cuda.gdc_wait()
-    SHRINKS: tl.constexpr = SHRINK_TILES * SLICES
-    OUT: tl.constexpr = WIDTH0 + WIDTH1 + WIDTH2
-    tokens = tl.arange(0, BLOCK_T)
-    here = tokens < n_tokens
-    # Which tile of which part, or of A and which slice of `in`. With ACT a tile has both members of
-    # its pairs: of gate and up, of first and second halves of heads.
-    shrinks = pid < SHRINKS
-    tile = tl.where(shrinks, pid // SLICES, (pid - SHRINKS) // SPLIT)
-    slices = tl.where(shrinks, SLICES, SPLIT)
-    slice_ = tl.where(shrinks, pid % SLICES, (pid - SHRINKS) % SPLIT)
-    TALL: tl.constexpr = ROWS * (2 if ACT == 3 else 1)
-    PARTED: tl.constexpr = ACT == 0 or ACT == 3
-    TILES0: tl.constexpr = (WIDTH0 + TALL - 1) // TALL
-    TILES01: tl.constexpr = TILES0 + ((WIDTH1 + TALL - 1) // TALL if PARTED else 0)
-    # B has no rows for parts without experts.
-    SKIP1: tl.constexpr = WIDTH0 if PART0 < 0 else 0
-    SKIP2: tl.constexpr = SKIP1 + (WIDTH1 if PART1 < 0 else 0)
-    second, third = tile >= TILES0, tile >= TILES01
-    local = tile - tl.where(third, TILES01, tl.where(second, TILES0, 0))
-    width = tl.where(third, WIDTH2, tl.where(second, WIDTH1, WIDTH0))
-    first = tl.where(third, WIDTH0 + WIDTH1, tl.where(second, WIDTH0, 0))
-    part = tl.where(third, PART2, tl.where(second, PART1, PART0))
-    skipped = tl.where(third, SKIP2, tl.where(second, SKIP1, 0))
-    PER_TILE: tl.constexpr = ROWS * 2 if ACT != 0 else ROWS
-    APART: tl.constexpr = HALF if ACT == 3 else WIDTH0
-    APART_B: tl.constexpr = HALF if ACT == 3 else WIDTH0 - SKIP1
-    part_up = part if ACT == 3 else PART1
-    start_row, within = local * ROWS, 0
-    if ACT == 3:
-        within = tl.multiple_of(start_row % HALF, ROWS)
-        start_row = tl.multiple_of(start_row // HALF * (2 * HALF) + within, ROWS)
-    row = tl.where(shrinks, OUT + tile * PER_TILE, first + start_row)
-    row_up = tl.where(shrinks, row + ROWS, APART + row)
-
-    slice_in = tl.cdiv(tl.cdiv(size_in, slices), COLS) * COLS
-    begin = slice_ * slice_in
-    end = tl.minimum(begin + slice_in, size_in)
-    acc = tl.zeros([ROWS, BLOCK_T], dtype=tl.float32)
-    acc_up = acc
-    for start in tl.range(begin, end, COLS, num_stages=STAGES):
-        x = x_desc.load([0, start])
-        acc = tl.dot(joint_desc.load([row, start]), x.T, acc, input_precision="ieee")
-        if ACT != 0:
-            up = joint_desc.load([row_up, start])
-            acc_up = tl.dot(up, x.T, acc_up, input_precision="ieee")
-
-    size, columns = EXPERTS * RANK, tl.arange(0, BLOCK_ER)
-    if shrinks:
-        PLANES: tl.constexpr = 2 if ACT != 0 else 1
-        last = True
-        if SLICES > 1:  # both are left before one is taken up again: registers
-            leave_sums(acc, partial_ptr, tile * PLANES, slice_, SLICES, ROWS, BLOCK_T)
-            if ACT != 0:
-                leave_sums(acc_up, partial_ptr, tile * PLANES + 1, slice_, SLICES, ROWS, BLOCK_T)
-            last = is_last(ticket_ptr + tile, SLICES)
-        if last:
-            for plane in tl.static_range(PLANES):
-                if SLICES > 1:
-                    sums = all_sums(partial_ptr, tile * PLANES + plane, SLICES, ROWS, BLOCK_T)
-                else:
-                    sums = acc if plane == 0 else acc_up
-                ranks = tile * PER_TILE + plane * ROWS + tl.arange(0, ROWS)
-                real = (ranks < n_parts * size)[:, None] & here[None, :]
-                # Spread over rows by a product with ones: to gather would be a load per element.
-                experts = tl.arange(0, BLOCK_E)
-                its = (ranks // RANK % EXPERTS)[:, None] == experts[None, :]
-                gates_at = gates_ptr + tokens[None, :] * EXPERTS + experts[:, None]
-                chosen = here[None, :] & (experts < EXPERTS)[:, None]
-                gates = tl.load(gates_at, mask=chosen, other=0.0)
-                gates = tl.dot(its.to(tl.float32), gates, input_precision="tf32x3")
-                # Not a bare product: what another token sees of this expert must not matter.
-                s = tl.where(gates != 0, sums * gates, 0.0).to(s_ptr.dtype.element_ty)
-                s_at = s_ptr + tokens[None, :] * (n_parts * size) + ranks[:, None]
-                tl.store(s_at, s, mask=real)
-            tl.debug_barrier()
-            tl.atomic_add(counter_ptr, 1, sem="release")
+    if pid < SHRINKS:
+        _shrink_tile(
+            pid, x_desc, a_desc, gates_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
+            n_tokens, size_in, RANKS, RANK, EXPERTS, SLICES,
+            BLOCK_T, BLOCK_E, SHRINK_ROWS, COLS, STAGES,
+        )  # fmt: skip
     else:
-        present = tl.load(present_ptr)
-        in_pages, there = rows_in_pages(
-            slots_ptr, tokens, here, block_size, block_stride, row_stride, PAGED
-        )
-        local_rows = start_row + tl.arange(0, ROWS)
-        rows = first + tl.minimum(local_rows, width - 1)
+        # Which tile of which part, and which slice of `in`. With ACT rows come in pairs, and a tile
+        # has both members: of gate and up, of first and second halves of heads.
+        tile, slice_ = (pid - SHRINKS) // SPLIT, (pid - SHRINKS) % SPLIT
+        TALL: tl.constexpr = ROWS + MORE
+        TALL_OF_PART: tl.constexpr = TALL * (2 if ACT == 3 else 1)
+        PARTED: tl.constexpr = ACT == 0 or ACT == 3
+        TILES0: tl.constexpr = (WIDTH0 + TALL_OF_PART - 1) // TALL_OF_PART
+        TILES1: tl.constexpr = (WIDTH1 + TALL_OF_PART - 1) // TALL_OF_PART if PARTED else 0
+        # B has no rows for parts without experts.
+        SKIP1: tl.constexpr = WIDTH0 if PART0 < 0 else 0
+        SKIP2: tl.constexpr = SKIP1 + (WIDTH1 if PART1 < 0 else 0)
+        second, third = tile >= TILES0, tile >= TILES0 + TILES1
+        local = tile - tl.where(third, TILES0 + TILES1, tl.where(second, TILES0, 0))
+        local *= TALL
+        width = tl.where(third, WIDTH2, tl.where(second, WIDTH1, WIDTH0))
+        first = tl.where(third, WIDTH0 + WIDTH1, tl.where(second, WIDTH0, 0))
+        part = tl.where(third, PART2, tl.where(second, PART1, PART0))
+        skipped = tl.where(third, SKIP2, tl.where(second, SKIP1, 0))
+        number = second.to(tl.int32) + third.to(tl.int32)
+        APART: tl.constexpr = HALF if ACT == 3 else WIDTH0
+        APART_B: tl.constexpr = HALF if ACT == 3 else WIDTH0 - SKIP1
+        part_up = part if ACT == 3 else PART1
+        SIZE: tl.constexpr = EXPERTS * RANK
         adds = part >= 0
         if SPLIT > 1:
             adds = adds & (slice_ == 0)
-        if adds:
-            b_at = b_ptr + (rows - skipped).to(tl.int64)[:, None] * size
-            acc = add_delta(
-                acc, b_at, load_b(b_at, columns, size, present, RANK), present, s_ptr, counter_ptr,
-                n_tokens, part, n_parts, EXPERTS, SHRINK_TILES, RANK, BLOCK_T, BLOCK_ER,
-            )  # fmt: skip
-        if HAS_BIAS:
-            acc += tl.load(bias_ptr + rows).to(tl.float32)[:, None]
-        if ACT != 0:
-            if part_up >= 0:
-                b_at = b_ptr + (rows - skipped + APART_B).to(tl.int64)[:, None] * size
-                acc_up = add_delta(
-                    acc_up, b_at, load_b(b_at, columns, size, present, RANK), present, s_ptr,
-                    counter_ptr, n_tokens, part_up, n_parts, EXPERTS, SHRINK_TILES, RANK, BLOCK_T,
-                    BLOCK_ER,
-                )  # fmt: skip
-            if HAS_BIAS:
-                acc_up += tl.load(bias_ptr + APART + rows).to(tl.float32)[:, None]
-        y_at = y_ptr + tokens[None, :] * y_stride + (first + local_rows)[:, None]
-        if SPLIT > 1:
-            y_at += slice_ * n_tokens * y_stride
-        mask = (local_rows < width)[:, None] & here[None, :]
+        tokens = tl.arange(0, BLOCK_T)
+        in_pages, there = rows_in_pages(
+            slots_ptr, tokens, tokens < n_tokens, block_size, block_stride, row_stride, PAGED
+        )
+        # The box of W: both members of its pairs.
+        MEMBERS: tl.constexpr = 2 if ACT != 0 else 1
+        member, row = 0, local
+        if ACT == 0:
+            row += first
         if ACT == 3:
-            if first < WIDTH0 + WIDTH1:  # v is not turned
-                turn = cos_sin_ptr + tokens[None, :] * (2 * HALF)
-                turn += (within + tl.arange(0, ROWS))[:, None]
-                cos = tl.load(turn, mask=mask, other=0.0).to(tl.float32)
-                sin = tl.load(turn + HALF, mask=mask, other=0.0).to(tl.float32)
-                acc, acc_up = rotate(acc, acc_up, cos, sin)
-            if PAGED:
-                head = local * ROWS // HALF
-                starts, kept = starts_of_head(
-                    y_ptr + tokens * y_stride + (first + head * (2 * HALF)), here,
-                    keys_ptr, values_ptr, in_pages, there,
-                    second.to(tl.int32) + third.to(tl.int32), head, head_stride, PAGED,
-                )  # fmt: skip
-                y_at = starts[None, :] + (within + tl.arange(0, ROWS))[:, None]
-                mask = (local_rows < width)[:, None] & kept[None, :]
-            tl.store(y_at + HALF, acc_up.to(y_ptr.dtype.element_ty), mask=mask)
-        elif ACT != 0:
-            acc = activate(acc, acc_up, ACT)
-        tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=mask)
+            member, row = first // HALF + local // HALF * 2, local % HALF
+        begin, end = _slice_of_in(size_in, slice_, SPLIT, COLS)
+        acc = tl.zeros([BLOCK_T, MEMBERS * ROWS], dtype=tl.float32)
+        more = tl.zeros([BLOCK_T, MEMBERS * MORE if MORE else 16], dtype=tl.float32)
+        for start in tl.range(begin, end, COLS, num_stages=STAGES):
+            x = x_desc.load([0, start])
+            w = tl.reshape(w_desc.load([member, row, start]), [MEMBERS * ROWS, COLS])
+            acc = tl.dot(x, w.T, acc, input_precision="ieee")
+            if MORE:
+                w = more_desc.load([member, row + ROWS, start])
+                w = tl.reshape(w, [MEMBERS * MORE, COLS])
+                more = tl.dot(x, w.T, more, input_precision="ieee")
+        # B is asked for before s is waited for.
+        at = first - skipped
+        b, b_up = _both_b(
+            b_ptr, local, width, at, APART_B, adds, part_up >= 0,
+            ACT, HALF, SIZE, BLOCK_ER, ROWS,
+        )  # fmt: skip
+        b_more, b_more_up = _both_b(
+            b_ptr, local + ROWS, width, at, APART_B, adds, part_up >= 0,
+            ACT, HALF, SIZE, BLOCK_ER, MORE,
+        )  # fmt: skip
+        if adds | (part_up >= 0 if ACT != 0 else False):
+            while tl.atomic_add(counter_ptr, 0, sem="acquire") < SHRINK_TILES:
+                pass
+            tl.debug_barrier()
+        _finish(
+            acc, b, b_up, local, slice_, bias_ptr, b_ptr, y_ptr, cos_sin_ptr, s_ptr,
+            n_tokens, y_stride, part, part_up, number, first, width, skipped, adds, in_pages,
+            there, keys_ptr, values_ptr, head_stride, APART, APART_B, WIDTH0 + WIDTH1,
+            HAS_BIAS, ACT, HALF, PAGED, RANKS, SIZE, BLOCK_T, BLOCK_ER, ROWS,
+        )  # fmt: skip
+        if MORE:
+            _finish(
+                more, b_more, b_more_up, local + ROWS, slice_, bias_ptr, b_ptr, y_ptr,
+                cos_sin_ptr, s_ptr, n_tokens, y_stride, part, part_up, number, first, width,
+                skipped, adds, in_pages, there, keys_ptr, values_ptr, head_stride,
+                APART, APART_B, WIDTH0 + WIDTH1,
+                HAS_BIAS, ACT, HALF, PAGED, RANKS, SIZE, BLOCK_T, BLOCK_ER, MORE,
+            )  # fmt: skip
 
 
 def tile_linear_triton(
@@ -213,7 +331,6 @@ def tile_linear_triton(
     bias: torch.Tensor | None,
     bank_b: torch.Tensor,
     gates: torch.Tensor,
-    present: torch.Tensor,
     counter: torch.Tensor,
     scratch: Scratch,
     parts: Sequence[int],
@@ -240,35 +357,43 @@ def tile_linear_triton(
     act = ACTIVATIONS.index(activation)
     half = cos_sin.shape[1] // 2 if act == ROTARY else 0
     _, experts, rank = bank_b.shape
-    ranks = joint.shape[0] - sum(widths)
-    n_parts = ranks // (experts * rank)
+    size_out = sum(widths)
+    bank_a = joint[size_out:]
     members = tiled_widths(widths, activation)
-    rows = sum(members)
-    cut = tiles or Tiles.choose(tokens, size_in, rows, activation, x.element_size(), True)
+    cut = tiles or Tiles.choose(
+        tokens, size_in, sum(members), activation, x.element_size(), True
+    )  # fmt: skip
     cut = cut or Tiles(64, 64, stages=3)
     if half:
-        cut = replace(cut, rows=min(cut.rows, half))
-    block_t = max(16, power_of_2(tokens))
-    shrink_tiles = cdiv(ranks, cut.rows * (2 if act else 1))
+        cut = replace(cut, rows=min(power_of_2_part(cut.rows), half))
+    rows = power_of_2_part(cut.rows)
+    block_t = max(MIN_TOKENS, power_of_2(tokens))
     count = sum(cdiv(w, cut.rows) for w in members)
+    shrinks = cdiv(bank_a.shape[0], SHRINK_ROWS) * cut.slices
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
     y = x.new_empty(tokens, result_width(widths, activation)) if out is None else out
     split = cut.split if y.dim() == 3 else 1
+    # W as members, rows of each, and `in`: boxes of pairs have two members.
+    tall = half or (widths[0] if act else size_out)
+    shape, strides = [size_out // tall, tall, size_in], [tall * size_in, size_in, 1]
+    boxes = [[2 if act else 1, r, cut.cols] for r in (rows, cut.rows - rows or rows)]
     launch(
-        _tile_linear_kernel, (shrink_tiles * cut.slices + count * split,),
+        _tile_linear_kernel, (shrinks + count * split,),
         TensorDescriptor(x, list(x.shape), list(x.stride()), [block_t, cut.cols]),
-        TensorDescriptor(joint, list(joint.shape), list(joint.stride()), [cut.rows, cut.cols]),
+        *(TensorDescriptor(joint, shape, strides, box) for box in boxes),
+        TensorDescriptor(bank_a, list(bank_a.shape), [size_in, 1], [SHRINK_ROWS, cut.cols]),
         bias, bank_b, y, cos_sin,
-        gates, present, scratch.s(x.dtype, tokens, n_parts, experts * rank),
+        gates, scratch.s(x.dtype, tokens, bank_a.shape[0]),
         scratch.partial, scratch.tickets, counter,
-        tokens, y.stride(-2), size_in, n_parts, *(pages or NO_PAGES),
+        tokens, y.stride(-2), size_in, *(pages or NO_PAGES),
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         PART0=parts[0], PART1=parts[1], PART2=parts[2],
         HAS_BIAS=bias is not None, ACT=act, HALF=half, PAGED=pages is not None,
-        SPLIT=split, SLICES=cut.slices, RANK=rank, EXPERTS=experts, SHRINK_TILES=shrink_tiles,
+        SPLIT=split, SLICES=cut.slices, RANK=rank, EXPERTS=experts,
+        RANKS=bank_a.shape[0], SHRINK_ROWS=SHRINK_ROWS,
         BLOCK_T=block_t, BLOCK_E=max(16, power_of_2(experts)),
-        BLOCK_ER=block_er(block_t, act, experts * rank),
-        ROWS=cut.rows, COLS=cut.cols, STAGES=cut.stages,
+        BLOCK_ER=min(BLOCK_ER, max(16, power_of_2(experts * rank))),
+        ROWS=rows, MORE=cut.rows - rows, COLS=cut.cols, STAGES=cut.stages,
         num_warps=cut.warps, num_stages=cut.stages, **overlap(on_hopper(x)),
     )  # fmt: skip
     return y

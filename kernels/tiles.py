@@ -33,12 +33,17 @@ MAX_TILE_TOKENS = 128
 _MIN_ROWS = 3072
 
 
+def power_of_2_part(rows: int) -> int:
+    """The first piece of a tile of so many rows, whose second one is half of it or nothing."""
+    return 1 << max(rows, 1).bit_length() - 1
+
+
 @dataclass(frozen=True)
 class Tiles:
     """How a product is cut.
 
     Attributes:
-        rows: of W in a tile, a power of two.
+        rows: of W in a tile, a power of two; with `tma` or one and a half of one.
         cols: elements of `in` in a step of the loop, a power of two.
         split: programs that share a tile, each with a slice of `in`.
         warps: of a program.
@@ -59,7 +64,10 @@ class Tiles:
     tma: bool = False
 
     def __post_init__(self):
-        for name in ("rows", "cols", "warps", "shrink_cols"):
+        if self.rows not in (power_of_2_part(self.rows) * k // 2 for k in (2, 2 + self.tma)):
+            more = " or one and a half of one" if self.tma else ""
+            raise ValueError(f"Tiles: rows is {self.rows}, expected a power of two{more}")
+        for name in ("cols", "warps", "shrink_cols"):
             value = getattr(self, name)
             if value < 1 or value & (value - 1):
                 raise ValueError(f"Tiles: {name} is {value}, expected a power of two")
@@ -94,21 +102,22 @@ class Tiles:
         if follows == "norm":
             if tokens > 64:
                 return None
-            split, long = min(MAX_SPLIT, max(1, cdiv(128, cdiv(rows, 64)))), size_in > 8192
             if itemsize > 2:
-                return cls(32, 32, split, 4, 3, tma=True)
-            return cls(64, 128, split, 4, 4 if long else 6, slices=4 if long else 2, tma=True)
-        gate_up = follows not in ("", "rotary")
-        if rows < (_MIN_ROWS if follows else 2 * _MIN_ROWS) or (tokens > 64 and not gate_up):
+                return cls(32, 32, min(MAX_SPLIT, max(1, cdiv(128, cdiv(rows, 32)))), tma=True)
+            split = min(MAX_SPLIT, max(1, 112 // cdiv(rows, 96)))
+            return cls(96, 128, split, 4, 5, slices=4, tma=True)
+        pairs = bool(follows)
+        if rows < (_MIN_ROWS if pairs else 2 * _MIN_ROWS) or (tokens > 64 and not pairs):
             return None
         if itemsize > 2:
             return cls(32, 32, 1, 4, 3, tma=True)
-        if gate_up:
-            few = tokens <= 64
-            return cls(64, 64, 1, 4, 4 if few else 3, slices=2 if few else 4, tma=True)
-        if follows or tokens <= 32:
-            return cls(64, 128, 1, 4, 4, slices=2, tma=True)
-        return cls(64, 64, 1, 4, 6, slices=2, tma=True)
+        if follows in ("", "rotary"):
+            if tokens <= 64:
+                return cls(64, 128, 1, 8 if pairs else 4, 4, slices=2, tma=True)
+            return cls(64, 64, 1, 4, 6, slices=2, tma=True)
+        if tokens <= 64:
+            return cls(64, 64, 1, 4, 4, slices=2, tma=True)
+        return cls(96, 64, 1, 8, 4, slices=2, tma=True)
 
     @classmethod
     def _streamed(

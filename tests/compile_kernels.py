@@ -111,17 +111,24 @@ def main() -> None:
             kernel = stream_linear._stream_linear_kernel
             name = f"stream_linear act={number} tokens={tokens}"
             rows.append(build(name, kernel, constants, cut.warps, cut.stages))
-        for tokens in (32, 64, 128) if act == "silu" else (32, 64):
+        for tokens in (64, 128):
             cut = tiles.Tiles.choose(tokens, 4096, size_out, act, 2, True)
             cut = cut or tiles.Tiles(64, 64, stages=3)
+            tall = tiles.power_of_2_part(cut.rows)
             constants = shape | {
-                "SPLIT": 1, "SLICES": cut.slices, "RANK": 16, "EXPERTS": 8, "SHRINK_TILES": 3,
-                "BLOCK_T": tokens, "BLOCK_E": 16,
-                "BLOCK_ER": tile_linear.block_er(tokens, shape["ACT"], 128),
-                "ROWS": cut.rows, "COLS": cut.cols, "STAGES": cut.stages, "PDL": True,
+                "SPLIT": 1, "SLICES": cut.slices, "RANK": 16, "EXPERTS": 8,
+                "RANKS": 128 * (2 if act == "silu" else 3), "SHRINK_ROWS": tile_linear.SHRINK_ROWS,
+                "BLOCK_T": tokens, "BLOCK_E": 16, "BLOCK_ER": 128,
+                "ROWS": tall, "MORE": cut.rows - tall, "COLS": cut.cols, "STAGES": cut.stages,
+                "PDL": True,
             }  # fmt: skip
-            POINTERS["x_desc"] = f"tensordesc<bf16[{tokens}, {cut.cols}]>"
-            POINTERS["joint_desc"] = f"tensordesc<bf16[{cut.rows}, {cut.cols}]>"
+            members = 2 if act else 1
+            for name, box in {
+                "x": (tokens,), "a": (tile_linear.SHRINK_ROWS,), "w": (members, tall),
+                "more": (members, cut.rows - tall or tall),
+            }.items():  # fmt: skip
+                box = ", ".join(map(str, (*box, cut.cols)))
+                POINTERS[f"{name}_desc"] = f"tensordesc<bf16[{box}]>"
             kernel = tile_linear._tile_linear_kernel
             name = f"tile_linear act={number} tokens={tokens}"
             rows.append(build(name, kernel, constants, cut.warps, cut.stages))

@@ -63,7 +63,7 @@ def by_tiles(p, cos_sin, pages):
     counter = torch.zeros(4, dtype=torch.int32, device=DEVICE)
     joint = torch.cat([p.weight, p.bank_a.flatten(0, 2)])
     return tile_linear_triton(
-        p.x, joint, p.bias, p.bank_b, p.gates, p.present, counter, p.scratch,
+        p.x, joint, p.bias, p.bank_b, p.gates, counter, p.scratch,
         p.parts, p.widths, "rotary", Tiles(16, 32, slices=2), cos_sin=cos_sin, pages=pages,
     )  # fmt: skip
 

@@ -28,7 +28,7 @@ def streamed(p, counter, activation):
 def tiled(p, counter, activation):
     joint = torch.cat([p.weight, p.bank_a.flatten(0, 2)])
     return tile_linear_triton(
-        p.x, joint, None, p.bank_b, p.gates, p.present, counter, p.scratch, p.parts, p.widths,
+        p.x, joint, None, p.bank_b, p.gates, counter, p.scratch, p.parts, p.widths,
         activation,
     )  # fmt: skip
 

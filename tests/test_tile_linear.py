@@ -8,7 +8,7 @@ from vllm_adafuse.kernels.pairs import rotate_torch
 from vllm_adafuse.kernels.tile_linear import tile_linear_triton
 from vllm_adafuse.kernels.tiles import Tiles
 
-CUTS = [Tiles(32, 64), Tiles(16, 32, slices=3), Tiles(64, 16, slices=4)]
+CUTS = [Tiles(32, 64), Tiles(48, 32, slices=3, tma=True), Tiles(64, 16, slices=4)]
 
 
 # The accelerator wants rows of whole 16 bytes; the last shape is its own.
@@ -20,7 +20,7 @@ def run(p, activation="", tiles=None, **options):
     counter = torch.zeros(4, dtype=torch.int32, device=DEVICE)
     joint = torch.cat([p.weight, p.bank_a.flatten(0, 2)])
     return tile_linear_triton(
-        p.x, joint, p.bias, p.bank_b, p.gates, p.present, counter, p.scratch,
+        p.x, joint, p.bias, p.bank_b, p.gates, counter, p.scratch,
         p.parts, p.widths, activation, tiles, **options,
     )  # fmt: skip
 
@@ -53,8 +53,9 @@ def test_parts_without_experts(parts):
 @pytest.mark.parametrize("parts", [[0, 1], [0, 0], [-1, 0], [0, -1]])
 def test_gate_up_with_its_activation(parts, activation):
     p = make_problem(5, 96, [70, 70], 3, 2, 4, parts=parts, bias=True)
-    out = run(p, activation, Tiles(32, 32))
-    assert error(out, linear_truth(p, activation)) <= 1e-5
+    for cut in (Tiles(32, 32), Tiles(48, 32, tma=True)):
+        out = run(p, activation, cut)
+        assert error(out, linear_truth(p, activation)) <= 1e-5
 
 
 @pytest.mark.parametrize("parts", [[0, 1, 2], [0, 0, 0], [-1, 0, 1], [0, -1, -1]])

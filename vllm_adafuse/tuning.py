@@ -21,6 +21,7 @@ from vllm_adafuse.kernels.pairs import can_rotate
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import MAX_SHARED
 from vllm_adafuse.kernels.spread_routes import spread_routes
+from vllm_adafuse.kernels.tile_linear import MIN_TOKENS
 from vllm_adafuse.kernels.tiles import MAX_STREAM_TOKENS, Tiles
 
 PACKED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv"}
@@ -155,16 +156,17 @@ def _streamed(
 def _tiled(
     tokens: int, size_in: int, rows_of_w: int, follows: str, itemsize: int
 ) -> Iterator[Tiles]:
-    pairs, block_t = follows not in ("", "norm"), max(16, triton.next_power_of_2(tokens))
+    pairs, block_t = follows not in ("", "norm"), max(MIN_TOKENS, triton.next_power_of_2(tokens))
     two, many = 2 if pairs else 1, tokens > 64
     for rows, cols, stages, split, warps, slices in itertools.product(
-        (32, 64) if pairs else (64, 128), (64, 128), (3, 4, 6),
-        (1, 2, 3, 4) if follows == "norm" else (1,), (4, 8) if many else (4,),
-        (4,) if size_in > 8192 or many else (2,),
+        (32, 64) if follows == "rotary" else (64, 96, 128), (64, 128), (3, 4, 5, 6),
+        (1, 2, 3) if follows == "norm" else (1,), (4, 8) if many or pairs else (4,),
+        (2, 4) if many or size_in > 8192 else (2,),
     ):  # fmt: skip
         shared = stages * (rows * two + block_t) * cols * itemsize
         programs = triton.cdiv(rows_of_w, rows) * split
-        if shared <= MAX_TILE_SHARED and 60 <= programs <= 600:
+        sums = rows * two * block_t // (32 * warps)  # registers of a thread
+        if shared <= MAX_TILE_SHARED and 60 <= programs <= 400 and sums <= 128:
             yield Tiles(rows, cols, split, warps, stages, 256, slices, tma=True)
 
 
