@@ -159,9 +159,9 @@ def _tiled(
     pairs, block_t = follows not in ("", "norm"), max(MIN_TOKENS, triton.next_power_of_2(tokens))
     two, many = 2 if pairs else 1, tokens > 64
     for rows, cols, stages, split, warps, slices in itertools.product(
-        (32, 64) if follows == "rotary" else (64, 96, 128), (64, 128), (3, 4, 5, 6),
-        (1, 2, 3) if follows == "norm" else (1,), (4, 8) if many or pairs else (4,),
-        (2, 4) if many or size_in > 8192 else (2,),
+        (32, 64) if follows == "rotary" else (64, 96, 128) if pairs else (64, 96),
+        (64, 128), (3, 4, 5, 6), (1, 2, 3) if follows == "norm" else (1,),
+        (4, 8) if pairs else (4,), (2, 4) if many else (4 if size_in > 8192 else 2,),
     ):  # fmt: skip
         shared = stages * (rows * two + block_t) * cols * itemsize
         programs = triton.cdiv(rows_of_w, rows) * split
