@@ -35,7 +35,8 @@ class Launcher:
         self.overlaps = metadata.launch_pdl
 
     def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *arguments):
-        values = [getattr(v, "data_ptr", lambda v=v: str(v))() for v in arguments]
+        # An address stands for its tensor.
+        values = [str(v.data_ptr() if isinstance(v, torch.Tensor) else v) for v in arguments]
         reached.append([function, [x, y, z], stream, self.overlaps, values])
 
 
