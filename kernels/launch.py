@@ -8,11 +8,12 @@ has launches compile and no more, in threads.
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from operator import attrgetter, itemgetter, or_
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -89,7 +90,7 @@ class Bound:
         order = self.orders.get(types) or self._order(types)
         tensors = order.tensors(arguments)
         addresses = (*map(_address, tensors),)
-        odd = functools.reduce(or_, addresses, 0) % 16
+        odd = math.gcd(*addresses) % 16
         key = (
             self, device, order, odd and tuple(a % 16 for a in addresses), *map(_dtype, tensors),
             order.kinds(order.numbers(arguments)),

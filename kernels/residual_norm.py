@@ -144,6 +144,7 @@ def residual_norm_triton(
     bank_b: torch.Tensor,
     gates: torch.Tensor,
     blocks: NormBlocks | None = None,
+    z: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One launch.
 
@@ -156,13 +157,16 @@ def residual_norm_triton(
         bank_b: [H, E, R], dtype of s.
         gates: [N, E] float32, N >= T, LoRA's scale included.
         blocks: how to cut, default `NormBlocks.choose`.
+        z: [T, H] contiguous, dtype of residual, for the new residual; may be y. Default a new one.
 
     Returns:
         The normed hidden states and the new residual, [T, H] each, dtype of residual.
     """
     tokens, width = residual.shape
     _, experts, rank = bank_b.shape
-    out, z = residual.new_empty(tokens, width), residual.new_empty(tokens, width)
+    out = residual.new_empty(tokens, width)
+    if z is None:
+        z = torch.empty_like(out)
     split = y.shape[0] if y.dim() == 3 else 0
     block_t, kernel = _plan(
         width, split, s is not None, experts, rank, residual.element_size(), blocks, on_hopper(y)
