@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from operator import attrgetter, itemgetter
@@ -73,7 +73,7 @@ def bind(kernel: Any, **constants: Any) -> Bound:
 
 
 class Bound:
-    """See `bind`."""
+    """See `bind`. Only Triton's launch, the first of its kind, checks that tensors are on a GPU."""
 
     def __init__(self, kernel: Any, constants: dict[str, Any]):
         self.kernel, self.constants = kernel, constants

@@ -113,9 +113,7 @@ class LayerCache:
         # Kernels store 16 bytes at a time.
         if not isinstance(cache, torch.Tensor) or cache.dtype != dtype or cache.data_ptr() % 16:
             return None
-        layout = _layout(
-            cache.shape, cache.stride(), attention.num_kv_heads, attention.head_size
-        )
+        layout = _layout(cache.shape, cache.stride(), attention.num_kv_heads, attention.head_size)
         if layout is None:
             return None
         shape, strides = layout
