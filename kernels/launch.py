@@ -1,4 +1,4 @@
-"""Launches of kernels: Triton's own `kernel[grid](...)` at about a third of its cost to the CPU.
+"""Launches of kernels: Triton's own `kernel[grid](...)` at less than half its cost to the CPU.
 
 Steps that no CUDA graph covers wait for the CPU, and Triton works out anew on every launch which
 binary it needs. Here that is a look in a dict; docs/kernel-notes.md has the figures. `compile_only`
