@@ -14,6 +14,8 @@ from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 # Ranks, of one expert or of several, that one product takes.
 BLOCK_ER = 128
+# Longer steps are all cut alike.
+MAX_SHORT_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class ExpandBlocks:
     @functools.cache
     def choose(cls, tokens: int, activation: bool, itemsize: int) -> ExpandBlocks:
         """Found on an H200 at the shapes of Llama-2-7B; docs/kernel-notes.md has the figures."""
-        if tokens <= 256 or itemsize > 2:
+        if tokens <= MAX_SHORT_TOKENS or itemsize > 2:
             block_t = min(64 if itemsize == 2 else 32, max(16, power_of_2(tokens)))
             return cls(block_t, 64, 1, 4, 1)
         if activation:

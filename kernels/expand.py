@@ -16,9 +16,15 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.blocks import ExpandBlocks, expert_blocks, on_hopper, overlap
+from vllm_adafuse.kernels.blocks import (
+    MAX_SHORT_TOKENS,
+    ExpandBlocks,
+    expert_blocks,
+    on_hopper,
+    overlap,
+)
 from vllm_adafuse.kernels.deltas import add_deltas, load_both, load_gates, load_ranks, weigh
-from vllm_adafuse.kernels.launch import launch
+from vllm_adafuse.kernels.launch import Bound, bind
 from vllm_adafuse.kernels.paged_cache import NO_PAGES, Pages, rows_in_pages, starts_of_head
 from vllm_adafuse.kernels.pairs import (
     ACTIVATIONS,
@@ -187,25 +193,29 @@ def _launch(
     blocks=None, cos_sin=None, pages=None,
 ) -> None:  # fmt: skip
     tokens, (_, experts, rank) = y.shape[0], bank_b.shape
-    if blocks is None:
-        blocks = ExpandBlocks.choose(tokens, act != 0, y.element_size())
     half = cos_sin.shape[1] // 2 if act == ROTARY else 0
-    shape = tuple(widths), tuple(parts), act, half, out is not y, experts, rank
-    groups, constants = _plan(*shape, tokens < _SKIP_TOKENS, blocks, on_hopper(y))
-    launch(
-        _expand_kernel, (groups, cdiv(tokens, blocks.tokens)),
+    groups, block_t, kernel = _plan(
+        min(tokens, MAX_SHORT_TOKENS + 1), tuple(widths), tuple(parts), act, half, out is not y,
+        experts, rank, y.element_size(), blocks, on_hopper(y),
+        bias is not None, pages is not None, gates is not None,
+    )  # fmt: skip
+    kernel(
+        (groups, cdiv(tokens, block_t)),
         y, bias, out, s, bank_b, gates, present, cos_sin,
         tokens, y.stride(0), out.stride(0), s_stride, experts, *(pages or NO_PAGES),
-        HAS_BIAS=bias is not None, PAGED=pages is not None, RAW=gates is not None, **constants,
     )  # fmt: skip
 
 
 @functools.cache
 def _plan(
-    widths: tuple, parts: tuple, act: int, half: int, every: bool, experts: int, rank: int,
-    skip: bool, blocks: ExpandBlocks, hopper: bool,
-) -> tuple[int, dict]:  # fmt: skip
-    """Groups of tiles, and the kernel's constants; every: parts without experts have tiles too."""
+    tokens: int, widths: tuple, parts: tuple, act: int, half: int, every: bool, experts: int,
+    rank: int, itemsize: int, blocks: ExpandBlocks | None, hopper: bool, has_bias: bool,
+    paged: bool, raw: bool,
+) -> tuple[int, int, Bound]:  # fmt: skip
+    """Groups of tiles, tokens of a tile, and the kernel; every: parts without experts have tiles
+    too."""
+    if blocks is None:
+        blocks = ExpandBlocks.choose(tokens, act != 0, itemsize)
     columns = min(blocks.columns, half) if act == ROTARY else blocks.columns
     # A tile has both members of its pairs.
     if act:
@@ -215,15 +225,17 @@ def _plan(
     span = columns * blocks.loop
     every_part = min(parts) >= 0
     widths, parts = (*widths, 0, 0)[:3], (*parts, -1, -1)[:3]
-    return sum(cdiv(w, span) for w in tiled), {
-        "WIDTH0": widths[0], "WIDTH1": widths[1], "WIDTH2": widths[2],
-        "PART0": parts[0], "PART1": parts[1], "PART2": parts[2],
-        "ACT": act, "HALF": half, "ALL": every,
-        "EVEN": all(w % span == 0 for w in tiled), "EVERY_PART": every_part,
-        "BLOCK_T": blocks.tokens, "BLOCK_OUT": columns,
-        "LOOP": blocks.loop, "STAGES": blocks.stages, "num_warps": blocks.warps,
-        **expert_blocks(experts, rank, skip), **overlap(hopper),
-    }  # fmt: skip
+    return sum(cdiv(w, span) for w in tiled), blocks.tokens, bind(
+        _expand_kernel,
+        HAS_BIAS=has_bias, PAGED=paged, RAW=raw,
+        WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
+        PART0=parts[0], PART1=parts[1], PART2=parts[2],
+        ACT=act, HALF=half, ALL=every,
+        EVEN=all(w % span == 0 for w in tiled), EVERY_PART=every_part,
+        BLOCK_T=blocks.tokens, BLOCK_OUT=columns,
+        LOOP=blocks.loop, STAGES=blocks.stages, num_warps=blocks.warps,
+        **expert_blocks(experts, rank, tokens < _SKIP_TOKENS), **overlap(hopper),
+    )  # fmt: skip
 
 
 def expand_triton(

@@ -32,7 +32,7 @@ from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import shrink_torch
 from vllm_adafuse.kernels.stream_linear import stream_linear_triton
 from vllm_adafuse.kernels.tile_linear import can_tile, tile_linear_triton
-from vllm_adafuse.kernels.tiles import find_tiles
+from vllm_adafuse.kernels.tiles import MAX_TILE_TOKENS, find_tiles
 from vllm_adafuse.kernels.wide_expand import expand_long
 
 # Up to so many tokens the expand adds a bias at no cost; those of long steps have no place for it.
@@ -97,8 +97,10 @@ def _run(
     if not x.is_cuda:
         y = linear_torch(x, joint, bias, bank_b, gates, parts, widths, activation, cos_sin, pages)
         return _new_result(x, joint, widths, activation, True).copy_(y) if in_place else y
-    rows, tma = sum(tiled_widths(widths, activation)), can_tile(x, joint)
-    cut = find_tiles(*x.shape, rows, activation, x.element_size(), x.device, tma)
+    cut = None
+    if x.shape[0] <= MAX_TILE_TOKENS:  # long steps wait for the CPU
+        rows, tma = sum(tiled_widths(widths, activation)), can_tile(x, joint)
+        cut = find_tiles(*x.shape, rows, activation, x.element_size(), x.device, tma)
     return linear_triton(
         x, joint, bias, bank_b, gates, present, counters[index] if cut else None,
         Scratch(low, partial, tickets, unread), Order(order_rows, order_present),
@@ -151,7 +153,8 @@ def joint_product(
     aligned = joint.shape[0] * x.element_size() % 16 == 0
     if aligned and (bias is None or x.shape[0] <= MAX_BIAS_TOKENS):
         both = F.linear(x, joint)
-        return both[:, :out], both[:, out:], bias
+        y, s = torch.split_with_sizes(both, (out, joint.shape[0] - out), 1)  # cheaper than slices
+        return y, s, bias
     return F.linear(x, joint[:out], bias), F.linear(x, joint[out:]), None
 
 

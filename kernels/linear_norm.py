@@ -75,8 +75,10 @@ def _run(
 ):  # fmt: skip
     if not x.is_cuda:
         return linear_norm_torch(x, joint, residual, weight, eps, bank_b, gates)
-    tma, out = can_tile(x, joint), bank_b.shape[0]
-    cut = find_tiles(*x.shape, out, "norm", x.element_size(), x.device, tma)
+    cut = None
+    if x.shape[0] <= MAX_TILE_TOKENS:  # long steps wait for the CPU
+        tma, out = can_tile(x, joint), bank_b.shape[0]
+        cut = find_tiles(*x.shape, out, "norm", x.element_size(), x.device, tma)
     return linear_norm_triton(
         x, joint, residual, weight, eps, bank_b, gates, present,
         counters[index] if cut else None, Scratch(low, partial, tickets, unread), cut,
@@ -96,7 +98,7 @@ def linear_norm_triton(
         return residual_norm_triton(y, s, *behind)
     blocks = _SOME_BLOCKS if x.shape[1] > _LONG_IN and x.shape[0] <= _SOME_TOKENS else None
     y = expand_long(y, s, None, bank_b, gates, present, [0], [out], blocks=blocks)
-    return residual_norm_triton(y, None, *behind)
+    return residual_norm_triton(y, None, *behind, z=y)
 
 
 def _fake(x, joint, residual, *arguments):

@@ -69,7 +69,7 @@ def register_source(name: str, source: PageSource) -> None:
 
 def claim_pages(name: str, x: torch.Tensor) -> Pages | None:
     """`PageSource.claim` for the tokens of x; None where no such source lives."""
-    source = _sources.get(name)
+    source = _sources.get(name) if name else None
     return source.claim(x.shape[0], x.dtype) if source else None
 
 

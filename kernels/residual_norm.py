@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from vllm_adafuse.kernels.blocks import expert_blocks, on_hopper, overlap
 from vllm_adafuse.kernels.deltas import add_deltas, load_ranks, load_s
-from vllm_adafuse.kernels.launch import launch
+from vllm_adafuse.kernels.launch import Bound, bind
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 
@@ -144,6 +144,7 @@ def residual_norm_triton(
     bank_b: torch.Tensor,
     gates: torch.Tensor,
     blocks: NormBlocks | None = None,
+    z: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One launch.
 
@@ -156,26 +157,42 @@ def residual_norm_triton(
         bank_b: [H, E, R], dtype of s.
         gates: [N, E] float32, N >= T, LoRA's scale included.
         blocks: how to cut, default `NormBlocks.choose`.
+        z: [T, H] contiguous, dtype of residual, for the new residual; may be y. Default a new one.
 
     Returns:
         The normed hidden states and the new residual, [T, H] each, dtype of residual.
     """
     tokens, width = residual.shape
     _, experts, rank = bank_b.shape
-    out, z = residual.new_empty(tokens, width), residual.new_empty(tokens, width)
+    out = residual.new_empty(tokens, width)
+    if z is None:
+        z = torch.empty_like(out)
     split = y.shape[0] if y.dim() == 3 else 0
-    cut = blocks or NormBlocks.choose(width, s is not None, split > 0, residual.element_size())
-    launch(
-        _residual_norm_kernel, (cdiv(tokens, cut.tokens),),
+    block_t, kernel = _plan(
+        width, split, s is not None, experts, rank, residual.element_size(), blocks, on_hopper(y)
+    )
+    kernel(
+        (cdiv(tokens, block_t),),
         y, s, residual, weight, bank_b, gates, z, out,
         tokens, y.stride(-2), 0 if s is None else s.stride(0), residual.stride(0), experts, eps,
-        WIDTH=width, SPLIT=split, EXPAND=s is not None,
-        BLOCK_T=cut.tokens, COLS=cut.columns, STAGES=cut.stages,
-        NORM_COLS=cut.norm_columns if cut.columns < width else cut.columns,
-        num_warps=cut.warps, **expert_blocks(experts, rank, False),
-        **overlap(on_hopper(y)),
     )  # fmt: skip
     return out, z
+
+
+@functools.cache
+def _plan(
+    width: int, split: int, expand: bool, experts: int, rank: int, itemsize: int,
+    blocks: NormBlocks | None, hopper: bool,
+) -> tuple[int, Bound]:  # fmt: skip
+    """Tokens of a program, and the kernel."""
+    cut = blocks or NormBlocks.choose(width, expand, split > 0, itemsize)
+    return cut.tokens, bind(
+        _residual_norm_kernel,
+        WIDTH=width, SPLIT=split, EXPAND=expand,
+        BLOCK_T=cut.tokens, COLS=cut.columns, STAGES=cut.stages,
+        NORM_COLS=cut.norm_columns if cut.columns < width else cut.columns,
+        num_warps=cut.warps, **expert_blocks(experts, rank, False), **overlap(hopper),
+    )  # fmt: skip
 
 
 def residual_norm_torch(

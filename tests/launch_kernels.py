@@ -9,6 +9,7 @@ import json
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -35,7 +36,10 @@ class Launcher:
         self.overlaps = metadata.launch_pdl
 
     def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *arguments):
-        values = [getattr(v, "data_ptr", lambda v=v: str(v))() for v in arguments]
+        if enter is not None:
+            enter(metadata)
+        # An address stands for its tensor.
+        values = [str(v.data_ptr() if isinstance(v, torch.Tensor) else v) for v in arguments]
         reached.append([function, [x, y, z], stream, self.overlaps, values])
 
 
@@ -99,6 +103,11 @@ def main() -> None:
         launch(kernel, (1,), *arguments, True, BLOCK=64)
     except TypeError as e:
         refused = str(e)
+    hooked, hooks = [], knobs.runtime.launch_enter_hook
+    hooks.add(hook := lambda metadata: hooked.append(metadata.get()["name"]))
+    launch(kernel, (3, 2), *arguments, **constants)
+    hooks.remove(hook)
+    launch(kernel, (3, 2), *arguments, **constants)
     reached.clear()
     module._compiled.clear()
     kernel.device_caches.clear()
@@ -110,7 +119,7 @@ def main() -> None:
     launch(kernel, (1,), memory, None, TensorDescriptor.from_tensor(y, [1, 64]), 3, 1, 1.5,
            BLOCK=64, HAS=False, num_warps=2)  # fmt: skip
     after = [len(built), len(reached), next(numbers) - loaded]
-    print(json.dumps({"rows": rows, "compiled only": after, "refused": refused}))
+    print(json.dumps({"rows": rows, "compiled only": after, "refused": refused, "hooked": hooked}))
 
 
 if __name__ == "__main__":

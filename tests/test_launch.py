@@ -34,3 +34,7 @@ def test_compile_only_launches_nothing_and_later_launches_find_it(seen):
 
 def test_a_constant_without_its_name_is_refused(seen):
     assert seen["refused"] == "kernel: constants must be named, and stand behind arguments"
+
+
+def test_a_profiler_s_hooks_are_called(seen):
+    assert seen["hooked"] == ["kernel"]

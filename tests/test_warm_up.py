@@ -12,7 +12,7 @@ from ops import DEVICE
 from test_gpu_engine import GRAPHS, gpu_pair, run_apart
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton.tools.tensor_descriptor import TensorDescriptor
-from vllm_adafuse.kernels import blocks, linear_norm
+from vllm_adafuse.kernels import blocks, expand, launch, linear_norm, residual_norm
 from vllm_adafuse.kernels.ffn_down import ffn_down
 from vllm_adafuse.kernels.ffn_mix import ffn_mix
 from vllm_adafuse.kernels.gather_routes import gather_routes
@@ -37,7 +37,7 @@ class Recorder:
     """Stands for a kernel and notes what Triton would compile anew."""
 
     def __init__(self, kernel, seen: set):
-        self.kernel, self.seen = kernel, seen
+        self.kernel, self.seen, self.fn = kernel, seen, self
         self.plain = set(kernel.kwargs["do_not_specialize"] or ())
 
     def __getitem__(self, grid):
@@ -63,6 +63,8 @@ class Recorder:
 def launched(monkeypatch):
     """The set of launches, on tensors of a GPU that is not there and without their memory."""
     seen: set = set()
+    keep_no_kernel()
+    monkeypatch.setattr(launch, "_bound", {})
     for info in pkgutil.iter_modules(vllm_adafuse.kernels.__path__):
         module = importlib.import_module(f"{KERNELS}.{info.name}")
         for name, value in list(vars(module).items()):
@@ -76,6 +78,13 @@ def launched(monkeypatch):
     monkeypatch.setattr(blocks, "_is_hopper", lambda device: True)
     with FakeTensorMode():
         yield seen
+    keep_no_kernel()
+
+
+def keep_no_kernel() -> None:
+    """Plans hold kernels with their constants."""
+    for module in (expand, residual_norm):
+        module._plan.cache_clear()
 
 
 def empty(*shape, dtype=torch.bfloat16):
