@@ -118,46 +118,43 @@ def _columns(local, width, ACT: tl.constexpr, HALF: tl.constexpr, ROWS: tl.const
 
 
 @triton.jit
-def _load_b(b_ptr, columns, width, first, chunk, SIZE: tl.constexpr, BLOCK_ER: tl.constexpr):
-    """A chunk of B [rows, BLOCK_ER]; rows past the part's end may be anything."""
-    rows = (first + tl.minimum(columns, width - 1)).to(tl.int64)
+def _load_b(
+    b_ptr, local, width, first, apart, chunk, ONLY: tl.constexpr,
+    ACT: tl.constexpr, HALF: tl.constexpr, SIZE: tl.constexpr, BLOCK_ER: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """A chunk of B for a tile, all members [members * rows, BLOCK_ER]; rows past the part's end may
+    be anything. ONLY: zeros for the other member."""
+    MEMBERS: tl.constexpr = 2 if ACT != 0 else 1
+    place = tl.arange(0, MEMBERS * ROWS)
+    member, column = place // ROWS, local + place % ROWS
+    if ACT == 3:
+        column = column // HALF * (2 * HALF) + column % HALF
+    rows = (first + tl.minimum(column, width - 1) + member * apart).to(tl.int64)
     ranks = chunk * BLOCK_ER + tl.arange(0, BLOCK_ER)
     at = b_ptr + rows[:, None] * SIZE + ranks[None, :]
-    if SIZE % BLOCK_ER == 0:
+    if ONLY < 0 and SIZE % BLOCK_ER == 0:
         return tl.load(at)
-    return tl.load(at, mask=(ranks < SIZE)[None, :], other=0.0)
-
-
-@triton.jit
-def _both_b(
-    b_ptr, local, width, first, apart, adds, adds_up, ACT: tl.constexpr, HALF: tl.constexpr,
-    SIZE: tl.constexpr, BLOCK_ER: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """The first chunk of B for a tile's first members and its second ones, where they add some."""
-    b = tl.zeros([ROWS if ROWS else 1, BLOCK_ER], dtype=b_ptr.dtype.element_ty)
-    b_up = b
-    if ROWS > 0:
-        _, _, columns, _ = _columns(local, width, ACT, HALF, ROWS)
-        if adds:
-            b = _load_b(b_ptr, columns, width, first, 0, SIZE, BLOCK_ER)
-        if ACT != 0 and adds_up:
-            b_up = _load_b(b_ptr, columns, width, first + apart, 0, SIZE, BLOCK_ER)
-    return b, b_up
+    mask = (ranks < SIZE)[None, :] & ((member == ONLY) | (ONLY < 0))[:, None]
+    return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
 def _add_delta(
-    acc, first_b, b_ptr, columns, width, first, s_ptr, n_tokens, part,
-    RANKS: tl.constexpr, SIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_ER: tl.constexpr,
+    acc, first_b, b_ptr, local, width, first, apart, s_ptr, n_tokens, part, ONLY: tl.constexpr,
+    ACT: tl.constexpr, HALF: tl.constexpr, RANKS: tl.constexpr, SIZE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_ER: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """acc [T, rows] + s[part] B[rows]ᵀ; first_b: B's first chunk, loaded long before."""
+    """acc [T, members * rows] + s[part] B[rows]ᵀ; first_b: B's first chunk, loaded before."""
     tokens = tl.arange(0, BLOCK_T)
     s_at = s_ptr + tokens * RANKS + part * SIZE
     for chunk in tl.static_range((SIZE + BLOCK_ER - 1) // BLOCK_ER):
         ranks = chunk * BLOCK_ER + tl.arange(0, BLOCK_ER)
         b = first_b
         if chunk > 0:
-            b = _load_b(b_ptr, columns, width, first, chunk, SIZE, BLOCK_ER)
+            b = _load_b(
+                b_ptr, local, width, first, apart, chunk, ONLY, ACT, HALF, SIZE, BLOCK_ER, ROWS
+            )
         mask = (tokens < n_tokens)[:, None] & (ranks < SIZE)[None, :]
         s = tl.load(s_at[:, None] + ranks[None, :], mask=mask, other=0.0, cache_modifier=".cg")
         acc = tl.dot(s, b.T, acc, input_precision="ieee")
@@ -165,58 +162,52 @@ def _add_delta(
 
 
 @triton.jit
+def _wait_for(counter_ptr, count):
+    while tl.atomic_add(counter_ptr, 0, sem="acquire") < count:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
 def _finish(
-    acc, b, b_up, local, slice_, bias_ptr, b_ptr, y_ptr, cos_sin_ptr, s_ptr,
-    n_tokens, y_stride, part, part_up, number, first, width, skipped, adds, in_pages, there,
-    keys_ptr, values_ptr, head_stride,
-    APART: tl.constexpr, APART_B: tl.constexpr, TURNED: tl.constexpr,
+    acc, local, slice_, bias_ptr, y_ptr, cos_sin_ptr, n_tokens, y_stride, number, first, width,
+    in_pages, there, keys_ptr, values_ptr, head_stride,
+    APART: tl.constexpr, TURNED: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
-    RANKS: tl.constexpr, SIZE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_ER: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_T: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """From a tile of W x to one of the result."""
+    """From a tile of the projection, deltas included, to one of the result."""
     tokens = tl.arange(0, BLOCK_T)
     here = tokens < n_tokens
     within, head, columns, inside = _columns(local, width, ACT, HALF, ROWS)
     y, up = acc, acc
     if ACT != 0:
         y, up = tl.split(tl.permute(tl.reshape(acc, [BLOCK_T, 2, ROWS]), [0, 2, 1]))
-    if adds:
-        y = _add_delta(
-            y, b, b_ptr, columns, width, first - skipped, s_ptr, n_tokens, part,
-            RANKS, SIZE, BLOCK_T, BLOCK_ER,
-        )  # fmt: skip
     if HAS_BIAS:
         bias_at = bias_ptr + first + columns
         y += tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if ACT != 0:
+            up += tl.load(bias_at + APART, mask=inside, other=0.0).to(tl.float32)[None, :]
     y_at = y_ptr + slice_ * n_tokens * y_stride
     y_at += tokens[:, None] * y_stride + (first + columns)[None, :]
     mask = here[:, None] & inside[None, :]
-    if ACT != 0:
-        if part_up >= 0:
-            up = _add_delta(
-                up, b_up, b_ptr, columns, width, first - skipped + APART_B, s_ptr, n_tokens,
-                part_up, RANKS, SIZE, BLOCK_T, BLOCK_ER,
+    if ACT == 3:
+        if first < TURNED:  # v is not turned
+            turn = cos_sin_ptr + tokens[:, None] * (2 * HALF)
+            turn += (within + tl.arange(0, ROWS))[None, :]
+            cos = tl.load(turn, mask=mask, other=0.0).to(tl.float32)
+            sin = tl.load(turn + HALF, mask=mask, other=0.0).to(tl.float32)
+            y, up = rotate(y, up, cos, sin)
+        if PAGED:
+            starts, kept = starts_of_head(
+                y_ptr + tokens * y_stride + (first + head * (2 * HALF)), here,
+                keys_ptr, values_ptr, in_pages, there, number, head, head_stride, PAGED,
             )  # fmt: skip
-        if HAS_BIAS:
-            up += tl.load(bias_at + APART, mask=inside, other=0.0).to(tl.float32)[None, :]
-        if ACT == 3:
-            if first < TURNED:  # v is not turned
-                turn = cos_sin_ptr + tokens[:, None] * (2 * HALF)
-                turn += (within + tl.arange(0, ROWS))[None, :]
-                cos = tl.load(turn, mask=mask, other=0.0).to(tl.float32)
-                sin = tl.load(turn + HALF, mask=mask, other=0.0).to(tl.float32)
-                y, up = rotate(y, up, cos, sin)
-            if PAGED:
-                starts, kept = starts_of_head(
-                    y_ptr + tokens * y_stride + (first + head * (2 * HALF)), here,
-                    keys_ptr, values_ptr, in_pages, there, number, head, head_stride, PAGED,
-                )  # fmt: skip
-                y_at = starts[:, None] + (within + tl.arange(0, ROWS))[None, :]
-                mask = kept[:, None] & inside[None, :]
-            tl.store(y_at + HALF, up.to(y_ptr.dtype.element_ty), mask=mask)
-        else:
-            y = activate(y, up, ACT)
+            y_at = starts[:, None] + (within + tl.arange(0, ROWS))[None, :]
+            mask = kept[:, None] & inside[None, :]
+        tl.store(y_at + HALF, up.to(y_ptr.dtype.element_ty), mask=mask)
+    elif ACT != 0:
+        y = activate(y, up, ACT)
     tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -268,7 +259,6 @@ def _tile_linear_kernel(
         number = second.to(tl.int32) + third.to(tl.int32)
         APART: tl.constexpr = HALF if ACT == 3 else WIDTH0
         APART_B: tl.constexpr = HALF if ACT == 3 else WIDTH0 - SKIP1
-        part_up = part if ACT == 3 else PART1
         SIZE: tl.constexpr = EXPERTS * RANK
         adds = part >= 0
         if SPLIT > 1:
@@ -295,33 +285,57 @@ def _tile_linear_kernel(
                 w = more_desc.load([member, row + ROWS, start])
                 w = tl.reshape(w, [MEMBERS * MORE, COLS])
                 more = tl.dot(x, w.T, more, input_precision="ieee")
-        # B is asked for before s is waited for.
+        # B is asked for before s is waited for. Gate and up have an s of their own, so each has
+        # a product for both members, in which the other's B is zero.
+        GATED: tl.constexpr = ACT == 1 or ACT == 2
         at = first - skipped
-        b, b_up = _both_b(
-            b_ptr, local, width, at, APART_B, adds, part_up >= 0,
-            ACT, HALF, SIZE, BLOCK_ER, ROWS,
-        )  # fmt: skip
-        b_more, b_more_up = _both_b(
-            b_ptr, local + ROWS, width, at, APART_B, adds, part_up >= 0,
-            ACT, HALF, SIZE, BLOCK_ER, MORE,
-        )  # fmt: skip
-        if adds | (part_up >= 0 if ACT != 0 else False):
-            while tl.atomic_add(counter_ptr, 0, sem="acquire") < SHRINK_TILES:
-                pass
-            tl.debug_barrier()
+        if adds:
+            b = _load_b(
+                b_ptr, local, width, at, APART_B, 0, 0 if GATED else -1,
+                ACT, HALF, SIZE, BLOCK_ER, ROWS,
+            )  # fmt: skip
+            _wait_for(counter_ptr, SHRINK_TILES)
+            acc = _add_delta(
+                acc, b, b_ptr, local, width, at, APART_B, s_ptr, n_tokens, part,
+                0 if GATED else -1, ACT, HALF, RANKS, SIZE, BLOCK_T, BLOCK_ER, ROWS,
+            )  # fmt: skip
+            if MORE:
+                b = _load_b(
+                    b_ptr, local + ROWS, width, at, APART_B, 0, 0 if GATED else -1,
+                    ACT, HALF, SIZE, BLOCK_ER, MORE,
+                )  # fmt: skip
+                more = _add_delta(
+                    more, b, b_ptr, local + ROWS, width, at, APART_B, s_ptr, n_tokens, part,
+                    0 if GATED else -1, ACT, HALF, RANKS, SIZE, BLOCK_T, BLOCK_ER, MORE,
+                )  # fmt: skip
+        if GATED and PART1 >= 0:
+            b = _load_b(
+                b_ptr, local, width, at, APART_B, 0, 1, ACT, HALF, SIZE, BLOCK_ER, ROWS
+            )
+            _wait_for(counter_ptr, SHRINK_TILES)
+            acc = _add_delta(
+                acc, b, b_ptr, local, width, at, APART_B, s_ptr, n_tokens, PART1, 1,
+                ACT, HALF, RANKS, SIZE, BLOCK_T, BLOCK_ER, ROWS,
+            )  # fmt: skip
+            if MORE:
+                b = _load_b(
+                    b_ptr, local + ROWS, width, at, APART_B, 0, 1,
+                    ACT, HALF, SIZE, BLOCK_ER, MORE,
+                )  # fmt: skip
+                more = _add_delta(
+                    more, b, b_ptr, local + ROWS, width, at, APART_B, s_ptr, n_tokens, PART1, 1,
+                    ACT, HALF, RANKS, SIZE, BLOCK_T, BLOCK_ER, MORE,
+                )  # fmt: skip
         _finish(
-            acc, b, b_up, local, slice_, bias_ptr, b_ptr, y_ptr, cos_sin_ptr, s_ptr,
-            n_tokens, y_stride, part, part_up, number, first, width, skipped, adds, in_pages,
-            there, keys_ptr, values_ptr, head_stride, APART, APART_B, WIDTH0 + WIDTH1,
-            HAS_BIAS, ACT, HALF, PAGED, RANKS, SIZE, BLOCK_T, BLOCK_ER, ROWS,
+            acc, local, slice_, bias_ptr, y_ptr, cos_sin_ptr, n_tokens, y_stride, number, first,
+            width, in_pages, there, keys_ptr, values_ptr, head_stride, APART, WIDTH0 + WIDTH1,
+            HAS_BIAS, ACT, HALF, PAGED, BLOCK_T, ROWS,
         )  # fmt: skip
         if MORE:
             _finish(
-                more, b_more, b_more_up, local + ROWS, slice_, bias_ptr, b_ptr, y_ptr,
-                cos_sin_ptr, s_ptr, n_tokens, y_stride, part, part_up, number, first, width,
-                skipped, adds, in_pages, there, keys_ptr, values_ptr, head_stride,
-                APART, APART_B, WIDTH0 + WIDTH1,
-                HAS_BIAS, ACT, HALF, PAGED, RANKS, SIZE, BLOCK_T, BLOCK_ER, MORE,
+                more, local + ROWS, slice_, bias_ptr, y_ptr, cos_sin_ptr, n_tokens, y_stride,
+                number, first, width, in_pages, there, keys_ptr, values_ptr, head_stride,
+                APART, WIDTH0 + WIDTH1, HAS_BIAS, ACT, HALF, PAGED, BLOCK_T, MORE,
             )  # fmt: skip
 
 
