@@ -44,14 +44,27 @@ ALIGNED += "block_size", "block_stride", "row_stride", "head_stride"
 NO_PAGES = dict.fromkeys(("keys_ptr", "values_ptr", "slots_ptr", *ALIGNED[-4:])) | {"PAGED": False}
 
 
-def dump_tool() -> str:
-    """cuobjdump, which Triton brings along."""
+def tool(name: str) -> str:
+    """cuobjdump or ptxas, which Triton brings along."""
     root = Path(triton.__file__).parent / "backends" / "nvidia"
-    return str(next(path for path in root.rglob("cuobjdump*") if path.is_file()))
+    return str(next(path for path in root.rglob(f"{name}*") if path.is_file()))
+
+
+def is_serialized(ptx: str) -> bool:
+    """Whether tensor cores wait for each product before the next one, as ptxas says: it does so to
+    a whole kernel if it cannot keep one product's sums where they are."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [tool("ptxas"), "-v", "--gpu-name=sm_90a", file.name, "-o", file.name + ".cubin"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        Path(file.name + ".cubin").unlink()
+    return "serialized" in done.stdout + done.stderr
 
 
 def build(name: str, kernel, constants: dict, warps: int, stages: int) -> dict:
-    """Registers, bytes of spills, global loads narrower than 8 bytes, and stores of 2."""
+    """Registers, bytes of spills, global loads narrower than 8 bytes, stores of 2, and whether
+    products wait for one another."""
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else POINTERS.get(n, "i32") for n in names}
     attributes = {
@@ -67,7 +80,7 @@ def build(name: str, kernel, constants: dict, warps: int, stages: int) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        command = [dump_tool(), "--dump-resource-usage", file.name]
+        command = [tool("cuobjdump"), "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     loads = re.findall(r"ld\.global\S*", built.asm["ptx"])
     narrow = [load for load in loads if not re.search(r"v[24]|b64|u64", load)]
@@ -80,6 +93,7 @@ def build(name: str, kernel, constants: dict, warps: int, stages: int) -> dict:
         "narrow": len(narrow),
         "halves": len(halves),
         "shared": built.metadata.shared,
+        "serialized": is_serialized(built.asm["ptx"]),
     }
 
 
