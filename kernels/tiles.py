@@ -89,11 +89,11 @@ class Tiles:
         Found on an H200 at the shapes of Llama-2-7B; docs/kernel-notes.md has the figures. See
         `find_tiles` for the arguments.
         """
-        if tma and 16 < tokens <= MAX_TILE_TOKENS:
-            cut = cls._tiled(tokens, size_in, rows, follows, itemsize)
-            if cut or tokens > MAX_STREAM_TOKENS:
-                return cut
-        return cls._streamed(tokens, rows, follows, itemsize, tma)
+        if tokens <= MAX_STREAM_TOKENS:
+            return cls._streamed(tokens, rows, follows, itemsize, tma)
+        if not tma or tokens > MAX_TILE_TOKENS:
+            return None
+        return cls._tiled(tokens, size_in, rows, follows, itemsize)
 
     @classmethod
     def _tiled(
@@ -104,6 +104,8 @@ class Tiles:
                 return None
             if itemsize > 2:
                 return cls(32, 32, min(MAX_SPLIT, max(1, cdiv(128, cdiv(rows, 32)))), tma=True)
+            if size_in <= 8192:
+                return cls(64, 128, 1, 4, 6, slices=2, tma=True)
             split = min(MAX_SPLIT, max(1, 112 // cdiv(rows, 96)))
             return cls(96, 128, split, 4, 5, slices=4, tma=True)
         pairs = bool(follows)
@@ -113,8 +115,8 @@ class Tiles:
             return cls(32, 32, 1, 4, 3, tma=True)
         if follows in ("", "rotary"):
             if tokens <= 64:
-                return cls(64, 128, 1, 8 if pairs else 4, 4, slices=2, tma=True)
-            return cls(64, 64, 1, 4, 6, slices=2, tma=True)
+                return cls(64, 128, 1, 4, 4, slices=2, tma=True)
+            return cls(64, 64, 1, 8, 6, slices=2, tma=True)
         if tokens <= 64:
             return cls(64, 64, 1, 4, 4, slices=2, tma=True)
         return cls(96, 64, 1, 8, 4, slices=2, tma=True)
@@ -122,10 +124,8 @@ class Tiles:
     @classmethod
     def _streamed(
         cls, tokens: int, rows: int, follows: str, itemsize: int, roomy: bool
-    ) -> Tiles | None:
+    ) -> Tiles:
         # Hopper's processors have room for 110 kB; others must do with less.
-        if tokens > MAX_STREAM_TOKENS:
-            return None
         few, pairs = tokens <= 16, follows not in ("", "norm")
         cols, most = 128 if itemsize == 2 else 64, 1 if pairs else 3
         height = 64 if roomy or not pairs or not few else 32
