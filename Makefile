@@ -9,6 +9,8 @@ SHELL := bash
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# Processes that run the tests of the CPU build, each a file at a time: most of them use one core.
+WORKERS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := .venv/.installed
@@ -34,7 +36,7 @@ demo: $(STAMP)
 	@$(BIN)/python -m vllm_adafuse.demo
 
 test: $(STAMP)
-	$(BIN)/pytest -q $(PYTEST_ARGS)
+	$(BIN)/pytest -q $(if $(GPU),,-n $(WORKERS) --dist loadfile --no-loadscope-reorder) $(PYTEST_ARGS)
 
 clean:
 	rm -rf .venv demo build *.egg-info .pytest_cache

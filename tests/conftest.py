@@ -8,6 +8,9 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+    # The models are too small for threads: they would only wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # On a GPU an engine's process takes its memory and its graphs along when it ends.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "1" if HAS_GPU else "0")
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
