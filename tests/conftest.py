@@ -21,8 +21,13 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+# The files that take longest, first: then processes that share the tests end together.
+LONG = "test_tutorial", "test_engine", "test_server", "test_compiled"
+
+
 def pytest_collection_modifyitems(items):
     """GPU tests run where there is a GPU, and only they do there: the rest needs a CPU build."""
+    items.sort(key=lambda item: not item.path.stem.startswith(LONG))
     for item in items:
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
