@@ -72,10 +72,12 @@ def generate(base, adapter=None, env=(), **options) -> tuple[str, list]:
 
 
 def test_without_an_adapter_the_plugin_changes_nothing(pair):
-    with_plugin = generate(pair[0])
-    without = generate(pair[0], env={"VLLM_PLUGINS": "none"}.items())
-    assert with_plugin[0] == "LlamaForCausalLM"
-    assert with_plugin == without
+    with engine(pair[0]) as llm:
+        name = llm.apply_model(lambda model: type(model).__name__)[0]
+        outputs = llm.generate(PROMPTS, greedy(), use_tqdm=False)
+    without, completions = generate(pair[0], env={"VLLM_PLUGINS": "none"}.items())
+    assert name == without == "LlamaForCausalLM"
+    assert [list(completion(output)) for output in outputs] == completions
 
 
 def test_compiled_graphs_and_their_cache(pair, tmp_path):
