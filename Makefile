@@ -9,6 +9,8 @@ SHELL := bash
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# Processes that run the tests of the CPU build, each a file at a time: most of them use one core.
+WORKERS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := .venv/.installed
@@ -34,7 +36,7 @@ demo: $(STAMP)
 	@$(BIN)/python -m vllm_adafuse.demo
 
 test: $(STAMP)
-	$(BIN)/pytest -q $(PYTEST_ARGS)
+	$(BIN)/pytest -q $(if $(GPU),,-n $(WORKERS) --dist loadfile --no-loadscope-reorder) $(PYTEST_ARGS)
 
 clean:
 	rm -rf .venv demo build *.egg-info .pytest_cache
@@ -57,10 +59,13 @@ ifeq ($(GPU),yes)
 	@$(PIP) install -e '.[test]' $(QUIET) | $(PROGRESS)
 else
 	@echo "Installing torch (CPU build, 190 MB) ..."
-	@$(PIP) install --no-deps -q "$$(grep '^torch==' $(LOCK))" 2>/dev/null || \
-		$(PIP) install --no-deps --extra-index-url $(TORCH_INDEX) "$$(grep '^torch==' $(LOCK))"
+	@$(PIP) install --no-deps --no-compile -q "$$(grep '^torch==' $(LOCK))" 2>/dev/null || \
+		$(PIP) install --no-deps --no-compile --extra-index-url $(TORCH_INDEX) \
+			"$$(grep '^torch==' $(LOCK))"
 	@echo "Installing the $$(grep -c == $(LOCK)) packages of $(LOCK) ..."
-	@$(PIP) install --no-deps -r $(LOCK) $(QUIET) | $(PROGRESS)
+	@grep == $(LOCK) | xargs -P 2 -n 40 $(PIP) install --no-deps --no-compile $(QUIET) | $(PROGRESS)
+	@echo "Compiling them ..."
+	@$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null || true  # some hold templates
 	@echo "Installing vllm-adafuse from this directory ..."
 	@$(PIP) install --no-deps --no-build-isolation -q -e .
 	@$(BIN)/python -m vllm_adafuse.cpu_metadata

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from vllm_adafuse import reference
@@ -19,6 +20,7 @@ def engine(base: Path, adapter: Path | None = None, **options):
     """A vLLM engine; its distributed state is torn down at the end."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.model_executor.models import registry
 
     options = {
         "gpu_memory_utilization": 0.2,
@@ -29,7 +31,11 @@ def engine(base: Path, adapter: Path | None = None, **options):
     } | options
     if adapter is not None:
         options["hf_overrides"] = {"adafuse_adapter": str(adapter)}
-    llm = LLM(str(base), **options)
+    if torch.cuda.is_available():
+        llm = LLM(str(base), **options)
+    else:  # vLLM asks a process of its own about a class, lest CUDA start in this one: 10 s each
+        with patch.object(registry, "_run_in_subprocess", lambda inspect: inspect()):
+            llm = LLM(str(base), **options)
     try:
         yield llm
     finally:

@@ -71,20 +71,27 @@ def generate(base, adapter=None, env=(), **options) -> tuple[str, list]:
     return json.loads(line.removeprefix("RESULT "))
 
 
+def generate_here(base, adapter=None, **options) -> tuple[str, list]:
+    """The same from this process."""
+    with engine(base, adapter, **options) as llm:
+        model = llm.apply_model(lambda model: type(model).__name__)[0]
+        outputs = llm.generate(PROMPTS, greedy(), use_tqdm=False)
+    return model, [list(completion(output)) for output in outputs]
+
+
 def test_without_an_adapter_the_plugin_changes_nothing(pair):
-    with_plugin = generate(pair[0])
-    without = generate(pair[0], env={"VLLM_PLUGINS": "none"}.items())
-    assert with_plugin[0] == "LlamaForCausalLM"
-    assert with_plugin == without
+    model, completions = generate_here(pair[0])
+    assert model == "LlamaForCausalLM"
+    assert [model, completions] == generate(pair[0], env={"VLLM_PLUGINS": "none"}.items())
 
 
-def test_compiled_graphs_and_their_cache(pair, tmp_path):
+def test_compiled_graphs_and_their_cache(pair, tmp_path, monkeypatch):
     """First start, second start from the cache, and another adapter on the same backbone."""
     base, adapter = pair
     other = make_random_adapter(base, tmp_path / "other", num_experts=3, r=2, seed=9)
-    env = {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}.items()
-    for run in (adapter, adapter, other):
-        name, completions = generate(base, run, env, enforce_eager=False)
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    for start, run in ((generate_here, adapter), (generate, adapter), (generate_here, other)):
+        name, completions = start(base, run, enforce_eager=False)
         assert name == "AdaFuseLlamaForCausalLM"
         assert_completions_equal(completions, base, run)
 

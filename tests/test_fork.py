@@ -12,6 +12,8 @@ import torch
 torch.set_num_threads(4)
 from vllm_adafuse.adapter import load_adapter
 load_adapter(sys.argv[1])
+if torch.get_num_threads() != 4:
+    sys.exit("the threads were not given back")
 child = os.fork()
 if child == 0:
     torch.isfinite(torch.randn(4_000_000)).all()

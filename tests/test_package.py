@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from vllm_adafuse.architectures import ARCHITECTURES
 from vllm_adafuse.compat import BEFORE, MINIMUM
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,9 +59,17 @@ def test_register_twice_imports_no_model_and_touches_no_device():
         "missing = {a.adafuse_name for a in ARCHITECTURES.values()} - set(ModelRegistry.models)\n"
         "loaded = [f'vllm.model_executor.models.{a.module}' for a in ARCHITECTURES.values()]\n"
         "loaded = [name for name in loaded if name in sys.modules]\n"
-        "print(missing or loaded or torch.cuda.is_initialized() or 'clean')"
+        "print(missing or loaded or torch.cuda.is_initialized() or 'clean')\n"
+        # As vLLM asks about a class, in a process that has imported nothing else.
+        "from vllm.model_executor.models.registry import _ModelInfo\n"
+        "for name in [a.adafuse_name for a in ARCHITECTURES.values()]:\n"
+        "    cls = ModelRegistry.models[name].load_model_cls()\n"
+        "    print(name, _ModelInfo.from_model_cls(cls).supports_pp)\n"
     )
-    assert out.split()[-1] == "clean"
+    assert out.split()[-1 - 2 * len(ARCHITECTURES)] == "clean"
+    assert out.split()[-2 * len(ARCHITECTURES) :] == [
+        word for a in ARCHITECTURES.values() for word in (a.adafuse_name, "True")
+    ]
 
 
 def test_every_op_has_a_test_file():
