@@ -158,10 +158,13 @@ def _tiled(
 ) -> Iterator[Tiles]:
     pairs, block_t = follows not in ("", "norm"), max(MIN_TOKENS, triton.next_power_of_2(tokens))
     two, many = 2 if pairs else 1, tokens > 64
+    norm = follows == "norm"
+    # The shrink should end long before the product: in short slices where that is cut, too.
+    slices_of = (4, 8) if norm and many else (2, 4) if many else (4 if size_in > 8192 else 2,)
     for rows, cols, stages, split, warps, slices in itertools.product(
-        (32, 64) if follows == "rotary" else (64, 96, 128) if pairs else (64, 96),
-        (64, 128), (3, 4, 5, 6), (1, 2, 3) if follows == "norm" else (1,),
-        (4, 8) if pairs else (4,), (2, 4) if many else (4 if size_in > 8192 else 2,),
+        (32, 64) if follows == "rotary" else (64, 96, 128), (64, 128),
+        (4, 5, 6) if norm else (3, 4, 5, 6), (1, 2, 3) if norm else (1,),
+        (4, 8) if pairs else (4,), slices_of,
     ):  # fmt: skip
         shared = stages * (rows * two + block_t) * cols * itemsize
         programs = triton.cdiv(rows_of_w, rows) * split
