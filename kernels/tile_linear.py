@@ -107,8 +107,8 @@ def _shrink_tile(
 
 @triton.jit
 def _columns(local, width, ACT: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr):
-    """Columns of a part that rows `local` and on of its first members are: how far the first one
-    is in its head, the head, the columns, and which of them are there."""
+    """Columns of a part that `ROWS` of its first members from `local` on are: how far in its head
+    the first one is, the head, the columns, and which of them are there."""
     head, within, start = 0, 0, local
     if ACT == 3:
         head, within = local // HALF, tl.multiple_of(local % HALF, ROWS)
@@ -119,7 +119,7 @@ def _columns(local, width, ACT: tl.constexpr, HALF: tl.constexpr, ROWS: tl.const
 
 @triton.jit
 def _load_b(
-    b_ptr, local, width, first, apart, chunk, ONLY: tl.constexpr,
+    b_ptr, local, width, first, chunk, ONLY: tl.constexpr, APART: tl.constexpr,
     ACT: tl.constexpr, HALF: tl.constexpr, SIZE: tl.constexpr, BLOCK_ER: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -130,7 +130,7 @@ def _load_b(
     member, column = place // ROWS, local + place % ROWS
     if ACT == 3:
         column = column // HALF * (2 * HALF) + column % HALF
-    rows = (first + tl.minimum(column, width - 1) + member * apart).to(tl.int64)
+    rows = (first + tl.minimum(column, width - 1) + member * APART).to(tl.int64)
     ranks = chunk * BLOCK_ER + tl.arange(0, BLOCK_ER)
     at = b_ptr + rows[:, None] * SIZE + ranks[None, :]
     if ONLY < 0 and SIZE % BLOCK_ER == 0:
@@ -141,20 +141,23 @@ def _load_b(
 
 @triton.jit
 def _add_delta(
-    acc, first_b, b_ptr, local, width, first, apart, s_ptr, n_tokens, part, ONLY: tl.constexpr,
-    ACT: tl.constexpr, HALF: tl.constexpr, RANKS: tl.constexpr, SIZE: tl.constexpr,
+    acc, local, b_ptr, s_ptr, counter_ptr, n_tokens, width, first, part,
+    ONLY: tl.constexpr, APART: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr,
+    RANKS: tl.constexpr, SIZE: tl.constexpr, SHRINK_TILES: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_ER: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """acc [T, members * rows] + s[part] B[rows]ᵀ; first_b: B's first chunk, loaded before."""
+    """acc [T, members * rows] + s[part] B[rows]ᵀ; ONLY: see `_load_b`."""
     tokens = tl.arange(0, BLOCK_T)
     s_at = s_ptr + tokens * RANKS + part * SIZE
     for chunk in tl.static_range((SIZE + BLOCK_ER - 1) // BLOCK_ER):
         ranks = chunk * BLOCK_ER + tl.arange(0, BLOCK_ER)
-        b = first_b
-        if chunk > 0:
-            b = _load_b(
-                b_ptr, local, width, first, apart, chunk, ONLY, ACT, HALF, SIZE, BLOCK_ER, ROWS
-            )
+        b = _load_b(
+            b_ptr, local, width, first, chunk, ONLY, APART, ACT, HALF, SIZE, BLOCK_ER, ROWS
+        )
+        if chunk == 0:  # B is on its way
+            while tl.atomic_add(counter_ptr, 0, sem="acquire") < SHRINK_TILES:
+                pass
+            tl.debug_barrier()
         mask = (tokens < n_tokens)[:, None] & (ranks < SIZE)[None, :]
         s = tl.load(s_at[:, None] + ranks[None, :], mask=mask, other=0.0, cache_modifier=".cg")
         acc = tl.dot(s, b.T, acc, input_precision="ieee")
@@ -162,10 +165,27 @@ def _add_delta(
 
 
 @triton.jit
-def _wait_for(counter_ptr, count):
-    while tl.atomic_add(counter_ptr, 0, sem="acquire") < count:
-        pass
-    tl.debug_barrier()
+def _add_deltas(
+    acc, local, b_ptr, s_ptr, counter_ptr, n_tokens, width, first, part, adds,
+    APART: tl.constexpr, PART1: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr,
+    RANKS: tl.constexpr, SIZE: tl.constexpr, SHRINK_TILES: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_ER: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The deltas of a tile, before its members part: if a product went on with some of the sums of
+    the one before, the compiler would have all products wait for one another (ptxas: C7511)."""
+    GATED: tl.constexpr = ACT == 1 or ACT == 2  # each with an s of its own, and so a product
+    if adds:
+        acc = _add_delta(
+            acc, local, b_ptr, s_ptr, counter_ptr, n_tokens, width, first, part,
+            0 if GATED else -1, APART, ACT, HALF, RANKS, SIZE, SHRINK_TILES,
+            BLOCK_T, BLOCK_ER, ROWS,
+        )  # fmt: skip
+    if GATED and PART1 >= 0:
+        acc = _add_delta(
+            acc, local, b_ptr, s_ptr, counter_ptr, n_tokens, width, first, PART1,
+            1, APART, ACT, HALF, RANKS, SIZE, SHRINK_TILES, BLOCK_T, BLOCK_ER, ROWS,
+        )  # fmt: skip
+    return acc
 
 
 @triton.jit
@@ -238,14 +258,12 @@ def _tile_linear_kernel(
             BLOCK_T, BLOCK_E, SHRINK_ROWS, COLS, STAGES,
         )  # fmt: skip
     else:
-        # Which tile of which part, and which slice of `in`. With ACT rows come in pairs, and a tile
-        # has both members: of gate and up, of first and second halves of heads.
+        # Which tile of which part, and which slice of `in`. With ACT a tile has both members.
         tile, slice_ = (pid - SHRINKS) // SPLIT, (pid - SHRINKS) % SPLIT
         TALL: tl.constexpr = ROWS + MORE
-        TALL_OF_PART: tl.constexpr = TALL * (2 if ACT == 3 else 1)
-        PARTED: tl.constexpr = ACT == 0 or ACT == 3
-        TILES0: tl.constexpr = (WIDTH0 + TALL_OF_PART - 1) // TALL_OF_PART
-        TILES1: tl.constexpr = (WIDTH1 + TALL_OF_PART - 1) // TALL_OF_PART if PARTED else 0
+        WIDE: tl.constexpr = TALL * (2 if ACT == 3 else 1)
+        TILES0: tl.constexpr = (WIDTH0 + WIDE - 1) // WIDE
+        TILES1: tl.constexpr = (WIDTH1 + WIDE - 1) // WIDE if ACT == 0 or ACT == 3 else 0
         # B has no rows for parts without experts.
         SKIP1: tl.constexpr = WIDTH0 if PART0 < 0 else 0
         SKIP2: tl.constexpr = SKIP1 + (WIDTH1 if PART1 < 0 else 0)
@@ -267,7 +285,6 @@ def _tile_linear_kernel(
         in_pages, there = rows_in_pages(
             slots_ptr, tokens, tokens < n_tokens, block_size, block_stride, row_stride, PAGED
         )
-        # The box of W: both members of its pairs.
         MEMBERS: tl.constexpr = 2 if ACT != 0 else 1
         member, row = 0, local
         if ACT == 0:
@@ -285,47 +302,16 @@ def _tile_linear_kernel(
                 w = more_desc.load([member, row + ROWS, start])
                 w = tl.reshape(w, [MEMBERS * MORE, COLS])
                 more = tl.dot(x, w.T, more, input_precision="ieee")
-        # B is asked for before s is waited for. Gate and up have an s of their own, so each has
-        # a product for both members, in which the other's B is zero.
-        GATED: tl.constexpr = ACT == 1 or ACT == 2
         at = first - skipped
-        if adds:
-            b = _load_b(
-                b_ptr, local, width, at, APART_B, 0, 0 if GATED else -1,
-                ACT, HALF, SIZE, BLOCK_ER, ROWS,
+        acc = _add_deltas(
+            acc, local, b_ptr, s_ptr, counter_ptr, n_tokens, width, at, part, adds,
+            APART_B, PART1, ACT, HALF, RANKS, SIZE, SHRINK_TILES, BLOCK_T, BLOCK_ER, ROWS,
+        )  # fmt: skip
+        if MORE:
+            more = _add_deltas(
+                more, local + ROWS, b_ptr, s_ptr, counter_ptr, n_tokens, width, at, part, adds,
+                APART_B, PART1, ACT, HALF, RANKS, SIZE, SHRINK_TILES, BLOCK_T, BLOCK_ER, MORE,
             )  # fmt: skip
-            _wait_for(counter_ptr, SHRINK_TILES)
-            acc = _add_delta(
-                acc, b, b_ptr, local, width, at, APART_B, s_ptr, n_tokens, part,
-                0 if GATED else -1, ACT, HALF, RANKS, SIZE, BLOCK_T, BLOCK_ER, ROWS,
-            )  # fmt: skip
-            if MORE:
-                b = _load_b(
-                    b_ptr, local + ROWS, width, at, APART_B, 0, 0 if GATED else -1,
-                    ACT, HALF, SIZE, BLOCK_ER, MORE,
-                )  # fmt: skip
-                more = _add_delta(
-                    more, b, b_ptr, local + ROWS, width, at, APART_B, s_ptr, n_tokens, part,
-                    0 if GATED else -1, ACT, HALF, RANKS, SIZE, BLOCK_T, BLOCK_ER, MORE,
-                )  # fmt: skip
-        if GATED and PART1 >= 0:
-            b = _load_b(
-                b_ptr, local, width, at, APART_B, 0, 1, ACT, HALF, SIZE, BLOCK_ER, ROWS
-            )
-            _wait_for(counter_ptr, SHRINK_TILES)
-            acc = _add_delta(
-                acc, b, b_ptr, local, width, at, APART_B, s_ptr, n_tokens, PART1, 1,
-                ACT, HALF, RANKS, SIZE, BLOCK_T, BLOCK_ER, ROWS,
-            )  # fmt: skip
-            if MORE:
-                b = _load_b(
-                    b_ptr, local + ROWS, width, at, APART_B, 0, 1,
-                    ACT, HALF, SIZE, BLOCK_ER, MORE,
-                )  # fmt: skip
-                more = _add_delta(
-                    more, b, b_ptr, local + ROWS, width, at, APART_B, s_ptr, n_tokens, PART1, 1,
-                    ACT, HALF, RANKS, SIZE, BLOCK_T, BLOCK_ER, MORE,
-                )  # fmt: skip
         _finish(
             acc, local, slice_, bias_ptr, y_ptr, cos_sin_ptr, n_tokens, y_stride, number, first,
             width, in_pages, there, keys_ptr, values_ptr, head_stride, APART, WIDTH0 + WIDTH1,
@@ -374,10 +360,8 @@ def tile_linear_triton(
     size_out = sum(widths)
     bank_a = joint[size_out:]
     members = tiled_widths(widths, activation)
-    cut = tiles or Tiles.choose(
-        tokens, size_in, sum(members), activation, x.element_size(), True
-    )  # fmt: skip
-    cut = cut or Tiles(64, 64, stages=3)
+    shape = tokens, size_in, sum(members), activation, x.element_size()
+    cut = tiles or Tiles.choose(*shape, tma=True) or Tiles(64, 64, stages=3)
     if half:
         cut = replace(cut, rows=min(power_of_2_part(cut.rows), half))
     rows = power_of_2_part(cut.rows)
