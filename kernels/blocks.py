@@ -18,6 +18,11 @@ BLOCK_ER = 128
 MAX_SHORT_TOKENS = 256
 
 
+def block_er(ranks: int) -> int:
+    """Ranks that one product takes of so many, for kernels that do not mind experts' limits."""
+    return min(BLOCK_ER, max(16, power_of_2(ranks)))
+
+
 @dataclass(frozen=True)
 class ExpandBlocks:
     """How an expand is cut.

@@ -32,7 +32,7 @@ from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import shrink_torch
 from vllm_adafuse.kernels.stream_linear import stream_linear_triton
 from vllm_adafuse.kernels.tile_linear import can_tile, tile_linear_triton
-from vllm_adafuse.kernels.tiles import MAX_TILE_TOKENS, find_tiles
+from vllm_adafuse.kernels.tiles import MAX_TILE_TOKENS, Tiles, find_tiles
 from vllm_adafuse.kernels.wide_expand import expand_long
 
 # Up to so many tokens the expand adds a bias at no cost; those of long steps have no place for it.
@@ -66,6 +66,16 @@ def bank_a_of(joint: torch.Tensor, bank_b: torch.Tensor, out: int) -> torch.Tens
     return joint[out:].view(-1, *bank_b.shape[1:], joint.shape[1])
 
 
+def cut_of(
+    x: torch.Tensor, joint: torch.Tensor, widths: Sequence[int], follows: str
+) -> Tiles | None:
+    """`find_tiles` for a step's product; with "norm" of one part."""
+    if x.shape[0] > MAX_TILE_TOKENS:  # long steps wait for the CPU: nothing else is asked
+        return None
+    rows, tma = sum(tiled_widths(widths, follows)), can_tile(x, joint)
+    return find_tiles(*x.shape, rows, follows, x.element_size(), x.device, tma)
+
+
 def stays_in_place(
     joint: torch.Tensor,
     bias: torch.Tensor | None,
@@ -97,10 +107,7 @@ def _run(
     if not x.is_cuda:
         y = linear_torch(x, joint, bias, bank_b, gates, parts, widths, activation, cos_sin, pages)
         return _new_result(x, joint, widths, activation, True).copy_(y) if in_place else y
-    cut = None
-    if x.shape[0] <= MAX_TILE_TOKENS:  # long steps wait for the CPU
-        rows, tma = sum(tiled_widths(widths, activation)), can_tile(x, joint)
-        cut = find_tiles(*x.shape, rows, activation, x.element_size(), x.device, tma)
+    cut = cut_of(x, joint, widths, activation)
     return linear_triton(
         x, joint, bias, bank_b, gates, present, counters[index] if cut else None,
         Scratch(low, partial, tickets, unread), Order(order_rows, order_present),

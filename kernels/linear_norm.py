@@ -16,12 +16,11 @@ from __future__ import annotations
 import torch
 from vllm_adafuse.kernels import linear
 from vllm_adafuse.kernels.blocks import ExpandBlocks
-from vllm_adafuse.kernels.linear import joint_product, linear_torch, one_launch
+from vllm_adafuse.kernels.linear import cut_of, joint_product, linear_torch, one_launch
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.residual_norm import residual_norm_torch, residual_norm_triton
 from vllm_adafuse.kernels.scratch import Scratch
-from vllm_adafuse.kernels.tile_linear import can_tile
-from vllm_adafuse.kernels.tiles import MAX_SPLIT, MAX_TILE_TOKENS, Tiles, find_tiles
+from vllm_adafuse.kernels.tiles import MAX_SPLIT, MAX_TILE_TOKENS, Tiles
 from vllm_adafuse.kernels.wide_expand import expand_long
 
 # From so many tokens on the norm adds the deltas: before, its programs are too few.
@@ -75,10 +74,7 @@ def _run(
 ):  # fmt: skip
     if not x.is_cuda:
         return linear_norm_torch(x, joint, residual, weight, eps, bank_b, gates)
-    cut = None
-    if x.shape[0] <= MAX_TILE_TOKENS:  # long steps wait for the CPU
-        tma, out = can_tile(x, joint), bank_b.shape[0]
-        cut = find_tiles(*x.shape, out, "norm", x.element_size(), x.device, tma)
+    cut = cut_of(x, joint, [bank_b.shape[0]], "norm")
     return linear_norm_triton(
         x, joint, residual, weight, eps, bank_b, gates, present,
         counters[index] if cut else None, Scratch(low, partial, tickets, unread), cut,

@@ -28,6 +28,22 @@ _SLICE = 4096
 
 
 @triton.jit
+def slice_of_in(size_in, slice_, slices, COLS: tl.constexpr):
+    """Where a slice of `in` begins and ends, in whole steps of COLS."""
+    size = tl.cdiv(tl.cdiv(size_in, slices), COLS) * COLS
+    begin = slice_ * size
+    return begin, tl.minimum(begin + size, size_in)
+
+
+@triton.jit
+def wait_for_shrink(counter_ptr, count):
+    """Until so many programs have left their part of s."""
+    while tl.atomic_add(counter_ptr, 0, sem="acquire") < count:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
 def leave_sums(acc, partial_ptr, slot, split, splits,
                ROWS: tl.constexpr, BLOCK_T: tl.constexpr):  # fmt: skip
     """Writes a program's sums [ROWS, T] where the last of its slot finds them."""
@@ -92,9 +108,8 @@ def shrink_program(
         last = True
         if used:
             a_rows = ((part * n_experts + expert) * rank + ranks).to(tl.int64) * size_in
-            slice_in = tl.cdiv(tl.cdiv(size_in, slices), BLOCK_IN) * BLOCK_IN
-            end = tl.minimum((split + 1) * slice_in, size_in)
-            for start in tl.range(split * slice_in, end, BLOCK_IN, num_stages=STAGES):
+            begin, end = slice_of_in(size_in, split, slices, BLOCK_IN)
+            for start in tl.range(begin, end, BLOCK_IN, num_stages=STAGES):
                 k = start + tl.arange(0, BLOCK_IN)
                 inside = k < end
                 a = tl.load(

@@ -21,7 +21,7 @@ from dataclasses import replace
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.blocks import BLOCK_ER, on_hopper, overlap
+from vllm_adafuse.kernels.blocks import block_er, on_hopper, overlap
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.paged_cache import NO_PAGES, Pages, rows_in_pages, starts_of_head
 from vllm_adafuse.kernels.pairs import (
@@ -41,6 +41,8 @@ from vllm_adafuse.kernels.shrink import (
     fit_cols,
     last_sums,
     shrink_program,
+    slice_of_in,
+    wait_for_shrink,
 )
 from vllm_adafuse.kernels.tiles import MAX_SPLIT, MAX_STREAM_TOKENS, Tiles
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
@@ -79,9 +81,7 @@ def add_delta(
     here = tokens < n_tokens
     s_at = s_ptr + (tokens * n_parts + part)[None, :] * size
     if present != 0:
-        while tl.atomic_add(counter_ptr, 0, sem="acquire") < n_slots:
-            pass
-        tl.debug_barrier()
+        wait_for_shrink(counter_ptr, n_slots)
     for start in range(0, size, BLOCK_ER):
         at = start + columns
         b = first_b
@@ -152,9 +152,7 @@ def _stream_linear_kernel(
         in_pages, there = rows_in_pages(
             slots_ptr, tokens, here, block_size, block_stride, row_stride, PAGED
         )
-        slice_in = tl.cdiv(tl.cdiv(size_in, SPLIT), COLS) * COLS
-        begin = split * slice_in
-        end = tl.minimum(begin + slice_in, size_in)
+        begin, end = slice_of_in(size_in, split, SPLIT, COLS)
         w_at = w_ptr + rows.to(tl.int64)[:, None] * size_in
         x_at = x_ptr + tokens[None, :] * x_stride
         acc = tl.zeros([ROWS, BLOCK_T], dtype=tl.float32)
@@ -291,7 +289,7 @@ def stream_linear_triton(
         HAS_BIAS=bias is not None, ACT=act, HALF=half, PAGED=pages is not None,
         EVEN=size_in % (tiles.cols * tiles.split) == 0,
         SPLIT=tiles.split, LEAVE=leave, BLOCK_T=block_t, BLOCK_R=grid.block_r,
-        BLOCK_ER=min(BLOCK_ER, max(16, power_of_2(experts * rank))),
+        BLOCK_ER=block_er(experts * rank),
         RANK=rank, ROWS=tiles.rows, COLS=tiles.cols, STAGES=tiles.stages,
         SHRINK_COLS=shrink_cols, SHRINK_STAGES=SHRINK_STAGES,
         num_warps=tiles.warps, num_stages=tiles.stages, **overlap(on_hopper(x)),

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
-from vllm_adafuse.kernels.blocks import BLOCK_ER, on_hopper, overlap
+from vllm_adafuse.kernels.blocks import block_er, on_hopper, overlap
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.paged_cache import NO_PAGES, Pages, rows_in_pages, starts_of_head
 from vllm_adafuse.kernels.pairs import (
@@ -33,10 +33,18 @@ from vllm_adafuse.kernels.pairs import (
     result_width,
     rotate,
     tiled_widths,
+    turns_of_heads,
 )
 from vllm_adafuse.kernels.scratch import Scratch
-from vllm_adafuse.kernels.shrink import MAX_SLICES, all_sums, is_last, leave_sums
-from vllm_adafuse.kernels.tiles import MAX_TILE_TOKENS, Tiles, power_of_2_part
+from vllm_adafuse.kernels.shrink import (
+    MAX_SLICES,
+    all_sums,
+    is_last,
+    leave_sums,
+    slice_of_in,
+    wait_for_shrink,
+)
+from vllm_adafuse.kernels.tiles import MAX_TILE_TOKENS, Tiles
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 # Rows of A in a tile. Hopper's tensor cores take no fewer tokens than MIN_TOKENS.
@@ -61,13 +69,6 @@ def scratch_sizes(bank_a: torch.Tensor) -> tuple[int, int, int]:
 
 
 @triton.jit
-def _slice_of_in(size_in, slice_, slices, COLS: tl.constexpr):
-    """Where a slice of `in` begins and ends, in whole steps of COLS."""
-    size = tl.cdiv(tl.cdiv(size_in, slices), COLS) * COLS
-    return slice_ * size, tl.minimum((slice_ + 1) * size, size_in)
-
-
-@triton.jit
 def _shrink_tile(
     pid, x_desc, a_desc, gates_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
     n_tokens, size_in,
@@ -77,7 +78,7 @@ def _shrink_tile(
 ):  # fmt: skip
     """A slice of `in` for one tile of A; whoever is the last of its tile leaves s [T, ranks]."""
     tile, slice_ = pid // SLICES, pid % SLICES
-    begin, end = _slice_of_in(size_in, slice_, SLICES, COLS)
+    begin, end = slice_of_in(size_in, slice_, SLICES, COLS)
     sums = tl.zeros([BLOCK_T, SHRINK_ROWS], dtype=tl.float32)
     for start in tl.range(begin, end, COLS, num_stages=STAGES):
         a = a_desc.load([tile * SHRINK_ROWS, start])
@@ -155,9 +156,7 @@ def _add_delta(
             b_ptr, local, width, first, chunk, ONLY, APART, ACT, HALF, SIZE, BLOCK_ER, ROWS
         )
         if chunk == 0:  # B is on its way
-            while tl.atomic_add(counter_ptr, 0, sem="acquire") < SHRINK_TILES:
-                pass
-            tl.debug_barrier()
+            wait_for_shrink(counter_ptr, SHRINK_TILES)
         mask = (tokens < n_tokens)[:, None] & (ranks < SIZE)[None, :]
         s = tl.load(s_at[:, None] + ranks[None, :], mask=mask, other=0.0, cache_modifier=".cg")
         acc = tl.dot(s, b.T, acc, input_precision="ieee")
@@ -213,11 +212,8 @@ def _finish(
     mask = here[:, None] & inside[None, :]
     if ACT == 3:
         if first < TURNED:  # v is not turned
-            turn = cos_sin_ptr + tokens[:, None] * (2 * HALF)
-            turn += (within + tl.arange(0, ROWS))[None, :]
-            cos = tl.load(turn, mask=mask, other=0.0).to(tl.float32)
-            sin = tl.load(turn + HALF, mask=mask, other=0.0).to(tl.float32)
-            y, up = rotate(y, up, cos, sin)
+            cos, sin = turns_of_heads(cos_sin_ptr, tokens, here, 0, within, HALF, ROWS)
+            y, up = rotate(y, up, cos.to(tl.float32), sin.to(tl.float32))
         if PAGED:
             starts, kept = starts_of_head(
                 y_ptr + tokens * y_stride + (first + head * (2 * HALF)), here,
@@ -291,7 +287,7 @@ def _tile_linear_kernel(
             row += first
         if ACT == 3:
             member, row = first // HALF + local // HALF * 2, local % HALF
-        begin, end = _slice_of_in(size_in, slice_, SPLIT, COLS)
+        begin, end = slice_of_in(size_in, slice_, SPLIT, COLS)
         acc = tl.zeros([BLOCK_T, MEMBERS * ROWS], dtype=tl.float32)
         more = tl.zeros([BLOCK_T, MEMBERS * MORE if MORE else 16], dtype=tl.float32)
         for start in tl.range(begin, end, COLS, num_stages=STAGES):
@@ -363,8 +359,8 @@ def tile_linear_triton(
     shape = tokens, size_in, sum(members), activation, x.element_size()
     cut = tiles or Tiles.choose(*shape, tma=True) or Tiles(64, 64, stages=3)
     if half:
-        cut = replace(cut, rows=min(power_of_2_part(cut.rows), half))
-    rows = power_of_2_part(cut.rows)
+        cut = replace(cut, rows=min(cut.pieces[0], half))
+    rows, more = cut.pieces
     block_t = max(MIN_TOKENS, power_of_2(tokens))
     count = sum(cdiv(w, cut.rows) for w in members)
     shrinks = cdiv(bank_a.shape[0], SHRINK_ROWS) * cut.slices
@@ -374,7 +370,7 @@ def tile_linear_triton(
     # W as members, rows of each, and `in`: boxes of pairs have two members.
     tall = half or (widths[0] if act else size_out)
     shape, strides = [size_out // tall, tall, size_in], [tall * size_in, size_in, 1]
-    boxes = [[2 if act else 1, r, cut.cols] for r in (rows, cut.rows - rows or rows)]
+    boxes = [[2 if act else 1, r, cut.cols] for r in (rows, more or rows)]
     launch(
         _tile_linear_kernel, (shrinks + count * split,),
         TensorDescriptor(x, list(x.shape), list(x.stride()), [block_t, cut.cols]),
@@ -390,8 +386,8 @@ def tile_linear_triton(
         SPLIT=split, SLICES=cut.slices, RANK=rank, EXPERTS=experts,
         RANKS=bank_a.shape[0], SHRINK_ROWS=SHRINK_ROWS,
         BLOCK_T=block_t, BLOCK_E=max(16, power_of_2(experts)),
-        BLOCK_ER=min(BLOCK_ER, max(16, power_of_2(experts * rank))),
-        ROWS=rows, MORE=cut.rows - rows, COLS=cut.cols, STAGES=cut.stages,
+        BLOCK_ER=block_er(experts * rank),
+        ROWS=rows, MORE=more, COLS=cut.cols, STAGES=cut.stages,
         num_warps=cut.warps, num_stages=cut.stages, **overlap(on_hopper(x)),
     )  # fmt: skip
     return y

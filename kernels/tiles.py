@@ -33,11 +33,6 @@ MAX_TILE_TOKENS = 128
 _MIN_ROWS = 3072
 
 
-def power_of_2_part(rows: int) -> int:
-    """The first piece of a tile of so many rows, whose second one is half of it or nothing."""
-    return 1 << max(rows, 1).bit_length() - 1
-
-
 @dataclass(frozen=True)
 class Tiles:
     """How a product is cut.
@@ -64,7 +59,8 @@ class Tiles:
     tma: bool = False
 
     def __post_init__(self):
-        if self.rows not in (power_of_2_part(self.rows) * k // 2 for k in (2, 2 + self.tma)):
+        first, second = self.pieces
+        if second != 0 and not (self.tma and 2 * second == first):
             more = " or one and a half of one" if self.tma else ""
             raise ValueError(f"Tiles: rows is {self.rows}, expected a power of two{more}")
         for name in ("cols", "warps", "shrink_cols"):
@@ -75,6 +71,12 @@ class Tiles:
             raise ValueError(f"Tiles: split is {self.split}, expected 1 to {MAX_SPLIT}")
         if not 1 <= self.slices <= MAX_SLICES:
             raise ValueError(f"Tiles: slices is {self.slices}, expected 1 to {MAX_SLICES}")
+
+    @property
+    def pieces(self) -> tuple[int, int]:
+        """Rows of the two pieces of a tile, powers of two; 0 for the second where one is all."""
+        first = 1 << max(self.rows, 1).bit_length() - 1
+        return first, self.rows - first
 
     def takes(self, tokens: int, tma: bool) -> bool:
         """Whether it serves so many tokens, with the accelerator or without."""

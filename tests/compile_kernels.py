@@ -128,18 +128,18 @@ def main() -> None:
         for tokens in (64, 128):
             cut = tiles.Tiles.choose(tokens, 4096, size_out, act, 2, True)
             cut = cut or tiles.Tiles(64, 64, stages=3)
-            tall = tiles.power_of_2_part(cut.rows)
+            tall, more = cut.pieces
             constants = shape | {
                 "SPLIT": 1, "SLICES": cut.slices, "RANK": 16, "EXPERTS": 8,
                 "RANKS": 128 * (2 if act == "silu" else 3), "SHRINK_ROWS": tile_linear.SHRINK_ROWS,
                 "BLOCK_T": tokens, "BLOCK_E": 16, "BLOCK_ER": 128,
-                "ROWS": tall, "MORE": cut.rows - tall, "COLS": cut.cols, "STAGES": cut.stages,
+                "ROWS": tall, "MORE": more, "COLS": cut.cols, "STAGES": cut.stages,
                 "PDL": True,
             }  # fmt: skip
             members = 2 if act else 1
             for name, box in {
                 "x": (tokens,), "a": (tile_linear.SHRINK_ROWS,), "w": (members, tall),
-                "more": (members, cut.rows - tall or tall),
+                "more": (members, more or tall),
             }.items():  # fmt: skip
                 box = ", ".join(map(str, (*box, cut.cols)))
                 POINTERS[f"{name}_desc"] = f"tensordesc<bf16[{box}]>"
