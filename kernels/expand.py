@@ -44,12 +44,12 @@ _SKIP_TOKENS = 8
 @triton.jit(do_not_specialize=["n_tokens"])
 def _expand_kernel(
     y_ptr, bias_ptr, out_ptr, s_ptr, b_ptr, gates_ptr, present_ptr, cos_sin_ptr,
-    n_tokens, y_stride, out_stride, s_stride, n_experts,
+    n_tokens, slice_stride, y_stride, out_stride, s_stride, n_experts,
     keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
     PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
-    RAW: tl.constexpr, SKIP: tl.constexpr, ALL: tl.constexpr,
+    RAW: tl.constexpr, SKIP: tl.constexpr, ALL: tl.constexpr, SPLIT: tl.constexpr,
     RANK: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr, ONE: tl.constexpr,
     EVERY_PART: tl.constexpr, PDL: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr,
@@ -87,7 +87,7 @@ def _expand_kernel(
     EVEN_B: tl.constexpr = EVEN and EVERY_PART
     s_at = s_ptr + rows.to(tl.int64) * s_stride + part * size
     s_up_at = s_ptr + rows.to(tl.int64) * s_stride + part_up * size
-    s = tl.zeros([BLOCK_T, BLOCK_E * BLOCK_R], dtype=s_ptr.dtype.element_ty)
+    s = tl.zeros([BLOCK_T, BLOCK_E * BLOCK_R], dtype=b_ptr.dtype.element_ty)
     s_up = s
     if PDL and LOOP > 1:
         tl.extra.cuda.gdc_wait()
@@ -140,6 +140,10 @@ def _expand_kernel(
         if PDL and LOOP == 1:
             tl.extra.cuda.gdc_wait()
         y = tl.load(y_at, mask=mask, other=0.0)
+        if SPLIT > 1:
+            y = y.to(tl.float32)
+        for slice_ in tl.static_range(1, SPLIT):
+            y += tl.load(y_at + slice_ * slice_stride, mask=mask, other=0.0)
         up = y
         if ACT != 0:
             up = tl.load(y_at + APART, mask=mask, other=0.0)
@@ -147,7 +151,15 @@ def _expand_kernel(
             s, s_up = load_both(
                 s_at, s_up_at, rows_s, rows_up, n_experts, ACT, RANK, EVEN_K, BLOCK_E, BLOCK_R
             )
-            if RAW:
+            if SPLIT > 1:
+                sums = s.to(tl.float32)
+                for slice_ in tl.static_range(1, SPLIT):
+                    sums += load_ranks(
+                        s_at + slice_ * slice_stride, rows_s, 0, n_experts, 0,
+                        RANK, False, EVEN_K, BLOCK_E, BLOCK_R,
+                    )  # fmt: skip
+                s = weigh(sums, gates).to(b.dtype)
+            elif RAW:
                 s, s_up = weigh(s, gates), weigh(s_up, gates)
         present = -1
         if SKIP:  # it may come from the kernel before
@@ -192,17 +204,17 @@ def _launch(
     y, bias, out, s, s_stride, bank_b, gates, present, parts, widths, act,
     blocks=None, cos_sin=None, pages=None,
 ) -> None:  # fmt: skip
-    tokens, (_, experts, rank) = y.shape[0], bank_b.shape
+    tokens, (_, experts, rank) = y.shape[-2], bank_b.shape
     half = cos_sin.shape[1] // 2 if act == ROTARY else 0
     groups, block_t, kernel = _plan(
         min(tokens, MAX_SHORT_TOKENS + 1), tuple(widths), tuple(parts), act, half, out is not y,
         experts, rank, y.element_size(), blocks, on_hopper(y),
-        bias is not None, pages is not None, gates is not None,
+        bias is not None, pages is not None, gates is not None, y.shape[0] if y.dim() == 3 else 0,
     )  # fmt: skip
     kernel(
         (groups, cdiv(tokens, block_t)),
         y, bias, out, s, bank_b, gates, present, cos_sin,
-        tokens, y.stride(0), out.stride(0), s_stride, experts, *(pages or NO_PAGES),
+        tokens, y.stride(0), y.stride(-2), out.stride(0), s_stride, experts, *(pages or NO_PAGES),
     )  # fmt: skip
 
 
@@ -210,7 +222,7 @@ def _launch(
 def _plan(
     tokens: int, widths: tuple, parts: tuple, act: int, half: int, every: bool, experts: int,
     rank: int, itemsize: int, blocks: ExpandBlocks | None, hopper: bool, has_bias: bool,
-    paged: bool, raw: bool,
+    paged: bool, raw: bool, split: int,
 ) -> tuple[int, int, Bound]:  # fmt: skip
     """Groups of tiles, tokens of a tile, and the kernel; every: parts without experts have tiles
     too."""
@@ -227,7 +239,7 @@ def _plan(
     widths, parts = (*widths, 0, 0)[:3], (*parts, -1, -1)[:3]
     return sum(cdiv(w, span) for w in tiled), blocks.tokens, bind(
         _expand_kernel,
-        HAS_BIAS=has_bias, PAGED=paged, RAW=raw,
+        HAS_BIAS=has_bias, PAGED=paged, RAW=raw, SPLIT=split,
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         PART0=parts[0], PART1=parts[1], PART2=parts[2],
         ACT=act, HALF=half, ALL=every,
@@ -236,6 +248,12 @@ def _plan(
         LOOP=blocks.loop, STAGES=blocks.stages, num_warps=blocks.warps,
         **expert_blocks(experts, rank, tokens < _SKIP_TOKENS), **overlap(hopper),
     )  # fmt: skip
+
+
+def adds_slices(tokens: int, experts: int, rank: int) -> bool:
+    """Whether `expand_raw_triton` takes sums of slices of `in`: in short steps where one product
+    has all experts."""
+    return _SKIP_TOKENS <= tokens <= MAX_SHORT_TOKENS and expert_blocks(experts, rank, False)["ONE"]
 
 
 def expand_triton(
@@ -278,8 +296,9 @@ def expand_raw_triton(
 
     Args:
         y: [T, out], W x; overwritten where no activation follows and no bias is added, and with
-            `in_place`.
-        s: [T, P E R], A x of all experts, not yet weighted.
+            `in_place`. Or sums of slices of `in` [split, T, out], where `adds_slices` holds and no
+            activation follows.
+        s: [T, P E R], A x of all experts, not yet weighted; or [split, T, P E R], as y.
         bias: [out], or None.
         bank_b, present, parts, widths: as in `expand_triton`.
         gates: [N, E] float32, N >= T.
@@ -294,10 +313,12 @@ def expand_raw_triton(
         [T, out], or [T, I] after silu or gelu_tanh; contiguous, or in y.
     """
     act, result = ACTIVATIONS.index(activation), result_of(y, widths, activation, in_place)
-    if result is y and (act or bias is not None):
+    if y.dim() == 3:
+        result = y.new_empty(y.shape[1:])
+    elif result is y and (act or bias is not None):
         result = torch.empty_like(y)
     _launch(
-        y, bias, result, s, s.stride(0), bank_b, gates, present, parts, widths, act,
+        y, bias, result, s, s.stride(-2), bank_b, gates, present, parts, widths, act,
         blocks, cos_sin, pages,
     )  # fmt: skip
     return result

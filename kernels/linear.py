@@ -148,6 +148,19 @@ def one_launch(
     )  # fmt: skip
 
 
+def sliced_product(
+    x: torch.Tensor, joint: torch.Tensor, out: int, split: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slices of W x and A x, [split, T, …] each, by one product of the vendor's for all slices of
+    `in`: programs enough where one for the whole would have few. Slices are rounded as the whole
+    would be, which costs the sum no more than that.
+    """
+    of_x = x.view(x.shape[0], split, -1).transpose(0, 1)
+    of_rows = joint.view(joint.shape[0], split, -1).permute(1, 2, 0)
+    y, s = torch.split_with_sizes(torch.bmm(of_x, of_rows), (out, joint.shape[0] - out), 2)
+    return y, s
+
+
 def joint_product(
     x: torch.Tensor, joint: torch.Tensor, bias: torch.Tensor | None, out: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

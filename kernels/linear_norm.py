@@ -15,8 +15,15 @@ from __future__ import annotations
 
 import torch
 from vllm_adafuse.kernels import linear
-from vllm_adafuse.kernels.blocks import ExpandBlocks
-from vllm_adafuse.kernels.linear import cut_of, joint_product, linear_torch, one_launch
+from vllm_adafuse.kernels.blocks import MAX_SHORT_TOKENS
+from vllm_adafuse.kernels.expand import adds_slices, expand_raw_triton
+from vllm_adafuse.kernels.linear import (
+    cut_of,
+    joint_product,
+    linear_torch,
+    one_launch,
+    sliced_product,
+)
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.residual_norm import residual_norm_torch, residual_norm_triton
 from vllm_adafuse.kernels.scratch import Scratch
@@ -25,15 +32,23 @@ from vllm_adafuse.kernels.wide_expand import expand_long
 
 # From so many tokens on the norm adds the deltas: before, its programs are too few.
 MIN_FUSED_TOKENS = 8192
-# Behind a product of so many elements of `in`, which ends otherwise than a short one, an expand of
-# some dozens of tokens is better cut like this (H200; docs/kernel-notes.md).
-_LONG_IN, _SOME_TOKENS, _SOME_BLOCKS = 8192, 192, ExpandBlocks(32, 128, 1, 8, 1)
 
 
 def scratch_sizes(bank_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
     """Bytes of s, floats of partial sums and tickets that a projection of `rows` rows may need."""
     low, floats, tickets = linear.scratch_sizes(bank_a, rows)
     return low, floats + MAX_SPLIT * MAX_TILE_TOKENS * rows, tickets
+
+
+def slices_of_product(tokens: int, size_in: int, rows: int, itemsize: int) -> int:
+    """Slices of `in` for the vendor's product of x [tokens, size_in] and so many rows.
+
+    Two, where whole tiles of it leave half of the processors idle, or `in` is long: found on an
+    H200, see docs/kernel-notes.md.
+    """
+    few = tokens <= MAX_SHORT_TOKENS and itemsize == 2
+    small = 2048 <= size_in and rows <= 66 * 64 or size_in > 8192
+    return 2 if few and small and size_in % 32 == 0 and rows % 8 == 0 else 1
 
 
 def slices_triton(
@@ -89,11 +104,15 @@ def linear_norm_triton(
     if cut:
         y = slices_triton(x, joint, bank_b, gates, present, counter, scratch, cut)
         return residual_norm_triton(y, None, *behind)
+    split = slices_of_product(*x.shape, joint.shape[0], x.element_size())
+    if split > 1 and adds_slices(x.shape[0], *bank_b.shape[1:]):
+        y, s = sliced_product(x, joint, out, split)
+        y = expand_raw_triton(y, s, None, bank_b, gates, present, [0], [out])
+        return residual_norm_triton(y, None, *behind, z=y)
     y, s, _ = joint_product(x, joint, None, out)
     if x.shape[0] >= MIN_FUSED_TOKENS:
         return residual_norm_triton(y, s, *behind)
-    blocks = _SOME_BLOCKS if x.shape[1] > _LONG_IN and x.shape[0] <= _SOME_TOKENS else None
-    y = expand_long(y, s, None, bank_b, gates, present, [0], [out], blocks=blocks)
+    y = expand_long(y, s, None, bank_b, gates, present, [0], [out])
     return residual_norm_triton(y, None, *behind, z=y)
 
 

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from vllm_adafuse.kernels.blocks import expert_blocks, on_hopper, overlap
 from vllm_adafuse.kernels.deltas import add_deltas, load_ranks, load_s
+from vllm_adafuse.kernels.early import begin_next
 from vllm_adafuse.kernels.launch import Bound, bind
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
@@ -44,6 +45,8 @@ def _residual_norm_kernel(
         mask = here[:, None] & (columns < WIDTH)[None, :]
         before = tl.load(residual_ptr + place, mask=mask, other=0.0)
     if PDL:
+        if LOOP == 1:
+            begin_next()
         tl.extra.cuda.gdc_wait()
     s_at = rows
     if EXPAND:

@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from vllm_adafuse.kernels.blocks import block_er, on_hopper, overlap
+from vllm_adafuse.kernels.early import prefetch
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.paged_cache import NO_PAGES, Pages, rows_in_pages, starts_of_head
 from vllm_adafuse.kernels.pairs import (
@@ -113,9 +114,9 @@ def _stream_linear_kernel(
     SHRINK_COLS: tl.constexpr, SHRINK_STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     pid, n_shrinks = tl.program_id(0), n_slots * slices
-    if PDL:  # launched while the kernel before it ends
-        tl.extra.cuda.gdc_wait()
     if pid < n_shrinks:
+        if PDL:  # launched before the kernel in front of it has ended
+            tl.extra.cuda.gdc_wait()
         shrink_program(
             pid, x_ptr, a_ptr, gates_ptr, present_ptr, s_ptr, partial_ptr, ticket_ptr,
             counter_ptr, n_tokens, x_stride, size_in, n_experts, RANK, n_parts, slices,
@@ -147,13 +148,18 @@ def _stream_linear_kernel(
         APART_B: tl.constexpr = HALF if ACT == 3 else WIDTH0 - SKIP1
         part_up = part if ACT == 3 else PART1
         rows = first + tl.minimum(local_rows, width - 1)
+        w_at = w_ptr + rows.to(tl.int64)[:, None] * size_in
+        if PDL:
+            if ACT != 0:  # behind a norm, which lets it begin early
+                prefetch(w_at)
+                prefetch(w_at + APART * size_in)
+            tl.extra.cuda.gdc_wait()
         tokens = tl.arange(0, BLOCK_T)
         here = tokens < n_tokens
         in_pages, there = rows_in_pages(
             slots_ptr, tokens, here, block_size, block_stride, row_stride, PAGED
         )
         begin, end = slice_of_in(size_in, split, SPLIT, COLS)
-        w_at = w_ptr + rows.to(tl.int64)[:, None] * size_in
         x_at = x_ptr + tokens[None, :] * x_stride
         acc = tl.zeros([ROWS, BLOCK_T], dtype=tl.float32)
         acc_up = acc

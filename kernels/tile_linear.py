@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 from vllm_adafuse.kernels.blocks import block_er, on_hopper, overlap
+from vllm_adafuse.kernels.early import prefetch_pairs
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.paged_cache import NO_PAGES, Pages, rows_in_pages, starts_of_head
 from vllm_adafuse.kernels.pairs import (
@@ -229,7 +230,7 @@ def _finish(
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _tile_linear_kernel(
-    x_desc, w_desc, more_desc, a_desc, bias_ptr, b_ptr, y_ptr, cos_sin_ptr,
+    x_desc, w_desc, more_desc, a_desc, w_ptr, bias_ptr, b_ptr, y_ptr, cos_sin_ptr,
     gates_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
     n_tokens, y_stride, size_in,
     keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
@@ -245,9 +246,9 @@ def _tile_linear_kernel(
     pid = tl.program_id(0)
     SHRINK_TILES: tl.constexpr = (RANKS + SHRINK_ROWS - 1) // SHRINK_ROWS
     SHRINKS: tl.constexpr = SHRINK_TILES * SLICES
-    if PDL:  # launched while the kernel before it ends
-        tl.extra.cuda.gdc_wait()
     if pid < SHRINKS:
+        if PDL:  # launched before the kernel in front of it has ended
+            tl.extra.cuda.gdc_wait()
         _shrink_tile(
             pid, x_desc, a_desc, gates_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
             n_tokens, size_in, RANKS, RANK, EXPERTS, SLICES,
@@ -274,19 +275,25 @@ def _tile_linear_kernel(
         APART: tl.constexpr = HALF if ACT == 3 else WIDTH0
         APART_B: tl.constexpr = HALF if ACT == 3 else WIDTH0 - SKIP1
         SIZE: tl.constexpr = EXPERTS * RANK
-        adds = part >= 0
-        if SPLIT > 1:
-            adds = adds & (slice_ == 0)
-        tokens = tl.arange(0, BLOCK_T)
-        in_pages, there = rows_in_pages(
-            slots_ptr, tokens, tokens < n_tokens, block_size, block_stride, row_stride, PAGED
-        )
+        adds = (part >= 0) & (slice_ == 0)
         MEMBERS: tl.constexpr = 2 if ACT != 0 else 1
         member, row = 0, local
         if ACT == 0:
             row += first
         if ACT == 3:
             member, row = first // HALF + local // HALF * 2, local % HALF
+        if PDL:
+            if ACT != 0:  # behind a norm, which lets it begin early
+                start = member * APART + row
+                prefetch_pairs(w_ptr, start, WIDTH0 + WIDTH1 + WIDTH2, size_in, APART, ROWS)
+                if MORE:
+                    start += ROWS
+                    prefetch_pairs(w_ptr, start, WIDTH0 + WIDTH1 + WIDTH2, size_in, APART, MORE)
+            tl.extra.cuda.gdc_wait()
+        tokens = tl.arange(0, BLOCK_T)
+        in_pages, there = rows_in_pages(
+            slots_ptr, tokens, tokens < n_tokens, block_size, block_stride, row_stride, PAGED
+        )
         begin, end = slice_of_in(size_in, slice_, SPLIT, COLS)
         acc = tl.zeros([BLOCK_T, MEMBERS * ROWS], dtype=tl.float32)
         more = tl.zeros([BLOCK_T, MEMBERS * MORE if MORE else 16], dtype=tl.float32)
@@ -376,7 +383,7 @@ def tile_linear_triton(
         TensorDescriptor(x, list(x.shape), list(x.stride()), [block_t, cut.cols]),
         *(TensorDescriptor(joint, shape, strides, box) for box in boxes),
         TensorDescriptor(bank_a, list(bank_a.shape), [size_in, 1], [SHRINK_ROWS, cut.cols]),
-        bias, bank_b, y, cos_sin,
+        joint, bias, bank_b, y, cos_sin,
         gates, scratch.s(x.dtype, tokens, bank_a.shape[0]),
         scratch.partial, scratch.tickets, counter,
         tokens, y.stride(-2), size_in, *(pages or NO_PAGES),

@@ -40,7 +40,7 @@ POINTERS = {
     **dict.fromkeys(("keys_ptr", "values_ptr"), "*bf16"),
 }
 ALIGNED = ("residual_stride", "x_stride", "y_stride", "out_stride", "s_stride", "size_in", "rank")
-ALIGNED += "block_size", "block_stride", "row_stride", "head_stride"
+ALIGNED += "slice_stride", "block_size", "block_stride", "row_stride", "head_stride"
 NO_PAGES = dict.fromkeys(("keys_ptr", "values_ptr", "slots_ptr", *ALIGNED[-4:])) | {"PAGED": False}
 
 
@@ -152,10 +152,13 @@ def main() -> None:
             constants = shape | blocks.expert_blocks(8, 16, False) | {
                 "RAW": True, "ALL": True, "EVERY_PART": True, "EVEN": True,
                 "BLOCK_T": cut.tokens, "BLOCK_OUT": columns,
-                "LOOP": cut.loop, "STAGES": cut.stages, "PDL": True,
+                "LOOP": cut.loop, "STAGES": cut.stages, "PDL": True, "SPLIT": 0,
             }  # fmt: skip
             name = f"expand act={number} tokens={tokens}"
             rows.append(build(name, expand._expand_kernel, constants, cut.warps, 2))
+            if tokens == 128 and not act:
+                name, constants = f"{name}, slices", constants | {"SPLIT": 2}
+                rows.append(build(name, expand._expand_kernel, constants, cut.warps, 2))
         widths = [shape[f"WIDTH{i}"] for i in range(3) if shape[f"WIDTH{i}"]]
         for tokens in (2048, 16000):
             cut = wide_expand.choose(tokens, widths[0], act)

@@ -4,7 +4,12 @@ import pytest
 import torch
 from ops import delta_truth, error, make_problem, shrink_truth, twice_from_joint
 from vllm_adafuse.kernels.blocks import ExpandBlocks
-from vllm_adafuse.kernels.expand import expand_raw_triton, expand_torch, expand_triton
+from vllm_adafuse.kernels.expand import (
+    adds_slices,
+    expand_raw_triton,
+    expand_torch,
+    expand_triton,
+)
 from vllm_adafuse.kernels.pairs import activate_torch, rotate_torch
 
 
@@ -42,6 +47,24 @@ def test_from_raw_sums_equals_float64(tokens, parts, activation):
     )  # fmt: skip
     truth = y.double() + bias.double() + delta_truth(p)
     assert error(out, activate_torch(truth, activation) if activation else truth) <= 1e-5
+
+
+@pytest.mark.parametrize("split", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [8, 70, 130])
+def test_slices_are_added(tokens, split):
+    p = make_problem(tokens, 48, [140], 3, 2, 4)
+    assert adds_slices(tokens, 3, 4)
+    y = torch.randn(split, tokens, 140, device=p.x.device)
+    parts_of_x = torch.rand(split, tokens, 48, device=p.x.device)
+    parts_of_x *= p.x / parts_of_x.sum(0)
+    raw = torch.einsum("peri,kti->ktper", p.bank_a.double(), parts_of_x.double())
+    joint = torch.cat([y, raw.flatten(2).float()], 2)
+    before = joint.clone()
+    out = expand_raw_triton(
+        joint[..., :140], joint[..., 140:], None, p.bank_b, p.gates, p.present, [0], [140]
+    )
+    assert error(out, y.double().sum(0) + delta_truth(p)) <= 1e-5
+    assert out.is_contiguous() and torch.equal(joint, before)
 
 
 @pytest.mark.parametrize("width", [140, 128])

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from ops import DEVICE, delta_truth, error, make_problem, plain_delta
-from vllm_adafuse.kernels.linear_norm import linear_norm, slices_triton
+from vllm_adafuse.kernels.linear import sliced_product
+from vllm_adafuse.kernels.linear_norm import linear_norm, slices_of_product, slices_triton
 from vllm_adafuse.kernels.tiles import Tiles
 
 
@@ -54,10 +55,33 @@ def test_slices_are_left_unadded(tokens, tma, split):
     assert split == 1 or error(slices[0], slices.sum(0).double()) > 0.1
 
 
+def test_the_vendors_product_is_cut_where_programs_are_few():
+    """Two slices of `in`, where tiles of 64 rows are half of a large GPU's processors, or `in` is
+    long; never of float32, nor in long steps."""
+    assert slices_of_product(128, 4096, 4096 + 128, 2) == 2
+    assert slices_of_product(256, 11008, 4096 + 128, 2) == 2
+    assert slices_of_product(100, 13824, 5120 + 128, 2) == 2
+    assert slices_of_product(128, 5120, 5120 + 128, 2) == 1
+    assert slices_of_product(128, 4096, 4096 + 128, 4) == 1
+    assert slices_of_product(257, 4096, 4096 + 128, 2) == 1
+    assert slices_of_product(128, 4096, 4096 + 125, 2) == 1
+
+
+@pytest.mark.parametrize("split", [1, 2, 4])
+def test_a_sliced_product(split):
+    p, *_ = make(40, 96, 72)
+    padded = torch.cat([p.x, p.x], 1)[:, :96]  # rows with gaps
+    y, s = sliced_product(padded, joint_of(p), 72, split)
+    assert y.shape == (split, 40, 72) and s.shape == (split, 40, 32)
+    assert error(y.sum(0), p.x.double() @ p.weight.double().T) <= 1e-5
+    assert error(s.sum(0), p.x.double() @ p.bank_a.flatten(0, 2).double().T) <= 1e-5
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 8, 17, 32, 33, 64, 100, 128, 129, 300, 1000, 9000])
-def test_half_precision_is_no_worse_than_plain_torch(tokens):
-    p, residual, weight = make(tokens, 1024, 512, torch.bfloat16, (8, 2, 16))
+@pytest.mark.parametrize("size_in", [1024, 4096])
+@pytest.mark.parametrize("tokens", [1, 8, 17, 32, 33, 64, 100, 128, 129, 256, 300, 1000, 9000])
+def test_half_precision_is_no_worse_than_plain_torch(tokens, size_in):
+    p, residual, weight = make(tokens, size_in, 512, torch.bfloat16, (8, 2, 16))
     exact = truth(p, residual, weight)
     plain = truth(p, residual, weight, torch.bfloat16)
     found = linear_norm(*flat(p, residual, weight), p.scratch)
