@@ -64,7 +64,7 @@ def main() -> None:
             "PART0": 0, "PART1": 1, "PART2": 2 if widths[2] else -1,
             "bias_ptr": None, "HAS_BIAS": False, "ACT": pairs.ACTIVATIONS.index(act), "HALF": 0,
             "cos_sin_ptr": None, "gates_ptr": None, **NO_PAGES,
-            "RAW": False, "ALL": True, "EVERY_PART": True, "EVEN": True,
+            "RAW": False, "SPLIT": 0, "ALL": True, "EVERY_PART": True, "EVEN": True,
             "PDL": True, "BLOCK_T": cut.tokens, "BLOCK_OUT": cut.columns,
             "LOOP": cut.loop, "STAGES": cut.stages,
         }  # fmt: skip

@@ -5,6 +5,7 @@ A program of its own, because Triton's interpreter, which other tests use, repla
 
 import itertools
 import json
+import threading
 
 import torch
 import triton
@@ -34,6 +35,7 @@ class Utils:
 class Launcher:
     def __init__(self, source, metadata):
         self.overlaps = metadata.launch_pdl
+        self.made_by_main = threading.current_thread() is threading.main_thread()
 
     def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *arguments):
         if enter is not None:
@@ -118,7 +120,8 @@ def main() -> None:
     loaded = next(numbers)
     launch(kernel, (1,), memory, None, TensorDescriptor.from_tensor(y, [1, 64]), 3, 1, 1.5,
            BLOCK=64, HAS=False, num_warps=2)  # fmt: skip
-    after = [len(built), len(reached), next(numbers) - loaded]
+    alone = all(ready.run.made_by_main for ready in module._compiled.values())
+    after = [len(built), len(reached), next(numbers) - loaded, alone]
     print(json.dumps({"rows": rows, "compiled only": after, "refused": refused, "hooked": hooked}))
 
 

@@ -27,9 +27,10 @@ def test_what_a_binary_counts_on_gets_one_of_its_own(seen):
 
 
 def test_compile_only_launches_nothing_and_later_launches_find_it(seen):
-    binaries, launches, loaded_later = seen["compiled only"]
+    binaries, launches, loaded_later, loaded_by_one_thread = seen["compiled only"]
     assert (binaries, launches) == (2, 1)
     assert loaded_later == 1  # the script's own count
+    assert loaded_by_one_thread  # Triton 3.6 may mix up launchers that threads load
 
 
 def test_a_constant_without_its_name_is_refused(seen):
