@@ -68,8 +68,8 @@ def copy_bandwidth() -> float:
 
 # One graph for all sizes: compiling anew for each would take longer than all measurements.
 @functools.partial(torch.compile, dynamic=True)
-def turn(y, cos_sin, rotated):  # in place, as vLLM's compiled models do it
-    y[:, :rotated] = rotate_torch(y[:, :rotated], cos_sin, rotated)
+def turn(q_and_k, cos_sin):  # into a new tensor, as vLLM's compiled models do it
+    return rotate_torch(q_and_k, cos_sin, q_and_k.shape[1])
 
 
 @functools.partial(torch.compile, dynamic=True)
@@ -127,7 +127,7 @@ class Case:
 
     def _follow(self, y: torch.Tensor, activation: str) -> None:
         if activation == "rotary":
-            turn(y, self.trial.cos_sin, self.p.widths[0] + self.p.widths[1])
+            turn(y[:, : self.p.widths[0] + self.p.widths[1]], self.trial.cos_sin[: len(y)])
         elif activation:
             activate(y)
         elif self.normed:
