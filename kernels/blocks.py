@@ -14,7 +14,7 @@ from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 # Ranks, of one expert or of several, that one product takes.
 BLOCK_ER = 128
-# Ranks of all experts, up to which long steps take the vendor's product over them (dense_expand.py).
+# Ranks of all experts, up to which long steps take the vendor's product of them (dense_expand.py).
 MAX_DENSE_RANKS = 1024
 # Longer steps are all cut alike.
 MAX_SHORT_TOKENS = 256

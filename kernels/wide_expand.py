@@ -210,8 +210,8 @@ def wide_expand_triton(
     """One launch; for what `can_widen` holds. Adds the deltas of the first `experts_at_once`.
 
     Args:
-        y: [T, out], W x with the deltas of the other experts, if any; rows contiguous. Overwritten with `in_place`, and if it is contiguous and
-            no gate_up follows.
+        y: [T, out], W x with the deltas of the other experts, if any; rows contiguous.
+            Overwritten with `in_place`, and if it is contiguous and no gate_up follows.
         s: [T, P E R], A x of all experts, of which the first are not yet weighted; rows contiguous,
             16 bytes aligned.
         bank_b: [out, E, R] contiguous, dtype of y.
