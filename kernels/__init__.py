@@ -15,8 +15,9 @@
       shrink         its first kernel: x into the rank space of the experts
       expand         its second kernel: out of it, added to y; ends both `linear`s behind the
                      vendor's product, as do
-      wide_expand    for thousands of tokens, and
-      ordered_expand for thousands and more than 128 ranks
+      wide_expand    for thousands of tokens, after
+      dense_expand   of the experts beyond 128 ranks, or
+      ordered_expand for thousands of tokens and ranks that neither takes
     live_route     hidden states at a layer -> routes   (`router.layer`, inside the model)
     layer_linear   x, [W; A; routers], B  -> the adapted projection, routed by its own input
       layer_expand   its kernel behind the product, for few tokens

@@ -14,6 +14,8 @@ from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 # Ranks, of one expert or of several, that one product takes.
 BLOCK_ER = 128
+# Ranks of all experts, up to which long steps take the vendor's product of them (dense_expand.py).
+MAX_DENSE_RANKS = 1024
 # Longer steps are all cut alike.
 MAX_SHORT_TOKENS = 256
 
@@ -110,6 +112,11 @@ def in_whole_tiles(parts: Sequence[int], widths: Sequence[int], head_dim: int) -
     if list(parts) != list(range(len(widths))) or head_dim not in (0, 32, 64, 128):
         return False
     return not any(width % (head_dim or 64) for width in widths)
+
+
+def in_wide_ranks(experts: int, rank: int) -> bool:
+    """Whether `wide_expand` takes experts of this rank, after `dense_expand` if they are many."""
+    return 16 <= rank <= BLOCK_ER and not rank & (rank - 1) and experts * rank <= MAX_DENSE_RANKS
 
 
 def on_hopper(tensor: torch.Tensor) -> bool:

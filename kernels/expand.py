@@ -361,7 +361,8 @@ def expand_torch(
     parts: Sequence[int],
     widths: Sequence[int],
 ) -> None:
-    """The reference: see `expand_triton`."""
+    """By the vendor's product; the reference, see `expand_triton`. Views of s and B need rows that
+    are contiguous, and no more."""
     b, row, column = bank_b.flatten(1), 0, 0
     for part, width in zip(parts, widths):
         if part >= 0:

@@ -7,15 +7,17 @@ for o_proj and down_proj, whose outputs go that way in most decoders. W and A st
 [W; A]. With few tokens one launch streams or tiles W, adds the deltas, and leaves sums of slices of
 `in`, which the norm adds up: so a product with few rows gets programs enough, and none waits for
 the last of them. Longer steps take products of the vendor's; up to some thousands of tokens an
-expand adds the deltas before the norm, beyond that the norm does (residual_norm.py). SGMM (AdaFuse,
-arXiv 2603.11873, section 3) for the deltas. The choice falls by shape and number of tokens alone.
+expand adds the deltas before the norm, beyond that the norm does (residual_norm.py), or if they
+have many ranks the vendor's product (dense_expand.py). SGMM (AdaFuse, arXiv 2603.11873, section 3)
+for the deltas. The choice falls by shape and number of tokens alone.
 """
 
 from __future__ import annotations
 
 import torch
 from vllm_adafuse.kernels import linear
-from vllm_adafuse.kernels.blocks import MAX_SHORT_TOKENS
+from vllm_adafuse.kernels.blocks import BLOCK_ER, MAX_DENSE_RANKS, MAX_SHORT_TOKENS
+from vllm_adafuse.kernels.dense_expand import dense_expand_triton
 from vllm_adafuse.kernels.expand import adds_slices, expand_raw_triton
 from vllm_adafuse.kernels.linear import (
     cut_of,
@@ -111,6 +113,9 @@ def linear_norm_triton(
         return residual_norm_triton(y, None, *behind, z=y)
     y, s, _ = joint_product(x, joint, None, out)
     if x.shape[0] >= MIN_FUSED_TOKENS:
+        if BLOCK_ER < s.shape[1] <= MAX_DENSE_RANKS:
+            dense_expand_triton(y, s, bank_b, gates, [0], [out])
+            s = None
         return residual_norm_triton(y, s, *behind)
     y = expand_long(y, s, None, bank_b, gates, present, [0], [out])
     return residual_norm_triton(y, None, *behind, z=y)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.blocks import BLOCK_ER
+from vllm_adafuse.kernels.blocks import BLOCK_ER, in_wide_ranks, on_hopper
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
@@ -38,8 +38,9 @@ class Order(NamedTuple):
     @classmethod
     def make(cls, tokens: int, experts: int, rank: int, device: torch.device) -> Order:
         """Buffers for steps of up to so many tokens; empty where no step is put into order, since
-        one product takes the ranks of all experts, or since they are too many."""
+        products take the ranks of all experts (expand_long), or since they are too many."""
         few = experts * rank <= BLOCK_ER
+        few = few or in_wide_ranks(experts, rank) and on_hopper(torch.empty(0, device=device))
         if few or experts > MAX_ORDER_EXPERTS or tokens < MIN_ORDER_TOKENS:
             tokens = 0
         return cls(

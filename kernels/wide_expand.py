@@ -6,8 +6,9 @@ then gate_up's activation, or the rotary embedding of q and k (pairs.py). The sa
 thousands of tokens on Hopper and later, where it is bound by the traffic of y alone: a program
 keeps s of its tokens in registers and walks along the columns, while the tensor memory accelerator
 brings the next tiles of y and of B, all experts in one product of up to 128 ranks, and takes the
-last results away; two programs to a processor wait by turns. SGMM (AdaFuse, arXiv 2603.11873,
-section 3).
+last results away; two programs to a processor wait by turns. Of more ranks it takes the first
+experts, and the vendor's product has added the others before (dense_expand.py). SGMM (AdaFuse,
+arXiv 2603.11873, section 3).
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from vllm_adafuse.kernels.blocks import (
     group_of_tiles,
     grouped_tiles,
     in_whole_tiles,
+    in_wide_ranks,
     on_hopper,
     overlap,
 )
 from vllm_adafuse.kernels.deltas import load_gates, weigh
+from vllm_adafuse.kernels.dense_expand import dense_expand_triton
 from vllm_adafuse.kernels.expand import expand_raw_triton
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.order_routes import Order
@@ -140,8 +143,8 @@ def can_widen(
     widths: Sequence[int],
     head_dim: int,
 ) -> bool:
-    """Whether this kernel is the one to take: many tokens, the experts fit one product, every part
-    has some, columns come in whole tiles, and the accelerator can read everything."""
+    """Whether this kernel is the one to take: many tokens, ranks that `in_wide_ranks` admits, every
+    part has some, columns come in whole tiles, and the accelerator can read everything."""
     if y.shape[0] < MIN_WIDE_TOKENS:
         return False
     if not on_hopper(y) or y.element_size() != 2 or y.stride(1) != 1 or y.stride(0) % 8:
@@ -151,9 +154,12 @@ def can_widen(
 
 @functools.cache
 def _fits(experts: int, rank: int, parts: tuple, widths: tuple, head_dim: int) -> bool:
-    if rank < 16 or rank & (rank - 1) or power_of_2(experts) * rank > BLOCK_ER:
-        return False
-    return experts * rank % 8 == 0 and in_whole_tiles(parts, widths, head_dim)
+    return in_wide_ranks(experts, rank) and in_whole_tiles(parts, widths, head_dim)
+
+
+def experts_at_once(experts: int, rank: int) -> int:
+    """Places for experts in one product: the first of them, or more than there are."""
+    return min(power_of_2(experts), BLOCK_ER // rank)
 
 
 def expand_long(
@@ -172,11 +178,15 @@ def expand_long(
     pages: Pages | None = None,
     in_place: bool = False,
 ) -> torch.Tensor:
-    """`wide_expand_triton` where it can, `ordered_expand_triton` where the step has an order and it
-    can, `expand_raw_triton` elsewhere, cut like `blocks` if it is told; see all three."""
+    """`wide_expand_triton` where it can, after `dense_expand_triton` of the experts that it leaves
+    out; `ordered_expand_triton` where the step has an order and it can; `expand_raw_triton`
+    elsewhere, cut like `blocks` if it is told; see all four. y and s may be overwritten."""
     head_dim = cos_sin.shape[1] if activation == "rotary" else 0
     behind = {"cos_sin": cos_sin, "pages": pages, "in_place": in_place}
     if bias is None and can_widen(y, bank_b, parts, widths, head_dim):
+        first = experts_at_once(*bank_b.shape[1:])
+        if first < bank_b.shape[1]:
+            dense_expand_triton(y, s, bank_b, gates, parts, widths, first)
         return wide_expand_triton(y, s, bank_b, gates, widths, activation, **behind)
     if bias is None and order and can_order(y, bank_b, parts, widths, head_dim):
         return ordered_expand_triton(y, s, bank_b, gates, order, widths, activation, **behind)
@@ -197,12 +207,13 @@ def wide_expand_triton(
     pages: Pages | None = None,
     in_place: bool = False,
 ) -> torch.Tensor:
-    """One launch; for what `can_widen` holds.
+    """One launch; for what `can_widen` holds. Adds the deltas of the first `experts_at_once`.
 
     Args:
-        y: [T, out], W x; rows contiguous. Overwritten with `in_place`, and if it is contiguous and
-            no gate_up follows.
-        s: [T, P E R], A x of all experts, not yet weighted; rows contiguous, 16 bytes aligned.
+        y: [T, out], W x with the deltas of the other experts, if any; rows contiguous.
+            Overwritten with `in_place`, and if it is contiguous and no gate_up follows.
+        s: [T, P E R], A x of all experts, of which the first are not yet weighted; rows contiguous,
+            16 bytes aligned.
         bank_b: [out, E, R] contiguous, dtype of y.
         gates: [N, E] float32, N >= T.
         widths: columns of each part.
@@ -248,6 +259,6 @@ def _plan(
     pieces = tiles["COLS"] // columns
     return groups * pieces, tiles | {
         "PIECES": pieces, "COLS": columns,
-        "RANK": rank, "EXPERTS": experts, "BLOCK_E": power_of_2(experts),
+        "RANK": rank, "EXPERTS": experts, "BLOCK_E": experts_at_once(experts, rank),
         "BLOCK_T": cut.tokens, "STAGES": cut.stages, "num_warps": cut.warps, **overlap(hopper),
     }  # fmt: skip

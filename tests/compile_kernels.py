@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from vllm_adafuse.kernels import (
     blocks,
+    dense_expand,
     expand,
     ordered_expand,
     pairs,
@@ -160,9 +161,9 @@ def main() -> None:
                 name, constants = f"{name}, slices", constants | {"SPLIT": 2}
                 rows.append(build(name, expand._expand_kernel, constants, cut.warps, 2))
         widths = [shape[f"WIDTH{i}"] for i in range(3) if shape[f"WIDTH{i}"]]
-        for tokens in (2048, 16000):
-            cut = wide_expand.choose(tokens, widths[0], act)
-            _, constants = wide_expand._plan(8, 16, tuple(widths), act, shape["HALF"], cut, True)
+        for tokens, experts in ((2048, 8), (16000, 8), (16000, 16)):
+            cut, half = wide_expand.choose(tokens, widths[0], act), shape["HALF"]
+            _, constants = wide_expand._plan(experts, 16, tuple(widths), act, half, cut, True)
             constants = {k: v for k, v in constants.items() if k.isupper()} | paged
             constants |= {} if act == "rotary" else {"cos_sin_ptr": None}
             block = f"tensordesc<bf16[{cut.tokens}, {cut.columns}]>"
@@ -170,6 +171,7 @@ def main() -> None:
             POINTERS["b_desc"] = f"tensordesc<bf16[{cut.columns}, 128]>"
             POINTERS["s_desc"] = f"tensordesc<bf16[{cut.tokens}, 128]>"
             name, kernel = f"wide_expand act={number} {tokens}", wide_expand._wide_expand_kernel
+            name += ", E=16" if experts == 16 else ""
             rows.append(build(name, kernel, constants, cut.warps, cut.stages))
         cut = ordered_expand.OrderedBlocks.choose(act, 16)
         _, constants = blocks.grouped_tiles(widths, act, shape["HALF"], cut.columns, cut.loop)
@@ -191,6 +193,11 @@ def main() -> None:
         constants |= {} if expands else {"s_ptr": None}
         kernel = residual_norm._residual_norm_kernel
         rows.append(build(f"residual_norm tokens={tokens}", kernel, constants, cut.warps, 3))
+    for experts, first, rank in ((16, 8, 16), (64, 8, 16), (20, 0, 40)):
+        _, bound = dense_expand._plan(experts, first, rank, True)
+        constants = {k: v for k, v in bound.constants.items() if k.isupper()}
+        warps, name = bound.constants["num_warps"], f"weigh E={experts} r={rank}"
+        rows.append(build(name, dense_expand._weigh_kernel, constants, warps, 3))
     block_in = shrink.fit_cols(shrink.BLOCK_IN, 16, 64, 2)
     constants = {"BLOCK_T": 64, "BLOCK_R": 16, "BLOCK_IN": block_in, "STAGES": 3}
     rows.append(build("shrink", shrink._shrink_kernel, constants, 4, 3))

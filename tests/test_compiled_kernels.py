@@ -21,7 +21,8 @@ def test_kernels_keep_their_values_in_registers(built):
     # and Triton 3.9 copies operands that lie in registers before each product (3.6 does not).
     at_once = {row["kernel"]: 65536 // (row["registers"] * row["threads"]) for row in built}
     acts = "1", "3", "3, paged"
-    wide = [f"wide_expand act={act} {tokens}" for act in acts for tokens in (2048, 16000)]
+    sizes = "2048", "16000", "16000, E=16"
+    wide = [f"wide_expand act={act} {size}" for act in acts for size in sizes]
     copied = [] if triton.__version__ < "3.7" else wide
     # Tiles take most of a processor's shared memory.
     tiled = [row["kernel"] for row in built if row["kernel"].startswith("tile_linear")]

@@ -3,8 +3,15 @@
 import pytest
 import torch
 from ops import DEVICE, delta_truth, error, make_problem, plain_delta
+from vllm_adafuse.kernels import linear_norm as module
+from vllm_adafuse.kernels import wide_expand
 from vllm_adafuse.kernels.linear import sliced_product
-from vllm_adafuse.kernels.linear_norm import linear_norm, slices_of_product, slices_triton
+from vllm_adafuse.kernels.linear_norm import (
+    linear_norm,
+    linear_norm_triton,
+    slices_of_product,
+    slices_triton,
+)
 from vllm_adafuse.kernels.tiles import Tiles
 
 
@@ -77,11 +84,49 @@ def test_a_sliced_product(split):
     assert error(s.sum(0), p.x.double() @ p.bank_a.flatten(0, 2).double().T) <= 1e-5
 
 
+MIXTURES = [(8, 2, 16), (16, 2, 16), (5, 2, 32), (65, 2, 16)]
+
+
+@pytest.mark.parametrize(
+    "mixture, widens",
+    [((20, 3, 9), False), *((m, False) for m in MIXTURES), *((m, True) for m in MIXTURES)],
+)
+def test_long_steps_of_many_ranks(mixture, widens, monkeypatch):
+    """By the vendor's product up to 1024 ranks: all of it from `MIN_FUSED_TOKENS` on, where the
+    norm follows at once; before that as much as `expand_long` hands it."""
+    calls, dense = [], wide_expand.dense_expand_triton
+
+    def count(*arguments):
+        calls.append(arguments[6:])
+        dense(*arguments)
+
+    for place in module, wide_expand:
+        monkeypatch.setattr(place, "dense_expand_triton", count)
+    experts, _, rank = mixture
+    if widens:
+        monkeypatch.setattr(wide_expand, "can_widen", lambda y, b, *_: b.shape[1] < 65)
+    else:
+        monkeypatch.setattr(module, "MIN_FUSED_TOKENS", 40)
+    p, residual, weight = make(70, 32, 128, mixture=mixture)
+    p.x = torch.cat([p.x, p.x], 1)[:, :32]  # rows with gaps
+    arguments = flat(p, residual, weight)[:8]
+    found = linear_norm_triton(*arguments, None, p.scratch, None)
+    assert calls == ([(128 // rank,) if widens else ()] if 128 < experts * rank <= 1024 else [])
+    for out, want in zip(found, truth(p, residual, weight)):
+        assert out.is_contiguous() and error(out, want) <= 1e-5
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("size_in", [1024, 4096])
-@pytest.mark.parametrize("tokens", [1, 8, 17, 32, 33, 64, 100, 128, 129, 256, 300, 1000, 9000])
-def test_half_precision_is_no_worse_than_plain_torch(tokens, size_in):
-    p, residual, weight = make(tokens, size_in, 512, torch.bfloat16, (8, 2, 16))
+@pytest.mark.parametrize(
+    "tokens, experts",
+    [
+        *((n, 8) for n in (1, 8, 17, 32, 33, 64, 100, 128, 129, 256, 300, 1000, 9000)),
+        *((n, e) for n in (5000, 9000) for e in (16, 20)),
+    ],
+)
+def test_half_precision_is_no_worse_than_plain_torch(tokens, size_in, experts):
+    p, residual, weight = make(tokens, size_in, 512, torch.bfloat16, (experts, 2, 16))
     exact = truth(p, residual, weight)
     plain = truth(p, residual, weight, torch.bfloat16)
     found = linear_norm(*flat(p, residual, weight), p.scratch)

@@ -53,7 +53,7 @@ def test_short_steps_and_many_experts_have_no_order(monkeypatch):
     assert Order.make(10_000, 65, 16, DEVICE).rows.numel() == 0
     assert Order.make(10_000, 65, 16, DEVICE).of(5000) is None
     assert Order.make(10_000, 8, 16, DEVICE).rows.numel() == 0  # one product takes them all
-    order = Order.make(MIN_ORDER_TOKENS, 8, 32, DEVICE)
+    order = Order.make(MIN_ORDER_TOKENS, 32, 8, DEVICE)
     assert order.of(MIN_ORDER_TOKENS - 1) is None and order.of(MIN_ORDER_TOKENS) is order
     _, ids, _ = make(100, 8, 2)
     order_routes(ids, order, 100, 8)
@@ -61,3 +61,12 @@ def test_short_steps_and_many_experts_have_no_order(monkeypatch):
     monkeypatch.setattr(module, "MIN_ORDER_TOKENS", 100)
     order_routes(ids, order, 100, 8)
     assert order.rows.any()
+
+
+@pytest.mark.parametrize("hopper", [False, True])
+def test_ranks_that_the_vendors_product_takes_have_no_order(hopper, monkeypatch):
+    monkeypatch.setattr(module, "on_hopper", lambda tensor: hopper)
+    ordered = lambda *mixture: Order.make(10_000, *mixture, DEVICE).rows.numel() > 0  # noqa: E731
+    assert not ordered(8, 16)
+    assert ordered(16, 16) == ordered(64, 16) == ordered(5, 32) == (not hopper)
+    assert ordered(64, 32) and ordered(32, 8)

@@ -12,7 +12,7 @@ from ops import DEVICE
 from test_gpu_engine import GRAPHS, gpu_pair, run_apart
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton.tools.tensor_descriptor import TensorDescriptor
-from vllm_adafuse.kernels import blocks, expand, launch, linear_norm, residual_norm
+from vllm_adafuse.kernels import blocks, dense_expand, expand, launch, linear_norm, residual_norm
 from vllm_adafuse.kernels.ffn_down import ffn_down
 from vllm_adafuse.kernels.ffn_mix import ffn_mix
 from vllm_adafuse.kernels.gather_routes import gather_routes
@@ -83,7 +83,7 @@ def launched(monkeypatch):
 
 def keep_no_kernel() -> None:
     """Plans hold kernels with their constants."""
-    for module in (expand, residual_norm):
+    for module in (dense_expand, expand, residual_norm):
         module._plan.cache_clear()
 
 

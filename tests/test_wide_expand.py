@@ -3,9 +3,11 @@
 import pytest
 import torch
 from ops import DEVICE, error, linear_truth, make_problem, twice_from_joint
-from vllm_adafuse.kernels.blocks import ExpandBlocks
-from vllm_adafuse.kernels.pairs import rotate_torch
-from vllm_adafuse.kernels.wide_expand import wide_expand_triton
+from vllm_adafuse.kernels import wide_expand
+from vllm_adafuse.kernels.blocks import BLOCK_ER, ExpandBlocks
+from vllm_adafuse.kernels.dense_expand import dense_expand_triton
+from vllm_adafuse.kernels.pairs import is_gate_up, rotate_torch
+from vllm_adafuse.kernels.wide_expand import _fits, expand_long, wide_expand_triton
 
 SHAPES = {  # tokens, in, widths, experts, k, rank
     "one-part": (70, 48, [128], 4, 2, 16, ""),
@@ -15,6 +17,17 @@ SHAPES = {  # tokens, in, widths, experts, k, rank
     "rotary": (37, 32, [128, 64, 64], 4, 2, 16, "rotary"),
     "one-expert": (17, 32, [128], 1, 1, 64, ""),
 }
+MANY = {  # more ranks than one product takes
+    "sixteen": (70, 32, [128, 64], 16, 2, 16, ""),
+    "five-of-32": (33, 32, [64], 5, 3, 32, ""),
+    "twenty-gate-up": (37, 32, [128, 128], 20, 3, 16, "silu"),
+    "twenty-rotary": (37, 32, [128, 64, 64], 20, 2, 16, "rotary"),
+    "sixty-four": (40, 32, [64, 64], 64, 2, 16, "gelu_tanh"),
+}
+
+
+def joint_of(p):
+    return torch.cat([p.weight, p.bank_a.flatten(0, 2)])
 
 
 def run(p, activation, cos_sin=None, blocks=None):
@@ -39,6 +52,53 @@ def test_equals_float64(name):
         assert torch.equal(run(p, activation, cos_sin, ExpandBlocks(16, 16, 2, 4, 2)), found)
 
 
+@pytest.mark.parametrize("name", MANY)
+def test_experts_beyond_one_product_are_added_before(name, monkeypatch):
+    monkeypatch.setattr(wide_expand, "can_widen", lambda *_: True)
+    *shape, activation = MANY[name]
+    p = make_problem(*shape)
+    cos_sin, want = None, linear_truth(p, "" if activation == "rotary" else activation)
+    if activation == "rotary":
+        cos_sin = torch.randn(50, 64, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+        want = rotate_torch(want, cos_sin.double(), p.widths[0] + p.widths[1])
+
+    def long(y, s, in_place):
+        return expand_long(
+            y, s, None, p.bank_b, p.gates, p.present, p.parts, p.widths, activation,
+            cos_sin=cos_sin, in_place=in_place,
+        )  # fmt: skip
+
+    both = (p.x.double() @ joint_of(p).double().T).to(p.x.dtype)
+    y, s = both.split([len(p.weight), both.shape[1] - len(p.weight)], 1)
+    assert error(long(y, s, False), want) <= 1e-5
+    if is_gate_up(activation):
+        both = (p.x.double() @ joint_of(p).double().T).to(p.x.dtype)
+        y, s = both.split([len(p.weight), both.shape[1] - len(p.weight)], 1)
+        out = long(y, s, True)
+        assert out.data_ptr() == y.data_ptr() and error(out, want) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["sixteen", "five-of-32", "twenty-gate-up"])
+def test_one_product_has_the_first_experts_alone(name):
+    """Of the others it sees neither gates nor s."""
+    *shape, activation = MANY[name]
+    p, first = make_problem(*shape), BLOCK_ER // shape[-1]
+    y = (p.x.double() @ p.weight.double().T).to(p.x.dtype)
+    s = (p.x.double() @ p.bank_a.flatten(0, 2).double().T).to(p.x.dtype)
+    s.unflatten(1, p.bank_a.shape[:3])[:, :, first:] = float("nan")
+    found = wide_expand_triton(y, s, p.bank_b, p.gates, p.widths, activation)
+    p.gates[: len(y), first:] = 0
+    assert error(found, linear_truth(p, activation)) <= 1e-5
+
+
+def test_which_ranks_it_takes():
+    takes = lambda experts, rank: _fits(experts, rank, (0,), (128,), 0)  # noqa: E731
+    assert takes(5, 16) and takes(8, 16) and takes(1, 128)
+    assert takes(9, 16) and takes(20, 16) and takes(64, 16) and takes(8, 128)
+    assert not takes(65, 16) and not takes(128, 16) and not takes(1, 256)
+    assert not takes(16, 8) and not takes(8, 24)
+
+
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_gates_of_any_size(activation):
     p = make_problem(40, 48, [64, 64], 8, 2, 16)
@@ -56,7 +116,7 @@ def test_rows_of_a_joint_product_come_back_contiguous(name):
     p = make_problem(*shape)
     cos_sin = torch.randn(50, 64, device=DEVICE) if activation == "rotary" else None
     apart = run(p, activation, cos_sin)
-    both = p.x.double() @ torch.cat([p.weight, p.bank_a.flatten(0, 2)]).double().T
+    both = p.x.double() @ joint_of(p).double().T
     y, s = both.to(p.x.dtype).split([p.weight.shape[0], len(both[0]) - p.weight.shape[0]], 1)
     found = wide_expand_triton(y, s, p.bank_b, p.gates, p.widths, activation, None, cos_sin)
     assert found.is_contiguous() and torch.equal(found, apart)
@@ -80,13 +140,13 @@ def test_default_cuts_reach_every_column(widths):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [600, 5000])
+@pytest.mark.parametrize("tokens, experts", [(600, 8), (5000, 8), (5000, 16), (5000, 20)])
 @pytest.mark.parametrize("name", ["qkv", "gate_up", "o"])
-def test_half_precision_is_no_worse_than_plain_torch(name, tokens):
+def test_half_precision_is_no_worse_than_plain_torch(name, tokens, experts):
     widths, activation = {
         "qkv": ([1024, 512, 512], "rotary"), "gate_up": ([2752, 2752], "silu"), "o": ([1024], ""),
     }[name]  # fmt: skip
-    p = make_problem(tokens, 256, widths, 8, 2, 16, dtype=torch.bfloat16)
+    p = make_problem(tokens, 256, widths, experts, 2, 16, dtype=torch.bfloat16)
     cos_sin = None
     follows = "" if activation == "rotary" else activation
     truth, plain = linear_truth(p, follows), linear_truth(p, follows, torch.bfloat16)
@@ -95,5 +155,7 @@ def test_half_precision_is_no_worse_than_plain_torch(name, tokens):
         truth = rotate_torch(truth, cos_sin.double(), 1536)
         plain = rotate_torch(plain, cos_sin, 1536)
     y, s = p.x @ p.weight.T, p.x @ p.bank_a.flatten(0, 2).T
+    if experts > 8:
+        dense_expand_triton(y, s, p.bank_b, p.gates, p.parts, widths, 8)
     found = wide_expand_triton(y, s, p.bank_b, p.gates, widths, activation, cos_sin=cos_sin)
     assert error(found, truth) <= 1.2 * error(plain, truth)

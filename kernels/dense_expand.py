@@ -1,0 +1,92 @@
+"""LoRA expand of long batches and many ranks, by the vendor's product:
+
+    y[t, n] += Σ_{e ≥ first} B[n, e] (gates[t, e] s[t, p(n), e])     p(n): the part of column n
+
+A product over the ranks of all experts, chosen or not, costs E R / in of the projection's own and a
+pass over y. A kernel weighs s in place, then one product adds to each part of y. What SGMM is
+(AdaFuse, arXiv 2603.11873, section 3) where skipping experts would cost more than their zeros do.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from vllm_adafuse.kernels.blocks import on_hopper, overlap
+from vllm_adafuse.kernels.deltas import weigh
+from vllm_adafuse.kernels.expand import expand_torch
+from vllm_adafuse.kernels.launch import Bound, bind
+from vllm_adafuse.kernels.whole import cdiv, power_of_2
+
+# Numbers of s that a program weighs; not tuned.
+_BLOCK = 4096
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def _weigh_kernel(
+    s_ptr, gates_ptr, n_tokens, s_stride,
+    EXPERTS: tl.constexpr, FIRST: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:  # launched while the kernel before it ends
+        tl.extra.cuda.gdc_wait()
+    # Experts of one token after the other, so that any number of them fills programs.
+    places = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    tokens = places // (EXPERTS - FIRST)
+    experts = FIRST + places % (EXPERTS - FIRST)
+    here = tokens < n_tokens
+    wide = tokens.to(tl.int64)
+    gates = tl.load(gates_ptr + wide * EXPERTS + experts, mask=here, other=0.0)[:, None]
+    ranks = tl.arange(0, BLOCK_R)[None, :]
+    first_rank = (tl.program_id(1) * EXPERTS + experts) * RANK
+    at = s_ptr + (wide * s_stride)[:, None] + first_rank[:, None] + ranks
+    inside = ranks < RANK
+    s = tl.load(at, mask=(gates != 0) & inside, other=0.0)  # few are chosen: the others not read
+    tl.store(at, weigh(s, gates), mask=here[:, None] & inside)
+
+
+def dense_expand_triton(
+    y: torch.Tensor,
+    s: torch.Tensor,
+    bank_b: torch.Tensor,
+    gates: torch.Tensor,
+    parts: Sequence[int],
+    widths: Sequence[int],
+    first: int = 0,
+) -> None:
+    """Adds the deltas of the experts from `first` on to y in place: one launch, and a product for
+    each part.
+
+    Args:
+        y: [T, out], W x; rows contiguous.
+        s: [T, P E R], A x of all experts, not yet weighted; rows contiguous. Those of the experts
+            from `first` on are weighted afterwards.
+        bank_b: [sum of the adapted widths, E, R] contiguous, dtype of y.
+        gates: [N, E] float32 contiguous, N >= T.
+        parts: for each of up to three parts of y its index in s, -1 for one without experts.
+        widths: columns of each part.
+        first: < E.
+    """
+    tokens, (_, experts, rank) = y.shape[0], bank_b.shape
+    of_parts = s.unflatten(1, (-1, experts * rank))
+    block, kernel = _plan(experts, first, rank, on_hopper(y))
+    kernel(
+        (cdiv(tokens * (experts - first), block), of_parts.shape[1]),
+        s, gates, tokens, s.stride(0),
+    )  # fmt: skip
+    expand_torch(y, of_parts[..., first * rank :], bank_b[:, first:], parts, widths)
+
+
+@functools.cache
+def _plan(experts: int, first: int, rank: int, hopper: bool) -> tuple[int, Bound]:
+    """Experts of tokens to a program, and the kernel."""
+    block_r = power_of_2(rank)
+    block_e = max(1, _BLOCK // block_r)
+    return block_e, bind(
+        _weigh_kernel,
+        EXPERTS=experts, FIRST=first, RANK=rank, BLOCK_E=block_e, BLOCK_R=block_r,
+        num_warps=8, **overlap(hopper),
+    )  # fmt: skip
