@@ -80,21 +80,20 @@ def add_deltas(
 ):  # fmt: skip
     """y + Σ_e s[rows, e] B[columns, e], [BLOCK_T, BLOCK_OUT] float32; ONE: one chunk is all."""
     if ONE:
-        y = tl.dot(first_s, tl.trans(first_b), y, input_precision="ieee")
-    else:
-        BLOCKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
-        for i in range(tl.cdiv(n_experts, BLOCK_E) * BLOCKS):
-            chunk, first_rank = i // BLOCKS, i % BLOCKS * BLOCK_R
-            here_too = True
-            if SKIP:  # BLOCK_E is 1: is this expert there?
-                here_too = (present >> chunk) & 1 != 0
-            if here_too:
-                b = load_ranks(
-                    b_at, inside, first_rank, n_experts, chunk, RANK, EVEN, EVEN_K, BLOCK_E, BLOCK_R
-                )
-                s = load_s(
-                    s_at, gates_ptr, rows, first_rank, here, n_experts, chunk,
-                    RANK, RAW, EVEN_K, BLOCK_T, BLOCK_E, BLOCK_R,
-                )  # fmt: skip
-                y = tl.dot(s, tl.trans(b), y, input_precision="ieee")
+        return tl.dot(first_s, tl.trans(first_b), y, input_precision="ieee")
+    BLOCKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
+    for i in range(tl.cdiv(n_experts, BLOCK_E) * BLOCKS):
+        chunk, first_rank = i // BLOCKS, i % BLOCKS * BLOCK_R
+        here_too = True
+        if SKIP:  # BLOCK_E is 1: is this expert there?
+            here_too = (present >> chunk) & 1 != 0
+        if here_too:
+            b = load_ranks(
+                b_at, inside, first_rank, n_experts, chunk, RANK, EVEN, EVEN_K, BLOCK_E, BLOCK_R
+            )
+            s = load_s(
+                s_at, gates_ptr, rows, first_rank, here, n_experts, chunk,
+                RANK, RAW, EVEN_K, BLOCK_T, BLOCK_E, BLOCK_R,
+            )  # fmt: skip
+            y = tl.dot(s, tl.trans(b), y, input_precision="ieee")
     return y

@@ -87,7 +87,7 @@ def _expand_kernel(
     EVEN_B: tl.constexpr = EVEN and EVERY_PART
     s_at = s_ptr + rows.to(tl.int64) * s_stride + part * size
     s_up_at = s_ptr + rows.to(tl.int64) * s_stride + part_up * size
-    s = tl.zeros([BLOCK_T, BLOCK_E * BLOCK_R], dtype=b_ptr.dtype.element_ty)
+    s = tl.zeros([BLOCK_T, BLOCK_E * BLOCK_R], dtype=s_ptr.dtype.element_ty)
     s_up = s
     if PDL and LOOP > 1:
         tl.extra.cuda.gdc_wait()
@@ -158,7 +158,7 @@ def _expand_kernel(
                         s_at + slice_ * slice_stride, rows_s, 0, n_experts, 0,
                         RANK, False, EVEN_K, BLOCK_E, BLOCK_R,
                     )  # fmt: skip
-                s = weigh(sums, gates).to(b.dtype)
+                s = weigh(sums, gates).to(s.dtype)
             elif RAW:
                 s, s_up = weigh(s, gates), weigh(s_up, gates)
         present = -1

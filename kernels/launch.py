@@ -194,11 +194,12 @@ def compile_only() -> Iterator[dict]:
         finally:
             _pending = None
         binaries = [b.result() if hasattr(b, "result") else b for b, _ in pending.values()]
+        distinct = set(binaries)
         # Triton 3.6 has gcc compile a launcher for each kind of arguments. Threads fill its cache
         # with them, and no more: what it loads, it loads into one module, out of which a thread
         # may take the launcher of another.
-        list(pool.map(lambda b: active.launcher_cls(b.src, b.metadata), set(binaries)))
-    for binary in set(binaries):
+        list(pool.map(lambda b: active.launcher_cls(b.src, b.metadata), distinct))
+    for binary in distinct:
         binary[(1, 1, 1)]  # to ask for a launch loads it
     if _EXACT:
         for (key, (_, constants)), binary in zip(pending.items(), binaries):

@@ -106,11 +106,12 @@ def linear_norm_triton(
     if cut:
         y = slices_triton(x, joint, bank_b, gates, present, counter, scratch, cut)
         return residual_norm_triton(y, None, *behind)
-    split = slices_of_product(*x.shape, joint.shape[0], x.element_size())
-    if split > 1 and adds_slices(x.shape[0], *bank_b.shape[1:]):
-        y, s = sliced_product(x, joint, out, split)
-        y = expand_raw_triton(y, s, None, bank_b, gates, present, [0], [out])
-        return residual_norm_triton(y, None, *behind, z=y)
+    if adds_slices(x.shape[0], *bank_b.shape[1:]):
+        split = slices_of_product(*x.shape, joint.shape[0], x.element_size())
+        if split > 1:
+            y, s = sliced_product(x, joint, out, split)
+            y = expand_raw_triton(y, s, None, bank_b, gates, present, [0], [out])
+            return residual_norm_triton(y, None, *behind, z=y)
     y, s, _ = joint_product(x, joint, None, out)
     if x.shape[0] >= MIN_FUSED_TOKENS:
         if BLOCK_ER < s.shape[1] <= MAX_DENSE_RANKS:

@@ -174,13 +174,12 @@ def expand_long(
     activation: str = "",
     order: Order | None = None,
     cos_sin: torch.Tensor | None = None,
-    blocks: ExpandBlocks | None = None,
     pages: Pages | None = None,
     in_place: bool = False,
 ) -> torch.Tensor:
     """`wide_expand_triton` where it can, after `dense_expand_triton` of the experts that it leaves
     out; `ordered_expand_triton` where the step has an order and it can; `expand_raw_triton`
-    elsewhere, cut like `blocks` if it is told; see all four. y and s may be overwritten."""
+    elsewhere; see all four. y and s may be overwritten."""
     head_dim = cos_sin.shape[1] if activation == "rotary" else 0
     behind = {"cos_sin": cos_sin, "pages": pages, "in_place": in_place}
     if bias is None and can_widen(y, bank_b, parts, widths, head_dim):
@@ -191,7 +190,7 @@ def expand_long(
     if bias is None and order and can_order(y, bank_b, parts, widths, head_dim):
         return ordered_expand_triton(y, s, bank_b, gates, order, widths, activation, **behind)
     return expand_raw_triton(
-        y, s, bias, bank_b, gates, present, parts, widths, activation, blocks, **behind
+        y, s, bias, bank_b, gates, present, parts, widths, activation, **behind
     )
 
 

@@ -151,6 +151,17 @@ def plain_delta(p: Problem) -> torch.Tensor:
     return delta
 
 
+def joint_of(p: Problem) -> torch.Tensor:
+    """[W; A]."""
+    return torch.cat([p.weight, p.bank_a.flatten(0, 2)])
+
+
+def from_joint(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """W x and A x as `linear` has them: views of the one product that it makes."""
+    both, out = (p.x.double() @ joint_of(p).double().T).to(p.x.dtype), len(p.weight)
+    return both[:, :out], both[:, out:]
+
+
 def twice_from_joint(
     p: Problem, run: Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
@@ -158,11 +169,10 @@ def twice_from_joint(
 
     run: (W x, A x, in_place) -> the result; both of the one product that `linear` makes.
     """
-    joint, out = torch.cat([p.weight, p.bank_a.flatten(0, 2)]), sum(p.widths)
-    both = (p.x.double() @ joint.double().T).to(p.x.dtype)
-    apart = run(both[:, :out], both[:, out:], False)
-    found = run(both[:, :out], both[:, out:], True)
-    in_y = found.data_ptr() == both.data_ptr() and found.stride() == both.stride()
+    y, s = from_joint(p)
+    apart = run(y, s, False)
+    found = run(y, s, True)
+    in_y = found.data_ptr() == y.data_ptr() and found.stride() == y.stride()
     return found, apart, in_y
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops import delta_truth, error, make_problem, plain_delta
+from ops import delta_truth, error, from_joint, joint_of, make_problem, plain_delta
 from vllm_adafuse.kernels.dense_expand import dense_expand_triton
 
 SHAPES = {  # (tokens, in, widths, experts, k, rank), parts, first
@@ -16,13 +16,6 @@ SHAPES = {  # (tokens, in, widths, experts, k, rank), parts, first
     "every-expert": ((37, 32, [64], 5, 5, 16), None, 4),
     "a-large-rank": ((3, 24, [40], 2, 1, 300), None, 1),
 }
-
-
-def products(p):
-    """W x and A x as `linear` has them: views of one tensor."""
-    joint = torch.cat([p.weight, p.bank_a.flatten(0, 2)])
-    both, out = (p.x.double() @ joint.double().T).to(p.x.dtype), len(p.weight)
-    return both[:, :out], both[:, out:]
 
 
 def only_from(p, first):
@@ -43,7 +36,7 @@ def run(p, y, s, first):
 @pytest.mark.parametrize("name", SHAPES)
 def test_equals_float64(name):
     p, first = make(name)
-    y, s = products(p)
+    y, s = from_joint(p)
     before, raw = y.double(), s.clone().unflatten(1, (-1, *p.bank_b.shape[1:]))
     run(p, y, s, first)
     assert error(y, before + delta_truth(only_from(p, first))) <= 1e-5
@@ -54,7 +47,7 @@ def test_equals_float64(name):
 @pytest.mark.parametrize("name", ["odd-rank", "three-parts", "holes"])
 def test_what_others_see_of_an_expert_does_not_matter(name):
     p, first = make(name)
-    y, s = products(p)
+    y, s = from_joint(p)
     apart, broken = y.clone(), s.clone()
     run(p, apart, s, first)
     chosen = (p.gates[: len(y), None, :, None] != 0).expand_as(
@@ -69,7 +62,7 @@ def test_what_others_see_of_an_expert_does_not_matter(name):
 
 def test_parts_without_experts_stay():
     p, first = make("holes")
-    y, s = products(p)
+    y, s = from_joint(p)
     before = y.clone()
     run(p, y, s, first)
     assert torch.equal(y[:, 24:64], before[:, 24:64])
@@ -95,7 +88,7 @@ def test_half_precision_is_no_worse_than_plain_torch(name, dtype):
 @pytest.mark.parametrize("first", [0, 8])
 def test_a_long_batch_in_half_precision(experts, first):
     p = make_problem(2000, 512, [1024, 512, 512], experts, 2, 16, dtype=torch.bfloat16)
-    both = p.x @ torch.cat([p.weight, p.bank_a.flatten(0, 2)]).T
+    both = p.x @ joint_of(p).T
     y, s = both.split([2048, both.shape[1] - 2048], 1)
     before = y.clone()
     run(p, y, s, first)

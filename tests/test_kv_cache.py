@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ops import DEVICE, make_problem
+from ops import DEVICE, joint_of, make_problem
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import ForwardContext, override_forward_context
 from vllm.model_executor.layers.attention import Attention
@@ -205,7 +205,7 @@ def test_a_step_of_the_op_writes_the_cache_that_vllm_would():
     cache = LayerCache(attention)
     p = make_problem(TOKENS, 48, [128, 64, 64], 4, 2, 4, bias=True)
     cos_sin = torch.randn(TOKENS, SIZE, device=DEVICE)
-    joint = torch.cat([p.weight, p.bank_a.flatten(0, 2)])
+    joint = joint_of(p)
     mapping = torch.tensor([40, 3, -1, 17, 0], device=DEVICE)
 
     def step(name):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops import DEVICE, delta_truth, error, make_problem, plain_delta
+from ops import DEVICE, delta_truth, error, joint_of, make_problem, plain_delta
 from vllm_adafuse.kernels import linear_norm as module
 from vllm_adafuse.kernels import wide_expand
 from vllm_adafuse.kernels.linear import sliced_product
@@ -13,10 +13,6 @@ from vllm_adafuse.kernels.linear_norm import (
     slices_triton,
 )
 from vllm_adafuse.kernels.tiles import Tiles
-
-
-def joint_of(p):
-    return torch.cat([p.weight, p.bank_a.flatten(0, 2)])
 
 
 def flat(p, residual, weight):

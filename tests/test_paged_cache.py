@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from ops import DEVICE, error, linear_truth, make_order, make_problem
+from ops import DEVICE, error, joint_of, linear_truth, make_order, make_problem
 from vllm_adafuse.kernels import paged_cache
 from vllm_adafuse.kernels.blocks import ExpandBlocks
 from vllm_adafuse.kernels.expand import expand_raw_triton
@@ -61,7 +61,7 @@ def by_stream(p, cos_sin, pages):
 
 def by_tiles(p, cos_sin, pages):
     counter = torch.zeros(4, dtype=torch.int32, device=DEVICE)
-    joint = torch.cat([p.weight, p.bank_a.flatten(0, 2)])
+    joint = joint_of(p)
     return tile_linear_triton(
         p.x, joint, p.bias, p.bank_b, p.gates, counter, p.scratch,
         p.parts, p.widths, "rotary", Tiles(16, 32, slices=2), cos_sin=cos_sin, pages=pages,
@@ -117,7 +117,7 @@ class Anywhere:
 def by_op(p, cos_sin, pages):
     source = Anywhere(pages)
     register_source("layers.0.attn", source)
-    joint = torch.cat([p.weight, p.bank_a.flatten(0, 2)])
+    joint = joint_of(p)
     counters = torch.zeros(3, 4, dtype=torch.int32, device=DEVICE)
     order = Order.make(0, 4, 16, DEVICE)
     out = linear(

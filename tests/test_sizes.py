@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops import DEVICE, error, linear_truth, make_order, make_problem
+from ops import DEVICE, error, joint_of, linear_truth, make_order, make_problem
 from vllm_adafuse.kernels.expand import expand_raw_triton
 from vllm_adafuse.kernels.ordered_expand import ordered_expand_triton
 from vllm_adafuse.kernels.stream_linear import stream_linear_triton
@@ -26,7 +26,7 @@ def streamed(p, counter, activation):
 
 
 def tiled(p, counter, activation):
-    joint = torch.cat([p.weight, p.bank_a.flatten(0, 2)])
+    joint = joint_of(p)
     return tile_linear_triton(
         p.x, joint, None, p.bank_b, p.gates, counter, p.scratch, p.parts, p.widths,
         activation,

@@ -3,7 +3,7 @@
 import ops
 import pytest
 import torch
-from ops import DEVICE, error, linear_truth, make_problem
+from ops import DEVICE, error, joint_of, linear_truth, make_problem
 from vllm_adafuse.kernels.pairs import rotate_torch
 from vllm_adafuse.kernels.tile_linear import tile_linear_triton
 from vllm_adafuse.kernels.tiles import Tiles
@@ -18,7 +18,7 @@ SHAPES["hundred-tokens"] = (100, 72, [64, 70], 5, 2, 12)
 
 def run(p, activation="", tiles=None, **options):
     counter = torch.zeros(4, dtype=torch.int32, device=DEVICE)
-    joint = torch.cat([p.weight, p.bank_a.flatten(0, 2)])
+    joint = joint_of(p)
     return tile_linear_triton(
         p.x, joint, p.bias, p.bank_b, p.gates, counter, p.scratch,
         p.parts, p.widths, activation, tiles, **options,

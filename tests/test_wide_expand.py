@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops import DEVICE, error, linear_truth, make_problem, twice_from_joint
+from ops import DEVICE, error, from_joint, linear_truth, make_problem, twice_from_joint
 from vllm_adafuse.kernels import wide_expand
 from vllm_adafuse.kernels.blocks import BLOCK_ER, ExpandBlocks
 from vllm_adafuse.kernels.dense_expand import dense_expand_triton
@@ -24,10 +24,6 @@ MANY = {  # more ranks than one product takes
     "twenty-rotary": (37, 32, [128, 64, 64], 20, 2, 16, "rotary"),
     "sixty-four": (40, 32, [64, 64], 64, 2, 16, "gelu_tanh"),
 }
-
-
-def joint_of(p):
-    return torch.cat([p.weight, p.bank_a.flatten(0, 2)])
 
 
 def run(p, activation, cos_sin=None, blocks=None):
@@ -68,12 +64,9 @@ def test_experts_beyond_one_product_are_added_before(name, monkeypatch):
             cos_sin=cos_sin, in_place=in_place,
         )  # fmt: skip
 
-    both = (p.x.double() @ joint_of(p).double().T).to(p.x.dtype)
-    y, s = both.split([len(p.weight), both.shape[1] - len(p.weight)], 1)
-    assert error(long(y, s, False), want) <= 1e-5
+    assert error(long(*from_joint(p), False), want) <= 1e-5
     if is_gate_up(activation):
-        both = (p.x.double() @ joint_of(p).double().T).to(p.x.dtype)
-        y, s = both.split([len(p.weight), both.shape[1] - len(p.weight)], 1)
+        y, s = from_joint(p)
         out = long(y, s, True)
         assert out.data_ptr() == y.data_ptr() and error(out, want) <= 1e-5
 
@@ -116,8 +109,7 @@ def test_rows_of_a_joint_product_come_back_contiguous(name):
     p = make_problem(*shape)
     cos_sin = torch.randn(50, 64, device=DEVICE) if activation == "rotary" else None
     apart = run(p, activation, cos_sin)
-    both = p.x.double() @ joint_of(p).double().T
-    y, s = both.to(p.x.dtype).split([p.weight.shape[0], len(both[0]) - p.weight.shape[0]], 1)
+    y, s = from_joint(p)
     found = wide_expand_triton(y, s, p.bank_b, p.gates, p.widths, activation, None, cos_sin)
     assert found.is_contiguous() and torch.equal(found, apart)
 
