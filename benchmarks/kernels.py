@@ -15,7 +15,7 @@ import argparse
 import functools
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from vllm_adafuse.cli.cmd_random import integers
 from vllm_adafuse.kernels.linear import linear, linear_torch
 from vllm_adafuse.kernels.linear_norm import linear_norm
-from vllm_adafuse.kernels.pairs import rotate_torch
 from vllm_adafuse.tuning import Product, Trial, time_us
 
 from benchmarks import record
@@ -66,19 +65,36 @@ def copy_bandwidth() -> float:
     return 2 * a.nbytes / us * 1e6
 
 
-# One graph for all sizes: compiling anew for each would take longer than all measurements.
-@functools.partial(torch.compile, dynamic=True)
+def compiled(function: Callable) -> Callable:
+    """By torch.compile: one graph for all numbers of tokens, since compiling anew for each would
+    take longer than all measurements; of one width, as a width not known costs divisions."""
+    torch._dynamo.config.recompile_limit = 64  # models times sizes
+    compiles = torch.compile(function, dynamic=False)
+
+    @functools.wraps(function)
+    def call(y, *others):
+        for tensor in (y, *others):
+            if 1 < len(y) == len(tensor):
+                torch._dynamo.mark_dynamic(tensor, 0)
+        return compiles(y, *others)
+
+    return call
+
+
+@compiled
 def turn(q_and_k, cos_sin):  # into a new tensor, as vLLM's compiled models do it
-    return rotate_torch(q_and_k, cos_sin, q_and_k.shape[1])
+    cos, sin = cos_sin[:, None].chunk(2, -1)
+    a, b = q_and_k.unflatten(1, (-1, cos_sin.shape[1])).chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-@functools.partial(torch.compile, dynamic=True)
+@compiled
 def activate(y):
     gate, up = y.chunk(2, -1)
     return F.silu(gate) * up
 
 
-@functools.partial(torch.compile, dynamic=True)
+@compiled
 def norm(y, residual, factors):
     z = y.float() + residual.float()
     wide = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + EPS)
