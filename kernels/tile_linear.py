@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
-from vllm_adafuse.kernels.blocks import block_er, on_hopper, overlap
+from vllm_adafuse.kernels.blocks import BLOCK_ER, block_er, on_hopper, overlap
 from vllm_adafuse.kernels.early import prefetch_pairs
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.paged_cache import NO_PAGES, Pages, rows_in_pages, starts_of_head
@@ -43,7 +43,13 @@ from vllm_adafuse.kernels.shrink import (
     is_last,
     leave_sums,
     slice_of_in,
-    wait_for_shrink,
+)
+from vllm_adafuse.kernels.tile_deltas import (
+    add_deltas,
+    apart,
+    held_b,
+    s_of_parts,
+    with_held_deltas,
 )
 from vllm_adafuse.kernels.tiles import MAX_TILE_TOKENS, Tiles
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
@@ -120,89 +126,17 @@ def _columns(local, width, ACT: tl.constexpr, HALF: tl.constexpr, ROWS: tl.const
 
 
 @triton.jit
-def _load_b(
-    b_ptr, local, width, first, chunk, ONLY: tl.constexpr, APART: tl.constexpr,
-    ACT: tl.constexpr, HALF: tl.constexpr, SIZE: tl.constexpr, BLOCK_ER: tl.constexpr,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    """A chunk of B for a tile, all members [members * rows, BLOCK_ER]; rows past the part's end may
-    be anything. ONLY: zeros for the other member."""
-    MEMBERS: tl.constexpr = 2 if ACT != 0 else 1
-    place = tl.arange(0, MEMBERS * ROWS)
-    member, column = place // ROWS, local + place % ROWS
-    if ACT == 3:
-        column = column // HALF * (2 * HALF) + column % HALF
-    rows = (first + tl.minimum(column, width - 1) + member * APART).to(tl.int64)
-    ranks = chunk * BLOCK_ER + tl.arange(0, BLOCK_ER)
-    at = b_ptr + rows[:, None] * SIZE + ranks[None, :]
-    if ONLY < 0 and SIZE % BLOCK_ER == 0:
-        return tl.load(at)
-    mask = (ranks < SIZE)[None, :] & ((member == ONLY) | (ONLY < 0))[:, None]
-    return tl.load(at, mask=mask, other=0.0)
-
-
-@triton.jit
-def _add_delta(
-    acc, local, b_ptr, s_ptr, counter_ptr, n_tokens, width, first, part,
-    ONLY: tl.constexpr, APART: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr,
-    RANKS: tl.constexpr, SIZE: tl.constexpr, SHRINK_TILES: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_ER: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """acc [T, members * rows] + s[part] B[rows]ᵀ; ONLY: see `_load_b`."""
-    tokens = tl.arange(0, BLOCK_T)
-    s_at = s_ptr + tokens * RANKS + part * SIZE
-    for chunk in tl.static_range((SIZE + BLOCK_ER - 1) // BLOCK_ER):
-        ranks = chunk * BLOCK_ER + tl.arange(0, BLOCK_ER)
-        b = _load_b(
-            b_ptr, local, width, first, chunk, ONLY, APART, ACT, HALF, SIZE, BLOCK_ER, ROWS
-        )
-        if chunk == 0:  # B is on its way
-            wait_for_shrink(counter_ptr, SHRINK_TILES)
-        mask = (tokens < n_tokens)[:, None] & (ranks < SIZE)[None, :]
-        s = tl.load(s_at[:, None] + ranks[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-        acc = tl.dot(s, b.T, acc, input_precision="ieee")
-    return acc
-
-
-@triton.jit
-def _add_deltas(
-    acc, local, b_ptr, s_ptr, counter_ptr, n_tokens, width, first, part, adds,
-    APART: tl.constexpr, PART1: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr,
-    RANKS: tl.constexpr, SIZE: tl.constexpr, SHRINK_TILES: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_ER: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """The deltas of a tile, before its members part: if a product went on with some of the sums of
-    the one before, the compiler would have all products wait for one another (ptxas: C7511)."""
-    GATED: tl.constexpr = ACT == 1 or ACT == 2  # each with an s of its own, and so a product
-    if adds:
-        acc = _add_delta(
-            acc, local, b_ptr, s_ptr, counter_ptr, n_tokens, width, first, part,
-            0 if GATED else -1, APART, ACT, HALF, RANKS, SIZE, SHRINK_TILES,
-            BLOCK_T, BLOCK_ER, ROWS,
-        )  # fmt: skip
-    if GATED and PART1 >= 0:
-        acc = _add_delta(
-            acc, local, b_ptr, s_ptr, counter_ptr, n_tokens, width, first, PART1,
-            1, APART, ACT, HALF, RANKS, SIZE, SHRINK_TILES, BLOCK_T, BLOCK_ER, ROWS,
-        )  # fmt: skip
-    return acc
-
-
-@triton.jit
 def _finish(
-    acc, local, slice_, bias_ptr, y_ptr, cos_sin_ptr, n_tokens, y_stride, number, first, width,
+    y, up, local, slice_, bias_ptr, y_ptr, cos_sin_ptr, n_tokens, y_stride, number, first, width,
     in_pages, there, keys_ptr, values_ptr, head_stride,
     APART: tl.constexpr, TURNED: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
     BLOCK_T: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """From a tile of the projection, deltas included, to one of the result."""
+    """From the members of a tile, deltas included, to a tile of the result."""
     tokens = tl.arange(0, BLOCK_T)
     here = tokens < n_tokens
     within, head, columns, inside = _columns(local, width, ACT, HALF, ROWS)
-    y, up = acc, acc
-    if ACT != 0:
-        y, up = tl.split(tl.permute(tl.reshape(acc, [BLOCK_T, 2, ROWS]), [0, 2, 1]))
     if HAS_BIAS:
         bias_at = bias_ptr + first + columns
         y += tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -230,8 +164,9 @@ def _finish(
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _tile_linear_kernel(
-    x_desc, w_desc, more_desc, a_desc, w_ptr, bias_ptr, b_ptr, y_ptr, cos_sin_ptr,
-    gates_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
+    x_desc, w_desc, more_desc, a_desc, b_desc, more_b_desc,
+    w_ptr, bias_ptr, b_ptr, y_ptr, cos_sin_ptr, gates_ptr,
+    s_ptr, partial_ptr, ticket_ptr, counter_ptr,
     n_tokens, y_stride, size_in,
     keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
@@ -241,7 +176,7 @@ def _tile_linear_kernel(
     RANKS: tl.constexpr, SHRINK_ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_ER: tl.constexpr,
     ROWS: tl.constexpr, MORE: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    EARLY_B: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     SHRINK_TILES: tl.constexpr = (RANKS + SHRINK_ROWS - 1) // SHRINK_ROWS
@@ -289,6 +224,12 @@ def _tile_linear_kernel(
                 if MORE:
                     start += ROWS
                     prefetch_pairs(w_ptr, start, WIDTH0 + WIDTH1 + WIDTH2, size_in, APART, MORE)
+        at = first - skipped
+        if EARLY_B:  # comes from no kernel either
+            b = held_b(b_desc, local, at, ACT, HALF, ROWS, BLOCK_ER)
+            if MORE:
+                more_b = held_b(more_b_desc, local + ROWS, at, ACT, HALF, MORE, BLOCK_ER)
+        if PDL:
             tl.extra.cuda.gdc_wait()
         tokens = tl.arange(0, BLOCK_T)
         in_pages, there = rows_in_pages(
@@ -305,27 +246,53 @@ def _tile_linear_kernel(
                 w = more_desc.load([member, row + ROWS, start])
                 w = tl.reshape(w, [MEMBERS * MORE, COLS])
                 more = tl.dot(x, w.T, more, input_precision="ieee")
-        at = first - skipped
-        acc = _add_deltas(
-            acc, local, b_ptr, s_ptr, counter_ptr, n_tokens, width, at, part, adds,
-            APART_B, PART1, ACT, HALF, RANKS, SIZE, SHRINK_TILES, BLOCK_T, BLOCK_ER, ROWS,
-        )  # fmt: skip
-        if MORE:
-            more = _add_deltas(
-                more, local + ROWS, b_ptr, s_ptr, counter_ptr, n_tokens, width, at, part, adds,
-                APART_B, PART1, ACT, HALF, RANKS, SIZE, SHRINK_TILES, BLOCK_T, BLOCK_ER, MORE,
+        if EARLY_B:
+            s, s_up = s_of_parts(
+                s_ptr, counter_ptr, n_tokens, part, adds,
+                PART1, ACT, RANKS, SIZE, SHRINK_TILES, BLOCK_T, BLOCK_ER,
             )  # fmt: skip
+            y, up = with_held_deltas(acc, b, s, s_up, PART0, PART1, ACT, BLOCK_T, ROWS)
+            if MORE:
+                more_y, more_up = with_held_deltas(
+                    more, more_b, s, s_up, PART0, PART1, ACT, BLOCK_T, MORE
+                )
+        else:
+            acc = add_deltas(
+                acc, local, b_ptr, s_ptr, counter_ptr, n_tokens, width, at, part, adds,
+                APART_B, PART1, ACT, HALF, RANKS, SIZE, SHRINK_TILES, BLOCK_T, BLOCK_ER, ROWS,
+            )  # fmt: skip
+            if MORE:
+                more = add_deltas(
+                    more, local + ROWS, b_ptr, s_ptr, counter_ptr, n_tokens, width, at, part, adds,
+                    APART_B, PART1, ACT, HALF, RANKS, SIZE, SHRINK_TILES, BLOCK_T, BLOCK_ER, MORE,
+                )  # fmt: skip
+                more_y, more_up = apart(more, ACT, BLOCK_T, MORE)
+            y, up = apart(acc, ACT, BLOCK_T, ROWS)
         _finish(
-            acc, local, slice_, bias_ptr, y_ptr, cos_sin_ptr, n_tokens, y_stride, number, first,
+            y, up, local, slice_, bias_ptr, y_ptr, cos_sin_ptr, n_tokens, y_stride, number, first,
             width, in_pages, there, keys_ptr, values_ptr, head_stride, APART, WIDTH0 + WIDTH1,
             HAS_BIAS, ACT, HALF, PAGED, BLOCK_T, ROWS,
         )  # fmt: skip
         if MORE:
             _finish(
-                more, local + ROWS, slice_, bias_ptr, y_ptr, cos_sin_ptr, n_tokens, y_stride,
-                number, first, width, in_pages, there, keys_ptr, values_ptr, head_stride,
+                more_y, more_up, local + ROWS, slice_, bias_ptr, y_ptr, cos_sin_ptr, n_tokens,
+                y_stride, number, first, width, in_pages, there, keys_ptr, values_ptr, head_stride,
                 APART, WIDTH0 + WIDTH1, HAS_BIAS, ACT, HALF, PAGED, BLOCK_T, MORE,
             )  # fmt: skip
+
+
+def can_hold(bank_b: torch.Tensor) -> bool:
+    """Whether B of a tile can come before its product: the ranks of all experts fit into one box of
+    the accelerator's, rows are whole 16 bytes, and elements have 2, as in a cut's memory."""
+    ranks, size = bank_b.stride(0), bank_b.element_size()
+    return size == 2 and ranks <= BLOCK_ER and not ranks * size % 16
+
+
+def _boxes_of_b(bank_b: torch.Tensor, tall: int, members: int, rows: int) -> TensorDescriptor:
+    """B as members of `tall` rows each; boxes have rows of some members, and all ranks."""
+    ranks = bank_b.stride(0)
+    shape, strides = [bank_b.shape[0] // tall, tall, ranks], [tall * ranks, ranks, 1]
+    return TensorDescriptor(bank_b, shape, strides, [members, rows, block_er(ranks)])
 
 
 def tile_linear_triton(
@@ -375,15 +342,19 @@ def tile_linear_triton(
     y = x.new_empty(tokens, result_width(widths, activation)) if out is None else out
     split = cut.split if y.dim() == 3 else 1
     # W as members, rows of each, and `in`: boxes of pairs have two members.
-    tall = half or (widths[0] if act else size_out)
+    tall, pair = half or (widths[0] if act else size_out), 2 if act else 1
     shape, strides = [size_out // tall, tall, size_in], [tall * size_in, size_in, 1]
-    boxes = [[2 if act else 1, r, cut.cols] for r in (rows, more or rows)]
+    boxes = [[pair, r, cut.cols] for r in (rows, more or rows)]
+    early_b = None, None
+    if cut.early_b and can_hold(bank_b):  # a member of gate_up without experts has no rows in B
+        tall = half or bank_b.shape[0] // max(1, sum(part >= 0 for part in parts[:pair]))
+        early_b = [_boxes_of_b(bank_b, tall, pair, r) for r in (rows, more or rows)]
     launch(
         _tile_linear_kernel, (shrinks + count * split,),
         TensorDescriptor(x, list(x.shape), list(x.stride()), [block_t, cut.cols]),
         *(TensorDescriptor(joint, shape, strides, box) for box in boxes),
         TensorDescriptor(bank_a, list(bank_a.shape), [size_in, 1], [SHRINK_ROWS, cut.cols]),
-        joint, bias, bank_b, y, cos_sin,
+        *early_b, joint, bias, bank_b, y, cos_sin,
         gates, scratch.s(x.dtype, tokens, bank_a.shape[0]),
         scratch.partial, scratch.tickets, counter,
         tokens, y.stride(-2), size_in, *(pages or NO_PAGES),
@@ -395,6 +366,7 @@ def tile_linear_triton(
         BLOCK_T=block_t, BLOCK_E=max(16, power_of_2(experts)),
         BLOCK_ER=block_er(experts * rank),
         ROWS=rows, MORE=more, COLS=cut.cols, STAGES=cut.stages,
-        num_warps=cut.warps, num_stages=cut.stages, **overlap(on_hopper(x)),
+        EARLY_B=early_b[0] is not None, num_warps=cut.warps, num_stages=cut.stages,
+        **overlap(on_hopper(x)),
     )  # fmt: skip
     return y

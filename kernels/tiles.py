@@ -47,6 +47,8 @@ class Tiles:
         slices: programs that share the shrink of one expert, each with a slice of `in`.
         tma: whole tiles through the tensor memory accelerator (tile_linear), not streamed
             (stream_linear).
+        early_b: with `tma`, a tile's B comes before its product and waits in shared memory; takes
+            `rows` times 256 bytes of it, times two where they come in pairs.
     """
 
     rows: int = 64
@@ -57,8 +59,11 @@ class Tiles:
     shrink_cols: int = 256
     slices: int = 1
     tma: bool = False
+    early_b: bool = False
 
     def __post_init__(self):
+        if self.early_b and not self.tma:
+            raise ValueError("Tiles: early_b is true and tma is not, expected both")
         first, second = self.pieces
         if second != 0 and not (self.tma and 2 * second == first):
             more = " or one and a half of one" if self.tma else ""

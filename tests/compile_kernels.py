@@ -139,14 +139,17 @@ def main() -> None:
             }  # fmt: skip
             members = 2 if act else 1
             for name, box in {
-                "x": (tokens,), "a": (tile_linear.SHRINK_ROWS,), "w": (members, tall),
-                "more": (members, more or tall),
+                "x": (tokens, cut.cols), "a": (tile_linear.SHRINK_ROWS, cut.cols),
+                "w": (members, tall, cut.cols), "more": (members, more or tall, cut.cols),
+                "b": (members, tall, 128), "more_b": (members, more or tall, 128),
             }.items():  # fmt: skip
-                box = ", ".join(map(str, (*box, cut.cols)))
-                POINTERS[f"{name}_desc"] = f"tensordesc<bf16[{box}]>"
+                POINTERS[f"{name}_desc"] = f"tensordesc<bf16[{', '.join(map(str, box))}]>"
             kernel = tile_linear._tile_linear_kernel
             name = f"tile_linear act={number} tokens={tokens}"
-            rows.append(build(name, kernel, constants, cut.warps, cut.stages))
+            late = {"EARLY_B": False, "b_desc": None, "more_b_desc": None}
+            rows.append(build(name, kernel, constants | late, cut.warps, cut.stages))
+            constants["EARLY_B"] = True
+            rows.append(build(f"{name}, early B", kernel, constants, cut.warps, cut.stages))
         for tokens in (128, 16000):
             cut = blocks.ExpandBlocks.choose(tokens, act != "", 2)
             columns = min(cut.columns, 64) if act == "rotary" else cut.columns

@@ -1,5 +1,7 @@
 """The tiled kernel against float64, over odd shapes and cuts of the product."""
 
+from dataclasses import replace
+
 import ops
 import pytest
 import torch
@@ -76,6 +78,48 @@ def test_half_precision_is_no_worse_than_plain_torch(name, dtype):
     p = make_problem(*SHAPES[name], dtype=dtype, bias=True)
     truth, plain = linear_truth(p), linear_truth(p, dtype=dtype)
     assert error(run(p), truth) <= 1.2 * error(plain, truth)
+
+
+SMALL, ODD = (Tiles(rows, 32, tma=True, early_b=True) for rows in (32, 48))
+LARGE = Tiles(96, 64, 1, 8, 4, slices=2, tma=True, early_b=True)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize(
+    "activation,widths,parts",
+    [
+        *(("silu", [280, 280], parts) for parts in ([0, 1], [0, 0], [-1, 0], [0, -1])),
+        *(("rotary", [256, 128, 128], parts) for parts in ([0, 1, 2], [-1, 0, 1], [0, -1, 0])),
+        *(("", [200, 72, 40], parts) for parts in ([0, 1, 2], [0, -1, 1], [-1, -1, 0])),
+    ],
+)
+@pytest.mark.parametrize(
+    "cut,experts,rank",
+    [(SMALL, 4, 16), (ODD, 5, 8), (LARGE, 8, 16), (ODD, 8, 32)],  # the last has too many ranks
+)
+def test_b_that_comes_early(activation, widths, parts, cut, experts, rank, dtype):
+    tokens = 100
+    p = make_problem(tokens, 96, widths, experts, 2, rank, parts=parts, bias=True, dtype=dtype)
+    options, gated = {}, "" if activation == "rotary" else activation
+    truth, plain = linear_truth(p, gated), linear_truth(p, gated, dtype=dtype)
+    if activation == "rotary":
+        options["cos_sin"] = torch.randn(tokens, 64, device=DEVICE).to(dtype)
+        truth, plain = (rotate_torch(y, options["cos_sin"], 384) for y in (truth, plain))
+    early = run(p, activation, cut, **options)
+    assert error(early, truth) <= 1.2 * error(plain, truth)
+    late = run(p, activation, replace(cut, early_b=False), **options)
+    assert error(early, late.double()) <= error(plain, truth)
+
+
+@pytest.mark.parametrize("split", [2, 3])
+def test_slices_with_b_that_comes_early(split):
+    p = make_problem(40, 96, [64, 70], 4, 2, 16, dtype=torch.float16)
+    slices = p.scratch.slices(split, 40, 134)
+    run(p, tiles=Tiles(32, 32, split, slices=2, tma=True, early_b=True), out=slices)
+    truth, plain = linear_truth(p), linear_truth(p, dtype=torch.float16)
+    assert error(slices.sum(0), truth) <= 1.2 * error(plain, truth)
 
 
 def test_a_token_does_not_see_its_company():

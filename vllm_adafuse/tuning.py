@@ -14,6 +14,7 @@ import torch
 import triton
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.kernels.blocks import BLOCK_ER
 from vllm_adafuse.kernels.linear import bank_a_of, linear_triton
 from vllm_adafuse.kernels.linear_norm import linear_norm_triton, scratch_sizes
 from vllm_adafuse.kernels.order_routes import Order, order_routes
@@ -161,16 +162,17 @@ def _tiled(
     norm = follows == "norm"
     # The shrink should end long before the product: in short slices where that is cut, too.
     slices_of = (4, 8) if norm and many else (2, 4) if many else (4 if size_in > 8192 else 2,)
-    for rows, cols, stages, split, warps, slices in itertools.product(
+    for rows, cols, stages, split, warps, slices, early_b in itertools.product(
         (32, 64) if follows == "rotary" else (64, 96, 128), (64, 128),
         (4, 5, 6) if norm else (3, 4, 5, 6), (1, 2, 3) if norm else (1,),
-        (4, 8) if pairs else (4,), slices_of,
+        (4, 8) if pairs else (4,), slices_of, (False, True) if pairs else (False,),
     ):  # fmt: skip
         shared = stages * (rows * two + block_t) * cols * itemsize
+        shared += early_b * rows * two * BLOCK_ER * itemsize
         programs = triton.cdiv(rows_of_w, rows) * split
         sums = rows * two * block_t // (32 * warps)  # registers of a thread
         if shared <= MAX_TILE_SHARED and 60 <= programs <= 400 and sums <= 128:
-            yield Tiles(rows, cols, split, warps, stages, 256, slices, tma=True)
+            yield Tiles(rows, cols, split, warps, stages, 256, slices, True, early_b)
 
 
 class Trial:
