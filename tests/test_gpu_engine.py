@@ -69,7 +69,7 @@ def test_logprobs_are_as_close_as_the_bf16_reference(architecture, tmp_path, rec
 
 
 def graphs(**config) -> dict:
-    config |= {"cudagraph_mode": "FULL", "cudagraph_capture_sizes": [24]}
+    config = {"cudagraph_mode": "FULL", "cudagraph_capture_sizes": [24]} | config
     return {"enforce_eager": False, "compilation_config": config}
 
 
