@@ -67,12 +67,14 @@ def save_tokenizer(path: Path, vocab: int) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    # Special tokens are found within words, too: those two are in no other.
-    words = {"<s>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, vocab)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<s>"))
+    # Special tokens are found within words, too: those two are in no other. And one is long: vLLM
+    # takes no text longer than as many of the longest token as may be, spaces included.
+    begin, end = "<begin of text>", "</s>"
+    words = {begin: 0, end: 1} | {f"w{i}": i for i in range(2, vocab)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=begin))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+        tokenizer_object=tokenizer, bos_token=begin, eos_token=end, pad_token=end
     ).save_pretrained(path)
 
 

@@ -260,4 +260,6 @@ def test_the_servers_tokenizer_keeps_lengths(tmp_path):
     ids = [7, 499, 7, *range(2, 500)]
     assert len(tokenizer) == 500 and tokenizer.all_special_ids == [0, 1]
     assert tokenizer.encode(tokenizer.decode(ids)) == ids
+    # What vLLM asks of a text before it counts its tokens (renderers/params.py).
+    assert len(tokenizer.decode([499] * 100)) <= 100 * max(map(len, tokenizer.get_vocab()))
     assert tokenizer.num_special_tokens_to_add() == 0
