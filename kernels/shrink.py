@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from vllm_adafuse.kernels.blocks import on_hopper, overlap
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.registry import matmul_f32
 from vllm_adafuse.kernels.scratch import Scratch
@@ -23,8 +24,11 @@ MAX_SLICES = 8
 SHRINK_STAGES = 3
 # Bytes of shared memory for a program: two of them fit a Hopper processor, one any current one's.
 MAX_SHARED = 100 << 10
-# Elements of `in` that one program reads: longer slices finish late, shorter ones are many.
-_SLICE = 4096
+# Elements of `in` that one program of a launch of its own reads, and about how many programs there
+# are at most: with one or two experts chosen nothing else keeps the GPU busy. (Within a projection
+# the shrink has time: the caller says how it is cut.)
+_SLICE = 512
+_PROGRAMS = 1024
 
 
 @triton.jit
@@ -141,7 +145,10 @@ def _shrink_kernel(
     x_ptr, a_ptr, gates_ptr, present_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
     n_tokens, x_stride, size_in, n_experts, rank, n_parts, slices,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_IN: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:  # launched before the kernel in front of it has ended
+        tl.extra.cuda.gdc_wait()
     shrink_program(
         tl.program_id(0), x_ptr, a_ptr, gates_ptr, present_ptr, s_ptr, partial_ptr, ticket_ptr,
         counter_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_parts, slices,
@@ -163,7 +170,8 @@ class ShrinkGrid:
         parts, experts, rank, size_in = bank_a.shape
         block_r = min(32, max(16, power_of_2(rank)))
         slots = parts * experts * cdiv(rank, block_r)
-        return cls(block_r, slices or max(1, min(MAX_SLICES, size_in // _SLICE)), slots)
+        alone = max(1, min(MAX_SLICES, size_in // _SLICE, _PROGRAMS // slots))
+        return cls(block_r, slices or alone, slots)
 
     @property
     def programs(self) -> int:
@@ -211,7 +219,7 @@ def shrink_triton(
         x, bank_a, gates, present, s, scratch.partial, scratch.tickets, scratch.unread,
         tokens, x.stride(0), size_in, experts, rank, parts, grid.slices,
         BLOCK_T=block_t, BLOCK_R=grid.block_r, BLOCK_IN=block_in,
-        STAGES=SHRINK_STAGES, num_warps=4, num_stages=SHRINK_STAGES,
+        STAGES=SHRINK_STAGES, num_warps=4, num_stages=SHRINK_STAGES, **overlap(on_hopper(x)),
     )  # fmt: skip
     return s
 

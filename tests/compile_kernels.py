@@ -203,6 +203,7 @@ def main() -> None:
         rows.append(build(name, dense_expand._weigh_kernel, constants, warps, 3))
     block_in = shrink.fit_cols(shrink.BLOCK_IN, 16, 64, 2)
     constants = {"BLOCK_T": 64, "BLOCK_R": 16, "BLOCK_IN": block_in, "STAGES": 3}
+    constants["PDL"] = True
     rows.append(build("shrink", shrink._shrink_kernel, constants, 4, 3))
     constants = {"BLOCK_T": 256, "BLOCK_E": 8, "ONE": True}
     kernel = spread_routes._spread_routes_kernel

@@ -25,14 +25,17 @@ def test_equals_float64_and_is_zero_where_not_chosen(name, run):
 
 def test_a_second_launch_finds_its_tickets_at_zero():
     p = make_problem(3, 8192, [32], 3, 1, 20)
-    assert ShrinkGrid.of(p.bank_a).slices == 2
+    assert ShrinkGrid.of(p.bank_a).slices == 8
     assert torch.equal(by_triton(p).clone(), by_triton(p))
     assert not p.scratch.tickets.any()
 
 
 def test_the_cut_depends_on_the_bank_alone():
     a = torch.empty(3, 8, 16, 11008, device="meta")
-    assert ShrinkGrid.of(a) == ShrinkGrid(block_r=16, slices=2, slots=24)
+    assert ShrinkGrid.of(a) == ShrinkGrid(block_r=16, slices=8, slots=24)
+    assert ShrinkGrid.of(a, 2) == ShrinkGrid(block_r=16, slices=2, slots=24)
+    a = torch.empty(3, 64, 64, 4096, device="meta")
+    assert ShrinkGrid.of(a) == ShrinkGrid(block_r=32, slices=2, slots=384)
     a = torch.empty(1, 64, 100, 64, device="meta")
     assert ShrinkGrid.of(a) == ShrinkGrid(block_r=32, slices=1, slots=256)
 

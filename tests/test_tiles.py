@@ -86,3 +86,13 @@ def test_a_bad_cut_is_refused():
         Tiles(48)
     with pytest.raises(ValueError, match="split is 9"):
         Tiles(split=9)
+
+
+@pytest.mark.parametrize("rows,height", [(11008, 96), (14336, 128), (13824, 128), (18944, 96)])
+def test_long_tiles_take_one_round_of_processors_where_they_can(rows, height):
+    assert Tiles.choose(128, 4096, rows, "silu", 2, True).rows == height
+
+
+def test_b_comes_early_with_the_accelerator_alone():
+    with pytest.raises(ValueError, match="early_b is true and tma is not"):
+        Tiles(early_b=True)
