@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,15 @@ def required_section(results: list[Result]) -> str:
     )
 
 
+def is_unsteady(row: dict[str, Any]) -> bool:
+    """Whether the middle half of a size's turns is wider than a tenth of their median."""
+    times = row["all"]
+    if len(times) < 3:
+        return False
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+    return high - low > row["median"] / 10
+
+
 def engine_section(result: Result, picture: Path) -> str:
     """Times, memory and a plot of one run."""
     by = timed(result)
@@ -115,12 +125,14 @@ def engine_section(result: Result, picture: Path) -> str:
     # An engine of several groups, the first, has a row in each.
     names = list(dict.fromkeys((group, kind) for group, kind, _ in by))
     first = names[0][1] if names else ""
-    rows = []
+    rows, unsteady = [], False
     for name in names:
         cells = [name[1]]
         for size in columns:
             row = by.get((*name, size))
             more = "" if row is None or name[1] == first else f" ({percent(row['overhead'])})"
+            if row is not None and is_unsteady(row):
+                more, unsteady = more + " ~", True
             cells.append("–" if row is None else f"{row['median']:.3f} ms{more}")
         rows.append(cells)
     header = ["engine", *map(name_of, columns)]
@@ -128,6 +140,8 @@ def engine_section(result: Result, picture: Path) -> str:
         "Milliseconds of a decode step, batch x tokens of its prompts; of a prefill, prompts x "
         f"tokens. Overheads are over `{first}` of the same turns.\n\n{table(header, rows)}"
     )
+    if unsteady:
+        text += "\n~ Half of the turns lie further apart than a tenth: take no overhead from these.\n"
     if large := too_large(result.options):
         needs = (f"{name_of(size)} ({need:.1f} GiB)" for size, need in large.items())
         text += (

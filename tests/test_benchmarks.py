@@ -11,6 +11,7 @@ import benchmark_package  # noqa: F401
 import pytest
 
 from benchmarks import engine, record, serve
+from benchmarks.engine_report import is_unsteady
 from benchmarks.engine import Options, shapes
 from benchmarks.pages import read_results
 from benchmarks.report import write_report
@@ -54,7 +55,9 @@ def engine_file(path: Path, time: str, engines: list[str], overheads: list[float
         for what, batch, length in sizes:
             row = {"engine": kind, "what": what, "batch": batch, "length": length, "group": 0}
             over = overheads[i] * (1 + (what == "prefill"))
-            rows.append(row | {"median": 4.0 * (1 + over), "overhead": over, "unit": "ms"})
+            median = 4.0 * (1 + over)
+            row |= {"median": median, "overhead": over, "unit": "ms", "all": [median] * 5}
+            rows.append(row)
     content = {"benchmark": "engine", "commit": f"c{time}", "command": "x/engine.py", "time": time}
     content |= {"cpu": "x86", "gpu": "NVIDIA H200, 580\nNVIDIA H200, 580", "rows": rows}
     content |= {"versions": {"torch": "2.11", "vllm": "0.26"}} | changed
@@ -250,6 +253,13 @@ def test_an_engine_that_does_not_start_is_told_of_and_the_others_go_on(monkeypat
     assert [row.get("what", row.get("beside")) for row in at_once] == ["failed", ["stock"]]
     with pytest.raises(MemoryError):
         list(engine.measure(Options(model="tiny", engines=["lora", "adafuse"])))
+
+
+def test_overheads_of_unsteady_turns_are_marked():
+    one_outlier = {"median": 10.5, "all": [10.5, 8.1, 10.5, 10.5, 10.6]}
+    assert not is_unsteady(one_outlier)
+    assert is_unsteady({"median": 4.1, "all": [3.9, 4.1, 4.6]})
+    assert not is_unsteady({"median": 4.1, "all": [4.1]})
 
 
 def test_the_servers_tokenizer_keeps_lengths(tmp_path):
