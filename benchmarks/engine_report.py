@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +109,9 @@ def required_section(results: list[Result]) -> str:
 
 
 def is_unsteady(row: dict[str, Any]) -> bool:
-    """Whether the middle half of a size's turns is wider than a tenth of their median."""
-    times = row["all"]
-    if len(times) < 3:
-        return False
-    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
-    return high - low > row["median"] / 10
+    """Whether more than a fifth of a size's turns lie further than 5 % from their median."""
+    median, times = row["median"], row["all"]
+    return 5 * sum(abs(t - median) > 0.05 * median for t in times) > len(times)
 
 
 def engine_section(result: Result, picture: Path) -> str:
@@ -141,7 +137,7 @@ def engine_section(result: Result, picture: Path) -> str:
         f"tokens. Overheads are over `{first}` of the same turns.\n\n{table(header, rows)}"
     )
     if unsteady:
-        text += "\n~ Half of the turns lie further apart than a tenth: take no overhead from these.\n"
+        text += "\n~ More than one turn in five lies further than 5 % from the median.\n"
     if large := too_large(result.options):
         needs = (f"{name_of(size)} ({need:.1f} GiB)" for size, need in large.items())
         text += (

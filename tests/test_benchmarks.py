@@ -11,8 +11,8 @@ import benchmark_package  # noqa: F401
 import pytest
 
 from benchmarks import engine, record, serve
-from benchmarks.engine_report import is_unsteady
 from benchmarks.engine import Options, shapes
+from benchmarks.engine_report import is_unsteady
 from benchmarks.pages import read_results
 from benchmarks.report import write_report
 
