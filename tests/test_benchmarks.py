@@ -128,7 +128,7 @@ def test_each_set_of_engines_has_a_table_and_groups_their_first(tmp_path):
     path = tmp_path / "engine-2.json"
     content = json.loads(path.read_text())
     stock = [row for row in content["rows"] if row.get("median") == 4.0]
-    content["rows"] += [row | {"group": 1, "median": 5.0} for row in stock]
+    content["rows"] += [row | {"group": 1, "median": 5.0, "all": [5.0] * 5} for row in stock]
     content["rows"] += [{"what": "failed", "engine": "lora", "group": 1, "error": "no room\nx"}]
     path.write_text(json.dumps(content))
     text = report(tmp_path, tmp_path)
