@@ -18,9 +18,9 @@ from vllm_adafuse.tuning import Plan, Product, Trial, candidates, products_of, t
 
 SEVEN_B = [
     Product("qkv", 4096, (4096, 4096, 4096)),
-    Product("qkv", 4096, (4096, 1024, 1024), "rotary", 128),
+    Product("qkv", 4096, (4096, 1024, 1024), "rotary", 128, behind_norm=True),
     Product("o", 4096, (4096,), norm=True),
-    Product("gate_up", 4096, (11008, 11008), "silu"),
+    Product("gate_up", 4096, (11008, 11008), "silu", behind_norm=True),
     Product("down", 11008, (4096,), norm=True),
 ]
 
@@ -62,7 +62,29 @@ def test_candidates_are_many_but_not_too_many_and_begin_with_the_default(product
     assert len(cuts) >= (5 if tma or tokens <= 32 else 1)
     assert tokens <= 32 or None in cuts
     assert all(cut is None or cut.takes(tokens, tma) for cut in cuts)
+    early = [cut for cut in cuts if cut and cut.early_b]
+    assert bool(early) == (product.behind_norm and tma and tokens > 8)
     assert product.norm or not product.activation or all(c is None or c.split == 1 for c in cuts)
+
+
+def test_products_stand_before_norms_or_behind_them():
+    backbone = Backbone.from_hf_config(tiny_config("LlamaForCausalLM"), "tiny")
+    found = {p.name: p for p in products_of(backbone, "silu", 32)}
+    assert [p.norm for p in found.values()] == [name in ("o", "down") for name in found]
+    assert [p.behind_norm for p in found.values()] == [not p.norm for p in found.values()]
+
+
+def test_the_norm_in_front_is_part_of_a_trial(monkeypatch):
+    norms = []
+    norm = tuning.residual_norm_triton
+    monkeypatch.setattr(
+        tuning, "residual_norm_triton", lambda *args: norms.append(1) or norm(*args)
+    )
+    for behind_norm in (False, True):
+        product = Product("gate_up", 64, (64, 64), "silu", behind_norm=behind_norm)
+        trial = Trial(product, 4, 2, 4, torch.float32, 2, "cpu", 3)
+        trial.run(trial.step(3), Tiles(16, 64))
+        assert len(norms) == 2 * behind_norm
 
 
 def test_the_fastest_is_kept(monkeypatch):

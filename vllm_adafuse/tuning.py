@@ -19,6 +19,7 @@ from vllm_adafuse.kernels.linear import bank_a_of, linear_triton
 from vllm_adafuse.kernels.linear_norm import linear_norm_triton, scratch_sizes
 from vllm_adafuse.kernels.order_routes import Order, order_routes
 from vllm_adafuse.kernels.pairs import can_rotate
+from vllm_adafuse.kernels.residual_norm import residual_norm_triton
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import MAX_SHARED
 from vllm_adafuse.kernels.spread_routes import spread_routes
@@ -47,6 +48,7 @@ class Product:
         activation: what follows it, "" for nothing, "rotary" behind q, k, v.
         head_dim: size of a head, with "rotary".
         norm: a residual and an RMSNorm follow, in the same op.
+        behind_norm: its input is what such an op leaves, whose norm lets this launch begin early.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Product:
     activation: str = ""
     head_dim: int = 0
     norm: bool = False
+    behind_norm: bool = False
 
     @property
     def follows(self) -> str:
@@ -105,7 +108,8 @@ def products_of(
     rotates = backbone.architecture.rotary_follows and can_rotate(head_dim)
     products = []
     for name, (size_in, widths) in found.items():
-        product = Product(name, size_in, tuple(widths), norm=norms and name in ("o", "down"))
+        before = norms and name in ("o", "down")
+        product = Product(name, size_in, tuple(widths), norm=before, behind_norm=norms != before)
         if name == "gate_up":
             product = replace(product, activation=ACTIVATIONS.get(activation, ""))
         elif name == "qkv" and len(widths) == 3 and rotates:
@@ -128,7 +132,7 @@ def candidates(
         yield None
     found = itertools.chain(
         _streamed(*shape) if tokens <= MAX_STREAM_TOKENS else (),
-        _tiled(*shape) if tma and tokens > 8 else (),
+        _tiled(*shape, product.behind_norm) if tma and tokens > 8 else (),
     )
     yield from (cut for cut in found if cut != default)
 
@@ -155,7 +159,7 @@ def _streamed(
 
 
 def _tiled(
-    tokens: int, size_in: int, rows_of_w: int, follows: str, itemsize: int
+    tokens: int, size_in: int, rows_of_w: int, follows: str, itemsize: int, begins_early: bool
 ) -> Iterator[Tiles]:
     pairs, block_t = follows not in ("", "norm"), max(MIN_TOKENS, triton.next_power_of_2(tokens))
     two, many = 2 if pairs else 1, tokens > 64
@@ -165,7 +169,7 @@ def _tiled(
     for rows, cols, stages, split, warps, slices, early_b in itertools.product(
         (32, 64) if follows == "rotary" else (64, 96, 128), (64, 128),
         (4, 5, 6) if norm else (3, 4, 5, 6), (1, 2, 3) if norm else (1,),
-        (4, 8) if pairs else (4,), slices_of, (False, True) if pairs else (False,),
+        (4, 8) if pairs else (4,), slices_of, (False, True) if begins_early else (False,),
     ):  # fmt: skip
         shared = stages * (rows * two + block_t) * cols * itemsize
         shared += early_b * rows * two * BLOCK_ER * itemsize
@@ -238,13 +242,17 @@ class Trial:
         return order
 
     def run(self, step: tuple, cut: Tiles | None) -> None:
-        """Runs the product, cut like this, on every copy of the weights, with what follows it."""
+        """Runs the product, cut like this, on every copy of the weights, with what follows it and
+        with the norm that lets it begin early, if there is one."""
         (x, gates, present), product, out = step, self.product, sum(self.product.widths)
         self.counters.zero_()
         if product.norm:
             residual = x.new_ones(x.shape[0], out)
+        ones = x.new_ones(product.size_in)
         for i, (joint, bank_b) in enumerate(self.layers):
             shared = bank_b, gates, present, self.counters[i], self.scratch
+            if product.behind_norm:
+                x, _ = residual_norm_triton(step[0], None, step[0], ones, 1e-5, bank_b, gates)
             if product.norm:
                 linear_norm_triton(x, joint, residual, residual[0], 1e-5, *shared, cut)
             else:

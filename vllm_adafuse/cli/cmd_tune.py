@@ -150,7 +150,8 @@ def show(outcomes: list, device: str) -> None:
         how = "the vendor's product"
         if cut:
             how = f"{cut.rows} x {cut.cols}, split {cut.split}, {cut.warps} warps, "
-            how += f"{cut.stages} stages{', tma' if cut.tma else ''}"
+            how += f"{cut.stages} stages"
+            how += ", tma" * cut.tma + ", early B" * cut.early_b
         row = (outcome.product.name, str(outcome.tokens), f"{outcome.default:.1f}", f"{best:.1f}")
         table.add_row(*row, how)
     console().print(table)
