@@ -72,17 +72,19 @@ def load_b(b_at, columns, size, present, RANK: tl.constexpr):
 def add_delta(
     acc, b_at, first_b, present, s_ptr, counter_ptr,
     n_tokens, part, n_parts, n_experts, n_slots,
-    RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_ER: tl.constexpr,
+    WAITS: tl.constexpr, RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_ER: tl.constexpr,
 ):  # fmt: skip
-    """acc [rows, T] + B[rows] s[part]; waits until all of s is there.
+    """acc [rows, T] + B[rows] s[part].
 
     first_b: the first block of columns of B, loaded long before.
+    WAITS: until all of s is there, unless the tile has done so before: to ask is a way to memory.
     """
     tokens, columns, size = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_ER), n_experts * RANK
     here = tokens < n_tokens
     s_at = s_ptr + (tokens * n_parts + part)[None, :] * size
-    if present != 0:
-        wait_for_shrink(counter_ptr, n_slots)
+    if WAITS:
+        if present != 0:
+            wait_for_shrink(counter_ptr, n_slots)
     for start in range(0, size, BLOCK_ER):
         at = start + columns
         b = first_b
@@ -193,7 +195,7 @@ def _stream_linear_kernel(
         if adds:
             acc = add_delta(
                 acc, b_at, b, present, s_ptr, counter_ptr,
-                n_tokens, part, n_parts, n_experts, n_slots, RANK, BLOCK_T, BLOCK_ER,
+                n_tokens, part, n_parts, n_experts, n_slots, True, RANK, BLOCK_T, BLOCK_ER,
             )  # fmt: skip
         last = True
         if SPLIT > 1 and not LEAVE:
@@ -208,7 +210,8 @@ def _stream_linear_kernel(
                 if part_up >= 0:
                     acc_up = add_delta(
                         acc_up, b_up_at, b_up, present, s_ptr, counter_ptr,
-                        n_tokens, part_up, n_parts, n_experts, n_slots, RANK, BLOCK_T, BLOCK_ER,
+                        n_tokens, part_up, n_parts, n_experts, n_slots,
+                        ACT != 3 and PART0 < 0, RANK, BLOCK_T, BLOCK_ER,
                     )  # fmt: skip
                 if HAS_BIAS:
                     acc_up += tl.load(bias_ptr + APART + rows).to(tl.float32)[:, None]

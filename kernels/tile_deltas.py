@@ -3,9 +3,9 @@
     acc[t, m] += Σ_e B[m, e] s[t, p(m), e]            m over the rows of a tile, p(m) their part
 
 A tile of gate_up has rows of both members, [gate | up], of different parts: each is a product of
-its own. Where the ranks of all experts fit into one product, B can come before the tile's loop
-begins and wait in shared memory (`held_b`, `with_held_deltas`); else it comes behind the loop, a
-chunk of ranks at a time (`add_deltas`). SGMM (AdaFuse, arXiv 2603.11873, section 3).
+its own. Where the ranks of all experts fit into one product (`with_deltas`), B can come before the
+tile's loop begins and wait in shared memory (`held_b`); else a chunk of ranks comes at a time
+(`add_deltas`). SGMM (AdaFuse, arXiv 2603.11873, section 3).
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ def s_of_parts(
 
 
 @triton.jit
-def with_held_deltas(
+def with_deltas(
     acc, b, s, s_up,
     PART0: tl.constexpr, PART1: tl.constexpr, ACT: tl.constexpr,
     BLOCK_T: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The members of a tile, deltas included; b of `held_b`, s of `s_of_parts`."""
+    """The members of a tile, deltas included; b of `held_b` or `load_b`, s of `s_of_parts`."""
     if ACT == 1 or ACT == 2:
-        # Products of both members, of which one is used: B came as one tile. `fma`, since a sum
+        # Products of both members, of which one is used: B comes as one tile. `fma`, since a sum
         # would become the product's own first value, and products wait then (see add_deltas).
         y, up = apart(acc, ACT, BLOCK_T, ROWS)
         if PART0 >= 0:
@@ -83,21 +83,21 @@ def with_held_deltas(
 
 
 @triton.jit
-def _load_b(
-    b_ptr, local, width, first, chunk, ONLY: tl.constexpr, APART: tl.constexpr,
+def load_b(
+    b_ptr, local, width, first, chunk, wanted, ONLY: tl.constexpr, APART: tl.constexpr,
     ACT: tl.constexpr, HALF: tl.constexpr, SIZE: tl.constexpr, BLOCK_ER: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """A chunk of B for a tile, all members [members * rows, BLOCK_ER]; rows past the part's end may
-    be anything. ONLY: zeros for the other member."""
+    be anything, and all where it is not `wanted`. ONLY: zeros for the other member."""
     MEMBERS: tl.constexpr = 2 if ACT != 0 else 1
     place = tl.arange(0, MEMBERS * ROWS)
     member, column = place // ROWS, local + place % ROWS
     if ACT == 3:
         column = column // HALF * (2 * HALF) + column % HALF
-    rows = (first + tl.minimum(column, width - 1) + member * APART).to(tl.int64)
+    rows = tl.where(wanted, first + tl.minimum(column, width - 1) + member * APART, 0)
     ranks = chunk * BLOCK_ER + tl.arange(0, BLOCK_ER)
-    at = b_ptr + rows[:, None] * SIZE + ranks[None, :]
+    at = b_ptr + rows.to(tl.int64)[:, None] * SIZE + ranks[None, :]
     if ONLY < 0 and SIZE % BLOCK_ER == 0:
         return tl.load(at)
     mask = (ranks < SIZE)[None, :] & ((member == ONLY) | (ONLY < 0))[:, None]
@@ -107,19 +107,19 @@ def _load_b(
 @triton.jit
 def _add_delta(
     acc, local, b_ptr, s_ptr, counter_ptr, n_tokens, width, first, part,
-    ONLY: tl.constexpr, APART: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr,
-    RANKS: tl.constexpr, SIZE: tl.constexpr, SHRINK_TILES: tl.constexpr,
+    ONLY: tl.constexpr, WAITS: tl.constexpr, APART: tl.constexpr, ACT: tl.constexpr,
+    HALF: tl.constexpr, RANKS: tl.constexpr, SIZE: tl.constexpr, SHRINK_TILES: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_ER: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """acc [T, members * rows] + s[part] B[rows]ᵀ; ONLY: see `_load_b`."""
+    """acc [T, members * rows] + s[part] B[rows]ᵀ; ONLY: see `load_b`; WAITS: for s."""
     tokens = tl.arange(0, BLOCK_T)
     s_at = s_ptr + tokens * RANKS + part * SIZE
     for chunk in tl.static_range((SIZE + BLOCK_ER - 1) // BLOCK_ER):
         ranks = chunk * BLOCK_ER + tl.arange(0, BLOCK_ER)
-        b = _load_b(
-            b_ptr, local, width, first, chunk, ONLY, APART, ACT, HALF, SIZE, BLOCK_ER, ROWS
+        b = load_b(
+            b_ptr, local, width, first, chunk, True, ONLY, APART, ACT, HALF, SIZE, BLOCK_ER, ROWS
         )
-        if chunk == 0:  # B is on its way
+        if WAITS and chunk == 0:  # B is on its way
             wait_for_shrink(counter_ptr, SHRINK_TILES)
         mask = (tokens < n_tokens)[:, None] & (ranks < SIZE)[None, :]
         s = tl.load(s_at[:, None] + ranks[None, :], mask=mask, other=0.0, cache_modifier=".cg")
@@ -130,22 +130,25 @@ def _add_delta(
 @triton.jit
 def add_deltas(
     acc, local, b_ptr, s_ptr, counter_ptr, n_tokens, width, first, part, adds,
-    APART: tl.constexpr, PART1: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr,
+    WAITS: tl.constexpr, APART: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
+    ACT: tl.constexpr, HALF: tl.constexpr,
     RANKS: tl.constexpr, SIZE: tl.constexpr, SHRINK_TILES: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_ER: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The deltas of a tile, before its members part: if a product went on with some of the sums of
-    the one before, the compiler would have all products wait for one another (ptxas: C7511)."""
+    the one before, the compiler would have all products wait for one another (ptxas: C7511).
+    WAITS: no product of this tile has waited for s before, which takes a way to the memory."""
     GATED: tl.constexpr = ACT == 1 or ACT == 2  # each with an s of its own, and so a product
     if adds:
         acc = _add_delta(
             acc, local, b_ptr, s_ptr, counter_ptr, n_tokens, width, first, part,
-            0 if GATED else -1, APART, ACT, HALF, RANKS, SIZE, SHRINK_TILES,
+            0 if GATED else -1, WAITS, APART, ACT, HALF, RANKS, SIZE, SHRINK_TILES,
             BLOCK_T, BLOCK_ER, ROWS,
         )  # fmt: skip
     if GATED and PART1 >= 0:
         acc = _add_delta(
             acc, local, b_ptr, s_ptr, counter_ptr, n_tokens, width, first, PART1,
-            1, APART, ACT, HALF, RANKS, SIZE, SHRINK_TILES, BLOCK_T, BLOCK_ER, ROWS,
+            1, WAITS and PART0 < 0, APART, ACT, HALF, RANKS, SIZE, SHRINK_TILES,
+            BLOCK_T, BLOCK_ER, ROWS,
         )  # fmt: skip
     return acc

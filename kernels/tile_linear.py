@@ -31,6 +31,7 @@ from vllm_adafuse.kernels.pairs import (
     ACTIVATIONS,
     ROTARY,
     activate,
+    is_gate_up,
     result_width,
     rotate,
     tiled_widths,
@@ -48,8 +49,9 @@ from vllm_adafuse.kernels.tile_deltas import (
     add_deltas,
     apart,
     held_b,
+    load_b,
     s_of_parts,
-    with_held_deltas,
+    with_deltas,
 )
 from vllm_adafuse.kernels.tiles import MAX_TILE_TOKENS, Tiles
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
@@ -57,6 +59,8 @@ from vllm_adafuse.kernels.whole import cdiv, power_of_2
 # Rows of A in a tile. Hopper's tensor cores take no fewer tokens than MIN_TOKENS.
 SHRINK_ROWS = 64
 MIN_TOKENS = 64
+# Of a thread, with which it has registers for as many more of gate and of up, and for B or not.
+MAX_SUMS, MAX_EARLY_SUMS = 64, 96
 
 
 def can_tile(x: torch.Tensor, joint: torch.Tensor) -> bool:
@@ -176,7 +180,7 @@ def _tile_linear_kernel(
     RANKS: tl.constexpr, SHRINK_ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_ER: tl.constexpr,
     ROWS: tl.constexpr, MORE: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
-    EARLY_B: tl.constexpr, PDL: tl.constexpr,
+    TOGETHER: tl.constexpr, EARLY_B: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     SHRINK_TILES: tl.constexpr = (RANKS + SHRINK_ROWS - 1) // SHRINK_ROWS
@@ -246,25 +250,40 @@ def _tile_linear_kernel(
                 w = more_desc.load([member, row + ROWS, start])
                 w = tl.reshape(w, [MEMBERS * MORE, COLS])
                 more = tl.dot(x, w.T, more, input_precision="ieee")
-        if EARLY_B:
+        if TOGETHER:
+            if not EARLY_B:
+                GATED: tl.constexpr = ACT == 1 or ACT == 2
+                ONLY: tl.constexpr = 0 if GATED and PART1 < 0 else -1
+                wanted = adds | (GATED and PART1 >= 0)
+                b = load_b(
+                    b_ptr, local, width, at, 0, wanted, ONLY,
+                    APART_B, ACT, HALF, SIZE, BLOCK_ER, ROWS,
+                )  # fmt: skip
+                if MORE:
+                    more_b = load_b(
+                        b_ptr, local + ROWS, width, at, 0, wanted, ONLY,
+                        APART_B, ACT, HALF, SIZE, BLOCK_ER, MORE,
+                    )  # fmt: skip
             s, s_up = s_of_parts(
                 s_ptr, counter_ptr, n_tokens, part, adds,
                 PART1, ACT, RANKS, SIZE, SHRINK_TILES, BLOCK_T, BLOCK_ER,
             )  # fmt: skip
-            y, up = with_held_deltas(acc, b, s, s_up, PART0, PART1, ACT, BLOCK_T, ROWS)
+            y, up = with_deltas(acc, b, s, s_up, PART0, PART1, ACT, BLOCK_T, ROWS)
             if MORE:
-                more_y, more_up = with_held_deltas(
+                more_y, more_up = with_deltas(
                     more, more_b, s, s_up, PART0, PART1, ACT, BLOCK_T, MORE
                 )
         else:
             acc = add_deltas(
                 acc, local, b_ptr, s_ptr, counter_ptr, n_tokens, width, at, part, adds,
-                APART_B, PART1, ACT, HALF, RANKS, SIZE, SHRINK_TILES, BLOCK_T, BLOCK_ER, ROWS,
+                True, APART_B, PART0, PART1, ACT, HALF, RANKS, SIZE, SHRINK_TILES,
+                BLOCK_T, BLOCK_ER, ROWS,
             )  # fmt: skip
             if MORE:
                 more = add_deltas(
                     more, local + ROWS, b_ptr, s_ptr, counter_ptr, n_tokens, width, at, part, adds,
-                    APART_B, PART1, ACT, HALF, RANKS, SIZE, SHRINK_TILES, BLOCK_T, BLOCK_ER, MORE,
+                    False, APART_B, PART0, PART1, ACT, HALF, RANKS, SIZE, SHRINK_TILES,
+                    BLOCK_T, BLOCK_ER, MORE,
                 )  # fmt: skip
                 more_y, more_up = apart(more, ACT, BLOCK_T, MORE)
             y, up = apart(acc, ACT, BLOCK_T, ROWS)
@@ -281,11 +300,15 @@ def _tile_linear_kernel(
             )  # fmt: skip
 
 
-def can_hold(bank_b: torch.Tensor) -> bool:
-    """Whether B of a tile can come before its product: the ranks of all experts fit into one box of
-    the accelerator's, rows are whole 16 bytes, and elements have 2, as in a cut's memory."""
-    ranks, size = bank_b.stride(0), bank_b.element_size()
-    return size == 2 and ranks <= BLOCK_ER and not ranks * size % 16
+def _is_together(ranks: int, activation: str, sums: int, most: int) -> bool:
+    """Whether one product has the ranks of all experts. That of gate_up has both members, each with
+    sums of its own beside the tile's, which are so many in a thread's registers."""
+    return ranks <= BLOCK_ER and (not is_gate_up(activation) or sums <= most)
+
+
+def _can_hold(bank_b: torch.Tensor) -> bool:
+    """Whether the accelerator can read B, and it takes the memory that a cut says."""
+    return bank_b.element_size() == 2 and not bank_b.stride(0) % 8
 
 
 def _boxes_of_b(bank_b: torch.Tensor, tall: int, members: int, rows: int) -> TensorDescriptor:
@@ -345,8 +368,10 @@ def tile_linear_triton(
     tall, pair = half or (widths[0] if act else size_out), 2 if act else 1
     shape, strides = [size_out // tall, tall, size_in], [tall * size_in, size_in, 1]
     boxes = [[pair, r, cut.cols] for r in (rows, more or rows)]
-    early_b = None, None
-    if cut.early_b and can_hold(bank_b):  # a member of gate_up without experts has no rows in B
+    kind = experts * rank, activation, block_t * cut.rows * pair // (32 * cut.warps)
+    together, early_b = _is_together(*kind, MAX_SUMS), (None, None)
+    if cut.early_b and _can_hold(bank_b) and _is_together(*kind, MAX_EARLY_SUMS):
+        # A member of gate_up without experts has no rows in B.
         tall = half or bank_b.shape[0] // max(1, sum(part >= 0 for part in parts[:pair]))
         early_b = [_boxes_of_b(bank_b, tall, pair, r) for r in (rows, more or rows)]
     launch(
@@ -366,7 +391,7 @@ def tile_linear_triton(
         BLOCK_T=block_t, BLOCK_E=max(16, power_of_2(experts)),
         BLOCK_ER=block_er(experts * rank),
         ROWS=rows, MORE=more, COLS=cut.cols, STAGES=cut.stages,
-        EARLY_B=early_b[0] is not None, num_warps=cut.warps, num_stages=cut.stages,
-        **overlap(on_hopper(x)),
+        TOGETHER=together or early_b[0] is not None, EARLY_B=early_b[0] is not None,
+        num_warps=cut.warps, num_stages=cut.stages, **overlap(on_hopper(x)),
     )  # fmt: skip
     return y

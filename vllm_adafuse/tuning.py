@@ -23,7 +23,7 @@ from vllm_adafuse.kernels.residual_norm import residual_norm_triton
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import MAX_SHARED
 from vllm_adafuse.kernels.spread_routes import spread_routes
-from vllm_adafuse.kernels.tile_linear import MIN_TOKENS
+from vllm_adafuse.kernels.tile_linear import MAX_EARLY_SUMS, MIN_TOKENS
 from vllm_adafuse.kernels.tiles import MAX_STREAM_TOKENS, Tiles
 
 PACKED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv"}
@@ -175,6 +175,8 @@ def _tiled(
         shared += early_b * rows * two * BLOCK_ER * itemsize
         programs = triton.cdiv(rows_of_w, rows) * split
         sums = rows * two * block_t // (32 * warps)  # registers of a thread
+        if early_b and follows != "rotary" and sums > MAX_EARLY_SUMS:
+            continue
         if shared <= MAX_TILE_SHARED and 60 <= programs <= 400 and sums <= 128:
             yield Tiles(rows, cols, split, warps, stages, 256, slices, True, early_b)
 
