@@ -311,7 +311,7 @@ def _can_hold(bank_b: torch.Tensor) -> bool:
     return bank_b.element_size() == 2 and not bank_b.stride(0) % 8
 
 
-def _boxes_of_b(bank_b: torch.Tensor, tall: int, members: int, rows: int) -> TensorDescriptor:
+def _b_in_boxes(bank_b: torch.Tensor, tall: int, members: int, rows: int) -> TensorDescriptor:
     """B as members of `tall` rows each; boxes have rows of some members, and all ranks."""
     ranks = bank_b.stride(0)
     shape, strides = [bank_b.shape[0] // tall, tall, ranks], [tall * ranks, ranks, 1]
@@ -373,7 +373,7 @@ def tile_linear_triton(
     if cut.early_b and _can_hold(bank_b) and _is_together(*kind, MAX_EARLY_SUMS):
         # A member of gate_up without experts has no rows in B.
         tall = half or bank_b.shape[0] // max(1, sum(part >= 0 for part in parts[:pair]))
-        early_b = [_boxes_of_b(bank_b, tall, pair, r) for r in (rows, more or rows)]
+        early_b = [_b_in_boxes(bank_b, tall, pair, r) for r in (rows, more or rows)]
     launch(
         _tile_linear_kernel, (shrinks + count * split,),
         TensorDescriptor(x, list(x.shape), list(x.stride()), [block_t, cut.cols]),

@@ -250,11 +250,12 @@ class Trial:
         self.counters.zero_()
         if product.norm:
             residual = x.new_ones(x.shape[0], out)
-        ones = x.new_ones(product.size_in)
+        if product.behind_norm:
+            hidden, weight = x, x.new_ones(product.size_in)
         for i, (joint, bank_b) in enumerate(self.layers):
             shared = bank_b, gates, present, self.counters[i], self.scratch
             if product.behind_norm:
-                x, _ = residual_norm_triton(step[0], None, step[0], ones, 1e-5, bank_b, gates)
+                x, _ = residual_norm_triton(hidden, None, hidden, weight, 1e-5, bank_b, gates)
             if product.norm:
                 linear_norm_triton(x, joint, residual, residual[0], 1e-5, *shared, cut)
             else:
