@@ -67,12 +67,16 @@ def bank_a_of(joint: torch.Tensor, bank_b: torch.Tensor, out: int) -> torch.Tens
 
 
 def cut_of(
-    x: torch.Tensor, joint: torch.Tensor, widths: Sequence[int], follows: str
+    x: torch.Tensor,
+    joint: torch.Tensor,
+    bank_b: torch.Tensor,
+    widths: Sequence[int],
+    follows: str,
 ) -> Tiles | None:
     """`find_tiles` for a step's product; with "norm" of one part."""
     if x.shape[0] > MAX_TILE_TOKENS:  # long steps wait for the CPU: nothing else is asked
         return None
-    rows, tma = sum(tiled_widths(widths, follows)), can_tile(x, joint)
+    rows, tma = sum(tiled_widths(widths, follows)), can_tile(x, joint, bank_b)
     return find_tiles(*x.shape, rows, follows, x.element_size(), x.device, tma)
 
 
@@ -107,7 +111,7 @@ def _run(
     if not x.is_cuda:
         y = linear_torch(x, joint, bias, bank_b, gates, parts, widths, activation, cos_sin, pages)
         return _new_result(x, joint, widths, activation, True).copy_(y) if in_place else y
-    cut = cut_of(x, joint, widths, activation)
+    cut = cut_of(x, joint, bank_b, widths, activation)
     return linear_triton(
         x, joint, bias, bank_b, gates, present, counters[index] if cut else None,
         Scratch(low, partial, tickets, unread), Order(order_rows, order_present),

@@ -91,7 +91,7 @@ def _run(
 ):  # fmt: skip
     if not x.is_cuda:
         return linear_norm_torch(x, joint, residual, weight, eps, bank_b, gates)
-    cut = cut_of(x, joint, [bank_b.shape[0]], "norm")
+    cut = cut_of(x, joint, bank_b, [bank_b.shape[0]], "norm")
     return linear_norm_triton(
         x, joint, residual, weight, eps, bank_b, gates, present,
         counters[index] if cut else None, Scratch(low, partial, tickets, unread), cut,

@@ -48,6 +48,36 @@ def wait_for_shrink(counter_ptr, count):
 
 
 @triton.jit
+def wait_now(counter_ptr, count, now):
+    """`wait_for_shrink` if it is now, each thread by itself and as a load, so that the loop around
+    it stays pipelined; the accelerator may read s after it."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .pred %now, %less;
+        .reg .s32 %seen;
+        setp.ne.s32 %now, $3, 0;
+        mov.s32 %seen, $2;
+        AGAIN:
+        @%now ld.acquire.gpu.global.s32 %seen, [$1];
+        setp.lt.s32 %less, %seen, $2;
+        @%less bra.uni AGAIN;
+        @%now fence.proxy.async.global;
+        mov.s32 $0, %seen;
+        }""",
+        "=r,l,r,r", [counter_ptr.to(tl.int64), count, now.to(tl.int32)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def fence():
+    """What was written before is there for the accelerator after it."""
+    tl.inline_asm_elementwise(
+        "fence.proxy.async.global; mov.s32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def leave_sums(acc, partial_ptr, slot, split, splits,
                ROWS: tl.constexpr, BLOCK_T: tl.constexpr):  # fmt: skip
     """Writes a program's sums [ROWS, T] where the last of its slot finds them."""

@@ -5,13 +5,14 @@
 and at once what follows it (pairs.py): gate_up's activation, the rotary embedding of q and k.
 
 W and A are one tensor, [W; A], cut into tiles of rows, all tokens to a tile. The first programs
-take the tiles of A and leave s; the others, when their tile of W x is done, wait for it and add the
-expand. With so many tokens x is read as often as W: both come through the tensor memory
-accelerator, without which the loop is bound by its addresses. Hence Hopper and later; elsewhere
-`linear` takes the vendor's product. Where rows come in pairs, one box of the accelerator's has both
-members, so that one product takes them and each thread ends with the two columns that belong
-together. SGMM (AdaFuse, arXiv 2603.11873, section 3), inside the base product; `stream_linear` is
-the same for fewer tokens, and says why waiting cannot hang.
+take the tiles of A and leave s. For the others the expand is some steps more of the same product,
+[x | s] [W | B]: when those of `in` are about to end, they wait for s, and go on with s for x and B
+for W, so that nothing comes after the loop. With so many tokens x is read as often as W: all come
+through the tensor memory accelerator, without which the loop is bound by its addresses. Hence
+Hopper and later; elsewhere `linear` takes the vendor's product. Where rows come in pairs, one box
+of the accelerator's has both members, so that one product takes them and each thread ends with the
+two columns that belong together. SGMM (AdaFuse, arXiv 2603.11873, section 3), inside the base
+product; `stream_linear` is the same for fewer tokens, and says why waiting cannot hang.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
-from vllm_adafuse.kernels.blocks import BLOCK_ER, block_er, on_hopper, overlap
+from vllm_adafuse.kernels.blocks import on_hopper, overlap
 from vllm_adafuse.kernels.early import prefetch_pairs
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.paged_cache import NO_PAGES, Pages, rows_in_pages, starts_of_head
@@ -41,17 +42,12 @@ from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import (
     MAX_SLICES,
     all_sums,
+    fence,
     is_last,
     leave_sums,
     slice_of_in,
-)
-from vllm_adafuse.kernels.tile_deltas import (
-    add_deltas,
-    apart,
-    held_b,
-    load_b,
-    s_of_parts,
-    with_deltas,
+    wait_for_shrink,
+    wait_now,
 )
 from vllm_adafuse.kernels.tiles import MAX_TILE_TOKENS, Tiles
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
@@ -59,16 +55,24 @@ from vllm_adafuse.kernels.whole import cdiv, power_of_2
 # Rows of A in a tile. Hopper's tensor cores take no fewer tokens than MIN_TOKENS.
 SHRINK_ROWS = 64
 MIN_TOKENS = 64
-# Of a thread, with which it has registers for as many more of gate and of up, and for B or not.
-MAX_SUMS, MAX_EARLY_SUMS = 64, 96
 
 
-def can_tile(x: torch.Tensor, joint: torch.Tensor) -> bool:
-    """Whether the tensor memory accelerator is there, and can read both."""
+@triton.jit
+def apart(acc, ACT: tl.constexpr, BLOCK_T: tl.constexpr, ROWS: tl.constexpr):
+    """The two members of a tile [T, 2 * ROWS], [T, ROWS] each; without an activation the tile."""
+    y, up = acc, acc
+    if ACT != 0:
+        y, up = tl.split(tl.permute(tl.reshape(acc, [BLOCK_T, 2, ROWS]), [0, 2, 1]))
+    return y, up
+
+
+def can_tile(x: torch.Tensor, joint: torch.Tensor, bank_b: torch.Tensor) -> bool:
+    """Whether the tensor memory accelerator is there, and can read all: rows begin at multiples of
+    16 bytes, of B and s where all experts together have a multiple of 8 ranks (of 2 bytes)."""
     if x.shape[0] > MAX_TILE_TOKENS or not on_hopper(x):
         return False
-    strides = x.stride(0) * x.element_size(), joint.stride(0) * joint.element_size()
-    return x.stride(1) == 1 and not any(stride % 16 for stride in strides)
+    strides = x.stride(0), joint.stride(0), bank_b.stride(0)
+    return x.stride(1) == 1 and not any(s * x.element_size() % 16 for s in strides)
 
 
 def scratch_sizes(bank_a: torch.Tensor) -> tuple[int, int, int]:
@@ -85,7 +89,7 @@ def _shrink_tile(
     n_tokens, size_in,
     RANKS: tl.constexpr, RANK: tl.constexpr, EXPERTS: tl.constexpr, SLICES: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, SHRINK_ROWS: tl.constexpr,
-    COLS: tl.constexpr, STAGES: tl.constexpr,
+    COLS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A slice of `in` for one tile of A; whoever is the last of its tile leaves s [T, ranks]."""
     tile, slice_ = pid // SLICES, pid % SLICES
@@ -113,6 +117,8 @@ def _shrink_tile(
         s = tl.where(gates != 0, sums * gates, 0.0).to(s_ptr.dtype.element_ty)
         s_at = s_ptr + tokens[:, None] * RANKS + ranks[None, :]
         tl.store(s_at, s, mask=here[:, None] & (ranks < RANKS)[None, :])
+        if PDL:
+            fence()
         tl.debug_barrier()
         tl.atomic_add(counter_ptr, 1, sem="release")
 
@@ -168,8 +174,8 @@ def _finish(
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _tile_linear_kernel(
-    x_desc, w_desc, more_desc, a_desc, b_desc, more_b_desc,
-    w_ptr, bias_ptr, b_ptr, y_ptr, cos_sin_ptr, gates_ptr,
+    x_desc, w_desc, more_w_desc, a_desc, s_desc, b_desc, more_b_desc, up_desc, more_up_desc,
+    w_ptr, bias_ptr, y_ptr, cos_sin_ptr, gates_ptr,
     s_ptr, partial_ptr, ticket_ptr, counter_ptr,
     n_tokens, y_stride, size_in,
     keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
@@ -178,9 +184,9 @@ def _tile_linear_kernel(
     HAS_BIAS: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
     SPLIT: tl.constexpr, SLICES: tl.constexpr, RANK: tl.constexpr, EXPERTS: tl.constexpr,
     RANKS: tl.constexpr, SHRINK_ROWS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_ER: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr, MORE: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
-    TOGETHER: tl.constexpr, EARLY_B: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     SHRINK_TILES: tl.constexpr = (RANKS + SHRINK_ROWS - 1) // SHRINK_ROWS
@@ -191,7 +197,7 @@ def _tile_linear_kernel(
         _shrink_tile(
             pid, x_desc, a_desc, gates_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
             n_tokens, size_in, RANKS, RANK, EXPERTS, SLICES,
-            BLOCK_T, BLOCK_E, SHRINK_ROWS, COLS, STAGES,
+            BLOCK_T, BLOCK_E, SHRINK_ROWS, COLS, STAGES, PDL,
         )  # fmt: skip
     else:
         # Which tile of which part, and which slice of `in`. With ACT a tile has both members.
@@ -212,15 +218,14 @@ def _tile_linear_kernel(
         skipped = tl.where(third, SKIP2, tl.where(second, SKIP1, 0))
         number = second.to(tl.int32) + third.to(tl.int32)
         APART: tl.constexpr = HALF if ACT == 3 else WIDTH0
-        APART_B: tl.constexpr = HALF if ACT == 3 else WIDTH0 - SKIP1
-        SIZE: tl.constexpr = EXPERTS * RANK
-        adds = (part >= 0) & (slice_ == 0)
         MEMBERS: tl.constexpr = 2 if ACT != 0 else 1
-        member, row = 0, local
+        # Where the tile is in W, and in B, which has no rows for parts without experts.
+        member, row, b_member, b_row = 0, local, 0, local
         if ACT == 0:
-            row += first
+            row, b_row = first + local, first - skipped + local
         if ACT == 3:
             member, row = first // HALF + local // HALF * 2, local % HALF
+            b_member, b_row = member - skipped // HALF, row
         if PDL:
             if ACT != 0:  # behind a norm, which lets it begin early
                 start = member * APART + row
@@ -228,71 +233,59 @@ def _tile_linear_kernel(
                 if MORE:
                     start += ROWS
                     prefetch_pairs(w_ptr, start, WIDTH0 + WIDTH1 + WIDTH2, size_in, APART, MORE)
-        at = first - skipped
-        if EARLY_B:  # comes from no kernel either
-            b = held_b(b_desc, local, at, ACT, HALF, ROWS, BLOCK_ER)
-            if MORE:
-                more_b = held_b(more_b_desc, local + ROWS, at, ACT, HALF, MORE, BLOCK_ER)
         if PDL:
             tl.extra.cuda.gdc_wait()
         tokens = tl.arange(0, BLOCK_T)
         in_pages, there = rows_in_pages(
             slots_ptr, tokens, tokens < n_tokens, block_size, block_stride, row_stride, PAGED
         )
-        begin, end = slice_of_in(size_in, slice_, SPLIT, COLS)
+        # Steps of `in`, then steps of ranks, in which s stands for x, and B for W. Each member of
+        # gate_up has an s of its own, and B of one beside zeros, which lie outside of it.
+        GATED: tl.constexpr = ACT == 1 or ACT == 2
+        SIZE: tl.constexpr = EXPERTS * RANK
+        OF_PART: tl.constexpr = (SIZE + COLS - 1) // COLS
+        OF_GATE: tl.constexpr = OF_PART if PART0 >= 0 else 0
+        OF_UP: tl.constexpr = OF_PART if GATED and PART1 >= 0 else 0
+        of_in = tl.cdiv(size_in, COLS)
+        steps = of_in + (OF_GATE + OF_UP if GATED else tl.where(part >= 0, OF_PART, 0))
+        size = tl.cdiv(steps, SPLIT)
+        begin, end = slice_ * size, tl.minimum(slice_ * size + size, steps)
+        # s must be there before the loop asks for it, as many steps ahead as there are stages.
+        ahead = of_in - STAGES
+        if (begin > ahead if PDL else begin >= 0) & (end > of_in):
+            wait_for_shrink(counter_ptr, SHRINK_TILES)
+            if PDL:
+                fence()
         acc = tl.zeros([BLOCK_T, MEMBERS * ROWS], dtype=tl.float32)
         more = tl.zeros([BLOCK_T, MEMBERS * MORE if MORE else 16], dtype=tl.float32)
-        for start in tl.range(begin, end, COLS, num_stages=STAGES):
-            x = x_desc.load([0, start])
-            w = tl.reshape(w_desc.load([member, row, start]), [MEMBERS * ROWS, COLS])
-            acc = tl.dot(x, w.T, acc, input_precision="ieee")
+        for step in tl.range(begin, end, num_stages=STAGES):
+            if PDL:
+                wait_now(counter_ptr, SHRINK_TILES, (step == ahead) & (end > of_in))
+            at, of_member, of_row, of_s = step * COLS, member, row, 0
+            from_x, from_w, from_more = x_desc, w_desc, more_w_desc
+            if step >= of_in:
+                at, of_member, of_row = (step - of_in) * COLS, b_member, b_row
+                of_s = part * SIZE
+                from_x, from_w, from_more = s_desc, b_desc, more_b_desc
+            if OF_UP > 0:
+                if step >= of_in + OF_GATE:
+                    at, of_member, of_s = (step - of_in - OF_GATE) * COLS, -1, PART1 * SIZE
+                    from_w, from_more = up_desc, more_up_desc
+            x = from_x.load([0, of_s + at])
+            w = from_w.load([of_member, of_row, at])
+            acc = tl.dot(x, tl.reshape(w, [MEMBERS * ROWS, COLS]).T, acc, input_precision="ieee")
             if MORE:
-                w = more_desc.load([member, row + ROWS, start])
+                w = from_more.load([of_member, of_row + ROWS, at])
                 w = tl.reshape(w, [MEMBERS * MORE, COLS])
                 more = tl.dot(x, w.T, more, input_precision="ieee")
-        if TOGETHER:
-            if not EARLY_B:
-                GATED: tl.constexpr = ACT == 1 or ACT == 2
-                ONLY: tl.constexpr = 0 if GATED and PART1 < 0 else -1
-                wanted = adds | (GATED and PART1 >= 0)
-                b = load_b(
-                    b_ptr, local, width, at, 0, wanted, ONLY,
-                    APART_B, ACT, HALF, SIZE, BLOCK_ER, ROWS,
-                )  # fmt: skip
-                if MORE:
-                    more_b = load_b(
-                        b_ptr, local + ROWS, width, at, 0, wanted, ONLY,
-                        APART_B, ACT, HALF, SIZE, BLOCK_ER, MORE,
-                    )  # fmt: skip
-            s, s_up = s_of_parts(
-                s_ptr, counter_ptr, n_tokens, part, adds,
-                PART1, ACT, RANKS, SIZE, SHRINK_TILES, BLOCK_T, BLOCK_ER,
-            )  # fmt: skip
-            y, up = with_deltas(acc, b, s, s_up, PART0, PART1, ACT, BLOCK_T, ROWS)
-            if MORE:
-                more_y, more_up = with_deltas(
-                    more, more_b, s, s_up, PART0, PART1, ACT, BLOCK_T, MORE
-                )
-        else:
-            acc = add_deltas(
-                acc, local, b_ptr, s_ptr, counter_ptr, n_tokens, width, at, part, adds,
-                True, APART_B, PART0, PART1, ACT, HALF, RANKS, SIZE, SHRINK_TILES,
-                BLOCK_T, BLOCK_ER, ROWS,
-            )  # fmt: skip
-            if MORE:
-                more = add_deltas(
-                    more, local + ROWS, b_ptr, s_ptr, counter_ptr, n_tokens, width, at, part, adds,
-                    False, APART_B, PART0, PART1, ACT, HALF, RANKS, SIZE, SHRINK_TILES,
-                    BLOCK_T, BLOCK_ER, MORE,
-                )  # fmt: skip
-                more_y, more_up = apart(more, ACT, BLOCK_T, MORE)
-            y, up = apart(acc, ACT, BLOCK_T, ROWS)
+        y, up = apart(acc, ACT, BLOCK_T, ROWS)
         _finish(
             y, up, local, slice_, bias_ptr, y_ptr, cos_sin_ptr, n_tokens, y_stride, number, first,
             width, in_pages, there, keys_ptr, values_ptr, head_stride, APART, WIDTH0 + WIDTH1,
             HAS_BIAS, ACT, HALF, PAGED, BLOCK_T, ROWS,
         )  # fmt: skip
         if MORE:
+            more_y, more_up = apart(more, ACT, BLOCK_T, MORE)
             _finish(
                 more_y, more_up, local + ROWS, slice_, bias_ptr, y_ptr, cos_sin_ptr, n_tokens,
                 y_stride, number, first, width, in_pages, there, keys_ptr, values_ptr, head_stride,
@@ -300,22 +293,14 @@ def _tile_linear_kernel(
             )  # fmt: skip
 
 
-def _is_together(ranks: int, activation: str, sums: int, most: int) -> bool:
-    """Whether one product has the ranks of all experts. That of gate_up has both members, each with
-    sums of its own beside the tile's, which are so many in a thread's registers."""
-    return ranks <= BLOCK_ER and (not is_gate_up(activation) or sums <= most)
-
-
-def _can_hold(bank_b: torch.Tensor) -> bool:
-    """Whether the accelerator can read B, and it takes the memory that a cut says."""
-    return bank_b.element_size() == 2 and not bank_b.stride(0) % 8
-
-
-def _b_in_boxes(bank_b: torch.Tensor, tall: int, members: int, rows: int) -> TensorDescriptor:
-    """B as members of `tall` rows each; boxes have rows of some members, and all ranks."""
-    ranks = bank_b.stride(0)
-    shape, strides = [bank_b.shape[0] // tall, tall, ranks], [tall * ranks, ranks, 1]
-    return TensorDescriptor(bank_b, shape, strides, [members, rows, block_er(ranks)])
+def _boxes(
+    matrix: torch.Tensor, tall: int, members: int, pieces: Sequence[int], cols: int
+) -> list[TensorDescriptor]:
+    """A matrix as members of `tall` rows each, for every piece of a tile: boxes have so many rows
+    of some members."""
+    size = matrix.stride(0)
+    shape, strides = [matrix.shape[0] // tall, tall, size], [tall * size, size, 1]
+    return [TensorDescriptor(matrix, shape, strides, [members, rows, cols]) for rows in pieces]
 
 
 def tile_linear_triton(
@@ -337,7 +322,7 @@ def tile_linear_triton(
     """One launch for up to 128 tokens; see `vllm_adafuse.kernels.linear.linear`.
 
     Args:
-        x, joint: as `can_tile` wants them.
+        x, joint, bank_b: as `can_tile` wants them.
         counter: [>= 1] int32, zero; of this launch alone until the next step.
         tiles: how to cut, default `Tiles.choose`; `shrink_cols` is not used, and `split` only
             with slices in `out`.
@@ -364,34 +349,30 @@ def tile_linear_triton(
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
     y = x.new_empty(tokens, result_width(widths, activation)) if out is None else out
     split = cut.split if y.dim() == 3 else 1
-    # W as members, rows of each, and `in`: boxes of pairs have two members.
-    tall, pair = half or (widths[0] if act else size_out), 2 if act else 1
-    shape, strides = [size_out // tall, tall, size_in], [tall * size_in, size_in, 1]
-    boxes = [[pair, r, cut.cols] for r in (rows, more or rows)]
-    kind = experts * rank, activation, block_t * cut.rows * pair // (32 * cut.warps)
-    together, early_b = _is_together(*kind, MAX_SUMS), (None, None)
-    if cut.early_b and _can_hold(bank_b) and _is_together(*kind, MAX_EARLY_SUMS):
-        # A member of gate_up without experts has no rows in B.
-        tall = half or bank_b.shape[0] // max(1, sum(part >= 0 for part in parts[:pair]))
-        early_b = [_b_in_boxes(bank_b, tall, pair, r) for r in (rows, more or rows)]
+    # W as members, rows of each, and `in`: boxes of pairs have two members. B likewise, but for
+    # gate_up, each of whose members is by itself.
+    pair, pieces = 2 if act else 1, (rows, more or rows)
+    tall, ranks = half or (widths[0] if act else size_out), bank_a.shape[0]
+    s, b = scratch.s(x.dtype, tokens, ranks), bank_b.view(bank_b.shape[0], -1)
+    of_b = [b[: widths[0]], b[-widths[0] :]] if is_gate_up(activation) else [b]
+    w_boxes = _boxes(joint[:size_out], tall, pair, pieces, cut.cols)
+    b_boxes = [_boxes(part, half or part.shape[0], pair, pieces, cut.cols) for part in of_b]
     launch(
         _tile_linear_kernel, (shrinks + count * split,),
-        TensorDescriptor(x, list(x.shape), list(x.stride()), [block_t, cut.cols]),
-        *(TensorDescriptor(joint, shape, strides, box) for box in boxes),
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [block_t, cut.cols]), *w_boxes,
         TensorDescriptor(bank_a, list(bank_a.shape), [size_in, 1], [SHRINK_ROWS, cut.cols]),
-        *early_b, joint, bias, bank_b, y, cos_sin,
-        gates, scratch.s(x.dtype, tokens, bank_a.shape[0]),
+        TensorDescriptor(s, [tokens, ranks], [ranks, 1], [block_t, cut.cols]),
+        *b_boxes[0], *(b_boxes[1:] or [[None, None]])[0],
+        joint, bias, y, cos_sin, gates, s,
         scratch.partial, scratch.tickets, counter,
         tokens, y.stride(-2), size_in, *(pages or NO_PAGES),
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         PART0=parts[0], PART1=parts[1], PART2=parts[2],
         HAS_BIAS=bias is not None, ACT=act, HALF=half, PAGED=pages is not None,
         SPLIT=split, SLICES=cut.slices, RANK=rank, EXPERTS=experts,
-        RANKS=bank_a.shape[0], SHRINK_ROWS=SHRINK_ROWS,
+        RANKS=ranks, SHRINK_ROWS=SHRINK_ROWS,
         BLOCK_T=block_t, BLOCK_E=max(16, power_of_2(experts)),
-        BLOCK_ER=block_er(experts * rank),
         ROWS=rows, MORE=more, COLS=cut.cols, STAGES=cut.stages,
-        TOGETHER=together or early_b[0] is not None, EARLY_B=early_b[0] is not None,
         num_warps=cut.warps, num_stages=cut.stages, **overlap(on_hopper(x)),
     )  # fmt: skip
     return y

@@ -24,7 +24,7 @@ from vllm_adafuse.kernels.whole import cdiv, power_of_2
 logger = logging.getLogger("vllm.adafuse")
 
 MAX_SPLIT = 4
-VERSION = 3
+VERSION = 4
 # Up to so many tokens W can be streamed, and tiled.
 MAX_STREAM_TOKENS = 32
 MAX_TILE_TOKENS = 128
@@ -47,8 +47,6 @@ class Tiles:
         slices: programs that share the shrink of one expert, each with a slice of `in`.
         tma: whole tiles through the tensor memory accelerator (tile_linear), not streamed
             (stream_linear).
-        early_b: with `tma`, a tile's B comes before its product and waits in shared memory; takes
-            `rows` times 256 bytes of it, times two where they come in pairs.
     """
 
     rows: int = 64
@@ -59,11 +57,8 @@ class Tiles:
     shrink_cols: int = 256
     slices: int = 1
     tma: bool = False
-    early_b: bool = False
 
     def __post_init__(self):
-        if self.early_b and not self.tma:
-            raise ValueError("Tiles: early_b is true and tma is not, expected both")
         first, second = self.pieces
         if second != 0 and not (self.tma and 2 * second == first):
             more = " or one and a half of one" if self.tma else ""
@@ -264,7 +259,7 @@ def find_tiles(
         follows: "", "silu", "gelu_tanh", "rotary", or "norm", which adds up slices of `in`.
         itemsize: bytes of an element.
         device: where it runs.
-        tma: the tensor memory accelerator can read x and W, see `tile_linear.can_tile`.
+        tma: the tensor memory accelerator can read all, see `tile_linear.can_tile`.
     """
     if tokens > MAX_TILE_TOKENS:
         return None

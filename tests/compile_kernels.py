@@ -133,27 +133,25 @@ def main() -> None:
             constants = shape | {
                 "SPLIT": 1, "SLICES": cut.slices, "RANK": 16, "EXPERTS": 8,
                 "RANKS": 128 * (2 if act == "silu" else 3), "SHRINK_ROWS": tile_linear.SHRINK_ROWS,
-                "BLOCK_T": tokens, "BLOCK_E": 16, "BLOCK_ER": 128,
+                "BLOCK_T": tokens, "BLOCK_E": 16,
                 "ROWS": tall, "MORE": more, "COLS": cut.cols, "STAGES": cut.stages,
                 "PDL": True,
             }  # fmt: skip
             members = 2 if act else 1
             for name, box in {
                 "x": (tokens, cut.cols), "a": (tile_linear.SHRINK_ROWS, cut.cols),
-                "w": (members, tall, cut.cols), "more": (members, more or tall, cut.cols),
-                "b": (members, tall, 128), "more_b": (members, more or tall, 128),
+                "s": (tokens, cut.cols),
+                **dict.fromkeys(("w", "b", "up"), (members, tall, cut.cols)),
+                **dict.fromkeys(
+                    ("more_w", "more_b", "more_up"), (members, more or tall, cut.cols)
+                ),
             }.items():  # fmt: skip
                 POINTERS[f"{name}_desc"] = f"tensordesc<bf16[{', '.join(map(str, box))}]>"
             kernel = tile_linear._tile_linear_kernel
             name = f"tile_linear act={number} tokens={tokens}"
-            late = {"EARLY_B": False, "b_desc": None, "more_b_desc": None}
-            # Of gate_up at 128 tokens a tile has too many sums (tile_linear.MAX_SUMS).
-            for together in (False,) if tokens == 128 and act == "silu" else (True, False):
-                late["TOGETHER"] = together
-                full = name if together else f"{name}, in chunks"
-                rows.append(build(full, kernel, constants | late, cut.warps, cut.stages))
-            constants |= {"TOGETHER": True, "EARLY_B": True}
-            rows.append(build(f"{name}, early B", kernel, constants, cut.warps, cut.stages))
+            if act != "silu":
+                constants |= {"up_desc": None, "more_up_desc": None}
+            rows.append(build(name, kernel, constants, cut.warps, cut.stages))
         for tokens in (128, 16000):
             cut = blocks.ExpandBlocks.choose(tokens, act != "", 2)
             columns = min(cut.columns, 64) if act == "rotary" else cut.columns

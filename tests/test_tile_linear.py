@@ -1,21 +1,26 @@
 """The tiled kernel against float64, over odd shapes and cuts of the product."""
 
-from dataclasses import replace
-
 import ops
 import pytest
 import torch
 from ops import DEVICE, error, joint_of, linear_truth, make_problem
+from vllm_adafuse.kernels import tile_linear
 from vllm_adafuse.kernels.pairs import rotate_torch
-from vllm_adafuse.kernels.tile_linear import tile_linear_triton
+from vllm_adafuse.kernels.tile_linear import can_tile, tile_linear_triton
 from vllm_adafuse.kernels.tiles import Tiles
 
 CUTS = [Tiles(32, 64), Tiles(48, 32, slices=3, tma=True), Tiles(64, 16, slices=4)]
 
 
-# The accelerator wants rows of whole 16 bytes; the last shape is its own.
-SHAPES = {name: (t, -(-i // 8) * 8, *rest) for name, (t, i, *rest) in ops.SHAPES.items()}
-SHAPES["hundred-tokens"] = (100, 72, [64, 70], 5, 2, 12)
+def in_eights(tokens, size_in, widths, experts, top_k, rank):
+    """The accelerator wants rows of whole 16 bytes: of x and W, and of s and B."""
+    while experts * rank % 8:
+        rank += 1
+    return tokens, -(-size_in // 8) * 8, widths, experts, top_k, rank
+
+
+SHAPES = {name: in_eights(*shape) for name, shape in ops.SHAPES.items()}
+SHAPES["hundred-tokens"] = (100, 72, [64, 70], 5, 2, 16)
 
 
 def run(p, activation="", tiles=None, **options):
@@ -80,8 +85,8 @@ def test_half_precision_is_no_worse_than_plain_torch(name, dtype):
     assert error(run(p), truth) <= 1.2 * error(plain, truth)
 
 
-SMALL, ODD = (Tiles(rows, 32, tma=True, early_b=True) for rows in (32, 48))
-LARGE = Tiles(96, 64, 1, 8, 4, slices=2, tma=True, early_b=True)
+SMALL, ODD = (Tiles(rows, 32, tma=True) for rows in (32, 48))
+LARGE = Tiles(96, 64, 1, 8, 4, slices=2, tma=True)
 
 
 @pytest.mark.parametrize(
@@ -96,28 +101,30 @@ LARGE = Tiles(96, 64, 1, 8, 4, slices=2, tma=True, early_b=True)
     ],
 )
 @pytest.mark.parametrize(
-    "cut,experts,rank",
-    [(SMALL, 4, 16), (ODD, 5, 8), (LARGE, 8, 16), (ODD, 8, 32)],  # the last has too many ranks
+    "cut,size_in,experts,rank",  # s is waited for before the loop, or within it
+    [(SMALL, 96, 4, 16), (ODD, 96, 5, 8), (LARGE, 512, 8, 16), (ODD, 264, 8, 32)],
 )
-def test_b_that_comes_early(activation, widths, parts, cut, experts, rank, dtype):
+def test_ranks_are_steps_of_the_loop(
+    activation, widths, parts, cut, size_in, experts, rank, dtype
+):
     tokens = 100
-    p = make_problem(tokens, 96, widths, experts, 2, rank, parts=parts, bias=True, dtype=dtype)
+    p = make_problem(
+        tokens, size_in, widths, experts, 2, rank, parts=parts, bias=True, dtype=dtype
+    )
     options, gated = {}, "" if activation == "rotary" else activation
     truth, plain = linear_truth(p, gated), linear_truth(p, gated, dtype=dtype)
     if activation == "rotary":
         options["cos_sin"] = torch.randn(tokens, 64, device=DEVICE).to(dtype)
         truth, plain = (rotate_torch(y, options["cos_sin"], 384) for y in (truth, plain))
-    early = run(p, activation, cut, **options)
-    assert error(early, truth) <= 1.2 * error(plain, truth)
-    late = run(p, activation, replace(cut, early_b=False), **options)
-    assert error(early, late.double()) <= error(plain, truth)
+    assert error(run(p, activation, cut, **options), truth) <= 1.2 * error(plain, truth)
 
 
 @pytest.mark.parametrize("split", [2, 3])
-def test_slices_with_b_that_comes_early(split):
-    p = make_problem(40, 96, [64, 70], 4, 2, 16, dtype=torch.float16)
+@pytest.mark.parametrize("size_in", [96, 384])
+def test_slices_in_half_precision(split, size_in):
+    p = make_problem(40, size_in, [64, 70], 4, 2, 16, dtype=torch.float16)
     slices = p.scratch.slices(split, 40, 134)
-    run(p, tiles=Tiles(32, 32, split, slices=2, tma=True, early_b=True), out=slices)
+    run(p, tiles=Tiles(32, 32, split, slices=2, tma=True), out=slices)
     truth, plain = linear_truth(p), linear_truth(p, dtype=torch.float16)
     assert error(slices.sum(0), truth) <= 1.2 * error(plain, truth)
 
@@ -132,6 +139,13 @@ def test_a_token_does_not_see_its_company():
     other.present.fill_(-1)
     one, two = run(p), run(other)
     assert torch.equal(one[5], two[5]) and not torch.equal(one[4], two[4])
+
+
+def test_few_ranks_are_not_tiled(monkeypatch):
+    monkeypatch.setattr(tile_linear, "on_hopper", lambda x: True)
+    for experts, rank, takes in ((4, 16, True), (2, 4, True), (3, 4, False), (1, 1, False)):
+        p = make_problem(4, 64, [64], experts, 1, rank, dtype=torch.float16)
+        assert can_tile(p.x, joint_of(p), p.bank_b) == takes
 
 
 def test_rows_without_gates_are_the_bare_projection():

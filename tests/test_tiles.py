@@ -59,10 +59,10 @@ def test_a_second_run_keeps_other_shapes():
     "text,said",
     [
         ("{", "Expecting"),
-        ('{"version": 9, "cuts": {}}', "its version is 9, expected 3"),
-        ('{"version": 3}', "cuts"),
-        ('{"version": 3, "cuts": {"a": {"1": {"rows": 48}}}}', "rows is 48"),
-        ('{"version": 3, "cuts": {"a": {"1": {"heads": 8}}}}', "heads"),
+        ('{"version": 9, "cuts": {}}', "its version is 9, expected 4"),
+        ('{"version": 4}', "cuts"),
+        ('{"version": 4, "cuts": {"a": {"1": {"rows": 48}}}}', "rows is 48"),
+        ('{"version": 4, "cuts": {"a": {"1": {"heads": 8}}}}', "heads"),
         ("[]", "list"),
     ],
 )
@@ -91,8 +91,3 @@ def test_a_bad_cut_is_refused():
 @pytest.mark.parametrize("rows,height", [(11008, 96), (14336, 128), (13824, 128), (18944, 96)])
 def test_long_tiles_take_one_round_of_processors_where_they_can(rows, height):
     assert Tiles.choose(128, 4096, rows, "silu", 2, True).rows == height
-
-
-def test_b_comes_early_with_the_accelerator_alone():
-    with pytest.raises(ValueError, match="early_b is true and tma is not"):
-        Tiles(early_b=True)

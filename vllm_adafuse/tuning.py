@@ -14,7 +14,6 @@ import torch
 import triton
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.kernels.blocks import BLOCK_ER
 from vllm_adafuse.kernels.linear import bank_a_of, linear_triton
 from vllm_adafuse.kernels.linear_norm import linear_norm_triton, scratch_sizes
 from vllm_adafuse.kernels.order_routes import Order, order_routes
@@ -23,7 +22,7 @@ from vllm_adafuse.kernels.residual_norm import residual_norm_triton
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import MAX_SHARED
 from vllm_adafuse.kernels.spread_routes import spread_routes
-from vllm_adafuse.kernels.tile_linear import MAX_EARLY_SUMS, MIN_TOKENS
+from vllm_adafuse.kernels.tile_linear import MIN_TOKENS
 from vllm_adafuse.kernels.tiles import MAX_STREAM_TOKENS, Tiles
 
 PACKED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv"}
@@ -132,7 +131,7 @@ def candidates(
         yield None
     found = itertools.chain(
         _streamed(*shape) if tokens <= MAX_STREAM_TOKENS else (),
-        _tiled(*shape, product.behind_norm) if tma and tokens > 8 else (),
+        _tiled(*shape) if tma and tokens > 8 else (),
     )
     yield from (cut for cut in found if cut != default)
 
@@ -159,26 +158,23 @@ def _streamed(
 
 
 def _tiled(
-    tokens: int, size_in: int, rows_of_w: int, follows: str, itemsize: int, begins_early: bool
+    tokens: int, size_in: int, rows_of_w: int, follows: str, itemsize: int
 ) -> Iterator[Tiles]:
     pairs, block_t = follows not in ("", "norm"), max(MIN_TOKENS, triton.next_power_of_2(tokens))
     two, many = 2 if pairs else 1, tokens > 64
     norm = follows == "norm"
     # The shrink should end long before the product: in short slices where that is cut, too.
     slices_of = (4, 8) if norm and many else (2, 4) if many else (4 if size_in > 8192 else 2,)
-    for rows, cols, stages, split, warps, slices, early_b in itertools.product(
+    for rows, cols, stages, split, warps, slices in itertools.product(
         (32, 64) if follows == "rotary" else (64, 96, 128), (64, 128),
         (4, 5, 6) if norm else (3, 4, 5, 6), (1, 2, 3) if norm else (1,),
-        (4, 8) if pairs else (4,), slices_of, (False, True) if begins_early else (False,),
+        (4, 8) if pairs else (4,), slices_of,
     ):  # fmt: skip
         shared = stages * (rows * two + block_t) * cols * itemsize
-        shared += early_b * rows * two * BLOCK_ER * itemsize
         programs = triton.cdiv(rows_of_w, rows) * split
         sums = rows * two * block_t // (32 * warps)  # registers of a thread
-        if early_b and follows != "rotary" and sums > MAX_EARLY_SUMS:
-            continue
         if shared <= MAX_TILE_SHARED and 60 <= programs <= 400 and sums <= 128:
-            yield Tiles(rows, cols, split, warps, stages, 256, slices, True, early_b)
+            yield Tiles(rows, cols, split, warps, stages, 256, slices, True)
 
 
 class Trial:

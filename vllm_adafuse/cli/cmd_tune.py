@@ -151,7 +151,7 @@ def show(outcomes: list, device: str) -> None:
         if cut:
             how = f"{cut.rows} x {cut.cols}, split {cut.split}, {cut.warps} warps, "
             how += f"{cut.stages} stages"
-            how += ", tma" * cut.tma + ", early B" * cut.early_b
+            how += ", tma" * cut.tma
         row = (outcome.product.name, str(outcome.tokens), f"{outcome.default:.1f}", f"{best:.1f}")
         table.add_row(*row, how)
     console().print(table)
