@@ -119,12 +119,15 @@ class Tiles:
             if tokens <= 64:
                 return cls(64, 128, 1, 4, 4, slices=2, tma=True)
             return cls(64, 64, 1, 8, 6, slices=2, tma=True)
-        if tokens <= 64:
-            return cls(64, 64, 1, 4, 4, slices=2, tma=True)
         # One tile to a processor, of 132, some of which have the shrink: a second round costs as
         # much as the first.
-        height = 128 if cdiv(rows, 96) > 116 >= cdiv(rows, 128) else 96
-        return cls(height, 64, 1, 8, 4, slices=2, tma=True)
+        one_round = cdiv(rows, 96) <= 116
+        if tokens <= 64:
+            cut = (96, 128, 1, 4, 3) if one_round else (64, 64, 1, 4, 4)
+        else:
+            tall = not one_round and cdiv(rows, 128) <= 116
+            cut = (128, 64, 1, 8, 4) if tall else (96, 64, 1, 8, 5)
+        return cls(*cut, slices=2, tma=True)
 
     @classmethod
     def _streamed(
