@@ -155,7 +155,10 @@ def start(kind: str, options: Options, root: Path) -> tuple[Engine, dict]:
     longest = [length + 8 for _, length in options.prefill]
     longest.append(options.prompt + options.steps[1] + 8)
     # 16 384 is vLLM's own value on large GPUs; here all prompts of a prefill fit into one step.
-    step = max([16384, *(count * length for count, length in options.prefill)])
+    prefills = [count * length for count, length in options.prefill]
+    step = max([16384, *prefills])
+    # vLLM captures steps of up to 512 tokens by default, prompts among them.
+    captured = {*options.batches, *(tokens for tokens in prefills if tokens <= 512)}
     begin = time.perf_counter()
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for `_memory`
     arguments = {"load_format": "dummy"} | extra
@@ -170,7 +173,7 @@ def start(kind: str, options: Options, root: Path) -> tuple[Engine, dict]:
         max_num_seqs=max(options.batches + [count for count, _ in options.prefill]),
         max_num_batched_tokens=step,
         enable_prefix_caching=False,
-        compilation_config={"cudagraph_capture_sizes": sorted(set(options.batches))},
+        compilation_config={"cudagraph_capture_sizes": sorted(captured)},
         **arguments,
     )
     seconds = time.perf_counter() - begin
