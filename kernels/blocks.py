@@ -125,9 +125,20 @@ def on_hopper(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda and _is_hopper(tensor.device)
 
 
+def waits_in_loops(tensor: torch.Tensor) -> bool:
+    """Whether a loop on tensor cores may wait for others, and stay pipelined: for Hopper's Triton
+    3.6 compiles it, for later GPUs newer ones alone do."""
+    return on_hopper(tensor) and _capability(tensor.device) == 9
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
 @functools.cache
 def _is_hopper(device: torch.device) -> bool:
-    return not torch.version.hip and torch.cuda.get_device_capability(device)[0] >= 9
+    return not torch.version.hip and _capability(device) >= 9
 
 
 @functools.cache

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
-from vllm_adafuse.kernels.blocks import on_hopper, overlap
+from vllm_adafuse.kernels.blocks import on_hopper, overlap, waits_in_loops
 from vllm_adafuse.kernels.early import prefetch_pairs
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.paged_cache import NO_PAGES, Pages, rows_in_pages, starts_of_head
@@ -47,23 +47,14 @@ from vllm_adafuse.kernels.shrink import (
     leave_sums,
     slice_of_in,
     wait_for_shrink,
-    wait_now,
 )
+from vllm_adafuse.kernels.tile_steps import apart, loop_over
 from vllm_adafuse.kernels.tiles import MAX_TILE_TOKENS, Tiles
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 # Rows of A in a tile. Hopper's tensor cores take no fewer tokens than MIN_TOKENS.
 SHRINK_ROWS = 64
 MIN_TOKENS = 64
-
-
-@triton.jit
-def apart(acc, ACT: tl.constexpr, BLOCK_T: tl.constexpr, ROWS: tl.constexpr):
-    """The two members of a tile [T, 2 * ROWS], [T, ROWS] each; without an activation the tile."""
-    y, up = acc, acc
-    if ACT != 0:
-        y, up = tl.split(tl.permute(tl.reshape(acc, [BLOCK_T, 2, ROWS]), [0, 2, 1]))
-    return y, up
 
 
 def can_tile(x: torch.Tensor, joint: torch.Tensor, bank_b: torch.Tensor) -> bool:
@@ -186,7 +177,7 @@ def _tile_linear_kernel(
     RANKS: tl.constexpr, SHRINK_ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr, MORE: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    WAITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     SHRINK_TILES: tl.constexpr = (RANKS + SHRINK_ROWS - 1) // SHRINK_ROWS
@@ -233,7 +224,6 @@ def _tile_linear_kernel(
                 if MORE:
                     start += ROWS
                     prefetch_pairs(w_ptr, start, WIDTH0 + WIDTH1 + WIDTH2, size_in, APART, MORE)
-        if PDL:
             tl.extra.cuda.gdc_wait()
         tokens = tl.arange(0, BLOCK_T)
         in_pages, there = rows_in_pages(
@@ -250,34 +240,32 @@ def _tile_linear_kernel(
         steps = of_in + (OF_GATE + OF_UP if GATED else tl.where(part >= 0, OF_PART, 0))
         size = tl.cdiv(steps, SPLIT)
         begin, end = slice_ * size, tl.minimum(slice_ * size + size, steps)
-        # s must be there before the loop asks for it, as many steps ahead as there are stages.
-        ahead = of_in - STAGES
-        if (begin > ahead if PDL else begin >= 0) & (end > of_in):
-            wait_for_shrink(counter_ptr, SHRINK_TILES)
-            if PDL:
-                fence()
         acc = tl.zeros([BLOCK_T, MEMBERS * ROWS], dtype=tl.float32)
         more = tl.zeros([BLOCK_T, MEMBERS * MORE if MORE else 16], dtype=tl.float32)
-        for step in tl.range(begin, end, num_stages=STAGES):
-            if PDL:
-                wait_now(counter_ptr, SHRINK_TILES, (step == ahead) & (end > of_in))
-            at, of_member, of_row, of_s = step * COLS, member, row, 0
-            from_x, from_w, from_more = x_desc, w_desc, more_w_desc
-            if step >= of_in:
-                at, of_member, of_row = (step - of_in) * COLS, b_member, b_row
-                of_s = part * SIZE
-                from_x, from_w, from_more = s_desc, b_desc, more_b_desc
-            if OF_UP > 0:
-                if step >= of_in + OF_GATE:
-                    at, of_member, of_s = (step - of_in - OF_GATE) * COLS, -1, PART1 * SIZE
-                    from_w, from_more = up_desc, more_up_desc
-            x = from_x.load([0, of_s + at])
-            w = from_w.load([of_member, of_row, at])
-            acc = tl.dot(x, tl.reshape(w, [MEMBERS * ROWS, COLS]).T, acc, input_precision="ieee")
-            if MORE:
-                w = from_more.load([of_member, of_row + ROWS, at])
-                w = tl.reshape(w, [MEMBERS * MORE, COLS])
-                more = tl.dot(x, w.T, more, input_precision="ieee")
+        # s must be there before the loop asks for it, as many steps ahead as there are stages.
+        ahead = of_in - STAGES
+        if WAITS:
+            if (begin > ahead) & (end > of_in):
+                wait_for_shrink(counter_ptr, SHRINK_TILES)
+                fence()
+        else:  # a loop up to the ranks, and another behind it
+            acc, more = loop_over(
+                acc, more, begin, tl.minimum(end, of_in), of_in, ahead,
+                x_desc, w_desc, more_w_desc, s_desc, b_desc, more_b_desc, up_desc, more_up_desc,
+                counter_ptr, member, row, b_member, b_row, part,
+                SIZE, OF_GATE, 0, PART1, MEMBERS, ROWS, MORE, COLS, STAGES, SHRINK_TILES, False,
+            )  # fmt: skip
+            if end > of_in:
+                wait_for_shrink(counter_ptr, SHRINK_TILES)
+                if PDL:
+                    fence()
+            begin = tl.maximum(begin, of_in)
+        acc, more = loop_over(
+            acc, more, begin, end, of_in, ahead,
+            x_desc, w_desc, more_w_desc, s_desc, b_desc, more_b_desc, up_desc, more_up_desc,
+            counter_ptr, member, row, b_member, b_row, part,
+            SIZE, OF_GATE, OF_UP, PART1, MEMBERS, ROWS, MORE, COLS, STAGES, SHRINK_TILES, WAITS,
+        )  # fmt: skip
         y, up = apart(acc, ACT, BLOCK_T, ROWS)
         _finish(
             y, up, local, slice_, bias_ptr, y_ptr, cos_sin_ptr, n_tokens, y_stride, number, first,
@@ -372,7 +360,7 @@ def tile_linear_triton(
         SPLIT=split, SLICES=cut.slices, RANK=rank, EXPERTS=experts,
         RANKS=ranks, SHRINK_ROWS=SHRINK_ROWS,
         BLOCK_T=block_t, BLOCK_E=max(16, power_of_2(experts)),
-        ROWS=rows, MORE=more, COLS=cut.cols, STAGES=cut.stages,
+        ROWS=rows, MORE=more, COLS=cut.cols, STAGES=cut.stages, WAITS=waits_in_loops(x),
         num_warps=cut.warps, num_stages=cut.stages, **overlap(on_hopper(x)),
     )  # fmt: skip
     return y

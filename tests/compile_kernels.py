@@ -30,7 +30,7 @@ from vllm_adafuse.kernels import (
 )
 from vllm_adafuse.kernels.order_routes import ORDER_TILE
 
-HOPPER = GPUTarget("cuda", 90, 32)
+HOPPER, BLACKWELL = GPUTarget("cuda", 90, 32), GPUTarget("cuda", 100, 32)
 POINTERS = {
     **dict.fromkeys("x_ptr w_ptr bias_ptr a_ptr b_ptr y_ptr out_ptr s_ptr".split(), "*bf16"),
     **dict.fromkeys("residual_ptr weight_ptr z_ptr cos_sin_ptr".split(), "*bf16"),
@@ -51,19 +51,22 @@ def tool(name: str) -> str:
     return str(next(path for path in root.rglob(f"{name}*") if path.is_file()))
 
 
-def is_serialized(ptx: str) -> bool:
+def is_serialized(ptx: str, target: GPUTarget) -> bool:
     """Whether tensor cores wait for each product before the next one, as ptxas says: it does so to
     a whole kernel if it cannot keep one product's sums where they are."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [tool("ptxas"), "-v", "--gpu-name=sm_90a", file.name, "-o", file.name + ".cubin"]
+        options = "-v", f"--gpu-name=sm_{target.arch}a", "-o", file.name + ".cubin"
+        command = [tool("ptxas"), *options, file.name]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         Path(file.name + ".cubin").unlink()
     return "serialized" in done.stdout + done.stderr
 
 
-def build(name: str, kernel, constants: dict, warps: int, stages: int) -> dict:
+def build(
+    name: str, kernel, constants: dict, warps: int, stages: int, target: GPUTarget = HOPPER
+) -> dict:
     """Registers, bytes of spills, global loads narrower than 8 bytes, stores of 2, and whether
     products wait for one another."""
     names = kernel.arg_names
@@ -77,7 +80,7 @@ def build(name: str, kernel, constants: dict, warps: int, stages: int) -> dict:
         kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes
     )
     options = {"num_warps": warps, "num_stages": stages}
-    built = triton.compile(source, target=HOPPER, options=options)
+    built = triton.compile(source, target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
@@ -94,7 +97,7 @@ def build(name: str, kernel, constants: dict, warps: int, stages: int) -> dict:
         "narrow": len(narrow),
         "halves": len(halves),
         "shared": built.metadata.shared,
-        "serialized": is_serialized(built.asm["ptx"]),
+        "serialized": is_serialized(built.asm["ptx"], target),
     }
 
 
@@ -135,7 +138,7 @@ def main() -> None:
                 "RANKS": 128 * (2 if act == "silu" else 3), "SHRINK_ROWS": tile_linear.SHRINK_ROWS,
                 "BLOCK_T": tokens, "BLOCK_E": 16,
                 "ROWS": tall, "MORE": more, "COLS": cut.cols, "STAGES": cut.stages,
-                "PDL": True,
+                "PDL": True, "WAITS": True,
             }  # fmt: skip
             members = 2 if act else 1
             for name, box in {
@@ -152,6 +155,9 @@ def main() -> None:
             if act != "silu":
                 constants |= {"up_desc": None, "more_up_desc": None}
             rows.append(build(name, kernel, constants, cut.warps, cut.stages))
+            name, later = f"{name}, two loops", constants | {"WAITS": False}
+            for target in (HOPPER, BLACKWELL):
+                rows.append(build(name, kernel, later, cut.warps, cut.stages, target))
         for tokens in (128, 16000):
             cut = blocks.ExpandBlocks.choose(tokens, act != "", 2)
             columns = min(cut.columns, 64) if act == "rotary" else cut.columns

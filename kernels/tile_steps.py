@@ -1,0 +1,59 @@
+"""The steps of a tile of `tile_linear`, one product of [x | s] and [W | B]:
+
+    acc[t, m] = Σ_k x[t, k] W[m, k] + Σ_e s[t, p(m), e] B[m, e]   m over the rows of a tile, p(m)
+                                                                   their part
+
+Steps of `in` come first, then steps of ranks, in which s stands for x, and B for W: a descriptor is
+a value like others, so each step chooses its own, and all are one pipeline. Each member of gate_up
+has an s of its own: B of one comes beside zeros, which lie outside of its descriptor and are not
+read. SGMM (AdaFuse, arXiv 2603.11873, section 3).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from vllm_adafuse.kernels.shrink import wait_now
+
+
+@triton.jit
+def apart(acc, ACT: tl.constexpr, BLOCK_T: tl.constexpr, ROWS: tl.constexpr):
+    """The two members of a tile [T, 2 * ROWS], [T, ROWS] each; without an activation the tile."""
+    y, up = acc, acc
+    if ACT != 0:
+        y, up = tl.split(tl.permute(tl.reshape(acc, [BLOCK_T, 2, ROWS]), [0, 2, 1]))
+    return y, up
+
+
+@triton.jit
+def loop_over(
+    acc, more, begin, end, of_in, ahead,
+    x_desc, w_desc, more_w_desc, s_desc, b_desc, more_b_desc, up_desc, more_up_desc,
+    counter_ptr, member, row, b_member, b_row, part,
+    SIZE: tl.constexpr, OF_GATE: tl.constexpr, OF_UP: tl.constexpr, PART1: tl.constexpr,
+    MEMBERS: tl.constexpr, ROWS: tl.constexpr, MORE: tl.constexpr, COLS: tl.constexpr,
+    STAGES: tl.constexpr, SHRINK_TILES: tl.constexpr, WAITS: tl.constexpr,
+):  # fmt: skip
+    """Some steps of a tile's product: those before `of_in` of W and x, others of B and s, for
+    which it waits, if it WAITS, in step `ahead`."""
+    for step in tl.range(begin, end, num_stages=STAGES):
+        if WAITS:
+            wait_now(counter_ptr, SHRINK_TILES, (step == ahead) & (end > of_in))
+        at, of_member, of_row, of_s = step * COLS, member, row, 0
+        from_x, from_w, from_more = x_desc, w_desc, more_w_desc
+        if step >= of_in:
+            at, of_member, of_row = (step - of_in) * COLS, b_member, b_row
+            of_s = part * SIZE
+            from_x, from_w, from_more = s_desc, b_desc, more_b_desc
+        if OF_UP > 0:
+            if step >= of_in + OF_GATE:
+                at, of_member, of_s = (step - of_in - OF_GATE) * COLS, -1, PART1 * SIZE
+                from_w, from_more = up_desc, more_up_desc
+        x = from_x.load([0, of_s + at])
+        w = from_w.load([of_member, of_row, at])
+        acc = tl.dot(x, tl.reshape(w, [MEMBERS * ROWS, COLS]).T, acc, input_precision="ieee")
+        if MORE:
+            w = from_more.load([of_member, of_row + ROWS, at])
+            w = tl.reshape(w, [MEMBERS * MORE, COLS])
+            more = tl.dot(x, w.T, more, input_precision="ieee")
+    return acc, more
