@@ -155,9 +155,10 @@ def main() -> None:
             if act != "silu":
                 constants |= {"up_desc": None, "more_up_desc": None}
             rows.append(build(name, kernel, constants, cut.warps, cut.stages))
-            name, later = f"{name}, two loops", constants | {"WAITS": False}
+            later = constants | {"WAITS": False}
             for target in (HOPPER, BLACKWELL):
-                rows.append(build(name, kernel, later, cut.warps, cut.stages, target))
+                full = f"{name}, two loops, sm_{target.arch}"
+                rows.append(build(full, kernel, later, cut.warps, cut.stages, target))
         for tokens in (128, 16000):
             cut = blocks.ExpandBlocks.choose(tokens, act != "", 2)
             columns = min(cut.columns, 64) if act == "rotary" else cut.columns

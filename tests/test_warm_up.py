@@ -76,6 +76,7 @@ def launched(monkeypatch):
     begins = lambda self: self.storage_offset() * self.element_size()  # noqa: E731
     monkeypatch.setattr(FakeTensor, "data_ptr", begins)
     monkeypatch.setattr(blocks, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(blocks, "_capability", lambda device: 9)
     with FakeTensorMode():
         yield seen
     keep_no_kernel()
