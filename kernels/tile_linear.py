@@ -244,22 +244,18 @@ def _tile_linear_kernel(
         more = tl.zeros([BLOCK_T, MEMBERS * MORE if MORE else 16], dtype=tl.float32)
         # s must be there before the loop asks for it, as many steps ahead as there are stages.
         ahead = of_in - STAGES
-        if WAITS:
-            if (begin > ahead) & (end > of_in):
-                wait_for_shrink(counter_ptr, SHRINK_TILES)
-                fence()
-        else:  # a loop up to the ranks, and another behind it
+        if not WAITS:  # a loop up to the ranks, and another behind it
             acc, more = loop_over(
                 acc, more, begin, tl.minimum(end, of_in), of_in, ahead,
                 x_desc, w_desc, more_w_desc, s_desc, b_desc, more_b_desc, up_desc, more_up_desc,
                 counter_ptr, member, row, b_member, b_row, part,
                 SIZE, OF_GATE, 0, PART1, MEMBERS, ROWS, MORE, COLS, STAGES, SHRINK_TILES, False,
             )  # fmt: skip
-            if end > of_in:
-                wait_for_shrink(counter_ptr, SHRINK_TILES)
-                if PDL:
-                    fence()
             begin = tl.maximum(begin, of_in)
+        if (begin > ahead) & (end > of_in):
+            wait_for_shrink(counter_ptr, SHRINK_TILES)
+            if PDL:
+                fence()
         acc, more = loop_over(
             acc, more, begin, end, of_in, ahead,
             x_desc, w_desc, more_w_desc, s_desc, b_desc, more_b_desc, up_desc, more_up_desc,
@@ -345,13 +341,13 @@ def tile_linear_triton(
     of_b = [b[: widths[0]], b[-widths[0] :]] if is_gate_up(activation) else [b]
     w_boxes = _boxes(joint[:size_out], tall, pair, pieces, cut.cols)
     b_boxes = [_boxes(part, half or part.shape[0], pair, pieces, cut.cols) for part in of_b]
+    up_boxes = b_boxes[1] if len(of_b) > 1 else [None, None]
     launch(
         _tile_linear_kernel, (shrinks + count * split,),
         TensorDescriptor(x, list(x.shape), list(x.stride()), [block_t, cut.cols]), *w_boxes,
         TensorDescriptor(bank_a, list(bank_a.shape), [size_in, 1], [SHRINK_ROWS, cut.cols]),
         TensorDescriptor(s, [tokens, ranks], [ranks, 1], [block_t, cut.cols]),
-        *b_boxes[0], *(b_boxes[1:] or [[None, None]])[0],
-        joint, bias, y, cos_sin, gates, s,
+        *b_boxes[0], *up_boxes, joint, bias, y, cos_sin, gates, s,
         scratch.partial, scratch.tickets, counter,
         tokens, y.stride(-2), size_in, *(pages or NO_PAGES),
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
