@@ -31,6 +31,10 @@ MAX_TILE_TOKENS = 128
 # Rows of W, or pairs of them, with which whole tiles are programs enough. To add up slices of `in`
 # within the kernel costs more than it gains.
 _MIN_ROWS = 3072
+# Tiles that keep a large GPU busy.
+_MIN_TILES = 90
+# Up to so many tokens W is streamed in every case.
+_FEW = 16
 
 
 @dataclass(frozen=True)
@@ -88,14 +92,17 @@ class Tiles:
     ) -> Tiles | None:
         """A sane cut for any device; None: the vendor's product is the better one.
 
-        Found on an H200 at the shapes of Llama-2-7B; docs/kernel-notes.md has the figures. See
-        `find_tiles` for the arguments.
+        Found on an H200 at the shapes of Llama-2-7B and 13B and Mistral-7B; docs/kernel-notes.md
+        has the figures. See `find_tiles` for the arguments.
         """
-        if tokens <= MAX_STREAM_TOKENS:
-            return cls._streamed(tokens, rows, follows, itemsize, tma)
-        if not tma or tokens > MAX_TILE_TOKENS:
+        if tma and _FEW < tokens <= MAX_TILE_TOKENS:
+            cut = cls._tiled(tokens, size_in, rows, follows, itemsize)
+            short = itemsize > 2 or (follows == "norm" and size_in <= 8192)
+            if tokens > MAX_STREAM_TOKENS or (cut and not short):
+                return cut
+        if tokens > MAX_STREAM_TOKENS:
             return None
-        return cls._tiled(tokens, size_in, rows, follows, itemsize)
+        return cls._streamed(tokens, rows, follows, itemsize, tma)
 
     @classmethod
     def _tiled(
@@ -107,7 +114,7 @@ class Tiles:
             if itemsize > 2:
                 return cls(32, 32, min(MAX_SPLIT, max(1, cdiv(128, cdiv(rows, 32)))), tma=True)
             if size_in <= 8192:
-                return cls(64, 128, 1, 4, 6, slices=2, tma=True)
+                return cls(64, 128, 1, 4, 5, slices=2, tma=True)
             split = min(MAX_SPLIT, max(1, 112 // cdiv(rows, 96)))
             return cls(96, 128, split, 4, 5, slices=4, tma=True)
         pairs = bool(follows)
@@ -116,6 +123,8 @@ class Tiles:
         if itemsize > 2:
             return cls(32, 32, 1, 4, 3, tma=True)
         if follows in ("", "rotary"):
+            if cdiv(rows, 64) < _MIN_TILES:
+                return cls(32, 128, 1, 4, 5 if tokens <= 64 else 4, slices=2, tma=True)
             if tokens <= 64:
                 return cls(64, 128, 1, 4, 4, slices=2, tma=True)
             return cls(64, 64, 1, 8, 6, slices=2, tma=True)
@@ -134,17 +143,21 @@ class Tiles:
         cls, tokens: int, rows: int, follows: str, itemsize: int, roomy: bool
     ) -> Tiles:
         # Hopper's processors have room for 110 kB; others must do with less.
-        few, pairs = tokens <= 16, follows not in ("", "norm")
+        few, pairs = tokens <= _FEW, follows not in ("", "norm")
         cols, most = 128 if itemsize == 2 else 64, 1 if pairs else 3
         height = 64 if roomy or not pairs or not few else 32
-        while height > 16 and cdiv(rows, height) * most < 90:
+        while height > 16 and cdiv(rows, height) * most < _MIN_TILES:
             height //= 2
+        if follows == "rotary" and few and roomy:
+            return cls(min(height, 32), cols, 1, 4, 6 if cdiv(rows, 32) <= 132 else 4)
         if follows == "rotary":
             return cls(height, cols // 2, 1, 4, 6 if roomy else 4)
         if pairs:
             return cls(height, cols if few else cols // 2, 1, 4, 3 if few else 4)
-        split = min(most, cdiv(160, cdiv(rows, height)))
-        if tokens <= 4 and follows == "norm" and split > 1 and roomy:
+        # Programs that fill a second round of 132 processors by a fifth alone wait for that fifth.
+        tiles = cdiv(rows, height)
+        split = min(most, cdiv(190, tiles))
+        if tokens <= 4 and follows == "norm" and split > 1 and roomy and 2 * tiles <= 132:
             return cls(height, cols, 2, 4, 6, 512, 2)
         slices = 1 if split == 1 else 2 if few else 3
         stages = 3 if few and follows == "norm" else 4
