@@ -225,7 +225,7 @@ def linear(
         bias: [out] or None.
         bank_b: [sum of the adapted widths, E, R], dtype of x.
         gates: [N, E] float32, N >= T, LoRA's scale included; rows past T are not read.
-        present: [1] int64, see `spread_routes`, which also zeroes the next.
+        present: [2 + E] int64, see `spread_routes`, which also zeroes the next.
         counters: [C, 4] int32, a row for each projection.
         index: of this projection's row.
         scratch: of the device.

@@ -8,7 +8,7 @@ expert that no token chose is not read. Rows of s are zero where the token did n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -120,8 +120,8 @@ def last_sums(acc, partial_ptr, ticket_ptr, slot, split, splits,
 
 
 @triton.jit
-def shrink_program(
-    pid, x_ptr, a_ptr, gates_ptr, present_ptr, s_ptr, partial_ptr, ticket_ptr,
+def _shrink_slice(
+    slot, part, expert, block, split, used, x_ptr, a_ptr, gates_ptr, s_ptr, partial_ptr, ticket_ptr,
     counter_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_parts, slices,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_IN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -129,45 +129,75 @@ def shrink_program(
 
     When its s is stored, the counter rises by one.
     """
-    slot, split = pid // slices, pid % slices
-    blocks = tl.cdiv(rank, BLOCK_R)
-    part, expert, block = slot // (n_experts * blocks), (slot // blocks) % n_experts, slot % blocks
     rows = tl.arange(0, BLOCK_T)
     ranks = block * BLOCK_R + tl.arange(0, BLOCK_R)
     here, real = rows < n_tokens, ranks < rank
-    used = (tl.load(present_ptr) >> expert) & 1 != 0
-    # Of an expert that no token chose one program remains: it writes the zeros.
-    if used | (split == 0):
-        sums = tl.zeros([BLOCK_R, BLOCK_T], dtype=tl.float32)
-        last = True
-        if used:
-            a_rows = ((part * n_experts + expert) * rank + ranks).to(tl.int64) * size_in
-            begin, end = slice_of_in(size_in, split, slices, BLOCK_IN)
-            for start in tl.range(begin, end, BLOCK_IN, num_stages=STAGES):
-                k = start + tl.arange(0, BLOCK_IN)
-                inside = k < end
-                a = tl.load(
-                    a_ptr + a_rows[:, None] + k[None, :],
-                    mask=real[:, None] & inside[None, :], other=0.0,
-                )  # fmt: skip
-                x = tl.load(
-                    x_ptr + rows[None, :] * x_stride + k[:, None],
-                    mask=here[None, :] & inside[:, None], other=0.0,
-                )  # fmt: skip
-                sums = tl.dot(a, x, sums, input_precision="ieee")
-            if slices > 1:
-                sums, last = last_sums(
-                    sums, partial_ptr, ticket_ptr, slot, split, slices, BLOCK_R, BLOCK_T
-                )
-        if last:
-            gates = tl.load(gates_ptr + rows * n_experts + expert, mask=here, other=0.0)
-            at = ((rows * n_parts + part) * n_experts + expert)[None, :] * rank + ranks[:, None]
-            # Not a bare product: what another token sees of this expert must not matter.
-            s = tl.where(gates[None, :] != 0, sums * gates[None, :], 0.0)
-            s = s.to(s_ptr.dtype.element_ty)
-            tl.store(s_ptr + at, s, mask=here[None, :] & real[:, None])
-            tl.debug_barrier()
-            tl.atomic_add(counter_ptr, 1, sem="release")
+    sums = tl.zeros([BLOCK_R, BLOCK_T], dtype=tl.float32)
+    last = True
+    if used:
+        a_rows = ((part * n_experts + expert) * rank + ranks).to(tl.int64) * size_in
+        begin, end = slice_of_in(size_in, split, slices, BLOCK_IN)
+        for start in tl.range(begin, end, BLOCK_IN, num_stages=STAGES):
+            k = start + tl.arange(0, BLOCK_IN)
+            inside = k < end
+            a = tl.load(
+                a_ptr + a_rows[:, None] + k[None, :],
+                mask=real[:, None] & inside[None, :], other=0.0,
+            )  # fmt: skip
+            x = tl.load(
+                x_ptr + rows[None, :] * x_stride + k[:, None],
+                mask=here[None, :] & inside[:, None], other=0.0,
+            )  # fmt: skip
+            sums = tl.dot(a, x, sums, input_precision="ieee")
+        if slices > 1:
+            sums, last = last_sums(
+                sums, partial_ptr, ticket_ptr, slot, split, slices, BLOCK_R, BLOCK_T
+            )
+    if last:
+        gates = tl.load(gates_ptr + rows * n_experts + expert, mask=here, other=0.0)
+        at = ((rows * n_parts + part) * n_experts + expert)[None, :] * rank + ranks[:, None]
+        # Not a bare product: what another token sees of this expert must not matter.
+        s = tl.where(gates[None, :] != 0, sums * gates[None, :], 0.0)
+        s = s.to(s_ptr.dtype.element_ty)
+        tl.store(s_ptr + at, s, mask=here[None, :] & real[:, None])
+        tl.debug_barrier()
+        tl.atomic_add(counter_ptr, 1, sem="release")
+
+
+@triton.jit
+def shrink_program(
+    pid, x_ptr, a_ptr, gates_ptr, present_ptr, s_ptr, partial_ptr, ticket_ptr,
+    counter_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_parts, n_slots, slices,
+    LISTED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_IN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The programs of a shrink: a slot for each part, expert and block of ranks, or for those of
+    the list of experts that are present, in turns if there are fewer slots."""
+    slot, split = pid // slices, pid % slices
+    blocks = tl.cdiv(rank, BLOCK_R)
+    if LISTED:
+        of_expert = n_parts * blocks
+        part, block = slot % of_expert // blocks, slot % blocks
+        count = tl.load(present_ptr + 1).to(tl.int32)
+        for i in range(slot // of_expert, count, n_slots // of_expert):
+            expert = tl.load(present_ptr + 2 + i).to(tl.int32)
+            _shrink_slice(
+                i * of_expert + slot % of_expert, part, expert, block, split, True,
+                x_ptr, a_ptr, gates_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
+                n_tokens, x_stride, size_in, n_experts, rank, n_parts, slices,
+                BLOCK_T, BLOCK_R, BLOCK_IN, STAGES,
+            )  # fmt: skip
+    else:
+        part, expert = slot // (n_experts * blocks), (slot // blocks) % n_experts
+        used = (tl.load(present_ptr) >> expert) & 1 != 0
+        # Of an expert that no token chose one program remains: it writes the zeros.
+        if used | (split == 0):
+            _shrink_slice(
+                slot, part, expert, slot % blocks, split, used,
+                x_ptr, a_ptr, gates_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
+                n_tokens, x_stride, size_in, n_experts, rank, n_parts, slices,
+                BLOCK_T, BLOCK_R, BLOCK_IN, STAGES,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -181,14 +211,14 @@ def _shrink_kernel(
         tl.extra.cuda.gdc_wait()
     shrink_program(
         tl.program_id(0), x_ptr, a_ptr, gates_ptr, present_ptr, s_ptr, partial_ptr, ticket_ptr,
-        counter_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_parts, slices,
+        counter_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_parts, 0, slices, False,
         BLOCK_T, BLOCK_R, BLOCK_IN, STAGES,
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ShrinkGrid:
-    """How the programs of a bank's shrink are cut."""
+    """How the programs of a bank's shrink are cut: slots, of so many slices each."""
 
     block_r: int
     slices: int
@@ -202,6 +232,11 @@ class ShrinkGrid:
         slots = parts * experts * cdiv(rank, block_r)
         alone = max(1, min(MAX_SLICES, size_in // _SLICE, _PROGRAMS // slots))
         return cls(block_r, slices or alone, slots)
+
+    def for_tokens(self, tokens: int, experts: int) -> ShrinkGrid:
+        """With slots for as many of the E experts as so few tokens may well choose."""
+        most = 16 if tokens <= 8 else 32 if tokens <= 16 else 64
+        return replace(self, slots=self.slots // experts * min(experts, most))
 
     @property
     def programs(self) -> int:

@@ -1,10 +1,11 @@
 """What every layer of a step needs to know of its routes, once per step:
 
     gates[t, e] = Σ_j weights[t, j] [expert_ids[t, j] = e]
-    bit e of present = any_t gates[t, e] ≠ 0
+    bit e of present[0] = any_t gates[t, e] ≠ 0, present[1] = how many, present[2:] = which
 
 Rows of `gates` mask the experts of a token, `present` skips the bytes of experts that no token
-chose. The counters by which the programs of one launch wait for each other begin at zero.
+chose: by bits where experts are few, by the list where many would only be skipped. The counters by
+which the programs of one launch wait for each other begin at zero.
 """
 
 from __future__ import annotations
@@ -18,6 +19,20 @@ from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 # Up to this many tokens `present` tells the truth; longer batches touch all experts, and say so.
 MAX_PRESENT_TOKENS = 256
+
+
+def new_present(experts: int, device: torch.device | str | None = None) -> torch.Tensor:
+    """[2 + E] int64 for `spread_routes` to write: no expert yet."""
+    return torch.zeros(2 + experts, dtype=torch.int64, device=device)
+
+
+def list_present(used: torch.Tensor, present: torch.Tensor) -> None:
+    """Writes the bits, the number and the list of experts [E] that are used."""
+    experts = torch.arange(len(used), device=used.device)
+    place = used.cumsum(0)
+    present[0], present[1] = (used.long() << experts).sum(), place[-1]
+    # Those that are absent go to the number's place, and it is written again.
+    present.scatter_(0, 1 + place * used, torch.where(used, experts, place[-1]))
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -40,6 +55,9 @@ def _spread_routes_kernel(
         if ONE:
             used = tl.max((gates != 0.0).to(tl.int64), 0)
             tl.store(present_ptr, tl.sum(used << experts.to(tl.int64), 0))
+            place = tl.cumsum(used, 0)
+            tl.store(present_ptr + 1, tl.max(place, 0))
+            tl.store(present_ptr + 1 + place, experts.to(tl.int64), mask=used != 0)
         else:
             tl.store(present_ptr, -1)
         at = tl.arange(0, 256)
@@ -80,10 +98,9 @@ def spread_routes_torch(
     rows = gates[:tokens].zero_()
     rows.scatter_(1, expert_ids[:tokens].long(), weights[:tokens])
     if tokens <= MAX_PRESENT_TOKENS:
-        bits = (rows != 0).any(0).long() << torch.arange(rows.shape[1], device=rows.device)
-        torch.sum(bits, 0, keepdim=True, out=present)
+        list_present((rows != 0).any(0), present)
     else:
-        present.fill_(-1)
+        present[0] = -1
     counters.zero_()
 
 
@@ -118,7 +135,8 @@ def spread_routes(
         expert_ids: [N, k] int32 routes, each row without repeats; contiguous like all here.
         weights: [N, k] float32.
         gates: [N, E] float32, its first T rows written.
-        present: [1] int64, written: a bit for each expert with a gate; all bits in long batches.
+        present: [2 + E] int64, written: a bit for each expert with a gate, then their number, then
+            which they are, in rising order. In batches of more than 256 all bits, and no list.
         counters: int32 of any shape, zeroed.
         tokens: T <= N.
     """

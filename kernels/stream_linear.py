@@ -21,7 +21,7 @@ from dataclasses import replace
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.blocks import block_er, on_hopper, overlap
+from vllm_adafuse.kernels.blocks import BLOCK_ER, block_er, on_hopper, overlap
 from vllm_adafuse.kernels.early import prefetch
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.paged_cache import NO_PAGES, Pages, rows_in_pages, starts_of_head
@@ -61,42 +61,75 @@ def scratch_sizes(bank_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
 
 
 @triton.jit
-def load_b(b_at, columns, size, present, RANK: tl.constexpr):
-    """B [rows, columns] of the experts that are present."""
-    # Of a known rank, so that loads know how long their masks stay the same.
-    used = ((present >> (columns // RANK)) & 1 != 0) & (columns < size)
+def _columns(
+    start, present_ptr, seen, n_experts,
+    LISTED: tl.constexpr, RANK: tl.constexpr, BLOCK_ER: tl.constexpr,
+):  # fmt: skip
+    """A block of columns of B, and which of them are of experts that are present.
+
+    LISTED: one present expert after the other, each at a multiple of the 16 columns that tensor
+    cores take at once, so that a token's sums do not depend on who else is present.
+    seen: how many experts are present, if LISTED; else their bits.
+    """
+    columns = start + tl.arange(0, BLOCK_ER)
+    if LISTED:
+        PADDED: tl.constexpr = (RANK + 15) // 16 * 16
+        place, ranks = columns // PADDED, columns % PADDED
+        used = place < seen
+        if PADDED != RANK:
+            used &= ranks < RANK
+        experts = tl.load(present_ptr + 2 + tl.minimum(place, n_experts - 1))
+        columns = experts.to(tl.int32) * RANK + ranks
+        if RANK % 8 == 0:  # so that loads are of 16 bytes
+            columns = tl.max_contiguous(tl.multiple_of(columns, 8), 8)
+    else:
+        # Of a known rank, so that loads know how long their masks stay the same.
+        used = ((seen >> (columns // RANK)) & 1 != 0) & (columns < n_experts * RANK)
+    return columns, used
+
+
+@triton.jit
+def load_b(
+    b_at, start, present_ptr, seen, n_experts,
+    LISTED: tl.constexpr, RANK: tl.constexpr, BLOCK_ER: tl.constexpr,
+):  # fmt: skip
+    """A block of columns of B [rows, columns]; see `_columns`."""
+    columns, used = _columns(start, present_ptr, seen, n_experts, LISTED, RANK, BLOCK_ER)
     return tl.load(b_at + columns[None, :], mask=used[None, :], other=0.0)
 
 
 @triton.jit
 def add_delta(
-    acc, b_at, first_b, present, s_ptr, counter_ptr,
-    n_tokens, part, n_parts, n_experts, n_slots,
-    WAITS: tl.constexpr, RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_ER: tl.constexpr,
+    acc, b_at, b, present_ptr, seen, s_ptr, counter_ptr, shrinks,
+    n_tokens, part, n_parts, n_experts,
+    WAITS: tl.constexpr, LISTED: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_ER: tl.constexpr,
 ):  # fmt: skip
     """acc [rows, T] + B[rows] s[part].
 
-    first_b: the first block of columns of B, loaded long before.
+    b: the first block of columns of B, loaded long before.
     WAITS: until all of s is there, unless the tile has done so before: to ask is a way to memory.
     """
-    tokens, columns, size = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_ER), n_experts * RANK
+    tokens = tl.arange(0, BLOCK_T)
     here = tokens < n_tokens
-    s_at = s_ptr + (tokens * n_parts + part)[None, :] * size
-    if WAITS:
-        if present != 0:
-            wait_for_shrink(counter_ptr, n_slots)
-    for start in range(0, size, BLOCK_ER):
-        at = start + columns
-        b = first_b
-        if start > 0:
-            b = load_b(b_at, at, size, present, RANK)
-        used = ((present >> (at // RANK)) & 1 != 0) & (at < size)
-        if tl.max(used.to(tl.int32)) > 0:
+    s_at = s_ptr + (tokens * n_parts + part)[None, :] * (n_experts * RANK)
+    if seen != 0:
+        if WAITS:
+            wait_for_shrink(counter_ptr, shrinks)
+        end = n_experts * RANK
+        if LISTED:
+            end = seen.to(tl.int32) * ((RANK + 15) // 16 * 16)
+        for start in range(0, end, BLOCK_ER):
+            columns, used = _columns(start, present_ptr, seen, n_experts, LISTED, RANK, BLOCK_ER)
             s = tl.load(
-                s_at + at[:, None],
+                s_at + columns[:, None],
                 mask=here[None, :] & used[:, None], other=0.0, cache_modifier=".cg",
             )  # fmt: skip
+            later = load_b(  # on its way during the product
+                b_at, start + BLOCK_ER, present_ptr, seen, n_experts, LISTED, RANK, BLOCK_ER
+            )
             acc = tl.dot(b, s, acc, input_precision="ieee")
+            b = later
     return acc
 
 
@@ -111,7 +144,7 @@ def _stream_linear_kernel(
     HAS_BIAS: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
     EVEN: tl.constexpr, SPLIT: tl.constexpr, LEAVE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_ER: tl.constexpr,
-    RANK: tl.constexpr,
+    RANK: tl.constexpr, LISTED: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
     SHRINK_COLS: tl.constexpr, SHRINK_STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -121,8 +154,8 @@ def _stream_linear_kernel(
             tl.extra.cuda.gdc_wait()
         shrink_program(
             pid, x_ptr, a_ptr, gates_ptr, present_ptr, s_ptr, partial_ptr, ticket_ptr,
-            counter_ptr, n_tokens, x_stride, size_in, n_experts, RANK, n_parts, slices,
-            BLOCK_T, BLOCK_R, SHRINK_COLS, SHRINK_STAGES,
+            counter_ptr, n_tokens, x_stride, size_in, n_experts, RANK, n_parts, n_slots, slices,
+            LISTED, BLOCK_T, BLOCK_R, SHRINK_COLS, SHRINK_STAGES,
         )  # fmt: skip
     else:
         # Which tile of which part, and which slice of `in`. With ACT rows come in pairs, and a tile
@@ -166,15 +199,21 @@ def _stream_linear_kernel(
         acc = tl.zeros([ROWS, BLOCK_T], dtype=tl.float32)
         acc_up = acc
         # B is asked for long before it is needed: at the end its latency would show.
-        present, size, columns = tl.load(present_ptr), n_experts * RANK, tl.arange(0, BLOCK_ER)
+        seen = tl.load(present_ptr + (1 if LISTED else 0))
+        slots, shrinks, size = n_slots, n_slots, n_experts * RANK
+        if LISTED:
+            of_expert = n_parts * ((RANK + BLOCK_R - 1) // BLOCK_R)
+            slots, shrinks = n_experts * of_expert, seen.to(tl.int32) * of_expert
         b_at = b_ptr + (rows - skipped).to(tl.int64)[:, None] * size
         b_up_at = b_at
         adds = (part >= 0) & (split == 0)
-        b = load_b(b_at, columns, size, tl.where(adds, present, 0), RANK)
+        asked = tl.where(adds, seen, 0)
+        b = load_b(b_at, 0, present_ptr, asked, n_experts, LISTED, RANK, BLOCK_ER)
         b_up = b
         if ACT != 0:
+            asked = tl.where(part_up >= 0, seen, 0)
             b_up_at = b_at + APART_B * size
-            b_up = load_b(b_up_at, columns, size, tl.where(part_up >= 0, present, 0), RANK)
+            b_up = load_b(b_up_at, 0, present_ptr, asked, n_experts, LISTED, RANK, BLOCK_ER)
         for start in tl.range(begin, end, COLS, num_stages=STAGES):
             k = start + tl.arange(0, COLS)
             cut = k < end
@@ -194,13 +233,13 @@ def _stream_linear_kernel(
                 acc_up = tl.dot(w, x, acc_up, input_precision="ieee")
         if adds:
             acc = add_delta(
-                acc, b_at, b, present, s_ptr, counter_ptr,
-                n_tokens, part, n_parts, n_experts, n_slots, True, RANK, BLOCK_T, BLOCK_ER,
+                acc, b_at, b, present_ptr, seen, s_ptr, counter_ptr, shrinks,
+                n_tokens, part, n_parts, n_experts, True, LISTED, RANK, BLOCK_T, BLOCK_ER,
             )  # fmt: skip
         last = True
         if SPLIT > 1 and not LEAVE:
             acc, last = last_sums(
-                acc, partial_ptr + n_shrinks * (BLOCK_R * BLOCK_T), ticket_ptr + n_slots,
+                acc, partial_ptr + slots * slices * (BLOCK_R * BLOCK_T), ticket_ptr + slots,
                 tile, split, SPLIT, ROWS, BLOCK_T,
             )  # fmt: skip
         if last:
@@ -209,9 +248,9 @@ def _stream_linear_kernel(
             if ACT != 0:
                 if part_up >= 0:
                     acc_up = add_delta(
-                        acc_up, b_up_at, b_up, present, s_ptr, counter_ptr,
-                        n_tokens, part_up, n_parts, n_experts, n_slots,
-                        ACT != 3 and PART0 < 0, RANK, BLOCK_T, BLOCK_ER,
+                        acc_up, b_up_at, b_up, present_ptr, seen, s_ptr, counter_ptr, shrinks,
+                        n_tokens, part_up, n_parts, n_experts,
+                        ACT != 3 and PART0 < 0, LISTED, RANK, BLOCK_T, BLOCK_ER,
                     )  # fmt: skip
                 if HAS_BIAS:
                     acc_up += tl.load(bias_ptr + APART + rows).to(tl.float32)[:, None]
@@ -280,6 +319,9 @@ def stream_linear_triton(
     if half:
         tiles = replace(tiles, rows=min(tiles.rows, half))
     grid = ShrinkGrid.of(bank_a, tiles.slices)
+    listed = experts * rank > BLOCK_ER
+    if listed:
+        grid = grid.for_tokens(tokens, experts)
     block_t = max(16, power_of_2(tokens))
     shrink_cols = fit_cols(tiles.shrink_cols, grid.block_r, block_t, x.element_size())
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
@@ -299,7 +341,7 @@ def stream_linear_triton(
         EVEN=size_in % (tiles.cols * tiles.split) == 0,
         SPLIT=tiles.split, LEAVE=leave, BLOCK_T=block_t, BLOCK_R=grid.block_r,
         BLOCK_ER=block_er(experts * rank),
-        RANK=rank, ROWS=tiles.rows, COLS=tiles.cols, STAGES=tiles.stages,
+        RANK=rank, LISTED=listed, ROWS=tiles.rows, COLS=tiles.cols, STAGES=tiles.stages,
         SHRINK_COLS=shrink_cols, SHRINK_STAGES=SHRINK_STAGES,
         num_warps=tiles.warps, num_stages=tiles.stages, **overlap(on_hopper(x)),
     )  # fmt: skip

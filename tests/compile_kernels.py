@@ -127,8 +127,10 @@ def main() -> None:
                 "STAGES": cut.stages,
             }  # fmt: skip
             kernel = stream_linear._stream_linear_kernel
-            name = f"stream_linear act={number} tokens={tokens}"
-            rows.append(build(name, kernel, constants, cut.warps, cut.stages))
+            for listed in (False, True):
+                name = f"stream_linear act={number} tokens={tokens}" + ", listed" * listed
+                listing = constants | {"LISTED": listed}
+                rows.append(build(name, kernel, listing, cut.warps, cut.stages))
         for tokens in (64, 128):
             cut = tiles.Tiles.choose(tokens, 4096, size_out, act, 2, True)
             cut = cut or tiles.Tiles(64, 64, stages=3)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from vllm_adafuse.kernels.linear_norm import scratch_sizes
 from vllm_adafuse.kernels.order_routes import ORDER_TILE, Order, _order_torch
 from vllm_adafuse.kernels.scratch import Scratch
+from vllm_adafuse.kernels.spread_routes import list_present, new_present
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -49,6 +50,13 @@ def make_gates(tokens, experts, top_k, seed=0, one=None) -> torch.Tensor:
 def bits(used: torch.Tensor) -> torch.Tensor:
     """[1] int64 with the bits of experts [E] that are used."""
     return (used.long() << torch.arange(len(used), device=used.device)).sum(0, keepdim=True)
+
+
+def present_of(used: torch.Tensor) -> torch.Tensor:
+    """[2 + E] int64, as `spread_routes` writes it for experts [E] that are used."""
+    present = new_present(len(used), used.device)
+    list_present(used, present)
+    return present
 
 
 def make_order(gates: torch.Tensor, tokens: int, top_k: int) -> Order:
@@ -92,7 +100,7 @@ def make_problem(
         bank_a=bank_a,
         bank_b=normal(adapted, experts, rank, scale=rank**-0.5),
         gates=torch.cat([gates, garbage]),
-        present=bits((gates != 0).any(0)),
+        present=present_of((gates != 0).any(0)),
         scratch=scratch,
         parts=parts,
         widths=list(widths),
@@ -179,8 +187,6 @@ def twice_from_joint(
 def error(out: torch.Tensor, truth: torch.Tensor) -> float:
     """Relative error ‖out − truth‖ / ‖truth‖; NaN never passes a comparison."""
     return ((out.double() - truth).norm() / truth.norm()).item()
-
-
 
 
 SHAPES = {

@@ -30,7 +30,7 @@ def test_gates_present_and_counters(run, tokens, experts, top_k):
     else:
         ids, weights = routes(tokens, experts, top_k)
     gates = torch.full((tokens + 2, experts), 7.0, device=DEVICE)
-    present = torch.full((1,), 7, dtype=torch.int64, device=DEVICE)
+    present = torch.full((2 + experts,), 7, dtype=torch.int64, device=DEVICE)
     counters = torch.full((300, 4), 7, dtype=torch.int32, device=DEVICE)
     run(ids, weights, gates, present, counters, tokens)
     for t in range(tokens):
@@ -39,4 +39,10 @@ def test_gates_present_and_counters(run, tokens, experts, top_k):
             assert gates[t, e] == (weights[t, chosen[0, 0]] if len(chosen) else 0)
     assert (gates[tokens:] == 7).all() and not counters.any()
     used = torch.tensor([e in ids[:tokens] for e in range(experts)], device=DEVICE)
-    assert present == (bits(used) if tokens <= MAX_PRESENT_TOKENS else -1)
+    if tokens > MAX_PRESENT_TOKENS:
+        assert present[0] == -1
+    else:
+        chosen = used.nonzero()[:, 0].tolist()
+        assert present[0] == bits(used) and present[1:].tolist()[: 1 + len(chosen)] == [
+            len(chosen), *chosen,
+        ]  # fmt: skip

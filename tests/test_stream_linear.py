@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops import DEVICE, SHAPES, error, linear_truth, make_problem
+from ops import DEVICE, SHAPES, error, linear_truth, make_problem, present_of
 from vllm_adafuse.kernels.pairs import rotate_torch
 from vllm_adafuse.kernels.stream_linear import stream_linear_triton
 from vllm_adafuse.kernels.tiles import Tiles
@@ -23,6 +23,18 @@ def run(p, activation="", tiles=None, **options):
 def test_equals_float64(name, tiles):
     p = make_problem(*SHAPES[name], bias=name != "one-token")
     assert error(run(p, tiles=tiles), linear_truth(p)) <= 1e-5
+
+
+@pytest.mark.parametrize("tokens,experts,top_k", [(1, 64, 2), (3, 40, 12), (20, 64, 5)])
+@pytest.mark.parametrize("rank", [4, 40])
+def test_those_present_of_many_experts(tokens, experts, top_k, rank):
+    """Fewer programs shrink than there are experts, and take them in turns; some take none."""
+    p = make_problem(tokens, 96, [40, 50], experts, top_k, rank)
+    truth, absent = linear_truth(p), p.gates[:tokens].sum(0) == 0
+    p.bank_a[:, absent], p.bank_b[:, absent] = float("nan"), float("nan")
+    p.present[2 + p.present[1] :] = 1 << 40
+    for cut in (None, Tiles(16, 32, 2, slices=3)):
+        assert error(run(p, tiles=cut), truth) <= 1e-5
 
 
 @pytest.mark.parametrize("parts", [[0, -1, 1], [-1, 0, -1], [0, 0, 0], [-1, -1, 0]])
@@ -59,14 +71,17 @@ def test_half_precision_is_no_worse_than_plain_torch(name, dtype):
     assert error(run(p), truth) <= 1.2 * error(plain, truth)
 
 
-def test_a_token_does_not_see_its_company():
-    p = make_problem(16, 8192, [64, 32], 4, 2, 4)
-    other = make_problem(16, 8192, [64, 32], 4, 2, 4, seed=1)
+@pytest.mark.parametrize(
+    "size_in,experts,rank", [(8192, 4, 4), (1024, 40, 4), (1024, 7, 24), (1024, 12, 16)]
+)
+def test_a_token_does_not_see_its_company(size_in, experts, rank):
+    p = make_problem(16, size_in, [64, 32], experts, 2, rank)
+    other = make_problem(16, size_in, [64, 32], experts, 2, rank, seed=1)
     for name in ("weight", "bank_a", "bank_b"):
         setattr(other, name, getattr(p, name))
     for name in ("x", "gates"):
         getattr(other, name)[5] = getattr(p, name)[5]
-    other.present.fill_(-1)
+    other.present = present_of(torch.ones(experts, dtype=torch.bool, device=DEVICE))
     one, two = run(p), run(other)
     assert torch.equal(one[5], two[5]) and not torch.equal(one[4], two[4])
 

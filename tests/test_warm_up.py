@@ -108,7 +108,7 @@ def one_decision(rank: int):
     launches of a step with one decision for all layers."""
     experts, top_k, i32, f32 = 8, 2, torch.int32, torch.float32
     ids, weights = empty(MOST, top_k, dtype=i32), empty(MOST, top_k, dtype=f32)
-    gates, present = empty(MOST, experts, dtype=f32), empty(1, dtype=torch.int64)
+    gates, present = empty(MOST, experts, dtype=f32), empty(2 + experts, dtype=torch.int64)
     table, counters = empty(32000, top_k, dtype=i32), empty(9, 4, dtype=i32)
     table_weights = empty(32000, top_k, dtype=f32)
     scratch = Scratch.make(1 << 30, 1 << 30, 1 << 20, CPU)

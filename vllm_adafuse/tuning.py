@@ -21,7 +21,7 @@ from vllm_adafuse.kernels.pairs import can_rotate
 from vllm_adafuse.kernels.residual_norm import residual_norm_triton
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import MAX_SHARED
-from vllm_adafuse.kernels.spread_routes import spread_routes
+from vllm_adafuse.kernels.spread_routes import new_present, spread_routes
 from vllm_adafuse.kernels.tile_linear import MIN_TOKENS
 from vllm_adafuse.kernels.tiles import MAX_STREAM_TOKENS, Tiles
 
@@ -228,7 +228,7 @@ class Trial:
         order = torch.rand(tokens, self.experts, device=self.device).argsort(1)
         ids, weights = order[:, : self.top_k].int(), torch.rand(tokens, self.top_k).to(x.device)
         gates = torch.zeros(tokens, self.experts, device=self.device)
-        present = torch.zeros(1, dtype=torch.int64, device=self.device)
+        present = new_present(self.experts, self.device)
         spread_routes(ids, weights, gates, present, self.counters, tokens)
         return x, gates, present
 

@@ -14,7 +14,7 @@ from vllm_adafuse.kernels.gather_routes import gather_routes
 from vllm_adafuse.kernels.live_route import live_route
 from vllm_adafuse.kernels.order_routes import Order, order_routes
 from vllm_adafuse.kernels.scratch import Scratch
-from vllm_adafuse.kernels.spread_routes import spread_routes
+from vllm_adafuse.kernels.spread_routes import new_present, spread_routes
 
 # Rows whose routes are computed at once when the passports are stamped.
 PASSPORT_CHUNK = 1024
@@ -27,7 +27,7 @@ class Route(torch.nn.Module):
         expert_ids: [N, k] int32, valid experts in every row at all times.
         weights: [N, k] float32, with LoRA's scale alpha / r multiplied in.
         gates: [N, E] float32, the weights at their experts' places.
-        present: [1] int64, a bit for each expert that the step needs.
+        present: [2 + E] int64, the experts that the step needs, see `spread_routes`.
         counters: [projections, 4] int32, on which programs of one launch wait for each other.
         scratch: what all launches share.
         order: of the tokens of a long step, neighbours with experts in common.
@@ -40,7 +40,7 @@ class Route(torch.nn.Module):
             ("expert_ids", torch.zeros(rows, top_k, dtype=i32)),
             ("weights", torch.zeros(rows, top_k, dtype=f32)),
             ("gates", torch.zeros(rows, num_experts, dtype=f32)),
-            ("present", torch.zeros(1, dtype=torch.int64)),
+            ("present", new_present(num_experts)),
         ):
             self.register_buffer(name, tensor, persistent=False)
 
