@@ -32,9 +32,18 @@ from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import shrink_torch
 from vllm_adafuse.kernels.stream_linear import stream_linear_triton
 from vllm_adafuse.kernels.tile_linear import can_tile, tile_linear_triton
-from vllm_adafuse.kernels.tiles import MAX_TILE_TOKENS, Tiles, find_tiles
+from vllm_adafuse.kernels.tiles import (
+    FEW_TOKENS,
+    MAX_STREAM_TOKENS,
+    MAX_TILE_TOKENS,
+    Tiles,
+    find_tiles,
+)
 from vllm_adafuse.kernels.wide_expand import expand_long
 
+# Ranks of all experts; with more of them 17 to 32 tokens are streamed: tiles would take absent
+# experts along.
+MAX_TILED_RANKS = 512
 # Up to so many tokens the expand adds a bias at no cost; those of long steps have no place for it.
 MAX_BIAS_TOKENS = 256
 
@@ -76,7 +85,11 @@ def cut_of(
     """`find_tiles` for a step's product; with "norm" of one part."""
     if x.shape[0] > MAX_TILE_TOKENS:  # long steps wait for the CPU: nothing else is asked
         return None
-    rows, tma = sum(tiled_widths(widths, follows)), can_tile(x, joint, bank_b)
+    rows = sum(tiled_widths(widths, follows))
+    some = FEW_TOKENS < x.shape[0] <= MAX_STREAM_TOKENS
+    if some and bank_b.stride(0) > MAX_TILED_RANKS:
+        return Tiles.choose(*x.shape, rows, follows, x.element_size())
+    tma = can_tile(x, joint, bank_b)
     return find_tiles(*x.shape, rows, follows, x.element_size(), x.device, tma)
 
 

@@ -69,7 +69,7 @@ def sgmm(
         bank_a: [P, E, R, in], dtype of x.
         bank_b: [sum of the adapted widths, E, R], dtype of x.
         gates: [N, E] float32, N >= T, LoRA's scale included; rows past T are not read.
-        present: [1] int64, see `spread_routes`.
+        present: see `spread_routes`; its bits are read.
         scratch: of the device.
         parts: for each of up to three parts of y its index in the banks, -1 for none.
         widths: columns of each part.

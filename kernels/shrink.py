@@ -29,6 +29,8 @@ MAX_SHARED = 100 << 10
 # the shrink has time: the caller says how it is cut.)
 _SLICE = 512
 _PROGRAMS = 1024
+# Programs that are no burden to the product which they stand in front of.
+_FEW_PROGRAMS = 24
 
 
 @triton.jit
@@ -234,9 +236,11 @@ class ShrinkGrid:
         return cls(block_r, slices or alone, slots)
 
     def for_tokens(self, tokens: int, experts: int) -> ShrinkGrid:
-        """With slots for as many of the E experts as so few tokens may well choose."""
-        most = 16 if tokens <= 8 else 32 if tokens <= 16 else 64
-        return replace(self, slots=self.slots // experts * min(experts, most))
+        """With slots for two experts of each token, as far as there are so many: the tiles that
+        follow share processors with slots, and with empty ones, too."""
+        of_expert = self.slots // experts
+        most = max(2 * power_of_2(tokens), _FEW_PROGRAMS // (of_expert * self.slices))
+        return replace(self, slots=of_expert * min(experts, most))
 
     @property
     def programs(self) -> int:

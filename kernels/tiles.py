@@ -34,7 +34,7 @@ _MIN_ROWS = 3072
 # Tiles that keep a large GPU busy.
 _MIN_TILES = 90
 # Up to so many tokens W is streamed in every case.
-_FEW = 16
+FEW_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Tiles:
         Found on an H200 at the shapes of Llama-2-7B and 13B and Mistral-7B; docs/kernel-notes.md
         has the figures. See `find_tiles` for the arguments.
         """
-        if tma and _FEW < tokens <= MAX_TILE_TOKENS:
+        if tma and FEW_TOKENS < tokens <= MAX_TILE_TOKENS:
             cut = cls._tiled(tokens, size_in, rows, follows, itemsize)
             short = itemsize > 2 or (follows == "norm" and size_in <= 8192)
             if tokens > MAX_STREAM_TOKENS or (cut and not short):
@@ -143,7 +143,7 @@ class Tiles:
         cls, tokens: int, rows: int, follows: str, itemsize: int, roomy: bool
     ) -> Tiles:
         # Hopper's processors have room for 110 kB; others must do with less.
-        few, pairs = tokens <= _FEW, follows not in ("", "norm")
+        few, pairs = tokens <= FEW_TOKENS, follows not in ("", "norm")
         cols, most = 128 if itemsize == 2 else 64, 1 if pairs else 3
         height = 64 if roomy or not pairs or not few else 32
         while height > 16 and cdiv(rows, height) * most < _MIN_TILES:

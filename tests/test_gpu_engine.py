@@ -57,10 +57,16 @@ def distances(outputs, base, adapter) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(
-    "architecture", ["LlamaForCausalLM", "Gemma2ForCausalLM", "Phi3ForCausalLM"]
+    "architecture, mixture",
+    [
+        ("LlamaForCausalLM", {}),
+        ("LlamaForCausalLM", {"num_experts": 40}),  # a step goes through the list of those present
+        ("Gemma2ForCausalLM", {}),
+        ("Phi3ForCausalLM", {}),
+    ],
 )
-def test_logprobs_are_as_close_as_the_bf16_reference(architecture, tmp_path, record_property):
-    base, adapter = gpu_pair(tmp_path, architecture)
+def test_logprobs_are_as_close_as_the_bf16_reference(architecture, mixture, tmp_path):
+    base, adapter = gpu_pair(tmp_path, architecture, **mixture)
     with gpu_engine(base, adapter, **GRAPHS) as llm:
         outputs = llm.generate(PROMPTS, greedy(), use_tqdm=False)
     served, reference = distances(outputs, base, adapter)

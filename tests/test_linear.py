@@ -4,7 +4,8 @@ import pytest
 import torch
 from ops import DEVICE, error, linear_truth, make_problem
 from torch._subclasses.fake_tensor import FakeTensorMode
-from vllm_adafuse.kernels.linear import linear, linear_triton, stays_in_place
+from vllm_adafuse.kernels import linear as module
+from vllm_adafuse.kernels.linear import cut_of, linear, linear_triton, stays_in_place
 from vllm_adafuse.kernels.order_routes import Order
 from vllm_adafuse.kernels.pairs import rotate_torch
 from vllm_adafuse.kernels.tiles import Tiles
@@ -63,6 +64,18 @@ def test_products_of_the_vendor_and_an_expand(bias, activation, ranks):
         activation, None, None,
     )  # fmt: skip
     assert out.is_contiguous() and error(out, linear_truth(p, activation)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "tokens,experts,tiled",
+    [(16, 8, False), (17, 8, True), (32, 32, True), (17, 33, False), (32, 33, False), (33, 33, 1)],
+)
+def test_tiles_or_a_stream_by_tokens_and_ranks(tokens, experts, tiled, monkeypatch):
+    monkeypatch.setattr(module, "can_tile", lambda *arguments: True)
+    x, joint = (torch.empty(rows, 4096, dtype=torch.bfloat16) for rows in (tokens, 12288))
+    bank_b = torch.empty(12288, experts, 16, dtype=torch.bfloat16, device="meta")
+    cut = cut_of(x, joint, bank_b, [4096, 4096, 4096], "rotary")
+    assert cut.tma == tiled and cut.takes(tokens, True)
 
 
 @pytest.mark.gpu

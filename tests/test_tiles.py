@@ -91,3 +91,10 @@ def test_a_bad_cut_is_refused():
 @pytest.mark.parametrize("rows,height", [(11008, 96), (14336, 128), (13824, 128), (18944, 96)])
 def test_long_tiles_take_one_round_of_processors_where_they_can(rows, height):
     assert Tiles.choose(128, 4096, rows, "silu", 2, True).rows == height
+
+
+@pytest.mark.parametrize("rows", [3072, 6144, 7680])  # of Mistral-7B, Llama-2-7B and 13B
+@pytest.mark.parametrize("tokens", [1, 16, 32, 64, 128])
+def test_a_projection_of_heads_has_programs_for_a_large_gpu(rows, tokens):
+    cut = Tiles.choose(tokens, 4096, rows, "rotary", 2, True)
+    assert 90 <= -(-rows // cut.rows) <= 240 and cut.tma == (tokens > 16)
