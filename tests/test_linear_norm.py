@@ -90,6 +90,8 @@ MIXTURES = [(8, 2, 16), (16, 2, 16), (5, 2, 32), (65, 2, 16)]
 def test_long_steps_of_many_ranks(mixture, widens, monkeypatch):
     """By the vendor's product up to 1024 ranks: all of it from `MIN_FUSED_TOKENS` on, where the
     norm follows at once; before that as much as `expand_long` hands it."""
+    if widens and DEVICE == "cuda":
+        pytest.skip("float32 does not fit a GPU's shared memory there, and is never taken")
     calls, dense = [], wide_expand.dense_expand_triton
 
     def count(*arguments):
