@@ -28,11 +28,9 @@ def new_present(experts: int, device: torch.device | str | None = None) -> torch
 
 def list_present(used: torch.Tensor, present: torch.Tensor) -> None:
     """Writes the bits, the number and the list of experts [E] that are used."""
-    experts = torch.arange(len(used), device=used.device)
-    place = used.cumsum(0)
-    present[0], present[1] = (used.long() << experts).sum(), place[-1]
-    # Those that are absent go to the number's place, and it is written again.
-    present.scatter_(0, 1 + place * used, torch.where(used, experts, place[-1]))
+    experts = used.nonzero()[:, 0]
+    present[0], present[1] = (1 << experts).sum(), len(experts)
+    present[2 : 2 + len(experts)] = experts
 
 
 @triton.jit(do_not_specialize=["n_tokens"])

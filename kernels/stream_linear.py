@@ -63,17 +63,17 @@ def scratch_sizes(bank_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
 @triton.jit
 def _columns(
     start, present_ptr, seen, n_experts,
-    LISTED: tl.constexpr, RANK: tl.constexpr, BLOCK_ER: tl.constexpr,
+    PADDED: tl.constexpr, RANK: tl.constexpr, BLOCK_ER: tl.constexpr,
 ):  # fmt: skip
     """A block of columns of B, and which of them are of experts that are present.
 
-    LISTED: one present expert after the other, each at a multiple of the 16 columns that tensor
-    cores take at once, so that a token's sums do not depend on who else is present.
-    seen: how many experts are present, if LISTED; else their bits.
+    PADDED: columns for each of those in the list, one after the other: a multiple of the 16 that
+    tensor cores take at once, so that a token's sums do not depend on who else is present. 0: no
+    list is kept to, and columns are those of B.
+    seen: how many experts are present; by columns of B, their bits.
     """
     columns = start + tl.arange(0, BLOCK_ER)
-    if LISTED:
-        PADDED: tl.constexpr = (RANK + 15) // 16 * 16
+    if PADDED:
         place, ranks = columns // PADDED, columns % PADDED
         used = place < seen
         if PADDED != RANK:
@@ -91,10 +91,10 @@ def _columns(
 @triton.jit
 def load_b(
     b_at, start, present_ptr, seen, n_experts,
-    LISTED: tl.constexpr, RANK: tl.constexpr, BLOCK_ER: tl.constexpr,
+    PADDED: tl.constexpr, RANK: tl.constexpr, BLOCK_ER: tl.constexpr,
 ):  # fmt: skip
     """A block of columns of B [rows, columns]; see `_columns`."""
-    columns, used = _columns(start, present_ptr, seen, n_experts, LISTED, RANK, BLOCK_ER)
+    columns, used = _columns(start, present_ptr, seen, n_experts, PADDED, RANK, BLOCK_ER)
     return tl.load(b_at + columns[None, :], mask=used[None, :], other=0.0)
 
 
@@ -102,7 +102,7 @@ def load_b(
 def add_delta(
     acc, b_at, b, present_ptr, seen, s_ptr, counter_ptr, shrinks,
     n_tokens, part, n_parts, n_experts,
-    WAITS: tl.constexpr, LISTED: tl.constexpr, RANK: tl.constexpr,
+    WAITS: tl.constexpr, PADDED: tl.constexpr, RANK: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_ER: tl.constexpr,
 ):  # fmt: skip
     """acc [rows, T] + B[rows] s[part].
@@ -116,17 +116,18 @@ def add_delta(
     if seen != 0:
         if WAITS:
             wait_for_shrink(counter_ptr, shrinks)
+        # One block without a list. Out of a loop Triton would keep b in shared memory all along.
         end = n_experts * RANK
-        if LISTED:
-            end = seen.to(tl.int32) * ((RANK + 15) // 16 * 16)
+        if PADDED:
+            end = seen.to(tl.int32) * PADDED
         for start in range(0, end, BLOCK_ER):
-            columns, used = _columns(start, present_ptr, seen, n_experts, LISTED, RANK, BLOCK_ER)
+            columns, used = _columns(start, present_ptr, seen, n_experts, PADDED, RANK, BLOCK_ER)
             s = tl.load(
                 s_at + columns[:, None],
                 mask=here[None, :] & used[:, None], other=0.0, cache_modifier=".cg",
             )  # fmt: skip
             later = load_b(  # on its way during the product
-                b_at, start + BLOCK_ER, present_ptr, seen, n_experts, LISTED, RANK, BLOCK_ER
+                b_at, start + BLOCK_ER, present_ptr, seen, n_experts, PADDED, RANK, BLOCK_ER
             )
             acc = tl.dot(b, s, acc, input_precision="ieee")
             b = later
@@ -144,7 +145,7 @@ def _stream_linear_kernel(
     HAS_BIAS: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
     EVEN: tl.constexpr, SPLIT: tl.constexpr, LEAVE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_ER: tl.constexpr,
-    RANK: tl.constexpr, LISTED: tl.constexpr,
+    RANK: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
     SHRINK_COLS: tl.constexpr, SHRINK_STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -155,7 +156,7 @@ def _stream_linear_kernel(
         shrink_program(
             pid, x_ptr, a_ptr, gates_ptr, present_ptr, s_ptr, partial_ptr, ticket_ptr,
             counter_ptr, n_tokens, x_stride, size_in, n_experts, RANK, n_parts, n_slots, slices,
-            LISTED, BLOCK_T, BLOCK_R, SHRINK_COLS, SHRINK_STAGES,
+            PADDED != 0, BLOCK_T, BLOCK_R, SHRINK_COLS, SHRINK_STAGES,
         )  # fmt: skip
     else:
         # Which tile of which part, and which slice of `in`. With ACT rows come in pairs, and a tile
@@ -199,21 +200,21 @@ def _stream_linear_kernel(
         acc = tl.zeros([ROWS, BLOCK_T], dtype=tl.float32)
         acc_up = acc
         # B is asked for long before it is needed: at the end its latency would show.
-        seen = tl.load(present_ptr + (1 if LISTED else 0))
+        seen = tl.load(present_ptr + (1 if PADDED else 0))
         slots, shrinks, size = n_slots, n_slots, n_experts * RANK
-        if LISTED:
+        if PADDED:
             of_expert = n_parts * ((RANK + BLOCK_R - 1) // BLOCK_R)
             slots, shrinks = n_experts * of_expert, seen.to(tl.int32) * of_expert
         b_at = b_ptr + (rows - skipped).to(tl.int64)[:, None] * size
         b_up_at = b_at
         adds = (part >= 0) & (split == 0)
         asked = tl.where(adds, seen, 0)
-        b = load_b(b_at, 0, present_ptr, asked, n_experts, LISTED, RANK, BLOCK_ER)
+        b = load_b(b_at, 0, present_ptr, asked, n_experts, PADDED, RANK, BLOCK_ER)
         b_up = b
         if ACT != 0:
             asked = tl.where(part_up >= 0, seen, 0)
             b_up_at = b_at + APART_B * size
-            b_up = load_b(b_up_at, 0, present_ptr, asked, n_experts, LISTED, RANK, BLOCK_ER)
+            b_up = load_b(b_up_at, 0, present_ptr, asked, n_experts, PADDED, RANK, BLOCK_ER)
         for start in tl.range(begin, end, COLS, num_stages=STAGES):
             k = start + tl.arange(0, COLS)
             cut = k < end
@@ -234,7 +235,7 @@ def _stream_linear_kernel(
         if adds:
             acc = add_delta(
                 acc, b_at, b, present_ptr, seen, s_ptr, counter_ptr, shrinks,
-                n_tokens, part, n_parts, n_experts, True, LISTED, RANK, BLOCK_T, BLOCK_ER,
+                n_tokens, part, n_parts, n_experts, True, PADDED, RANK, BLOCK_T, BLOCK_ER,
             )  # fmt: skip
         last = True
         if SPLIT > 1 and not LEAVE:
@@ -250,7 +251,7 @@ def _stream_linear_kernel(
                     acc_up = add_delta(
                         acc_up, b_up_at, b_up, present_ptr, seen, s_ptr, counter_ptr, shrinks,
                         n_tokens, part_up, n_parts, n_experts,
-                        ACT != 3 and PART0 < 0, LISTED, RANK, BLOCK_T, BLOCK_ER,
+                        ACT != 3 and PART0 < 0, PADDED, RANK, BLOCK_T, BLOCK_ER,
                     )  # fmt: skip
                 if HAS_BIAS:
                     acc_up += tl.load(bias_ptr + APART + rows).to(tl.float32)[:, None]
@@ -319,9 +320,9 @@ def stream_linear_triton(
     if half:
         tiles = replace(tiles, rows=min(tiles.rows, half))
     grid = ShrinkGrid.of(bank_a, tiles.slices)
-    listed = experts * rank > BLOCK_ER
-    if listed:
-        grid = grid.for_tokens(tokens, experts)
+    padded = 0
+    if experts * rank > BLOCK_ER:
+        padded, grid = cdiv(rank, 16) * 16, grid.for_tokens(tokens, experts)
     block_t = max(16, power_of_2(tokens))
     shrink_cols = fit_cols(tiles.shrink_cols, grid.block_r, block_t, x.element_size())
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
@@ -341,7 +342,7 @@ def stream_linear_triton(
         EVEN=size_in % (tiles.cols * tiles.split) == 0,
         SPLIT=tiles.split, LEAVE=leave, BLOCK_T=block_t, BLOCK_R=grid.block_r,
         BLOCK_ER=block_er(experts * rank),
-        RANK=rank, LISTED=listed, ROWS=tiles.rows, COLS=tiles.cols, STAGES=tiles.stages,
+        RANK=rank, PADDED=padded, ROWS=tiles.rows, COLS=tiles.cols, STAGES=tiles.stages,
         SHRINK_COLS=shrink_cols, SHRINK_STAGES=SHRINK_STAGES,
         num_warps=tiles.warps, num_stages=tiles.stages, **overlap(on_hopper(x)),
     )  # fmt: skip

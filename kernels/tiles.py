@@ -95,13 +95,14 @@ class Tiles:
         Found on an H200 at the shapes of Llama-2-7B and 13B and Mistral-7B; docs/kernel-notes.md
         has the figures. See `find_tiles` for the arguments.
         """
+        cut = None
         if tma and FEW_TOKENS < tokens <= MAX_TILE_TOKENS:
             cut = cls._tiled(tokens, size_in, rows, follows, itemsize)
-            short = itemsize > 2 or (follows == "norm" and size_in <= 8192)
-            if tokens > MAX_STREAM_TOKENS or (cut and not short):
-                return cut
         if tokens > MAX_STREAM_TOKENS:
-            return None
+            return cut
+        streams_better = itemsize > 2 or (follows == "norm" and size_in <= 8192)
+        if cut and not streams_better:
+            return cut
         return cls._streamed(tokens, rows, follows, itemsize, tma)
 
     @classmethod

@@ -129,7 +129,7 @@ def main() -> None:
             kernel = stream_linear._stream_linear_kernel
             for listed in (False, True):
                 name = f"stream_linear act={number} tokens={tokens}" + ", listed" * listed
-                listing = constants | {"LISTED": listed}
+                listing = constants | {"PADDED": 16 * listed}
                 rows.append(build(name, kernel, listing, cut.warps, cut.stages))
         for tokens in (64, 128):
             cut = tiles.Tiles.choose(tokens, 4096, size_out, act, 2, True)

@@ -68,8 +68,11 @@ def test_products_of_the_vendor_and_an_expand(bias, activation, ranks):
 
 @pytest.mark.parametrize(
     "tokens,experts,tiled",
-    [(16, 8, False), (17, 8, True), (32, 32, True), (17, 33, False), (32, 33, False), (33, 33, 1)],
-)
+    [
+        (16, 8, False), (17, 8, True), (32, 32, True),
+        (17, 33, False), (32, 33, False), (33, 33, True),
+    ],
+)  # fmt: skip
 def test_tiles_or_a_stream_by_tokens_and_ranks(tokens, experts, tiled, monkeypatch):
     monkeypatch.setattr(module, "can_tile", lambda *arguments: True)
     x, joint = (torch.empty(rows, 4096, dtype=torch.bfloat16) for rows in (tokens, 12288))

@@ -43,6 +43,5 @@ def test_gates_present_and_counters(run, tokens, experts, top_k):
         assert present[0] == -1
     else:
         chosen = used.nonzero()[:, 0].tolist()
-        assert present[0] == bits(used) and present[1:].tolist()[: 1 + len(chosen)] == [
-            len(chosen), *chosen,
-        ]  # fmt: skip
+        wanted = [bits(used).item(), len(chosen), *chosen]
+        assert present[: len(wanted)].tolist() == wanted
