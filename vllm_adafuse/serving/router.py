@@ -20,29 +20,23 @@ from vllm_adafuse.kernels.spread_routes import new_present, spread_routes
 PASSPORT_CHUNK = 1024
 
 
-class Route(torch.nn.Module):
-    """The step's routes in static buffers: CUDA graphs replay over their addresses.
+class Step(torch.nn.Module):
+    """What every projection reads of a step, in static buffers: CUDA graphs replay over their
+    addresses.
 
     Attributes:
-        expert_ids: [N, k] int32, valid experts in every row at all times.
-        weights: [N, k] float32, with LoRA's scale alpha / r multiplied in.
-        gates: [N, E] float32, the weights at their experts' places.
+        gates: [N, E] float32, each token's weights at their experts' places.
         present: [2 + E] int64, the experts that the step needs, see `spread_routes`.
         counters: [projections, 4] int32, on which programs of one launch wait for each other.
         scratch: what all launches share.
         order: of the tokens of a long step, neighbours with experts in common.
     """
 
-    def __init__(self, rows: int, top_k: int, num_experts: int):
+    def __init__(self, rows: int, num_experts: int):
         super().__init__()
-        f32, i32 = torch.float32, torch.int32
-        for name, tensor in (
-            ("expert_ids", torch.zeros(rows, top_k, dtype=i32)),
-            ("weights", torch.zeros(rows, top_k, dtype=f32)),
-            ("gates", torch.zeros(rows, num_experts, dtype=f32)),
-            ("present", new_present(num_experts)),
-        ):
-            self.register_buffer(name, tensor, persistent=False)
+        gates = torch.zeros(rows, num_experts, dtype=torch.float32)
+        self.register_buffer("gates", gates, persistent=False)
+        self.register_buffer("present", new_present(num_experts), persistent=False)
 
     def reserve(
         self, projections: int, sizes: Iterable[tuple[int, int, int]], rank: int
@@ -72,6 +66,21 @@ class Route(torch.nn.Module):
     @property
     def order(self) -> Order:
         return Order(self.order_rows, self.order_present)
+
+
+class Route(Step):
+    """The step's routes, spread for its projections.
+
+    Attributes:
+        expert_ids: [N, k] int32, valid experts in every row at all times.
+        weights: [N, k] float32, with LoRA's scale alpha / r multiplied in.
+    """
+
+    def __init__(self, rows: int, top_k: int, num_experts: int):
+        super().__init__(rows, num_experts)
+        for name, dtype in (("expert_ids", torch.int32), ("weights", torch.float32)):
+            tensor = torch.zeros(rows, top_k, dtype=dtype)
+            self.register_buffer(name, tensor, persistent=False)
 
     def spread(self, tokens: int) -> None:
         """Prepares what layers read, from the first `tokens` rows of ids and weights."""

@@ -1,0 +1,160 @@
+"""A step's routes where every request names its adapter: a gate for each token and expert page.
+
+    gates[t, p] = 0                                        page p is not of t's adapter
+                = 1                                        it is, and that is a plain LoRA
+                = Σ_j weights[c_j, id] [experts[c_j, id] = expert of p]            a mixture
+
+id is the token's id, c_j one of the k columns that a mixture has among the passports: what its
+router says of every id of the vocabulary. Adapters come and go by what stands in `directory` and in
+the passports, at addresses that a CUDA graph remembers.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from vllm_adafuse.kernels.launch import launch
+from vllm_adafuse.kernels.registry import register_op
+from vllm_adafuse.kernels.spread_routes import MAX_PRESENT_TOKENS, list_present
+from vllm_adafuse.kernels.whole import cdiv, power_of_2
+
+# Rows of `directory`; from COLUMNS on the columns of a slot.
+OWNER, EXPERT, TOP_K, COLUMNS = range(4)
+# Pages of which `present` has bits; with more of them it says that all are there.
+MAX_PRESENT_BITS = 64
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def _page_routes_kernel(
+    token_ptr, slots_ptr, directory_ptr, table_ids_ptr, table_weights_ptr,
+    gates_ptr, present_ptr, counters_ptr, n_tokens, vocab_size, n_pages, n_counters,
+    BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, ONE: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    rows = pid * BLOCK_T + tl.arange(0, BLOCK_T)
+    here = rows < n_tokens
+    slot = tl.load(slots_ptr + rows, mask=here, other=-1)
+    known = slot >= 0
+    top_k = tl.load(directory_ptr + 2 * n_pages + slot, mask=known, other=0)
+    token = tl.load(token_ptr + rows, mask=here, other=0).to(tl.int64)
+    token = tl.minimum(tl.maximum(token, 0), vocab_size - 1)
+    most = tl.max(top_k)
+    count, bits = 0, tl.zeros([], dtype=tl.int64)
+    for start in range(0, n_pages, BLOCK_P):
+        pages = start + tl.arange(0, BLOCK_P)
+        inside = pages < n_pages
+        owner = tl.load(directory_ptr + pages, mask=inside, other=-1)
+        expert = tl.load(directory_ptr + n_pages + pages, mask=inside, other=-1)
+        own = (slot[:, None] == owner[None, :]) & known[:, None]
+        gates = tl.where(own & (top_k == 0)[:, None], 1.0, 0.0)
+        for j in range(most):
+            chosen = here & (j < top_k)
+            column = tl.load(directory_ptr + (3 + j) * n_pages + slot, mask=chosen, other=0)
+            at = column.to(tl.int64) * vocab_size + token
+            ids = tl.load(table_ids_ptr + at, mask=chosen, other=-1)
+            weights = tl.load(table_weights_ptr + at, mask=chosen, other=0.0)
+            gates += tl.where(own & (ids[:, None] == expert[None, :]), weights[:, None], 0.0)
+        at = rows.to(tl.int64)[:, None] * n_pages + pages[None, :]
+        tl.store(gates_ptr + at, gates, mask=here[:, None] & inside[None, :])
+        if ONE:
+            used = tl.max((gates != 0.0).to(tl.int32), 0)
+            place = count + tl.cumsum(used, 0)
+            tl.store(present_ptr + 1 + place, pages.to(tl.int64), mask=used != 0)
+            count += tl.sum(used, 0)
+            if BITS:
+                bits += tl.sum(used.to(tl.int64) << pages.to(tl.int64), 0)
+    if pid == 0:
+        if ONE:
+            tl.store(present_ptr + 1, count.to(tl.int64))
+        if ONE and BITS:
+            tl.store(present_ptr, bits)
+        else:
+            tl.store(present_ptr, -1)
+        at = tl.arange(0, 256)
+        for start in range(0, n_counters, 256):
+            tl.store(counters_ptr + start + at, at * 0, mask=start + at < n_counters)
+
+
+def page_routes_triton(
+    token_ids, slots, directory, table_ids, table_weights, gates, present, counters
+) -> None:
+    """One launch; see `page_routes`."""
+    tokens, pages = token_ids.shape[0], gates.shape[1]
+    one = tokens <= MAX_PRESENT_TOKENS
+    block_p = min(32, max(2, power_of_2(pages)))
+    block = max(16, power_of_2(tokens)) if one else 64
+    launch(
+        _page_routes_kernel, (cdiv(tokens, block),),
+        token_ids, slots, directory, table_ids, table_weights, gates, present, counters,
+        tokens, table_ids.shape[1], pages, counters.numel(),
+        BLOCK_T=block, BLOCK_P=block_p, ONE=one, BITS=pages <= MAX_PRESENT_BITS,
+        num_warps=8 if block >= 128 else 4,
+    )  # fmt: skip
+
+
+def page_routes_torch(
+    token_ids, slots, directory, table_ids, table_weights, gates, present, counters
+) -> None:
+    """The reference; see `page_routes`."""
+    tokens, (_, vocab_size) = token_ids.shape[0], table_ids.shape
+    slot = slots[:tokens].long()
+    own = (slot >= 0)[:, None] & (directory[OWNER] == slot[:, None])
+    at = slot.clamp(min=0)
+    top_k = directory[TOP_K][at] * (slot >= 0)
+    rows = gates[:tokens].copy_(own & (top_k == 0)[:, None])
+    ids = token_ids.long().clamp(0, vocab_size - 1)
+    for j in range(int(top_k.max()) if tokens else 0):
+        column = directory[COLUMNS + j][at].clamp(min=0).long()
+        match = table_ids[column, ids][:, None] == directory[EXPERT]
+        match &= own & (j < top_k)[:, None]
+        rows += torch.where(match, table_weights[column, ids][:, None], 0.0)
+    if tokens <= MAX_PRESENT_TOKENS:
+        list_present((rows != 0).any(0), present)
+    if tokens > MAX_PRESENT_TOKENS or gates.shape[1] > MAX_PRESENT_BITS:
+        present[0] = -1
+    counters.zero_()
+
+
+def _run(token_ids, *arguments) -> None:
+    run = page_routes_triton if token_ids.is_cuda else page_routes_torch
+    run(token_ids, *arguments)
+
+
+def _fake(*arguments) -> None:
+    return None
+
+
+_op = register_op(
+    "page_routes(Tensor token_ids, Tensor slots, Tensor directory, Tensor table_ids, "
+    "Tensor table_weights, Tensor(a!) gates, Tensor(b!) present, Tensor(c!) counters) -> ()",
+    _run,
+    _fake,
+)
+
+
+def page_routes(
+    token_ids: torch.Tensor,
+    slots: torch.Tensor,
+    directory: torch.Tensor,
+    table_ids: torch.Tensor,
+    table_weights: torch.Tensor,
+    gates: torch.Tensor,
+    present: torch.Tensor,
+    counters: torch.Tensor,
+) -> None:
+    """Writes the gates of T tokens, the pages present among them, and zeroes the counters.
+
+    Args:
+        token_ids: [T] int32 or int64; ids outside the vocabulary are clamped into it. Contiguous
+            like all here.
+        slots: [N] int32, N >= T: of each token the slot of its adapter, below 0 for none.
+        directory: [3 + C, P] int32: of each page its adapter's slot (-1: free) and its expert; of
+            each slot the number k of its columns in the tables (0: a plain LoRA), and which.
+        table_ids: [C, V] int32, passports: experts of every token id.
+        table_weights: [C, V] float32, LoRA's scale included.
+        gates: [N, P] float32, its first T rows written.
+        present: [2 + P] int64, as `spread_routes` writes it; bits of up to 64 pages.
+        counters: int32 of any shape, zeroed.
+    """
+    _op(token_ids, slots, directory, table_ids, table_weights, gates, present, counters)

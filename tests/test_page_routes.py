@@ -1,0 +1,80 @@
+"""Routes of a step whose tokens belong to different adapters."""
+
+import pytest
+import torch
+from vllm_adafuse.kernels.page_routes import page_routes, page_routes_torch, page_routes_triton
+from vllm_adafuse.kernels.spread_routes import new_present
+
+VOCAB, COLUMNS = 50, 8
+
+
+def problem(tokens: int, pages: int, seed: int = 0):
+    """Adapters of random kinds on random pages, tokens of random adapters."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def random(high, *shape, low=0):
+        return torch.randint(low, high, shape, generator=draw, dtype=torch.int32)
+
+    table = torch.zeros(COLUMNS, VOCAB, dtype=torch.int32)
+    directory = torch.full((3 + COLUMNS, pages), -1, dtype=torch.int32)
+    order, at, owners = torch.randperm(pages, generator=draw).tolist(), 0, []
+    columns = torch.randperm(COLUMNS, generator=draw).tolist()
+    while at < pages - 1 and len(owners) < 6:
+        taken = sorted(order[at : at + int(random(5, 1, low=1))])
+        at += len(taken)
+        slot, k = taken[0], int(random(3, 1)) if len(columns) > 1 else 0
+        directory[0, taken] = slot
+        directory[1, taken] = random(max(1, k + 1), len(taken)) if k else 0
+        own, columns = columns[:k], columns[k:]
+        directory[2 : 3 + k, slot] = torch.tensor([k, *own])
+        table[own] = torch.arange(k, dtype=torch.int32)[:, None]  # a top-k's experts differ
+        owners.append(slot)
+    choices = torch.tensor([-2, -1, *owners], dtype=torch.int32)
+    slots = choices[random(len(choices), tokens + 3).long()]
+    ids = random(VOCAB + 5, tokens, low=-2)
+    weights = torch.rand(COLUMNS, VOCAB, generator=draw)
+    return ids, slots, directory, table, weights
+
+
+def expected(ids, slots, directory, table, weights):
+    pages = directory.shape[1]
+    gates = torch.zeros(len(ids), pages)
+    for t, token in enumerate(ids.clamp(0, VOCAB - 1).tolist()):
+        slot = int(slots[t])
+        for page in range(pages) if slot >= 0 else ():
+            if directory[0, page] == slot:
+                k = int(directory[2, slot])
+                gates[t, page] = float(k == 0)
+                for column in directory[3 : 3 + k, slot].tolist():
+                    if table[column, token] == directory[1, page]:
+                        gates[t, page] += weights[column, token]
+    return gates
+
+
+def outputs(rows: int, pages: int):
+    return torch.full((rows, pages), 7.0), new_present(pages), torch.ones(300, 4, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("run", [page_routes_torch, page_routes_triton], ids=["torch", "triton"])
+@pytest.mark.parametrize("tokens, pages", [(1, 2), (7, 33), (40, 16), (60, 100), (300, 40)])
+def test_gates_of_each_token_are_its_adapters(run, tokens, pages):
+    arguments = problem(tokens, pages)
+    gates, present, counters = outputs(tokens + 3, pages)
+    run(*arguments, gates, present, counters)
+    reference = expected(*arguments)
+    torch.testing.assert_close(gates[:tokens], reference)
+    assert (gates[tokens:] == 7).all() and (counters == 0).all()
+    used = (reference != 0).any(0).nonzero()[:, 0].tolist()
+    if tokens > 256:
+        assert present[0] == -1
+        return
+    assert present[0] == (sum(1 << p for p in used) if pages <= 64 else -1)
+    assert present[1] == len(used) and present[2 : 2 + len(used)].tolist() == used
+
+
+def test_the_op_is_what_torch_compile_expects():
+    arguments = (*problem(9, 12), *outputs(12, 12))
+    torch.library.opcheck(torch.ops.vllm_adafuse.page_routes.default, arguments)
+    gates, present, counters = outputs(12, 12)
+    page_routes(*arguments[:5], gates, present, counters)
+    torch.testing.assert_close(gates[:9], expected(*arguments[:5]))

@@ -1,0 +1,134 @@
+"""Which adapters lie in the pool of pages, and where: bookkeeping on the host, no tensors.
+
+A page holds 16 ranks of every adapted projection. The adapters of a step must lie in the pool all at
+once; those used least recently make room. Every rank of tensor parallelism decides the same, since
+all see the same requests in the same order.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+# Ranks of a page: the least that tensor cores take.
+PAGE_RANKS = 16
+# Columns of passports that are reserved: so many for each adapter of a step, within these limits.
+COLUMNS_PER_ADAPTER, MIN_COLUMNS, MAX_COLUMNS = 4, 8, 64
+
+
+@dataclass(frozen=True)
+class Size:
+    """What an adapter takes: pages, and columns of passports (k of a mixture, 0 of a LoRA)."""
+
+    pages: int
+    columns: int = 0
+
+    def __add__(self, other: Size) -> Size:
+        return Size(self.pages + other.pages, self.columns + other.columns)
+
+    def within(self, other: Size) -> bool:
+        return self.pages <= other.pages and self.columns <= other.columns
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an adapter lies: its pages, in the order of its experts, and its columns."""
+
+    pages: tuple[int, ...]
+    columns: tuple[int, ...] = ()
+
+    @property
+    def size(self) -> Size:
+        return Size(len(self.pages), len(self.columns))
+
+    @property
+    def slot(self) -> int:
+        """The number by which the step's tokens name it: no other adapter has that page."""
+        return self.pages[0]
+
+
+def pages_of_rank(rank: int) -> int:
+    """Pages of an expert of so many ranks."""
+    return -(-rank // PAGE_RANKS)
+
+
+def pool_size(max_loras: int, max_lora_rank: int) -> Size:
+    """What vLLM's options --max-loras and --max-lora-rank ask for, in whole pages."""
+    columns = min(MAX_COLUMNS, max(MIN_COLUMNS, COLUMNS_PER_ADAPTER * max_loras))
+    return Size(pages_of_rank(max_loras * max_lora_rank), columns)
+
+
+def most_at_once(sizes: list[Size], count: int) -> Size:
+    """A bound of what any `count` adapters of these sizes take together."""
+    pages = sorted((size.pages for size in sizes), reverse=True)[:count]
+    columns = sorted((size.columns for size in sizes), reverse=True)[:count]
+    return Size(sum(pages), sum(columns))
+
+
+class Pool:
+    """Places of adapters, by their ids.
+
+    Args:
+        size: pages and columns there are.
+
+    Attributes:
+        placed: id -> place, the one used least recently first.
+        pinned: ids that are the last to make room.
+    """
+
+    def __init__(self, size: Size):
+        self.size = size
+        self.placed: OrderedDict[int, Place] = OrderedDict()
+        self.pinned: set[int] = set()
+
+    @property
+    def taken(self) -> Size:
+        return sum((place.size for place in self.placed.values()), Size(0))
+
+    def hold(self, wanted: Mapping[int, Size]) -> list[int]:
+        """Gives all of these adapters places; others make room where they must.
+
+        Args:
+            wanted: id -> size; together within the pool.
+
+        Returns:
+            The ids that were not there before: their pages are to be written.
+
+        Raises:
+            ValueError: together they are larger than the pool; nothing has changed then.
+        """
+        needed = sum(wanted.values(), Size(0))
+        if not needed.within(self.size):
+            raise ValueError(f"{needed} does not fit into {self.size}")
+        new = [i for i in wanted if i not in self.placed]
+        for adapter in wanted:
+            if adapter in self.placed:
+                self.placed.move_to_end(adapter)
+        for adapter in new:
+            while (place := self._find(wanted[adapter])) is None:
+                self.release(self._victim(wanted))
+            self.placed[adapter] = place
+        return new
+
+    def release(self, adapter: int) -> bool:
+        """Takes an adapter's place away; returns whether it had one."""
+        return self.placed.pop(adapter, None) is not None
+
+    def _victim(self, wanted: Mapping[int, Size]) -> int:
+        others = [i for i in self.placed if i not in wanted]
+        return next((i for i in others if i not in self.pinned), others[0])
+
+    def _find(self, size: Size) -> Place | None:
+        places = self.placed.values()
+        pages = _free(self.size.pages, [p for place in places for p in place.pages])
+        columns = _free(self.size.columns, [c for place in places for c in place.columns])
+        if len(pages) < size.pages or len(columns) < size.columns:
+            return None
+        return Place(tuple(pages[: size.pages]), tuple(columns[: size.columns]))
+
+
+def _free(count: int, used: list[int]) -> list[int]:
+    """Which of so many are not used, in rising order."""
+    taken = set(used)
+    return [i for i in range(count) if i not in taken]
