@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm_adafuse import reference
 from vllm_adafuse.adapter import load_adapter
-from vllm_adafuse.backbone import find_local_backbone
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.places import find_local_backbone
 from vllm_adafuse.random_adapter import make_random_adapter
 from vllm_adafuse.routing import OfflineRouter, vocabulary_routes
 from vllm_adafuse.tiny import make_tiny_backbone

@@ -27,6 +27,7 @@ from vllm_adafuse.layout import (
     past_ranks,
     router_of,
 )
+from vllm_adafuse.places import adapter_problem
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_CONFIG_BYTES = 1 << 20
@@ -137,16 +138,16 @@ def _reason(e: Exception) -> str:
 
 def _list_directory(root: Path) -> tuple[set[str], list[str]]:
     try:
-        return set(os.listdir(root)), []
-    except FileNotFoundError:
-        return set(), [f"{root}: no such directory; name the directory that holds {CONFIG_FILE}"]
-    except NotADirectoryError:
-        return set(), [f"{root}: is a file, expected the directory that holds {CONFIG_FILE}"]
+        entries = set(os.listdir(root))
+    except (FileNotFoundError, NotADirectoryError) as e:
+        return set(), [adapter_problem(root) or f"{root}: {_reason(e)}"]
     except (OSError, ValueError) as e:  # ValueError: a NUL in the path
         return set(), [
             f"{show(str(root))[1:-1]}: cannot be read ({_reason(e)}), expected a readable "
             f"directory that holds {CONFIG_FILE}; check its permissions and links"
         ]
+    found = None if CONFIG_FILE in entries else adapter_problem(root)
+    return entries, [found] if found else []
 
 
 def _check_file(file: Path) -> list[str]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from vllm_adafuse.architectures import Architecture, find_architecture
-from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.errors import AdapterError, brief
+from vllm_adafuse.places import backbone_problem, find_local_backbone
 
 EMBEDDING = "model.embed_tokens.weight"
 FIRST_NORM = "model.layers.0.input_layernorm.weight"
@@ -61,7 +63,7 @@ class Backbone:
         except Exception as e:  # whatever a model's code makes of a damaged config
             raise AdapterError(
                 f"backbone {path}",
-                [f"transformers cannot build the model of its config.json: {e!r}"],
+                [f"transformers cannot build the model of its config.json: {brief(e)}"],
             ) from e
         linears = {
             name: (module.in_features, module.out_features)
@@ -87,36 +89,18 @@ class Backbone:
         """
         from transformers import AutoConfig
 
+        here = os.path.isabs(path) or os.path.exists(path)  # else a hub name: not ours to judge
+        if here and find_local_backbone(path) is None:
+            raise AdapterError(f"backbone {path}", [backbone_problem(path)])
         try:
             hf_config = AutoConfig.from_pretrained(path)
         except Exception as e:  # transformers' checks of a config raise errors of many types
-            raise AdapterError(f"backbone {path}", [f"no usable config.json: {e}"]) from e
+            raise AdapterError(f"backbone {path}", [f"no usable config.json: {brief(e)}"]) from e
         return cls.from_hf_config(hf_config, path)
 
     def modules(self) -> set[str]:
         """Leaf names of the linears: q_proj, k_proj, …"""
         return {name.rsplit(".", 1)[1] for name in self.linears}
-
-
-def find_local_backbone(name: str) -> Path | None:
-    """The directory of a backbone on this machine, without asking the network.
-
-    Args:
-        name: a directory, or a hub name whose snapshot is in the Hugging Face cache.
-
-    Returns:
-        The directory that holds its config.json, or None.
-    """
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    if (Path(name) / "config.json").is_file():
-        return Path(name)
-    try:
-        cached = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:  # a path that does not exist is no hub name
-        return None
-    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def load_backbone_tensors(path: str, names: list[str]) -> dict[str, torch.Tensor]:

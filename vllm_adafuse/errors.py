@@ -19,3 +19,13 @@ class AdapterError(ValueError):
     def __reduce__(self):
         # Errors cross process borders (engine core to front end) by pickle.
         return type(self), (self.subject, self.problems)
+
+
+def brief(e: Exception, most: int = 240) -> str:
+    """Another library's error on one line: its type and the beginning of what it says.
+
+    Some list every class that they know, or explain over a page.
+    """
+    text = " ".join(str(e).split())
+    text = text if len(text) <= most else f"{text[:most].rsplit(' ', 1)[0]} …"
+    return f"{type(e).__name__}: {text}" if text else type(e).__name__

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_adafuse.backbone import Backbone, find_local_backbone
+from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.config import CONFIG_FILE, parse_config, show, some
 from vllm_adafuse.convert import arrow, hydralora, loramoe, mixlora, mola, peft_lora
 from vllm_adafuse.convert.bank import to_format
@@ -16,6 +16,7 @@ from vllm_adafuse.convert.mixture import Mixture
 from vllm_adafuse.convert.options import Options
 from vllm_adafuse.convert.refused import refused_directory, refused_source
 from vllm_adafuse.convert.source import Source, refuse
+from vllm_adafuse.places import adapter_problem, require_backbone, written_name
 
 # In the order in which they are asked: a plain LoRA's names are part of HydraLoRA's.
 FORMATS = (mixlora, mola, loramoe, hydralora, peft_lora)
@@ -95,7 +96,7 @@ def convert(
 
 def _check_out(path: Path, out: Path) -> None:
     if not path.is_dir():
-        raise refuse(path, f"{path}: no such directory; name the one that the training run saved")
+        raise refuse(path, adapter_problem(path) or f"{path}: is no directory")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise refuse(path, f"output directory {out}: it is not empty; name a new directory")
 
@@ -166,14 +167,8 @@ def _backbone(path: Path, base, named: Any) -> tuple[str, Backbone]:
             path, f"{path / CONFIG_FILE}: `base_model_name_or_path` is {show(named)}, expected the "
             "backbone; name it with --base",
         )
-    found = find_local_backbone(name)
-    if found is None:
-        raise refuse(
-            path, f"the backbone {show(name)[1:-1]} is not on this machine; its config.json is "
-            "needed for the shapes: give its directory with --base, or download it first",
-        )
-    is_path = Path(name).exists()
-    return os.path.abspath(name) if is_path else name, Backbone.from_path(str(found))
+    found = require_backbone(name, path if base is None else None, option="--base")
+    return written_name(name, found), Backbone.from_path(str(found))
 
 
 def _write(path: Path, out: Path, raw: dict, tensors: dict, backbone: Backbone, written) -> None:

@@ -16,6 +16,7 @@ from vllm_adafuse.adapter import DTYPES
 from vllm_adafuse.config import CONFIG_FILE, WEIGHTS_FILE, show, some
 from vllm_adafuse.convert.unpickle import unpickle
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.places import adapter_problem
 
 PICKLE_FILE = "adapter_model.bin"
 MAX_CONFIG_BYTES = 1 << 20
@@ -156,12 +157,13 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         AdapterError: there is none.
     """
+    if not file.is_file():
+        raise refuse(
+            file.parent,
+            adapter_problem(file.parent)
+            or f"{file}: missing, expected a file; name the directory that the training run saved",
+        )
     try:
-        if not file.is_file():
-            raise refuse(
-                file.parent,
-                f"{file}: missing, expected a file; name the directory that the training run saved",
-            )
         with file.open("rb") as opened:
             content = opened.read(MAX_CONFIG_BYTES + 1)
         value = json.loads(content.decode("utf-8"))

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vllm_adafuse.backbone import Backbone, find_local_backbone
-from vllm_adafuse.config import ROUTER_INPUTS, parse_config, show
+from vllm_adafuse.backbone import Backbone
+from vllm_adafuse.config import CONFIG_FILE, ROUTER_INPUTS, parse_config, show
 from vllm_adafuse.convert.source import read_json
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.experts.loras import read_experts, stack_experts
@@ -17,6 +17,7 @@ from vllm_adafuse.experts.picture import check_suffix, write_report
 from vllm_adafuse.experts.router import PENALTIES, Features, fit_router, uniform_router
 from vllm_adafuse.experts.samples import read_samples
 from vllm_adafuse.experts.separability import Separability, measure
+from vllm_adafuse.places import require_backbone, written_name
 
 ROUTERS = ("fit", "uniform")
 # A token often leaves the domain open: its likely experts together do better than one or two.
@@ -209,14 +210,18 @@ def _check_arguments(loras, out: Path, samples, options: RouterOptions, report) 
 def _backbone(loras, base) -> tuple[str, Path, Backbone]:
     """Name to write, directory, shapes."""
     first = Path(next(iter(loras.values())))
-    name = base or read_json(first / "adapter_config.json").get("base_model_name_or_path")
-    found = find_local_backbone(str(name)) if name else None
-    if found is None:
+    named = None if base is not None else read_json(first / CONFIG_FILE).get("base_model_name_or_path")
+    if base is None and not (isinstance(named, str) and named):
         raise AdapterError(
-            f"backbone {name}", ["it is not on this machine; name its directory with --base"]
+            f"LoRA {first}",
+            [
+                f"{CONFIG_FILE}: `base_model_name_or_path` is {show(named)}, expected the "
+                "backbone; name it with --base"
+            ],
         )
-    written = os.path.abspath(name) if Path(name).exists() else str(name)
-    return written, found, Backbone.from_path(str(found))
+    name = named if base is None else str(base)
+    found = require_backbone(name, first if base is None else None, option="--base")
+    return written_name(name, found), found, Backbone.from_path(str(found))
 
 
 def _texts(telling: list[list[int]], base: Path) -> list[list[str]]:
