@@ -115,7 +115,7 @@ def check_adapter(
         The adapter (None if its files cannot be read), and the problems: none means usable.
     """
     root = Path(os.path.abspath(os.path.expanduser(path)))
-    entries, problems = _list_directory(root)
+    entries, problems = list_directory(root)
     if problems:
         return None, problems
     config, problems = _read_config(root / CONFIG_FILE)
@@ -136,7 +136,8 @@ def _reason(e: Exception) -> str:
     return getattr(e, "strerror", None) or str(e)
 
 
-def _list_directory(root: Path) -> tuple[set[str], list[str]]:
+def list_directory(root: Path) -> tuple[set[str], list[str]]:
+    """Names of its entries, and the problem that keeps them from being read."""
     try:
         entries = set(os.listdir(root))
     except (FileNotFoundError, NotADirectoryError) as e:

@@ -24,7 +24,7 @@ class Backbone:
 
     Attributes:
         path: directory or hub name, for messages.
-        architecture: its line in the table.
+        architecture: its line in the table, None for a class that is not in it.
         hidden_size: H.
         num_layers: decoder layers.
         vocab_size: V, the rows of the embedding.
@@ -33,7 +33,7 @@ class Backbone:
     """
 
     path: str
-    architecture: Architecture
+    architecture: Architecture | None
     hidden_size: int
     num_layers: int
     vocab_size: int

@@ -1,4 +1,5 @@
-"""A plain PEFT LoRA: one expert that every token uses. Arrow and compose-experts read it too.
+"""A plain PEFT LoRA: one expert that every token uses. Arrow, compose-experts and a server that
+takes LoRAs as they are read it too.
 
     {base_model.model.}model.layers.{i}.{block}.{module}.lora_A.weight [r, in], .lora_B.weight
 """
@@ -18,7 +19,10 @@ KIND = "PEFT LoRA"
 OPTIONS: tuple[str, ...] = ()
 PREFIX = r"(?:base_model\.model\.)?"
 LINEAR = r"(model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+))"
-_PAIR = PREFIX + LINEAR + r"\.lora_(?:A|B)(?:\.default)?\.weight"
+_ENDING = r"\.lora_(?:A|B)(?:\.default)?\.weight"
+_PAIR = PREFIX + LINEAR + _ENDING
+# On any module, not only on the linears of a decoder's layers.
+ANY_PAIR = PREFIX + r"((?:\w+\.)*\w+)" + _ENDING
 # Keys of LoraConfig that make another function of it, or another backbone under it.
 _REFUSED = {
     "use_dora": "DoRA rescales every output column of W + BA, which no sum of LoRA experts can say",
@@ -102,12 +106,28 @@ def check_complete(source: Source, found: Iterable[str], backbone: Backbone) -> 
         )
 
 
-def read_lora(source: Source, backbone: Backbone) -> dict[str, Part]:
+def find_pairs(source: Source, pattern: str = _PAIR) -> dict[str, tuple[str, str]]:
+    """Linear -> the names of its A and B, of which the file may lack one.
+
+    Args:
+        source: an open source.
+        pattern: of a tensor's name; its first group is the linear's.
+    """
+    pairs = {}
+    for match in source.match(pattern):
+        stem = match[0][: match[0].rindex(".lora_")]
+        ending = ".default.weight" if match[0].endswith(".default.weight") else ".weight"
+        pairs.setdefault(match[1], (f"{stem}.lora_A{ending}", f"{stem}.lora_B{ending}"))
+    return pairs
+
+
+def read_lora(source: Source, backbone: Backbone, pattern: str = _PAIR) -> dict[str, Part]:
     """All pairs of a plain PEFT LoRA; `rank_pattern` and `alpha_pattern` are followed.
 
     Args:
         source: an open source; `finish` is left to the caller.
         backbone: gives the shapes.
+        pattern: of a tensor's name; its first group is the linear's.
 
     Returns:
         Linear -> LoRA.
@@ -116,19 +136,15 @@ def read_lora(source: Source, backbone: Backbone) -> dict[str, Part]:
     rslora = bool(source.config.get("use_rslora"))
     rank = source.integer("r", MAX_RANK)
     alpha = source.number("lora_alpha")
-    parts = {}
-    for match in source.match(_PAIR):
-        name = match[1]
-        if name in parts:
-            continue
-        stem = match[0][: match[0].index(".lora_")]
-        ending = ".default.weight" if match[0].endswith(".default.weight") else ".weight"
-        parts[name] = take_pair(
-            source, backbone, name, f"{stem}.lora_A{ending}", f"{stem}.lora_B{ending}",
+    parts = {
+        name: take_pair(
+            source, backbone, name, a, b,
             _by_pattern(source, "rank_pattern", int, name, rank),
             _by_pattern(source, "alpha_pattern", (int, float), name, alpha),
             rslora,
-        )  # fmt: skip
+        )
+        for name, (a, b) in find_pairs(source, pattern).items()
+    }  # fmt: skip
     check_complete(source, parts, backbone)
     return parts
 
@@ -148,7 +164,7 @@ def take_pair(
     why = f"r is {rank} in {CONFIG_FILE}; the backbone is {backbone.path}"
     if linear not in backbone.linears:
         source.blame(
-            a, f"fits no linear of the backbone {backbone.path}; name the right one with --base"
+            a, f"fits no linear of the backbone {backbone.path}; {source.other_base}"
         )
     return Part(
         source.take(a, (rank, size_in), why), source.take(b, (size_out, rank), why), alpha, rslora

@@ -31,10 +31,12 @@ class Source:
         file: name of the file that its tensors are in, for messages.
         tensors: name -> tensor (CPU), all of them.
         problems: what was found wrong so far, in the order found.
+        other_base: the way out where the backbone is another, for messages.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], file: str, tensors: dict):
         self.path, self.config, self.file, self.tensors = path, config, file, tensors
+        self.other_base = "name the right one with --base"
         self.problems: list[str] = []
         self._alike: dict[str, list[str]] = {}
         self._taken: set[str] = set()
@@ -93,13 +95,24 @@ class Source:
         ):
             self.blame(
                 name, f"shape {list(tensor.shape)}, expected [{expected}] ({why}); it is damaged, "
-                "or made for another backbone (--base names one)",
+                f"or made for another backbone: {self.other_base}",
             )
         elif not tensor.isfinite().all():
             self.blame(name, "holds NaN or Inf, expected finite numbers; train or save it again")
         else:
             return tensor
         return torch.zeros(1).expand([want if isinstance(want, int) else 1 for want in shape])
+
+    def leave(self, pattern: str, text: str) -> None:
+        """Takes tensors out that are understood and cannot be used, and puts that down.
+
+        Args:
+            pattern: a regular expression of whole names.
+            text: why, and the way out.
+        """
+        for match in self.match(pattern):
+            del self.tensors[match[0]]
+            self.blame(match[0], text)
 
     def blame(self, name: str, text: str) -> None:
         """Puts a problem of a tensor down; those that differ in the name only share a line."""
