@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from vllm_adafuse.backbone import Backbone
@@ -79,7 +80,7 @@ class Adapter:
     @contextmanager
     def reader(self) -> Iterator:
         """Opens the weights file; yields `read(name) -> tensor` (CPU, dtype of the file)."""
-        with _open_weights(self.path / WEIGHTS_FILE) as tensors:
+        with open_weights(self.path / WEIGHTS_FILE) as tensors:
             yield tensors.get_tensor
 
 
@@ -151,7 +152,7 @@ def list_directory(root: Path) -> tuple[set[str], list[str]]:
     return entries, [found] if found else []
 
 
-def _check_file(file: Path) -> list[str]:
+def check_file(file: Path) -> list[str]:
     """Refuses what cannot be opened, and what would block or never end: pipes and devices."""
     try:
         mode = file.stat().st_mode
@@ -169,41 +170,60 @@ def _check_file(file: Path) -> list[str]:
     return [f"{file}: is {kind}, expected a regular file; replace it with the file"]
 
 
-def _read_config(file: Path) -> tuple[AdapterConfig | None, list[str]]:
-    if problems := _check_file(file):
-        return None, problems
+def read_json(file: Path) -> tuple[Any, list[str]]:
+    """The value of an adapter's config file, and the keys that stand in it twice.
+
+    Raises:
+        AdapterError: the file cannot be read, is too long or is not JSON.
+    """
     repeated: dict[str, None] = {}
 
     def pairs(items: list[tuple[str, object]]) -> dict:
         repeated.update({k: None for k, n in Counter(key for key, _ in items).items() if n > 1})
         return dict(items)
 
+    problems = check_file(file)
     try:
-        with file.open("rb") as opened:
-            content = opened.read(MAX_CONFIG_BYTES + 1)
-        if len(content) > MAX_CONFIG_BYTES:
-            return None, [
+        if not problems:
+            with file.open("rb") as opened:
+                content = opened.read(MAX_CONFIG_BYTES + 1)
+            if len(content) <= MAX_CONFIG_BYTES:
+                value = json.loads(content.decode("utf-8"), object_pairs_hook=pairs)
+                return value, list(repeated)
+            problems.append(
                 f"{file}: is {file.stat().st_size} bytes long, expected at most "
                 f"{MAX_CONFIG_BYTES}; is this another file under that name?"
-            ]
-        raw = json.loads(content.decode("utf-8"), object_pairs_hook=pairs)
+            )
     except OSError as e:
-        return None, [f"{file}: cannot be read ({_reason(e)}), expected a readable file"]
+        problems.append(f"{file}: cannot be read ({_reason(e)}), expected a readable file")
     except (ValueError, RecursionError) as e:
-        return None, [f"{file}: is not valid JSON ({e}), expected a UTF-8 JSON object; mend it"]
+        problems.append(f"{file}: is not valid JSON ({e}), expected a UTF-8 JSON object; mend it")
+    raise AdapterError(f"adapter {file.parent}", problems)
+
+
+def _read_config(file: Path) -> tuple[AdapterConfig | None, list[str]]:
+    try:
+        raw, repeated = read_json(file)
+    except AdapterError as e:
+        return None, e.problems
     config, problems = parse_config(raw)
     if repeated:
-        twice = f"{CONFIG_FILE}: key `{some(list(repeated))}` stands there twice; keep one"
+        twice = f"{CONFIG_FILE}: key `{some(repeated)}` stands there twice; keep one"
         return None, [twice, *problems]
     return config, problems
 
 
 @contextmanager
-def _open_weights(file: Path) -> Iterator:
+def open_weights(file: Path) -> Iterator:
+    """Opens a file of tensors by safetensors' `safe_open`.
+
+    Raises:
+        AdapterError: it cannot be read, or is not a sound safetensors file.
+    """
     from safetensors import SafetensorError, safe_open
 
     subject = f"adapter {file.parent}"
-    if problems := _check_file(file):
+    if problems := check_file(file):
         raise AdapterError(subject, problems)
     try:
         with safe_open(file, framework="pt") as tensors:
@@ -229,7 +249,7 @@ def _read_header(
         return None, [f"{file}: missing{instead}; save the weights with safetensors"]
     tensors = {}
     try:
-        with _open_weights(file) as weights:
+        with open_weights(file) as weights:
             for name in weights.keys():
                 view = weights.get_slice(name)
                 dtype = DTYPES.get(view.get_dtype())
@@ -259,7 +279,7 @@ def _check_values(root: Path, names: set[str], config: AdapterConfig | None) -> 
     """Reads tensors once: finite, and zero past each expert's rank."""
     problems = []
     try:
-        with _open_weights(root / WEIGHTS_FILE) as weights:
+        with open_weights(root / WEIGHTS_FILE) as weights:
             for name in sorted(names):
                 tensor = weights.get_tensor(name)
                 bad = ~torch.isfinite(tensor)
