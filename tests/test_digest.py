@@ -13,6 +13,7 @@ from broken_adapters import CONFIG, WEIGHTS, edit_config, edit_header, edit_tens
 from safetensors.torch import load_file, save_file
 from vllm_adafuse.digest import content_hash
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.tensor_file import TensorFile
 from vllm_adafuse.random_adapter import make_random_adapter
 from vllm_adafuse.tiny import make_tiny_backbone
 
@@ -178,17 +179,14 @@ def test_a_pipe_does_not_block_it(adapter):
 
 @pytest.mark.parametrize("adapter", ["adafuse"], indirect=True)  # larger than a read buffer
 def test_a_file_that_shrinks_meanwhile_is_noticed(adapter, monkeypatch):
-    from vllm_adafuse import digest
-
-    monkeypatch.setattr(digest, "_CHUNK", 16)
-    update, cut = digest._update, []
+    fill, cut = TensorFile._read_into, []
 
     def cut_once(*args):
         if not cut:
             cut.append(os.truncate(adapter / WEIGHTS, 300))
-        update(*args)
+        fill(*args)
 
-    monkeypatch.setattr(digest, "_update", cut_once)
+    monkeypatch.setattr(TensorFile, "_read_into", cut_once)
     with pytest.raises(AdapterError, match="changed while it was read"):
         content_hash(adapter)
 

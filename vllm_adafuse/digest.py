@@ -9,13 +9,12 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
 
-from vllm_adafuse.adapter import open_weights, read_json
-from vllm_adafuse.config import CONFIG_FILE, WEIGHTS_FILE, some
-from vllm_adafuse.errors import AdapterError
+import torch
+from vllm_adafuse.adapter import open_weights
+from vllm_adafuse.config import CONFIG_FILE, WEIGHTS_FILE
+from vllm_adafuse.reading import read_object, where
 
-_CHUNK = 1 << 20
 # Says where another directory lies, not what this one holds.
 _PLACES = ("base_model_name_or_path",)
 
@@ -37,46 +36,17 @@ def content_hash(path: str | Path) -> str:
         AdapterError: a file is missing, damaged, or changes while it is read.
     """
     root = Path(os.path.abspath(os.path.expanduser(path)))
-    config, repeated = read_json(root / CONFIG_FILE)
-    problems = [f"{CONFIG_FILE}: key `{some(repeated)}` stands there twice; keep one"]
-    if not isinstance(config, dict):
-        problems = [f"{CONFIG_FILE}: holds a {type(config).__name__}, expected a JSON object"]
-    elif not repeated:
-        problems = []
-    if problems:
-        raise AdapterError(f"adapter {root}", problems)
-    return _hash(root / WEIGHTS_FILE, {k: v for k, v in config.items() if k not in _PLACES})
-
-
-def _hash(file: Path, config: dict[str, Any]) -> str:
-    with open_weights(file) as tensors:  # also checks the header that is read again below
-        names = sorted(tensors.keys())
-    try:
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length))
-            table = [[name, header[name]["dtype"], header[name]["shape"]] for name in names]
-            # Names, dtypes and shapes come first: they say where each tensor's bytes end.
-            text = json.dumps([config, table], sort_keys=True, ensure_ascii=True)
-            digest = hashlib.sha256(text.encode())
-            digest.update(b"\n")
-            for name in names:
-                start, end = header[name]["data_offsets"]
-                opened.seek(8 + length + start)
-                _update(digest, opened, end - start)
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as e:
-        raise AdapterError(
-            f"adapter {file.parent}",
-            [f"{file}: changed while it was read ({e!r}); wait until it is written, then try again"],
-        ) from e
+    config = read_object(root / CONFIG_FILE, f"adapter {where(root)}")
+    config = {key: value for key, value in config.items() if key not in _PLACES}
+    with open_weights(root / WEIGHTS_FILE) as weights:
+        names = sorted(weights.entries)
+        table = [[name, weights.entries[name].dtype, weights.entries[name].shape] for name in names]
+        # Names, dtypes and shapes come first: they say where each tensor's bytes end.
+        text = json.dumps([config, table], sort_keys=True, ensure_ascii=True)
+        digest = hashlib.sha256(text.encode())
+        digest.update(b"\n")
+        for name in names:
+            entry = weights.entries[name]
+            for piece in weights.pieces(entry.start, entry.end, torch.uint8):
+                digest.update(piece.numpy())
     return digest.hexdigest()
-
-
-def _update(digest: Any, opened: BinaryIO, nbytes: int) -> None:
-    """Adds so many bytes of the file, from where it stands."""
-    while nbytes:
-        data = opened.read(min(_CHUNK, nbytes))
-        if not data:
-            raise EOFError(f"{nbytes} bytes are missing")
-        digest.update(data)
-        nbytes -= len(data)
