@@ -6,6 +6,7 @@ import os
 import re
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.keys import CONFIG_FILE, WEIGHTS_FILE, some
@@ -139,6 +140,21 @@ def written_name(name: str, found: Path) -> str:
     if root.exists():
         return os.path.abspath(root)
     return name if find_local_backbone(name) is not None else os.path.abspath(found)
+
+
+def revision_notes(lora: dict[str, Any], named: str, found: Path) -> list[str]:
+    """What must be remembered of a LoRA's backbone that is a revision on the hub: our format's
+    config has no place for it.
+
+    Args:
+        lora: the LoRA's config.
+        named: what is written of the backbone.
+        found: its directory.
+    """
+    revision = lora.get("revision")
+    if not isinstance(revision, str) or Path(named).exists() or find_local_backbone(named) == found:
+        return []
+    return [f"the backbone is revision {revision} of {named}: serve it with --revision {revision}"]
 
 
 def _directory_without_config(root: Path, wanted: str) -> str:

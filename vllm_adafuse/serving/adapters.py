@@ -31,6 +31,7 @@ from vllm_adafuse.adapter import Adapter, list_directory, load_adapter
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.config import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, show
 from vllm_adafuse.convert import peft_lora
+from vllm_adafuse.convert.peft_config import check_modules_to_save
 from vllm_adafuse.convert.refused import refused_directory, refused_source
 from vllm_adafuse.convert.registry import FORMATS
 from vllm_adafuse.convert.source import PICKLE_FILE, Source, read_json
@@ -253,6 +254,7 @@ def _open_lora(path: Path, backbone: Backbone | None) -> OpenedAdapter:
     with _as_adapter(path):
         source = _open_source(path)
         parts = peft_lora.read_lora(source, backbone or _unknown(path), peft_lora.ANY_PAIR)
+        check_modules_to_save(source)
         if not parts and not source.problems:
             source.problems.append(
                 f"{source.file}: holds no lora_A / lora_B pair, expected at least one; nothing "
