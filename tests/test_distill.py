@@ -14,6 +14,7 @@ from vllm_adafuse.random_adapter import make_random_adapter
 from vllm_adafuse.tiny import make_tiny_backbone, real_texts
 from vllm_adafuse.training.align import align, best_match, by_token
 from vllm_adafuse.training.distill import DistillOptions, distill, kl_of, make_student, mean_kl
+from vllm_adafuse.training.health import NotFinite
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +115,30 @@ def test_distilling_comes_nearer_to_the_teacher(base, tmp_path):
     assert not any(torch.equal(student.state_dict()[n], t) for n, t in experts.items())
     saved = student.save_pretrained(tmp_path / "student")
     assert check_adapter(saved, Backbone.from_path(str(base)))[1] == []
+
+
+def test_a_teacher_that_says_nan_stops_it_at_once(base, tmp_path):
+    path = layer_wise(base, tmp_path / "teacher", router_scope="block")
+    teacher = load_reference(base, path)
+    batches = [random_ids(4, 16, seed=seed) for seed in range(3)]
+    student = make_student(str(path), teacher, backbone_of(base), batches)
+    before = student.state_dict()
+    embeddings = teacher.get_input_embeddings().weight
+    with torch.no_grad():
+        embeddings[batches[0][0, 0]] = float("nan")
+    with pytest.raises(NotFinite, match="the batch of step 1 .*\n.*KL from the teacher is nan") as e:
+        distill(teacher, student, batches, DistillOptions(steps=9, lr=1e-2))
+    assert torch.equal(e.value.batches[0], batches[0])
+    assert all(torch.equal(before[n], t) for n, t in student.state_dict().items())
+
+
+def test_text_without_labels_counts_for_nothing(base, tmp_path):
+    teacher = load_reference(base, layer_wise(base, tmp_path / "teacher"))
+    one = {"input_ids": random_ids(2, 16)}
+    none = {"input_ids": random_ids(2, 16, seed=1), "labels": torch.full((2, 16), -100)}
+    backbone = backbone_of(base)
+    assert mean_kl(teacher, backbone, [one, none]) == mean_kl(teacher, backbone, [one]) > 0
+    assert mean_kl(teacher, backbone, [none]) == 0.0
 
 
 def test_the_command_states_what_was_lost(base, tmp_path, capsys):

@@ -78,7 +78,7 @@ def test_equals_float64(name, function):
     assert error(found, expected) <= 1e-5
     both, gates, bank_b, parts, width, _, activation = arguments
     alone = function(both, gates, bank_b, parts, width, 0, activation)
-    assert error(alone[0], expected[0]) <= 1e-5 and len(alone) == 1
+    assert torch.equal(alone[0], found[0]) and len(alone) == 1
 
 
 @pytest.mark.parametrize(
@@ -110,11 +110,11 @@ def test_half_precision_is_no_worse_than_plain_torch(name, dtype):
 def test_rows_of_nan_stay_inside(function):
     """Padding rows of a captured graph may hold anything; they must write no other row."""
     both, gates, *rest = make("always")
-    expected = truth(both, gates, *rest)
+    clean = function(both, gates, *rest)
     both[3], gates[3] = float("nan"), float("nan")
-    found = function(both, gates, *rest)
+    dirty = function(both, gates, *rest)
     rows = [t for t in range(len(both)) if t != 3]
-    assert error(found[:, rows], expected[:, rows]) <= 1e-5
+    assert torch.equal(dirty[:, rows], clean[:, rows])
 
 
 def test_inside_torch_compile():

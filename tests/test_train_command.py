@@ -2,17 +2,20 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from cli_fixtures import base, run  # noqa: F401
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.server import free_port
 from vllm_adafuse.tiny import real_texts
-from vllm_adafuse.training.data import Blocks, Example, read_jsonl, split
+from vllm_adafuse.training.data import Blocks, Example, places, read_jsonl, split
 from vllm_adafuse.training.evaluate import next_token_scores
 from vllm_adafuse.training.run import TrainOptions
 
@@ -123,6 +126,29 @@ def test_packing_loses_nothing_and_mixes_no_first_token():
     assert apart.tokens == 3 + 2 + 1
 
 
+def test_blocks_without_a_token_with_loss_are_left_out():
+    long = Example((1, 2, 3, 4, 5, 6), (False,) * 5 + (True,), "a.jsonl:1")
+    short = Example((7, 8), (False, True), "a.jsonl:2")
+    packed = Blocks([long, short], 2, pack=True, pad=0)
+    assert packed.ids.tolist() == [[5, 6], [7, 8]] and packed.left_out == 2
+    assert packed.unlearnt == [] and packed.sources == [["a.jsonl:1"], ["a.jsonl:2"]]
+    assert len(Blocks([long, short], 2, pack=True, pad=0, every=True)) == 4
+    apart = Blocks([long, short, replace(short, source="a.jsonl:3")], 4, pack=False, pad=0)
+    assert apart.ids.tolist() == [[7, 8, 0, 0]] * 2 and apart.unlearnt == ["a.jsonl:1"]
+    assert apart.sources_of(apart.ids[:1]) == ["a.jsonl:2", "a.jsonl:3"]  # equal blocks: both
+    # A label at a block's first place is no token with loss: nothing comes before it.
+    shifted = Blocks([Example((1, 2, 3, 4, 5), (True,) * 5)], 4, pack=True, pad=0)
+    assert shifted.ids.tolist() == [[1, 2, 3, 4]]
+    at_start = Example((1, 2, 3, 4), (False, False, False, True), "a.jsonl:9")
+    assert Blocks([at_start, short], 3, pack=True, pad=0).unlearnt == ["a.jsonl:9"]
+
+
+def test_lines_are_named_in_ranges():
+    lines = [f"x:y.jsonl:{n}" for n in (9, 3, 2, 11, 10)] + ["a.jsonl:1"]
+    assert places(lines) == "a.jsonl:1, x:y.jsonl:2-3, 9-11"
+    assert places(lines, 1) == "a.jsonl:1 and 2 more"
+
+
 def test_scores_by_hand():
     class Model(torch.nn.Module):
         device = torch.device("cpu")
@@ -165,6 +191,39 @@ def test_the_command_from_jsonl_to_a_checked_adapter(base, texts, tmp_path, caps
     assert code == 0, err
 
 
+def test_prompts_longer_than_a_block_are_named(base, tmp_path, capsys, caplog):  # noqa: F811
+    """Most steps hold no label; what can be learnt is, and the rest is said."""
+    rows = [{"prompt": f"{i} " + "words " * (40 if i % 4 else 1), "completion": "an answer"}
+            for i in range(24)]  # fmt: skip
+    data = write(tmp_path / "long.jsonl", rows)
+    arguments = ("train", "--base", base, "--data", data, "--length", 32, "--num-experts", 2,
+                 "--r", 2, "--batch-size", 1, "--held-out", 0, "--quiet", "--no-packing")  # fmt: skip
+    code, said, err = run(capsys, *arguments, "--output", tmp_path / "a")
+    assert code == 0, err
+    assert "trained on 6 examples" in said
+    assert f"18 of 24 lines have no token with loss in the first 32 and teach nothing; raise " \
+        f"--length: {data}:2-4, 6-8" in caplog.text  # fmt: skip
+    data = write(tmp_path / "none.jsonl", rows[1:4])
+    code, said, err = run(capsys, *arguments, "--data", data, "--output", tmp_path / "b")
+    assert code == 0, err  # files are taken together
+    code, _, err = run(capsys, *(data if a == tmp_path / "long.jsonl" else a for a in arguments),
+                       "--output", tmp_path / "c")  # fmt: skip
+    assert code == 1 and "no token with loss fits into 32 tokens; raise --length" in err
+
+
+def test_a_run_that_diverges_says_at_which_lines(base, texts, tmp_path, capsys):  # noqa: F811
+    code, _, err = run(capsys, "train", "--base", base, "--data", texts, "--output",
+                       tmp_path / "a", "--length", 64, "--lr", "1e30", "--save-every", 1,
+                       "--held-out", 0, "--steps", 9, "--quiet")  # fmt: skip
+    assert code == 1 and not (tmp_path / "a").exists()
+    assert re.search(r"^vllm-adafuse: the batch of step \d cannot be used:\n  - its (loss is nan|loss "
+                     r"is inf|gradients).* lower the learning rate", err, re.MULTILINE), err  # fmt: skip
+    assert re.search(rf"it held {texts}:\d+", err)
+    assert err.splitlines()[-3].startswith("vllm-adafuse: ")  # no traceback under it
+    for kept in (tmp_path / "a-training").glob("checkpoint-*"):
+        assert all(t.isfinite().all() for t in load_file(kept / "model.safetensors").values())
+
+
 @pytest.mark.parametrize(
     "options,said",
     [
@@ -195,16 +254,33 @@ import os, sys, torch
 from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, {tests!r})
 from training_models import make, random_ids, randomise
+from vllm_adafuse.training.health import NotFinite
 rank = int(os.environ["RANK"])
 torch.distributed.init_process_group("gloo")
 torch.set_num_threads(1)
 found = []
+mine = random_ids(8, 24)[4 * rank : 4 * rank + 4]
+nothing = torch.full_like(mine, -100)
 for options in {cases}:
     model = randomise(make({base!r}, balance_coef=0.5, z_loss_coef=0.1, **options))
-    ids = random_ids(8, 24)[4 * rank : 4 * rank + 4]
     wrapped = DistributedDataParallel(model.train())
-    wrapped(input_ids=ids, labels=ids).loss.backward()
+    wrapped(input_ids=mine, labels=mine).loss.backward()
     found.append([p.grad for p in model.trainable()])
+# Only one process has labels, then none has: Trainer tells the number of all, times processes.
+for labels, items in ((mine if rank == 0 else nothing, 4 * 23), (nothing, 0)):
+    model = randomise(make({base!r}, balance_coef=0.0, z_loss_coef=0.0))
+    wrapped = DistributedDataParallel(model.train())
+    loss = wrapped(input_ids=mine, labels=labels, num_items_in_batch=torch.tensor(items)).loss
+    (2 * loss).backward()
+    found.append([p.grad for p in model.trainable()])
+if rank == 1:
+    with torch.no_grad():
+        model.groups[0].A[0, 0, 0, 0] = float("nan")
+try:  # both leave, or one would wait for the other for ever
+    wrapped(input_ids=mine, labels=mine)
+except NotFinite as e:
+    said = str(e)
+assert ("its loss is nan" if rank == 1 else "another process's part") in said, said
 if rank == 0:
     torch.save(found, {out!r})
 torch.distributed.destroy_process_group()
@@ -228,10 +304,17 @@ def test_two_processes_give_the_gradients_of_the_joint_batch(base, tmp_path):  #
     for process in processes:
         _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err[-2000:]
-    for options, found in zip(cases, torch.load(out), strict=True):
+    *joint, one_labelled, none_labelled = torch.load(out)
+    for options, found in zip(cases, joint, strict=True):
         model = randomise(make(base, balance_coef=0.5, z_loss_coef=0.1, **options)).train()
         ids = random_ids(8, 24)
         model(input_ids=ids, labels=ids).loss.backward()
         assert len(found) == len(model.trainable())
         for gradient, parameter in zip(found, model.trainable()):
             assert parameter.grad.norm() > 0 and difference(gradient, parameter.grad) <= 1e-4
+    assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in none_labelled)
+    model = randomise(make(base, balance_coef=0.0, z_loss_coef=0.0)).train()
+    ids = random_ids(8, 24)[:4]
+    model(input_ids=ids, labels=ids).loss.backward()
+    for gradient, parameter in zip(one_labelled, model.trainable()):
+        assert difference(gradient, parameter.grad) <= 1e-4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +31,12 @@ class Example:
     Attributes:
         ids: its tokens.
         learn: for each token, whether it has loss.
+        source: "file:line".
     """
 
     ids: tuple[int, ...]
     learn: tuple[bool, ...]
+    source: str = field(default="", compare=False)
 
 
 def read_jsonl(paths: Iterable[str | Path], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
@@ -57,7 +59,8 @@ def read_jsonl(paths: Iterable[str | Path], tokenizer: PreTrainedTokenizerBase) 
             if not line.strip():
                 continue
             try:
-                examples.append(_example(_parse(line), tokenizer))
+                made = _example(_parse(line), tokenizer)
+                examples.append(replace(made, source=f"{path}:{number}"))
             except _Bad as e:
                 problems.append(f"{path}:{number}: {e}")
             if len(problems) == MAX_PROBLEMS:
@@ -158,6 +161,26 @@ def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase) -> Example:
     return Example(tuple(encoded["input_ids"]), learn)
 
 
+def places(sources: Iterable[str], most: int = 12) -> str:
+    """a.jsonl:1, a.jsonl:2, a.jsonl:4, b.jsonl:7 -> "a.jsonl:1-2, 4, b.jsonl:7".
+
+    Args:
+        sources: "file:line" each, in any order.
+        most: ranges to show.
+    """
+    ends: list[list[Any]] = []  # file, first and last line
+    for path, line in sorted({(s.rpartition(":")[0], int(s.rpartition(":")[2])) for s in sources}):
+        if ends and ends[-1][0] == path and ends[-1][2] == line - 1:
+            ends[-1][2] = line
+        else:
+            ends.append([path, line, line])
+    shown, last = [], None
+    for path, a, b in ends[:most]:
+        shown.append(("" if path == last else f"{path}:") + (f"{a}" if a == b else f"{a}-{b}"))
+        last = path
+    return ", ".join(shown) + (f" and {len(ends) - most} more" if len(ends) > most else "")
+
+
 def split(examples: Sequence[Example], held_out: float) -> tuple[list[Example], list[Example]]:
     """Training and held-out examples, by a hash of their tokens: equal lines stay together.
 
@@ -186,14 +209,62 @@ def split(examples: Sequence[Example], held_out: float) -> tuple[list[Example], 
     return kept, [e for e in examples if place(e) in cut]
 
 
+@dataclass
+class _Row:
+    """A block before it is filled up: its tokens, labels, and which examples are in it."""
+
+    ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    examples: list[int] = field(default_factory=list)
+    learnt: list[int] = field(default_factory=list)
+
+    def add(self, example: int, ids: list[int], labels: list[int]) -> None:
+        """Appends a part of an example."""
+        if any(t != IGNORE for t in labels[0 if self.ids else 1 :]):
+            self.learnt.append(example)
+        self.examples.append(example)
+        self.ids += ids
+        self.labels += labels
+
+
+def _fill(examples: Sequence[Example], length: int, pack: bool) -> list[_Row]:
+    rows: list[_Row] = []
+    for number, example in enumerate(examples):
+        ids = list(example.ids)
+        labels = [t if learn else IGNORE for t, learn in zip(ids, example.learn)]
+        labels[0] = IGNORE
+        if not pack:
+            rows.append(_Row())
+            rows[-1].add(number, ids[:length], labels[:length])
+            continue
+        while ids:
+            if not rows or len(rows[-1].ids) == length:
+                rows.append(_Row())
+            room = length - len(rows[-1].ids)
+            rows[-1].add(number, ids[:room], labels[:room])
+            ids, labels = ids[room:], labels[room:]
+    return rows
+
+
 class Blocks(torch.utils.data.Dataset):
     """Examples as blocks of at most `length` tokens.
 
     An item holds int64 input_ids, labels and attention_mask, [length]. An example's first token
     has no loss: nothing of its own comes before it.
+
+    Attributes:
+        left_out: blocks without a token with loss, which are not there.
+        unlearnt: sources of the examples that these blocks teach nothing of.
     """
 
-    def __init__(self, examples: Sequence[Example], length: int, pack: bool, pad: int):
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        length: int,
+        pack: bool,
+        pad: int,
+        every: bool = False,
+    ):
         """
         Args:
             examples: what to learn.
@@ -201,35 +272,39 @@ class Blocks(torch.utils.data.Dataset):
             pack: fill blocks with one example after the other; else one example a block, cut
                 at `length`.
             pad: token id that fills up the rest.
+            every: keep blocks without a token with loss too.
         """
-        rows: list[tuple[list[int], list[int]]] = []
-        for example in examples:
-            ids = list(example.ids)
-            labels = [t if learn else IGNORE for t, learn in zip(ids, example.learn)]
-            labels[0] = IGNORE
-            if not pack:
-                rows.append((ids[:length], labels[:length]))
-                continue
-            while ids:
-                if not rows or len(rows[-1][0]) == length:
-                    rows.append(([], []))
-                room = length - len(rows[-1][0])
-                rows[-1][0].extend(ids[:room])
-                rows[-1][1].extend(labels[:room])
-                ids, labels = ids[room:], labels[room:]
-        count = len(rows)
+        rows = _fill(examples, length, pack)
+        kept = [row for row in rows if every or any(t != IGNORE for t in row.labels[1:])]
+        self.left_out = len(rows) - len(kept)
+        taught = {source for row in kept for source in row.learnt}
+        self.unlearnt = [e.source for i, e in enumerate(examples) if i not in taught]
+        self.sources = [[examples[i].source for i in row.examples] for row in kept]
+        count = len(kept)
         self.ids = torch.full((count, length), pad)
         self.labels = torch.full((count, length), IGNORE)
         self.mask = torch.zeros((count, length), dtype=torch.long)
-        for i, (ids, labels) in enumerate(rows):
-            self.ids[i, : len(ids)] = torch.tensor(ids)
-            self.labels[i, : len(ids)] = torch.tensor(labels)
-            self.mask[i, : len(ids)] = 1
+        for i, row in enumerate(kept):
+            self.ids[i, : len(row.ids)] = torch.tensor(row.ids)
+            self.labels[i, : len(row.ids)] = torch.tensor(row.labels)
+            self.mask[i, : len(row.ids)] = 1
 
     @property
     def tokens(self) -> int:
         """Tokens with loss."""
         return int((self.labels[:, 1:] != IGNORE).sum())
+
+    def sources_of(self, ids: torch.Tensor) -> list[str]:
+        """Sources of the examples in some of these blocks.
+
+        Args:
+            ids: int64 [batch, length], blocks' input_ids.
+        """
+        found: dict[str, None] = {}
+        for row in ids.cpu():
+            for i in (self.ids == row).all(1).nonzero().flatten().tolist():
+                found |= dict.fromkeys(self.sources[i])
+        return list(found)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -21,6 +21,7 @@ from vllm_adafuse.training.align import (
     router_inputs,
     student_of,
 )
+from vllm_adafuse.training.health import WAY_OUT, NotFinite
 from vllm_adafuse.training.model import AdaFuseModel
 
 SAMPLE_TOKENS = 1 << 16  # on which experts are aligned and the router is started
@@ -80,7 +81,8 @@ def mean_kl(teacher: Any, model: Any, batches: Iterable[dict[str, torch.Tensor]]
         ids = batch["input_ids"].to(model.device)
         counts = batch.get("labels", ids).to(model.device)[:, 1:] != -100
         wanted, found = (m(input_ids=ids).logits[:, :-1][counts] for m in (teacher, model))
-        total += kl_of(wanted, found).item() * len(wanted)
+        if len(wanted):  # the mean of nothing is NaN
+            total += kl_of(wanted, found).item() * len(wanted)
         count += len(wanted)
     model.train(was_training)
     return total / max(1, count)
@@ -137,6 +139,10 @@ def distill(
 
     Returns:
         The KL of every step.
+
+    Raises:
+        NotFinite: a step's KL or gradients are NaN or infinite; it is not taken.
+        AdapterError: there are no texts.
     """
     options = options or DistillOptions()
     params = student.parameter_groups(options.expert_lr, options.lr)
@@ -169,7 +175,14 @@ def distill(
             loss = kl_of(wanted, student(input_ids=ids).logits)
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(student.trainable(), 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(student.trainable(), 1.0)
+            if not (loss + norm).isfinite().item():
+                raise NotFinite(
+                    f"the batch of step {len(history) + 1}",
+                    [f"its KL from the teacher is {loss.item():.4g}, its gradients' norm "
+                     f"{norm.item():.4g}; {WAY_OUT}"],
+                    [ids],
+                )  # fmt: skip
             optimizer.step()
             schedule.step()
             history.append(loss.item())

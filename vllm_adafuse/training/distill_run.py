@@ -16,7 +16,8 @@ from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.training.data import Blocks, read_jsonl, split
 from vllm_adafuse.training.distill import DistillOptions, distill, make_student, mean_kl
 from vllm_adafuse.training.evaluate import next_token_scores
-from vllm_adafuse.training.run import load_backbone
+from vllm_adafuse.training.health import NotFinite
+from vllm_adafuse.training.run import load_backbone, named
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,16 @@ def distil_files(
     pad = tokenizer.pad_token_id
     pad = (tokenizer.eos_token_id or 0) if pad is None else pad
     judged = Blocks(held, length, True, pad)
-    blocks = Blocks(examples, length, True, pad).ids
+    if not len(judged):
+        raise AdapterError(
+            "held-out data", [f"no token with loss fits into {length} tokens; raise --length"]
+        )
+    blocks = Blocks(examples, length, True, pad, every=True)  # the KL needs no labels
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backbone = load_backbone(str(base), dtype=dtype).to(device)
     model = reference.load(base, teacher.path, dtype=backbone.dtype).to(device)
     generator = torch.Generator().manual_seed(seed)
-    batches = DataLoader(blocks, batch_size, shuffle=True, generator=generator)
+    batches = DataLoader(blocks.ids, batch_size, shuffle=True, generator=generator)
     student = make_student(str(teacher.path), model, backbone, batches, seed=seed, **changes)
 
     def scores(of: Any) -> tuple[dict[str, float], float]:
@@ -121,7 +126,10 @@ def distil_files(
             bar.set_postfix(kl=f"{kl:.4f}", refresh=False)
             bar.update()
 
-        distill(model, student, batches, options, show)
+        try:
+            distill(model, student, batches, options, show)
+        except NotFinite as e:
+            raise named(e, blocks) from e
     student.save_pretrained(output)
     after, after_kl = scores(student)
     return DistillReport(

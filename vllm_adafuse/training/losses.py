@@ -9,6 +9,11 @@ import torch.distributed as dist
 from vllm_adafuse.training.layers import Router
 
 
+def at_least_one(items: torch.Tensor | int) -> torch.Tensor | int:
+    """A number of labels to divide by: 1 where there are none."""
+    return items.clamp(min=1) if torch.is_tensor(items) else max(1, items)
+
+
 def routing_losses(
     routers: Sequence[Router], mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

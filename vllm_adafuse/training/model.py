@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +14,10 @@ from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.training import storage
 from vllm_adafuse.training.config import MixtureConfig
+from vllm_adafuse.training.health import check_loss
 from vllm_adafuse.training.layers import ExpertGroup, Router
-from vllm_adafuse.training.losses import routing_losses
-
-# Linears of one layer that read the same tensor.
-SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+from vllm_adafuse.training.losses import at_least_one, routing_losses
+from vllm_adafuse.training.placing import Decide, adapted, by_input
 
 
 class AdaFuseModel(nn.Module):
@@ -46,6 +46,10 @@ class AdaFuseModel(nn.Module):
             "z", detached.
         usage: float32 [R, E], sum of each expert's share per forward in training mode since
             `reset_usage`, over `usage_steps` forwards.
+        forwards: how many there were in training mode.
+        step: number of the optimizer step, from 1, where `watch` tells it.
+        recent: input_ids of the last forwards in training mode, to name a batch by; the last one,
+            unless it is replaced by a longer deque.
     """
 
     # The loss is scaled by num_items_in_batch, as transformers' own models do.
@@ -63,7 +67,7 @@ class AdaFuseModel(nn.Module):
         self.backbone, self.mixture = backbone.requires_grad_(False), config
         self.base_model = base_model or getattr(backbone.config, "_name_or_path", "") or "."
         shape = Backbone.from_hf_config(backbone.config, self.base_model)
-        names = linears or _adapted(config, shape)
+        names = linears or adapted(config, shape)
         targets = sorted({name.rsplit(".", 1)[1] for name in names})
         self.adapter_config = config.to_adapter(self.base_model, targets)
         generator = torch.Generator().manual_seed(config.seed)
@@ -77,9 +81,9 @@ class AdaFuseModel(nn.Module):
             self.routers.append(shared)
             self.router_names.append(("router", shared, 0))
             layer = layers[config.router_layer]
-            layer.register_forward_pre_hook(_Decide(shared, self._first_norm), with_kwargs=True)
+            layer.register_forward_pre_hook(Decide(shared, self._first_norm), with_kwargs=True)
         blocks: dict[str, Router] = {}
-        for members in _groups(names):
+        for members in by_input(names):
             block = members[0].rsplit(".", 1)[0]
             own = config.routing == "layer_wise" and config.router_scope == "linear"
             sizes = [shape.linears[name] for name in members]
@@ -92,7 +96,7 @@ class AdaFuseModel(nn.Module):
                     self.routers.append(router)
                     self.router_names.append((f"{block}.router", router, 0))
                     module = backbone.get_submodule(block)
-                    module.register_forward_pre_hook(_Decide(router), with_kwargs=True)
+                    module.register_forward_pre_hook(Decide(router), with_kwargs=True)
                 router = blocks[block]
             else:
                 router = shared
@@ -106,6 +110,8 @@ class AdaFuseModel(nn.Module):
         self.last_losses: dict[str, torch.Tensor] = {}
         self.usage: torch.Tensor | None = None
         self.usage_steps = 0
+        self.forwards, self.step = 0, None
+        self.recent: deque[torch.Tensor | None] = deque(maxlen=1)
         self._enabled = True
         self.set_progress(0.0)
 
@@ -168,16 +174,23 @@ class AdaFuseModel(nn.Module):
         Args:
             input_ids: int64 [batch, length].
             attention_mask: [batch, length]; tokens with 0 do not count in the auxiliary losses.
-            labels: int64 [batch, length], -100 for tokens without loss.
+            labels: int64 [batch, length], -100 for tokens without loss. Where no token has loss,
+                the loss is 0.
             num_items_in_batch: labels of the whole step, over accumulation and ranks (Trainer
                 gives it); the auxiliary losses are weighted accordingly.
             **kwargs: for the backbone.
 
         Returns:
             The backbone's own output.
+
+        Raises:
+            NotFinite: the loss is NaN or infinite, in training mode.
         """
-        if num_items_in_batch is not None:
-            kwargs["num_items_in_batch"] = num_items_in_batch
+        if labels is not None:
+            learnt = (kwargs.get("shift_labels", labels[..., 1:]) != -100).sum()
+            # Told the number, the backbone divides a sum by it; else it would divide 0 by 0.
+            items = at_least_one(learnt if num_items_in_batch is None else num_items_in_batch)
+            kwargs["num_items_in_batch"] = items
         if self.training:  # nothing reads the keys and values again
             kwargs.setdefault("use_cache", False)
         output = self.backbone(
@@ -193,8 +206,11 @@ class AdaFuseModel(nn.Module):
                 }  # fmt: skip
                 aux = self.mixture.balance_coef * balance + self.mixture.z_loss_coef * z
                 if num_items_in_batch is not None:
-                    aux = aux * ((labels[..., 1:] != -100).sum() / num_items_in_batch)
+                    aux = aux * (learnt / items)
                 output.loss = output.loss + aux
+                self.forwards += 1
+                self.recent.append(input_ids)
+                check_loss(self, output.loss)
         return output
 
     @torch.no_grad()
@@ -321,64 +337,3 @@ class AdaFuseModel(nn.Module):
             AdapterError: the tensors do not make a valid adapter, as after a run that diverged.
         """
         return storage.save(self, path, dtype or self.dtype)
-
-
-class _Decide:
-    """A pre-hook that lets a router read the hidden state that enters a layer or a block."""
-
-    def __init__(self, router: Router, read=None):
-        self.router, self.read = router, read
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        self.router(hidden if self.read is None else self.read(hidden))
-
-
-def _adapted(config: MixtureConfig, shape: Backbone) -> list[str]:
-    """Full names of the linears to adapt, in the model's order.
-
-    Raises:
-        AdapterError: with every module or layer that is not there.
-    """
-    known = sorted(shape.modules())
-    problems = [
-        f"target module {name} is not in {shape.path}; it has {', '.join(known)}"
-        for name in config.target_modules or ()
-        if name not in known
-    ]
-    if config.router_layer >= shape.num_layers:
-        problems.append(
-            f"`router_layer` is {config.router_layer}, expected less than the backbone's "
-            f"{shape.num_layers} layers"
-        )
-    first = config.router_layer if config.routing == "pre_gated" else 0
-    for layer in config.layers or ():
-        if not 0 <= layer < shape.num_layers:
-            problems.append(f"layer {layer} is not there; the backbone has {shape.num_layers}")
-        elif layer < first:
-            problems.append(
-                f"layer {layer} lies below `router_layer` {first}, where nothing is decided yet; "
-                "leave it out of `layers`"
-            )
-    if problems:
-        raise AdapterError("training config", problems)
-    layers = set(config.layers or range(first, shape.num_layers))
-    targets = set(config.target_modules or known)
-    return [
-        name
-        for name in shape.linears
-        if int(name.split(".")[2]) in layers and name.rsplit(".", 1)[1] in targets
-    ]
-
-
-def _groups(names: list[str]) -> list[list[str]]:
-    """The names by shared input, each group in the order in which its linears are called."""
-    groups: dict[tuple, list[str]] = {}
-    for name in names:
-        block, leaf = name.rsplit(".", 1)
-        shared = next((leaves for leaves in SHARED_INPUT if leaf in leaves), (leaf,))
-        groups.setdefault((block, shared), []).append(name)
-    return [
-        sorted(members, key=lambda n: shared.index(n.rsplit(".", 1)[1]))
-        for (_, shared), members in groups.items()
-    ]

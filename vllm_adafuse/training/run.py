@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,9 @@ import torch
 from torch.utils.data import DataLoader
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.training.config import MixtureConfig
-from vllm_adafuse.training.data import Blocks, read_jsonl, split
+from vllm_adafuse.training.data import Blocks, Example, places, read_jsonl, split
 from vllm_adafuse.training.evaluate import next_token_scores
+from vllm_adafuse.training.health import NotFinite
 from vllm_adafuse.training.model import AdaFuseModel
 from vllm_adafuse.training.watch import count_experts, watch
 
@@ -173,6 +177,34 @@ def load_backbone(base: str, load: str = "full", dtype: str = "auto") -> Any:
     return model
 
 
+def learnable(
+    name: str, examples: Sequence[Example], options: TrainOptions, pad: int
+) -> Blocks:
+    """The blocks of some examples that have a token with loss; says if examples are in vain.
+
+    Raises:
+        AdapterError: there are examples, and no such block.
+    """
+    blocks = Blocks(examples, options.length, options.pack, pad)
+    if examples and not len(blocks):
+        raise AdapterError(
+            name, [f"no token with loss fits into {options.length} tokens; raise --length"]
+        )
+    if blocks.unlearnt:
+        logger.warning(
+            "%s: %d of %d lines have no token with loss in the first %d and teach nothing; raise "
+            "--length: %s",
+            name, len(blocks.unlearnt), len(examples), options.length, places(blocks.unlearnt),
+        )  # fmt: skip
+    return blocks
+
+
+def named(error: NotFinite, blocks: Blocks) -> AdapterError:
+    """An error of a batch, with the lines that were in it."""
+    sources = [source for ids in error.batches for source in blocks.sources_of(ids)]
+    return AdapterError(error.subject, [*error.problems, f"it held {places(sources)}"])
+
+
 def train(options: TrainOptions) -> TrainReport:
     """Trains and saves an adapter.
 
@@ -189,14 +221,8 @@ def train(options: TrainOptions) -> TrainReport:
     examples, held = split(read_jsonl(options.data, tokenizer), options.held_out)
     pad = tokenizer.pad_token_id
     pad = (tokenizer.eos_token_id or 0) if pad is None else pad
-    blocks = Blocks(examples, options.length, options.pack, pad)
-    judged = Blocks(held, options.length, options.pack, pad)
-    for name, made in (("training", blocks), ("held-out", judged)):
-        if len(made) and not made.tokens:
-            raise AdapterError(
-                f"{name} data",
-                [f"no token with loss fits into {options.length} tokens; raise the length"],
-            )
+    blocks = learnable("training data", examples, options, pad)
+    judged = learnable("held-out data", held, options, pad)
     backbone = load_backbone(options.base, options.load, options.dtype)
     longest = getattr(backbone.config, "max_position_embeddings", options.length)
     if options.length > longest:
@@ -205,6 +231,7 @@ def train(options: TrainOptions) -> TrainReport:
             [f"`length` is {options.length}, expected at most the backbone's {longest} positions"],
         )
     model = AdaFuseModel.from_backbone(backbone, options.mixture)
+    model.recent = deque(maxlen=options.accumulate)
     trainer = watch(
         Trainer(
             model=model,
@@ -221,6 +248,7 @@ def train(options: TrainOptions) -> TrainReport:
                 bf16=model.dtype == torch.bfloat16,
                 gradient_checkpointing=options.gradient_checkpointing,
                 logging_steps=options.log_every,
+                logging_nan_inf_filter=False,  # the run ends there
                 save_strategy="steps" if options.save_every else "no",
                 save_steps=options.save_every or 500,
                 save_total_limit=2,
@@ -241,6 +269,12 @@ def train(options: TrainOptions) -> TrainReport:
 
     with model.disabled():
         before = scores() if first else {}
+    if held and first and not math.isfinite(before["loss"]):
+        raise AdapterError(
+            f"backbone {options.base}",
+            [f"its loss on the held-out lines is {before['loss']}; check its weights, or try "
+             "another dtype"],
+        )  # fmt: skip
     checkpoint = None
     if options.resume:
         from transformers.trainer_utils import get_last_checkpoint
@@ -250,7 +284,10 @@ def train(options: TrainOptions) -> TrainReport:
             raise AdapterError(
                 f"directory {options.work}", ["holds no checkpoint to resume from; leave it out"]
             )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except NotFinite as e:
+        raise named(e, blocks) from e
     after, usage = {}, []
     if first:
         model.save_pretrained(options.output)
@@ -260,7 +297,7 @@ def train(options: TrainOptions) -> TrainReport:
             usage = usage.mean(0).tolist()
     return TrainReport(
         adapter=Path(options.output),
-        examples=len(examples),
+        examples=len(examples) - len(blocks.unlearnt),
         held_out=len(held),
         tokens=blocks.tokens,
         before=before,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm_adafuse.files import open_weights
+from vllm_adafuse.training.health import check_gradients, check_weights
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -35,12 +34,12 @@ def expert_shares(model: AdaFuseModel) -> dict[str, float]:
 
 
 def make_callback(model: AdaFuseModel) -> Any:
-    """A TrainerCallback that moves the temperature, adds `expert_shares` to every log and lets
-    others read checkpoints."""
+    """A TrainerCallback that moves the temperature and adds `expert_shares` to every log."""
     from transformers import TrainerCallback
 
     class ExpertWatch(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
+            model.step = state.global_step + 1
             model.set_progress(state.global_step / max(1, state.max_steps))
 
         def on_log(self, args, state, control, logs=None, **kwargs):
@@ -51,19 +50,37 @@ def make_callback(model: AdaFuseModel) -> Any:
             state.log_history[-1].update(shares)
             model.reset_usage()
 
-        def on_save(self, args, state, control, **kwargs):
-            if state.is_world_process_zero:
-                made = Path(args.output_dir, f"checkpoint-{state.global_step}")
-                open_weights(made, "trainer_state.json")
-
     return ExpertWatch()
+
+
+def make_guard(model: AdaFuseModel) -> Any:
+    """A TrainerCallback that takes no step and saves no checkpoint that is not finite.
+
+    It must come after the callback of Trainer that decides whether a step is saved.
+    """
+    from transformers import TrainerCallback
+
+    class Guard(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if not args.fp16:  # its scaler skips steps that overflow
+                check_gradients(model)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if control.should_save:
+                check_weights(model)
+
+        on_epoch_end = on_step_end
+
+    return Guard()
 
 
 def watch(trainer: Trainer, model: AdaFuseModel | None = None) -> Trainer:
     """Adds expert usage, router losses and temperature annealing to a Trainer.
 
-    The callback goes before all others, so that TensorBoard and every other reporter log what it
-    adds.
+    It also stops the run before a step or a checkpoint that is not finite (`NotFinite`).
+
+    The callback that logs goes before all others, so that TensorBoard and every other reporter log
+    what it adds.
 
     Args:
         trainer: a stock Trainer.
@@ -72,7 +89,9 @@ def watch(trainer: Trainer, model: AdaFuseModel | None = None) -> Trainer:
     Returns:
         The trainer: `watch(Trainer(...)).train()`.
     """
-    trainer.callback_handler.callbacks.insert(0, make_callback(model or trainer.model))
+    model = model or trainer.model
+    trainer.callback_handler.callbacks.insert(0, make_callback(model))
+    trainer.callback_handler.callbacks.append(make_guard(model))
     return trainer
 
 
