@@ -3,6 +3,7 @@
 A program of its own, because Triton's interpreter, which other tests use, replaces the compiler.
 """
 
+import hashlib
 import json
 import re
 import subprocess
@@ -64,11 +65,20 @@ def is_serialized(ptx: str, target: GPUTarget) -> bool:
     return "serialized" in done.stdout + done.stderr
 
 
+def normalised(ptx: str, name: str) -> str:
+    """PTX without what hangs on names and places in the source: comments, line numbers, debug
+    sections, the entry's name."""
+    text = ptx.split("\t.section\t.debug", 1)[0].replace(name, "kernel")
+    text = re.sub(r"//.*", "", text)
+    lines = (line.strip() for line in text.splitlines())
+    return "\n".join(x for x in lines if x and not x.startswith((".loc", ".file", "$L__tmp")))
+
+
 def build(
     name: str, kernel, constants: dict, warps: int, stages: int, target: GPUTarget = HOPPER
 ) -> dict:
-    """Registers, bytes of spills, global loads narrower than 8 bytes, stores of 2, and whether
-    products wait for one another."""
+    """Registers, bytes of spills, global loads narrower than 8 bytes, stores of 2, whether products
+    wait for one another, and a hash of the PTX, `normalised`."""
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else POINTERS.get(n, "i32") for n in names}
     attributes = {
@@ -98,6 +108,7 @@ def build(
         "halves": len(halves),
         "shared": built.metadata.shared,
         "serialized": is_serialized(built.asm["ptx"], target),
+        "ptx": hashlib.sha256(normalised(built.asm["ptx"], built.name).encode()).hexdigest()[:16],
     }
 
 

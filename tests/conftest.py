@@ -21,6 +21,27 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+@pytest.fixture
+def sums_of_sixteen(monkeypatch):
+    """The interpreter's products as tensor cores make them, sixteen terms at a time: the order of
+    every sum is this one and no library's, so that a token's bits may be held to depend on nothing
+    but the token. (On a GPU the tensor cores' own.)"""
+    if HAS_GPU:
+        return
+    from triton.runtime import interpreter
+
+    def create_dot(self, a, b, acc, *_):
+        left, right, sums = (t.data.astype("float64") for t in (a, b, acc))
+        for start in range(0, left.shape[1], 16):
+            some = 0
+            for k in range(start, min(start + 16, left.shape[1])):
+                some = some + left[:, k, None] * right[k]  # of float32, exact
+            sums = (sums + some).astype("float32").astype("float64")
+        return interpreter.TensorHandle(sums.astype("float32"), acc.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
 # The files that take longest, first: then processes that share the tests end together.
 LONG = "test_tutorial", "test_engine", "test_server", "test_compiled"
 

@@ -13,6 +13,9 @@ from vllm_adafuse.random_adapter import make_random_adapter
 from vllm_adafuse.tiny import make_tiny_backbone
 
 MAX_LOGPROB_ERROR = 1e-3
+# Logprobs closer than this are a tie, which rounding decides: otherwise on another CPU, in steps of
+# other sizes, with other threads.
+TIE = 1e-4
 
 
 @contextmanager
@@ -73,27 +76,43 @@ def logprobs_of(model, prompt: list[int], tokens: list[int]) -> torch.Tensor:
     return torch.log_softmax(logits[len(prompt) - 1 : -1].float(), -1).cpu()
 
 
+def assert_greedy_tokens(model, prompt: list[int], tokens: list[int], about="") -> torch.Tensor:
+    """Every token is the model's own greedy choice after the tokens before it, or ties with it.
+
+    Returns their logprobs [len(tokens)].
+    """
+    expected = logprobs_of(model, prompt, tokens)
+    chosen = expected.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    lost = (expected.amax(-1) - chosen).tolist()
+    assert max(lost) <= TIE, (about, tokens, expected.argmax(-1).tolist())
+    return chosen
+
+
 def assert_greedy_equals(outputs, model) -> None:
     """Every token is the model's own greedy choice after the tokens before it, logprobs agree."""
     worst = 0.0
     for output in outputs:
         tokens, logprobs = completion(output)
-        expected = logprobs_of(model, output.prompt_token_ids, tokens)
-        assert tokens == expected.argmax(-1).tolist(), output.prompt
-        difference = (
-            torch.tensor(logprobs) - expected.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-        )
-        worst = max(worst, difference.abs().max().item())
+        expected = assert_greedy_tokens(model, output.prompt_token_ids, tokens, output.prompt)
+        worst = max(worst, (torch.tensor(logprobs) - expected).abs().max().item())
     assert worst <= MAX_LOGPROB_ERROR
 
 
 def assert_same_completions(outputs, others, tolerance: float = 1e-4) -> None:
-    """Equal tokens, and logprobs within a tolerance."""
+    """Greedy tokens that begin alike, as far as the other's go, and logprobs within a tolerance.
+
+    In one of the pairs tokens may part where two are equally likely: after it nothing is compared.
+    """
+    parted = 0
     for one, other in zip(outputs, others, strict=True):
-        tokens, logprobs = completion(one)
-        other_tokens, other_logprobs = completion(other)
-        assert tokens == other_tokens, one.prompt
-        assert max(abs(a - b) for a, b in zip(logprobs, other_logprobs)) <= tolerance
+        (tokens, logprobs), (other_tokens, other_logprobs) = completion(one), completion(other)
+        assert len(tokens) >= len(other_tokens), one.prompt
+        for at, (a, b) in enumerate(zip(logprobs, other_logprobs)):
+            assert abs(a - b) <= tolerance, (one.prompt, at, tokens, other_tokens)
+            if tokens[at] != other_tokens[at]:
+                parted += 1
+                break
+    assert parted <= 1
 
 
 def load_reference(base: Path, adapter: Path, **options):

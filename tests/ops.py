@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +105,25 @@ def make_problem(
         parts=parts,
         widths=list(widths),
     )
+
+
+def in_whole_numbers(p: Problem) -> Problem:
+    """The problem with small whole numbers, and quarters for gates: its sums are exact in every
+    order, so two ways to compute it give the same bits on every machine."""
+
+    def whole(t: torch.Tensor) -> torch.Tensor:
+        return (t / t.abs().mean()).round().clamp(-2, 2)
+
+    return replace(
+        p, x=whole(p.x), weight=whole(p.weight), bank_a=whole(p.bank_a), bank_b=whole(p.bank_b),
+        bias=None if p.bias is None else whole(p.bias), gates=(4 * p.gates).ceil() / 4,
+    )  # fmt: skip
+
+
+def whole_turns(tokens: int, head_dim: int, dtype=torch.float32) -> torch.Tensor:
+    """[T, D] "cosines" and "sines" of whole numbers, see `in_whole_numbers`."""
+    g = torch.Generator().manual_seed(1)
+    return torch.randint(-2, 3, (tokens, head_dim), generator=g).to(DEVICE, dtype)
 
 
 def shrink_truth(p: Problem) -> torch.Tensor:

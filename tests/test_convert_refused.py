@@ -171,7 +171,12 @@ def put(name, value):
         (
             plain,
             put("base_model.model.lm_head.lora_A.weight", torch.ones(4, 128)),
-            ["lm_head.lora_A.weight", "unknown name", "another model"],
+            ["base_model.model.lm_head.lora_A.weight", "output head", MUST_BE_PLAIN],
+        ),
+        (
+            plain,
+            put("base_model.model.score.weight", torch.ones(4, 128)),
+            ["base_model.model.score.weight", "unknown name", "another model"],
         ),
         (
             plain,

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from ops import delta_truth, error, from_joint, joint_of, make_problem, plain_delta
+from ops import (
+    delta_truth,
+    error,
+    from_joint,
+    in_whole_numbers,
+    joint_of,
+    make_problem,
+    plain_delta,
+)
 from vllm_adafuse.kernels.dense_expand import dense_expand_triton
 
 SHAPES = {  # (tokens, in, widths, experts, k, rank), parts, first
@@ -47,6 +55,7 @@ def test_equals_float64(name):
 @pytest.mark.parametrize("name", ["odd-rank", "three-parts", "holes"])
 def test_what_others_see_of_an_expert_does_not_matter(name):
     p, first = make(name)
+    p = in_whole_numbers(p)
     y, s = from_joint(p)
     apart, broken = y.clone(), s.clone()
     run(p, apart, s, first)

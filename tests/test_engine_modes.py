@@ -7,7 +7,15 @@ import sys
 
 import pytest
 import torch
-from engines import assert_greedy_equals, completion, engine, greedy, load_reference, make_pair
+from engines import (
+    assert_greedy_equals,
+    assert_same_completions,
+    completion,
+    engine,
+    greedy,
+    load_reference,
+    make_pair,
+)
 from safetensors.torch import load_file
 from vllm_adafuse.random_adapter import make_random_adapter
 from vllm_adafuse.tiny import real_prompts
@@ -82,7 +90,10 @@ def generate_here(base, adapter=None, **options) -> tuple[str, list]:
 def test_without_an_adapter_the_plugin_changes_nothing(pair):
     model, completions = generate_here(pair[0])
     assert model == "LlamaForCausalLM"
-    assert [model, completions] == generate(pair[0], env={"VLLM_PLUGINS": "none"}.items())
+    plain, without = generate(pair[0], env={"VLLM_PLUGINS": "none"}.items())
+    assert plain == model
+    both = (as_outputs(found, pair[0]) for found in (completions, without))
+    assert_same_completions(*both, tolerance=1e-5)
 
 
 def test_compiled_graphs_and_their_cache(pair, tmp_path, monkeypatch):
@@ -96,7 +107,8 @@ def test_compiled_graphs_and_their_cache(pair, tmp_path, monkeypatch):
         assert_completions_equal(completions, base, run)
 
 
-def assert_completions_equal(completions, base, adapter):
+def as_outputs(completions, base) -> list:
+    """Tokens and logprobs of PROMPTS in the shape of `LLM.generate`'s outputs."""
     from types import SimpleNamespace
 
     from transformers import AutoTokenizer
@@ -109,4 +121,8 @@ def assert_completions_equal(completions, base, adapter):
         ids = tokenizer(prompt).input_ids
         outputs.append(SimpleNamespace(prompt=prompt, prompt_token_ids=ids, outputs=[sequence]))
         assert completion(outputs[-1])[0] == tokens
-    assert_greedy_equals(outputs, load_reference(base, adapter))
+    return outputs
+
+
+def assert_completions_equal(completions, base, adapter):
+    assert_greedy_equals(as_outputs(completions, base), load_reference(base, adapter))

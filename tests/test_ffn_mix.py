@@ -78,7 +78,7 @@ def test_equals_float64(name, function):
     assert error(found, expected) <= 1e-5
     both, gates, bank_b, parts, width, _, activation = arguments
     alone = function(both, gates, bank_b, parts, width, 0, activation)
-    assert torch.equal(alone[0], found[0]) and len(alone) == 1
+    assert error(alone[0], expected[0]) <= 1e-5 and len(alone) == 1
 
 
 @pytest.mark.parametrize(
@@ -110,11 +110,11 @@ def test_half_precision_is_no_worse_than_plain_torch(name, dtype):
 def test_rows_of_nan_stay_inside(function):
     """Padding rows of a captured graph may hold anything; they must write no other row."""
     both, gates, *rest = make("always")
-    clean = function(both, gates, *rest)
+    expected = truth(both, gates, *rest)
     both[3], gates[3] = float("nan"), float("nan")
-    dirty = function(both, gates, *rest)
+    found = function(both, gates, *rest)
     rows = [t for t in range(len(both)) if t != 3]
-    assert torch.equal(dirty[:, rows], clean[:, rows])
+    assert error(found[:, rows], expected[:, rows]) <= 1e-5
 
 
 def test_inside_torch_compile():

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ops import DEVICE, joint_of, make_problem
+from ops import DEVICE, in_whole_numbers, joint_of, make_problem, whole_turns
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import ForwardContext, override_forward_context
 from vllm.model_executor.layers.attention import Attention
@@ -203,8 +203,8 @@ def test_rehearsals_get_pages_of_the_same_kind_and_no_step_sees_them():
 def test_a_step_of_the_op_writes_the_cache_that_vllm_would():
     attention = make_attention()
     cache = LayerCache(attention)
-    p = make_problem(TOKENS, 48, [128, 64, 64], 4, 2, 4, bias=True)
-    cos_sin = torch.randn(TOKENS, SIZE, device=DEVICE)
+    p = in_whole_numbers(make_problem(TOKENS, 48, [128, 64, 64], 4, 2, 4, bias=True))
+    cos_sin = whole_turns(TOKENS, SIZE)
     joint = joint_of(p)
     mapping = torch.tensor([40, 3, -1, 17, 0], device=DEVICE)
 

@@ -4,7 +4,16 @@ import gc
 
 import pytest
 import torch
-from ops import DEVICE, error, joint_of, linear_truth, make_order, make_problem
+from ops import (
+    DEVICE,
+    error,
+    in_whole_numbers,
+    joint_of,
+    linear_truth,
+    make_order,
+    make_problem,
+    whole_turns,
+)
 from vllm_adafuse.kernels import paged_cache
 from vllm_adafuse.kernels.blocks import ExpandBlocks
 from vllm_adafuse.kernels.expand import expand_raw_triton
@@ -153,13 +162,6 @@ def check(run, tokens, widths, head_dim, layout, dtype=torch.float32, parts=(0, 
         there = expected != UNTOUCHED
         assert torch.equal(have != UNTOUCHED, there)
         assert error(have[there], expected[there]) <= limit
-    # To the last bit what the result holds without pages.
-    left = run(p, cos_sin, None) if run is not by_op else None
-    if left is not None:
-        again = make_pages(tokens, widths[1] // head_dim, head_dim, dtype, layout)
-        paged_cache_torch(left, again, widths)
-        assert torch.equal(again.keys, pages.keys) and torch.equal(again.values, pages.values)
-        assert torch.equal(left[:, : widths[0]], out[:, : widths[0]])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -173,6 +175,24 @@ def test_equals_float64(run, widths, head_dim, layout):
 @pytest.mark.parametrize("run", ANY)
 def test_parts_without_experts(run, parts):
     check(run, 9, [128, 64, 64], 32, "NHD", parts=parts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("run", [run for run in ANY + WHOLE if run is not by_op])
+def test_pages_hold_to_the_last_bit_what_the_result_would(run, layout, dtype):
+    widths, head_dim = [128, 64, 64], 64
+    rank, bias = (16, False) if run in WHOLE else (4, True)
+    p = in_whole_numbers(make_problem(21, 48, widths, 4, 2, rank, dtype=dtype, bias=bias))
+    cos_sin = whole_turns(23, head_dim, dtype)
+    pages, again = (make_pages(21, 1, head_dim, dtype, layout) for _ in range(2))
+    out, left = run(p, cos_sin, pages), run(p, cos_sin, None)
+    paged_cache_torch(left, again, widths)
+    assert torch.equal(again.keys, pages.keys) and torch.equal(again.values, pages.values)
+    assert torch.equal(left[:, : widths[0]], out[:, : widths[0]])
+    if dtype == torch.float32:
+        truth = rotate_torch(linear_truth(p), cos_sin.double(), widths[0] + widths[1])
+        assert torch.equal(left.double(), truth)
 
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES)

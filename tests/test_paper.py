@@ -116,7 +116,8 @@ def test_a_stream_is_greedy_and_reads_every_token(model):
         torch.manual_seed(1)
         ids = torch.randint(model.config.vocab_size, (1, 4))
         for token in [int(stream.token)] + [stream.step() for _ in range(5)]:
-            assert token == int(model(ids).logits[0, -1].argmax())
+            last = model(ids).logits[0, -1]
+            assert last[token] >= last.max() - 1e-4  # which of two that tie, rounding decides
             ids = torch.cat([ids, torch.tensor([[token]])], 1)
         assert len(stream.time(7, 60)) == 7 and len(stream.time(50, 0)) == 3
 

@@ -98,7 +98,7 @@ def test_half_precision_is_no_worse_than_plain_torch(name, dtype):
         assert error(found, want) <= 1.2 * error(plain, want)
 
 
-def test_a_token_does_not_see_its_company():
+def test_a_token_does_not_see_its_company(sums_of_sixteen):
     shape = (48, 64, 96, 4, 2, 4)
     p, both, residual, weight = make(shape)
     other, both2, residual2, _ = make(shape, seed=1)

@@ -154,7 +154,7 @@ def test_what_was_not_chosen_may_be_anything(function):
     again = run_by(
         function, low, logits, bias, scales, gates, present, gate, parts, rank, torch.float32
     )
-    assert torch.equal(again, clean)
+    assert error(again, clean.double()) <= 1e-6 and torch.equal(again == 0, clean == 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

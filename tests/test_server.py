@@ -15,6 +15,7 @@ import torch
 from engines import (
     MAX_LOGPROB_ERROR,
     assert_greedy_equals,
+    assert_greedy_tokens,
     assert_same_completions,
     load_reference,
     logprobs_of,
@@ -201,14 +202,20 @@ def test_chat_equals_the_reference_on_the_rendered_template(served):
     assert_greedy_equals(outputs, served.reference)
 
 
+def assert_streamed(served, prompt, chunks, texts):
+    """As an answer in one piece, they are the reference's own choices, and the tokens' text."""
+    tokens = streamed_tokens(chunks)
+    assert len(tokens) == TOKENS
+    assert_greedy_tokens(served.reference, prompt, tokens)
+    assert_text_is("".join(texts), tokens, served.tokenizer)
+
+
 def test_streamed_completion_equals_the_unstreamed(served):
     pieces = []
     for prompt in PROMPTS[:4]:
         chunks = list(served.complete(prompt, stream=True))
-        whole = completed(prompt, served.complete(prompt)).outputs[0]
         texts = [choice.text for chunk in chunks for choice in chunk.choices]
-        assert "".join(texts) == served.complete(prompt).choices[0].text
-        assert streamed_tokens(chunks) == whole.token_ids
+        assert_streamed(served, served.tokenizer(prompt).input_ids, chunks, texts)
         pieces.append(sum(map(bool, texts)))
     assert max(pieces) > 2, pieces  # vLLM joins pieces that a busy machine is slow to send
 
@@ -217,10 +224,8 @@ def test_streamed_chat_equals_the_unstreamed(served):
     pieces = []
     for messages in CHATS:
         chunks = list(served.chat(messages, stream=True))
-        whole = served.chat(messages).choices[0]
         texts = [choice.delta.content or "" for chunk in chunks for choice in chunk.choices]
-        assert "".join(texts) == whole.message.content
-        assert streamed_tokens(chunks) == whole.token_ids
+        assert_streamed(served, served.chat(messages).prompt_token_ids, chunks, texts)
         pieces.append(sum(map(bool, texts)))
     assert max(pieces) > 2, pieces
 

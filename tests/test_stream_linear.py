@@ -75,7 +75,7 @@ def test_half_precision_is_no_worse_than_plain_torch(name, dtype):
 @pytest.mark.parametrize(
     "size_in,experts,rank", [(8192, 4, 4), (1024, 40, 4), (1024, 7, 24), (1024, 12, 16)]
 )
-def test_a_token_does_not_see_its_company(size_in, experts, rank):
+def test_a_token_does_not_see_its_company(size_in, experts, rank, sums_of_sixteen):
     p = make_problem(16, size_in, [64, 32], experts, 2, rank)
     other = make_problem(16, size_in, [64, 32], experts, 2, rank, seed=1)
     for name in ("weight", "bank_a", "bank_b"):
@@ -87,7 +87,7 @@ def test_a_token_does_not_see_its_company(size_in, experts, rank):
     assert torch.equal(one[5], two[5]) and not torch.equal(one[4], two[4])
 
 
-def test_rows_without_gates_are_the_bare_projection():
+def test_rows_without_gates_are_the_bare_projection(sums_of_sixteen):
     p = make_problem(4, 64, [64], 4, 2, 4)
     p.gates[2] = 0
     bare = make_problem(4, 64, [64], 4, 2, 4)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from engines import load_reference, make_pair
+from engines import assert_greedy_tokens, load_reference, make_pair
 from vllm_adafuse import reference
 from vllm_adafuse.adapter import load_adapter
 from vllm_adafuse.backbone import Backbone
@@ -44,27 +44,40 @@ def load(base, adapter, **options) -> SwitchRuntime:
     return SwitchRuntime.load(base, adapter, **{"dtype": torch.float32} | options)
 
 
+def generated(runtime, ids, **options):
+    return runtime.generate(ids, **options, return_dict_in_generate=True, output_logits=True)
+
+
+def assert_says(truth, ids, found):
+    """The logits after which each token was chosen are those of another model after the same."""
+    with torch.no_grad():
+        expected = truth(found.sequences).logits[:, ids.shape[1] - 1 : -1]
+    logits = torch.stack(found.logits, 1)
+    assert logits.shape == expected.shape
+    assert ((logits - expected).norm(dim=-1) <= 1e-5 * expected.norm(dim=-1)).all()
+
+
 def test_greedy_tokens_and_logits_equal_the_mixture(pair):
     truth, runtime = load_reference(*pair), load(*pair)
     options = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
     for ids in prompts(pair[0]):
-        kept = {"return_dict_in_generate": True, "output_logits": True}
-        one = runtime.generate(ids, **options, **kept)
-        other = truth.generate(ids, **options, **kept)
-        assert torch.equal(one.sequences, other.sequences)
-        for a, b in zip(one.logits, other.logits, strict=True):
-            assert (a - b).norm() <= 1e-5 * b.norm()
+        found = generated(runtime, ids, **options)
+        assert_says(truth, ids, found)
+        assert_greedy_tokens(truth, ids[0].tolist(), found.sequences[0, ids.shape[1] :].tolist())
     assert runtime.switches == 3 * 15  # the first token of each comes from the prompt's pass
     runtime.close()
     bare = runtime.model.generate(ids, **options)
-    assert not torch.equal(bare, other.sequences)  # the adapter matters
+    assert not torch.equal(bare, found.sequences)  # the adapter matters
 
 
 def test_generate_of_the_reference_knows_both_modes(llama):
     ids = prompts(llama[0])[0]
     options = {"model_options": {"dtype": torch.float32}, "max_new_tokens": 8}
-    switched = reference.generate(*llama, ids, mode="switch", **options)
-    assert torch.equal(switched, reference.generate(*llama, ids, mode="mixture", **options))
+    for mode in ("switch", "mixture"):
+        found = reference.generate(*llama, ids, mode=mode, **options)
+        tokens = found[0, ids.shape[1] :].tolist()
+        assert len(tokens) == 8
+        assert_greedy_tokens(load_reference(*llama), ids[0].tolist(), tokens)
     with pytest.raises(ValueError, match="mode is 'fast', expected mixture or switch"):
         reference.generate(*llama, ids, mode="fast")
 
@@ -73,16 +86,11 @@ def test_sampling_and_other_caches(llama):
     truth, runtime = load_reference(*llama), load(*llama)
     ids = prompts(llama[0])[1]
     for cache in ("dynamic", "static"):
-        found = []
-        for model in (truth, runtime):
-            torch.manual_seed(3)
-            found.append(
-                model.generate(
-                    ids, max_new_tokens=12, do_sample=True, top_k=20, temperature=0.8,
-                    cache_implementation=cache, disable_compile=True,
-                )
-            )  # fmt: skip
-        assert torch.equal(*found)
+        found = generated(
+            runtime, ids, max_new_tokens=12, do_sample=True, top_k=20, temperature=0.8,
+            cache_implementation=cache, disable_compile=True,
+        )  # fmt: skip
+        assert_says(truth, ids, found)
 
 
 def test_a_batch_runs_unmerged_and_streams_may_change(llama):
@@ -91,7 +99,9 @@ def test_a_batch_runs_unmerged_and_streams_may_change(llama):
     batch = torch.cat([first[:, :9], second[:, :9]])
     options = {"max_new_tokens": 6, "do_sample": False}
     for ids in (first, batch, second[:, :1], first):
-        assert torch.equal(runtime.generate(ids, **options), truth.generate(ids, **options))
+        found = runtime.generate(ids, **options)
+        for row in found.tolist():
+            assert_greedy_tokens(truth, row[: ids.shape[1]], row[ids.shape[1] :])
     assert runtime.switches == 5 + 0 + 6 + 5
 
 
@@ -110,7 +120,8 @@ def test_equal_routes_in_a_row_are_merged_once(tmp_path):
         runtime.model(torch.tensor([[other]]))
         token = torch.tensor([[one]])
         runtime.model(token)
-        assert all(map(torch.equal, runtime.plan.live, kept))
+        for w, before in zip(runtime.plan.live, kept):
+            assert (w - before).norm() <= 1e-6 * before.norm()
         token.fill_(other)  # the same memory, another token
         runtime.model(token)
         assert not torch.equal(runtime.plan.live[0], kept[0])

@@ -129,7 +129,7 @@ def test_slices_in_half_precision(split, size_in):
     assert error(slices.sum(0), truth) <= 1.2 * error(plain, truth)
 
 
-def test_a_token_does_not_see_its_company():
+def test_a_token_does_not_see_its_company(sums_of_sixteen):
     p = make_problem(16, 8192, [64, 32], 4, 2, 4)
     other = make_problem(16, 8192, [64, 32], 4, 2, 4, seed=1)
     for name in ("weight", "bank_a", "bank_b"):
@@ -148,7 +148,7 @@ def test_few_ranks_are_not_tiled(monkeypatch):
         assert can_tile(p.x, joint_of(p), p.bank_b) == takes
 
 
-def test_rows_without_gates_are_the_bare_projection():
+def test_rows_without_gates_are_the_bare_projection(sums_of_sixteen):
     p = make_problem(4, 64, [64], 4, 2, 4)
     p.gates[2] = 0
     bare = make_problem(4, 64, [64], 4, 2, 4)

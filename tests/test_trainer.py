@@ -69,8 +69,10 @@ def test_resuming_equals_an_uninterrupted_run(base, tmp_path):
     assert set(load_file(checkpoint / "model.safetensors")) == set(through.state_dict())
     resumed = make(base, seed=7, **options)  # other weights, replaced by the checkpoint's
     trainer_of(resumed, tmp_path / "c").train(resume_from_checkpoint=str(checkpoint))
+    start = make(base, **options).state_dict()
     for name, tensor in through.state_dict().items():
-        assert torch.equal(tensor, resumed.state_dict()[name]), name
+        apart, moved = (tensor - resumed.state_dict()[name]).norm(), (tensor - start[name]).norm()
+        assert apart <= 1e-3 * moved and moved > 0, name
 
 
 def test_accumulated_batches_equal_one_batch(base, tmp_path):

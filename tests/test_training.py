@@ -58,9 +58,9 @@ def test_trained_equals_reference(bases, tmp_path, family, kind):
         expected = load_reference(base, path)(ids).logits
         bare = backbone_of(base)(ids).logits
         again = AdaFuseModel.from_pretrained(backbone_of(base), path).eval()
-        assert torch.equal(again(input_ids=ids).logits, found)
+        assert difference(again(input_ids=ids).logits, found) <= 1e-6
         with model.disabled():
-            assert torch.equal(model(input_ids=ids).logits, bare)
+            assert difference(model(input_ids=ids).logits, bare) <= 1e-6
     assert difference(found, expected) <= 1e-5
     assert difference(bare, expected) > 0.1  # the adapter matters
 
@@ -246,8 +246,8 @@ def test_copies_are_independent(base):
     ids = random_ids()
     before = model.eval()(input_ids=ids).logits
     fit(copied, ids, 3)
-    assert torch.equal(model(input_ids=ids).logits, before)
-    assert not torch.equal(copied.eval()(input_ids=ids).logits, before)
+    assert difference(model(input_ids=ids).logits, before) <= 1e-6
+    assert difference(copied.eval()(input_ids=ids).logits, before) > 1e-2
 
 
 @pytest.mark.parametrize(

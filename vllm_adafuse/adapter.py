@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,19 +15,22 @@ from pathlib import Path
 
 import torch
 from vllm_adafuse.backbone import Backbone
-from vllm_adafuse.config import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, parse_config, show, some
+from vllm_adafuse.config import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, parse_config, show
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.reading import FileProblem, read_json, reason, where
+from vllm_adafuse.keys import clip_all
 from vllm_adafuse.layout import (
     Alike,
     TensorInfo,
     check_targets,
     check_tensors,
-    past_ranks,
     router_of,
 )
+from vllm_adafuse.places import adapter_problem
+from vllm_adafuse.tensor_file import TensorFile, machine_memory
+from vllm_adafuse.values import check_values
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-MAX_CONFIG_BYTES = 1 << 20
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 
 
@@ -78,8 +79,8 @@ class Adapter:
     @contextmanager
     def reader(self) -> Iterator:
         """Opens the weights file; yields `read(name) -> tensor` (CPU, dtype of the file)."""
-        with _open_weights(self.path / WEIGHTS_FILE) as tensors:
-            yield tensors.get_tensor
+        with open_weights(self.path / WEIGHTS_FILE) as weights:
+            yield weights.read
 
 
 def load_adapter(path: str | Path, backbone: Backbone | None = None) -> Adapter:
@@ -114,167 +115,85 @@ def check_adapter(
         The adapter (None if its files cannot be read), and the problems: none means usable.
     """
     root = Path(os.path.abspath(os.path.expanduser(path)))
-    entries, problems = _list_directory(root)
+    entries, problems = list_directory(root)
     if problems:
         return None, problems
     config, problems = _read_config(root / CONFIG_FILE)
     alike = Alike()
-    tensors, file_problems = _read_header(root / WEIGHTS_FILE, entries, alike)
-    problems += file_problems
-    if tensors is None:
-        return None, problems
-    if config and backbone:
-        problems += check_targets(config, backbone)
-    problems += check_tensors(tensors, config, backbone, alike)
-    if values:
-        problems += _check_values(root, tensors.keys() - alike.bad, config)
-    return Adapter(root, config, tensors) if config else None, problems
-
-
-def _reason(e: Exception) -> str:
-    return getattr(e, "strerror", None) or str(e)
-
-
-def _list_directory(root: Path) -> tuple[set[str], list[str]]:
     try:
-        return set(os.listdir(root)), []
-    except FileNotFoundError:
-        return set(), [f"{root}: no such directory; name the directory that holds {CONFIG_FILE}"]
-    except NotADirectoryError:
-        return set(), [f"{root}: is a file, expected the directory that holds {CONFIG_FILE}"]
+        weights = TensorFile(root / WEIGHTS_FILE, _missing_weights(entries))
+    except FileProblem as e:
+        return None, [*problems, str(e)]
+    with weights:
+        tensors = _table(weights, alike)
+        if config and backbone:
+            problems += check_targets(config, backbone)
+        problems += check_tensors(tensors, config, backbone, alike)
+        if weights.size > (memory := machine_memory()):
+            problems.append(
+                f"{WEIGHTS_FILE}: is {weights.size} bytes long, expected at most the {memory} of "
+                "this machine's memory, from which it is served"
+            )
+        elif values:
+            problems += check_values(weights, tensors.keys() - alike.bad, config)
+    return Adapter(root, config, tensors) if config else None, clip_all(problems)
+
+
+def list_directory(root: Path) -> tuple[set[str], list[str]]:
+    """Names of its entries, and the problem that keeps them from being read."""
+    try:
+        entries = set(os.listdir(root))
+    except (FileNotFoundError, NotADirectoryError) as e:
+        return set(), [adapter_problem(root) or f"{where(root)}: {reason(e)}"]
     except (OSError, ValueError) as e:  # ValueError: a NUL in the path
         return set(), [
-            f"{show(str(root))[1:-1]}: cannot be read ({_reason(e)}), expected a readable "
+            f"{where(root)}: cannot be read ({reason(e)}), expected a readable "
             f"directory that holds {CONFIG_FILE}; check its permissions and links"
         ]
-
-
-def _check_file(file: Path) -> list[str]:
-    """Refuses what cannot be opened, and what would block or never end: pipes and devices."""
-    try:
-        mode = file.stat().st_mode
-        if stat.S_ISREG(mode):
-            file.open("rb").close()
-            return []
-    except FileNotFoundError:
-        return [f"{file}: missing; an adapter directory holds this file"]
-    except OSError as e:
-        return [
-            f"{file}: cannot be read ({_reason(e)}), expected a readable file; check its "
-            "permissions and links"
-        ]
-    kind = "a directory" if stat.S_ISDIR(mode) else "a pipe, socket or device"
-    return [f"{file}: is {kind}, expected a regular file; replace it with the file"]
+    found = None if CONFIG_FILE in entries else adapter_problem(root)
+    return entries, [found] if found else []
 
 
 def _read_config(file: Path) -> tuple[AdapterConfig | None, list[str]]:
-    if problems := _check_file(file):
-        return None, problems
-    repeated: dict[str, None] = {}
-
-    def pairs(items: list[tuple[str, object]]) -> dict:
-        repeated.update({k: None for k, n in Counter(key for key, _ in items).items() if n > 1})
-        return dict(items)
-
     try:
-        with file.open("rb") as opened:
-            content = opened.read(MAX_CONFIG_BYTES + 1)
-        if len(content) > MAX_CONFIG_BYTES:
-            return None, [
-                f"{file}: is {file.stat().st_size} bytes long, expected at most "
-                f"{MAX_CONFIG_BYTES}; is this another file under that name?"
-            ]
-        raw = json.loads(content.decode("utf-8"), object_pairs_hook=pairs)
-    except OSError as e:
-        return None, [f"{file}: cannot be read ({_reason(e)}), expected a readable file"]
-    except (ValueError, RecursionError) as e:
-        return None, [f"{file}: is not valid JSON ({e}), expected a UTF-8 JSON object; mend it"]
+        raw, odd = read_json(file, missing="missing; an adapter directory holds this file")
+    except FileProblem as e:
+        return None, [str(e)]
     config, problems = parse_config(raw)
-    if repeated:
-        twice = f"{CONFIG_FILE}: key `{some(list(repeated))}` stands there twice; keep one"
-        return None, [twice, *problems]
-    return config, problems
+    if config is None:
+        # A number that is none was refused as the value of its key.
+        odd = [text for text in odd if "twice" in text]
+    return None if odd else config, odd + problems
 
 
 @contextmanager
-def _open_weights(file: Path) -> Iterator:
-    from safetensors import SafetensorError, safe_open
+def open_weights(file: Path) -> Iterator[TensorFile]:
+    """An adapter's file of tensors, open.
 
-    subject = f"adapter {file.parent}"
-    if problems := _check_file(file):
-        raise AdapterError(subject, problems)
+    Raises:
+        AdapterError: it cannot be read, also later, or is not a sound safetensors file.
+    """
     try:
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors
-    except OSError as e:
-        raise AdapterError(subject, [f"{file}: cannot be read ({_reason(e)})"]) from e
-    except SafetensorError as e:
-        raise AdapterError(
-            subject,
-            [
-                f"{file}: is not a sound safetensors file ({e}); the file is truncated, "
-                "damaged or of another kind: save or copy it again"
-            ],
-        ) from e
+        with TensorFile(file) as weights:
+            yield weights
+    except FileProblem as e:
+        raise AdapterError(f"adapter {where(file.parent)}", [str(e)]) from e
 
 
-def _read_header(
-    file: Path, entries: set[str], alike: Alike
-) -> tuple[dict[str, TensorInfo] | None, list[str]]:
-    if file.name not in entries:
-        pickles = [name for name in _PICKLES if name in entries]
-        instead = f"; {pickles[0]} is a pickle, which is never read" if pickles else ""
-        return None, [f"{file}: missing{instead}; save the weights with safetensors"]
+def _missing_weights(entries: set[str]) -> str:
+    """What to say where there is no weights file."""
+    pickles = [name for name in _PICKLES if name in entries]
+    instead = f"; {pickles[0]} is a pickle, which is never read" if pickles else ""
+    return f"missing{instead}; save the weights with safetensors"
+
+
+def _table(weights: TensorFile, alike: Alike) -> dict[str, TensorInfo]:
+    """Shapes and dtypes; dtypes that no adapter has are problems."""
     tensors = {}
-    try:
-        with _open_weights(file) as weights:
-            for name in weights.keys():
-                view = weights.get_slice(name)
-                dtype = DTYPES.get(view.get_dtype())
-                if dtype is None:
-                    found, expected = view.get_dtype(), ", ".join(DTYPES)
-                    alike.add(name, f"dtype {found}, expected one of {expected}; convert it")
-                tensors[name] = TensorInfo(tuple(view.get_shape()), dtype or torch.float32)
-    except AdapterError as e:
-        return None, e.problems
-    return tensors, []
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keeps torch from starting OpenMP's threads: vLLM may fork this process afterwards, and a
-    child that inherits OpenMP without its threads hangs at its first parallel loop."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@_one_thread()
-def _check_values(root: Path, names: set[str], config: AdapterConfig | None) -> list[str]:
-    """Reads tensors once: finite, and zero past each expert's rank."""
-    problems = []
-    try:
-        with _open_weights(root / WEIGHTS_FILE) as weights:
-            for name in sorted(names):
-                tensor = weights.get_tensor(name)
-                bad = ~torch.isfinite(tensor)
-                if bad.any():
-                    where = bad.nonzero()[0].tolist()
-                    problems.append(
-                        f"{WEIGHTS_FILE}: tensor {name} has {int(bad.sum())} values that are NaN "
-                        f"or Inf, the first at {where}, expected finite numbers; train or save "
-                        "it again"
-                    )
-                for e, r, past in past_ranks(name, tensor, config) if config else ():
-                    if past.any():
-                        problems.append(
-                            f"{WEIGHTS_FILE}: tensor {name} is not zero past rank {r} of expert "
-                            f"{e} ({show(config.expert_names[e])[1:-1]}), expected zeros; set r "
-                            "to its real rank or clear it"
-                        )
-    except AdapterError as e:
-        problems += e.problems
-    return problems
+    for name, entry in weights.entries.items():
+        dtype = DTYPES.get(entry.dtype)
+        if dtype is None:
+            found, expected = show(entry.dtype)[1:-1], ", ".join(DTYPES)
+            alike.add(name, f"dtype {found}, expected one of {expected}; convert it")
+        tensors[name] = TensorInfo(entry.shape, dtype or torch.float32)
+    return tensors

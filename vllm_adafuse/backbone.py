@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from vllm_adafuse.architectures import Architecture, find_architecture
-from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.errors import AdapterError, brief
+from vllm_adafuse.places import backbone_problem, find_local_backbone
 
 EMBEDDING = "model.embed_tokens.weight"
 FIRST_NORM = "model.layers.0.input_layernorm.weight"
+INDEX = "model.safetensors.index.json"
+# transformers reads a pickle by torch's `weights_only`, which runs no code.
+SAVE_AGAIN = (
+    'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+    "M.from_pretrained('{path}', dtype='auto').save_pretrained('{out}'); "
+    "T.from_pretrained('{path}').save_pretrained('{out}')\""
+)
 
 
 @dataclass(frozen=True)
@@ -22,21 +31,23 @@ class Backbone:
 
     Attributes:
         path: directory or hub name, for messages.
-        architecture: its line in the table.
+        architecture: its line in the table, None for a class that is not in it.
         hidden_size: H.
         num_layers: decoder layers.
         vocab_size: V, the rows of the embedding.
         norm_eps: epsilon of RMSNorm.
         linears: full name ("model.layers.0.self_attn.q_proj") -> (in, out).
+        tied: whether the output head is the embedding.
     """
 
     path: str
-    architecture: Architecture
+    architecture: Architecture | None
     hidden_size: int
     num_layers: int
     vocab_size: int
     norm_eps: float
     linears: dict[str, tuple[int, int]]
+    tied: bool = False
 
     @classmethod
     def from_hf_config(cls, hf_config: Any, path: str) -> Backbone:
@@ -61,7 +72,7 @@ class Backbone:
         except Exception as e:  # whatever a model's code makes of a damaged config
             raise AdapterError(
                 f"backbone {path}",
-                [f"transformers cannot build the model of its config.json: {e!r}"],
+                [f"transformers cannot build the model of its config.json: {brief(e)}"],
             ) from e
         linears = {
             name: (module.in_features, module.out_features)
@@ -76,6 +87,7 @@ class Backbone:
             vocab_size=hf_config.vocab_size,
             norm_eps=hf_config.rms_norm_eps,
             linears=linears,
+            tied=bool(getattr(hf_config, "tie_word_embeddings", False)),
         )
 
     @classmethod
@@ -87,10 +99,13 @@ class Backbone:
         """
         from transformers import AutoConfig
 
+        here = os.path.isabs(path) or os.path.exists(path)  # else a hub name: not ours to judge
+        if here and find_local_backbone(path) is None:
+            raise AdapterError(f"backbone {path}", [backbone_problem(path)])
         try:
             hf_config = AutoConfig.from_pretrained(path)
         except Exception as e:  # transformers' checks of a config raise errors of many types
-            raise AdapterError(f"backbone {path}", [f"no usable config.json: {e}"]) from e
+            raise AdapterError(f"backbone {path}", [f"no usable config.json: {brief(e)}"]) from e
         return cls.from_hf_config(hf_config, path)
 
     def modules(self) -> set[str]:
@@ -98,61 +113,82 @@ class Backbone:
         return {name.rsplit(".", 1)[1] for name in self.linears}
 
 
-def find_local_backbone(name: str) -> Path | None:
-    """The directory of a backbone on this machine, without asking the network.
+def load_backbone_tensors(path: str, names: list[str], tool: str) -> dict[str, torch.Tensor]:
+    """Reads single tensors of a checkpoint directory of safetensors files.
 
     Args:
-        name: a directory, or a hub name whose snapshot is in the Hugging Face cache.
-
-    Returns:
-        The directory that holds its config.json, or None.
-    """
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    if (Path(name) / "config.json").is_file():
-        return Path(name)
-    try:
-        cached = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:  # a path that does not exist is no hub name
-        return None
-    return Path(cached).parent if isinstance(cached, str) else None
-
-
-def load_backbone_tensors(path: str, names: list[str]) -> dict[str, torch.Tensor]:
-    """Reads single tensors of a checkpoint directory of safetensors files.
+        path: the directory.
+        names: as a model for causal language has them; the inner model's files lack `model.`.
+        tool: that needs them, for messages.
 
     Raises:
         AdapterError: no safetensors files there, or a tensor is missing.
     """
-    from safetensors import SafetensorError, safe_open
-
-    root = Path(path)
-    index = root / "model.safetensors.index.json"
-    files, loaded = {}, {}
-    try:
-        if index.is_file():
-            weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
-            files = {name: root / weight_map[name] for name in names if name in weight_map}
-        else:
-            for file in sorted(root.glob("*.safetensors")):
-                with safe_open(file, framework="pt") as tensors:
-                    files.update({name: file for name in names if name in tensors.keys()})
-        for name, file in files.items():
-            with safe_open(file, framework="pt") as tensors:
-                loaded[name] = tensors.get_tensor(name)
-    except (OSError, SafetensorError) as e:
-        raise AdapterError(
-            f"backbone {path}", [f"its safetensors files cannot be read ({e}); copy them again"]
-        ) from e
-    except (ValueError, KeyError, TypeError) as e:
-        raise AdapterError(
-            f"backbone {path}",
-            [f"{index.name}: expected a JSON object with weight_map, found none ({e!r})"],
-        ) from e
-    if missing := [name for name in names if name not in files]:
+    loaded = read_backbone_tensors(path, names, tool)
+    if missing := [name for name in names if name not in loaded]:
         raise AdapterError(
             f"backbone {path}",
             [f"tensor {name} is in none of its safetensors files" for name in missing],
         )
     return loaded
+
+
+def read_backbone_tensors(path: str, names: list[str], tool: str) -> dict[str, torch.Tensor]:
+    """As `load_backbone_tensors`, those of them that are there."""
+    from safetensors import SafetensorError, safe_open
+
+    require_safetensors(path, tool)
+    root = Path(path)
+    index = root / INDEX
+    files, loaded = {}, {}
+    try:
+        if index.is_file():
+            held = json.loads(index.read_text("utf-8"))["weight_map"]
+            files = {name: root / file for name, file in held.items()}
+        else:
+            for file in sorted(root.glob("*.safetensors")):
+                with safe_open(file, framework="pt") as tensors:
+                    files.update(dict.fromkeys(tensors.keys(), file))
+        for name in names:
+            own = name if name in files else name.removeprefix("model.")
+            if own in files:
+                with safe_open(files[own], framework="pt") as tensors:
+                    loaded[name] = tensors.get_tensor(own)
+    except (OSError, SafetensorError) as e:
+        raise AdapterError(
+            f"backbone {path}", [f"its safetensors files cannot be read ({e}); copy them again"]
+        ) from e
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise AdapterError(
+            f"backbone {path}",
+            [f"{index.name}: expected a JSON object with weight_map, found none ({e!r})"],
+        ) from e
+    return loaded
+
+
+def require_safetensors(path: str, tool: str) -> None:
+    """Says at once that a tool cannot read a backbone's weights, and what to do.
+
+    Args:
+        path: the backbone's directory.
+        tool: that reads weights.
+
+    Raises:
+        AdapterError: it has no safetensors file.
+    """
+    root = Path(path)
+    if (root / INDEX).is_file() or any(root.glob("*.safetensors")):
+        return
+    found = next(iter(sorted(root.glob("*.bin")) + sorted(root.glob("*.pt*"))), None)
+    what = "has no weights" if found is None else f"has {found.name} and no safetensors"
+    way_out = "name a directory that has them"
+    if found is not None:
+        out = f"{str(root).rstrip('/')}-safetensors"
+        way_out = f"save it again as safetensors: {SAVE_AGAIN.format(path=root, out=out)}"
+    raise AdapterError(
+        f"backbone {path}",
+        [
+            f"it {what}, and `{tool}` reads weights. A pickle can hold code, so that none is read "
+            f"here; {way_out}"
+        ],
+    )

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.config import (
@@ -22,6 +21,7 @@ from vllm_adafuse.config import (
     parse_config,
 )
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.files import save_tensors
 from vllm_adafuse.layout import router_of
 
 
@@ -41,7 +41,7 @@ def write_adapter(
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_tensors(tensors, path / WEIGHTS_FILE)
     content = config.to_json() | (extra or {})
     (path / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
     return path

@@ -38,7 +38,7 @@ class OfflineRouter:
         self.scaled_embedding = backbone.architecture.scaled_embedding
         first_norm = self.config.router_input == "first_norm"
         names = [EMBEDDING, FIRST_NORM] if first_norm else [EMBEDDING]
-        tensors = load_backbone_tensors(str(base), names)
+        tensors = load_backbone_tensors(str(base), names, "route")
         _expect_shape(base, tensors, EMBEDDING, (backbone.vocab_size, backbone.hidden_size))
         self.embedding = tensors[EMBEDDING]
         self.norm_weight = None

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from vllm_adafuse.files import open_weights
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>\n"
@@ -121,5 +122,6 @@ def make_tiny_backbone(
                 scale = 0.2 if "norm" in name or "bias" in name else parameter.shape[-1] ** -0.5
                 parameter.add_(torch.randn_like(parameter) * scale)
     model.to(dtype).save_pretrained(path)
+    open_weights(path, "config.json")
     save_tokenizer(path, config.vocab_size)
     return path

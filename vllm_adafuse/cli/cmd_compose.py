@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from vllm_adafuse.cli.common import ADAPTER_HELP, add_example, printable, require_base
+from vllm_adafuse.cli.common import ADAPTER_HELP, add_example, printable
+from vllm_adafuse.places import require_backbone
 
 DESCRIPTION = """\
 Makes a checkpoint directory of a backbone with an adapter, which `vllm serve` takes as it is.
@@ -35,6 +36,6 @@ def run(args: argparse.Namespace) -> int:
     """Composes and prints the command that serves the result."""
     from vllm_adafuse.compose import compose
 
-    out = compose(require_base(args.base), args.adapter, args.out, args.copy, progress=True)
+    out = compose(require_backbone(args.base), args.adapter, args.out, args.copy, progress=True)
     print(printable(f"composed {out}; serve it with: vllm serve {out}"))
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from vllm_adafuse.cli.common import ADAPTER_HELP, BASE_HELP, add_example, printable
+from vllm_adafuse.places import require_backbone
 
 DESCRIPTION = """\
 Writes a checkpoint directory in which the named experts are part of the weights, always on and
@@ -47,12 +48,12 @@ def _numbers(text: str) -> list[float]:
 
 def run(args: argparse.Namespace) -> int:
     """Merges and prints what was merged, and the command that serves the result."""
-    from vllm_adafuse.cli.common import open_adapter, require_base, usable
+    from vllm_adafuse.cli.common import open_adapter, usable
     from vllm_adafuse.merge import Choice, merge
 
     opened = open_adapter(args.adapter, args.base)
     adapter = usable(args.adapter, opened)
-    base = opened.base or require_base(adapter.config.base_path(adapter.path))
+    base = opened.base or require_backbone(adapter.config.base_path(adapter.path), option="--base")
     choice = Choice.of(adapter, args.experts, args.weights)
     out = merge(adapter.path, base, args.out, args.experts, args.weights, progress=True)
     names = adapter.config.expert_names

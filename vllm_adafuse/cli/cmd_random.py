@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vllm_adafuse.cli.common import add_example, printable, require_base
+from vllm_adafuse.cli.common import add_example, printable
 from vllm_adafuse.config import (
     LAYER_WISE,
     MIXES,
@@ -16,6 +16,7 @@ from vllm_adafuse.config import (
     ROUTER_WEIGHTS,
 )
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.places import require_backbone
 
 DESCRIPTION = """\
 Writes an adapter for a backbone with random weights, so sized that its deltas matter. It makes
@@ -133,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     if args.routing == PRE_GATED or args.router_input is not None:
         options["router_input"] = args.router_input or ROUTER_INPUTS[0]
     made = make_random_adapter(
-        require_base(args.base),
+        require_backbone(args.base),
         out,
         num_experts=args.num_experts,
         top_k=args.top_k,

@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 
 from vllm_adafuse.cli.cmd_random import layer_ranges, names
-from vllm_adafuse.cli.common import add_example, printable, require_base, share
+from vllm_adafuse.cli.common import add_example, printable, share
 from vllm_adafuse.config import ROUTER_INPUTS, ROUTER_WEIGHTS
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.places import require_backbone
 
 DESCRIPTION = """\
 Trains a mixture of LoRA experts and its router on your texts; the backbone stays as it is.
@@ -108,7 +109,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains; prints what the held-out text says of it."""
-    base, out = require_base(args.base), Path(args.output)
+    base, out = require_backbone(args.base, option="--base"), Path(args.output)
     if out.is_dir() and any(out.iterdir()):
         raise AdapterError(f"output directory {out}", ["it is not empty; name a new directory"])
 

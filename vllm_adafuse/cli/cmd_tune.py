@@ -8,8 +8,9 @@ import shlex
 import sys
 
 from vllm_adafuse.cli.cmd_random import integers
-from vllm_adafuse.cli.common import add_example, console, printable, require_base
+from vllm_adafuse.cli.common import add_example, console, printable
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.places import require_backbone
 
 DESCRIPTION = """\
 Measures how the kernels for small batches should cut the products of a backbone on this machine's
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from vllm_adafuse.kernels.tiles import MAX_TILE_TOKENS, save_cuts, shape_key
     from vllm_adafuse.tuning import Plan, products_of
 
-    base = require_base(args.base)
+    base = require_backbone(args.base)
     problems = [
         f"{name} is {value}, expected a number from 1 to {most}"
         for name, value, most in (

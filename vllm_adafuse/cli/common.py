@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.places import find_local_backbone, require_backbone
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,26 +42,6 @@ class Opened:
     problems: list[str]
 
 
-def require_base(name: str) -> Path:
-    """The directory of a backbone that must be on this machine.
-
-    Raises:
-        AdapterError: it is not.
-    """
-    from vllm_adafuse.backbone import find_local_backbone
-
-    found = find_local_backbone(name)
-    if found is None:
-        raise AdapterError(
-            f"backbone {name}",
-            [
-                "it is neither a directory with a config.json nor in the Hugging Face cache; "
-                "name its directory, or download it first"
-            ],
-        )
-    return found
-
-
 def open_adapter(path: str, base: str | None, values: bool = False) -> Opened:
     """Checks an adapter against a backbone: the one named, else its own if that is here.
 
@@ -73,10 +54,10 @@ def open_adapter(path: str, base: str | None, values: bool = False) -> Opened:
         AdapterError: `--base` is not here.
     """
     from vllm_adafuse.adapter import check_adapter
-    from vllm_adafuse.backbone import Backbone, find_local_backbone
+    from vllm_adafuse.backbone import Backbone
 
-    found = require_base(base) if base else None
-    note = f"backbone: {found}, from --base" if base else ""
+    found = None if base is None else require_backbone(base, option="--base")
+    note = f"backbone: {found}, from --base" if found else ""
     if found is None:
         adapter, problems = check_adapter(path, values=False)
         if adapter is None:

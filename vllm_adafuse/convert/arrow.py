@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.config import CONFIG_FILE, show
+from vllm_adafuse.convert.beside import take_modules
 from vllm_adafuse.convert.mixture import Linear, Mixture, Part
 from vllm_adafuse.convert.options import Options
 from vllm_adafuse.convert.peft_lora import read_lora
@@ -52,9 +53,10 @@ def read_directory(path: Path, backbone: Backbone, options: Options) -> Mixture:
             "the number of its experts",
         )
     notes = []
-    experts = _read_all(path, names, backbone)
+    experts = _read_all(path, names, backbone, notes)
     if arrow.get("use_gks"):
-        experts = _subtract(path, experts, _read_all(path, general, backbone), options.gks, notes)
+        subtracted = _read_all(path, general, backbone, notes)
+        experts = _subtract(path, experts, subtracted, options.gks, notes)
     elif options.gks:
         raise refuse(path, f"{where}: use_gks is false, so --gks has nothing to decide; drop it")
     seed = arrow.get("rng_seed")
@@ -79,12 +81,17 @@ def read_directory(path: Path, backbone: Backbone, options: Options) -> Mixture:
     return Mixture(KIND, linears, top_k, options=options_out, expert_names=names, notes=notes)
 
 
-def _read_all(path: Path, names: list[str], backbone: Backbone) -> list[dict[str, Part]]:
+def _read_all(
+    path: Path, names: list[str], backbone: Backbone, notes: list[str]
+) -> list[dict[str, Part]]:
     experts = []
     for name in names:
         source = Source.open(path / name)
+        source.use_decoder_names()
         experts.append(read_lora(source, backbone))
+        take_modules(source, backbone)
         source.finish()
+        notes += [f"{name}: {note}" for note in source.notes]
     for name, parts in zip(names, experts):
         if parts.keys() != experts[0].keys():
             differing = sorted(parts.keys() ^ experts[0].keys())[0]

@@ -1,6 +1,6 @@
 """HydraLoRA (arXiv 2404.19245): as LoRAMoE, but the experts of a linear share one A.
 
-    {base_model.model.}model.layers.{i}.{block}.{module}.lora_route.weight [E, in]
+    model.layers.{i}.{block}.{module}.lora_route.weight [E, in]
     ….lora_A.weight [r, in]   ….lora_B{e}.weight [out, r]
 """
 
@@ -10,7 +10,7 @@ from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.convert.loramoe import ROUTER, read_routes
 from vllm_adafuse.convert.mixture import Mixture
 from vllm_adafuse.convert.options import Options
-from vllm_adafuse.convert.peft_lora import LINEAR, PREFIX
+from vllm_adafuse.convert.peft_lora import LINEAR
 from vllm_adafuse.convert.source import Source
 
 KIND = "HydraLoRA"
@@ -19,8 +19,8 @@ OPTIONS: tuple[str, ...] = ()
 
 def recognises(source: Source) -> bool:
     """Numbered B's (or a route) beside one A."""
-    numbered = source.has(PREFIX + LINEAR + r"\.lora_B\d+\.weight") or source.has(ROUTER)
-    return numbered and source.has(PREFIX + LINEAR + r"\.lora_A\.weight")
+    numbered = source.has(LINEAR + r"\.lora_B\d+\.weight") or source.has(ROUTER)
+    return numbered and source.has(LINEAR + r"\.lora_A\.weight")
 
 
 def read(source: Source, backbone: Backbone, options: Options) -> Mixture:

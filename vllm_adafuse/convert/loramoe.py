@@ -1,6 +1,6 @@
 """LoRAMoE (arXiv 2312.09979): every adapted linear mixes all its experts, by a router of its own.
 
-    {base_model.model.}model.layers.{i}.{block}.{module}.lora_route.weight [E, in]
+    model.layers.{i}.{block}.{module}.lora_route.weight [E, in]
     ….lora_A{e}.weight [r, in]   ….lora_B{e}.weight [out, r]
 
 MoE-PEFT's dialect of it has the names of `moe_peft.py`, and a plain LoRA on attention.
@@ -13,19 +13,14 @@ from vllm_adafuse.config import CONFIG_FILE, MAX_EXPERTS, MAX_RANK
 from vllm_adafuse.convert import moe_peft
 from vllm_adafuse.convert.mixture import Linear, Mixture
 from vllm_adafuse.convert.options import Options
-from vllm_adafuse.convert.peft_lora import (
-    LINEAR,
-    PREFIX,
-    check_complete,
-    check_config,
-    take_pair,
-)
+from vllm_adafuse.convert.peft_config import check_complete, check_config
+from vllm_adafuse.convert.peft_lora import LINEAR, take_pair
 from vllm_adafuse.convert.source import Source
 
 KIND = "LoRAMoE"
 OPTIONS: tuple[str, ...] = ()
-ROUTER = PREFIX + LINEAR + r"\.lora_route\.weight"
-_EXPERT = PREFIX + LINEAR + r"\.lora_A\d+\.weight"
+ROUTER = LINEAR + r"\.lora_route\.weight"
+_EXPERT = LINEAR + r"\.lora_A\d+\.weight"
 
 
 def recognises(source: Source) -> bool:
@@ -62,7 +57,7 @@ def read_routes(
     rows = source.tensors[routers[0][0]].shape[:1] if routers else ()
     count = source.integer("lora_nums", MAX_EXPERTS, default=rows[0] if rows else None)
     linears: dict[str, Linear] = {}
-    for match in [*routers, *source.match(PREFIX + LINEAR + ending)]:
+    for match in [*routers, *source.match(LINEAR + ending)]:
         if (name := match[1]) in linears:
             continue
         stem = match[0][: match[0].index(name) + len(name)]

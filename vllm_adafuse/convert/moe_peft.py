@@ -12,7 +12,8 @@ import torch
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.config import CONFIG_FILE, MAX_EXPERTS, MAX_RANK
 from vllm_adafuse.convert.mixture import Linear
-from vllm_adafuse.convert.peft_lora import check_complete, check_config, take_pair
+from vllm_adafuse.convert.peft_config import check_complete, check_config
+from vllm_adafuse.convert.peft_lora import take_pair
 from vllm_adafuse.convert.source import Source
 
 _WHERE = r"\.(layers\.(\d+)\.(self_attn|mlp))\.(\w+)"

@@ -1,6 +1,6 @@
 """MoLA (arXiv 2402.08562): every linear has a router of its own, layers may differ in experts.
 
-    {base_model.model.}model.layers.{i}.{block}.{module}.router.router.weight [E_i, in]
+    model.layers.{i}.{block}.{module}.router.router.weight [E_i, in]
     ….lora_A_{e}.weight [r_i, in]   ….lora_B_{e}.weight [out, r_i]
 
 MoE-PEFT's dialect of it has the names of `moe_peft.py`.
@@ -13,19 +13,14 @@ from vllm_adafuse.config import CONFIG_FILE, MAX_EXPERTS, show
 from vllm_adafuse.convert import moe_peft
 from vllm_adafuse.convert.mixture import Linear, Mixture
 from vllm_adafuse.convert.options import Options
-from vllm_adafuse.convert.peft_lora import (
-    LINEAR,
-    PREFIX,
-    check_complete,
-    check_config,
-    take_pair,
-)
+from vllm_adafuse.convert.peft_config import check_complete, check_config
+from vllm_adafuse.convert.peft_lora import LINEAR, take_pair
 from vllm_adafuse.convert.source import Source
 
 KIND = "MoLA"
 OPTIONS = ("top_k",)
-_ROUTER = PREFIX + LINEAR + r"\.router\.router\.weight"
-_EXPERT = PREFIX + LINEAR + r"\.lora_[AB]_(\d+)\.weight"
+_ROUTER = LINEAR + r"\.router\.router\.weight"
+_EXPERT = LINEAR + r"\.lora_[AB]_(\d+)\.weight"
 
 
 def recognises(source: Source) -> bool:

@@ -42,10 +42,6 @@ def refused_directory(path: Path) -> str | None:
         names = _object(index).get("weight_map", {}) if index.is_file() else {}
         if "adapter_dim" in config or any(".moe_adapter." in str(name) for name in names):
             return _PESC.format(where=path)
-        return (
-            f"{path}: is a checkpoint of a whole model, expected a directory with {CONFIG_FILE}; "
-            "name the adapter that it was made with"
-        )
     return None
 
 

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_adafuse.backbone import Backbone, find_local_backbone
+from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.config import CONFIG_FILE, parse_config, show, some
 from vllm_adafuse.convert import arrow, hydralora, loramoe, mixlora, mola, peft_lora
 from vllm_adafuse.convert.bank import to_format
+from vllm_adafuse.convert.beside import take_modules
 from vllm_adafuse.convert.mixture import Mixture
 from vllm_adafuse.convert.options import Options
 from vllm_adafuse.convert.refused import refused_directory, refused_source
 from vllm_adafuse.convert.source import Source, refuse
+from vllm_adafuse.places import adapter_problem, require_backbone, revision_notes, written_name
 
 # In the order in which they are asked: a plain LoRA's names are part of HydraLoRA's.
 FORMATS = (mixlora, mola, loramoe, hydralora, peft_lora)
@@ -95,7 +97,7 @@ def convert(
 
 def _check_out(path: Path, out: Path) -> None:
     if not path.is_dir():
-        raise refuse(path, f"{path}: no such directory; name the one that the training run saved")
+        raise refuse(path, adapter_problem(path) or f"{path}: is no directory")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise refuse(path, f"output directory {out}: it is not empty; name a new directory")
 
@@ -109,12 +111,17 @@ def _read(path: Path, base, options: Options, opened) -> tuple[Mixture, str, Bac
         opened()
         return arrow.read_directory(path, backbone, options), base_name, backbone
     source = Source.open(path)
+    source.use_decoder_names()
     opened()
     format_ = _recognise(source)
     _check_options(path, format_, options)
     named = source.config.get("base_model_name_or_path")
-    base_name, backbone = _backbone(path, base, named)
+    base_name, backbone = _backbone(path, base, named, source.config.get("revision"))
+    if base is None:
+        source.notes += revision_notes(source.config, base_name, Path(backbone.path))
     mixture = format_.read(source, backbone, options)
+    take_modules(source, backbone)
+    mixture.notes += source.notes
     if not mixture.linears:
         source.problems.append(
             f"{source.file}: holds routers alone, expected lora_A / lora_B pairs beside them; "
@@ -158,7 +165,7 @@ def _check_options(path: Path, format_, options: Options) -> None:
         raise refuse(path, f"{listed}: says nothing about {format_.KIND} adapters; leave it out")
 
 
-def _backbone(path: Path, base, named: Any) -> tuple[str, Backbone]:
+def _backbone(path: Path, base, named: Any, revision: Any = None) -> tuple[str, Backbone]:
     """The name to write, and the backbone."""
     name = str(base) if base is not None else named
     if not isinstance(name, str) or not name:
@@ -166,14 +173,10 @@ def _backbone(path: Path, base, named: Any) -> tuple[str, Backbone]:
             path, f"{path / CONFIG_FILE}: `base_model_name_or_path` is {show(named)}, expected the "
             "backbone; name it with --base",
         )
-    found = find_local_backbone(name)
-    if found is None:
-        raise refuse(
-            path, f"the backbone {show(name)[1:-1]} is not on this machine; its config.json is "
-            "needed for the shapes: give its directory with --base, or download it first",
-        )
-    is_path = Path(name).exists()
-    return os.path.abspath(name) if is_path else name, Backbone.from_path(str(found))
+    lora = path if base is None else None
+    revision = revision if lora and isinstance(revision, str) else None
+    found = require_backbone(name, lora, revision, option="--base")
+    return written_name(name, found), Backbone.from_path(str(found))
 
 
 def _write(path: Path, out: Path, raw: dict, tensors: dict, backbone: Backbone, written) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from vllm_adafuse.adapter import DTYPES
 from vllm_adafuse.config import CONFIG_FILE, WEIGHTS_FILE, show, some
+from vllm_adafuse.convert.names import of_decoder, unwrapped
 from vllm_adafuse.convert.unpickle import unpickle
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.places import adapter_problem
 
 PICKLE_FILE = "adapter_model.bin"
 MAX_CONFIG_BYTES = 1 << 20
@@ -30,13 +32,21 @@ class Source:
         file: name of the file that its tensors are in, for messages.
         tensors: name -> tensor (CPU), all of them.
         problems: what was found wrong so far, in the order found.
+        notes: what was left out, one sentence each.
+        taken: names of tensors that have been understood.
+        other_base: the way out where the backbone is another, for messages.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], file: str, tensors: dict):
         self.path, self.config, self.file, self.tensors = path, config, file, tensors
+        self.other_base = "name the right one with --base"
         self.problems: list[str] = []
+        self.notes: list[str] = []
+        self.taken: set[str] = set()
         self._alike: dict[str, list[str]] = {}
-        self._taken: set[str] = set()
+        self._written: dict[str, str] = {}
+        self._in_peft: dict[str, str] = {}
+        self._rename(unwrapped, self._written)
 
     @classmethod
     def open(cls, path: Path) -> Source:
@@ -57,6 +67,32 @@ class Source:
                 "that the training run saved",
             )
         return cls(path, config, file, tensors)
+
+    def use_decoder_names(self) -> None:
+        """Names tensors as a decoder for causal language does, `model.layers.0.…`: LoRAs of the
+        inner model and of multi-modal ones have other prefixes.
+
+        Raises:
+            AdapterError: two tensors have one name then.
+        """
+        self._rename(of_decoder, self._in_peft)
+
+    def _rename(self, rule: Callable[[str], str], before: dict[str, str]) -> None:
+        renamed: dict[str, torch.Tensor] = {}
+        for name, tensor in self.tensors.items():
+            if (new := rule(name)) in renamed:
+                raise refuse(
+                    self.path,
+                    f"{self.file}: tensors {before[new]} and {name} are one, {new}: it holds "
+                    "several adapters; save each by itself (PEFT's save_pretrained with "
+                    "selected_adapters)",
+                )
+            renamed[new], before[new] = tensor, name
+        self.tensors = renamed
+
+    def module_in_peft(self, name: str) -> str:
+        """The module of a LoRA's tensor, named as PEFT's patterns name it."""
+        return self._in_peft.get(name, name).rpartition(".lora_")[0]
 
     def match(self, pattern: str) -> Iterable[re.Match]:
         """Matches of a regular expression with whole tensor names, in natural order."""
@@ -79,7 +115,7 @@ class Source:
             The tensor; where it is wrong, zeros of about that shape (that take no memory), to
             find further problems.
         """
-        self._taken.add(name)
+        self.taken.add(name)
         tensor = self.tensors.get(name)
         expected = ", ".join(map(str, shape))
         if tensor is None:
@@ -92,13 +128,29 @@ class Source:
         ):
             self.blame(
                 name, f"shape {list(tensor.shape)}, expected [{expected}] ({why}); it is damaged, "
-                "or made for another backbone (--base names one)",
+                f"or made for another backbone: {self.other_base}",
             )
         elif not tensor.isfinite().all():
             self.blame(name, "holds NaN or Inf, expected finite numbers; train or save it again")
         else:
             return tensor
         return torch.zeros(1).expand([want if isinstance(want, int) else 1 for want in shape])
+
+    def leave(self, pattern: str, text: str) -> None:
+        """Takes tensors out that are understood and cannot be used, and puts that down.
+
+        Args:
+            pattern: a regular expression of whole names.
+            text: why, and the way out.
+        """
+        for match in self.match(pattern):
+            del self.tensors[match[0]]
+            self.blame(match[0], text)
+
+    def refuse_tensor(self, name: str, text: str) -> None:
+        """`blame` of a tensor that is understood and cannot be used."""
+        self.taken.add(name)
+        self.blame(name, text)
 
     def blame(self, name: str, text: str) -> None:
         """Puts a problem of a tensor down; those that differ in the name only share a line."""
@@ -132,17 +184,25 @@ class Source:
         Raises:
             AdapterError: with every problem, among them tensors that nothing has explained.
         """
-        for name in sorted(self.tensors.keys() - self._taken, key=_key):
+        for name in sorted(self.tensors.keys() - self.taken, key=_key):
             self.blame(
                 name, "unknown name among this format's; what it does is not known, so leaving it "
                 "out would give another model",
             )
         lines = [
-            f"{self.file}: tensor {some(self._alike[p])}: {p}" if p in self._alike else p
+            f"{self.file}: tensor {some([self._in_file(n) for n in self._alike[p]])}: {p}"
+            if p in self._alike
+            else p
             for p in self.problems
         ]
         if lines:
             raise AdapterError(f"source {self.path}", lines)
+
+
+    def _in_file(self, name: str) -> str:
+        """What a tensor is called in the file."""
+        name = self._in_peft.get(name, name)
+        return self._written.get(name, name)
 
 
 def refuse(path: Path, *problems: str) -> AdapterError:
@@ -156,12 +216,13 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         AdapterError: there is none.
     """
+    if not file.is_file():
+        raise refuse(
+            file.parent,
+            adapter_problem(file.parent)
+            or f"{file}: missing, expected a file; name the directory that the training run saved",
+        )
     try:
-        if not file.is_file():
-            raise refuse(
-                file.parent,
-                f"{file}: missing, expected a file; name the directory that the training run saved",
-            )
         with file.open("rb") as opened:
             content = opened.read(MAX_CONFIG_BYTES + 1)
         value = json.loads(content.decode("utf-8"))

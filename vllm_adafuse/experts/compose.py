@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vllm_adafuse.backbone import Backbone, find_local_backbone
-from vllm_adafuse.config import ROUTER_INPUTS, parse_config, show
+from vllm_adafuse.backbone import Backbone
+from vllm_adafuse.config import CONFIG_FILE, ROUTER_INPUTS, parse_config, show
 from vllm_adafuse.convert.source import read_json
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.experts.loras import read_experts, stack_experts
@@ -17,6 +17,7 @@ from vllm_adafuse.experts.picture import check_suffix, write_report
 from vllm_adafuse.experts.router import PENALTIES, Features, fit_router, uniform_router
 from vllm_adafuse.experts.samples import read_samples
 from vllm_adafuse.experts.separability import Separability, measure
+from vllm_adafuse.places import require_backbone, revision_notes, written_name
 
 ROUTERS = ("fit", "uniform")
 # A token often leaves the domain open: its likely experts together do better than one or two.
@@ -117,8 +118,8 @@ def compose_experts(
 
     out, samples = Path(out).absolute(), samples or {}
     top_k = _check_arguments(loras, out, samples, options, report)
-    base_name, found_base, backbone = _backbone(loras, base)
     names, notes = tuple(loras), []
+    base_name, found_base, backbone = _backbone(loras, base, notes)
     fitted = options.router == "fit" and len(names) > 1
     with tqdm(total=3 + len(PENALTIES) + 1, desc="read LoRAs", disable=not progress) as bar:
         bank = stack_experts(read_experts({n: Path(p) for n, p in loras.items()}, backbone, notes))
@@ -206,16 +207,26 @@ def _check_arguments(loras, out: Path, samples, options: RouterOptions, report) 
     return top_k
 
 
-def _backbone(loras, base) -> tuple[str, Path, Backbone]:
+def _backbone(loras, base, notes: list[str]) -> tuple[str, Path, Backbone]:
     """Name to write, directory, shapes."""
+    if base is not None:
+        found = require_backbone(str(base), option="--base")
+        return written_name(str(base), found), found, Backbone.from_path(str(found))
     first = Path(next(iter(loras.values())))
-    name = base or read_json(first / "adapter_config.json").get("base_model_name_or_path")
-    found = find_local_backbone(str(name)) if name else None
-    if found is None:
+    config = read_json(first / CONFIG_FILE)
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(name, str) or not name:
         raise AdapterError(
-            f"backbone {name}", ["it is not on this machine; name its directory with --base"]
+            f"LoRA {first}",
+            [
+                f"{CONFIG_FILE}: `base_model_name_or_path` is {show(name)}, expected the "
+                "backbone; name it with --base"
+            ],
         )
-    written = os.path.abspath(name) if Path(name).exists() else str(name)
+    revision = revision if isinstance(revision, str) else None
+    found = require_backbone(name, first, revision, option="--base")
+    written = written_name(name, found)
+    notes += revision_notes(config, written, found)
     return written, found, Backbone.from_path(str(found))
 
 

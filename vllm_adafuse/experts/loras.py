@@ -8,6 +8,7 @@ from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.config import show
 from vllm_adafuse.convert import peft_lora
 from vllm_adafuse.convert.bank import Bank, make_bank
+from vllm_adafuse.convert.beside import take_modules
 from vllm_adafuse.convert.mixture import Linear, Part
 from vllm_adafuse.convert.refused import refused_source
 from vllm_adafuse.convert.source import Source
@@ -31,6 +32,7 @@ def read_experts(
     for name, path in loras.items():
         try:
             source = Source.open(Path(path))
+            source.use_decoder_names()
             if reason := refused_source(source):
                 raise AdapterError(f"source {path}", [reason])
             parts = peft_lora.read_lora(source, backbone)
@@ -38,7 +40,9 @@ def read_experts(
                 source.problems.append(
                     f"{source.file}: holds no lora_A / lora_B pair, expected a plain PEFT LoRA"
                 )
+            take_modules(source, backbone)
             source.finish()
+            notes += [f"expert {show(name)[1:-1]}: {note}" for note in source.notes]
         except AdapterError as e:
             problems += [f"expert {show(name)[1:-1]}: {problem}" for problem in e.problems]
             continue

@@ -56,7 +56,7 @@ class Features:
 
     def __init__(self, base: Path, backbone: Backbone, router_input: str):
         names = [EMBEDDING, FIRST_NORM] if router_input == "first_norm" else [EMBEDDING]
-        tensors = load_backbone_tensors(str(base), names)
+        tensors = load_backbone_tensors(str(base), names, "compose-experts")
         self.embedding, self.norm = tensors[EMBEDDING], None
         self.eps, self.scaled = backbone.norm_eps, backbone.architecture.scaled_embedding
         if router_input == "first_norm":

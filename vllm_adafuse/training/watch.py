@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm_adafuse.files import open_weights
 from vllm_adafuse.training.health import check_gradients, check_weights
 
 if TYPE_CHECKING:
@@ -34,7 +36,8 @@ def expert_shares(model: AdaFuseModel) -> dict[str, float]:
 
 
 def make_callback(model: AdaFuseModel) -> Any:
-    """A TrainerCallback that moves the temperature and adds `expert_shares` to every log."""
+    """A TrainerCallback that moves the temperature, adds `expert_shares` to every log and lets
+    others read checkpoints."""
     from transformers import TrainerCallback
 
     class ExpertWatch(TrainerCallback):
@@ -49,6 +52,11 @@ def make_callback(model: AdaFuseModel) -> Any:
             logs.update(shares)
             state.log_history[-1].update(shares)
             model.reset_usage()
+
+        def on_save(self, args, state, control, **kwargs):
+            if state.is_world_process_zero:
+                made = Path(args.output_dir, f"checkpoint-{state.global_step}")
+                open_weights(made, "trainer_state.json")
 
     return ExpertWatch()
 

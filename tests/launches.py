@@ -1,0 +1,335 @@
+"""Every launch of steps of all lengths, on tensors of a GPU that is not there.
+
+    python tests/launches.py build     writes tests/launches.json, and all launches to build/nets
+    python tests/launches.py check     compares with both
+
+A launch: the kernel, its grid, each argument by position (tensors by dtype, shape, strides and
+where they begin, descriptors by their blocks, numbers as they are), its constants by position, its
+options. So a renamed kernel or parameter is the same launch. `launches.json` has a line for each
+case and kernel: a refactoring may change names in it, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import pkgutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+if __name__ == "__main__":  # before Triton is imported, as conftest.py has it
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+import torch
+import vllm_adafuse.kernels
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from triton.tools.tensor_descriptor import TensorDescriptor
+from vllm_adafuse.kernels import blocks, dense_expand, expand, launch, residual_norm, tiles
+from vllm_adafuse.kernels.ffn_down import ffn_down
+from vllm_adafuse.kernels.ffn_mix import ffn_mix
+from vllm_adafuse.kernels.gather_routes import gather_routes
+from vllm_adafuse.kernels.layer_linear import layer_linear
+from vllm_adafuse.kernels.layer_sgmm import layer_sgmm
+from vllm_adafuse.kernels.linear import linear
+from vllm_adafuse.kernels.linear_norm import linear_norm
+from vllm_adafuse.kernels.order_routes import Order, order_routes
+from vllm_adafuse.kernels.paged_cache import Pages, register_source
+from vllm_adafuse.kernels.route_layer import LayerGate
+from vllm_adafuse.kernels.scratch import Scratch
+from vllm_adafuse.kernels.sgmm import sgmm
+from vllm_adafuse.kernels.spread_routes import spread_routes
+from vllm_adafuse.serving.warm_up import token_counts
+
+ROOT = Path(__file__).parents[1]
+DIGESTS = ROOT / "tests" / "launches.json"
+RECORDS = ROOT / "build" / "nets" / "launches.json"
+MOST = 16384
+CPU = torch.device("cpu")
+
+
+class Recorder:
+    """Stands for a kernel and notes what reaches it."""
+
+    def __init__(self, kernel, found: list[Launch]):
+        self.kernel, self.found, self.fn, self.grid = kernel, found, self, ()
+
+    def __getitem__(self, grid):
+        self.grid = tuple(grid)
+        return self
+
+    def __call__(self, *arguments, **options):
+        names = self.kernel.arg_names
+        constants = tuple(options.pop(name) for name in names[len(arguments) :])
+        told = tuple(map(_told, arguments))
+        self.found.append(
+            Launch(self.kernel, self.grid, told, constants, tuple(sorted(options.items())))
+        )
+
+
+def _told(value):
+    if isinstance(value, torch.Tensor):
+        return value.dtype, tuple(value.shape), value.stride(), value.data_ptr()
+    if isinstance(value, TensorDescriptor):
+        return _told(value.base), tuple(value.shape), tuple(value.strides), tuple(value.block_shape)
+    return value
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch, without its tensors."""
+
+    kernel: object
+    grid: tuple
+    arguments: tuple
+    constants: tuple
+    options: tuple
+
+    @property
+    def compiled(self) -> tuple:
+        """Equal where Triton would not compile anew."""
+        plain = set(self.kernel.kwargs["do_not_specialize"] or ())
+        kinds = [
+            None if name in plain else self._kind(value)
+            for name, value in zip(self.kernel.arg_names, self.arguments)
+        ]
+        return self.kernel.__name__, *kinds, *self.constants, *self.options
+
+    @staticmethod
+    def _kind(value):
+        if isinstance(value, tuple) and isinstance(value[0], tuple):
+            return value[0][0], value[3]
+        if isinstance(value, tuple):
+            return value[0], value[3] % 16 == 0
+        return (value == 1, value % 16 == 0) if isinstance(value, int) else type(value)
+
+    def __str__(self) -> str:
+        return f"{self.grid} {self.arguments} {self.constants} {self.options}"
+
+
+def kernel_modules() -> Iterator[ModuleType]:
+    for info in pkgutil.walk_packages(vllm_adafuse.kernels.__path__, "vllm_adafuse.kernels."):
+        yield importlib.import_module(info.name)
+
+
+@contextmanager
+def recording(hopper: bool = True, device: str = "cpu") -> Iterator[list[Launch]]:
+    """The list of launches, while nothing is launched.
+
+    Args:
+        hopper: the GPU is one.
+        device: its name, by which it has tuned cuts.
+    """
+    found: list[Launch] = []
+    keep_no_kernel()
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as no_cuts:
+        patch.setenv("XDG_CACHE_HOME", no_cuts)
+        patch.setattr(launch, "_bound", {})
+        for module in kernel_modules():
+            for name, value in list(vars(module).items()):
+                if name.endswith("_kernel"):
+                    patch.setattr(module, name, Recorder(value, found))
+            if hasattr(module, "_run"):  # else torch would run what is registered for fakes
+                patch.setattr(module, "_op", module._run)
+        begins = lambda self: self.storage_offset() * self.element_size()  # noqa: E731
+        patch.setattr(FakeTensor, "is_cuda", True)
+        patch.setattr(FakeTensor, "data_ptr", begins)
+        patch.setattr(blocks, "_is_hopper", lambda device: hopper)
+        patch.setattr(blocks, "_capability", lambda device: 9 if hopper else 8)
+        patch.setattr(tiles, "device_name", lambda of: device)
+        with FakeTensorMode():
+            yield found
+    keep_no_kernel()
+
+
+def keep_no_kernel() -> None:
+    """Plans hold kernels with their constants, and cuts of the user's."""
+    for module in (dense_expand, expand, residual_norm):
+        module._plan.cache_clear()
+    for cached in (tiles._cuts_of, tiles.find_cut):
+        cached.cache_clear()
+
+
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype)
+
+
+class Paged:
+    """A source of pages, in either of vLLM's layouts, as `LayerCache` is for a served layer."""
+
+    def claim(self, tokens, dtype):
+        self.turn = not getattr(self, "turn", False)
+        shape = (9, 64, 8, 256) if self.turn else (9, 8, 64, 256)
+        pages = empty(*shape, dtype=dtype)
+        pages = pages if self.turn else pages.transpose(1, 2)
+        return Pages.of(*pages.split(128, -1), empty(tokens, dtype=torch.int64))
+
+
+def one_decision(experts=8, rank=16, bias=False, dtype=torch.bfloat16, parts=(0, 1, 2)):
+    """tokens, and whether parts run alone, as warm-up has them: down on rows without gaps -> the
+    launches of a step with one decision for all layers; parts: of q, k, v."""
+    top_k, i32, f32 = 2, torch.int32, torch.float32
+    ids, weights = empty(MOST, top_k, dtype=i32), empty(MOST, top_k, dtype=f32)
+    gates, present = empty(MOST, experts, dtype=f32), empty(2 + experts, dtype=torch.int64)
+    table, counters = empty(32000, top_k, dtype=i32), empty(9, 4, dtype=i32)
+    table_weights = empty(32000, top_k, dtype=f32)
+    scratch = Scratch.make(1 << 30, 1 << 30, 1 << 20, CPU)
+    order = Order.make(MOST, experts, rank, CPU)
+    banks = gates, present, counters
+    source = Paged()
+    register_source("paged", source)
+
+    def new(*shape):
+        return empty(*shape, dtype=dtype)
+
+    def run(tokens: int, alone: bool = False) -> None:
+        assert source  # which is known while it lives
+        gather_routes(empty(tokens, dtype=i32), table, table_weights, ids, weights)
+        spread_routes(ids, weights, gates, present, counters, tokens)
+        order_routes(ids, order, tokens, experts)
+        for widths, act, of in (
+            ([4096, 1024, 1024], "rotary", list(parts)),
+            ([11008] * 2, "silu", [0, 1]),
+            ([4096], "", [0]),
+        ):
+            count = max(of) + 1
+            joint = new(sum(widths) + count * experts * rank, 4096)
+            adapted = sum(w for w, part in zip(widths, of) if part >= 0)
+            b, cos_sin = new(adapted, experts, rank), new(MOST, 128)
+            x = new(tokens, 4096)
+            for cache in ("", "paged") if act == "rotary" else ("",):
+                shared = scratch, order, of, widths, act, cos_sin, cache
+                with_bias = new(sum(widths)) if bias else None
+                linear(x, joint, with_bias, b, *banks, 0, *shared, in_place=act == "silu")
+            a = joint[sum(widths) :].view(count, experts, rank, 4096)
+            y = new(tokens, sum(widths))
+            sgmm(y, x, a, b, gates, present, scratch, of, widths)
+        for size_in in (4096, 11008):
+            joint, b = new(4096 + experts * rank, size_in), new(4096, experts, rank)
+            x, residual, weight = new(tokens, size_in), new(tokens, 4096), new(4096)
+            if size_in == 11008 and not alone:
+                x = new(tokens, 2 * (size_in + experts * rank))[:, :size_in]
+            linear_norm(x, joint, residual, weight, 1e-5, b, *banks, 0, scratch)
+
+    return run
+
+
+def layer_wise(experts=8, rank=16):
+    """tokens -> the launches of projections that are routed in their layers."""
+    f32 = torch.float32
+    scales, present = empty(experts, dtype=f32), empty(1, dtype=torch.int64)
+    widths, parts, columns = [4096, 1024, 1024], [0, 1, 2], 3 * experts * rank
+    gates, block = empty(MOST, 3, experts, dtype=f32), empty(MOST, 1, experts, dtype=f32)
+    rule, of_block = LayerGate(2, (experts,) * 3), LayerGate(2, (experts,), plain=True)
+
+    def run(tokens: int, alone: bool = False) -> None:
+        x, b = empty(tokens, 4096), empty(sum(widths), experts, rank)
+        joint = empty(sum(widths) + columns + 3 * experts + 8, 4096)
+        shared = None, scales, gates, present, b, parts, widths
+        layer_linear(x, joint, columns, 3 * experts, None, *shared, "", rule)
+        low, z = empty(tokens, columns, dtype=f32), empty(tokens, 3 * experts, dtype=f32)
+        layer_sgmm(empty(tokens, sum(widths)), low, z, *shared, rule)
+        layer_sgmm(empty(tokens, 4096), low[:, : columns // 3], z[:, :experts], None, scales, block,
+                   present, b[:4096], [0], [4096], of_block)  # fmt: skip
+        both = empty(tokens, 2 * 11008 + 2 * experts * rank)
+        up = empty(2 * 11008, experts, rank)
+        joint = empty(2 * 11008 + 2 * experts * rank + 16, 4096)
+        layer_linear(x, joint, 2 * experts * rank, experts, None, None, scales, block, present, up,
+                     [0, 1], [11008] * 2, "silu", LayerGate(2, (experts,)))  # fmt: skip
+        ffn_mix(both, block, up, [0, 1], 11008, 2, "silu")
+        low = empty(3 * tokens, experts * rank, dtype=f32)
+        ffn_down(
+            empty(tokens, 4096), low, block, scales, present, empty(4096, experts, rank), 0, False
+        )
+
+    return run
+
+
+# What makes a step's launches; of which GPU; and whether of all lengths.
+CASES: dict[str, tuple[Callable, dict, dict]] = {
+    "8/16": (one_decision, {}, {}),
+    "8/16 on an H200": (one_decision, {}, {"device": "NVIDIA H200"}),
+    "8/16 on an H100": (one_decision, {}, {"device": "NVIDIA H100 80GB HBM3"}),
+    "8/64": (one_decision, {"rank": 64}, {}),
+    "64/16": (one_decision, {"experts": 64}, {}),
+    "64/32": (one_decision, {"experts": 64, "rank": 32}, {}),
+    "20/40": (one_decision, {"experts": 20, "rank": 40}, {}),
+    "8/16 and biases": (one_decision, {"bias": True}, {}),
+    "8/16 of q and v": (one_decision, {"parts": (0, -1, 1)}, {}),
+    "8/16 in float32": (one_decision, {"dtype": torch.float32}, {}),
+    "8/16 before Hopper": (one_decision, {}, {"hopper": False}),
+    "64/16 before Hopper": (one_decision, {"experts": 64}, {"hopper": False}),
+    "layer-wise 8/16": (layer_wise, {}, {}),
+    "layer-wise 8/64": (layer_wise, {"rank": 64}, {}),
+    "layer-wise 8/16 before Hopper": (layer_wise, {}, {"hopper": False}),
+}
+FEW = 1, 4, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 1000, 2048, 4096, 8192, 8193, MOST
+
+
+def launches_of(case: str) -> list[Launch]:
+    make, options, gpu = CASES[case]
+    counts = token_counts(MOST) if case.startswith(("8/16 on", "layer-wise 8/16")) else FEW
+    with recording(**gpu) as found:
+        run = make(**options)
+        for tokens in counts:
+            run(tokens)
+    return found
+
+
+def digests(found: list[Launch]) -> dict[str, str]:
+    """Of each kernel, how many launches and a hash of them in their order."""
+    lines: dict[str, list[str]] = {}
+    for one in found:
+        lines.setdefault(one.kernel.__name__, []).append(str(one))
+    return {
+        name: f"{len(of)} {hashlib.sha256(chr(10).join(of).encode()).hexdigest()[:12]}"
+        for name, of in lines.items()
+    }
+
+
+def changed(before: dict[str, str], after: dict[str, str]) -> list[str]:
+    """What differs but for names; before, after: of kernels, in the order of their first launch."""
+    gone, new = list(before.values()), []
+    for name, digest in after.items():
+        if digest in gone:
+            gone.remove(digest)
+        else:
+            new.append(f"now  {name} {digest}")
+    return [f"then {name} {digest}" for name, digest in before.items() if digest in gone] + new
+
+
+def main() -> None:
+    if sys.argv[1:] not in (["build"], ["check"]):
+        sys.exit(__doc__)
+    found = {case: launches_of(case) for case in CASES}
+    short = {case: digests(one) for case, one in found.items()}
+    lines = {case: [(one.kernel.__name__, str(one)) for one in f] for case, f in found.items()}
+    print(f"{sum(map(len, found.values()))} launches in {len(CASES)} cases")
+    if sys.argv[1] == "build":
+        DIGESTS.write_text(json.dumps(short, indent=1) + "\n")
+        RECORDS.parent.mkdir(parents=True, exist_ok=True)
+        RECORDS.write_text(json.dumps(lines))
+        return
+    known, bad = json.loads(DIGESTS.read_text()), False
+    whole = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
+    for case in CASES:
+        differ = changed(known.get(case, {}), short[case])
+        bad |= bool(differ)
+        print("\n  ".join([f"{case}: {'differs' if differ else 'equal'}", *differ]))
+        then, now = ([line for _, line in w.get(case, [])] for w in (whole, lines))
+        if differ and then:
+            for sign, mine, other in (("-", then, set(now)), ("+", now, set(then))):
+                for line in [line for line in mine if line not in other][:2]:
+                    print(f"    {sign} {line}")
+    sys.exit(bad)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""What waits within a launch: programs that run at once, not in the order of their numbers."""
+
+import pytest
+import torch
+from ops import DEVICE, error, joint_of, linear_truth, make_problem
+from vllm_adafuse.kernels.stream_linear import stream_linear_triton
+from vllm_adafuse.kernels.tile_linear import tile_linear_triton
+from vllm_adafuse.kernels.tiles import Tiles
+from waiting_programs import all_at_once  # noqa: F401
+
+pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs them at once by itself")
+
+SHAPES = {  # (tokens, in, widths, experts, k, rank), parts, activation
+    "one-part": ((3, 64, [64], 4, 2, 8), None, ""),
+    "parts-without-experts": ((5, 64, [48, 32, 32], 4, 2, 8), [0, -1, 1], ""),
+    "gate-up": ((5, 64, [64, 64], 3, 2, 8), None, "silu"),
+    "up-alone": ((5, 64, [64, 64], 3, 2, 8), [-1, 0], "silu"),
+    "list": ((3, 64, [64, 32], 20, 3, 16), None, ""),
+}
+# Slices of W x are for products that nothing follows.
+CUTS = {
+    "whole": Tiles(32, 32),
+    "sliced-shrink": Tiles(16, 32, slices=2, shrink_cols=16),
+    "sliced": Tiles(16, 32, 2, slices=2, shrink_cols=16),
+}
+
+
+def stream(p, counter, activation, cut):
+    return stream_linear_triton(
+        p.x, p.weight, p.bias, p.bank_a, p.bank_b, p.gates, p.present, counter, p.scratch,
+        p.parts, p.widths, activation, cut,
+    )  # fmt: skip
+
+
+def tile(p, counter, activation, cut):
+    return tile_linear_triton(
+        p.x, joint_of(p), p.bias, p.bank_b, p.gates, counter, p.scratch, p.parts, p.widths,
+        activation, cut,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("run", [stream, tile])
+@pytest.mark.parametrize(
+    "name, cut", [(n, c) for n in SHAPES for c in CUTS if c != "sliced" or not SHAPES[n][2]]
+)
+def test_tiles_wait_for_all_of_the_shrink(name, run, cut, all_at_once):
+    """s is NaN until it is written, so a tile that goes on too early says so."""
+    shape, parts, activation = SHAPES[name]
+    p = make_problem(*shape, parts=parts, bias=True)
+    counter = torch.zeros(4, dtype=torch.int32, device=DEVICE)
+    out = run(p, counter, activation, CUTS[cut])
+    assert all_at_once.asked > 1
+    assert error(out, linear_truth(p, activation)) <= 1e-5
+    assert not p.scratch.tickets.any()

@@ -1,0 +1,327 @@
+"""An adapter as a server gets it: an AdaFuse directory or a plain PEFT LoRA, opened and checked.
+
+Needs no device and nothing of vLLM: the front end checks with it before an engine is asked, and a
+worker reads with it.
+
+**How a version travels.** The front end sends an engine no `LoRARequest` of a user, but a copy with
+
+    lora_path     "<the user's path>#sha256=<digest>", see `stamp_path` and `split_path`
+    lora_int_id   one for each name and content, below 2**31
+    load_inplace  False
+
+so that a worker that has the id has the content. One that has not resolves the path as vLLM does
+(`get_adapter_absolute_path`, hub names too), opens the directory and refuses it where
+`OpenedAdapter.digest` is another. A path without a digest comes from nobody's front end (a
+`collective_rpc` of the user's own): there is nothing to compare then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm_adafuse.adapter import Adapter, list_directory, load_adapter
+from vllm_adafuse.backbone import Backbone
+from vllm_adafuse.config import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, show
+from vllm_adafuse.convert import peft_lora
+from vllm_adafuse.convert.peft_config import check_modules_to_save
+from vllm_adafuse.convert.refused import refused_directory, refused_source
+from vllm_adafuse.convert.registry import FORMATS
+from vllm_adafuse.convert.source import PICKLE_FILE, Source, read_json
+from vllm_adafuse.errors import AdapterError
+
+MIXTURE, LORA = "mixture", "lora"
+VLLM_LORA = "--additional-config '{\"adafuse\": {\"lora\": \"vllm\"}}'"
+# Tensors of a PEFT directory that are no pair on a linear of a layer, in the order of the checks.
+_REST = {
+    r".*\.lora_embedding_[AB]\b.*|.*(?:embed_tokens|wte)\.(?:lora_|base_layer\.).*": (
+        "adapts the embedding, expected LoRA on linears"
+    ),
+    r".*\blm_head\..*": "adapts the output head, expected LoRA on linears",
+    r".*\.experts\..*": "adapts an expert of the backbone's own, expected LoRA on its linears",
+    r".*\bmodules_to_save\..*|.*\b(?:score|classifier)\.(?:weight|bias)": (
+        "replaces a module of the backbone (`modules_to_save`), expected LoRA on linears"
+    ),
+    r".*\.lora_magnitude_vector\b.*": "belongs to DoRA, expected plain LoRA",
+    r".*\.ia3_l\b.*": "belongs to IA3, expected plain LoRA",
+    r".*\.bias": 'is a trained bias, expected an adapter of `bias` "none"',
+}
+_STAMP = "#sha256="
+_WAY_OUT = f"train without it, or let vLLM's own LoRA try it ({VLLM_LORA})"
+
+
+@dataclass(frozen=True)
+class AdaptedLinear:
+    """One linear of the backbone that an adapter changes.
+
+    Attributes:
+        size_in: of the whole linear, whatever a worker holds of it.
+        size_out: likewise.
+        ranks: of each of its experts.
+        scales: what B A of each expert is multiplied by.
+    """
+
+    size_in: int
+    size_out: int
+    ranks: tuple[int, ...]
+    scales: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class OpenedAdapter:
+    """A checked adapter directory; holds no tensors.
+
+    Attributes:
+        path: the directory, absolute.
+        kind: MIXTURE, or LORA: one expert that every token uses with weight 1.
+        num_experts: E, 1 for a LoRA.
+        digest: of config and tensors, 64 hexadecimal digits.
+        linears: full Hugging Face name ("model.layers.0.mlp.up_proj") -> its experts, in file
+            order. Of a layer-wise mixture without the parts that are always on.
+        adapter: the mixture's files, router and routing; None for a LoRA. Whether a layer-wise
+            one, or one with a router at a later layer, can be served is for the worker to say.
+    """
+
+    path: Path
+    kind: str
+    num_experts: int
+    digest: str
+    linears: dict[str, AdaptedLinear]
+    adapter: Adapter | None = None
+
+    @property
+    def config(self) -> AdapterConfig | None:
+        """The mixture's config, its router's keys among them; None for a LoRA."""
+        return self.adapter.config if self.adapter else None
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The largest rank of each expert in any linear: [E]."""
+        by_expert = [
+            [linear.ranks[e] for linear in self.linears.values() if e < len(linear.ranks)]
+            for e in range(self.num_experts)
+        ]
+        return tuple(max(ranks, default=0) for ranks in by_expert)
+
+    def pages(self, page: int = 16) -> int:
+        """Pages of `page` ranks that its experts take."""
+        return sum(-(-rank // page) for rank in self.ranks)
+
+    def router(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """The entrance router, weight [E, hidden] and bias [E] or None, of the file's dtype; None
+        for a LoRA and for layer-wise routing."""
+        if self.adapter is None or self.adapter.config.layer_wise:
+            return None
+        with self.adapter.reader() as read:
+            bias = read("router.bias") if "router.bias" in self.adapter.tensors else None
+            return read("router.weight"), bias
+
+    def tensors(self) -> Iterator[tuple[str, int, torch.Tensor, torch.Tensor]]:
+        """Every expert of every linear: (linear, expert, lora_A [r, in], lora_B [out, r]), on the
+        CPU, of the file's dtypes, without the scale. Copy what you keep: they may be views of the
+        file.
+
+        Raises:
+            AdapterError: the files are no longer those that were checked. It comes after the
+                last tensor, so use none of them before the iterator has ended.
+        """
+        with _read_pairs(self) as pair:
+            for name, linear in self.linears.items():
+                a, b = pair(name)
+                for expert, rank in enumerate(linear.ranks):
+                    side = a[expert % len(a)]  # one A may serve all experts
+                    yield name, expert, side[:rank], b[expert][:, :rank]
+        self.check_unchanged()
+
+    def check_unchanged(self) -> None:
+        """Reads the files once more.
+
+        Raises:
+            AdapterError: their content is another than when the adapter was opened.
+        """
+        if (found := content_digest(self.path)) != self.digest:
+            raise _refuse(
+                self.path,
+                f"{self.path}: its content changed while it was read (hash {found[:16]}, expected "
+                f"{self.digest[:16]}); load it again when its files are complete",
+            )
+
+
+def open_adapter(path: str | Path, backbone: Backbone | None = None) -> OpenedAdapter:
+    """Opens an adapter directory after every check that needs no device, values included.
+
+    Args:
+        path: the directory: an AdaFuse adapter or a PEFT LoRA.
+        backbone: what its names and shapes must fit. Its linears are all that may be adapted, of
+            whatever class; they may be a mapping of the caller's own. None: where nothing is
+            known of the backbone, names and shapes are left to the worker.
+
+    Raises:
+        AdapterError: with every problem found.
+    """
+    root = Path(os.path.abspath(os.path.expanduser(path)))
+    _, problems = list_directory(root)
+    if problems:
+        raise _refuse(root, *problems)
+    if reason := refused_directory(root):
+        raise _refuse(root, reason)
+    with _as_adapter(root):
+        kind = read_json(root / CONFIG_FILE).get("peft_type")
+    if kind == "ADAFUSE":
+        return _open_mixture(root, backbone)
+    if kind != "LORA":
+        raise _refuse(
+            root,
+            f'{root / CONFIG_FILE}: `peft_type` is {show(kind)}, expected "ADAFUSE" or "LORA"; '
+            "docs/convert.md lists what `vllm-adafuse convert` makes an AdaFuse adapter of",
+        )
+    return _open_lora(root, backbone)
+
+
+def stamp_path(path: str, digest: str) -> str:
+    """A path that says which content is meant."""
+    return f"{path}{_STAMP}{digest}"
+
+
+def split_path(path: str) -> tuple[str, str | None]:
+    """(path, digest) of `stamp_path`; the digest of any other path is None."""
+    plain, stamp, digest = path.rpartition(_STAMP)
+    return (plain, digest) if stamp and re.fullmatch("[0-9a-f]{64}", digest) else (path, None)
+
+
+def content_digest(path: Path) -> str:
+    """SHA-256 of what an adapter directory holds: 64 hexadecimal digits.
+
+    Raises:
+        AdapterError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        for file in [path / CONFIG_FILE, weights_file(path)]:
+            digest.update(file.stat().st_size.to_bytes(8, "little"))
+            with file.open("rb") as opened:
+                while chunk := opened.read(1 << 20):
+                    digest.update(chunk)
+    except OSError as e:
+        raise _refuse(path, f"{e.filename}: cannot be read ({e.strerror})") from e
+    return digest.hexdigest()
+
+
+def weights_file(path: Path) -> Path:
+    """The file that an adapter directory's tensors are read from."""
+    pickled = path / PICKLE_FILE
+    return pickled if pickled.is_file() and not (path / WEIGHTS_FILE).is_file() else (
+        path / WEIGHTS_FILE
+    )
+
+
+def _refuse(path: Path, *problems: str) -> AdapterError:
+    return AdapterError(f"adapter {path}", list(problems))
+
+
+@contextmanager
+def _as_adapter(path: Path) -> Iterator[None]:
+    """What readers of other formats call a source is an adapter to those who serve it."""
+    try:
+        yield
+    except AdapterError as e:
+        raise _refuse(path, *e.problems) from e
+
+
+def _open_mixture(path: Path, backbone: Backbone | None) -> OpenedAdapter:
+    adapter = load_adapter(path, backbone)
+    config, linears = adapter.config, {}
+    for name in adapter.projections:
+        shape_a = adapter.tensors[f"{name}.lora_A"].shape
+        experts, size_out, _ = adapter.tensors[f"{name}.lora_B"].shape
+        linears[name] = AdaptedLinear(
+            shape_a[2], size_out, config.ranks[:experts], config.scales[:experts]
+        )
+    return OpenedAdapter(
+        path, MIXTURE, config.num_experts, content_digest(path), linears, adapter
+    )
+
+
+def _open_lora(path: Path, backbone: Backbone | None) -> OpenedAdapter:
+    digest = content_digest(path)
+    with _as_adapter(path):
+        source = _open_source(path)
+        parts = peft_lora.read_lora(source, backbone or _unknown(path), peft_lora.ANY_PAIR)
+        check_modules_to_save(source)
+        if not parts and not source.problems:
+            source.problems.append(
+                f"{source.file}: holds no lora_A / lora_B pair, expected at least one; nothing "
+                "would be adapted"
+            )
+        source.finish()
+    linears = {
+        name: AdaptedLinear(part.a.shape[1], part.b.shape[0], (part.rank,), (part.scale,))
+        for name, part in parts.items()
+    }
+    opened = OpenedAdapter(path, LORA, 1, digest, linears)
+    opened.check_unchanged()
+    return opened
+
+
+def _open_source(path: Path) -> Source:
+    """A PEFT directory whose tensors are pairs alone, as far as their names tell."""
+    source = Source.open(path)
+    if reason := refused_source(source):
+        raise _refuse(path, reason)
+    for format_ in FORMATS:
+        if format_ is not peft_lora and format_.recognises(source):
+            raise _refuse(
+                path,
+                f"{path}: is a {format_.KIND} adapter, expected AdaFuse's format or a plain PEFT "
+                f"LoRA; make one of it with: vllm-adafuse convert {path} OUT",
+            )
+    source.other_base = "serve it on the backbone that it was trained on"
+    for pattern, problem in _REST.items():
+        source.leave(pattern, f"{problem}; {_WAY_OUT}")
+    return source
+
+
+def _unknown(path: Path) -> Backbone:
+    """Stands for a backbone of which nothing is known."""
+    return Backbone(str(path), None, 0, 0, 0, 0.0, _AnyLinear())
+
+
+class _AnyLinear(dict):
+    """Linears of which neither names nor shapes are known: holds every name, lists none."""
+
+    def __contains__(self, name: Any) -> bool:
+        return True
+
+    def get(self, name: Any, default: Any = None) -> Any:
+        return default
+
+
+@contextmanager
+def _read_pairs(opened: OpenedAdapter) -> Iterator:
+    """Yields `pair(linear) -> (A [E or 1, r, in], B [E, out, r])`."""
+    if opened.adapter is not None:
+        with opened.adapter.reader() as read:
+            yield lambda name: (read(f"{name}.lora_A"), read(f"{name}.lora_B"))
+        return
+    with _as_adapter(opened.path):
+        source = Source.open(opened.path)
+    names = peft_lora.find_pairs(source, peft_lora.ANY_PAIR)
+
+    def pair(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        if missing := {*names.get(name, (name,))} - source.tensors.keys():
+            raise _refuse(
+                opened.path,
+                f"{source.file}: tensor {min(missing)} is gone since the adapter was checked; "
+                "load it again when its files are complete",
+            )
+        a, b = names[name]
+        return source.tensors[a][None], source.tensors[b][None]
+
+    yield pair
