@@ -3,6 +3,7 @@
     gate           hidden states          -> routes   (live router; fills the passports once)
     gather_routes  token ids, passports   -> routes   (one gather per step)
     spread_routes  routes                 -> gates, present experts, counters (once per step)
+    page_routes    ids, adapter of each   -> gates, present pages, counters, where requests choose
     order_routes   routes of a long step  -> its tokens by their experts (once per step)
     linear         x, [W; A], B, gates    -> the adapted projection, with what follows it: gate_up's
                                              activation, the rotary embedding of queries and keys
@@ -18,6 +19,7 @@
       wide_expand    for thousands of tokens, after
       dense_expand   of the experts beyond 128 ranks, or
       ordered_expand for thousands of tokens and ranks that neither takes
+    page_sgmm      the same over pages, in the steps that have adapters
     live_route     hidden states at a layer -> routes   (`router.layer`, inside the model)
     layer_linear   x, [W; A; routers], B  -> the adapted projection, routed by its own input
       layer_expand   its kernel behind the product, for few tokens

@@ -24,7 +24,8 @@ def sgmm_torch(y, x, bank_a, bank_b, gates, parts, widths) -> None:
     expand_torch(y, shrink_torch(x, bank_a, gates), bank_b, parts, widths)
 
 
-def _run(y, x, bank_a, bank_b, gates, present, low, partial, tickets, unread, parts, widths):
+def run(y, x, bank_a, bank_b, gates, present, low, partial, tickets, unread, parts, widths):
+    """What the op does, for ops that do it at times."""
     if not x.is_cuda:
         return sgmm_torch(y, x, bank_a, bank_b, gates, parts, widths)
     if x.shape[0] <= MAX_SHRINK_TOKENS:
@@ -45,7 +46,7 @@ _op = register_op(
     "sgmm(Tensor(a!) y, Tensor x, Tensor bank_a, Tensor bank_b, Tensor gates, Tensor present, "
     "Tensor low, Tensor partial, Tensor tickets, Tensor unread, int[] parts, int[] widths) "
     "-> ()",
-    _run,
+    run,
     _fake,
 )
 

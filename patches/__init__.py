@@ -6,6 +6,7 @@ from __future__ import annotations
 
 def apply_patches() -> None:
     """Applies every patch once per process."""
-    from vllm_adafuse.patches import hf_config
+    from vllm_adafuse.patches import hf_config, lora_manager
 
     hf_config.apply()
+    lora_manager.apply()

@@ -10,4 +10,15 @@
     kv_cache.py    who writes keys and values into vLLM's KV cache            (worker)
     layer_wise.py  who gets which bank where layers route themselves          (worker)
     layer_bank.py  experts and routers of one such projection                 (worker)
+
+Where requests choose their adapters (`--enable-lora`):
+
+    adapters.py    an adapter directory, opened and checked                   (both)
+    manager.py     the adapters of a worker, in the place of vLLM's manager   (worker)
+    pool.py        which adapters lie on the device, on which pages           (worker)
+    hosted.py      adapters in host memory, as this rank needs them           (worker)
+    paged_model.py which linears get pages                                    (worker)
+    page_bank.py   the pages of one projection                                (worker)
+    page_step.py   the step's buffers: whose each token is, and its gates     (worker)
+    vllm_api.py    what of vLLM differs between its versions                  (worker)
 """

@@ -19,11 +19,13 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 from vllm_adafuse.adapter import Adapter, check_adapter
 from vllm_adafuse.architectures import ARCHITECTURES, PREFIX, Architecture
+from vllm_adafuse.compat import release_workspaces
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.serving import layer_wise, linear
 from vllm_adafuse.serving.attach import ADAPTER_KEY, FINGERPRINT_KEY
 from vllm_adafuse.serving.bank import ExpertBank, place_banks
 from vllm_adafuse.serving.norm import NormPlace, norms_behind
+from vllm_adafuse.serving.paged_model import max_tokens
 from vllm_adafuse.serving.rotary import SharedRotary
 from vllm_adafuse.serving.router import AfterLoading, Route, Router
 from vllm_adafuse.serving.warm_up import warm_up
@@ -46,7 +48,7 @@ class AdaFuseMixin:
         hf_config = vllm_config.model_config.hf_config
         self.adafuse_adapter = _open_checked(hf_config.adafuse)
         adapter_config = self.adafuse_adapter.config
-        self.adafuse_rows = _max_tokens(vllm_config)
+        self.adafuse_rows = max_tokens(vllm_config)
         self.adafuse_cold = current_platform.is_cuda_alike()
         # The last module, so that its AfterLoading runs when all others are loaded.
         loading = torch.nn.Module()
@@ -54,15 +56,15 @@ class AdaFuseMixin:
         if adapter_config.layer_wise:
             self.adafuse_banks = layer_wise.wrap_layers(
                 self.model, self.adafuse_adapter, self.packed_modules_mapping,
-                _max_tokens(vllm_config), vllm_config.model_config.dtype,
+                max_tokens(vllm_config), vllm_config.model_config.dtype,
                 vllm_config.lora_config is None,
             )  # fmt: skip
             self.adafuse_loading = loading
             return
-        route = Route(_max_tokens(vllm_config), adapter_config.top_k, adapter_config.num_experts)
+        route = Route(max_tokens(vllm_config), adapter_config.top_k, adapter_config.num_experts)
         dtype, alone = vllm_config.model_config.dtype, vllm_config.lora_config is None
         behind = norms_behind(self.model, vllm_config, self.architecture.residual_norms)
-        rotary = SharedRotary(_max_tokens(vllm_config), self.architecture.rotary_follows)
+        rotary = SharedRotary(max_tokens(vllm_config), self.architecture.rotary_follows)
         self.adafuse_rotary = rotary
         self.adafuse_banks = self._wrap_projections(route, dtype, alone, behind)
         stock_factory = self.make_empty_intermediate_tensors
@@ -150,6 +152,7 @@ class AdaFuseMixin:
                     self.model.layers[adapter.config.router_layer].input_layernorm,
                     self.architecture.norm_offset,
                 )
+                release_workspaces()
         config = adapter.config
         logger.info(
             "AdaFuse: %d experts, top-%d, ranks %s, modules %s in %d projections; "
@@ -234,12 +237,6 @@ def _refuse_micro_batches(vllm_config: VllmConfig) -> None:
                 "and would overwrite each other's routes; leave them out"
             ],
         )
-
-
-def _max_tokens(vllm_config: VllmConfig) -> int:
-    """Rows that one step can have, captured graphs' padding included."""
-    sizes = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
-    return max(vllm_config.scheduler_config.max_num_batched_tokens, *sizes)
 
 
 def make_class(architecture: Architecture) -> type:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm_adafuse.compat import release_workspaces
 from vllm_adafuse.config import AdapterConfig
 from vllm_adafuse.kernels.gate import gate
 from vllm_adafuse.kernels.gather_routes import gather_routes
@@ -227,7 +226,6 @@ class Router(torch.nn.Module):
             ids, weights = self.decide(embed(tokens))
             self.passport_ids[start:stop].copy_(ids)
             self.passport_weights[start:stop].copy_(weights)
-        release_workspaces()
 
 
 _LAYER_TAKES = ("positions", "hidden_states", "residual")

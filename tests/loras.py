@@ -1,0 +1,41 @@
+"""PEFT LoRAs with random weights, and what serves requests that choose their adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+MODULES = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+# Nothing in common: ranks that are no whole pages, patterns, rsLoRA, few modules.
+PATTERNS = {
+    "r": 40,
+    "lora_alpha": 20,
+    "use_rslora": True,
+    "target_modules": MODULES,
+    "rank_pattern": {"layers.1.self_attn.q_proj": 12, "up_proj": 3},
+    "alpha_pattern": {"down_proj": 5},
+}
+FEW = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+
+
+def make_lora(base: Path, path: Path, seed: int, **config):
+    """Saves a PEFT LoRA under `path`; returns PEFT's model of base and LoRA."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(**config)).eval()
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".lora_" in name:
+                scale = weight.shape[1] ** -0.5 * (0.3 if ".lora_B." in name else 1)
+                weight.copy_(torch.randn(weight.shape, generator=draw) * scale)
+    model.save_pretrained(path)
+    return model
+
+
+def manager_of(llm):
+    """The adapters' manager of an engine in this process."""
+    return llm.collective_rpc(lambda worker: worker.model_runner.lora_manager)[0]

@@ -1,0 +1,171 @@
+"""Requests that choose their adapter: mixtures, PEFT LoRAs and the base in one batch of an engine
+say what each says alone in plain transformers."""
+
+import shutil
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import pytest
+from engines import (
+    assert_greedy_equals,
+    assert_same_completions,
+    completion,
+    engine,
+    greedy,
+    load_reference,
+    make_pair,
+)
+from loras import FEW, MODULES, PATTERNS, make_lora, manager_of
+from transformers import AutoModelForCausalLM
+from vllm.lora.request import LoRARequest
+from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.tiny import real_prompts
+
+PROMPTS = real_prompts(20)
+MIXTURES = {
+    "mix": {"num_experts": 4, "top_k": 2, "r": [4, 20, 33, 8], "lora_alpha": [8, 20, 33, 8]},
+    "mix8": {
+        "num_experts": 8, "top_k": 3, "r": 4, "seed": 5, "router_input": "embedding",
+        "router_bias": True, "use_rslora": True, "target_modules": ["o_proj", "up_proj"],
+    },
+}  # fmt: skip
+LORAS = {
+    "few": FEW,
+    "patterns": PATTERNS,
+    "third": {"r": 16, "lora_alpha": 32, "target_modules": MODULES},
+    "fourth": {"r": 17, "lora_alpha": 17, "target_modules": MODULES[3:]},
+}
+TOGETHER = ["base", "mix", "mix8", "few", "patterns"]
+
+
+@dataclass
+class Served:
+    llm: object
+    root: object
+    references: dict
+    names: list
+
+    def request(self, name, **options):
+        if name == "base":
+            return None
+        return LoRARequest(name, 1 + self.names.index(name), str(self.root / name), **options)
+
+    def generate(self, names, prompts=PROMPTS, **options):
+        """One batch; prompts and names in turns."""
+        requests = [self.request(names[i % len(names)]) for i in range(len(prompts))]
+        return self.llm.generate(prompts, greedy(**options), lora_request=requests, use_tqdm=False)
+
+    def check(self, names, outputs):
+        for i, name in enumerate(names):
+            assert_greedy_equals(outputs[i :: len(names)], self.references[name])
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    root = tmp_path_factory.mktemp("many")
+    base, _ = make_pair(root, num_experts=2, r=2)
+    references = {"base": AutoModelForCausalLM.from_pretrained(base, dtype="float32").eval()}
+    for name, options in MIXTURES.items():
+        make_random_adapter(base, root / name, **{"dtype": references["base"].dtype} | options)
+        references[name] = load_reference(base, root / name)
+    for seed, (name, options) in enumerate(LORAS.items()):
+        references[name] = make_lora(base, root / name, seed, **options)
+    names = [*MIXTURES, *LORAS, "huge", "lost"]
+    options = {"enable_lora": True, "max_loras": 4, "max_lora_rank": 128, "max_cpu_loras": 4}
+    with ExitStack() as stack:
+        llm = stack.enter_context(engine(base, max_num_batched_tokens=256, **options))
+        yield Served(llm, root, references, names)
+
+
+def test_one_batch_of_base_mixtures_and_loras(served):
+    outputs = served.generate(TOGETHER)
+    served.check(TOGETHER, outputs)
+    said = [[completion(o)[0] for o in served.generate([name], PROMPTS[:4])] for name in TOGETHER]
+    assert all(said.count(one) == 1 for one in said)  # every adapter matters
+    manager = manager_of(served.llm)
+    assert manager.list_adapters() == {1, 2, 3, 4}
+    # Ranks 4, 20, 33, 8 of mix; eight experts; rank 8; rank 40.
+    assert manager.pool.taken.pages == 7 + 8 + 1 + 3
+
+
+def test_alone_and_in_company(served):
+    for at, name in enumerate(TOGETHER):
+        together = served.generate(TOGETHER)
+        alone = served.generate([name], PROMPTS[at :: len(TOGETHER)])
+        assert_same_completions(alone, together[at :: len(TOGETHER)])
+
+
+def test_more_adapters_than_fit_come_and_go(served):
+    every = ["mix", "mix8", *LORAS]
+    for turn in range(2):
+        for at in range(0, len(every), 2 + turn):
+            names = ["base", *every[at : at + 2 + turn]]
+            served.check(names, served.generate(names, PROMPTS[:6]))
+    manager = manager_of(served.llm)
+    assert len(manager.hosted) == 4  # max_cpu_loras
+    assert set(manager.sizes) == {1, 2, 3, 4, 5, 6}
+
+
+def test_a_pinned_adapter_stays(served):
+    engine_, manager = served.llm.llm_engine, manager_of(served.llm)
+    assert engine_.add_lora(served.request("few"))
+    assert engine_.pin_lora(3)
+    place = manager.pool.placed[3]
+    for name in ("mix", "mix8", "patterns", "third", "fourth"):
+        served.generate([name], PROMPTS[:1])
+        assert 3 in manager.hosted and manager.pool.placed[3] == place
+    served.check(["few", "third"], served.generate(["few", "third"], PROMPTS[:4]))
+    with pytest.raises(Exception, match="99 is not registered"):
+        engine_.pin_lora(99)
+    assert engine_.remove_lora(3) and 3 not in engine_.list_loras()
+    assert not engine_.remove_lora(3)
+    served.check(["few"], served.generate(["few"], PROMPTS[:2]))  # read again
+
+
+def test_steps_without_adapters_route_nothing(served, monkeypatch):
+    from vllm_adafuse.kernels import sgmm
+    from vllm_adafuse.serving.page_step import PageStep
+
+    def fail(*arguments):
+        raise AssertionError("a step without adapters ran our kernels")
+
+    monkeypatch.setattr(PageStep, "route", fail)
+    monkeypatch.setattr(sgmm, "run", fail)
+    served.check(["base"], served.generate(["base"], PROMPTS[:2]))
+    with pytest.raises(AssertionError, match="ran our kernels"):
+        manager_of(served.llm).step.active.fill_(True)
+        manager_of(served.llm).step.route(None)
+
+
+def test_an_adapter_that_does_not_fit_names_both_options(served):
+    base = served.root / "base"
+    make_random_adapter(base, served.root / "huge", num_experts=33, top_k=2, r=16)
+    with pytest.raises(AdapterError) as refused:
+        served.llm.llm_engine.add_lora(served.request("huge"))
+    message = str(refused.value)
+    # 33 pages, and the three largest that may stand beside them: 8, 7, 3.
+    for part in ("takes 33 pages", "need 51", "has 32", "--max-lora-rank", "--max-loras"):
+        assert part in message
+    assert "816 or more (it is 512)" in message
+    served.check(TOGETHER, served.generate(TOGETHER, PROMPTS[:5]))
+
+
+def test_an_adapter_whose_files_are_gone_says_nothing(served, caplog):
+    """Its tensors had to make room on the host; others are served on, and nobody gets the base."""
+    shutil.copytree(served.root / "third", served.root / "lost")
+    served.references["lost"] = served.references["third"]
+    served.check(["lost"], served.generate(["lost"], PROMPTS[:2]))
+    served.generate(["mix", "mix8", "few", "patterns"], PROMPTS[:4])
+    shutil.rmtree(served.root / "lost")
+    outputs = served.generate(["lost", "few", "base"], PROMPTS[:9])
+    served.check(["few"], outputs[1::3])
+    served.check(["base"], outputs[2::3])
+    for output in outputs[::3]:
+        tokens, logprobs = completion(output)
+        assert set(tokens) == {0} and len(set(logprobs)) == 1  # all tokens are as likely
+    # What such requests left in the KV cache must not serve later ones.
+    shutil.copytree(served.root / "third", served.root / "lost")
+    with pytest.raises(AdapterError, match="load it under another name"):
+        served.llm.llm_engine.add_lora(served.request("lost"))
+    assert set(completion(served.generate(["lost"], PROMPTS[:1])[0])[0]) == {0}

@@ -1,0 +1,63 @@
+"""Where vLLM's LoRA manager is replaced: late, loudly, and not where vLLM's own is asked for."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from vllm_adafuse.patches import lora_manager, on_import
+from vllm_adafuse.serving import vllm_api
+
+MODULE = "json.tool"  # which nothing here imports
+
+
+def test_a_patch_waits_for_the_import_and_runs_once(monkeypatch):
+    calls = []
+    monkeypatch.delitem(sys.modules, MODULE, raising=False)
+    on_import.when_imported(MODULE, lambda: calls.append(sys.modules[MODULE].__name__))
+    on_import.when_imported(MODULE, lambda: calls.append("again"))
+    assert not calls
+    import json.tool
+
+    assert calls == [MODULE] and json.tool.main
+    on_import.when_imported(MODULE, lambda: calls.append("there"))
+    assert calls == [MODULE, "there"]
+    assert not any(isinstance(f, on_import._Finder) and f.name == MODULE for f in sys.meta_path)
+
+
+def test_the_plugin_imports_no_worker():
+    code = (
+        "import sys; from vllm_adafuse.plugin import register; register(); register(); "
+        f"assert {lora_manager._SEAM!r} not in sys.modules; "
+        "import vllm.v1.worker.lora_model_runner_mixin as m; "
+        "assert m.LoRAModelRunnerMixin.load_lora_model._adafuse_wrapped"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_seam_that_moved_is_an_error(monkeypatch):
+    import vllm.v1.worker.lora_model_runner_mixin as seam
+
+    monkeypatch.setattr(seam, "LoRAModelRunnerMixin", SimpleNamespace(load_lora_model=print))
+    with pytest.raises(RuntimeError, match="no longer makes its LoRA manager"):
+        lora_manager.wrap()
+
+
+def config(extra):
+    return SimpleNamespace(additional_config=extra)
+
+
+def test_the_option_that_gives_lora_back_to_vllm():
+    assert vllm_api.lora_option(config({})) == "adafuse"
+    assert vllm_api.lora_option(config({"adafuse": {"lora": "vllm"}, "other": 1})) == "vllm"
+    with pytest.raises(ValueError, match="adafuse.lora 'yes', expected"):
+        vllm_api.lora_option(config({"adafuse": {"lora": "yes"}}))
+    with pytest.raises(ValueError, match="adafuse 'vllm', expected an object"):
+        vllm_api.lora_option(config({"adafuse": "vllm"}))
+
+
+def test_graphs_of_another_pool_are_others():
+    one = config({"adafuse": {"lora": "adafuse"}})
+    vllm_api.mark_compiled(one, "pages 4 8")
+    assert one.additional_config["adafuse"] == {"lora": "adafuse", "graph": "pages 4 8"}
+    assert vllm_api.lora_option(one) == "adafuse"

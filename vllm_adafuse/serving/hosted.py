@@ -1,0 +1,188 @@
+"""Adapters on the host, as this rank will need them: read from their files, checked against the
+model that is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from vllm.config import VllmConfig
+from vllm_adafuse.architectures import ARCHITECTURES
+from vllm_adafuse.backbone import Backbone
+from vllm_adafuse.config import AdapterConfig, some
+from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.serving import vllm_api
+from vllm_adafuse.serving.adapters import LORA, VLLM_LORA, OpenedAdapter, open_adapter, split_path
+from vllm_adafuse.serving.page_bank import Packed, PageBank, Packer, sizes_of
+from vllm_adafuse.serving.page_step import PageStep
+from vllm_adafuse.serving.pool import Place, Size, pages_of_rank
+from vllm_adafuse.serving.router import Router
+
+
+@dataclass
+class Hosted:
+    """An adapter in host memory.
+
+    Attributes:
+        kind: "mixture" or "lora".
+        size: what it takes of the pool.
+        experts: of each of its pages, whose it is.
+        packed: for each bank its share.
+        config: of a mixture.
+        router: of a mixture, weight [E, H] and bias [E] or None.
+        passports: of a mixture, expert ids and weights [k, V].
+    """
+
+    kind: str
+    size: Size
+    experts: list[int]
+    packed: list[Packed | None]
+    config: AdapterConfig | None = None
+    router: tuple[torch.Tensor, torch.Tensor | None] | None = None
+    passports: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [t for packed in self.packed if packed for t in (packed.a, packed.b)]
+        return sum(t.nbytes for t in [*tensors, *(self.passports or ())])
+
+
+class Loader:
+    """Reads adapters for a model.
+
+    Args:
+        model: wrapped.
+        vllm_config: of the engine.
+        banks: of the model.
+    """
+
+    def __init__(self, model: torch.nn.Module, vllm_config: VllmConfig, banks: list[PageBank]):
+        self.model, self.banks, self.sizes = model, banks, sizes_of(banks)
+        self.model_config = vllm_config.model_config
+        self.pipelined = vllm_config.parallel_config.pipeline_parallel_size > 1
+        self.renamed = vllm_api.renamed(model)
+        names = getattr(self.model_config.hf_config, "architectures", None) or [""]
+        self.architecture = ARCHITECTURES.get(names[0])
+        self._backbone: Backbone | None = None
+
+    def read(self, path: str) -> Hosted:
+        """Reads an adapter.
+
+        Args:
+            path: of a request, with the hash of its content or without.
+
+        Raises:
+            AdapterError: it cannot be served on this model, or its content is another.
+        """
+        plain_path, digest = split_path(path)
+        opened = open_adapter(vllm_api.local_path(plain_path), self._checked_backbone())
+        problems = self._misfits(opened)
+        if digest is not None and digest != opened.digest:
+            problems = [
+                f"{opened.path}: its content has the hash {opened.digest[:16]}, the request is for "
+                f"{digest[:16]}: the files changed since, or machines have different ones; load it "
+                "again"
+            ]
+        if problems:
+            raise AdapterError(f"adapter {opened.path}", problems)
+        first_pages, experts = [], []
+        for expert, rank in enumerate(opened.ranks):
+            first_pages.append(len(experts))
+            experts += [expert] * pages_of_rank(rank)
+        packer = Packer(self.banks, first_pages, len(experts))
+        plain = opened.kind == LORA
+        for name, expert, a, b in opened.tensors():
+            # A mixture's scales are part of its passports.
+            scale = opened.linears[name].scales[expert] if plain else 1.0
+            packer.add(self._name(name), expert, a, b.float() * scale)
+        columns = 0 if plain else opened.config.top_k
+        return Hosted(
+            opened.kind, Size(len(experts), columns), experts, packer.packed,
+            opened.config, opened.router(),
+        )  # fmt: skip
+
+    def _name(self, name: str) -> str:
+        """A linear's name in vLLM's model."""
+        renamed = self.renamed(name)
+        return renamed if renamed in self.sizes else name
+
+    def _checked_backbone(self) -> Backbone | None:
+        """What names and shapes of adapters are checked against; None for a family of which only
+        the wrapped linears are known."""
+        if self.architecture is None:
+            return None
+        if self._backbone is None:
+            config = self.model_config
+            self._backbone = Backbone.from_hf_config(config.hf_config, config.model)
+        return self._backbone
+
+    def _misfits(self, opened: OpenedAdapter) -> list[str]:
+        problems = []
+        sizes = {name: self.sizes.get(self._name(name)) for name in opened.linears}
+        unknown = [name for name, size in sizes.items() if size is None]
+        if unknown and not self.pipelined:  # a stage knows its own layers alone
+            problems.append(
+                f"adapts {some(unknown)}, which {type(self.model).__name__} has not, or not as a "
+                f"linear that takes adapters here; train without it, or let vLLM's own LoRA try it "
+                f"({VLLM_LORA})"
+            )
+        for name, size in sizes.items():
+            found = opened.linears[name].size_in, opened.linears[name].size_out
+            if size is not None and size != found:
+                problems.append(
+                    f"{name}: adapts a linear of {found[0]} inputs and {found[1]} outputs, the "
+                    f"backbone's has {size[0]} and {size[1]}; serve it on its own backbone"
+                )
+        if opened.config is not None:
+            problems += self._mixture_misfits(opened.config)
+        return problems
+
+    def _mixture_misfits(self, config: AdapterConfig) -> list[str]:
+        reason = ""
+        if self.architecture is None:
+            reason = f"a mixture on {type(self.model).__name__}, whose embedding is not known"
+        elif config.layer_wise:
+            reason = "`routing` layer_wise, a router in every linear or block"
+        elif config.router_layer:
+            reason = f"`router.layer` {config.router_layer}, a router behind the entrance"
+        elif self.pipelined:
+            reason = "a mixture with pipeline parallelism"
+        if not reason:
+            return []
+        return [
+            f"{reason}, cannot be chosen per request yet; serve it alone: "
+            "--hf-overrides '{\"adafuse_adapter\": DIR}' without --enable-lora"
+        ]
+
+    @torch.no_grad()
+    def stamp(self, hosted: Hosted) -> None:
+        """Asks a mixture's router about every token id; on all ranks together."""
+        if hosted.config is None:
+            return
+        text = self.model_config.hf_config
+        weight, bias = hosted.router
+        tensors = {"router.weight": weight, "router.bias": bias}
+        with torch.device(self.banks[0].bank_b.device):
+            router = Router(
+                hosted.config, None, text.hidden_size, text.vocab_size, text.rms_norm_eps
+            )
+        router.load(
+            tensors.__getitem__, bias is not None, self.model.embed_input_ids,
+            self.model.model.layers[0].input_layernorm, self.architecture.norm_offset,
+        )  # fmt: skip
+        ids, weights = router.passport_ids.t().cpu(), router.passport_weights.t().cpu()
+        pinned = router.passport_ids.is_cuda
+        hosted.passports = tuple(
+            t.contiguous().pin_memory() if pinned else t.contiguous() for t in (ids, weights)
+        )
+
+    def write(self, hosted: Hosted, place: Place, step: PageStep) -> None:
+        """Puts an adapter on its pages and its passports into their columns."""
+        device = step.slots.device
+        pages = torch.tensor(place.pages).to(device, non_blocking=True)
+        for bank, packed in zip(self.banks, hosted.packed):
+            bank.write(pages, packed)
+        if hosted.passports is not None:
+            for column, ids, weights in zip(place.columns, *hosted.passports):
+                step.table_ids[column].copy_(ids, non_blocking=True)
+                step.table_weights[column].copy_(weights, non_blocking=True)

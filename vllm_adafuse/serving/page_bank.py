@@ -1,0 +1,134 @@
+"""The pages of one projection, and what of an adapter goes into them on this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from vllm.model_executor.layers.linear import LinearBase
+from vllm_adafuse.kernels.page_sgmm import page_sgmm
+from vllm_adafuse.serving.bank import ExpertBank, own_rows
+from vllm_adafuse.serving.page_step import PageStep
+from vllm_adafuse.serving.pool import PAGE_RANKS
+
+
+class PageBank(ExpertBank):
+    """A [P, pages, 16, in] and B [sum of widths, pages, 16]: an `ExpertBank` whose experts are
+    pages, which adapters take and leave while the model serves.
+
+    Args:
+        layer: vLLM's linear layer.
+        parts: full names of its Hugging Face linears in the order of their outputs.
+        pages: of the pool.
+        step: the step's static buffers.
+        index: of the projection, its row in the step's counters.
+    """
+
+    def __init__(
+        self, layer: LinearBase, parts: Sequence[str], pages: int, step: PageStep, index: int
+    ):
+        super().__init__(layer, parts, pages, PAGE_RANKS, step, index)
+        self.sizes = [
+            (layer.input_size, sum(shard.full for shard in shards)) for shards in self.part_shards
+        ]
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """y + delta, in place, in steps that have adapters. x: [..., in], y: [..., out]."""
+        step = self.route
+        page_sgmm(
+            y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), step.active, self.bank_a,
+            self.bank_b, step.gates, step.present, step.scratch, self.parts, self.widths,
+        )  # fmt: skip
+        return y
+
+    def write(self, pages: torch.Tensor, packed: Packed | None) -> None:
+        """Puts an adapter's experts on their pages [n] int64; zeros where it has none here."""
+        if packed is None:
+            self.bank_a.index_fill_(1, pages, 0)
+            self.bank_b.index_fill_(1, pages, 0)
+            return
+        device = pages.device
+        self.bank_a.index_copy_(1, pages, packed.a.to(device, non_blocking=True))
+        self.bank_b.index_copy_(1, pages, packed.b.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class Packed:
+    """An adapter's share of one bank, on the host: A [P, n, 16, in], B [rows, n, 16]."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+    @classmethod
+    def zeros(cls, bank: PageBank, pages: int) -> Packed:
+        parts, _, ranks, size_in = bank.bank_a.shape
+        dtype, pinned = bank.bank_a.dtype, bank.bank_a.is_cuda
+        a = torch.zeros(parts, pages, ranks, size_in, dtype=dtype, pin_memory=pinned)
+        b = torch.zeros(bank.bank_b.shape[0], pages, ranks, dtype=dtype, pin_memory=pinned)
+        return cls(a, b)
+
+
+@dataclass
+class Packer:
+    """Collects an adapter's tensors as the banks of this rank hold them.
+
+    Args:
+        banks: of this rank.
+        first_pages: of each expert the first of its pages, counted within the adapter.
+        pages: that the adapter takes.
+
+    Attributes:
+        packed: for each bank the adapter's share, None where it has none.
+    """
+
+    banks: Sequence[PageBank]
+    first_pages: Sequence[int]
+    pages: int
+    packed: list[Packed | None] = field(init=False)
+
+    def __post_init__(self):
+        self.packed = [None] * len(self.banks)
+        self._places = {
+            name: (index, part) for index, bank in enumerate(self.banks)
+            for part, name in enumerate(bank.names)
+        }  # fmt: skip
+
+    def add(self, name: str, expert: int, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Takes one expert of one linear: A [r, in] and B [out, r] of the whole linear; one of
+        another pipeline stage's is left out."""
+        if name not in self._places:
+            return
+        index, part = self._places[name]
+        bank = self.banks[index]
+        if self.packed[index] is None:
+            self.packed[index] = Packed.zeros(bank, self.pages)
+        packed, rank, first = self.packed[index], len(a), self.first_pages[expert] * PAGE_RANKS
+        packed.a[part].flatten(0, 1)[first : first + rank].copy_(a[:, bank.input_slice])
+        row = sum(shard.width for group in bank.part_shards[:part] for shard in group)
+        own = own_rows(b, bank.part_shards[part])
+        packed.b.flatten(1)[row : row + len(own), first : first + rank].copy_(own)
+
+
+def sizes_of(banks: Sequence[PageBank]) -> Mapping[str, tuple[int, int]]:
+    """The whole linears that banks adapt: full name -> (in, out)."""
+    return {name: size for bank in banks for name, size in zip(bank.names, bank.sizes)}
+
+
+def linears_of(
+    model: torch.nn.Module, packed: Mapping[str, Sequence[str]], prefixes: Sequence[str] | None
+) -> Iterator[tuple[LinearBase, list[str]]]:
+    """The linears of a model, each with the full names of those that it consists of.
+
+    Args:
+        model: as vLLM built it.
+        packed: leaf name of a projection -> leaf names of its linears.
+        prefixes: only below one of these modules; None: everywhere.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, LinearBase) or module.quant_method is None:
+            continue
+        if prefixes is not None and not name.startswith(tuple(f"{p}." for p in prefixes)):
+            continue
+        block, _, leaf = name.rpartition(".")
+        yield module, [f"{block}.{part}" if block else part for part in packed.get(leaf, [leaf])]

@@ -1,0 +1,124 @@
+"""The buffers of a step whose requests name their adapters: written before it, read by all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from vllm_adafuse.kernels.page_routes import COLUMNS, EXPERT, OWNER, TOP_K, page_routes
+from vllm_adafuse.serving.pool import Place, Size
+from vllm_adafuse.serving.router import Step
+
+# Slots of tokens whose request has no adapter, and of those whose adapter is lost.
+NO_ADAPTER, LOST = -1, -2
+
+
+class PageStep(Step):
+    """A `Step` whose experts are the pages of a pool.
+
+    Args:
+        rows: N, of the largest step.
+        size: of the pool.
+        vocab_size: V, the rows of the passports.
+
+    Attributes:
+        active: [1] bool on the CPU, the step has adapters. Ops read it when they run: a compiled
+            model serves both kinds of steps, a captured graph the kind of its capture.
+        slots: [N] int32, of each token the slot of its adapter, NO_ADAPTER or LOST.
+        directory: [3 + C, pages] int32, see `page_routes`.
+        table_ids, table_weights: [C, V] int32 and float32, the passports.
+    """
+
+    def __init__(self, rows: int, size: Size, vocab_size: int):
+        super().__init__(rows, size.pages)
+        # Not a buffer: those follow the model to its device.
+        self.active = torch.zeros(1, dtype=torch.bool, device="cpu")
+        directory = torch.full((COLUMNS + size.columns, size.pages), -1, dtype=torch.int32)
+        tables = size.columns, vocab_size
+        for name, tensor in (
+            ("slots", torch.full((rows,), NO_ADAPTER, dtype=torch.int32)),
+            ("directory", directory),
+            ("table_ids", torch.zeros(tables, dtype=torch.int32)),
+            ("table_weights", torch.zeros(tables, dtype=torch.float32)),
+        ):
+            self.register_buffer(name, tensor, persistent=False)
+        self._listed = np.full(directory.shape, -1, dtype=np.int32)
+        self._named = 0
+
+    def name(self, slots: np.ndarray, counts: np.ndarray) -> None:
+        """Says whose the step's tokens are.
+
+        Args:
+            slots: [R] int32, of each request in the order of the batch.
+            counts: [R], the tokens of each.
+        """
+        named = np.repeat(slots, counts).astype(np.int32, copy=False)
+        # Rows past the step's are those of a captured graph's padding: nobody's.
+        tokens = max(len(named), self._named)
+        padded = np.full(tokens, NO_ADAPTER, dtype=np.int32)
+        padded[: len(named)] = named
+        _copy(self.slots[:tokens], padded)
+        self._named = len(named)
+
+    def list(self, place: Place, experts: Sequence[int]) -> None:
+        """Enters an adapter into the directory; experts: whose each of its pages is."""
+        listed, pages = self._listed, list(place.pages)
+        listed[OWNER, pages], listed[EXPERT, pages] = place.slot, experts
+        listed[TOP_K, place.slot] = len(place.columns)
+        listed[COLUMNS : COLUMNS + len(place.columns), place.slot] = place.columns
+        _copy(self.directory, listed)
+
+    def strike(self, place: Place) -> None:
+        """Takes an adapter out of the directory."""
+        self._listed[OWNER, list(place.pages)] = -1
+        _copy(self.directory, self._listed)
+
+    def route(self, token_ids: torch.Tensor) -> None:
+        """Writes the gates of a step of T tokens, from their ids [T]."""
+        page_routes(
+            token_ids, self.slots, self.directory, self.table_ids, self.table_weights,
+            self.gates, self.present, self.counters,
+        )  # fmt: skip
+
+
+def _copy(target: torch.Tensor, source: np.ndarray) -> None:
+    """To the device without waiting for it; the source may change at once."""
+    host = torch.from_numpy(source.copy())
+    target.copy_(host.pin_memory() if target.is_cuda else host, non_blocking=True)
+
+
+def watch(model: torch.nn.Module, step: PageStep) -> None:
+    """Has a model's steps routed before its forward, and those of lost adapters silenced behind it.
+
+    Both run outside what is compiled, and within what a CUDA graph captures whole.
+    """
+    model.adafuse_step = step
+    model.register_forward_pre_hook(_route, with_kwargs=True)
+    model.register_forward_hook(_silence)
+
+
+def _route(model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    step = model.adafuse_step
+    if not step.active.item():
+        return
+    token_ids = kwargs.get("input_ids", args[0] if args else None)
+    if token_ids is None:  # plain LoRAs need none
+        like = kwargs.get("inputs_embeds")
+        positions = kwargs.get("positions", args[1] if len(args) > 1 else None)
+        rows = like.shape[0] if like is not None else positions.shape[-1]
+        token_ids = torch.zeros(rows, dtype=torch.int32, device=step.slots.device)
+    step.route(token_ids)
+
+
+def _silence(model: torch.nn.Module, args: tuple, output: Any) -> None:
+    """Zeroes the hidden states of tokens whose adapter is lost: their logits say nothing, and no
+    request gets the base model's words under an adapter's name."""
+    step = model.adafuse_step
+    if not step.active.item():
+        return
+    for hidden in output if isinstance(output, (tuple, list)) else [output]:
+        if isinstance(hidden, torch.Tensor):
+            lost = step.slots[: hidden.shape[0]] == LOST
+            hidden.masked_fill_(lost[:, None], 0)

@@ -1,0 +1,89 @@
+"""Gives the linears of a loaded model pages for adapters that requests choose."""
+
+from __future__ import annotations
+
+import torch
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.serving import vllm_api
+from vllm_adafuse.serving.adapters import VLLM_LORA
+from vllm_adafuse.serving.bank import place_banks
+from vllm_adafuse.serving.linear import AdaFuseLinearMethod
+from vllm_adafuse.serving.page_bank import PageBank, linears_of
+from vllm_adafuse.serving.page_step import PageStep
+from vllm_adafuse.serving.pool import Size
+
+# vLLM shows only what is logged below its own name.
+logger = init_logger("vllm.adafuse")
+# Slices of a projection's output that the kernels tell apart.
+MAX_SLICES = 3
+
+
+def wrap_model(
+    model: torch.nn.Module, vllm_config: VllmConfig, size: Size, device: torch.device
+) -> tuple[PageStep, list[PageBank]]:
+    """Wraps every linear that can take adapters.
+
+    Args:
+        model: loaded.
+        vllm_config: of the engine.
+        size: of the pool.
+        device: of the model.
+
+    Raises:
+        AdapterError: there is none.
+    """
+    config = vllm_config.model_config
+    with torch.device(device):
+        step = PageStep(max_tokens(vllm_config), size, config.get_vocab_size())
+        banks, layers, left = [], [], []
+        targets = getattr(vllm_config.lora_config, "target_modules", None)
+        packed = vllm_api.packed_modules(model)
+        for layer, parts in linears_of(model, packed, vllm_api.language_prefixes(model)):
+            names = {layer.prefix.rpartition(".")[2], layer.prefix, *parts}
+            names |= {part.rpartition(".")[2] for part in parts}
+            if targets is not None and names.isdisjoint(targets):
+                continue
+            try:
+                bank = PageBank(layer, parts, size.pages, step, len(banks))
+            except (TypeError, ValueError) as e:
+                left.append(f"{layer.prefix} ({e})")
+                continue
+            if len(bank.widths) > MAX_SLICES or layer.params_dtype != config.dtype:
+                left.append(layer.prefix)
+                continue
+            layers.append(layer)
+            banks.append(bank)
+        if not banks:
+            raise AdapterError(
+                "--enable-lora",
+                [
+                    f"{type(model).__name__} has no linear that takes adapters; leave the option "
+                    f"out, or let vLLM's own LoRA try it ({VLLM_LORA})"
+                ],
+            )
+        place_banks(banks, config.dtype)
+        for layer, bank in zip(layers, banks):
+            wrap(layer, bank)
+        step.reserve(len(banks), [bank.scratch_sizes() for bank in banks], 0)
+    if left:
+        logger.warning(
+            "AdaFuse: adapters of these linears are refused, none can be added there: %s", left
+        )
+    vllm_api.mark_compiled(vllm_config, f"pages {size.pages} {size.columns}")
+    return step, banks
+
+
+def wrap(layer: torch.nn.Module, bank: PageBank) -> None:
+    """Has a linear add its pages' deltas."""
+    layer.adafuse_bank = bank
+    layer.quant_method = AdaFuseLinearMethod(layer.quant_method)
+    # Newer vLLM may hand an fp8 projection an input that is quantised already.
+    layer.requires_unquantized_input = True
+
+
+def max_tokens(vllm_config: VllmConfig) -> int:
+    """Rows that one step can have, captured graphs' padding included."""
+    sizes = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
+    return max(vllm_config.scheduler_config.max_num_batched_tokens, *sizes)

@@ -1,0 +1,152 @@
+"""What the adapters' manager asks of vLLM, and where its versions differ.
+
+Read against vLLM 0.26.0 and 0.32.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
+
+
+def lora_option(vllm_config: VllmConfig) -> str:
+    """Who serves LoRA requests: "adafuse", or "vllm" by `--additional-config`.
+
+    Raises:
+        ValueError: it says something else.
+    """
+    section = _section(vllm_config)
+    value = section.get("lora", "adafuse")
+    if value not in ("adafuse", "vllm"):
+        raise ValueError(
+            f"vllm-adafuse: --additional-config has adafuse.lora {value!r}, expected \"adafuse\" "
+            'or "vllm" (vLLM\'s own LoRA, as without this plugin)'
+        )
+    return value
+
+
+def _section(vllm_config: VllmConfig) -> Mapping[str, Any]:
+    extra = vllm_config.additional_config
+    section = extra.get("adafuse", {}) if isinstance(extra, dict) else {}
+    if not isinstance(section, dict):
+        raise ValueError(
+            f"vllm-adafuse: --additional-config has adafuse {section!r}, expected an object"
+        )
+    return section
+
+
+def check_supports_lora(model: torch.nn.Module) -> None:
+    """Raises ValueError for a class that vLLM does not let adapters onto, in vLLM's words."""
+    from vllm.model_executor.models import supports_lora
+
+    if not supports_lora(model):
+        raise ValueError(f"{type(model).__name__} does not support LoRA yet.")
+
+
+def mark_compiled(vllm_config: VllmConfig, what: str) -> None:
+    """Makes vLLM's cache of compiled models tell this graph from others of the same config.
+
+    vLLM hashes `additional_config` when it first compiles, which is after this.
+    """
+    extra = vllm_config.additional_config
+    if isinstance(extra, dict):
+        extra["adafuse"] = {**_section(vllm_config), "graph": what}
+
+
+def packed_modules(model: torch.nn.Module) -> Mapping[str, Sequence[str]]:
+    """Leaf name of a projection -> leaf names of the linears that vLLM packs into it."""
+    from vllm.model_executor.utils import get_packed_modules_mapping
+
+    return get_packed_modules_mapping(model)
+
+
+def language_prefixes(model: torch.nn.Module) -> list[str] | None:
+    """Where the language model of a multimodal one lies; None: it is all there is."""
+    from vllm.model_executor.models import supports_multimodal
+
+    if supports_multimodal(model) and hasattr(model, "get_mm_mapping"):
+        return list(model.get_mm_mapping().language_model)
+    return None
+
+
+def renamed(model: torch.nn.Module) -> Callable[[str], str]:
+    """From the name of a module in a checkpoint to its name in vLLM's model, packing aside."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        return lambda name: name
+    if hasattr(mapper, "get_rename_mapper"):  # not in 0.26
+        mapper = mapper.get_rename_mapper()
+    return lambda name: mapper._map_name(name) or name
+
+
+def local_path(path: str) -> str:
+    """Where an adapter lies: a directory as vLLM resolves it, hub names too."""
+    from vllm.lora.utils import get_adapter_absolute_path
+
+    return get_adapter_absolute_path(path)
+
+
+def everywhere(ok: bool) -> bool:
+    """Whether it is so on all ranks of tensor parallelism; to be asked on all of them."""
+    if get_tensor_model_parallel_world_size() == 1:
+        return ok
+    agreed = torch.tensor([int(ok)])
+    torch.distributed.all_reduce(
+        agreed, torch.distributed.ReduceOp.MIN, group=get_tp_group().cpu_group
+    )
+    return bool(agreed.item())
+
+
+def name_steps_by_request(
+    runner: Any, name: Callable[[list, np.ndarray, np.ndarray], None]
+) -> None:
+    """Has a model runner tell of each step's adapters per request, not per token.
+
+    vLLM makes tuples over all tokens, 2 ms for 8192 of them, and a set of requests in which two of
+    one name are one.
+
+    Args:
+        runner: of either kind.
+        name: is called before each step with its LoRA requests, the id of each request of the batch
+            (0: none) [R] and its tokens [R].
+    """
+    if hasattr(runner, "lora_state"):  # the newer one
+
+        def make_lora_inputs(state, req_ids, idx_mapping, num_scheduled_tokens):
+            found = [state.lora_requests[i] for i in req_ids if i in state.lora_requests]
+            return state.lora_ids[idx_mapping], num_scheduled_tokens, found
+
+        def _set_active_loras(self, ids, counts, requests, mapping_type=None):
+            if isinstance(ids, tuple):  # of a dummy run: of samples and of tokens
+                ids, counts = np.asarray(counts, dtype=np.int32), np.ones(len(counts), np.int32)
+            name(list(requests), ids, counts)
+
+        runner.lora_state.make_lora_inputs = MethodType(make_lora_inputs, runner.lora_state)
+        runner._set_active_loras = MethodType(_set_active_loras, runner)
+        return
+
+    def set_active_loras(
+        self, input_batch, num_scheduled_tokens, num_sampled_tokens=None, mapping_type=None
+    ):
+        ids = input_batch.request_lora_mapping[: input_batch.num_reqs]
+        found = list(input_batch.lora_id_to_lora_request.values())
+        name(found, ids, num_scheduled_tokens)
+
+    runner.set_active_loras = MethodType(set_active_loras, runner)
+
+
+def capture_one_kind_of_lora(runner: Any) -> None:
+    """One graph with adapters a size, whatever `specialize_active_lora` says: our kernels ask the
+    device how many there are."""
+    dispatcher = getattr(runner, "cudagraph_dispatcher", None)
+    if hasattr(dispatcher, "specialize_lora_count"):
+        dispatcher.specialize_lora_count = False
+    cases = getattr(runner, "lora_capture_cases", None)
+    if cases:
+        runner.lora_capture_cases = sorted({min(cases), max(cases)})
