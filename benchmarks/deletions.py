@@ -29,16 +29,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from vllm_adafuse.kernels.dense_expand import dense_expand_triton
+from vllm_adafuse.kernels.dispatch import experts_at_once, layer_expands
 from vllm_adafuse.kernels.expand import expand_raw_triton, expand_weighted_triton
 from vllm_adafuse.kernels.launch import compile_only
-from vllm_adafuse.kernels.layer_expand import can_expand, layer_expand_triton
+from vllm_adafuse.kernels.layer_expand import layer_expand_triton
 from vllm_adafuse.kernels.order_routes import ORDER_TILE, Order, _order_torch, _order_triton
 from vllm_adafuse.kernels.ordered_expand import ordered_expand_triton
 from vllm_adafuse.kernels.pairs import is_gate_up
 from vllm_adafuse.kernels.registry import matmul_f32
 from vllm_adafuse.kernels.route_layer import LayerGate, route_layer_triton
 from vllm_adafuse.kernels.spread_routes import list_present, new_present
-from vllm_adafuse.kernels.wide_expand import experts_at_once, wide_expand_triton
+from vllm_adafuse.kernels.wide_expand import wide_expand_triton
 from vllm_adafuse.tuning import Product, time_us
 
 from benchmarks import record
@@ -189,7 +190,7 @@ def short_cases(
         for joint, _ in layers:
             matmul_f32(x, joint.t())
 
-    if not can_expand(tokens, layers[0][1]):
+    if not layer_expands(tokens, *layers[0][1].shape[1:]):
         return {"two": two, "product": product}
     return {"one": one, "two": two, "product": product}
 

@@ -31,8 +31,10 @@
     switch         a route, W, A, B       -> W + deltas of all linears (one stream; no torch op)
     paged_cache    where keys and values go in a KV cache, for the kernels that end `linear`
     scratch        memory that all launches share
-    tiles          how the streaming kernel cuts a product, by shape and device
-    blocks         how expands are cut and launched
+    dispatch       which kernel runs, and how it is cut: every limit, and `plan`
+    plans          what choices are made of, and for: a shape, a device, a plan
+    configs        how kernels are cut, and files of tuned cuts
+    blocks         tiles side by side in one program
     deltas         what expands have in common: s, weighted, and B
     pairs          what becomes of two columns that belong together
     launch         how kernels are launched, or only compiled

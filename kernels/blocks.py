@@ -1,73 +1,13 @@
-"""How expands are cut, and how they are launched."""
+"""Tiles side by side in one program: those of one slice of the output, several at a time."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from vllm_adafuse.kernels.pairs import ACTIVATIONS, tiled_widths
-from vllm_adafuse.kernels.whole import cdiv, power_of_2
-
-# Ranks, of one expert or of several, that one product takes.
-BLOCK_ER = 128
-# Ranks of all experts, up to which long steps take the vendor's product of them (dense_expand.py).
-MAX_DENSE_RANKS = 1024
-# Longer steps are all cut alike.
-MAX_SHORT_TOKENS = 256
-
-
-def block_er(ranks: int) -> int:
-    """Ranks that one product takes of so many, for kernels that do not mind experts' limits."""
-    return min(BLOCK_ER, max(16, power_of_2(ranks)))
-
-
-@dataclass(frozen=True)
-class ExpandBlocks:
-    """How an expand is cut.
-
-    Attributes:
-        tokens, columns: of a tile.
-        loop: tiles of a program, side by side; what it knows of its tokens serves them all.
-        warps: of a program.
-        stages: loads in flight in a loop.
-    """
-
-    tokens: int
-    columns: int
-    loop: int
-    warps: int
-    stages: int
-
-    @classmethod
-    @functools.cache
-    def choose(cls, tokens: int, activation: bool, itemsize: int) -> ExpandBlocks:
-        """Found on an H200 at the shapes of Llama-2-7B; docs/kernel-notes.md has the figures."""
-        if tokens <= MAX_SHORT_TOKENS or itemsize > 2:
-            block_t = min(64 if itemsize == 2 else 32, max(16, power_of_2(tokens)))
-            return cls(block_t, 64, 1, 4, 1)
-        if activation:
-            return cls(64, 64, 8, 4, 1)
-        return cls(64, 64, 8, 4, 3)
-
-
-@functools.cache
-def expert_blocks(experts: int, rank: int, skip: bool) -> dict[str, int | bool]:
-    """How E experts of one rank are cut into products over ranks.
-
-    skip: one expert at a time, so that absent ones can be left out.
-    """
-    block_r = min(BLOCK_ER, power_of_2(rank))
-    block_e = 1 if skip else min(power_of_2(experts), BLOCK_ER // block_r)
-    block_r = max(block_r, 16 // block_e)
-    even = rank % block_r == 0 and experts % block_e == 0 and (block_e == 1 or rank == block_r)
-    return {
-        "RANK": rank, "SKIP": skip, "EVEN_K": even, "BLOCK_E": block_e, "BLOCK_R": block_r,
-        "ONE": not skip and experts <= block_e and rank <= block_r,
-    }  # fmt: skip
+from vllm_adafuse.kernels.whole import cdiv
 
 
 @triton.jit
@@ -104,44 +44,3 @@ def grouped_tiles(
         "ACT": ACTIVATIONS.index(activation), "APART": half or widths[0],
         "COLS": columns, "LOOP": loop,
     }  # fmt: skip
-
-
-def in_whole_tiles(parts: Sequence[int], widths: Sequence[int], head_dim: int) -> bool:
-    """Whether every part has experts, and columns come in tiles of 64, or of heads of this size
-    where it is not 0."""
-    if list(parts) != list(range(len(widths))) or head_dim not in (0, 32, 64, 128):
-        return False
-    return not any(width % (head_dim or 64) for width in widths)
-
-
-def in_wide_ranks(experts: int, rank: int) -> bool:
-    """Whether `wide_expand` takes experts of this rank, after `dense_expand` if they are many."""
-    return 16 <= rank <= BLOCK_ER and not rank & (rank - 1) and experts * rank <= MAX_DENSE_RANKS
-
-
-def on_hopper(tensor: torch.Tensor) -> bool:
-    """Whether it lies on an NVIDIA GPU of Hopper's kind or later: those have the tensor memory
-    accelerator, and a launch may begin while the one before it ends."""
-    return tensor.is_cuda and _is_hopper(tensor.device)
-
-
-def waits_in_loops(tensor: torch.Tensor) -> bool:
-    """Whether a loop on tensor cores may wait for others, and stay pipelined: for Hopper's Triton
-    3.6 compiles it, for later GPUs newer ones alone do."""
-    return on_hopper(tensor) and _capability(tensor.device) == 9
-
-
-@functools.cache
-def _capability(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0]
-
-
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return not torch.version.hip and _capability(device) >= 9
-
-
-@functools.cache
-def overlap(hopper: bool) -> dict[str, bool]:
-    """What tells a kernel to wait itself for the one before it (`gdc_wait`) where it can."""
-    return {"PDL": True, "launch_pdl": True} if hopper else {"PDL": False}

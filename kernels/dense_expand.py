@@ -15,10 +15,10 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.blocks import on_hopper, overlap
 from vllm_adafuse.kernels.deltas import weigh
 from vllm_adafuse.kernels.expand import expand_torch
-from vllm_adafuse.kernels.launch import Bound, bind
+from vllm_adafuse.kernels.launch import Bound, bind, overlap
+from vllm_adafuse.kernels.plans import on_hopper
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 # Numbers of s that a program weighs; not tuned.

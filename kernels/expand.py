@@ -16,15 +16,10 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.blocks import (
-    MAX_SHORT_TOKENS,
-    ExpandBlocks,
-    expert_blocks,
-    on_hopper,
-    overlap,
-)
+from vllm_adafuse.kernels.configs import ExpandBlocks, expert_blocks
 from vllm_adafuse.kernels.deltas import add_deltas, load_both, load_gates, load_ranks, weigh
-from vllm_adafuse.kernels.launch import Bound, bind
+from vllm_adafuse.kernels.dispatch import MAX_SHORT_TOKENS, MIN_DENSE_TOKENS, choose_expand
+from vllm_adafuse.kernels.launch import Bound, bind, overlap
 from vllm_adafuse.kernels.paged_cache import NO_PAGES, Pages, rows_in_pages, starts_of_head
 from vllm_adafuse.kernels.pairs import (
     ACTIVATIONS,
@@ -35,10 +30,8 @@ from vllm_adafuse.kernels.pairs import (
     rotate,
     tiled_widths,
 )
+from vllm_adafuse.kernels.plans import on_hopper
 from vllm_adafuse.kernels.whole import cdiv
-
-# With fewer tokens most experts are absent, and each is asked whether it is there.
-_SKIP_TOKENS = 8
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -227,7 +220,7 @@ def _plan(
     """Groups of tiles, tokens of a tile, and the kernel; every: parts without experts have tiles
     too."""
     if blocks is None:
-        blocks = ExpandBlocks.choose(tokens, act != 0, itemsize)
+        blocks = choose_expand(tokens, act != 0, itemsize)
     columns = min(blocks.columns, half) if act == ROTARY else blocks.columns
     # A tile has both members of its pairs.
     if act:
@@ -246,14 +239,8 @@ def _plan(
         EVEN=all(w % span == 0 for w in tiled), EVERY_PART=every_part,
         BLOCK_T=blocks.tokens, BLOCK_OUT=columns,
         LOOP=blocks.loop, STAGES=blocks.stages, num_warps=blocks.warps,
-        **expert_blocks(experts, rank, tokens < _SKIP_TOKENS), **overlap(hopper),
+        **expert_blocks(experts, rank, tokens < MIN_DENSE_TOKENS), **overlap(hopper),
     )  # fmt: skip
-
-
-def adds_slices(tokens: int, experts: int, rank: int) -> bool:
-    """Whether `expand_raw_triton` takes sums of slices of `in`: in short steps where one product
-    has all experts."""
-    return _SKIP_TOKENS <= tokens <= MAX_SHORT_TOKENS and expert_blocks(experts, rank, False)["ONE"]
 
 
 def expand_triton(
@@ -296,15 +283,15 @@ def expand_raw_triton(
 
     Args:
         y: [T, out], W x; overwritten where no activation follows and no bias is added, and with
-            `in_place`. Or sums of slices of `in` [split, T, out], where `adds_slices` holds and no
-            activation follows.
+            `in_place`. Or sums of slices of `in` [split, T, out], where one product has all experts
+            and no activation follows.
         s: [T, P E R], A x of all experts, not yet weighted; or [split, T, P E R], as y.
         bias: [out], or None.
         bank_b, present, parts, widths: as in `expand_triton`.
         gates: [N, E] float32, N >= T.
         activation: "", or "silu" or "gelu_tanh" of gate and up: two parts of I columns; or
             "rotary" of q, k, v.
-        blocks: how to cut, default `ExpandBlocks.choose`.
+        blocks: how to cut, default `dispatch.choose_expand`.
         cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
         pages: where k and v go with "rotary", whose columns of the result stay undefined then.
         in_place: what follows gate_up stays in gate's columns of y, see `result_of`.
@@ -347,7 +334,7 @@ def expand_weighted_triton(
     """
     act = ACTIVATIONS.index(activation)
     result = s.new_empty(y.shape[0], result_width(widths, activation))
-    blocks = ExpandBlocks.choose(y.shape[0], act != 0, s.element_size())
+    blocks = choose_expand(y.shape[0], act != 0, s.element_size())
     _launch(
         y, bias, result, s, s.stride(0), bank_b, None, present, parts, widths, act, blocks
     )

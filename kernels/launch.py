@@ -72,6 +72,12 @@ def bind(kernel: Any, **constants: Any) -> Bound:
     return found
 
 
+@functools.cache
+def overlap(hopper: bool) -> dict[str, bool]:
+    """What tells a kernel to wait itself for the one before it (`gdc_wait`) where it can."""
+    return {"PDL": True, "launch_pdl": True} if hopper else {"PDL": False}
+
+
 class Bound:
     """See `bind`. Only Triton's launch, the first of its kind, checks that tensors are on a GPU."""
 

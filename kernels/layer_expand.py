@@ -10,19 +10,17 @@ launch that would decide for all. It takes banks whose ranks of all experts fit 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.blocks import ExpandBlocks, expert_blocks, on_hopper, overlap
+from vllm_adafuse.kernels.configs import expert_blocks
 from vllm_adafuse.kernels.deltas import load_ranks
-from vllm_adafuse.kernels.launch import launch
+from vllm_adafuse.kernels.dispatch import choose_layer_expand
+from vllm_adafuse.kernels.launch import launch, overlap
 from vllm_adafuse.kernels.pairs import ACTIVATIONS, activate, result_width, tiled_widths
+from vllm_adafuse.kernels.plans import on_hopper
 from vllm_adafuse.kernels.route_layer import SPLIT_FACTOR, LayerGate, router_gates
-
-# Beyond it B is read again by too many tiles of tokens. (Not measured yet.)
-MAX_EXPAND_TOKENS = 64
 
 
 @triton.jit
@@ -145,19 +143,6 @@ def _layer_expand_kernel(
     tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def choose(tokens: int, activation: bool, itemsize: int) -> ExpandBlocks:
-    """As an expand is cut, in smaller tiles: gates and s are made in registers."""
-    cut = ExpandBlocks.choose(tokens, activation, itemsize)
-    return replace(cut, tokens=16, columns=32 if activation else cut.columns)
-
-
-def can_expand(tokens: int, bank_b: torch.Tensor) -> bool:
-    """Whether this is the kernel to take: its numbers of tokens, and a bank [out, E', R] whose
-    ranks of all experts fit one product."""
-    _, every, rank = bank_b.shape
-    return tokens <= MAX_EXPAND_TOKENS and bool(expert_blocks(every, rank, False)["ONE"])
-
-
 def layer_expand_triton(
     both: torch.Tensor,
     columns: int,
@@ -189,7 +174,7 @@ def layer_expand_triton(
     _, routers, experts = gates.shape
     act = ACTIVATIONS.index(activation)
     result = both.new_empty(tokens, result_width(widths, activation), dtype=bank_b.dtype)
-    cut = choose(tokens, act != 0, bank_b.element_size())
+    cut = choose_layer_expand(tokens, act != 0, bank_b.element_size())
     blocks = expert_blocks(every, rank, False)
     tiled = tiled_widths(widths, activation)
     grid = sum(triton.cdiv(w, cut.columns) for w in tiled), triton.cdiv(tokens, cut.tokens)

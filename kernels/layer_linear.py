@@ -15,14 +15,12 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from vllm_adafuse.kernels.dispatch import MAX_JOINT_TOKENS, layer_expands
 from vllm_adafuse.kernels.expand import expand_torch, expand_weighted_triton
-from vllm_adafuse.kernels.layer_expand import can_expand, layer_expand_triton
+from vllm_adafuse.kernels.layer_expand import layer_expand_triton
 from vllm_adafuse.kernels.pairs import activate_torch, result_width
 from vllm_adafuse.kernels.registry import matmul_f32, register_op
 from vllm_adafuse.kernels.route_layer import GATE_SCHEMA, LayerGate, route
-
-# Beyond it a product in float32 would write and read too much.
-MAX_JOINT_TOKENS = 256
 
 
 def _run(
@@ -33,7 +31,7 @@ def _run(
     count, rank = max(parts, default=-1) + 1, bank_b.shape[2]
     if x.is_cuda and x.shape[0] <= MAX_JOINT_TOKENS:
         both = matmul_f32(x, joint.t())
-        if can_expand(x.shape[0], bank_b):
+        if layer_expands(x.shape[0], *bank_b.shape[1:]):
             return layer_expand_triton(
                 both, columns, logits, bias, router_bias, scales, gates, present, bank_b, parts,
                 widths, activation, rule,

@@ -6,46 +6,37 @@
 W and A stand in one tensor, [W; A]. Few tokens take one launch that streams it (stream_linear.py),
 some dozens one that tiles it where the product is large (tile_linear.py). Otherwise one product of
 the vendor's gives W x and A x together, and one pass adds the expand (expand.py, wide_expand.py)
-and goes on to the activation. The choice falls by the shape and the number of tokens alone
-(tiles.py).
+and goes on to the activation. Which, says `dispatch.plan`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from vllm_adafuse.kernels import stream_linear, tile_linear
-from vllm_adafuse.kernels.expand import expand_torch
+from vllm_adafuse.kernels.dense_expand import dense_expand_triton
+from vllm_adafuse.kernels.dispatch import plan
+from vllm_adafuse.kernels.expand import expand_raw_triton, expand_torch
 from vllm_adafuse.kernels.order_routes import Order
+from vllm_adafuse.kernels.ordered_expand import ordered_expand_triton
 from vllm_adafuse.kernels.paged_cache import claim_pages, paged_cache_torch
 from vllm_adafuse.kernels.pairs import (
     activate_torch,
     is_gate_up,
     result_width,
     rotate_torch,
-    tiled_widths,
 )
+from vllm_adafuse.kernels.plans import ORDERED_EXPAND, TMA_EXPAND, Device, Plan, Shape
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import shrink_torch
 from vllm_adafuse.kernels.stream_linear import stream_linear_triton
-from vllm_adafuse.kernels.tile_linear import can_tile, tile_linear_triton
-from vllm_adafuse.kernels.tiles import (
-    FEW_TOKENS,
-    MAX_STREAM_TOKENS,
-    MAX_TILE_TOKENS,
-    Tiles,
-    find_tiles,
-)
-from vllm_adafuse.kernels.wide_expand import expand_long
-
-# Ranks of all experts; with more of them 17 to 32 tokens are streamed: tiles would take absent
-# experts along.
-MAX_TILED_RANKS = 512
-# Up to so many tokens the expand adds a bias at no cost; those of long steps have no place for it.
-MAX_BIAS_TOKENS = 256
+from vllm_adafuse.kernels.tile_linear import tile_linear_triton
+from vllm_adafuse.kernels.wide_expand import wide_expand_triton
 
 
 def scratch_sizes(bank_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
@@ -75,22 +66,16 @@ def bank_a_of(joint: torch.Tensor, bank_b: torch.Tensor, out: int) -> torch.Tens
     return joint[out:].view(-1, *bank_b.shape[1:], joint.shape[1])
 
 
-def cut_of(
-    x: torch.Tensor,
-    joint: torch.Tensor,
-    bank_b: torch.Tensor,
-    widths: Sequence[int],
-    follows: str,
-) -> Tiles | None:
-    """`find_tiles` for a step's product; with "norm" of one part."""
-    if x.shape[0] > MAX_TILE_TOKENS:  # long steps wait for the CPU: nothing else is asked
-        return None
-    rows = sum(tiled_widths(widths, follows))
-    some = FEW_TOKENS < x.shape[0] <= MAX_STREAM_TOKENS
-    if some and bank_b.stride(0) > MAX_TILED_RANKS:
-        return Tiles.choose(*x.shape, rows, follows, x.element_size())
-    tma = can_tile(x, joint, bank_b)
-    return find_tiles(*x.shape, rows, follows, x.element_size(), x.device, tma)
+@functools.cache
+def shape_of(
+    size_in: int, experts: int, rank: int, itemsize: int, parts: tuple[int, ...],
+    widths: tuple[int, ...], epilogue: str, head_dim: int, has_bias: bool,
+) -> Shape:  # fmt: skip
+    """The shape of a step's projection, the same one for the same numbers."""
+    return Shape(
+        size_in, widths, parts, experts, rank, itemsize, epilogue,
+        head_dim if epilogue == "rotary" else 0, has_bias,
+    )  # fmt: skip
 
 
 def stays_in_place(
@@ -124,30 +109,60 @@ def _run(
     if not x.is_cuda:
         y = linear_torch(x, joint, bias, bank_b, gates, parts, widths, activation, cos_sin, pages)
         return _new_result(x, joint, widths, activation, True).copy_(y) if in_place else y
-    cut = cut_of(x, joint, bank_b, widths, activation)
+    shape = shape_of(
+        x.shape[1], *bank_b.shape[1:], x.element_size(), tuple(parts), tuple(widths), activation,
+        0 if cos_sin is None else cos_sin.shape[1], bias is not None,
+    )  # fmt: skip
+    way = plan(shape, x.shape[0], Device.of(x.device))
     return linear_triton(
-        x, joint, bias, bank_b, gates, present, counters[index] if cut else None,
+        x, joint, bias, bank_b, gates, present, counters[index] if way.config else None,
         Scratch(low, partial, tickets, unread), Order(order_rows, order_present),
-        parts, widths, activation, cos_sin, cut, pages, in_place,
+        parts, widths, activation, cos_sin, way, pages, in_place,
     )  # fmt: skip
 
 
 def linear_triton(
     x, joint, bias, bank_b, gates, present, counter, scratch, order, parts, widths, activation,
-    cos_sin, cut, pages=None, in_place=False,
+    cos_sin, way, pages=None, in_place=False,
 ):  # fmt: skip
-    """`linear` on a GPU, cut as told; None: by the vendor's product. in_place: `stays_in_place`."""
-    if cut:
+    """`linear` on a GPU, by a `Plan`. in_place: `stays_in_place`."""
+    if way.config:
         out = _new_result(x, joint, widths, activation, in_place)
         return one_launch(
             x, joint, bias, bank_b, gates, present, counter, scratch, parts, widths, activation,
-            cut, out, cos_sin, pages,
+            way.config, out, cos_sin, pages,
         )  # fmt: skip
-    y, s, bias = joint_product(x, joint, bias, sum(widths))
+    y, s, bias = joint_product(x, joint, bias, sum(widths), way.one_gemm)
     return expand_long(
-        y, s, bias, bank_b, gates, present, parts, widths, activation,
-        order.of(x.shape[0]), cos_sin, pages=pages, in_place=in_place,
+        y, s, bias, bank_b, gates, present, parts, widths, activation, way, order,
+        cos_sin=cos_sin, pages=pages, in_place=in_place,
     )  # fmt: skip
+
+
+def expand_long(
+    y: torch.Tensor,
+    s: torch.Tensor,
+    bias: torch.Tensor | None,
+    bank_b: torch.Tensor,
+    gates: torch.Tensor,
+    present: torch.Tensor,
+    parts: Sequence[int],
+    widths: Sequence[int],
+    activation: str,
+    way: Plan,
+    order: Order | None = None,
+    **behind: Any,
+) -> torch.Tensor:
+    """From W x and A x to the projection, by a `Plan`. y and s may be overwritten."""
+    if way.expand == TMA_EXPAND:
+        if way.dense_from is not None:
+            dense_expand_triton(y, s, bank_b, gates, parts, widths, way.dense_from)
+        return wide_expand_triton(y, s, bank_b, gates, widths, activation, **behind)
+    if way.expand == ORDERED_EXPAND and order and order.of(y.shape[0]):
+        return ordered_expand_triton(y, s, bank_b, gates, order, widths, activation, **behind)
+    return expand_raw_triton(
+        y, s, bias, bank_b, gates, present, parts, widths, activation, **behind
+    )
 
 
 def one_launch(
@@ -179,16 +194,14 @@ def sliced_product(
 
 
 def joint_product(
-    x: torch.Tensor, joint: torch.Tensor, bias: torch.Tensor | None, out: int
+    x: torch.Tensor, joint: torch.Tensor, bias: torch.Tensor | None, out: int, one_gemm: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """W x and A x by the vendor's product, and the bias if it is still to be added.
+    """W x and A x by cuBLAS, and the bias if it is still to be added.
 
     One product of both: a few rows more cost nearly nothing at any number of tokens, a second
-    launch 6 to 30 us (H200, shapes of Llama-2-7B; docs/kernel-notes.md). Two where rows of the
-    result would not begin at multiples of 16 bytes, which the vendor's best kernels need.
+    launch 6 to 30 us (H200, shapes of Llama-2-7B; docs/kernel-notes.md).
     """
-    aligned = joint.shape[0] * x.element_size() % 16 == 0
-    if aligned and (bias is None or x.shape[0] <= MAX_BIAS_TOKENS):
+    if one_gemm:
         both = F.linear(x, joint)
         y, s = torch.split_with_sizes(both, (out, joint.shape[0] - out), 1)  # cheaper than slices
         return y, s, bias

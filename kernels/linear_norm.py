@@ -9,48 +9,34 @@ for o_proj and down_proj, whose outputs go that way in most decoders. W and A st
 the last of them. Longer steps take products of the vendor's; up to some thousands of tokens an
 expand adds the deltas before the norm, beyond that the norm does (residual_norm.py), or if they
 have many ranks the vendor's product (dense_expand.py). SGMM (AdaFuse, arXiv 2603.11873, section 3)
-for the deltas. The choice falls by shape and number of tokens alone.
+for the deltas. Which, says `dispatch.plan`.
 """
 
 from __future__ import annotations
 
 import torch
 from vllm_adafuse.kernels import linear
-from vllm_adafuse.kernels.blocks import BLOCK_ER, MAX_DENSE_RANKS, MAX_SHORT_TOKENS
+from vllm_adafuse.kernels.configs import MAX_SPLIT, Tiles
 from vllm_adafuse.kernels.dense_expand import dense_expand_triton
-from vllm_adafuse.kernels.expand import adds_slices, expand_raw_triton
+from vllm_adafuse.kernels.dispatch import MAX_TILE_TOKENS, plan
 from vllm_adafuse.kernels.linear import (
-    cut_of,
+    expand_long,
     joint_product,
     linear_torch,
     one_launch,
+    shape_of,
     sliced_product,
 )
+from vllm_adafuse.kernels.plans import ADD_NORM, NONE, Device
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.residual_norm import residual_norm_torch, residual_norm_triton
 from vllm_adafuse.kernels.scratch import Scratch
-from vllm_adafuse.kernels.tiles import MAX_SPLIT, MAX_TILE_TOKENS, Tiles
-from vllm_adafuse.kernels.wide_expand import expand_long
-
-# From so many tokens on the norm adds the deltas: before, its programs are too few.
-MIN_FUSED_TOKENS = 8192
 
 
 def scratch_sizes(bank_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
     """Bytes of s, floats of partial sums and tickets that a projection of `rows` rows may need."""
     low, floats, tickets = linear.scratch_sizes(bank_a, rows)
     return low, floats + MAX_SPLIT * MAX_TILE_TOKENS * rows, tickets
-
-
-def slices_of_product(tokens: int, size_in: int, rows: int, itemsize: int) -> int:
-    """Slices of `in` for the vendor's product of x [tokens, size_in] and so many rows.
-
-    Two, where whole tiles of it leave half of the processors idle, or `in` is long: found on an
-    H200, see docs/kernel-notes.md.
-    """
-    few = tokens <= MAX_SHORT_TOKENS and itemsize == 2
-    small = 2048 <= size_in and rows <= 66 * 64 or size_in > 8192
-    return 2 if few and small and size_in % 32 == 0 and rows % 8 == 0 else 1
 
 
 def slices_triton(
@@ -91,34 +77,34 @@ def _run(
 ):  # fmt: skip
     if not x.is_cuda:
         return linear_norm_torch(x, joint, residual, weight, eps, bank_b, gates)
-    cut = cut_of(x, joint, bank_b, [bank_b.shape[0]], "norm")
+    shape = shape_of(
+        x.shape[1], *bank_b.shape[1:], x.element_size(), (0,), (bank_b.shape[0],), "norm", 0, False
+    )
+    way = plan(shape, x.shape[0], Device.of(x.device))
     return linear_norm_triton(
         x, joint, residual, weight, eps, bank_b, gates, present,
-        counters[index] if cut else None, Scratch(low, partial, tickets, unread), cut,
+        counters[index] if way.config else None, Scratch(low, partial, tickets, unread), way,
     )  # fmt: skip
 
 
 def linear_norm_triton(
-    x, joint, residual, weight, eps, bank_b, gates, present, counter, scratch, cut
+    x, joint, residual, weight, eps, bank_b, gates, present, counter, scratch, way
 ):
-    """`linear_norm` on a GPU, cut as told; None: by the vendor's product."""
+    """`linear_norm` on a GPU, by a `Plan`."""
     out, behind = bank_b.shape[0], (residual, weight, eps, bank_b, gates)
-    if cut:
-        y = slices_triton(x, joint, bank_b, gates, present, counter, scratch, cut)
+    if way.config:
+        y = slices_triton(x, joint, bank_b, gates, present, counter, scratch, way.config)
         return residual_norm_triton(y, None, *behind)
-    if adds_slices(x.shape[0], *bank_b.shape[1:]):
-        split = slices_of_product(*x.shape, joint.shape[0], x.element_size())
-        if split > 1:
-            y, s = sliced_product(x, joint, out, split)
-            y = expand_raw_triton(y, s, None, bank_b, gates, present, [0], [out])
-            return residual_norm_triton(y, None, *behind, z=y)
-    y, s, _ = joint_product(x, joint, None, out)
-    if x.shape[0] >= MIN_FUSED_TOKENS:
-        if BLOCK_ER < s.shape[1] <= MAX_DENSE_RANKS:
-            dense_expand_triton(y, s, bank_b, gates, [0], [out])
-            s = None
+    if way.split_k > 1:
+        y, s = sliced_product(x, joint, out, way.split_k)
+    else:
+        y, s, _ = joint_product(x, joint, None, out, way.one_gemm)
+    if way.expand == ADD_NORM:
         return residual_norm_triton(y, s, *behind)
-    y = expand_long(y, s, None, bank_b, gates, present, [0], [out])
+    if way.expand == NONE:
+        dense_expand_triton(y, s, bank_b, gates, [0], [out], way.dense_from)
+        return residual_norm_triton(y, None, *behind)
+    y = expand_long(y, s, None, bank_b, gates, present, [0], [out], "", way)
     return residual_norm_triton(y, None, *behind, z=y)
 
 

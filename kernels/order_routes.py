@@ -14,16 +14,14 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.blocks import BLOCK_ER, in_wide_ranks, on_hopper
+from vllm_adafuse.kernels.dispatch import MIN_ORDER_TOKENS, keeps_order
 from vllm_adafuse.kernels.launch import launch
+from vllm_adafuse.kernels.plans import Device
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
-# Tokens of a tile, and of the shortest step that is put into order.
+# Tokens of a tile.
 ORDER_TILE = 64
-MIN_ORDER_TOKENS = 8192
-# A set of experts is a word.
-MAX_ORDER_EXPERTS = 64
 
 
 class Order(NamedTuple):
@@ -38,10 +36,8 @@ class Order(NamedTuple):
     @classmethod
     def make(cls, tokens: int, experts: int, rank: int, device: torch.device) -> Order:
         """Buffers for steps of up to so many tokens; empty where no step is put into order, since
-        products take the ranks of all experts (expand_long), or since they are too many."""
-        few = experts * rank <= BLOCK_ER
-        few = few or in_wide_ranks(experts, rank) and on_hopper(torch.empty(0, device=device))
-        if few or experts > MAX_ORDER_EXPERTS or tokens < MIN_ORDER_TOKENS:
+        products take the ranks of all experts, or since they are too many."""
+        if not keeps_order(experts, rank, tokens, Device.of(torch.empty(0, device=device).device)):
             tokens = 0
         return cls(
             torch.zeros(tokens, dtype=torch.int32, device=device),

@@ -16,17 +16,12 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.blocks import (
-    group_of_tiles,
-    grouped_tiles,
-    in_whole_tiles,
-    on_hopper,
-    overlap,
-)
-from vllm_adafuse.kernels.launch import launch
+from vllm_adafuse.kernels.blocks import group_of_tiles, grouped_tiles
+from vllm_adafuse.kernels.launch import launch, overlap
 from vllm_adafuse.kernels.order_routes import ORDER_TILE, Order
 from vllm_adafuse.kernels.paged_cache import NO_PAGES, Pages, rows_in_pages, starts_of_head
 from vllm_adafuse.kernels.pairs import activate, result_of, rotate, turns_of_heads
+from vllm_adafuse.kernels.plans import on_hopper
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 
@@ -177,22 +172,6 @@ class OrderedBlocks:
         return cls(ranks=max(rank, 32 if activation == "rotary" else 64))
 
 
-def can_order(
-    y: torch.Tensor,
-    bank_b: torch.Tensor,
-    parts: Sequence[int],
-    widths: Sequence[int],
-    head_dim: int,
-) -> bool:
-    """Whether this kernel can take a product: ranks that fit tiles, columns in whole tiles, every
-    part with experts. head_dim: with "rotary", else 0."""
-    rank = bank_b.shape[2]
-    # Of fewer than 8 ranks Triton cannot lay out a tile of B (seen with 3.6).
-    if not 8 <= rank <= 64 or rank & (rank - 1) or y.element_size() != 2:
-        return False
-    return in_whole_tiles(parts, widths, head_dim)
-
-
 def ordered_expand_triton(
     y: torch.Tensor,
     s: torch.Tensor,
@@ -206,7 +185,7 @@ def ordered_expand_triton(
     pages: Pages | None = None,
     in_place: bool = False,
 ) -> torch.Tensor:
-    """One launch; for what `can_order` holds.
+    """One launch; for what `dispatch.orders` holds.
 
     Args:
         y: [T, out], W x; rows contiguous. Overwritten with `in_place`, and if it is contiguous and

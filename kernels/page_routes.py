@@ -14,9 +14,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from vllm_adafuse.kernels.dispatch import MAX_PRESENT_TOKENS
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.registry import register_op
-from vllm_adafuse.kernels.spread_routes import MAX_PRESENT_TOKENS, list_present
+from vllm_adafuse.kernels.spread_routes import list_present
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 # Rows of `directory`; from COLUMNS on the columns of a slot.

@@ -12,16 +12,17 @@ the deltas, whole or as sums of slices of `in`, which are added up here.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.blocks import expert_blocks, on_hopper, overlap
+from vllm_adafuse.kernels.configs import NormBlocks, expert_blocks
 from vllm_adafuse.kernels.deltas import add_deltas, load_ranks, load_s
+from vllm_adafuse.kernels.dispatch import choose_norm
 from vllm_adafuse.kernels.early import begin_next
-from vllm_adafuse.kernels.launch import Bound, bind
-from vllm_adafuse.kernels.whole import cdiv, power_of_2
+from vllm_adafuse.kernels.launch import Bound, bind, overlap
+from vllm_adafuse.kernels.plans import on_hopper
+from vllm_adafuse.kernels.whole import cdiv
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -108,36 +109,6 @@ def _residual_norm_kernel(
         tl.store(out_ptr + place, normed, mask=mask)
 
 
-@dataclass(frozen=True)
-class NormBlocks:
-    """How the work is cut.
-
-    Attributes:
-        tokens: of a program.
-        columns: of a step of its loop.
-        norm_columns: of a step of the norm.
-        warps: of a program.
-        stages: loads in flight in either loop.
-    """
-
-    tokens: int
-    columns: int
-    norm_columns: int
-    warps: int
-    stages: int = 1
-
-    @classmethod
-    @functools.cache
-    def choose(cls, width: int, expand: bool, sliced: bool, itemsize: int) -> NormBlocks:
-        """Found on an H200 at the shapes of Llama-2-7B; docs/kernel-notes.md has the figures."""
-        whole = power_of_2(width)
-        if not expand:
-            return cls(1, whole, whole, 8 if sliced or whole > 4096 else 4)
-        if itemsize > 2:
-            return cls(32, 32, 32, 8)
-        return cls(64, 64, 128, 8, 3)
-
-
 def residual_norm_triton(
     y: torch.Tensor,
     s: torch.Tensor | None,
@@ -159,7 +130,7 @@ def residual_norm_triton(
         eps: its epsilon.
         bank_b: [H, E, R], dtype of s.
         gates: [N, E] float32, N >= T, LoRA's scale included.
-        blocks: how to cut, default `NormBlocks.choose`.
+        blocks: how to cut, default `dispatch.choose_norm`.
         z: [T, H] contiguous, dtype of residual, for the new residual; may be y. Default a new one.
 
     Returns:
@@ -188,7 +159,7 @@ def _plan(
     blocks: NormBlocks | None, hopper: bool,
 ) -> tuple[int, Bound]:  # fmt: skip
     """Tokens of a program, and the kernel."""
-    cut = blocks or NormBlocks.choose(width, expand, split > 0, itemsize)
+    cut = blocks or choose_norm(width, expand, split > 0, itemsize)
     return cut.tokens, bind(
         _residual_norm_kernel,
         WIDTH=width, SPLIT=split, EXPAND=expand,

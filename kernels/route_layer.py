@@ -18,16 +18,14 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.blocks import on_hopper, overlap
-from vllm_adafuse.kernels.launch import launch
+from vllm_adafuse.kernels.dispatch import MAX_LAYER_PRESENT_TOKENS, MAX_SMALL_ROUTE_TOKENS
+from vllm_adafuse.kernels.launch import launch, overlap
+from vllm_adafuse.kernels.plans import on_hopper
 from vllm_adafuse.kernels.registry import register_op
 
 # The i-th part of a router is larger than its due by this factor to the power i, so that float16
 # does not lose it below its normal numbers.
 SPLIT_FACTOR = 2048.0
-# Up to so many tokens one program has them all, and knows every expert that is present; with more,
-# nobody asks (see `expand`).
-MAX_PRESENT_TOKENS = 8
 # Experts that a signed word has bits for.
 _MAX_BITS = 63
 
@@ -140,7 +138,7 @@ def route_layer_torch(low, logits, bias, scales, gates, present, s, gate: LayerG
             z = z + bias
         for router, count in enumerate(gate.experts):
             own[:, router] = gates_torch(z[:, router], gate, count) if count else 0.0
-    if tokens <= MAX_PRESENT_TOKENS:
+    if tokens <= MAX_LAYER_PRESENT_TOKENS:
         present.fill_(_all_present(own, gate.always))
     else:
         present.fill_(-1)
@@ -289,9 +287,9 @@ def route_layer_triton(low, logits, bias, scales, gates, present, s, gate: Layer
     tokens, parts, _ = s.shape
     (_, routers, experts), every = gates.shape, scales.shape[0]
     block_e = max(2, triton.next_power_of_2(every))
-    one = tokens <= MAX_PRESENT_TOKENS and every <= _MAX_BITS
+    one = tokens <= MAX_LAYER_PRESENT_TOKENS and every <= _MAX_BITS
     # Many small programs: the work is short, and what counts is when the last of them ends.
-    several = 2 if tokens <= 512 else 8
+    several = 2 if tokens <= MAX_SMALL_ROUTE_TOKENS else 8
     block_t = triton.next_power_of_2(tokens) if one else max(1, min(several, 4096 // block_e))
     rank = s.shape[2] // every if every else 0
     block_c = min(1024, max(16, triton.next_power_of_2(every * rank)))

@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from vllm_adafuse.kernels.dispatch import MAX_SHRINK_TOKENS
 from vllm_adafuse.kernels.expand import expand_torch, expand_triton
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.scratch import Scratch
-from vllm_adafuse.kernels.shrink import MAX_SHRINK_TOKENS, shrink_torch, shrink_triton
+from vllm_adafuse.kernels.shrink import shrink_torch, shrink_triton
 
 
 def sgmm_torch(y, x, bank_a, bank_b, gates, parts, widths) -> None:

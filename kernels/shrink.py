@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.blocks import on_hopper, overlap
-from vllm_adafuse.kernels.launch import launch
+from vllm_adafuse.kernels.configs import MAX_SLICES
+from vllm_adafuse.kernels.launch import launch, overlap
+from vllm_adafuse.kernels.plans import on_hopper
 from vllm_adafuse.kernels.registry import matmul_f32
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 BLOCK_IN = 256
-MAX_SLICES = 8
 SHRINK_STAGES = 3
 # Bytes of shared memory for a program: two of them fit a Hopper processor, one any current one's.
 MAX_SHARED = 100 << 10
@@ -252,10 +252,6 @@ def fit_cols(wanted: int, block_r: int, block_t: int, itemsize: int) -> int:
     while SHRINK_STAGES * (block_r + block_t) * wanted * itemsize > MAX_SHARED:
         wanted //= 2
     return wanted
-
-
-# Up to this many tokens the Triton kernel runs, beyond it one dense product over all experts.
-MAX_SHRINK_TOKENS = 64
 
 
 def shrink_triton(

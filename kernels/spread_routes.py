@@ -13,12 +13,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from vllm_adafuse.kernels.dispatch import MAX_PRESENT_TOKENS
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
-
-# Up to this many tokens `present` tells the truth; longer batches touch all experts, and say so.
-MAX_PRESENT_TOKENS = 256
 
 
 def new_present(experts: int, device: torch.device | str | None = None) -> torch.Tensor:

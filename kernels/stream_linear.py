@@ -21,9 +21,10 @@ from dataclasses import replace
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.blocks import BLOCK_ER, block_er, on_hopper, overlap
+from vllm_adafuse.kernels.configs import BLOCK_ER, MAX_SLICES, MAX_SPLIT, Tiles, block_er
+from vllm_adafuse.kernels.dispatch import MAX_SHRINK_TOKENS, MAX_STREAM_TOKENS, default_config
 from vllm_adafuse.kernels.early import prefetch
-from vllm_adafuse.kernels.launch import launch
+from vllm_adafuse.kernels.launch import launch, overlap
 from vllm_adafuse.kernels.paged_cache import NO_PAGES, Pages, rows_in_pages, starts_of_head
 from vllm_adafuse.kernels.pairs import (
     ACTIVATIONS,
@@ -33,10 +34,9 @@ from vllm_adafuse.kernels.pairs import (
     rotate,
     tiled_widths,
 )
+from vllm_adafuse.kernels.plans import on_hopper
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import (
-    MAX_SHRINK_TOKENS,
-    MAX_SLICES,
     SHRINK_STAGES,
     ShrinkGrid,
     fit_cols,
@@ -45,7 +45,6 @@ from vllm_adafuse.kernels.shrink import (
     slice_of_in,
     wait_for_shrink,
 )
-from vllm_adafuse.kernels.tiles import MAX_SPLIT, MAX_STREAM_TOKENS, Tiles
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 
@@ -303,7 +302,7 @@ def stream_linear_triton(
 
     Args:
         counter: [>= 1] int32, zero; of this launch alone until the next step.
-        tiles: how to cut, default `Tiles.choose`.
+        tiles: how to cut, default `dispatch.default_config`.
         out: where the result goes, [T, out] with contiguous rows, or [split, T, out] contiguous,
             float32, to leave the sums of each slice of `in` unadded; default a new tensor.
         cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
@@ -316,7 +315,7 @@ def stream_linear_triton(
     members = tiled_widths(widths, activation)
     rows = sum(members)
     if tiles is None:
-        tiles = Tiles.choose(tokens, size_in, rows, activation, x.element_size())
+        tiles = default_config(tokens, size_in, rows, activation, x.element_size())
     if half:
         tiles = replace(tiles, rows=min(tiles.rows, half))
     grid = ShrinkGrid.of(bank_a, tiles.slices)

@@ -24,9 +24,10 @@ import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
-from vllm_adafuse.kernels.blocks import on_hopper, overlap, waits_in_loops
+from vllm_adafuse.kernels.configs import MAX_SLICES, Tiles
+from vllm_adafuse.kernels.dispatch import MAX_TILE_TOKENS, default_config
 from vllm_adafuse.kernels.early import prefetch_pairs
-from vllm_adafuse.kernels.launch import launch
+from vllm_adafuse.kernels.launch import launch, overlap
 from vllm_adafuse.kernels.paged_cache import NO_PAGES, Pages, rows_in_pages, starts_of_head
 from vllm_adafuse.kernels.pairs import (
     ACTIVATIONS,
@@ -38,9 +39,9 @@ from vllm_adafuse.kernels.pairs import (
     tiled_widths,
     turns_of_heads,
 )
+from vllm_adafuse.kernels.plans import on_hopper, waits_in_loops
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import (
-    MAX_SLICES,
     all_sums,
     fence,
     is_last,
@@ -49,21 +50,11 @@ from vllm_adafuse.kernels.shrink import (
     wait_for_shrink,
 )
 from vllm_adafuse.kernels.tile_steps import apart, loop_over
-from vllm_adafuse.kernels.tiles import MAX_TILE_TOKENS, Tiles
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 # Rows of A in a tile. Hopper's tensor cores take no fewer tokens than MIN_TOKENS.
 SHRINK_ROWS = 64
 MIN_TOKENS = 64
-
-
-def can_tile(x: torch.Tensor, joint: torch.Tensor, bank_b: torch.Tensor) -> bool:
-    """Whether the tensor memory accelerator is there, and can read all: rows begin at multiples of
-    16 bytes, of B and s where all experts together have a multiple of 8 ranks (of 2 bytes)."""
-    if x.shape[0] > MAX_TILE_TOKENS or not on_hopper(x):
-        return False
-    strides = x.stride(0), joint.stride(0), bank_b.stride(0)
-    return x.stride(1) == 1 and not any(s * x.element_size() % 16 for s in strides)
 
 
 def scratch_sizes(bank_a: torch.Tensor) -> tuple[int, int, int]:
@@ -306,10 +297,10 @@ def tile_linear_triton(
     """One launch for up to 128 tokens; see `vllm_adafuse.kernels.linear.linear`.
 
     Args:
-        x, joint, bank_b: as `can_tile` wants them.
+        x, joint, bank_b: as `dispatch.can_tile` wants them.
         counter: [>= 1] int32, zero; of this launch alone until the next step.
-        tiles: how to cut, default `Tiles.choose`; `shrink_cols` is not used, and `split` only
-            with slices in `out`.
+        tiles: how to cut, default `dispatch.default_config`; `shrink_cols` is not used, and
+            `split` only with slices in `out`.
         out: where the result goes, [T, out] with contiguous rows, or [split, T, out] contiguous,
             float32, to leave the sums of each slice of `in` unadded; default a new tensor.
         cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
@@ -323,7 +314,7 @@ def tile_linear_triton(
     bank_a = joint[size_out:]
     members = tiled_widths(widths, activation)
     shape = tokens, size_in, sum(members), activation, x.element_size()
-    cut = tiles or Tiles.choose(*shape, tma=True) or Tiles(64, 64, stages=3)
+    cut = tiles or default_config(*shape, tma=True) or Tiles(64, 64, stages=3)
     if half:
         cut = replace(cut, rows=min(cut.pieces[0], half))
     rows, more = cut.pieces

@@ -21,29 +21,15 @@ import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
-from vllm_adafuse.kernels.blocks import (
-    BLOCK_ER,
-    ExpandBlocks,
-    group_of_tiles,
-    grouped_tiles,
-    in_whole_tiles,
-    in_wide_ranks,
-    on_hopper,
-    overlap,
-)
+from vllm_adafuse.kernels.blocks import group_of_tiles, grouped_tiles
+from vllm_adafuse.kernels.configs import ExpandBlocks
 from vllm_adafuse.kernels.deltas import load_gates, weigh
-from vllm_adafuse.kernels.dense_expand import dense_expand_triton
-from vllm_adafuse.kernels.expand import expand_raw_triton
-from vllm_adafuse.kernels.launch import launch
-from vllm_adafuse.kernels.order_routes import Order
-from vllm_adafuse.kernels.ordered_expand import can_order, ordered_expand_triton
+from vllm_adafuse.kernels.dispatch import choose_wide, experts_at_once
+from vllm_adafuse.kernels.launch import launch, overlap
 from vllm_adafuse.kernels.paged_cache import NO_PAGES, Pages, head_in_pages, rows_in_pages
-from vllm_adafuse.kernels.pairs import activate, is_gate_up, result_of, rotate, turns_of_heads
-from vllm_adafuse.kernels.whole import cdiv, power_of_2
-
-# Below, steps wait for the CPU, which four descriptors take 110 us more than `expand`; the GPU
-# needs 15 to 30 us more for that.
-MIN_WIDE_TOKENS = 4096
+from vllm_adafuse.kernels.pairs import activate, result_of, rotate, turns_of_heads
+from vllm_adafuse.kernels.plans import on_hopper
+from vllm_adafuse.kernels.whole import cdiv
 
 
 @triton.jit
@@ -118,82 +104,6 @@ def _wide_expand_kernel(
             _store_tile(out_desc, y, first_token, offset, within)
 
 
-@functools.cache
-def choose(tokens: int, width: int, activation: str) -> ExpandBlocks:
-    """Found on an H200 at the shapes of Llama-2-7B; docs/kernel-notes.md has the figures.
-
-    width: of which the widths of all parts are multiples.
-    """
-    # Two programs to a processor, and about as many as have a place at once: each begins by
-    # fetching its s. Limits are powers of two, as warm-up expects.
-    if is_gate_up(activation):
-        groups = max(2, (1 << 15) // power_of_2(tokens))
-        return ExpandBlocks(128, 32, cdiv(width // 32, groups), 8, 3)
-    if activation:
-        if tokens > 8192:  # 32 heads are 3 % faster, and take a register too many with pages
-            return ExpandBlocks(128, 32, 16, 8, 3)
-        return ExpandBlocks(64, 32, 16, 4, 3)
-    return ExpandBlocks(128, 64, 8 if tokens > 4096 else 2, 8, 3)
-
-
-def can_widen(
-    y: torch.Tensor,
-    bank_b: torch.Tensor,
-    parts: Sequence[int],
-    widths: Sequence[int],
-    head_dim: int,
-) -> bool:
-    """Whether this kernel is the one to take: many tokens, ranks that `in_wide_ranks` admits, every
-    part has some, columns come in whole tiles, and the accelerator can read everything."""
-    if y.shape[0] < MIN_WIDE_TOKENS:
-        return False
-    if not on_hopper(y) or y.element_size() != 2 or y.stride(1) != 1 or y.stride(0) % 8:
-        return False
-    return _fits(*bank_b.shape[1:], tuple(parts), tuple(widths), head_dim)
-
-
-@functools.cache
-def _fits(experts: int, rank: int, parts: tuple, widths: tuple, head_dim: int) -> bool:
-    return in_wide_ranks(experts, rank) and in_whole_tiles(parts, widths, head_dim)
-
-
-def experts_at_once(experts: int, rank: int) -> int:
-    """Places for experts in one product: the first of them, or more than there are."""
-    return min(power_of_2(experts), BLOCK_ER // rank)
-
-
-def expand_long(
-    y: torch.Tensor,
-    s: torch.Tensor,
-    bias: torch.Tensor | None,
-    bank_b: torch.Tensor,
-    gates: torch.Tensor,
-    present: torch.Tensor,
-    parts: Sequence[int],
-    widths: Sequence[int],
-    activation: str = "",
-    order: Order | None = None,
-    cos_sin: torch.Tensor | None = None,
-    pages: Pages | None = None,
-    in_place: bool = False,
-) -> torch.Tensor:
-    """`wide_expand_triton` where it can, after `dense_expand_triton` of the experts that it leaves
-    out; `ordered_expand_triton` where the step has an order and it can; `expand_raw_triton`
-    elsewhere; see all four. y and s may be overwritten."""
-    head_dim = cos_sin.shape[1] if activation == "rotary" else 0
-    behind = {"cos_sin": cos_sin, "pages": pages, "in_place": in_place}
-    if bias is None and can_widen(y, bank_b, parts, widths, head_dim):
-        first = experts_at_once(*bank_b.shape[1:])
-        if first < bank_b.shape[1]:
-            dense_expand_triton(y, s, bank_b, gates, parts, widths, first)
-        return wide_expand_triton(y, s, bank_b, gates, widths, activation, **behind)
-    if bias is None and order and can_order(y, bank_b, parts, widths, head_dim):
-        return ordered_expand_triton(y, s, bank_b, gates, order, widths, activation, **behind)
-    return expand_raw_triton(
-        y, s, bias, bank_b, gates, present, parts, widths, activation, **behind
-    )
-
-
 def wide_expand_triton(
     y: torch.Tensor,
     s: torch.Tensor,
@@ -206,7 +116,8 @@ def wide_expand_triton(
     pages: Pages | None = None,
     in_place: bool = False,
 ) -> torch.Tensor:
-    """One launch; for what `can_widen` holds. Adds the deltas of the first `experts_at_once`.
+    """One launch; for what `dispatch.tma_expands` holds. Adds the deltas of the first
+    `dispatch.experts_at_once`.
 
     Args:
         y: [T, out], W x with the deltas of the other experts, if any; rows contiguous.
@@ -217,7 +128,7 @@ def wide_expand_triton(
         gates: [N, E] float32, N >= T.
         widths: columns of each part.
         activation: "", "silu", "gelu_tanh", or "rotary" of q, k, v.
-        blocks: how to cut, default `choose`.
+        blocks: how to cut, default `dispatch.choose_wide`.
         cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
         pages: where k and v go with "rotary", whose columns of the result stay undefined then.
         in_place: what follows gate_up stays in gate's columns of y, see `result_of`.
@@ -227,7 +138,7 @@ def wide_expand_triton(
     """
     tokens, out = y.shape
     _, experts, rank = bank_b.shape
-    cut = blocks or choose(tokens, math.gcd(*widths), activation)
+    cut = blocks or choose_wide(tokens, math.gcd(*widths), activation)
     half = cos_sin.shape[1] // 2 if activation == "rotary" else 0
     shape = experts, rank, tuple(widths), activation, half
     groups, constants = _plan(*shape, cut, on_hopper(y))

@@ -16,7 +16,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from vllm_adafuse.kernels import (
     blocks,
+    configs,
     dense_expand,
+    dispatch,
     expand,
     ordered_expand,
     pairs,
@@ -26,7 +28,6 @@ from vllm_adafuse.kernels import (
     stream_linear,
     switch,
     tile_linear,
-    tiles,
     wide_expand,
 )
 from vllm_adafuse.kernels.order_routes import ORDER_TILE
@@ -128,7 +129,7 @@ def main() -> None:
         shape |= {"HALF": 64} if act == "rotary" else {"cos_sin_ptr": None}
         number = f"{number}, paged" if shape["PAGED"] else number
         for tokens in (16, 32):
-            cut = tiles.Tiles.choose(tokens, 4096, size_out, act, 2, tokens == 16)
+            cut = dispatch.default_config(tokens, 4096, size_out, act, 2, tokens == 16)
             constants = shape | {
                 "EVEN": True,
                 "SPLIT": cut.split, "LEAVE": False,
@@ -143,8 +144,8 @@ def main() -> None:
                 listing = constants | {"PADDED": 16 * listed}
                 rows.append(build(name, kernel, listing, cut.warps, cut.stages))
         for tokens in (64, 128):
-            cut = tiles.Tiles.choose(tokens, 4096, size_out, act, 2, True)
-            cut = cut or tiles.Tiles(64, 64, stages=3)
+            cut = dispatch.default_config(tokens, 4096, size_out, act, 2, True)
+            cut = cut or configs.Tiles(64, 64, stages=3)
             tall, more = cut.pieces
             constants = shape | {
                 "SPLIT": 1, "SLICES": cut.slices, "RANK": 16, "EXPERTS": 8,
@@ -173,9 +174,9 @@ def main() -> None:
                 full = f"{name}, two loops, sm_{target.arch}"
                 rows.append(build(full, kernel, later, cut.warps, cut.stages, target))
         for tokens in (128, 16000):
-            cut = blocks.ExpandBlocks.choose(tokens, act != "", 2)
+            cut = dispatch.choose_expand(tokens, act != "", 2)
             columns = min(cut.columns, 64) if act == "rotary" else cut.columns
-            constants = shape | blocks.expert_blocks(8, 16, False) | {
+            constants = shape | configs.expert_blocks(8, 16, False) | {
                 "RAW": True, "ALL": True, "EVERY_PART": True, "EVEN": True,
                 "BLOCK_T": cut.tokens, "BLOCK_OUT": columns,
                 "LOOP": cut.loop, "STAGES": cut.stages, "PDL": True, "SPLIT": 0,
@@ -187,7 +188,7 @@ def main() -> None:
                 rows.append(build(name, expand._expand_kernel, constants, cut.warps, 2))
         widths = [shape[f"WIDTH{i}"] for i in range(3) if shape[f"WIDTH{i}"]]
         for tokens, experts in ((2048, 8), (16000, 8), (16000, 16)):
-            cut, half = wide_expand.choose(tokens, widths[0], act), shape["HALF"]
+            cut, half = dispatch.choose_wide(tokens, widths[0], act), shape["HALF"]
             _, constants = wide_expand._plan(experts, 16, tuple(widths), act, half, cut, True)
             constants = {k: v for k, v in constants.items() if k.isupper()} | paged
             constants |= {} if act == "rotary" else {"cos_sin_ptr": None}
@@ -209,9 +210,9 @@ def main() -> None:
         rows.append(build(f"ordered_expand act={number}", kernel, constants, cut.warps, cut.stages))
     for tokens in (1, 100, 16000):
         split, expands = 2 * (tokens == 1), tokens > 1000
-        cut = residual_norm.NormBlocks.choose(4096, expands, split > 0, 2)
+        cut = dispatch.choose_norm(4096, expands, split > 0, 2)
         POINTERS["y_ptr"] = "*fp32" if split else "*bf16"
-        constants = blocks.expert_blocks(8, 16, False) | {
+        constants = configs.expert_blocks(8, 16, False) | {
             "WIDTH": 4096, "SPLIT": split, "EXPAND": expands, "PDL": True, "STAGES": cut.stages,
             "BLOCK_T": cut.tokens, "COLS": cut.columns, "NORM_COLS": cut.norm_columns,
         }  # fmt: skip

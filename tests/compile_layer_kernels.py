@@ -4,7 +4,8 @@ import json
 
 from compile_kernels import NO_PAGES, POINTERS, build
 from vllm_adafuse.kernels import expand, ffn_down, ffn_mix, layer_expand, pairs, route_layer
-from vllm_adafuse.kernels.blocks import ExpandBlocks, expert_blocks
+from vllm_adafuse.kernels.configs import expert_blocks
+from vllm_adafuse.kernels.dispatch import choose_expand, choose_layer_expand
 
 POINTERS |= dict.fromkeys(("low_ptr", "logits_ptr", "scales_ptr"), "*fp32")
 POINTERS |= {"both_ptr": "*bf16", "temperature": "fp32"}
@@ -58,7 +59,7 @@ def main() -> None:
         ("", (4096, 4096, 4096), 128),
         ("silu", (11008, 11008, 0), 128),
     ):
-        cut = ExpandBlocks.choose(tokens, act != "", 2)
+        cut = choose_expand(tokens, act != "", 2)
         constants = expert_blocks(8, 16, tokens < 8) | {
             "WIDTH0": widths[0], "WIDTH1": widths[1], "WIDTH2": widths[2],
             "PART0": 0, "PART1": 1, "PART2": 2 if widths[2] else -1,
@@ -78,7 +79,7 @@ def main() -> None:
         ("silu", (11008, 11008, 0), 2, 1),
         ("silu", (11008, 11008, 0), 2, 128),
     ):
-        cut = layer_expand.choose(tokens, act != "", 2)
+        cut = choose_layer_expand(tokens, act != "", 2)
         parts = sum(width > 0 for width in widths)
         constants = one | {
             "WIDTH0": widths[0], "WIDTH1": widths[1], "WIDTH2": widths[2],

@@ -32,7 +32,7 @@ import torch
 import vllm_adafuse.kernels
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton.tools.tensor_descriptor import TensorDescriptor
-from vllm_adafuse.kernels import blocks, dense_expand, expand, launch, residual_norm, tiles
+from vllm_adafuse.kernels import configs, dense_expand, dispatch, expand, launch, residual_norm
 from vllm_adafuse.kernels.ffn_down import ffn_down
 from vllm_adafuse.kernels.ffn_mix import ffn_mix
 from vllm_adafuse.kernels.gather_routes import gather_routes
@@ -42,6 +42,7 @@ from vllm_adafuse.kernels.linear import linear
 from vllm_adafuse.kernels.linear_norm import linear_norm
 from vllm_adafuse.kernels.order_routes import Order, order_routes
 from vllm_adafuse.kernels.paged_cache import Pages, register_source
+from vllm_adafuse.kernels.plans import Device
 from vllm_adafuse.kernels.route_layer import LayerGate
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.sgmm import sgmm
@@ -141,9 +142,8 @@ def recording(hopper: bool = True, device: str = "cpu") -> Iterator[list[Launch]
         begins = lambda self: self.storage_offset() * self.element_size()  # noqa: E731
         patch.setattr(FakeTensor, "is_cuda", True)
         patch.setattr(FakeTensor, "data_ptr", begins)
-        patch.setattr(blocks, "_is_hopper", lambda device: hopper)
-        patch.setattr(blocks, "_capability", lambda device: 9 if hopper else 8)
-        patch.setattr(tiles, "device_name", lambda of: device)
+        gpu = Device(device, 9 if hopper else 8)
+        patch.setattr(Device, "of", staticmethod(lambda device: gpu))
         with FakeTensorMode():
             yield found
     keep_no_kernel()
@@ -153,7 +153,7 @@ def keep_no_kernel() -> None:
     """Plans hold kernels with their constants, and cuts of the user's."""
     for module in (dense_expand, expand, residual_norm):
         module._plan.cache_clear()
-    for cached in (tiles._cuts_of, tiles.find_cut):
+    for cached in (configs.cuts_of, dispatch.find_config, dispatch.plan):
         cached.cache_clear()
 
 

@@ -13,8 +13,8 @@ from broken_adapters import CONFIG, WEIGHTS, edit_config, edit_header, edit_tens
 from safetensors.torch import load_file, save_file
 from vllm_adafuse.digest import content_hash
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.tensor_file import TensorFile
 from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.tensor_file import TensorFile
 from vllm_adafuse.tiny import make_tiny_backbone
 
 PEFT = "base_model.model.model.layers.0.self_attn.q_proj"

@@ -5,7 +5,6 @@ import torch
 from engines import (
     assert_greedy_equals,
     assert_same_completions,
-    completion,
     engine,
     greedy,
     load_reference,

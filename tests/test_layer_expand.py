@@ -5,13 +5,14 @@ import torch
 from ops import DEVICE, error
 from test_layer_linear import problem
 from test_layer_sgmm import CASES
-from vllm_adafuse.kernels.layer_expand import can_expand, layer_expand_triton
+from vllm_adafuse.kernels.dispatch import layer_expands
+from vllm_adafuse.kernels.layer_expand import layer_expand_triton
 from vllm_adafuse.kernels.pairs import activate_torch
 from vllm_adafuse.kernels.route_layer import LayerGate
 
 
 def run(x, joint, *rest):
-    assert can_expand(1, rest[7])
+    assert layer_expands(1, *rest[7].shape[1:])
     return layer_expand_triton(x @ joint.t(), *rest)
 
 
@@ -82,5 +83,5 @@ def test_half_precision_rounds_s_and_the_result(dtype):
 
 def test_large_banks_go_another_way():
     bank = torch.empty(1, 8, 16)
-    assert can_expand(64, bank) and not can_expand(65, bank)
-    assert not can_expand(1, torch.empty(1, 16, 16))
+    assert layer_expands(64, *bank.shape[1:]) and not layer_expands(65, *bank.shape[1:])
+    assert not layer_expands(1, 16, 16)

@@ -4,11 +4,12 @@ import pytest
 import torch
 from ops import DEVICE, error, linear_truth, make_problem
 from torch._subclasses.fake_tensor import FakeTensorMode
-from vllm_adafuse.kernels import linear as module
-from vllm_adafuse.kernels.linear import cut_of, linear, linear_triton, stays_in_place
+from vllm_adafuse.kernels.configs import Tiles
+from vllm_adafuse.kernels.dispatch import config_plan, cublas_plan, plan, serves
+from vllm_adafuse.kernels.linear import linear, linear_triton, stays_in_place
 from vllm_adafuse.kernels.order_routes import Order
 from vllm_adafuse.kernels.pairs import rotate_torch
-from vllm_adafuse.kernels.tiles import Tiles
+from vllm_adafuse.kernels.plans import DECODE_GEMM, TMA_GEMM, Device, Shape
 
 # On a GPU: the streaming kernel, the tiled one, and the joint product with two kinds of expand.
 TOKENS = [1, 32, 33, 100]
@@ -23,6 +24,11 @@ def arguments(p, activation="", cos_sin=None, in_place=False):
         p.x, joint, p.bias, p.bank_b, p.gates, p.present, counters, 1, p.scratch, NO_ORDER,
         p.parts, p.widths, activation, cos_sin, "", in_place,
     )  # fmt: skip
+
+
+def shape(p, activation):
+    out = tuple(p.widths), tuple(p.parts), *p.bank_b.shape[1:]
+    return Shape(p.x.shape[1], *out, 4, activation, has_bias=p.bias is not None)
 
 
 def flat(p, activation, in_place=False):
@@ -59,9 +65,11 @@ def test_products_of_the_vendor_and_an_expand(bias, activation, ranks):
     p = make_problem(300, 48, [64, 64], 1, 1, ranks, bias=bias)
     x, joint, _, *rest = arguments(p, activation)
     counters, scratch, order, parts, widths = rest[3], *rest[5:9]
+    way = cublas_plan(shape(p, activation), 300, Device("cpu"))
+    assert way.one_gemm == (ranks == 4 and not bias)
     out = linear_triton(
         x, joint, p.bias, p.bank_b, p.gates, p.present, counters[1], scratch, order, parts, widths,
-        activation, None, None,
+        activation, None, way,
     )  # fmt: skip
     assert out.is_contiguous() and error(out, linear_truth(p, activation)) <= 1e-5
 
@@ -73,12 +81,11 @@ def test_products_of_the_vendor_and_an_expand(bias, activation, ranks):
         (17, 33, False), (32, 33, False), (33, 33, True),
     ],
 )  # fmt: skip
-def test_tiles_or_a_stream_by_tokens_and_ranks(tokens, experts, tiled, monkeypatch):
-    monkeypatch.setattr(module, "can_tile", lambda *arguments: True)
-    x, joint = (torch.empty(rows, 4096, dtype=torch.bfloat16) for rows in (tokens, 12288))
-    bank_b = torch.empty(12288, experts, 16, dtype=torch.bfloat16, device="meta")
-    cut = cut_of(x, joint, bank_b, [4096, 4096, 4096], "rotary")
-    assert cut.tma == tiled and cut.takes(tokens, True)
+def test_tiles_or_a_stream_by_tokens_and_ranks(tokens, experts, tiled):
+    of = Shape(4096, (4096, 4096, 4096), (0, 1, 2), experts, 16, 2, "rotary", 128)
+    way = plan(of, tokens, Device("a GPU", 9))
+    assert way.kernel == (TMA_GEMM if tiled else DECODE_GEMM)
+    assert way.config.tma == tiled and serves(way.config, tokens, True)
 
 
 @pytest.mark.gpu
@@ -153,10 +160,12 @@ def test_every_path_leaves_the_layout_that_the_fake_tells(
     if tokens <= 32:
         cuts += [Tiles(16, 32), Tiles(16, 32, 1, 4, 2, slices=2, tma=True)]
     whole = stays_in_place(joint, p.bias, widths, activation, True)
+    of = shape(p, activation)
     for i, cut in enumerate(cuts):
+        way = config_plan(of, cut) if cut else cublas_plan(of, tokens, Device("cpu"))
         found = linear_triton(
             x, joint, p.bias, p.bank_b, gates, present, counters[i], scratch, order, parts, widths,
-            activation, None, cut, in_place=whole,
+            activation, None, way, in_place=whole,
         )  # fmt: skip
         assert found.stride() == (stride, 1) and error(found, truth) <= 1e-5
 

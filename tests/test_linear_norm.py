@@ -3,16 +3,17 @@
 import pytest
 import torch
 from ops import DEVICE, delta_truth, error, joint_of, make_problem, plain_delta
+from vllm_adafuse.kernels import dispatch, linear
 from vllm_adafuse.kernels import linear_norm as module
-from vllm_adafuse.kernels import wide_expand
+from vllm_adafuse.kernels.configs import Tiles
+from vllm_adafuse.kernels.dispatch import cublas_plan
 from vllm_adafuse.kernels.linear import sliced_product
 from vllm_adafuse.kernels.linear_norm import (
     linear_norm,
     linear_norm_triton,
-    slices_of_product,
     slices_triton,
 )
-from vllm_adafuse.kernels.tiles import Tiles
+from vllm_adafuse.kernels.plans import Device, Shape
 
 
 def flat(p, residual, weight):
@@ -61,13 +62,19 @@ def test_slices_are_left_unadded(tokens, tma, split):
 def test_the_vendors_product_is_cut_where_programs_are_few():
     """Two slices of `in`, where tiles of 64 rows are half of a large GPU's processors, or `in` is
     long; never of float32, nor in long steps."""
-    assert slices_of_product(128, 4096, 4096 + 128, 2) == 2
-    assert slices_of_product(256, 11008, 4096 + 128, 2) == 2
-    assert slices_of_product(100, 13824, 5120 + 128, 2) == 2
-    assert slices_of_product(128, 5120, 5120 + 128, 2) == 1
-    assert slices_of_product(128, 4096, 4096 + 128, 4) == 1
-    assert slices_of_product(257, 4096, 4096 + 128, 2) == 1
-    assert slices_of_product(128, 4096, 4096 + 125, 2) == 1
+
+
+    def slices(tokens, size_in, out, ranks=128, itemsize=2):
+        of = Shape(size_in, (out,), (0,), ranks // 8 or 1, 8, itemsize, "norm")
+        return cublas_plan(of, tokens, Device("cpu")).split_k
+
+    assert slices(128, 4096, 4096) == 2
+    assert slices(256, 11008, 4096) == 2
+    assert slices(100, 13824, 5120) == 2
+    assert slices(128, 5120, 5120) == 1
+    assert slices(128, 4096, 4096, itemsize=4) == 1
+    assert slices(257, 4096, 4096) == 1 and slices(7, 4096, 4096) == 1
+    assert slices(128, 4096, 4093) == 1 and slices(128, 4096, 4096, 136) == 1
 
 
 @pytest.mark.parametrize("split", [1, 2, 4])
@@ -88,28 +95,28 @@ MIXTURES = [(8, 2, 16), (16, 2, 16), (5, 2, 32), (65, 2, 16)]
     [((20, 3, 9), False), *((m, False) for m in MIXTURES), *((m, True) for m in MIXTURES)],
 )
 def test_long_steps_of_many_ranks(mixture, widens, monkeypatch):
-    """By the vendor's product up to 1024 ranks: all of it from `MIN_FUSED_TOKENS` on, where the
-    norm follows at once; before that as much as `expand_long` hands it."""
+    """By cuBLAS up to 1024 ranks: all of it from `MIN_FUSED_NORM_TOKENS` on, where the norm follows
+    at once; before that as much as `expand_long` is told."""
     if widens and DEVICE == "cuda":
         pytest.skip("float32 does not fit a GPU's shared memory there, and is never taken")
-    calls, dense = [], wide_expand.dense_expand_triton
+    calls, dense = [], linear.dense_expand_triton
 
     def count(*arguments):
         calls.append(arguments[6:])
         dense(*arguments)
 
-    for place in module, wide_expand:
+    for place in module, linear:
         monkeypatch.setattr(place, "dense_expand_triton", count)
     experts, _, rank = mixture
-    if widens:
-        monkeypatch.setattr(wide_expand, "can_widen", lambda y, b, *_: b.shape[1] < 65)
-    else:
-        monkeypatch.setattr(module, "MIN_FUSED_TOKENS", 40)
+    limit = "MIN_WIDE_TOKENS" if widens else "MIN_FUSED_NORM_TOKENS"
+    monkeypatch.setattr(dispatch, limit, 40)
+    of = Shape(32, (128,), (0,), experts, rank, 2, "norm")  # as if of two bytes
+    way = cublas_plan.__wrapped__(of, 70, Device("a GPU", 9))
     p, residual, weight = make(70, 32, 128, mixture=mixture)
     p.x = torch.cat([p.x, p.x], 1)[:, :32]  # rows with gaps
     arguments = flat(p, residual, weight)[:8]
-    found = linear_norm_triton(*arguments, None, p.scratch, None)
-    assert calls == ([(128 // rank,) if widens else ()] if 128 < experts * rank <= 1024 else [])
+    found = linear_norm_triton(*arguments, None, p.scratch, way)
+    assert calls == ([(128 // rank if widens else 0,)] if 128 < experts * rank <= 1024 else [])
     for out, want in zip(found, truth(p, residual, weight)):
         assert out.is_contiguous() and error(out, want) <= 1e-5
 

@@ -15,7 +15,7 @@ from ops import (
     whole_turns,
 )
 from vllm_adafuse.kernels import paged_cache
-from vllm_adafuse.kernels.blocks import ExpandBlocks
+from vllm_adafuse.kernels.configs import ExpandBlocks, Tiles
 from vllm_adafuse.kernels.expand import expand_raw_triton
 from vllm_adafuse.kernels.linear import linear
 from vllm_adafuse.kernels.order_routes import Order
@@ -24,7 +24,6 @@ from vllm_adafuse.kernels.paged_cache import Pages, paged_cache_torch, register_
 from vllm_adafuse.kernels.pairs import rotate_torch
 from vllm_adafuse.kernels.stream_linear import stream_linear_triton
 from vllm_adafuse.kernels.tile_linear import tile_linear_triton
-from vllm_adafuse.kernels.tiles import Tiles
 from vllm_adafuse.kernels.wide_expand import wide_expand_triton
 
 UNTOUCHED = 1024.0  # which no result is

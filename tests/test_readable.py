@@ -7,7 +7,7 @@ import pydoc_data.topics
 import pytest
 from cli_fixtures import base, run  # noqa: F401 (fixtures)
 from convert_sources import peft_lora
-from vllm_adafuse.kernels import tiles
+from vllm_adafuse.kernels import configs
 from vllm_adafuse.tiny import make_tiny_backbone
 
 
@@ -19,7 +19,7 @@ def umask(request):
 
 
 def test_every_file_that_is_written(base, umask, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tiles, "cuts_file", lambda device: tmp_path / "cuts" / "gpu.json")
+    monkeypatch.setattr(configs, "cuts_file", lambda device: tmp_path / "cuts" / "gpu.json")
     lora = peft_lora(base, tmp_path / "lora-only", target_modules=["q_proj"])[1]
     topics = sorted(pydoc_data.topics.topics)
     for i, name in enumerate("ab"):
@@ -47,7 +47,7 @@ def test_every_file_that_is_written(base, umask, tmp_path, capsys, monkeypatch):
         argv = [part.format(base=base, out=tmp_path) for part in command.split()]
         code, _, err = run(capsys, *argv)
         assert code == 0, err
-    tiles.save_cuts("gpu", {}, {})
+    configs.save_cuts("gpu", {}, {})
     make_tiny_backbone(tmp_path / "tiny", num_hidden_layers=1)
     written = {p for p in tmp_path.rglob("*") if p.is_file()} - kept
     assert {"copied", "merged", "converted", "mixture", "trained", "trained-training", "student",
@@ -62,8 +62,8 @@ def test_a_file_that_is_replaced_keeps_its_mode(base, tmp_path, capsys):
     assert run(capsys, "random", base, out, "--r", 2)[0] == 0
     file = out / "adapter_model.safetensors"
     file.chmod(0o640)
-    from vllm_adafuse.files import save_tensors
     from safetensors.torch import load_file
+    from vllm_adafuse.files import save_tensors
 
     save_tensors(load_file(file), file)
     assert file.stat().st_mode & 0o777 == 0o640

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from ops import DEVICE, error
+from vllm_adafuse.kernels.dispatch import MAX_LAYER_PRESENT_TOKENS
 from vllm_adafuse.kernels.route_layer import (
-    MAX_PRESENT_TOKENS,
     LayerGate,
     route_layer,
     route_layer_torch,
@@ -107,7 +107,7 @@ def test_equals_float64(name, function):
         assert error(s, true_s) <= 1e-6
         assert torch.equal(s != 0, true_s != 0)
     experts = gates.shape[2]
-    if tokens <= MAX_PRESENT_TOKENS and len(scales) <= 63:
+    if tokens <= MAX_LAYER_PRESENT_TOKENS and len(scales) <= 63:
         bits = sum(1 << e for e in range(experts) if true_gates[..., e].any())
         bits += sum(1 << (experts + i) for i in range(gate.always))
         assert present.item() == bits

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from ops import DEVICE, SHAPES, delta_truth, error, make_problem, plain_delta
+from vllm_adafuse.kernels.dispatch import MAX_SHRINK_TOKENS
 from vllm_adafuse.kernels.expand import expand_triton
 from vllm_adafuse.kernels.sgmm import sgmm, sgmm_torch
-from vllm_adafuse.kernels.shrink import MAX_SHRINK_TOKENS, shrink_triton
+from vllm_adafuse.kernels.shrink import shrink_triton
 
 
 def by_torch(y, p):

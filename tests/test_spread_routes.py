@@ -3,8 +3,8 @@
 import pytest
 import torch
 from ops import DEVICE, bits
+from vllm_adafuse.kernels.dispatch import MAX_PRESENT_TOKENS
 from vllm_adafuse.kernels.spread_routes import (
-    MAX_PRESENT_TOKENS,
     spread_routes,
     spread_routes_torch,
     spread_routes_triton,

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from ops import DEVICE, SHAPES, error, linear_truth, make_problem, present_of
+from vllm_adafuse.kernels.configs import Tiles
+from vllm_adafuse.kernels.dispatch import default_config
 from vllm_adafuse.kernels.pairs import rotate_torch
 from vllm_adafuse.kernels.stream_linear import stream_linear_triton
-from vllm_adafuse.kernels.tiles import Tiles
 
 CUTS = [Tiles(32, 64), Tiles(16, 32, 2), Tiles(64, 16, 4)]
 
@@ -101,6 +102,6 @@ def test_rows_without_gates_are_the_bare_projection(sums_of_sixteen):
 @pytest.mark.parametrize("activation", ["", "silu"])
 def test_chosen_cuts_are_valid_and_fit_shared_memory(rows, activation):
     for tokens, size_in, itemsize in ((1, 64, 2), (32, 11008, 2), (32, 4096, 4)):
-        cut = Tiles.choose(tokens, size_in, rows, activation, itemsize)
+        cut = default_config(tokens, size_in, rows, activation, itemsize)
         tiles = cut.rows * (2 if activation else 1) + max(16, tokens)
         assert cut.stages * tiles * cut.cols * itemsize <= 100 << 10

@@ -4,10 +4,11 @@ import ops
 import pytest
 import torch
 from ops import DEVICE, error, joint_of, linear_truth, make_problem
-from vllm_adafuse.kernels import tile_linear
+from vllm_adafuse.kernels.configs import Tiles
+from vllm_adafuse.kernels.dispatch import can_tile
 from vllm_adafuse.kernels.pairs import rotate_torch
-from vllm_adafuse.kernels.tile_linear import can_tile, tile_linear_triton
-from vllm_adafuse.kernels.tiles import Tiles
+from vllm_adafuse.kernels.plans import Device, Shape
+from vllm_adafuse.kernels.tile_linear import tile_linear_triton
 
 CUTS = [Tiles(32, 64), Tiles(48, 32, slices=3, tma=True), Tiles(64, 16, slices=4)]
 
@@ -141,11 +142,11 @@ def test_a_token_does_not_see_its_company(sums_of_sixteen):
     assert torch.equal(one[5], two[5]) and not torch.equal(one[4], two[4])
 
 
-def test_few_ranks_are_not_tiled(monkeypatch):
-    monkeypatch.setattr(tile_linear, "on_hopper", lambda x: True)
+def test_few_ranks_are_not_tiled():
     for experts, rank, takes in ((4, 16, True), (2, 4, True), (3, 4, False), (1, 1, False)):
-        p = make_problem(4, 64, [64], experts, 1, rank, dtype=torch.float16)
-        assert can_tile(p.x, joint_of(p), p.bank_b) == takes
+        of = Shape(64, (64,), (0,), experts, rank)
+        assert can_tile(of, Device("a GPU", 9)) == takes
+        assert not can_tile(of, Device("an older one", 8))
 
 
 def test_rows_without_gates_are_the_bare_projection(sums_of_sixteen):

@@ -12,7 +12,8 @@ from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.cli import cmd_tune
 from vllm_adafuse.cli.main import main
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.kernels.tiles import Tiles, cuts_file
+from vllm_adafuse.kernels.configs import Tiles, cuts_file
+from vllm_adafuse.kernels.dispatch import default_config, serves
 from vllm_adafuse.tiny import make_tiny_backbone, tiny_config
 from vllm_adafuse.tuning import Plan, Product, Trial, candidates, products_of, tune
 
@@ -57,11 +58,11 @@ def test_widths_that_cannot_be_shared_out_are_refused():
 def test_candidates_are_many_but_not_too_many_and_begin_with_the_default(product, tokens, tma):
     cuts = list(candidates(product, tokens, tma=tma))
     shape = tokens, product.size_in, product.rows, product.follows, 2
-    assert cuts[0] == Tiles.choose(*shape, tma)
+    assert cuts[0] == default_config(*shape, tma)
     assert len(set(cuts)) == len(cuts) <= 70
     assert len(cuts) >= (5 if tma or tokens <= 32 else 1)
     assert tokens <= 32 or None in cuts
-    assert all(cut is None or cut.takes(tokens, tma) for cut in cuts)
+    assert all(cut is None or serves(cut, tokens, tma) for cut in cuts)
     assert product.norm or not product.activation or all(c is None or c.split == 1 for c in cuts)
 
 

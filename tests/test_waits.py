@@ -3,9 +3,9 @@
 import pytest
 import torch
 from ops import DEVICE, error, joint_of, linear_truth, make_problem
+from vllm_adafuse.kernels.configs import Tiles
 from vllm_adafuse.kernels.stream_linear import stream_linear_triton
 from vllm_adafuse.kernels.tile_linear import tile_linear_triton
-from vllm_adafuse.kernels.tiles import Tiles
 from waiting_programs import all_at_once  # noqa: F401
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs them at once by itself")

@@ -12,11 +12,13 @@ from ops import (
     twice_from_joint,
     whole_turns,
 )
-from vllm_adafuse.kernels import wide_expand
-from vllm_adafuse.kernels.blocks import BLOCK_ER, ExpandBlocks
+from vllm_adafuse.kernels.configs import BLOCK_ER, ExpandBlocks
 from vllm_adafuse.kernels.dense_expand import dense_expand_triton
+from vllm_adafuse.kernels.dispatch import MIN_WIDE_TOKENS, cublas_plan, in_wide_ranks
+from vllm_adafuse.kernels.linear import expand_long
 from vllm_adafuse.kernels.pairs import is_gate_up, rotate_torch
-from vllm_adafuse.kernels.wide_expand import _fits, expand_long, wide_expand_triton
+from vllm_adafuse.kernels.plans import TMA_EXPAND, Device, Shape
+from vllm_adafuse.kernels.wide_expand import wide_expand_triton
 
 SHAPES = {  # tokens, in, widths, experts, k, rank
     "one-part": (70, 48, [128], 4, 2, 16, ""),
@@ -65,8 +67,7 @@ def test_a_head_comes_in_tiles_of_any_width():
 
 
 @pytest.mark.parametrize("name", MANY)
-def test_experts_beyond_one_product_are_added_before(name, monkeypatch):
-    monkeypatch.setattr(wide_expand, "can_widen", lambda *_: True)
+def test_experts_beyond_one_product_are_added_before(name):
     *shape, activation = MANY[name]
     p = make_problem(*shape)
     cos_sin, want = None, linear_truth(p, "" if activation == "rotary" else activation)
@@ -74,9 +75,16 @@ def test_experts_beyond_one_product_are_added_before(name, monkeypatch):
         cos_sin = torch.randn(50, 64, generator=torch.Generator().manual_seed(3)).to(DEVICE)
         want = rotate_torch(want, cos_sin.double(), p.widths[0] + p.widths[1])
 
+    head_dim = 64 if activation == "rotary" else 0
+    of = Shape(
+        shape[1], tuple(p.widths), tuple(p.parts), shape[3], shape[5], 2, activation, head_dim
+    )
+    way = cublas_plan(of, MIN_WIDE_TOKENS, Device("a GPU", 9))
+    assert way.expand == TMA_EXPAND and way.dense_from == BLOCK_ER // shape[5]
+
     def long(y, s, in_place):
         return expand_long(
-            y, s, None, p.bank_b, p.gates, p.present, p.parts, p.widths, activation,
+            y, s, None, p.bank_b, p.gates, p.present, p.parts, p.widths, activation, way,
             cos_sin=cos_sin, in_place=in_place,
         )  # fmt: skip
 
@@ -101,7 +109,7 @@ def test_one_product_has_the_first_experts_alone(name):
 
 
 def test_which_ranks_it_takes():
-    takes = lambda experts, rank: _fits(experts, rank, (0,), (128,), 0)  # noqa: E731
+    takes = in_wide_ranks
     assert takes(5, 16) and takes(8, 16) and takes(1, 128)
     assert takes(9, 16) and takes(20, 16) and takes(64, 16) and takes(8, 128)
     assert not takes(65, 16) and not takes(128, 16) and not takes(1, 256)

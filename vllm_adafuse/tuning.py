@@ -14,16 +14,23 @@ import torch
 import triton
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.kernels.configs import Tiles
+from vllm_adafuse.kernels.dispatch import (
+    MAX_STREAM_TOKENS,
+    config_plan,
+    cublas_plan,
+    default_config,
+)
 from vllm_adafuse.kernels.linear import bank_a_of, linear_triton
 from vllm_adafuse.kernels.linear_norm import linear_norm_triton, scratch_sizes
 from vllm_adafuse.kernels.order_routes import Order, order_routes
 from vllm_adafuse.kernels.pairs import can_rotate
+from vllm_adafuse.kernels.plans import Device, Shape
 from vllm_adafuse.kernels.residual_norm import residual_norm_triton
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import MAX_SHARED
 from vllm_adafuse.kernels.spread_routes import new_present, spread_routes
 from vllm_adafuse.kernels.tile_linear import MIN_TOKENS
-from vllm_adafuse.kernels.tiles import MAX_STREAM_TOKENS, Tiles
 
 PACKED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv"}
 PACKED |= {"gate_proj": "gate_up", "up_proj": "gate_up", "gate_up_proj": "gate_up"}
@@ -60,8 +67,15 @@ class Product:
 
     @property
     def follows(self) -> str:
-        """As `find_tiles` calls it."""
+        """As choices call it."""
         return "norm" if self.norm else self.activation
+
+    def shape(self, experts: int, rank: int, itemsize: int) -> Shape:
+        """With so many experts on every linear."""
+        adapted = tuple(range(len(self.widths)))
+        return Shape(
+            self.size_in, self.widths, adapted, experts, rank, itemsize, self.follows, self.head_dim
+        )
 
     @property
     def rows(self) -> int:
@@ -125,7 +139,7 @@ def candidates(
     tma: this GPU has a tensor memory accelerator.
     """
     shape = tokens, product.size_in, product.rows, product.follows, itemsize
-    default = Tiles.choose(*shape, tma)
+    default = default_config(*shape, tma)
     yield default
     if tokens > MAX_STREAM_TOKENS and default:
         yield None
@@ -243,6 +257,11 @@ class Trial:
         """Runs the product, cut like this, on every copy of the weights, with what follows it and
         with the norm that lets it begin early, if there is one."""
         (x, gates, present), product, out = step, self.product, sum(self.product.widths)
+        shape = product.shape(self.experts, self.rank, x.element_size())
+        if cut:
+            way = config_plan(shape, cut)
+        else:
+            way = cublas_plan(shape, len(x), Device.of(x.device))
         self.counters.zero_()
         if product.norm:
             residual = x.new_ones(x.shape[0], out)
@@ -253,11 +272,11 @@ class Trial:
             if product.behind_norm:
                 x, _ = residual_norm_triton(hidden, None, hidden, weight, 1e-5, bank_b, gates)
             if product.norm:
-                linear_norm_triton(x, joint, residual, residual[0], 1e-5, *shared, cut)
+                linear_norm_triton(x, joint, residual, residual[0], 1e-5, *shared, way)
             else:
                 linear_triton(
                     x, joint, None, *shared, NO_ORDER, range(len(product.widths)), product.widths,
-                    product.activation, self.cos_sin, cut,
+                    product.activation, self.cos_sin, way,
                 )  # fmt: skip
 
 

@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
     """Tunes, shows a table, writes the file."""
     import torch
     from vllm_adafuse.backbone import Backbone
-    from vllm_adafuse.kernels.tiles import MAX_TILE_TOKENS, save_cuts, shape_key
+    from vllm_adafuse.kernels.configs import save_cuts, shape_key
+    from vllm_adafuse.kernels.dispatch import MAX_TILE_TOKENS
     from vllm_adafuse.tuning import Plan, products_of
 
     base = require_backbone(args.base)
@@ -108,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
 def has_accelerator() -> bool:
     """Whether this GPU has a tensor memory accelerator."""
     import torch
-    from vllm_adafuse.kernels.blocks import on_hopper
+    from vllm_adafuse.kernels.plans import on_hopper
 
     return on_hopper(torch.empty(0, device="cuda"))
 

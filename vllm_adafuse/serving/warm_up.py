@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
+from vllm_adafuse.kernels.dispatch import MAX_TILE_TOKENS
 from vllm_adafuse.kernels.launch import compile_only
-from vllm_adafuse.kernels.tiles import MAX_TILE_TOKENS
 from vllm_adafuse.serving.layer_wise import FfnActivation
 from vllm_adafuse.serving.norm import FusedNorm
 

@@ -4,21 +4,24 @@ import json
 import logging
 
 import pytest
-import torch
-from vllm_adafuse.kernels import tiles
-from vllm_adafuse.kernels.tiles import Tiles, cuts_file, find_cut, find_tiles, save_cuts, shape_key
+from vllm_adafuse.kernels import configs
+from vllm_adafuse.kernels.configs import Tiles, cuts_file, save_cuts, shape_key
+from vllm_adafuse.kernels.dispatch import TOKEN_LIMITS, default_config, find_config, gemm_config
+from vllm_adafuse.kernels.plans import Device, Shape
+from vllm_adafuse.serving.warm_up import token_counts
 
 SHAPE = (4096, 11008, "silu", 2)
+GATE_UP = Shape(4096, (11008, 11008), (0, 1), 8, 16, 2, "silu")
 DEVICE = "NVIDIA Test (80 GB)"
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for function in (tiles._cuts_of, tiles.find_cut):
+    for function in (configs.cuts_of, find_config):
         function.cache_clear()
     yield
-    for function in (tiles._cuts_of, tiles.find_cut):
+    for function in (configs.cuts_of, find_config):
         function.cache_clear()
 
 
@@ -26,25 +29,26 @@ def test_the_nearest_number_of_tokens_is_taken():
     one, sixteen = Tiles(32, 64, 1, 4, 2), Tiles(64, 64, 1, 8, 4)
     path = save_cuts(DEVICE, {shape_key(*SHAPE): {1: one, 16: sixteen}}, {"command": "test"})
     assert path == cuts_file(DEVICE) and path.name == "tiles-NVIDIA-Test-80-GB.json"
-    found = {tokens: find_cut(DEVICE, tokens, *SHAPE, True) for tokens in (1, 2, 4, 8, 16, 32)}
+    found = {tokens: find_config(DEVICE, tokens, *SHAPE, True) for tokens in (1, 2, 4, 8, 16, 32)}
     assert found == {1: one, 2: one, 4: one, 8: sixteen, 16: sixteen, 32: sixteen}
-    assert find_cut(DEVICE, 1, 4096, 4096, "", 2, True) == Tiles.choose(1, 4096, 4096, "", 2, True)
-    assert find_cut("other", 1, *SHAPE, True) == Tiles.choose(1, *SHAPE, True)
+    other = 4096, 4096, "", 2
+    assert find_config(DEVICE, 1, *other, True) == default_config(1, *other, True)
+    assert find_config("other", 1, *SHAPE, True) == default_config(1, *SHAPE, True)
 
 
 def test_a_cut_serves_only_steps_that_it_can():
     streamed, tiled = Tiles(32, 64, 1, 4, 2), Tiles(64, 64, 1, 4, 4, tma=True)
     save_cuts(DEVICE, {shape_key(*SHAPE): {8: streamed, 32: tiled, 128: None}}, {})
-    assert find_cut(DEVICE, 32, *SHAPE, True) == tiled == find_cut(DEVICE, 64, *SHAPE, True)
-    assert find_cut(DEVICE, 32, *SHAPE, False) == streamed
-    assert find_cut(DEVICE, 64, *SHAPE, False) is None
-    assert find_cut(DEVICE, 128, *SHAPE, True) is None
-    assert find_tiles(129, *SHAPE, torch.device("cpu")) is None
+    assert find_config(DEVICE, 32, *SHAPE, True) == tiled == find_config(DEVICE, 64, *SHAPE, True)
+    assert find_config(DEVICE, 32, *SHAPE, False) == streamed
+    assert find_config(DEVICE, 64, *SHAPE, False) is None
+    assert find_config(DEVICE, 128, *SHAPE, True) is None
+    assert gemm_config(GATE_UP, 129, Device(DEVICE, 9)) is None
 
 
 def test_the_package_brings_cuts_that_can_be_read():
-    for path in tiles.packaged_file(DEVICE).parent.glob("*.json"):
-        assert tiles._read(path), path
+    for path in configs.packaged_file(DEVICE).parent.glob("*.json"):
+        assert configs._read(path), path
 
 
 def test_a_second_run_keeps_other_shapes():
@@ -72,13 +76,13 @@ def test_a_damaged_file_is_named_and_left_out(text, said, caplog, monkeypatch):
     path.parent.mkdir(parents=True)
     path.write_text(text)
     with caplog.at_level("WARNING", "vllm.adafuse"):
-        assert find_cut(DEVICE, 1, *SHAPE, True) == Tiles.choose(1, *SHAPE, True)
+        assert find_config(DEVICE, 1, *SHAPE, True) == default_config(1, *SHAPE, True)
     assert str(path) in caplog.text and said in caplog.text and "vllm-adafuse tune" in caplog.text
 
 
 def test_tokens_up_to_a_power_of_two_are_cut_alike():
-    cpu = torch.device("cpu")
-    assert find_tiles(17, *SHAPE, cpu) == find_tiles(32, *SHAPE, cpu)
+    device = Device(DEVICE, 9)
+    assert gemm_config(GATE_UP, 17, device) == gemm_config(GATE_UP, 32, device)
 
 
 def test_a_bad_cut_is_refused():
@@ -90,11 +94,17 @@ def test_a_bad_cut_is_refused():
 
 @pytest.mark.parametrize("rows,height", [(11008, 96), (14336, 128), (13824, 128), (18944, 96)])
 def test_long_tiles_take_one_round_of_processors_where_they_can(rows, height):
-    assert Tiles.choose(128, 4096, rows, "silu", 2, True).rows == height
+    assert default_config(128, 4096, rows, "silu", 2, True).rows == height
 
 
 @pytest.mark.parametrize("rows", [3072, 6144, 7680])  # of Mistral-7B, Llama-2-7B and 13B
 @pytest.mark.parametrize("tokens", [1, 16, 32, 64, 128])
 def test_a_projection_of_heads_has_programs_for_a_large_gpu(rows, tokens):
-    cut = Tiles.choose(tokens, 4096, rows, "rotary", 2, True)
+    cut = default_config(tokens, 4096, rows, "rotary", 2, True)
     assert 90 <= -(-rows // cut.rows) <= 240 and cut.tma == (tokens > 16)
+
+
+def test_every_limit_is_one_that_warm_up_steps_over():
+    counts = set(token_counts(16384))
+    for limit in TOKEN_LIMITS:
+        assert {limit - 1, limit, limit + 1} <= counts

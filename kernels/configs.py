@@ -1,0 +1,208 @@
+"""How kernels are cut, and the files of cuts that were tuned for a device.
+
+`vllm-adafuse tune` finds cuts of products of few tokens and leaves them in the user's cache
+directory, one JSON file for each kind of device; those of the devices that we had come with the
+package, in `cuts/`. A cut changes the speed of a product, and the last bits of its result. Which
+one a step takes is for `dispatch` to say.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_adafuse.kernels.whole import power_of_2
+
+logger = logging.getLogger("vllm.adafuse")
+
+MAX_SPLIT = 4
+# Programs that share the shrink of one expert, at most.
+MAX_SLICES = 8
+VERSION = 4
+# Ranks, of one expert or of several, that one product takes.
+BLOCK_ER = 128
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a product is cut.
+
+    Attributes:
+        rows: of W in a tile, a power of two; with `tma` or one and a half of one.
+        cols: elements of `in` in a step of the loop, a power of two.
+        split: programs that share a tile, each with a slice of `in`.
+        warps: of a program.
+        stages: steps in flight.
+        shrink_cols: elements of `in` in a step of the shrink, a power of two.
+        slices: programs that share the shrink of one expert, each with a slice of `in`.
+        tma: whole tiles through the tensor memory accelerator (tile_linear), not streamed
+            (stream_linear).
+    """
+
+    rows: int = 64
+    cols: int = 128
+    split: int = 1
+    warps: int = 4
+    stages: int = 3
+    shrink_cols: int = 256
+    slices: int = 1
+    tma: bool = False
+
+    def __post_init__(self):
+        first, second = self.pieces
+        if second != 0 and not (self.tma and 2 * second == first):
+            more = " or one and a half of one" if self.tma else ""
+            raise ValueError(f"Tiles: rows is {self.rows}, expected a power of two{more}")
+        for name in ("cols", "warps", "shrink_cols"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"Tiles: {name} is {value}, expected a power of two")
+        if not 1 <= self.split <= MAX_SPLIT:
+            raise ValueError(f"Tiles: split is {self.split}, expected 1 to {MAX_SPLIT}")
+        if not 1 <= self.slices <= MAX_SLICES:
+            raise ValueError(f"Tiles: slices is {self.slices}, expected 1 to {MAX_SLICES}")
+
+    @property
+    def pieces(self) -> tuple[int, int]:
+        """Rows of the two pieces of a tile, powers of two; 0 for the second where one is all."""
+        first = 1 << max(self.rows, 1).bit_length() - 1
+        return first, self.rows - first
+
+
+@dataclass(frozen=True)
+class ExpandBlocks:
+    """How an expand is cut.
+
+    Attributes:
+        tokens, columns: of a tile.
+        loop: tiles of a program, side by side; what it knows of its tokens serves them all.
+        warps: of a program.
+        stages: loads in flight in a loop.
+    """
+
+    tokens: int
+    columns: int
+    loop: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class NormBlocks:
+    """How the work is cut.
+
+    Attributes:
+        tokens: of a program.
+        columns: of a step of its loop.
+        norm_columns: of a step of the norm.
+        warps: of a program.
+        stages: loads in flight in either loop.
+    """
+
+    tokens: int
+    columns: int
+    norm_columns: int
+    warps: int
+    stages: int = 1
+
+
+def block_er(ranks: int) -> int:
+    """Ranks that one product takes of so many, for kernels that do not mind experts' limits."""
+    return min(BLOCK_ER, max(16, power_of_2(ranks)))
+
+
+@functools.cache
+def expert_blocks(experts: int, rank: int, skip: bool) -> dict[str, int | bool]:
+    """How E experts of one rank are cut into products over ranks.
+
+    skip: one expert at a time, so that absent ones can be left out.
+    """
+    block_r = min(BLOCK_ER, power_of_2(rank))
+    block_e = 1 if skip else min(power_of_2(experts), BLOCK_ER // block_r)
+    block_r = max(block_r, 16 // block_e)
+    even = rank % block_r == 0 and experts % block_e == 0 and (block_e == 1 or rank == block_r)
+    return {
+        "RANK": rank, "SKIP": skip, "EVEN_K": even, "BLOCK_E": block_e, "BLOCK_R": block_r,
+        "ONE": not skip and experts <= block_e and rank <= block_r,
+    }  # fmt: skip
+
+
+def shape_key(size_in: int, rows: int, follows: str, itemsize: int) -> str:
+    """"4096x11008 silu 2": the shape of a product in a file of cuts."""
+    return f"{size_in}x{rows} {follows or '-'} {itemsize}"
+
+
+def cuts_file(device: str) -> Path:
+    """Where the cuts of a kind of device are kept: $XDG_CACHE_HOME or ~/.cache, vllm-adafuse/."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "vllm-adafuse" / f"tiles-{_file_name(device)}.json"
+
+
+def _file_name(device: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-")
+
+
+def packaged_file(device: str) -> Path:
+    """The cuts of a kind of device that come with the package, where there are any."""
+    return Path(__file__).parent / "cuts" / f"{_file_name(device)}.json"
+
+
+Cuts = dict[str, dict[int, Tiles | None]]
+
+
+def save_cuts(device: str, cuts: Cuts, how: dict[str, Any]) -> Path:
+    """Adds cuts to the file of a device, and says in it how they were found.
+
+    Args:
+        device: its name, as torch gives it.
+        cuts: shape key -> tokens -> cut, None for the vendor's product.
+        how: command, versions, figures.
+    """
+    path = cuts_file(device)
+    known = _read(path)
+    for key, by_tokens in cuts.items():
+        known[key] = known.get(key, {}) | by_tokens
+    content = {
+        "version": VERSION,
+        "device": device,
+        "how": how,
+        "cuts": {
+            key: {str(t): cut and asdict(cut) for t, cut in sorted(by_tokens.items())}
+            for key, by_tokens in sorted(known.items())
+        },
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(f".{os.getpid()}")
+    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    draft.replace(path)  # a server may be reading it
+    cuts_of.cache_clear()
+    return path
+
+
+def _read(path: Path) -> Cuts:
+    """The cuts of a file; none, with a warning, if it cannot be used."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        if content["version"] != VERSION:
+            raise ValueError(f"its version is {content['version']}, expected {VERSION}")
+        return {
+            key: {int(tokens): cut and Tiles(**cut) for tokens, cut in by_tokens.items()}
+            for key, by_tokens in content["cuts"].items()
+        }
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        logger.warning("%s is not used: %s; make it again with vllm-adafuse tune", path, e)
+        return {}
+
+
+@functools.cache
+def cuts_of(device: str) -> Cuts:
+    """The user's own, and for other shapes those of the package."""
+    return _read(packaged_file(device)) | _read(cuts_file(device))

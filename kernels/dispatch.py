@@ -1,0 +1,380 @@
+"""Which kernel runs: every limit at which a choice changes, and the choices.
+
+`plan` says of a projection and a number of tokens which kernels compute it and how they are cut;
+launchers branch on a plan and on nothing else. Choices hang on shapes, the number of tokens and the
+device alone, never on routes: so that one captured CUDA graph per size is right for every routing.
+
+Every limit on tokens is a power of two, and one of `TOKEN_LIMITS`: warm-up runs steps on both sides
+of each. Figures are of an H200 unless they say otherwise, those of limits at the commit named;
+docs/kernel-notes.md has them in full.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import replace
+
+from vllm_adafuse.kernels.configs import (
+    BLOCK_ER,
+    MAX_SPLIT,
+    ExpandBlocks,
+    NormBlocks,
+    Tiles,
+    cuts_of,
+    expert_blocks,
+    shape_key,
+)
+from vllm_adafuse.kernels.pairs import is_gate_up
+from vllm_adafuse.kernels.plans import (
+    ADD_NORM,
+    CUBLAS,
+    DECODE_GEMM,
+    EXPAND,
+    NONE,
+    ORDERED_EXPAND,
+    SHRINK,
+    TMA_EXPAND,
+    TMA_GEMM,
+    Device,
+    Plan,
+    Shape,
+)
+from vllm_adafuse.kernels.whole import cdiv, power_of_2
+
+# W is streamed up to so many tokens in every case, up to the second number where that is the better
+# cut, and tiled up to the third: then cuBLAS is faster. (a24accf, 3772b8a, b1bfbb7: streaming 128
+# tokens takes 42.7 us for qkv, cuBLAS 30; tiles are the better cut of three in four from 17 on.)
+MAX_STREAM_ONLY_TOKENS = 16
+MAX_STREAM_TOKENS = 32
+MAX_TILE_TOKENS = 128
+# With more ranks over all experts 17 to 32 tokens are streamed: tiles would take absent experts
+# along. (3010da1: 64 experts of rank 16, gate_up 72.5 us streamed, 84.9 tiled.)
+MAX_TILED_RANKS = 512
+# Rows of W, or pairs of them, with which whole tiles are programs enough: to add up slices of `in`
+# within the kernel costs more than it gains (87f739b). Tiles that keep a large GPU busy (b1bfbb7).
+MIN_TILED_ROWS = 3072
+MIN_TILES = 90
+# The fewest take two slices of `in` in place of three, where that is one round (b1bfbb7).
+MAX_FEWEST_TOKENS = 4
+# Tiles of low cuts end here, and those of norms: beyond, cuBLAS and an expand (87f739b).
+MAX_LOW_TILE_TOKENS = 64
+# Up to so many tokens the expand adds a bias at no cost; those of long steps have no place for it,
+# and cuBLAS adds it to W x (7fbd763).
+MAX_BIAS_TOKENS = 256
+# With fewer tokens most experts are absent, and the expand asks of each whether it is there
+# (30098f8); longer steps than the second are all cut alike, and list no experts (439c8ee).
+MIN_DENSE_TOKENS = 8
+MAX_SHORT_TOKENS = 256
+# Below, steps wait for the CPU, which four descriptors take 110 us more than `expand`; the GPU
+# needs 15 to 30 us more for that. (2e1ac92.)
+MIN_WIDE_TOKENS = 4096
+# Ranks of all experts, up to which long steps take cuBLAS for those beyond one product
+# (f89d96f, an H100: 40 experts of rank 16).
+MAX_DENSE_RANKS = 1024
+# From so many tokens on the norm adds the deltas: before, its programs are too few. (d15c762.)
+MIN_FUSED_NORM_TOKENS = 8192
+# Steps in which tokens are put into the order of their experts: the sort takes 92 us at 16 000
+# tokens, 45 at 2048 (d15c762). A set of experts is a word; ranks are those that tiles can lay out.
+MIN_ORDER_TOKENS = 8192
+MAX_ORDER_EXPERTS = 64
+ORDER_RANKS = 8, 64
+# Over a quantised W: shrink by its own kernel; beyond, by one product over all experts (a24accf).
+MAX_SHRINK_TOKENS = 64
+# Up to so many tokens `present` tells the truth; longer steps touch all experts, and say so
+# (a24accf). A layer's own router tells it to fewer: one program has them all (fc1d6c5).
+MAX_PRESENT_TOKENS = 256
+MAX_LAYER_PRESENT_TOKENS = 8
+# Layer-wise: tokens of a program of `route_layer` change here (fc1d6c5); one product in float32 for
+# W, A and the routers would write and read too much beyond (b252aed); `layer_expand` reads B again
+# for too many tiles of tokens (3561f35, not measured).
+MAX_SMALL_ROUTE_TOKENS = 512
+MAX_JOINT_TOKENS = 256
+MAX_LAYER_EXPAND_TOKENS = 64
+# Where `wide_expand` changes its cut: few tokens want more programs, many want short loops.
+WIDE_EXPAND_TOKENS = 4096, 8192
+
+TOKEN_LIMITS = (
+    MAX_FEWEST_TOKENS, MIN_DENSE_TOKENS, MAX_LAYER_PRESENT_TOKENS,
+    MAX_STREAM_ONLY_TOKENS, MAX_STREAM_TOKENS, MAX_LOW_TILE_TOKENS, MAX_TILE_TOKENS,
+    MAX_SHRINK_TOKENS, MAX_LAYER_EXPAND_TOKENS,
+    MAX_BIAS_TOKENS, MAX_SHORT_TOKENS, MAX_PRESENT_TOKENS, MAX_JOINT_TOKENS, MAX_SMALL_ROUTE_TOKENS,
+    MIN_WIDE_TOKENS, *WIDE_EXPAND_TOKENS, MIN_FUSED_NORM_TOKENS, MIN_ORDER_TOKENS,
+)  # fmt: skip
+
+
+@functools.cache
+def plan(shape: Shape, num_tokens: int, device: Device) -> Plan:
+    """Which kernels compute a projection of T tokens, and how they are cut.
+
+    Rows of its input begin at multiples of 16 bytes wherever `size_in` elements are one.
+    """
+    if not shape.fused:
+        return Plan(SHRINK if num_tokens <= MAX_SHRINK_TOKENS else CUBLAS, expand=EXPAND)
+    if config := gemm_config(shape, num_tokens, device):
+        return config_plan(shape, config)
+    return cublas_plan(shape, num_tokens, device)
+
+
+def config_plan(shape: Shape, config: Tiles) -> Plan:
+    """With a kernel of ours, cut like this."""
+    split_k = config.split if shape.epilogue == "norm" else 1
+    return Plan(TMA_GEMM if config.tma else DECODE_GEMM, config, split_k, True)
+
+
+@functools.cache
+def cublas_plan(shape: Shape, num_tokens: int, device: Device) -> Plan:
+    """With cuBLAS, whatever the number of tokens."""
+    s, norm = shape, shape.epilogue == "norm"
+    if norm and slices_of_product(s, num_tokens) > 1:
+        return Plan(CUBLAS, None, slices_of_product(s, num_tokens), True, EXPAND)
+    # Rows of the result begin at multiples of 16 bytes, which cuBLAS's best kernels need.
+    aligned = s.fused_rows * s.itemsize % 16 == 0
+    one_gemm = aligned and (not s.has_bias or num_tokens <= MAX_BIAS_TOKENS)
+    if norm and num_tokens >= MIN_FUSED_NORM_TOKENS:
+        dense = BLOCK_ER < s.ranks <= MAX_DENSE_RANKS
+        return Plan(CUBLAS, None, 1, one_gemm, NONE if dense else ADD_NORM, 0 if dense else None)
+    if not (s.has_bias and one_gemm):  # else a bias is to be added, which `expand` alone does
+        if tma_expands(s, num_tokens, one_gemm, device):
+            first = experts_at_once(s.num_experts, s.rank)
+            dense_from = first if first < s.num_experts else None
+            return Plan(CUBLAS, None, 1, one_gemm, TMA_EXPAND, dense_from)
+        if not norm and orders(s, num_tokens, device):
+            return Plan(CUBLAS, None, 1, one_gemm, ORDERED_EXPAND)
+    return Plan(CUBLAS, None, 1, one_gemm, EXPAND)
+
+
+def gemm_config(shape: Shape, num_tokens: int, device: Device) -> Tiles | None:
+    """The cut of a kernel of ours for W and A: the tuned one of a near number of tokens, or
+    `default_config`. None: cuBLAS is faster."""
+    s = shape
+    if num_tokens > MAX_TILE_TOKENS:
+        return None
+    key = s.size_in, s.tiled_rows, s.epilogue, s.itemsize
+    some = MAX_STREAM_ONLY_TOKENS < num_tokens <= MAX_STREAM_TOKENS
+    if some and s.ranks > MAX_TILED_RANKS:
+        return default_config(num_tokens, *key)
+    return find_config(device.name, power_of_2(num_tokens), *key, can_tile(s, device))
+
+
+def can_tile(shape: Shape, device: Device) -> bool:
+    """Whether the tensor memory accelerator is there, and can read all: rows of x, W and A, and of
+    B and s (all experts together), begin at multiples of 16 bytes."""
+    return device.hopper and not any(n * shape.itemsize % 16 for n in (shape.size_in, shape.ranks))
+
+
+@functools.cache
+def find_config(
+    device: str, tokens: int, size_in: int, rows: int, follows: str, itemsize: int, tma: bool
+) -> Tiles | None:
+    """The tuned cut of the nearest number of tokens, or `default_config`.
+
+    Args:
+        device: its name.
+        tokens: of the step, a power of two: all numbers up to it are cut alike.
+        size_in: elements of `in`.
+        rows: of W; of one member where rows come in pairs (gate of gate_up, half heads of qkv).
+        follows: "", "silu", "gelu_tanh", "rotary", or "norm", which adds up slices of `in`.
+        itemsize: bytes of an element.
+        tma: `can_tile`.
+    """
+    tuned = cuts_of(device).get(shape_key(size_in, rows, follows, itemsize), {})
+    fits = {t: cut for t, cut in tuned.items() if serves(cut, tokens, tma)}
+    if not fits:
+        return default_config(tokens, size_in, rows, follows, itemsize, tma)
+    return fits[min(fits, key=lambda t: (abs(math.log2(t / tokens)), t))]
+
+
+def serves(config: Tiles | None, tokens: int, tma: bool) -> bool:
+    """Whether a cut, or cuBLAS, is one for so many tokens, with the accelerator or without."""
+    if config is None:
+        return tokens > MAX_STREAM_TOKENS
+    return tokens <= (MAX_TILE_TOKENS if config.tma else MAX_STREAM_TOKENS) and config.tma <= tma
+
+
+def default_config(
+    tokens: int, size_in: int, rows: int, follows: str, itemsize: int, tma: bool = False
+) -> Tiles | None:
+    """A sane cut for any device; None: cuBLAS is faster.
+
+    Found on an H200 at the shapes of Llama-2-7B and 13B and Mistral-7B; docs/kernel-notes.md has
+    the figures. See `find_config` for the arguments.
+    """
+    cut = None
+    if tma and MAX_STREAM_ONLY_TOKENS < tokens <= MAX_TILE_TOKENS:
+        cut = _tiled(tokens, size_in, rows, follows, itemsize)
+    if tokens > MAX_STREAM_TOKENS:
+        return cut
+    streams_better = itemsize > 2 or (follows == "norm" and size_in <= 8192)
+    if cut and not streams_better:
+        return cut
+    return _streamed(tokens, rows, follows, itemsize, tma)
+
+
+def _tiled(tokens: int, size_in: int, rows: int, follows: str, itemsize: int) -> Tiles | None:
+    if follows == "norm":
+        if tokens > MAX_LOW_TILE_TOKENS:
+            return None
+        if itemsize > 2:
+            return Tiles(32, 32, min(MAX_SPLIT, max(1, cdiv(128, cdiv(rows, 32)))), tma=True)
+        if size_in <= 8192:
+            return Tiles(64, 128, 1, 4, 5, slices=2, tma=True)
+        split = min(MAX_SPLIT, max(1, 112 // cdiv(rows, 96)))
+        return Tiles(96, 128, split, 4, 5, slices=4, tma=True)
+    pairs = bool(follows)
+    if rows < (MIN_TILED_ROWS if pairs else 2 * MIN_TILED_ROWS):
+        return None
+    if tokens > MAX_LOW_TILE_TOKENS and not pairs:
+        return None
+    if itemsize > 2:
+        return Tiles(32, 32, 1, 4, 3, tma=True)
+    if follows in ("", "rotary"):
+        if cdiv(rows, 64) < MIN_TILES:
+            stages = 5 if tokens <= MAX_LOW_TILE_TOKENS else 4
+            return Tiles(32, 128, 1, 4, stages, slices=2, tma=True)
+        if tokens <= MAX_LOW_TILE_TOKENS:
+            return Tiles(64, 128, 1, 4, 4, slices=2, tma=True)
+        return Tiles(64, 64, 1, 8, 6, slices=2, tma=True)
+    # One tile to a processor, of 132, some of which have the shrink: a second round costs as
+    # much as the first.
+    one_round = cdiv(rows, 96) <= 116
+    if tokens <= MAX_LOW_TILE_TOKENS:
+        cut = (96, 128, 1, 4, 3) if one_round else (64, 64, 1, 4, 4)
+    else:
+        tall = not one_round and cdiv(rows, 128) <= 116
+        cut = (128, 64, 1, 8, 4) if tall else (96, 64, 1, 8, 5)
+    return Tiles(*cut, slices=2, tma=True)
+
+
+def _streamed(tokens: int, rows: int, follows: str, itemsize: int, roomy: bool) -> Tiles:
+    # Hopper's processors have room for 110 kB; others must do with less.
+    few, pairs = tokens <= MAX_STREAM_ONLY_TOKENS, follows not in ("", "norm")
+    cols, most = 128 if itemsize == 2 else 64, 1 if pairs else 3
+    height = 64 if roomy or not pairs or not few else 32
+    while height > 16 and cdiv(rows, height) * most < MIN_TILES:
+        height //= 2
+    if follows == "rotary" and few and roomy:
+        return Tiles(min(height, 32), cols, 1, 4, 6 if cdiv(rows, 32) <= 132 else 4)
+    if follows == "rotary":
+        return Tiles(height, cols // 2, 1, 4, 6 if roomy else 4)
+    if pairs:
+        return Tiles(height, cols if few else cols // 2, 1, 4, 3 if few else 4)
+    # Programs that fill a second round of 132 processors by a fifth alone wait for that fifth.
+    tiles = cdiv(rows, height)
+    split = min(most, cdiv(190, tiles))
+    few_norm = tokens <= MAX_FEWEST_TOKENS and follows == "norm"
+    if few_norm and split > 1 and roomy and 2 * tiles <= 132:
+        return Tiles(height, cols, 2, 4, 6, 512, 2)
+    slices = 1 if split == 1 else 2 if few else 3
+    stages = 3 if few and follows == "norm" else 4
+    return Tiles(height, cols, split, 4, stages, 512 if few and split > 1 else 256, slices)
+
+
+def slices_of_product(shape: Shape, num_tokens: int) -> int:
+    """Slices of `in` for cuBLAS before a norm, in short steps where one product of the expand has
+    all experts. Two, where whole tiles of W leave half of the processors idle, or `in` is long
+    (measured at 87f739b: o at 96 tokens, down at 64 to 256)."""
+    s, rows = shape, shape.fused_rows
+    if not MIN_DENSE_TOKENS <= num_tokens <= MAX_SHORT_TOKENS or s.itemsize != 2:
+        return 1
+    small = 2048 <= s.size_in and rows <= 66 * 64 or s.size_in > 8192
+    if not small or s.size_in % 32 or rows % 8:
+        return 1
+    return 2 if expert_blocks(s.num_experts, s.rank, False)["ONE"] else 1
+
+
+def in_wide_ranks(experts: int, rank: int) -> bool:
+    """Whether `wide_expand` takes experts of this rank, after `dense_expand` if they are many."""
+    return 16 <= rank <= BLOCK_ER and not rank & (rank - 1) and experts * rank <= MAX_DENSE_RANKS
+
+
+def in_whole_tiles(shape: Shape) -> bool:
+    """Whether every slice has experts, and columns come in tiles of 64, or of heads."""
+    s = shape
+    if s.adapted != tuple(range(len(s.widths))) or s.head_dim not in (0, 32, 64, 128):
+        return False
+    return not any(width % (s.head_dim or 64) for width in s.widths)
+
+
+def experts_at_once(experts: int, rank: int) -> int:
+    """Places for experts in one product: the first of them, or more than there are."""
+    return min(power_of_2(experts), BLOCK_ER // rank)
+
+
+def tma_expands(shape: Shape, num_tokens: int, one_gemm: bool, device: Device) -> bool:
+    """Whether `wide_expand` is the one to take: many tokens, ranks that it has, columns in whole
+    tiles, and the tensor memory accelerator can read the product."""
+    s = shape
+    if num_tokens < MIN_WIDE_TOKENS or not device.hopper or s.itemsize != 2:
+        return False
+    if (s.fused_rows if one_gemm else s.size_out) % 8:
+        return False
+    return in_wide_ranks(s.num_experts, s.rank) and in_whole_tiles(s)
+
+
+def keeps_order(experts: int, rank: int, rows: int, device: Device) -> bool:
+    """Whether steps of up to so many tokens may be put into order: not where products take the
+    ranks of all experts, nor where they are too many."""
+    few = experts * rank <= BLOCK_ER or in_wide_ranks(experts, rank) and device.hopper
+    return not few and experts <= MAX_ORDER_EXPERTS and rows >= MIN_ORDER_TOKENS
+
+
+def orders(shape: Shape, num_tokens: int, device: Device) -> bool:
+    """Whether `ordered_expand` is the one to take: a long step, ranks that fit tiles, columns in
+    whole tiles."""
+    s, (least, most) = shape, ORDER_RANKS
+    if s.itemsize != 2 or not least <= s.rank <= most or s.rank & (s.rank - 1):
+        return False
+    return keeps_order(s.num_experts, s.rank, num_tokens, device) and in_whole_tiles(s)
+
+
+@functools.cache
+def choose_expand(tokens: int, activation: bool, itemsize: int) -> ExpandBlocks:
+    """How `expand` is cut. Found on an H200 at the shapes of Llama-2-7B."""
+    if tokens <= MAX_SHORT_TOKENS or itemsize > 2:
+        block_t = min(64 if itemsize == 2 else 32, max(16, power_of_2(tokens)))
+        return ExpandBlocks(block_t, 64, 1, 4, 1)
+    return ExpandBlocks(64, 64, 8, 4, 1 if activation else 3)
+
+
+@functools.cache
+def choose_wide(tokens: int, width: int, activation: str) -> ExpandBlocks:
+    """How `wide_expand` is cut. Found on an H200 at the shapes of Llama-2-7B.
+
+    width: of which the widths of all slices are multiples.
+    """
+    some, many = WIDE_EXPAND_TOKENS
+    # Two programs to a processor, and about as many as have a place at once: each begins by
+    # fetching its s.
+    if is_gate_up(activation):
+        groups = max(2, (1 << 15) // power_of_2(tokens))
+        return ExpandBlocks(128, 32, cdiv(width // 32, groups), 8, 3)
+    if activation:
+        if tokens > many:  # 32 heads are 3 % faster, and take a register too many with pages
+            return ExpandBlocks(128, 32, 16, 8, 3)
+        return ExpandBlocks(64, 32, 16, 4, 3)
+    return ExpandBlocks(128, 64, 8 if tokens > some else 2, 8, 3)
+
+
+def choose_layer_expand(tokens: int, activation: bool, itemsize: int) -> ExpandBlocks:
+    """As an expand is cut, in smaller tiles: gates and s are made in registers."""
+    cut = choose_expand(tokens, activation, itemsize)
+    return replace(cut, tokens=16, columns=32 if activation else cut.columns)
+
+
+@functools.cache
+def choose_norm(width: int, expand: bool, sliced: bool, itemsize: int) -> NormBlocks:
+    """How `residual_norm` is cut. Found on an H200 at the shapes of Llama-2-7B."""
+    whole = power_of_2(width)
+    if not expand:
+        return NormBlocks(1, whole, whole, 8 if sliced or whole > 4096 else 4)
+    if itemsize > 2:
+        return NormBlocks(32, 32, 32, 8)
+    return NormBlocks(64, 64, 128, 8, 3)
+
+
+def layer_expands(tokens: int, experts: int, rank: int) -> bool:
+    """Whether `layer_expand` ends a projection that is routed in its layer: few tokens, and one
+    product has the ranks of all experts."""
+    one = expert_blocks(experts, rank, False)["ONE"]
+    return tokens <= MAX_LAYER_EXPAND_TOKENS and bool(one)

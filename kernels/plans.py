@@ -1,0 +1,127 @@
+"""What choices are made of, and for: a projection's shape, a device, and the plan that they give.
+
+`dispatch` makes plans; this file holds no limit.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from vllm_adafuse.kernels.configs import Tiles
+from vllm_adafuse.kernels.pairs import tiled_widths
+
+# What a plan may name. Of W: DECODE_GEMM is stream_linear.py, TMA_GEMM tile_linear.py; SHRINK, over
+# a quantised W, is of A alone. Of the expand: TMA_EXPAND is wide_expand.py.
+DECODE_GEMM, TMA_GEMM, CUBLAS, SHRINK = "decode_gemm", "tma_gemm", "cublas", "shrink"
+NONE, EXPAND, TMA_EXPAND, ORDERED_EXPAND = "none", "expand", "tma_expand", "ordered_expand"
+ADD_NORM = "add_norm"
+
+
+@dataclass(frozen=True)
+class Device:
+    """What choices ask of a device.
+
+    Attributes:
+        name: as torch gives it; tuned cuts are kept by it.
+        major: of an NVIDIA GPU's compute capability; 0 of any other device.
+    """
+
+    name: str
+    major: int = 0
+
+    @staticmethod
+    @functools.cache
+    def of(device: torch.device) -> Device:
+        """The device that torch means."""
+        if device.type != "cuda":
+            return Device(device.type)
+        major = 0 if torch.version.hip else torch.cuda.get_device_capability(device)[0]
+        return Device(torch.cuda.get_device_name(device), major)
+
+    @property
+    def hopper(self) -> bool:
+        """Hopper or later: there is a tensor memory accelerator, and a launch may begin while the
+        one before it ends."""
+        return self.major >= 9
+
+
+def on_hopper(tensor: torch.Tensor) -> bool:
+    """Whether it lies on an NVIDIA GPU of Hopper's kind or later, see `Device`."""
+    return tensor.is_cuda and Device.of(tensor.device).hopper
+
+
+def waits_in_loops(tensor: torch.Tensor) -> bool:
+    """Whether a loop on tensor cores may wait for others, and stay pipelined: for Hopper's Triton
+    3.6 compiles it, for later GPUs newer ones alone do."""
+    return tensor.is_cuda and Device.of(tensor.device).major == 9
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What choices ask of a projection: host numbers, made once.
+
+    Attributes:
+        size_in: elements of its input.
+        widths: columns of up to three slices of its output.
+        adapted: of each slice the index of its adapted linear, -1 for none.
+        num_experts: E.
+        rank: R.
+        itemsize: bytes of an element.
+        epilogue: what follows in the same op: "", "silu", "gelu_tanh", "rotary", "norm".
+        head_dim: with "rotary", else 0.
+        has_bias: a bias is added.
+        fused: W is not quantised, and stands in one tensor with A.
+    """
+
+    size_in: int
+    widths: tuple[int, ...]
+    adapted: tuple[int, ...]
+    num_experts: int
+    rank: int
+    itemsize: int = 2
+    epilogue: str = ""
+    head_dim: int = 0
+    has_bias: bool = False
+    fused: bool = True
+
+    @property
+    def size_out(self) -> int:
+        return sum(self.widths)
+
+    @property
+    def ranks(self) -> int:
+        """Of all experts."""
+        return self.num_experts * self.rank
+
+    @property
+    def fused_rows(self) -> int:
+        """Rows of W and of A."""
+        return self.size_out + (max(self.adapted) + 1) * self.ranks
+
+    @property
+    def tiled_rows(self) -> int:
+        """Rows of W that are cut into tiles: of one member where they come in pairs."""
+        return sum(tiled_widths(self.widths, "" if self.epilogue == "norm" else self.epilogue))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What runs for a projection and a number of tokens.
+
+    Attributes:
+        kernel: of W and A; SHRINK or CUBLAS of A alone where W is quantised.
+        config: its cut; None for cuBLAS.
+        split_k: slices of `in` that the norm adds up.
+        one_gemm: cuBLAS takes W and A together.
+        expand: what adds the deltas, and goes on to the epilogue.
+        dense_from: the first expert that cuBLAS adds before that; None: it adds none.
+    """
+
+    kernel: str
+    config: Tiles | None = None
+    split_k: int = 1
+    one_gemm: bool = False
+    expand: str = NONE
+    dense_from: int | None = None
