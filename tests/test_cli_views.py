@@ -75,8 +75,10 @@ def test_inspect_without_embedding_says_why(copied, base, tmp_path, capsys, lack
     report = run_json(capsys, "inspect", copied)
     assert {e["share_first"] for e in report["experts"]} == {None}
     assert report["passport_bytes"] == (None if lacking == "all" else 1003 * 2 * 8)
-    reason = "not on this machine" if lacking == "all" else "is in none of its safetensors files"
+    reason = "not on this machine" if lacking == "all" else "`inspect` reads"
     assert reason in report["no_shares_because"]
+    if lacking == "weights":
+        assert "model.safetensors is not in it" in report["no_shares_because"]
     out = run(capsys, "inspect", copied)[1]
     assert "first choice" not in out and "no shares of the vocabulary: " in out
 

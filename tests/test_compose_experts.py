@@ -152,7 +152,7 @@ def test_what_is_measured_is_what_is_served(base, loras, samples, tmp_path):
     options = RouterOptions(top_k=1, router_input="embedding")
     made = compose_experts(paths(loras), tmp_path / "out", base, samples, options)
     router = OfflineRouter(load_adapter(made.path), base)
-    texts = read_samples(samples, base)
+    texts = read_samples(samples, base, 1003)
     for name, row in zip(loras, made.separability.tokens):
         ids, _ = router.routes(texts[name].held_out)
         assert torch.bincount(ids[:, 0], minlength=3).tolist() == row
@@ -160,7 +160,7 @@ def test_what_is_measured_is_what_is_served(base, loras, samples, tmp_path):
 
 @pytest.mark.parametrize("router_input", ["first_norm", "embedding"])
 def test_the_fit_is_the_optimum_of_its_loss(router_input, base, samples):
-    texts = list(read_samples(samples, base).values())
+    texts = list(read_samples(samples, base, 1003).values())
     features = Features(base, Backbone.from_path(str(base)), router_input)
     router = fit_router(texts, features)
     seen = [torch.cat([text.fit, text.validation]) for text in texts]

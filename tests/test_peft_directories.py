@@ -255,7 +255,7 @@ def test_modules_beside_a_lora_on_a_backbone_of_pickles(lora, base, tmp_path):
     edit_tensors(lora, beside(base))
     torch.save(load_file(own / "model.safetensors"), own / "pytorch_model.bin")
     (own / "model.safetensors").unlink()
-    refused(lora, own, "must be compared", "pytorch_model.bin", "save it again as safetensors")
+    refused(lora, own, "must be compared", "pytorch_model.bin", "save it again so: python")
 
 
 # Keys

@@ -149,11 +149,11 @@ def read_backbone_tensors(path: str, names: list[str], tool: str) -> dict[str, t
             for file in sorted(root.glob("*.safetensors")):
                 with safe_open(file, framework="pt") as tensors:
                     files.update(dict.fromkeys(tensors.keys(), file))
+        own = {full_name(name): name for name in files}
         for name in names:
-            own = name if name in files else name.removeprefix("model.")
-            if own in files:
-                with safe_open(files[own], framework="pt") as tensors:
-                    loaded[name] = tensors.get_tensor(own)
+            if name in own:
+                with safe_open(files[own[name]], framework="pt") as tensors:
+                    loaded[name] = tensors.get_tensor(own[name])
     except (OSError, SafetensorError) as e:
         raise AdapterError(
             f"backbone {path}", [f"its safetensors files cannot be read ({e}); copy them again"]
@@ -164,6 +164,11 @@ def read_backbone_tensors(path: str, names: list[str], tool: str) -> dict[str, t
             [f"{index.name}: expected a JSON object with weight_map, found none ({e!r})"],
         ) from e
     return loaded
+
+
+def full_name(name: str) -> str:
+    """A tensor's name in a model for causal language; the inner model's files lack `model.`."""
+    return f"model.{name}" if name.startswith(("layers.", "embed_tokens.", "norm.")) else name
 
 
 def require_safetensors(path: str, tool: str) -> None:
@@ -179,16 +184,16 @@ def require_safetensors(path: str, tool: str) -> None:
     root = Path(path)
     if (root / INDEX).is_file() or any(root.glob("*.safetensors")):
         return
-    found = next(iter(sorted(root.glob("*.bin")) + sorted(root.glob("*.pt*"))), None)
-    what = "has no weights" if found is None else f"has {found.name} and no safetensors"
-    way_out = "name a directory that has them"
-    if found is not None:
+    pickle = next(iter(sorted(root.glob("*.bin")) + sorted(root.glob("*.pt*"))), None)
+    reason, way_out = f"`{tool}` reads them", "name a directory that has them"
+    if pickle is not None:
+        reason += f", and never a pickle ({pickle.name}), which can hold code"
         out = f"{str(root).rstrip('/')}-safetensors"
-        way_out = f"save it again as safetensors: {SAVE_AGAIN.format(path=root, out=out)}"
+        way_out = f"save it again so: {SAVE_AGAIN.format(path=root, out=out)}"
     raise AdapterError(
         f"backbone {path}",
         [
-            f"it {what}, and `{tool}` reads weights. A pickle can hold code, so that none is read "
-            f"here; {way_out}"
+            f"model.safetensors is not in it, expected its weights as safetensors: {reason}; "
+            f"{way_out}"
         ],
     )

@@ -21,12 +21,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from vllm_adafuse.adapter import DTYPES, Adapter, load_adapter
-from vllm_adafuse.backbone import Backbone
+from vllm_adafuse.backbone import INDEX, Backbone, full_name, require_safetensors
 from vllm_adafuse.compose import check_out
 from vllm_adafuse.config import SECTION, show, some
 from vllm_adafuse.errors import AdapterError
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
 # Weights of other kinds, which would say something else than what is written.
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ot")
 _CHUNK = 16 << 20
@@ -111,13 +111,13 @@ def merge(
     base, out = Path(base).resolve(), Path(out).absolute()
     check_out(base, out)
     backbone = Backbone.from_path(str(base))
-    checked = load_adapter(adapter, backbone)
-    _refuse_layer_wise(checked)
-    choice = Choice.of(checked, experts, weights)
     config = _object(base / "config.json")
     refuse_quantised(str(base), config)
     files = weight_files(base)
-    _check_weights(str(base), files, checked, backbone)
+    checked = load_adapter(adapter, backbone)
+    _refuse_layer_wise(checked)
+    choice = Choice.of(checked, experts, weights)
+    projections = _check_weights(str(base), files, checked, backbone)
     others = [f for f in sorted(base.iterdir()) if f.is_file() and _is_copied(f, files)]
     total = sum(f.stat().st_size for f in (*files, *others))
     free = shutil.disk_usage(_existing(out)).free
@@ -134,7 +134,7 @@ def merge(
             tqdm(total=total, unit="B", unit_scale=True, desc="merge", disable=not progress) as bar,
             checked.reader() as read,
         ):
-            merger = _Merger(checked, choice, read)
+            merger = _Merger(checked, choice, read, projections)
             for file in files:
                 merger.write(file, out / file.name, bar)
             for file in others:
@@ -168,6 +168,7 @@ def weight_files(base: Path) -> list[Path]:
     Raises:
         AdapterError: there are none.
     """
+    require_safetensors(str(base), "merge")
     if (base / INDEX).is_file():
         names = _object(base / INDEX).get("weight_map")
         names = sorted(set(names.values())) if isinstance(names, dict) else []
@@ -190,9 +191,8 @@ def weight_files(base: Path) -> list[Path]:
 class _Merger:
     """Writes files of the backbone with experts added."""
 
-    def __init__(self, adapter: Adapter, choice: Choice, read):
-        self.projections = {f"{name}.weight": name for name in adapter.projections}
-        self.read = read
+    def __init__(self, adapter: Adapter, choice: Choice, read, projections: dict[str, str]):
+        self.read, self.projections = read, projections
         scales = adapter.config.scales
         self.experts = [(e, w * scales[e]) for e, w in zip(choice.experts, choice.weights)]
 
@@ -232,15 +232,25 @@ class _Merger:
                     start += len(part)
 
 
-def _check_weights(base: str, files: list[Path], adapter: Adapter, backbone: Backbone) -> None:
-    """Every adapted linear has one weight, of the shape the config says, in a float dtype."""
-    wanted = {f"{name}.weight": backbone.linears[name][::-1] for name in adapter.projections}
-    problems = []
+def _check_weights(
+    base: str, files: list[Path], adapter: Adapter, backbone: Backbone
+) -> dict[str, str]:
+    """Every adapted linear has one weight, of the shape the config says, in a float dtype.
+
+    Returns:
+        Its name in the files -> the linear.
+    """
+    wanted, found, problems = dict.fromkeys(adapter.projections), {}, []
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
-                for name in set(tensors.keys()) & wanted.keys():
-                    view, shape = tensors.get_slice(name), wanted.pop(name)
+                for name in tensors.keys():
+                    linear = full_name(name).removesuffix(".weight")
+                    if not name.endswith(".weight") or linear not in wanted:
+                        continue
+                    view, shape = tensors.get_slice(name), backbone.linears[linear][::-1]
+                    del wanted[linear]
+                    found[name] = linear
                     if tuple(view.get_shape()) != shape or view.get_dtype() not in DTYPES:
                         problems.append(
                             f"{file.name}: tensor {name} is {view.get_dtype()} of shape "
@@ -249,11 +259,11 @@ def _check_weights(base: str, files: list[Path], adapter: Adapter, backbone: Bac
         except (OSError, SafetensorError) as e:
             problems.append(f"{file.name}: cannot be read ({e}); copy it again")
     if wanted and not problems:
-        problems.append(
-            f"tensor {some(sorted(wanted))} is in none of its files, but the adapter adapts it"
-        )
+        missing = some([f"{name}.weight" for name in sorted(wanted)])
+        problems.append(f"tensor {missing} is in none of its files, but the adapter adapts it")
     if problems:
         raise AdapterError(f"backbone {base}", problems)
+    return found
 
 
 def _refuse_layer_wise(adapter: Adapter) -> None:

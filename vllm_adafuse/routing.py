@@ -24,13 +24,14 @@ class OfflineRouter:
     Args:
         adapter: a checked adapter.
         base: the backbone's directory.
+        tool: that wants routes, for messages.
 
     Raises:
         AdapterError: the backbone lacks a tensor, a shape does not fit its config, or the routes
             hang on a token's context.
     """
 
-    def __init__(self, adapter: Adapter, base: str | Path):
+    def __init__(self, adapter: Adapter, base: str | Path, tool: str = "route"):
         _refuse_context(adapter)
         backbone = Backbone.from_path(str(base))
         self.base = base
@@ -38,7 +39,7 @@ class OfflineRouter:
         self.scaled_embedding = backbone.architecture.scaled_embedding
         first_norm = self.config.router_input == "first_norm"
         names = [EMBEDDING, FIRST_NORM] if first_norm else [EMBEDDING]
-        tensors = load_backbone_tensors(str(base), names, "route")
+        tensors = load_backbone_tensors(str(base), names, tool)
         _expect_shape(base, tensors, EMBEDDING, (backbone.vocab_size, backbone.hidden_size))
         self.embedding = tensors[EMBEDDING]
         self.norm_weight = None
@@ -137,7 +138,7 @@ def vocabulary_routes(adapter: Adapter, base: str | Path) -> tuple[torch.Tensor,
     Raises:
         AdapterError: as `OfflineRouter`.
     """
-    router = OfflineRouter(adapter, base)
+    router = OfflineRouter(adapter, base, "inspect")
     return router.routes(torch.arange(router.vocab_size))
 
 

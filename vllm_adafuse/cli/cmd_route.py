@@ -51,6 +51,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Routes the text, then prints it in colours or as JSON, and writes the page."""
+    from vllm_adafuse.backbone import require_safetensors
+
     text = _read(args)
     opened = open_adapter(args.adapter, args.base)
     adapter = usable(args.adapter, opened)
@@ -62,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
                 f"{adapter.config.base_model}, which is not on this machine; name it with --base"
             ],
         )
+    require_safetensors(str(opened.base), "route")
     tokens = route_text(adapter, opened.base, text)
     if args.html:
         _write_page(Path(args.html), adapter, opened.base, tokens)

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 from vllm_adafuse.cli.common import printable
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.vocabulary import require_rows
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
     from vllm_adafuse.adapter import Adapter
 
 # What stands for a token that adds no character of its own: the later bytes of one.
@@ -51,22 +53,28 @@ def route_text(adapter: Adapter, base: Path, text: str) -> list[RoutedToken]:
     import torch
     from vllm_adafuse.routing import OfflineRouter
 
-    pieces = _tokenize(base, text)
+    tokenizer = _open_tokenizer(base)
+    pieces = _tokenize(tokenizer, text)
     token_ids = torch.tensor([token for token, _ in pieces], dtype=torch.long)
-    ids, weights = OfflineRouter(adapter, base).routes(token_ids)
+    router = OfflineRouter(adapter, base)
+    require_rows(token_ids.tolist(), router.vocab_size, tokenizer, base)
+    ids, weights = router.routes(token_ids)
     return [
         RoutedToken(token, piece, tuple(zip(experts, gates)))
         for (token, piece), experts, gates in zip(pieces, ids.tolist(), weights.tolist())
     ]
 
 
-def _tokenize(base: Path, text: str) -> list[tuple[int, str]]:
+def _open_tokenizer(base: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+        return AutoTokenizer.from_pretrained(base, local_files_only=True)
     except (OSError, ValueError, ImportError) as e:
         raise AdapterError(f"backbone {base}", [f"no usable tokenizer: {e}"]) from e
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, str]]:
     if not tokenizer.is_fast:
         return [(token, tokenizer.decode([token])) for token in tokenizer(text)["input_ids"]]
     encoded = tokenizer(text, return_offsets_mapping=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vllm_adafuse.backbone import Backbone
+from vllm_adafuse.backbone import Backbone, require_safetensors
 from vllm_adafuse.config import CONFIG_FILE, ROUTER_INPUTS, parse_config, show
 from vllm_adafuse.convert.source import read_json
 from vllm_adafuse.errors import AdapterError
@@ -121,7 +121,16 @@ def compose_experts(
     names, notes = tuple(loras), []
     base_name, found_base, backbone = _backbone(loras, base, notes)
     fitted = options.router == "fit" and len(names) > 1
-    with tqdm(total=3 + len(PENALTIES) + 1, desc="read LoRAs", disable=not progress) as bar:
+    if samples:
+        require_safetensors(str(found_base), "compose-experts")
+    with tqdm(total=3 + len(PENALTIES) + 1, desc="read text", disable=not progress) as bar:
+        if samples:
+            texts = read_samples(
+                {name: [Path(p) for p in samples[name]] for name in names}, found_base,
+                backbone.vocab_size, options.held_out,
+            )  # fmt: skip
+            texts = [texts[name] for name in names]
+        bar.set_description("read LoRAs")
         bank = stack_experts(read_experts({n: Path(p) for n, p in loras.items()}, backbone, notes))
         if bank.folded:
             notes.append(
@@ -132,11 +141,6 @@ def compose_experts(
         router, separability, telling = uniform_router(len(names), backbone.hidden_size), None, []
         if samples:
             bar.set_description("fit router")
-            texts = read_samples(
-                {name: [Path(p) for p in samples[name]] for name in names}, found_base,
-                options.held_out,
-            )  # fmt: skip
-            texts = [texts[name] for name in names]
             features = Features(found_base, backbone, options.router_input)
             bar.update()
             if fitted:

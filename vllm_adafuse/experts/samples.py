@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from vllm_adafuse.config import show
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.vocabulary import require_rows
 
 WINDOW = 64  # tokens judged together
 VALIDATION = 0.1
@@ -29,17 +30,19 @@ class Sample:
 
 
 def read_samples(
-    files: dict[str, list[Path]], base: Path, held_out: float = 0.2
+    files: dict[str, list[Path]], base: Path, rows: int, held_out: float = 0.2
 ) -> dict[str, Sample]:
     """Reads and tokenizes; nothing is shuffled, so that parts do not share sentences.
 
     Args:
         files: domain -> UTF-8 text files.
         base: the backbone's directory, with its tokenizer.
+        rows: of its embedding.
         held_out: share of every file's end to hold out.
 
     Raises:
-        AdapterError: no tokenizer, a file that cannot be read, or too little text.
+        AdapterError: no tokenizer, a file that cannot be read, too little text, or a
+            token without a row.
     """
     from transformers import AutoTokenizer
 
@@ -58,6 +61,7 @@ def read_samples(
                 problems.append(f"sample {path}: cannot be read as UTF-8 text ({e})")
                 continue
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            require_rows(ids, rows, tokenizer, base)
             ids = torch.tensor(ids, dtype=torch.long)
             cut = len(ids) - round(held_out * len(ids))
             fit = cut - round(VALIDATION * len(ids))

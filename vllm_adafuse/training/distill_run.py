@@ -12,12 +12,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from vllm_adafuse import reference
 from vllm_adafuse.adapter import Adapter
+from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.training.data import Blocks, read_jsonl, split
 from vllm_adafuse.training.distill import DistillOptions, distill, make_student, mean_kl
 from vllm_adafuse.training.evaluate import next_token_scores
 from vllm_adafuse.training.health import NotFinite
 from vllm_adafuse.training.run import load_backbone, named
+from vllm_adafuse.vocabulary import require_rows
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,10 @@ def distil_files(
         )
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     examples, held = split(read_jsonl(data, tokenizer), held_out)
+    require_rows(
+        (token for example in (*examples, *held) for token in example.ids),
+        Backbone.from_path(str(base)).vocab_size, tokenizer, base,
+    )  # fmt: skip
     pad = tokenizer.pad_token_id
     pad = (tokenizer.eos_token_id or 0) if pad is None else pad
     judged = Blocks(held, length, True, pad)

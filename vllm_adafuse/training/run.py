@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
+from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.training.config import MixtureConfig
 from vllm_adafuse.training.data import Blocks, Example, places, read_jsonl, split
@@ -20,6 +21,7 @@ from vllm_adafuse.training.evaluate import next_token_scores
 from vllm_adafuse.training.health import NotFinite
 from vllm_adafuse.training.model import AdaFuseModel
 from vllm_adafuse.training.watch import count_experts, watch
+from vllm_adafuse.vocabulary import require_rows
 
 logger = logging.getLogger(__name__)
 LOADS = ("full", "8bit", "4bit")
@@ -219,6 +221,10 @@ def train(options: TrainOptions) -> TrainReport:
     except (OSError, ValueError, ImportError) as e:
         raise AdapterError(f"backbone {options.base}", [f"no usable tokenizer: {e}"]) from e
     examples, held = split(read_jsonl(options.data, tokenizer), options.held_out)
+    require_rows(
+        (token for example in (*examples, *held) for token in example.ids),
+        Backbone.from_path(str(options.base)).vocab_size, tokenizer, options.base,
+    )  # fmt: skip
     pad = tokenizer.pad_token_id
     pad = (tokenizer.eos_token_id or 0) if pad is None else pad
     blocks = learnable("training data", examples, options, pad)
