@@ -45,6 +45,10 @@ from benchmarks import record
 from benchmarks.engine_options import GRANITE, OURS, SHAPES, Options, shapes, sizes
 
 
+# Leaves LoRA requests to vLLM's own manager.
+VLLM_LORA = {"adafuse": {"lora": "vllm"}}
+
+
 def write_config(options: Options, path: Path) -> None:
     """A checkpoint directory with nothing but a config.json."""
     from vllm_adafuse.tiny import tiny_config
@@ -118,7 +122,7 @@ class Engine:
     """A running engine, and what each of its requests carries.
 
     Attributes:
-        lora: of every request.
+        lora: of every request; of a list, requests carry one after the other in turn.
         control: tokens that switch an adapter on; prompts begin with them in turn.
     """
 
@@ -146,6 +150,7 @@ def start(kind: str, options: Options, root: Path) -> tuple[Engine, dict]:
     elif kind == "lora":
         lora = LoRARequest("lora", 1, str(make_lora(base, root / name, options.r)))
         extra |= {"enable_lora": True, "max_lora_rank": max(8, options.r), "max_loras": 1}
+        extra["additional_config"] = VLLM_LORA
     elif kind in GRANITE:
         from benchmarks import granite
 
@@ -220,15 +225,16 @@ def timed(
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    control = engine.control
-    prompts = []
+    control, lora, prompts = engine.control, engine.lora, []
+    if isinstance(lora, list):
+        lora = [lora[i % len(lora)] for i in range(count)]
     for i in range(count):
         ids = [rng.randrange(3, vocab - len(control)) for _ in range(length)]
         if control:
             ids[0] = control[i % len(control)]
         prompts.append({"prompt_token_ids": ids})
     engine.llm.sleep(level=0)  # holds the scheduler, and nothing else
-    engine.llm.enqueue(prompts, params, lora_request=engine.lora, use_tqdm=False)
+    engine.llm.enqueue(prompts, params, lora_request=lora, use_tqdm=False)
     begin = time.perf_counter()
     engine.llm.wake_up(tags=["scheduling"])
     engine.llm.wait_for_completion(use_tqdm=False)

@@ -10,6 +10,7 @@ from typing import Any
 
 SHAPES = {
     "llama-2-7b": ("LlamaForCausalLM", 4096, 11008, 32, 32, 32, 32000),
+    "llama-3-8b": ("LlamaForCausalLM", 4096, 14336, 32, 32, 8, 128256),
     "mistral-7b": ("MistralForCausalLM", 4096, 14336, 32, 32, 8, 32000),
     "llama-2-13b": ("LlamaForCausalLM", 5120, 13824, 40, 40, 40, 32000),
     "qwen2.5-0.5b": ("Qwen2ForCausalLM", 896, 4864, 24, 14, 2, 151936),

@@ -1,0 +1,154 @@
+"""Many adapters on one engine: what requests that choose theirs cost, over the bare backbone.
+
+    python -m benchmarks.lora --model llama-3-8b --batches 1,8,32,64,128 --prefill 16x500
+
+Rows, each an engine with what its requests name in turn:
+
+    stock          the backbone, LoRA not enabled
+    vllm_one       vLLM's own LoRA manager, one LoRA of rank r
+    vllm_many      the same engine, N LoRAs
+    one, many      ours (`--enable-lora` with this plugin), the same LoRAs
+    base           the same engine with the LoRAs loaded, requests of the base
+    mixtures       ours, 4 mixtures of E experts, top-k, and the base
+
+Random weights (`load_format="dummy"`), random prompts, vLLM's default settings but for the share of
+memory, greedy. Engines take turns as in `benchmarks.engine`, where the terms are explained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm_adafuse.cli.cmd_random import integers
+
+from benchmarks import record
+from benchmarks.engine import VLLM_LORA, Engine, decode_ms, make_adapter, make_lora, timed
+from benchmarks.engine import write_config as write_backbone
+from benchmarks.engine_options import SHAPES, Options, shapes, sizes
+
+MIXTURES = 4
+
+
+def start(options: argparse.Namespace, root: Path, **extra: Any) -> Any:
+    """One engine on the backbone under `root`."""
+    from vllm import LLM
+
+    torch.set_num_threads(1)  # vLLM forks this process
+    os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    arguments = {"load_format": "dummy", "dtype": options.dtype, "max_model_len": options.longest}
+    if options.cache is not None:
+        arguments["kv_cache_memory_bytes"] = int(options.cache * (1 << 30))
+    return LLM(
+        str(root / "base"), skip_tokenizer_init=True, gpu_memory_utilization=options.memory,
+        **arguments | extra,
+    )  # fmt: skip
+
+
+def make_engines(options: argparse.Namespace, root: Path) -> dict[str, Engine]:
+    """Row -> what is timed for it; rows of one engine share it."""
+    from vllm.lora.request import LoRARequest
+
+    write_backbone(Options(model=options.model, layers=options.layers), root / "base")
+    loras = [
+        LoRARequest(f"lora{i}", i + 1, str(make_lora(root / "base", root / f"lora{i}", options.r)))
+        for i in range(options.loras)
+    ]
+    mixture = options.experts, options.r, options.top_k
+    mixtures: list = [
+        LoRARequest(f"mix{i}", i + 1, str(make_adapter(root / "base", root / f"mix{i}", mixture)))
+        for i in range(MIXTURES)
+    ]
+    many = {"enable_lora": True, "max_loras": len(loras), "max_lora_rank": rank(options.r)}
+    engines = {"stock": Engine(start(options, root))}
+    if "vllm" in options.engines:
+        llm = start(options, root, additional_config=VLLM_LORA, **many)
+        engines |= {"vllm_one": Engine(llm, loras[0]), "vllm_many": Engine(llm, loras)}
+    if "adafuse" in options.engines:
+        llm = start(options, root, **many)
+        engines |= {"one": Engine(llm, loras[0]), "many": Engine(llm, loras), "base": Engine(llm)}
+    if "mixtures" in options.engines:
+        most = rank(options.experts * options.r)
+        llm = start(options, root, enable_lora=True, max_loras=MIXTURES, max_lora_rank=most)
+        engines["mixtures"] = Engine(llm, [*mixtures, None])
+    return engines
+
+
+def rank(wanted: int) -> int:
+    """The least value of --max-lora-rank that vLLM takes and that holds so many ranks."""
+    return min(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= wanted)
+
+
+def measure(options: argparse.Namespace) -> Iterator[dict]:
+    """A row for each size and engine: times of every repeat, overhead over stock."""
+    vocab, draw = SHAPES[options.model][-1], random.Random(0)
+    with tempfile.TemporaryDirectory() as scratch:
+        engines = make_engines(options, Path(scratch))
+        for what, batch, length in sizes(vars(options)):
+            times: dict[str, list[float]] = {name: [] for name in engines}
+            for repeat in range(options.repeats + 1):
+                for name, engine in engines.items():
+                    if what == "decode":
+                        value = decode_ms(engine, batch, length, options.steps, vocab, draw)
+                    else:
+                        value = timed(engine, batch, length, 1, vocab, draw) * 1e3
+                    if repeat:  # the first is warm-up
+                        times[name].append(value)
+            stock = statistics.median(times["stock"])
+            for name, values in times.items():
+                row = {"engine": name, "what": what, "batch": batch, "length": length, "unit": "ms"}
+                row |= record.summary(values)
+                row["overhead"] = row["median"] / stock - 1
+                print(
+                    f"{what:8} {batch:4} x {length:<5} {name:10} {row['median']:9.3f} ms "
+                    f"({row['min']:.3f} to {row['max']:.3f}) {row['overhead']:+.1%}",
+                    flush=True,
+                )
+                yield row
+        for llm in {id(engine.llm): engine for engine in engines.values()}.values():
+            llm.stop()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="llama-3-8b", choices=SHAPES)
+    parser.add_argument("--layers", type=int, help="fewer layers, while working")
+    parser.add_argument("--engines", default="vllm,adafuse,mixtures", type=lambda t: t.split(","))
+    parser.add_argument("--batches", default="1,8,32,64,128", type=integers)
+    parser.add_argument("--prefill", default="16x500", type=shapes, help="PROMPTSxTOKENS,…")
+    parser.add_argument("--prompt", default=128, type=int, help="tokens before decoding")
+    parser.add_argument("--steps", default="8,136", type=integers, help="short and long generation")
+    parser.add_argument("--repeats", default=5, type=int)
+    parser.add_argument("--loras", default=16, type=int)
+    parser.add_argument("--r", default=16, type=int, help="of the LoRAs and of each expert")
+    parser.add_argument("--experts", default=8, type=int, help="of each mixture")
+    parser.add_argument("--top-k", default=2, type=int)
+    parser.add_argument("--memory", default=0.2, type=float, help="of the GPU, for each engine")
+    parser.add_argument("--cache", type=float, metavar="GIB", help="of keys and values, for each")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--out", type=Path, help="folder of the result file")
+    parser.add_argument("--commit", default="", help="of the measured code")
+    options = parser.parse_args()
+    out, commit = options.out, options.commit
+    lengths = [length + 8 for _, length in options.prefill]
+    options.longest = max([*lengths, options.prompt + options.steps[1] + 8])
+    told = {k: v for k, v in vars(options).items() if k not in ("out", "commit")}
+    rows, path = [{"options": told}], None
+    for row in measure(options):
+        rows.append(row)
+        path = record.save("lora", rows, out, commit, path)
+    print(json.dumps({"saved": str(path)}))
+
+
+if __name__ == "__main__":
+    main()
