@@ -1,0 +1,109 @@
+"""Kernels that wait within a launch, ten thousand times beside a stream that takes the memory's
+bandwidth: the same bits each time, and those as near to float64 as plain torch's.
+
+A wait that is missing, or for too few, shows only where programs are late. So s is NaN before each
+launch, and another stream keeps processors and memory busy.
+"""
+
+import pytest
+import torch
+from ops import DEVICE, Problem, error, joint_of, linear_truth, make_problem
+from vllm_adafuse.kernels.stream_linear import stream_linear_triton
+from vllm_adafuse.kernels.tile_linear import tile_linear_triton
+from vllm_adafuse.kernels.tiles import Tiles
+
+LAUNCHES, PER_GRAPH = 10_000, 50
+# kernel, tokens, widths, activation, E, r, cut, slices of the result that are left unadded
+CASES = {
+    "stream": ("stream", 1, [1, 1, 1], "", 8, 16, None, 0),
+    "stream-list": ("stream", 16, [4], "", 40, 16, None, 0),
+    "stream-gate-up": ("stream", 8, [4, 4], "silu", 8, 16, None, 0),
+    "stream-sliced": ("stream", 8, [4], "", 8, 16, Tiles(64, 128, 3, slices=3), 0),
+    "stream-slices-left": ("stream", 32, [4], "", 8, 64, Tiles(64, 64, 2, slices=2), 2),
+    "tile": ("tile", 40, [8], "", 8, 16, None, 0),
+    "tile-gate-up": ("tile", 100, [8, 8], "silu", 8, 16, None, 0),
+    "tile-many-ranks": ("tile", 24, [4], "", 40, 16, Tiles(32, 128, stages=4, tma=True), 0),
+    "tile-slices-left": (
+        "tile", 64, [4], "", 8, 16, Tiles(64, 128, 2, 4, 4, slices=2, tma=True), 2
+    ),
+}  # fmt: skip
+
+
+class Stress:
+    """One case: its problem and what to launch.
+
+    Args:
+        size: `in`; widths are multiples of a quarter of it.
+    """
+
+    def __init__(self, name: str, size: int, dtype: torch.dtype):
+        kind, tokens, widths, activation, experts, rank, cut, split = CASES[name]
+        self.tiled, self.activation, self.cut, self.split = kind == "tile", activation, cut, split
+        widths = [width * size // 4 for width in widths]
+        self.p: Problem = make_problem(tokens, size, widths, experts, 2, rank, dtype=dtype)
+        self.joint = joint_of(self.p)
+        self.counter = torch.zeros(4, dtype=torch.int32, device=DEVICE)
+        self.left = None
+        if split:
+            self.left = torch.empty(split, tokens, sum(widths), device=DEVICE)
+
+    def launch(self) -> torch.Tensor:
+        """[T, out], or slices of it, from an s of NaN."""
+        p = self.p
+        p.scratch.low.fill_(255)
+        self.counter.zero_()
+        shared = self.counter, p.scratch, p.parts, p.widths, self.activation, self.cut, self.left
+        if self.tiled:
+            return tile_linear_triton(p.x, self.joint, None, p.bank_b, p.gates, *shared)
+        return stream_linear_triton(
+            p.x, p.weight, None, p.bank_a, p.bank_b, p.gates, p.present, *shared
+        )
+
+    def assert_near(self, out: torch.Tensor) -> None:
+        found = out.sum(0) if self.split else out
+        truth = linear_truth(self.p, self.activation)
+        plain = linear_truth(self.p, self.activation, self.p.x.dtype)
+        assert error(found, truth) <= max(1e-5, 1.2 * error(plain, truth))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_ten_thousand_launches_beside_a_busy_memory(name):
+    stress = Stress(name, 4096, torch.bfloat16)
+    first = stress.launch().clone()  # alone
+    stress.assert_near(first)
+    others = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    whole = torch.int32 if first.dtype == torch.float32 else torch.int16
+
+    def one_more() -> None:
+        others.add_((stress.launch().view(whole) != first.view(whole)).any())
+
+    one_more()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(PER_GRAPH):
+            one_more()
+    others.zero_()
+    side, done = torch.cuda.Stream(), torch.cuda.Event()
+    a, b = torch.ones(1 << 28, device=DEVICE), torch.empty(1 << 28, device=DEVICE)  # 1 GiB each
+    torch.cuda.synchronize()
+    beside = 0
+    for _ in range(LAUNCHES // PER_GRAPH):
+        graph.replay()
+        done.record()
+        while not done.query():
+            with torch.cuda.stream(side):
+                torch.add(a, 1, out=b)
+            side.synchronize()
+            beside += 1
+    torch.cuda.synchronize()
+    assert others.item() == 0
+    assert beside >= LAUNCHES // PER_GRAPH  # the memory was busy all along
+    stress.assert_near(stress.launch())
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the same, once and small, where there is no GPU")
+@pytest.mark.parametrize("name", CASES)
+def test_each_of_them_is_right(name):
+    stress = Stress(name, 64, torch.float16)
+    stress.assert_near(stress.launch())

@@ -1,0 +1,172 @@
+"""The way that each op takes on a GPU, for steps of all lengths and mixtures of many kinds, against
+float64: computed by the interpreter, on tensors that say they are on a GPU."""
+
+import pytest
+import test_ffn_down as downs
+import test_ffn_mix as mixes
+import test_layer_sgmm
+import torch
+from fake_gpu import computing
+from ops import DEVICE, delta_truth, error, joint_of, linear_truth, make_order, make_problem
+from test_layer_linear import problem
+from vllm_adafuse.kernels import dispatch, order_routes
+from vllm_adafuse.kernels.ffn_down import ffn_down
+from vllm_adafuse.kernels.ffn_mix import ffn_mix
+from vllm_adafuse.kernels.layer_linear import layer_linear
+from vllm_adafuse.kernels.linear import linear
+from vllm_adafuse.kernels.linear_norm import linear_norm
+from vllm_adafuse.kernels.order_routes import Order
+from vllm_adafuse.kernels.pairs import activate_torch, rotate_torch
+from vllm_adafuse.kernels.sgmm import sgmm
+
+pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="a GPU goes its own way")
+
+TOKENS = 1, 20, 40, 130
+MIXTURES = (8, 16), (5, 24), (40, 16), (36, 32), (1, 8)  # E, r
+# Tokens, E and r of steps that stand for thousands, see `long_steps`.
+LONG = (270, 8, 16), (270, 40, 16), (300, 8, 16), (300, 36, 32)
+EPS = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def long_steps(monkeypatch):
+    """Steps of some hundred tokens go the ways of thousands."""
+    monkeypatch.setattr(dispatch, "MIN_WIDE_TOKENS", 260)
+    monkeypatch.setattr(dispatch, "MIN_FUSED_NORM_TOKENS", 290)
+    for module in dispatch, order_routes:
+        monkeypatch.setattr(module, "MIN_ORDER_TOKENS", 290)
+
+
+def counters():
+    return torch.zeros(2, 4, dtype=torch.int32)
+
+
+
+def projection(tokens, size_in, widths, activation, experts, rank, **options):
+    """Kernels that ran, and errors of what they left and of plain torch."""
+    top_k = min(2, experts)
+    p = make_problem(
+        tokens, size_in, widths, experts, top_k, rank, dtype=torch.float16, **options
+    )
+    follows, cos_sin = "" if activation == "rotary" else activation, None
+    truth, plain = linear_truth(p, follows), linear_truth(p, follows, torch.float16)
+    if activation == "rotary":
+        cos_sin = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(1)).half()
+        truth, plain = (rotate_torch(y, cos_sin, widths[0] + widths[1]) for y in (truth, plain))
+    with computing() as names:
+        order = Order.make(tokens, experts, rank, torch.device(DEVICE))
+        if order.of(tokens):
+            order = make_order(p.gates, tokens, top_k)
+        found = linear(
+            p.x, joint_of(p), p.bias, p.bank_b, p.gates, p.present, counters(), 1, p.scratch,
+            order, p.parts, p.widths, activation, cos_sin,
+        )  # fmt: skip
+    return names, error(found, truth), error(plain, truth)
+
+
+def normed(tokens, size_in, width, experts, rank):
+    p = make_problem(tokens, size_in, [width], experts, min(2, experts), rank, dtype=torch.float16)
+    g = torch.Generator().manual_seed(1)
+    residual, weight = (torch.randn(*s, generator=g).half() for s in ((tokens, width), (width,)))
+    truth, plain = residual.double() + linear_truth(p), residual + linear_truth(p, "", torch.float16)
+    with computing() as names:
+        out, z = linear_norm(
+            p.x, joint_of(p), residual, weight, EPS, p.bank_b, p.gates, p.present, counters(), 1,
+            p.scratch,
+        )  # fmt: skip
+    scales = torch.rsqrt(truth.square().mean(-1, keepdim=True) + EPS)
+    assert error(out, z.double() * scales * weight.double()) <= 2e-3
+    return names, error(z, truth), error(plain, truth)
+
+
+def run_all(run, *layer, steps, **options) -> set[str]:
+    """The kernels that ran for a layer in steps of (tokens, E, r)."""
+    ran = set()
+    for tokens, experts, rank in steps:
+        names, found, plain = run(tokens, *layer, experts, rank, **options)
+        assert found <= 1.2 * plain, (tokens, experts, rank, names)
+        ran |= set(names)
+    return ran
+
+
+def steps(*tokens):
+    return [(count, *mixture) for mixture in MIXTURES for count in tokens]
+
+
+def test_qkv():
+    ran = run_all(projection, 64, [64, 64, 64], "rotary", steps=[*steps(*TOKENS), *LONG])
+    assert ran == {
+        "_stream_linear_kernel", "_expand_kernel", "_wide_expand_kernel", "_weigh_kernel",
+        "_ordered_expand_kernel",
+    }  # fmt: skip
+
+
+def test_gate_up():
+    ran = run_all(projection, 64, [128, 128], "silu", steps=[*steps(12, 70), *LONG])
+    assert "_stream_linear_kernel" in ran and "_expand_kernel" in ran
+
+
+@pytest.mark.parametrize(
+    "widths, activation", [([4096, 1024, 1024], "rotary"), ([3072, 3072], "silu")]
+)
+def test_products_that_are_tiled(widths, activation):
+    ran = run_all(projection, 32, widths, activation, steps=[(40, 8, 16)])
+    assert ran == {"_tile_linear_kernel"}
+
+
+def test_parts_without_experts_and_a_bias():
+    some = [(tokens, 4, 8) for tokens in (*TOKENS, 270)]
+    run_all(projection, 64, [64, 72, 64], "", steps=some, parts=[0, -1, 1], bias=True)
+
+
+@pytest.mark.parametrize(
+    "size_in, some, kernel",
+    [(64, [*steps(1, 20, 40), *LONG], "_tile_linear_kernel"),
+     (2048, steps(12, 130), "_expand_kernel")],
+    ids=["short", "long"],
+)  # fmt: skip
+def test_projection_and_norm(size_in, some, kernel):
+    """Of a short `in`, and of one that is cut into slices."""
+    ran = run_all(normed, size_in, 64, steps=some)
+    assert ran >= {"_stream_linear_kernel", "_residual_norm_kernel", kernel}
+
+
+def test_deltas_beside_a_product_of_another():
+    for tokens in (1, 64, 65):
+        for experts, rank in MIXTURES:
+            p = make_problem(tokens, 64, [64, 32], experts, 1, rank)
+            y = torch.zeros(tokens, 96)
+            with computing() as names:
+                sgmm(y, p.x, p.bank_a, p.bank_b, p.gates, p.present, p.scratch, p.parts, p.widths)
+            assert error(y, delta_truth(p)) <= 1e-5, (tokens, experts, rank)
+            assert names[-1] == "_expand_kernel"
+
+
+@pytest.mark.parametrize("name", test_layer_sgmm.CASES)
+def test_layer_wise(name):
+    arguments, gate, expected = problem(name, True)
+    with computing() as names:
+        found = layer_linear(*arguments, "", gate)
+    assert names and error(found, expected) <= 1e-5
+    with computing() as names:
+        x, *rest = test_layer_sgmm.make(name)
+        y = torch.zeros(len(x), sum(rest[-1]))
+        test_layer_sgmm.run(y, x, *rest)
+    assert names and error(y, test_layer_sgmm.truth(x, *rest)) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["odd", "shared"])
+def test_ffn_down(name):
+    y, *rest = downs.make(name)
+    expected, before = downs.truth(y, *rest), y.double()
+    with computing() as names:
+        ffn_down(y, *rest)
+    assert names and error(y.double() - before, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["odd", "always"])
+def test_ffn_mix(name):
+    arguments = mixes.make(name)
+    with computing() as names:
+        found = ffn_mix(*arguments)
+    assert names and error(found, mixes.truth(*arguments)) <= 1e-5
