@@ -6,7 +6,8 @@ from __future__ import annotations
 
 def apply_patches() -> None:
     """Applies every patch once per process."""
-    from vllm_adafuse.patches import hf_config, lora_manager
+    from vllm_adafuse.patches import hf_config, lora_manager, reload
 
     hf_config.apply()
     lora_manager.apply()
+    reload.apply()

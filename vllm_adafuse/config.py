@@ -25,7 +25,9 @@ __all__ = ["AdapterConfig", "CONFIG_FILE", "WEIGHTS_FILE", "parse_config", "show
 FORMAT_VERSION = 2
 MAX_EXPERTS, MAX_RANK, MAX_LAYERS = 1024, 1 << 16, 10**6
 # A composed checkpoint's config.json: the section that names the adapter's directory.
-SECTION, ADAPTER_KEY, FINGERPRINT_KEY = "adafuse", "adapter", "fingerprint"
+SECTION, ADAPTER_KEY = "adafuse", "adapter"
+# What serving adds to that section, see serving/attach.py.
+FINGERPRINT_KEY, CONTENT_KEY = "fingerprint", "content"
 PRE_GATED, LAYER_WISE = "pre_gated", "layer_wise"
 BLOCKS = ("self_attn", "mlp")
 ROUTER_INPUTS = ("first_norm", "embedding")

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from vllm_adafuse.adapter import open_weights
 from vllm_adafuse.config import CONFIG_FILE, WEIGHTS_FILE
-from vllm_adafuse.reading import read_object, where
+from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.reading import read_object, reason, where
 
 # Says where another directory lies, not what this one holds.
 _PLACES = ("base_model_name_or_path",)
@@ -50,3 +51,19 @@ def content_hash(path: str | Path) -> str:
             for piece in weights.pieces(entry.start, entry.end, torch.uint8):
                 digest.update(piece.numpy())
     return digest.hexdigest()
+
+
+def file_identity(path: str | Path) -> tuple:
+    """What changes whenever one of an adapter's two files is replaced or written to: cheap to ask
+    again, where the hash was equal before.
+
+    Raises:
+        AdapterError: a file is missing or cannot be asked about.
+    """
+    try:
+        stats = [os.stat(Path(path, name)) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    except OSError as e:
+        raise AdapterError(
+            f"adapter {where(path)}", [f"{e.filename}: {reason(e)}; put it back"]
+        ) from e
+    return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats)

@@ -8,7 +8,8 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm_adafuse.adapter import load_adapter
 from vllm_adafuse.backbone import Backbone
-from vllm_adafuse.config import ADAPTER_KEY, FINGERPRINT_KEY
+from vllm_adafuse.config import ADAPTER_KEY, CONTENT_KEY, FINGERPRINT_KEY
+from vllm_adafuse.digest import content_hash
 from vllm_adafuse.errors import AdapterError
 
 # vLLM shows only what is logged below its own name.
@@ -34,7 +35,11 @@ def attach_adapter(hf_config: Any, model: str) -> None:
     backbone = Backbone.from_hf_config(hf_config, model)
     adapter = load_adapter(path, backbone)
     hf_config.architectures = [backbone.architecture.adafuse_name]
-    hf_config.adafuse = {ADAPTER_KEY: str(adapter.path), FINGERPRINT_KEY: adapter.fingerprint}
+    hf_config.adafuse = {
+        ADAPTER_KEY: str(adapter.path),
+        FINGERPRINT_KEY: adapter.fingerprint,
+        CONTENT_KEY: content_hash(adapter.path),
+    }
     logger.info(
         "AdaFuse: serving adapter %s on %s as %s",
         adapter.path, model, backbone.architecture.adafuse_name,

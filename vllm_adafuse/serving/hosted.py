@@ -166,9 +166,10 @@ class Loader:
             router = Router(
                 hosted.config, None, text.hidden_size, text.vocab_size, text.rms_norm_eps
             )
-        router.load(
-            tensors.__getitem__, bias is not None, self.model.embed_input_ids,
-            self.model.model.layers[0].input_layernorm, self.architecture.norm_offset,
+        router.load(tensors.__getitem__, bias is not None)
+        router.stamp(
+            self.model.embed_input_ids, self.model.model.layers[0].input_layernorm,
+            self.architecture.norm_offset,
         )  # fmt: skip
         ids, weights = router.passport_ids.t().cpu(), router.passport_weights.t().cpu()
         pinned = router.passport_ids.is_cuda
@@ -182,6 +183,10 @@ class Loader:
         pages = torch.tensor(place.pages).to(device, non_blocking=True)
         for bank, packed in zip(self.banks, hosted.packed):
             bank.write(pages, packed)
+        self.write_passports(hosted, place, step)
+
+    def write_passports(self, hosted: Hosted, place: Place, step: PageStep) -> None:
+        """Puts a mixture's passports into its columns."""
         if hosted.passports is not None:
             for column, ids, weights in zip(place.columns, *hosted.passports):
                 step.table_ids[column].copy_(ids, non_blocking=True)

@@ -60,6 +60,7 @@ class AdapterManager:
         self.step, self.banks = wrap_model(model, vllm_config, self.pool.size, self.device)
         self.loader = Loader(model, vllm_config, self.banks)
         watch(model, self.step)
+        model.reload_adapter = self.stamp_again
         pages = self.pool.size.pages
         logger.info(
             "AdaFuse: LoRA requests are served on a pool of %d pages of %d ranks in %d projections "
@@ -112,6 +113,14 @@ class AdapterManager:
             request.lora_name, request.lora_path, hosted.kind, hosted.size.pages, hosted.nbytes,
         )  # fmt: skip
         return True
+
+    def stamp_again(self) -> None:
+        """Makes the passports of all mixtures anew: the backbone's weights are others (see
+        patches/reload.py). Newer vLLM forgets all adapters besides, and reads them again."""
+        for adapter, hosted in self.hosted.items():
+            self.loader.stamp(hosted)
+            if (place := self.pool.placed.get(adapter)) is not None:
+                self.loader.write_passports(hosted, place, self.step)
 
     def _check_fits(self, adapter: int, name: str, size: Size) -> None:
         """Refuses what some batch of `max_loras` adapters could not be served with."""

@@ -7,7 +7,7 @@ importing this module imports no model.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,13 +17,13 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
-from vllm_adafuse.adapter import Adapter, check_adapter
 from vllm_adafuse.architectures import ARCHITECTURES, PREFIX, Architecture
 from vllm_adafuse.compat import release_workspaces
+from vllm_adafuse.config import CONTENT_KEY
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.serving import layer_wise, linear
-from vllm_adafuse.serving.attach import ADAPTER_KEY, FINGERPRINT_KEY
 from vllm_adafuse.serving.bank import ExpertBank, place_banks
+from vllm_adafuse.serving.content import Content, open_checked
 from vllm_adafuse.serving.norm import NormPlace, norms_behind
 from vllm_adafuse.serving.paged_model import max_tokens
 from vllm_adafuse.serving.rotary import SharedRotary
@@ -46,7 +46,8 @@ class AdaFuseMixin:
         _refuse_micro_batches(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         hf_config = vllm_config.model_config.hf_config
-        self.adafuse_adapter = _open_checked(hf_config.adafuse)
+        self.adafuse_adapter = open_checked(hf_config.adafuse)
+        self.adafuse_content = Content(self.adafuse_adapter, hf_config.adafuse[CONTENT_KEY])
         adapter_config = self.adafuse_adapter.config
         self.adafuse_rows = max_tokens(vllm_config)
         self.adafuse_cold = current_platform.is_cuda_alike()
@@ -130,29 +131,21 @@ class AdaFuseMixin:
 
     @property
     def _has_router(self) -> bool:
-        """Whether this pipeline stage decides the routes."""
+        """Whether this pipeline stage decides the routes of the model."""
+        if self.adafuse_adapter.config.layer_wise:
+            return False
         layer = self.adafuse_adapter.config.router_layer
         return self.model.start_layer <= layer < self.model.end_layer
 
     @torch.no_grad()
     def _load_adapter(self) -> None:
+        """Everything that is loaded once vLLM has loaded the backbone."""
         adapter = self.adafuse_adapter
-        with adapter.reader() as read:
-            for bank in self.adafuse_banks:
-                bank.load(read)
-            if adapter.config.layer_wise:
-                layer_wise.log_loaded(adapter, self.adafuse_banks)
-                return
-            router = self.adafuse_router
-            if self._has_router:
-                router.load(
-                    read,
-                    "router.bias" in adapter.tensors,
-                    self.embed_input_ids,
-                    self.model.layers[adapter.config.router_layer].input_layernorm,
-                    self.architecture.norm_offset,
-                )
-                release_workspaces()
+        self.adafuse_content.load(self._read_values)
+        self._make_routes()
+        if adapter.config.layer_wise:
+            layer_wise.log_loaded(adapter, self.adafuse_banks)
+            return
         config = adapter.config
         logger.info(
             "AdaFuse: %d experts, top-%d, ranks %s, modules %s in %d projections; "
@@ -165,7 +158,60 @@ class AdaFuseMixin:
             len(adapter.projections),
             sum(bank.cache is not None for bank in self.adafuse_banks),
             sum(bank.nbytes for bank in self.adafuse_banks),
-            router.passport_bytes,
+            self.adafuse_router.passport_bytes,
+        )
+
+    def _read_values(self) -> None:
+        adapter = self.adafuse_adapter
+        with adapter.reader() as read:
+            for bank in self.adafuse_banks:
+                bank.load(read)
+            if self._has_router:
+                self.adafuse_router.load(read, "router.bias" in adapter.tensors)
+
+    def _make_routes(self) -> None:
+        """Whatever of the routes hangs on the backbone's weights."""
+        if self._has_router:
+            norm = self.model.layers[self.adafuse_adapter.config.router_layer].input_layernorm
+            self.adafuse_router.stamp(
+                self.embed_input_ids, norm, self.architecture.norm_offset
+            )
+            release_workspaces()
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
+        """vLLM's own; some trainers call it on a running engine, with a few tensors at a time."""
+        loaded = super().load_weights(weights)
+        # Where vLLM reloads, tensors are still on the meta device: `reload_adapter` is called later.
+        if self.adafuse_content.loaded and self._has_router and (
+            not self.adafuse_router.weight.is_meta
+        ):
+            layer = self.adafuse_adapter.config.router_layer
+            read = "model.embed_tokens.", f"model.layers.{layer}.input_layernorm."
+            if loaded is None or any(name.startswith(read) for name in loaded):
+                self.reload_adapter()
+        return loaded
+
+    @torch.no_grad()
+    def reload_adapter(self) -> None:
+        """Lets a running model follow new weights: makes its routes of them, and reads the adapter
+        again if its files hold other values than before.
+
+        Called after all that vLLM has for loading weights (patches/reload.py). Code that writes
+        parameters by itself must call it.
+
+        Raises:
+            AdapterError: the adapter on disk cannot take the place of the one that is served,
+                whose values stay.
+        """
+        try:
+            again = self.adafuse_content.load_changed(self._read_values)
+        finally:
+            self._make_routes()
+        logger.info(
+            "AdaFuse: weights were loaded anew; routes follow them; adapter %s was %s, content %s",
+            self.adafuse_adapter.path,
+            "read again: its values have changed" if again else "not read again: it is unchanged",
+            self.adafuse_content.hash,
         )
 
     def route_any(self, tokens: int, like: torch.Tensor | None) -> None:
@@ -211,20 +257,6 @@ class AdaFuseMixin:
             out[ROUTE_IDS] = router.route.expert_ids[:rows]
             out[ROUTE_WEIGHTS] = router.route.weights[:rows]
         return out
-
-
-def _open_checked(section: dict[str, str]) -> Adapter:
-    """Opens the adapter that the front end has checked; it must not have changed since."""
-    path = section[ADAPTER_KEY]
-    adapter, problems = check_adapter(path, values=False)
-    if not problems and adapter.fingerprint != section[FINGERPRINT_KEY]:
-        problems = [
-            f"its fingerprint is {adapter.fingerprint}, expected {section[FINGERPRINT_KEY]}: the "
-            "files differ from those checked at start; give every machine the same adapter"
-        ]
-    if problems:
-        raise AdapterError(f"adapter {path}", problems)
-    return adapter
 
 
 def _refuse_micro_batches(vllm_config: VllmConfig) -> None:

@@ -198,26 +198,31 @@ class Router(torch.nn.Module):
         self.route.weights[: weights.shape[0]].copy_(weights)
         self.route.spread(weights.shape[0])
 
-    def load(
-        self,
-        read: Callable[[str], torch.Tensor],
-        has_bias: bool,
-        embed: Callable[[torch.Tensor], torch.Tensor],
-        norm: torch.nn.Module,
-        norm_offset: float,
-    ) -> None:
-        """Loads the router and stamps the passports, if any, of the whole vocabulary.
+    def load(self, read: Callable[[str], torch.Tensor], has_bias: bool) -> None:
+        """Loads the adapter's own tensors; `stamp` follows.
 
         Args:
             read: adapter tensor name -> tensor on the CPU.
             has_bias: the adapter has router.bias.
-            embed: token ids [T] -> embeddings [T, H] as they enter layer 0.
-            norm: input norm of the layer that the router stands at.
-            norm_offset: its factors are norm_offset + weight.
         """
         self.weight.copy_(read("router.weight"))
         if has_bias:
             self.bias.copy_(read("router.bias"))
+
+    def stamp(
+        self,
+        embed: Callable[[torch.Tensor], torch.Tensor],
+        norm: torch.nn.Module,
+        norm_offset: float,
+    ) -> None:
+        """Takes what it needs of the backbone's weights, as they are now: the norm's factors, and
+        the passports, if any, of the whole vocabulary.
+
+        Args:
+            embed: token ids [T] -> embeddings [T, H] as they enter layer 0.
+            norm: input norm of the layer that the router stands at.
+            norm_offset: its factors are norm_offset + weight.
+        """
         self.norm_weight.copy_(norm.weight.float() + norm_offset)
         vocab_size = self.passport_ids.shape[0]
         for start in range(0, vocab_size, PASSPORT_CHUNK):

@@ -1,0 +1,94 @@
+"""Which values of the adapter a worker holds, and whether those on disk are still the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vllm_adafuse.adapter import Adapter, check_adapter
+from vllm_adafuse.config import ADAPTER_KEY, CONTENT_KEY, FINGERPRINT_KEY
+from vllm_adafuse.digest import content_hash, file_identity
+from vllm_adafuse.errors import AdapterError
+
+
+def open_checked(section: dict[str, str]) -> Adapter:
+    """Opens the adapter that the front end has checked; it must not have changed since.
+
+    Args:
+        section: `hf_config.adafuse`, as `attach_adapter` leaves it.
+
+    Raises:
+        AdapterError: its files are not those that the front end saw.
+    """
+    path = section[ADAPTER_KEY]
+    adapter, problems = check_adapter(path, values=False)
+    if not problems and adapter.fingerprint != section[FINGERPRINT_KEY]:
+        problems = [
+            f"its fingerprint is {adapter.fingerprint}, expected {section[FINGERPRINT_KEY]}: the "
+            "files differ from those checked at start; give every machine the same adapter"
+        ]
+    if problems:
+        raise AdapterError(f"adapter {path}", problems)
+    return adapter
+
+
+class Content:
+    """The adapter's values in this worker.
+
+    Args:
+        adapter: as it was opened at start.
+        expected: content hash that the front end found.
+
+    Attributes:
+        hash: of the values that are loaded.
+        loaded: whether they are.
+    """
+
+    def __init__(self, adapter: Adapter, expected: str):
+        self.adapter, self.hash = adapter, expected
+        self.loaded = False
+        self._identity: tuple = ()
+
+    def load(self, read_values: Callable[[], None]) -> None:
+        """Loads the values at start.
+
+        Raises:
+            AdapterError: they are others than those that the front end checked.
+        """
+        path, identity = self.adapter.path, file_identity(self.adapter.path)
+        if (found := content_hash(path)) != self.hash:
+            raise AdapterError(
+                f"adapter {path}",
+                [
+                    f"its content hash is {found}, expected {self.hash}: its values differ from "
+                    "those checked at start; give every machine the same adapter"
+                ],
+            )
+        read_values()
+        self._identity, self.loaded = identity, True
+
+    def load_changed(self, read_values: Callable[[], None]) -> bool:
+        """Loads the values again if those on disk are others.
+
+        Returns:
+            Whether they were.
+
+        Raises:
+            AdapterError: the files on disk cannot be used, or are of another shape than the
+                model was built for; nothing is loaded.
+        """
+        path, identity = self.adapter.path, file_identity(self.adapter.path)
+        if identity == self._identity:
+            return False
+        if (found := content_hash(path)) != self.hash:
+            changed, problems = check_adapter(path)
+            if not problems and changed.fingerprint != self.adapter.fingerprint:
+                problems = [
+                    "its config, or the names, shapes or dtypes of its tensors have changed, "
+                    "expected new values only: a running model cannot take another shape; its old "
+                    "values are still served. Start the server again"
+                ]
+            if problems:
+                raise AdapterError(f"adapter {path}", problems)
+            read_values()
+        again, self.hash, self._identity = found != self.hash, found, identity
+        return again
