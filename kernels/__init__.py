@@ -19,7 +19,7 @@
       wide_expand    for thousands of tokens, after
       dense_expand   of the experts beyond 128 ranks, or
       ordered_expand for thousands of tokens and ranks that neither takes
-    page_sgmm      the same over pages, in the steps that have adapters
+    page_linear, page_sgmm  `linear` and `sgmm` over pages, in the steps that have adapters
     live_route     hidden states at a layer -> routes   (`router.layer`, inside the model)
     layer_linear   x, [W; A; routers], B  -> the adapted projection, routed by its own input
       layer_expand   its kernel behind the product, for few tokens

@@ -100,10 +100,11 @@ def _new_result(x, joint, widths, activation, in_place) -> torch.Tensor:
     return x.new_empty_strided((x.shape[0], width), (joint.shape[0] if in_place else width, 1))
 
 
-def _run(
+def run(
     x, joint, bias, bank_b, gates, present, counters, index, low, partial, tickets, unread,
     order_rows, order_present, cos_sin, parts, widths, activation, cache, in_place,
 ):  # fmt: skip
+    """What the op does, for ops that do it at times."""
     pages = claim_pages(cache, x)
     in_place = stays_in_place(joint, bias, widths, activation, in_place)
     if not x.is_cuda:
@@ -220,7 +221,7 @@ _op = register_op(
     "Tensor present, Tensor counters, int index, Tensor low, Tensor partial, Tensor tickets, "
     "Tensor unread, Tensor order_rows, Tensor order_present, Tensor? cos_sin, int[] parts, "
     "int[] widths, str activation, str cache, bool in_place) -> Tensor",
-    _run,
+    run,
     _fake,
 )
 

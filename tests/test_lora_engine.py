@@ -45,6 +45,7 @@ class Served:
     root: object
     references: dict
     names: list
+    fused: bool
 
     def request(self, name, **options):
         if name == "base":
@@ -61,8 +62,23 @@ class Served:
             assert_greedy_equals(outputs[i :: len(names)], self.references[name])
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
+def fuse_as_on_a_gpu(patch):
+    """On a GPU a plain projection and its pages are one op: here too."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm_adafuse.serving import linear
+
+    def can_fuse(layer):
+        return type(layer.quant_method) is UnquantizedLinearMethod
+
+    patch.setattr(linear, "can_fuse", can_fuse)
+    # vLLM's CPU build packs weights for a product of its own.
+    patch.setattr(
+        UnquantizedLinearMethod, "process_weights_after_loading", lambda self, layer: None
+    )
+
+
+@pytest.fixture(scope="module", params=["added", "fused"])
+def served(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("many")
     base, _ = make_pair(root, num_experts=2, r=2)
     references = {"base": AutoModelForCausalLM.from_pretrained(base, dtype="float32").eval()}
@@ -74,8 +90,11 @@ def served(tmp_path_factory):
     names = [*MIXTURES, *LORAS, "huge", "lost"]
     options = {"enable_lora": True, "max_loras": 4, "max_lora_rank": 128, "max_cpu_loras": 4}
     with ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        if request.param == "fused":
+            fuse_as_on_a_gpu(patch)
         llm = stack.enter_context(engine(base, max_num_batched_tokens=256, **options))
-        yield Served(llm, root, references, names)
+        yield Served(llm, root, references, names, request.param == "fused")
 
 
 def test_one_batch_of_base_mixtures_and_loras(served):
@@ -84,6 +103,7 @@ def test_one_batch_of_base_mixtures_and_loras(served):
     said = [[completion(o)[0] for o in served.generate([name], PROMPTS[:4])] for name in TOGETHER]
     assert all(said.count(one) == 1 for one in said)  # every adapter matters
     manager = manager_of(served.llm)
+    assert {bank.is_joint for bank in manager.banks} == {served.fused}
     assert manager.list_adapters() == {1, 2, 3, 4}
     # Ranks 4, 20, 33, 8 of mix; eight experts; rank 8; rank 40.
     assert manager.pool.taken.pages == 7 + 8 + 1 + 3
@@ -124,7 +144,7 @@ def test_a_pinned_adapter_stays(served):
 
 
 def test_steps_without_adapters_route_nothing(served, monkeypatch):
-    from vllm_adafuse.kernels import sgmm
+    from vllm_adafuse.kernels import linear, sgmm
     from vllm_adafuse.serving.page_step import PageStep
 
     def fail(*arguments):
@@ -132,6 +152,7 @@ def test_steps_without_adapters_route_nothing(served, monkeypatch):
 
     monkeypatch.setattr(PageStep, "route", fail)
     monkeypatch.setattr(sgmm, "run", fail)
+    monkeypatch.setattr(linear, "run", fail)
     served.check(["base"], served.generate(["base"], PROMPTS[:2]))
     with pytest.raises(AssertionError, match="ran our kernels"):
         manager_of(served.llm).step.active.fill_(True)

@@ -183,6 +183,11 @@ class ExpertBank(torch.nn.Module):
         self._rows_of_w = sum(self.widths) if joint else 0
 
     @property
+    def is_joint(self) -> bool:
+        """Whether W and A stand in one tensor."""
+        return self._rows_of_w > 0
+
+    @property
     def numel(self) -> int:
         """Elements that `place` takes."""
         first = self._rows_of_w * self._shape_a[-1] + math.prod(self._shape_a)

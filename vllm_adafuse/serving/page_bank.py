@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from vllm.model_executor.layers.linear import LinearBase
+from vllm_adafuse.kernels.page_linear import page_linear
 from vllm_adafuse.kernels.page_sgmm import page_sgmm
 from vllm_adafuse.serving.bank import ExpertBank, own_rows
 from vllm_adafuse.serving.page_step import PageStep
@@ -23,12 +24,19 @@ class PageBank(ExpertBank):
         pages: of the pool.
         step: the step's static buffers.
         index: of the projection, its row in the step's counters.
+        joint: the projection is computed together with its deltas.
     """
 
     def __init__(
-        self, layer: LinearBase, parts: Sequence[str], pages: int, step: PageStep, index: int
+        self,
+        layer: LinearBase,
+        parts: Sequence[str],
+        pages: int,
+        step: PageStep,
+        index: int,
+        joint: bool = False,
     ):
-        super().__init__(layer, parts, pages, PAGE_RANKS, step, index)
+        super().__init__(layer, parts, pages, PAGE_RANKS, step, index, joint)
         self.sizes = [
             (layer.input_size, sum(shard.full for shard in shards)) for shards in self.part_shards
         ]
@@ -41,6 +49,21 @@ class PageBank(ExpertBank):
             self.bank_b, step.gates, step.present, step.scratch, self.parts, self.widths,
         )  # fmt: skip
         return y
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+        """activation(x Wᵀ + bias + delta) of a joined projection. x: [..., in]."""
+        step = self.route
+        y = page_linear(
+            x.reshape(-1, x.shape[-1]), step.active, self.joint, bias, self.bank_b, step.gates,
+            step.present, step.counters, self.index, step.scratch, self.parts, self.widths,
+            activation,
+        )  # fmt: skip
+        return y.view(*x.shape[:-1], -1)
+
+    def take(self, weight: torch.nn.Parameter) -> None:
+        """Makes a loaded weight [out, in] a view of the joint tensor."""
+        self.joint[: sum(self.widths)].copy_(weight)
+        self.join(weight)
 
     def write(self, pages: torch.Tensor, packed: Packed | None) -> None:
         """Puts an adapter's experts on their pages [n] int64; zeros where it has none here."""
@@ -117,18 +140,20 @@ def sizes_of(banks: Sequence[PageBank]) -> Mapping[str, tuple[int, int]]:
 
 def linears_of(
     model: torch.nn.Module, packed: Mapping[str, Sequence[str]], prefixes: Sequence[str] | None
-) -> Iterator[tuple[LinearBase, list[str]]]:
-    """The linears of a model, each with the full names of those that it consists of.
+) -> Iterator[tuple[LinearBase, torch.nn.Module, list[str]]]:
+    """The linears of a model, their blocks (attention, MLP), and the full names of the linears that
+    they consist of.
 
     Args:
         model: as vLLM built it.
         packed: leaf name of a projection -> leaf names of its linears.
         prefixes: only below one of these modules; None: everywhere.
     """
-    for name, module in model.named_modules():
+    for name, module in list(model.named_modules()):
         if not isinstance(module, LinearBase) or module.quant_method is None:
             continue
         if prefixes is not None and not name.startswith(tuple(f"{p}." for p in prefixes)):
             continue
         block, _, leaf = name.rpartition(".")
-        yield module, [f"{block}.{part}" if block else part for part in packed.get(leaf, [leaf])]
+        names = [f"{block}.{part}" if block else part for part in packed.get(leaf, [leaf])]
+        yield module, model.get_submodule(block), names

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.platforms import current_platform
 from vllm_adafuse.kernels.page_routes import COLUMNS, EXPERT, OWNER, TOP_K, page_routes
 from vllm_adafuse.serving.pool import Place, Size
 from vllm_adafuse.serving.router import Step
+from vllm_adafuse.serving.warm_up import warm_up
 
 # Slots of tokens whose request has no adapter, and of those whose adapter is lost.
 NO_ADAPTER, LOST = -1, -2
@@ -46,6 +48,14 @@ class PageStep(Step):
             self.register_buffer(name, tensor, persistent=False)
         self._listed = np.full(directory.shape, -1, dtype=np.int32)
         self._named = 0
+        self.cold = current_platform.is_cuda_alike()
+
+    def warm_up(self, model: torch.nn.Module) -> None:
+        """Has all kernels compiled that steps with adapters launch, in the model's first forward."""
+        active, ids = bool(self.active.item()), torch.zeros_like(self.slots)
+        self.active.fill_(True)
+        warm_up(model, len(ids), lambda tokens: self.route(ids[:tokens]))
+        self.active.fill_(active)
 
     def name(self, slots: np.ndarray, counts: np.ndarray) -> None:
         """Says whose the step's tokens are.
@@ -101,6 +111,9 @@ def watch(model: torch.nn.Module, step: PageStep) -> None:
 
 def _route(model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     step = model.adafuse_step
+    if step.cold:
+        step.cold = False
+        step.warm_up(model)
     if not step.active.item():
         return
     token_ids = kwargs.get("input_ids", args[0] if args else None)

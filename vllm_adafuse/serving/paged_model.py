@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.platforms import current_platform
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.serving import vllm_api
+from vllm_adafuse.serving import linear, vllm_api
 from vllm_adafuse.serving.adapters import VLLM_LORA
 from vllm_adafuse.serving.bank import place_banks
-from vllm_adafuse.serving.linear import AdaFuseLinearMethod
+from vllm_adafuse.serving.linear import AdaFuseLinearMethod, FusedLinearMethod
 from vllm_adafuse.serving.page_bank import PageBank, linears_of
 from vllm_adafuse.serving.page_step import PageStep
 from vllm_adafuse.serving.pool import Size
@@ -20,6 +22,7 @@ logger = init_logger("vllm.adafuse")
 MAX_SLICES = 3
 
 
+@torch.no_grad()
 def wrap_model(
     model: torch.nn.Module, vllm_config: VllmConfig, size: Size, device: torch.device
 ) -> tuple[PageStep, list[PageBank]]:
@@ -40,20 +43,21 @@ def wrap_model(
         banks, layers, left = [], [], []
         targets = getattr(vllm_config.lora_config, "target_modules", None)
         packed = vllm_api.packed_modules(model)
-        for layer, parts in linears_of(model, packed, vllm_api.language_prefixes(model)):
+        for layer, block, parts in linears_of(model, packed, vllm_api.language_prefixes(model)):
             names = {layer.prefix.rpartition(".")[2], layer.prefix, *parts}
             names |= {part.rpartition(".")[2] for part in parts}
             if targets is not None and names.isdisjoint(targets):
                 continue
             try:
-                bank = PageBank(layer, parts, size.pages, step, len(banks))
+                fuse = linear.can_fuse(layer)
+                bank = PageBank(layer, parts, size.pages, step, len(banks), fuse)
             except (TypeError, ValueError) as e:
                 left.append(f"{layer.prefix} ({e})")
                 continue
             if len(bank.widths) > MAX_SLICES or layer.params_dtype != config.dtype:
                 left.append(layer.prefix)
                 continue
-            layers.append(layer)
+            layers.append((layer, block))
             banks.append(bank)
         if not banks:
             raise AdapterError(
@@ -63,9 +67,9 @@ def wrap_model(
                     f"out, or let vLLM's own LoRA try it ({VLLM_LORA})"
                 ],
             )
-        place_banks(banks, config.dtype)
-        for layer, bank in zip(layers, banks):
-            wrap(layer, bank)
+        for (layer, block), bank in zip(layers, banks):
+            place_banks([bank], config.dtype)
+            wrap(layer, block, bank)
         step.reserve(len(banks), [bank.scratch_sizes() for bank in banks], 0)
     if left:
         logger.warning(
@@ -75,10 +79,17 @@ def wrap_model(
     return step, banks
 
 
-def wrap(layer: torch.nn.Module, bank: PageBank) -> None:
-    """Has a linear add its pages' deltas."""
+def wrap(layer: LinearBase, block: torch.nn.Module, bank: PageBank) -> None:
+    """Has a loaded linear add its pages' deltas; one of a joint bank gives up its own weight."""
     layer.adafuse_bank = bank
-    layer.quant_method = AdaFuseLinearMethod(layer.quant_method)
+    if bank.is_joint:
+        bank.take(layer.weight)
+        if current_platform.is_cuda_alike():
+            torch.cuda.empty_cache()  # or the holes that weights leave would stay, one for each
+        activation = linear.take_activation(layer, block)
+        layer.quant_method = FusedLinearMethod(layer.quant_method, activation)
+    else:
+        layer.quant_method = AdaFuseLinearMethod(layer.quant_method)
     # Newer vLLM may hand an fp8 projection an input that is quantised already.
     layer.requires_unquantized_input = True
 
