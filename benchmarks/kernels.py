@@ -114,7 +114,7 @@ class Case:
         self.trial = Trial(p, *mixture, dtype, copies, tokens=tokens)
         self.x, self.gates, self.present = self.trial.step(tokens)
         self.parts = list(range(len(p.widths)))
-        self.normed, self.order = p.name in ("o", "down"), self.trial.order(self.gates)
+        self.normed = p.name in ("o", "down")
         residual, factors = (torch.randn(n, self.out, device="cuda") for n in (tokens, 1))
         self.residual, self.factors = residual.to(dtype), factors[0].to(dtype)
 
@@ -125,7 +125,7 @@ class Case:
             linear_norm(self.x, joint, self.residual, self.factors, EPS, *shared)
         else:
             linear(
-                self.x, joint, None, *shared, self.order, self.parts, p.widths, p.activation,
+                self.x, joint, None, *shared, self.parts, p.widths, p.activation,
                 trial.cos_sin, in_place=True,
             )  # fmt: skip
 

@@ -4,7 +4,6 @@
     gather_routes  token ids, passports   -> routes   (one gather per step)
     spread_routes  routes                 -> gates, present experts, counters (once per step)
     page_routes    ids, adapter of each   -> gates, present pages, counters, where requests choose
-    order_routes   routes of a long step  -> its tokens by their experts (once per step)
     linear         x, [W; A], B, gates    -> the adapted projection, with what follows it: gate_up's
                                              activation, the rotary embedding of queries and keys
       stream_linear  its kernel for few tokens
@@ -17,8 +16,7 @@
       expand         its second kernel: out of it, added to y; ends both `linear`s behind the
                      vendor's product, as do
       wide_expand    for thousands of tokens, after
-      dense_expand   of the experts beyond 128 ranks, or
-      ordered_expand for thousands of tokens and ranks that neither takes
+      dense_expand   of the experts beyond 128 ranks
     page_linear, page_sgmm  `linear` and `sgmm` over pages, in the steps that have adapters
     live_route     hidden states at a layer -> routes   (`router.layer`, inside the model)
     layer_linear   x, [W; A; routers], B  -> the adapted projection, routed by its own input

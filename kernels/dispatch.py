@@ -32,7 +32,6 @@ from vllm_adafuse.kernels.plans import (
     DECODE_GEMM,
     EXPAND,
     NONE,
-    ORDERED_EXPAND,
     SHRINK,
     TMA_EXPAND,
     TMA_GEMM,
@@ -69,16 +68,16 @@ MAX_SHORT_TOKENS = 256
 # Below, steps wait for the CPU, which four descriptors take 110 us more than `expand`; the GPU
 # needs 15 to 30 us more for that. (2e1ac92.)
 MIN_WIDE_TOKENS = 4096
-# Ranks of all experts, up to which long steps take cuBLAS for those beyond one product
-# (f89d96f, an H100: 40 experts of rank 16).
-MAX_DENSE_RANKS = 1024
+# Ranks of all experts, up to which long steps take cuBLAS for those beyond one product, and up to
+# which they do before a norm (f89d96f, an H100: 40 experts of rank 16). Beyond, as with 8 ranks an
+# expert, `expand` multiplies all experts, and takes two to four times as long: f34e476, E/r/k
+# 64/32/2 in 8192 tokens of Llama-3-8B, 375 us for 959 behind qkv, 1516 for 4235 behind gate_up;
+# 32/8/2 180 for 244 and 711 for 959. (An expand of tokens in the order of their experts, tried
+# there, was faster by 40 to 230 us in one case of ten, and slower by up to 11 ms elsewhere.)
+MAX_DENSE_RANKS = 2048
+MAX_DENSE_NORM_RANKS = 1024
 # From so many tokens on the norm adds the deltas: before, its programs are too few. (d15c762.)
 MIN_FUSED_NORM_TOKENS = 8192
-# Steps in which tokens are put into the order of their experts: the sort takes 92 us at 16 000
-# tokens, 45 at 2048 (d15c762). A set of experts is a word; ranks are those that tiles can lay out.
-MIN_ORDER_TOKENS = 8192
-MAX_ORDER_EXPERTS = 64
-ORDER_RANKS = 8, 64
 # Over a quantised W: shrink by its own kernel; beyond, by one product over all experts (a24accf).
 MAX_SHRINK_TOKENS = 64
 # Up to so many tokens `present` tells the truth; longer steps touch all experts, and say so
@@ -99,7 +98,7 @@ TOKEN_LIMITS = (
     MAX_STREAM_ONLY_TOKENS, MAX_STREAM_TOKENS, MAX_LOW_TILE_TOKENS, MAX_TILE_TOKENS,
     MAX_SHRINK_TOKENS, MAX_LAYER_EXPAND_TOKENS,
     MAX_BIAS_TOKENS, MAX_SHORT_TOKENS, MAX_PRESENT_TOKENS, MAX_JOINT_TOKENS, MAX_SMALL_ROUTE_TOKENS,
-    MIN_WIDE_TOKENS, *WIDE_EXPAND_TOKENS, MIN_FUSED_NORM_TOKENS, MIN_ORDER_TOKENS,
+    MIN_WIDE_TOKENS, *WIDE_EXPAND_TOKENS, MIN_FUSED_NORM_TOKENS,
 )  # fmt: skip
 
 
@@ -132,15 +131,13 @@ def cublas_plan(shape: Shape, num_tokens: int, device: Device) -> Plan:
     aligned = s.fused_rows * s.itemsize % 16 == 0
     one_gemm = aligned and (not s.has_bias or num_tokens <= MAX_BIAS_TOKENS)
     if norm and num_tokens >= MIN_FUSED_NORM_TOKENS:
-        dense = BLOCK_ER < s.ranks <= MAX_DENSE_RANKS
+        dense = BLOCK_ER < s.ranks <= MAX_DENSE_NORM_RANKS
         return Plan(CUBLAS, None, 1, one_gemm, NONE if dense else ADD_NORM, 0 if dense else None)
     if not (s.has_bias and one_gemm):  # else a bias is to be added, which `expand` alone does
         if tma_expands(s, num_tokens, one_gemm, device):
             first = experts_at_once(s.num_experts, s.rank)
             dense_from = first if first < s.num_experts else None
             return Plan(CUBLAS, None, 1, one_gemm, TMA_EXPAND, dense_from)
-        if not norm and orders(s, num_tokens, device):
-            return Plan(CUBLAS, None, 1, one_gemm, ORDERED_EXPAND)
     return Plan(CUBLAS, None, 1, one_gemm, EXPAND)
 
 
@@ -284,8 +281,11 @@ def slices_of_product(shape: Shape, num_tokens: int) -> int:
 
 
 def in_wide_ranks(experts: int, rank: int) -> bool:
-    """Whether `wide_expand` takes experts of this rank, after `dense_expand` if they are many."""
-    return 16 <= rank <= BLOCK_ER and not rank & (rank - 1) and experts * rank <= MAX_DENSE_RANKS
+    """Whether `wide_expand` takes experts of this rank, after `dense_expand` if they are many. Of 8
+    ranks it takes no fewer than one whole product."""
+    ranks = experts * rank
+    fits = 16 <= rank <= BLOCK_ER or rank == 8 and ranks > BLOCK_ER
+    return fits and not rank & (rank - 1) and ranks <= MAX_DENSE_RANKS
 
 
 def in_whole_tiles(shape: Shape) -> bool:
@@ -310,22 +310,6 @@ def tma_expands(shape: Shape, num_tokens: int, one_gemm: bool, device: Device) -
     if (s.fused_rows if one_gemm else s.size_out) % 8:
         return False
     return in_wide_ranks(s.num_experts, s.rank) and in_whole_tiles(s)
-
-
-def keeps_order(experts: int, rank: int, rows: int, device: Device) -> bool:
-    """Whether steps of up to so many tokens may be put into order: not where products take the
-    ranks of all experts, nor where they are too many."""
-    few = experts * rank <= BLOCK_ER or in_wide_ranks(experts, rank) and device.hopper
-    return not few and experts <= MAX_ORDER_EXPERTS and rows >= MIN_ORDER_TOKENS
-
-
-def orders(shape: Shape, num_tokens: int, device: Device) -> bool:
-    """Whether `ordered_expand` is the one to take: a long step, ranks that fit tiles, columns in
-    whole tiles."""
-    s, (least, most) = shape, ORDER_RANKS
-    if s.itemsize != 2 or not least <= s.rank <= most or s.rank & (s.rank - 1):
-        return False
-    return keeps_order(s.num_experts, s.rank, num_tokens, device) and in_whole_tiles(s)
 
 
 @functools.cache

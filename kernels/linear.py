@@ -21,8 +21,6 @@ from vllm_adafuse.kernels import stream_linear, tile_linear
 from vllm_adafuse.kernels.dense_expand import dense_expand_triton
 from vllm_adafuse.kernels.dispatch import plan
 from vllm_adafuse.kernels.expand import expand_raw_triton, expand_torch
-from vllm_adafuse.kernels.order_routes import Order
-from vllm_adafuse.kernels.ordered_expand import ordered_expand_triton
 from vllm_adafuse.kernels.paged_cache import claim_pages, paged_cache_torch
 from vllm_adafuse.kernels.pairs import (
     activate_torch,
@@ -30,7 +28,7 @@ from vllm_adafuse.kernels.pairs import (
     result_width,
     rotate_torch,
 )
-from vllm_adafuse.kernels.plans import ORDERED_EXPAND, TMA_EXPAND, Device, Plan, Shape
+from vllm_adafuse.kernels.plans import TMA_EXPAND, Device, Plan, Shape
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import shrink_torch
@@ -102,7 +100,7 @@ def _new_result(x, joint, widths, activation, in_place) -> torch.Tensor:
 
 def run(
     x, joint, bias, bank_b, gates, present, counters, index, low, partial, tickets, unread,
-    order_rows, order_present, cos_sin, parts, widths, activation, cache, in_place,
+    cos_sin, parts, widths, activation, cache, in_place,
 ):  # fmt: skip
     """What the op does, for ops that do it at times."""
     pages = claim_pages(cache, x)
@@ -117,13 +115,13 @@ def run(
     way = plan(shape, x.shape[0], Device.of(x.device))
     return linear_triton(
         x, joint, bias, bank_b, gates, present, counters[index] if way.config else None,
-        Scratch(low, partial, tickets, unread), Order(order_rows, order_present),
-        parts, widths, activation, cos_sin, way, pages, in_place,
+        Scratch(low, partial, tickets, unread), parts, widths, activation, cos_sin, way, pages,
+        in_place,
     )  # fmt: skip
 
 
 def linear_triton(
-    x, joint, bias, bank_b, gates, present, counter, scratch, order, parts, widths, activation,
+    x, joint, bias, bank_b, gates, present, counter, scratch, parts, widths, activation,
     cos_sin, way, pages=None, in_place=False,
 ):  # fmt: skip
     """`linear` on a GPU, by a `Plan`. in_place: `stays_in_place`."""
@@ -135,7 +133,7 @@ def linear_triton(
         )  # fmt: skip
     y, s, bias = joint_product(x, joint, bias, sum(widths), way.one_gemm)
     return expand_long(
-        y, s, bias, bank_b, gates, present, parts, widths, activation, way, order,
+        y, s, bias, bank_b, gates, present, parts, widths, activation, way,
         cos_sin=cos_sin, pages=pages, in_place=in_place,
     )  # fmt: skip
 
@@ -151,7 +149,6 @@ def expand_long(
     widths: Sequence[int],
     activation: str,
     way: Plan,
-    order: Order | None = None,
     **behind: Any,
 ) -> torch.Tensor:
     """From W x and A x to the projection, by a `Plan`. y and s may be overwritten."""
@@ -159,8 +156,6 @@ def expand_long(
         if way.dense_from is not None:
             dense_expand_triton(y, s, bank_b, gates, parts, widths, way.dense_from)
         return wide_expand_triton(y, s, bank_b, gates, widths, activation, **behind)
-    if way.expand == ORDERED_EXPAND and order and order.of(y.shape[0]):
-        return ordered_expand_triton(y, s, bank_b, gates, order, widths, activation, **behind)
     return expand_raw_triton(
         y, s, bias, bank_b, gates, present, parts, widths, activation, **behind
     )
@@ -219,7 +214,7 @@ def _fake(x, joint, bias, bank_b, *arguments):
 _op = register_op(
     "linear(Tensor x, Tensor joint, Tensor? bias, Tensor bank_b, Tensor gates, "
     "Tensor present, Tensor counters, int index, Tensor low, Tensor partial, Tensor tickets, "
-    "Tensor unread, Tensor order_rows, Tensor order_present, Tensor? cos_sin, int[] parts, "
+    "Tensor unread, Tensor? cos_sin, int[] parts, "
     "int[] widths, str activation, str cache, bool in_place) -> Tensor",
     run,
     _fake,
@@ -236,7 +231,6 @@ def linear(
     counters: torch.Tensor,
     index: int,
     scratch: Scratch,
-    order: Order,
     parts: Sequence[int],
     widths: Sequence[int],
     activation: str = "",
@@ -256,7 +250,6 @@ def linear(
         counters: [C, 4] int32, a row for each projection.
         index: of this projection's row.
         scratch: of the device.
-        order: of the step's tokens, see `order_routes`.
         parts: for each of up to three parts of the output its index in the banks, -1 for none.
         widths: columns of each part.
         activation: "", or "silu" or "gelu_tanh" of gate_up, whose two parts are equally wide, or
@@ -275,5 +268,5 @@ def linear(
     return _op(
         x, joint, bias, bank_b, gates, present, counters, index,
         scratch.low, scratch.partial, scratch.tickets, scratch.unread,
-        order.rows, order.present, cos_sin, parts, widths, activation, cache, in_place,
+        cos_sin, parts, widths, activation, cache, in_place,
     )  # fmt: skip

@@ -15,8 +15,7 @@ from vllm_adafuse.kernels.pairs import tiled_widths
 # What a plan may name. Of W: DECODE_GEMM is stream_linear.py, TMA_GEMM tile_linear.py; SHRINK, over
 # a quantised W, is of A alone. Of the expand: TMA_EXPAND is wide_expand.py.
 DECODE_GEMM, TMA_GEMM, CUBLAS, SHRINK = "decode_gemm", "tma_gemm", "cublas", "shrink"
-NONE, EXPAND, TMA_EXPAND, ORDERED_EXPAND = "none", "expand", "tma_expand", "ordered_expand"
-ADD_NORM = "add_norm"
+NONE, EXPAND, TMA_EXPAND, ADD_NORM = "none", "expand", "tma_expand", "add_norm"
 
 
 @dataclass(frozen=True)

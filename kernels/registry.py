@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 
 _LIBRARY = torch.library.Library("vllm_adafuse", "FRAGMENT")
+# Of each op that was registered, what runs it.
+IMPLEMENTATIONS: dict[Callable, Callable] = {}
 
 
 def register_op(schema: str, implementation: Callable, fake: Callable) -> Callable:
@@ -26,7 +28,9 @@ def register_op(schema: str, implementation: Callable, fake: Callable) -> Callab
     _LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
     _LIBRARY.impl(name, implementation, dispatch_key="CompositeExplicitAutograd")
     _LIBRARY._register_fake(name, fake)
-    return getattr(torch.ops.vllm_adafuse, name).default
+    op = getattr(torch.ops.vllm_adafuse, name).default
+    IMPLEMENTATIONS[op] = implementation
+    return op
 
 
 def matmul_f32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

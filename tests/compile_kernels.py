@@ -15,12 +15,10 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from vllm_adafuse.kernels import (
-    blocks,
     configs,
     dense_expand,
     dispatch,
     expand,
-    ordered_expand,
     pairs,
     residual_norm,
     shrink,
@@ -30,7 +28,6 @@ from vllm_adafuse.kernels import (
     tile_linear,
     wide_expand,
 )
-from vllm_adafuse.kernels.order_routes import ORDER_TILE
 
 HOPPER, BLACKWELL = GPUTarget("cuda", 90, 32), GPUTarget("cuda", 100, 32)
 POINTERS = {
@@ -38,7 +35,6 @@ POINTERS = {
     **dict.fromkeys("residual_ptr weight_ptr z_ptr cos_sin_ptr".split(), "*bf16"),
     **dict.fromkeys("gates_ptr partial_ptr weights_ptr".split(), "*fp32"),
     **dict.fromkeys("ticket_ptr counter_ptr counters_ptr ids_ptr places_ptr".split(), "*i32"),
-    "order_ptr": "*i32",
     **dict.fromkeys("present_ptr table_ptr row_ptr merged_ptr slots_ptr".split(), "*i64"),
     **dict.fromkeys(("keys_ptr", "values_ptr"), "*bf16"),
 }
@@ -199,15 +195,6 @@ def main() -> None:
             name, kernel = f"wide_expand act={number} {tokens}", wide_expand._wide_expand_kernel
             name += ", E=16" if experts == 16 else ""
             rows.append(build(name, kernel, constants, cut.warps, cut.stages))
-        cut = ordered_expand.OrderedBlocks.choose(act, 16)
-        _, constants = blocks.grouped_tiles(widths, act, shape["HALF"], cut.columns, cut.loop)
-        constants |= paged | {
-            "RANK": 16, "CHUNK": cut.ranks // 16, "BLOCK_E": 64, "BLOCK_T": ORDER_TILE,
-            "STAGES": cut.stages, "PDL": True,
-        }  # fmt: skip
-        constants |= {} if act == "rotary" else {"cos_sin_ptr": None}
-        kernel = ordered_expand._ordered_expand_kernel
-        rows.append(build(f"ordered_expand act={number}", kernel, constants, cut.warps, cut.stages))
     for tokens in (1, 100, 16000):
         split, expands = 2 * (tokens == 1), tokens > 1000
         cut = dispatch.choose_norm(4096, expands, split > 0, 2)

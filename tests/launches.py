@@ -40,9 +40,9 @@ from vllm_adafuse.kernels.layer_linear import layer_linear
 from vllm_adafuse.kernels.layer_sgmm import layer_sgmm
 from vllm_adafuse.kernels.linear import linear
 from vllm_adafuse.kernels.linear_norm import linear_norm
-from vllm_adafuse.kernels.order_routes import Order, order_routes
 from vllm_adafuse.kernels.paged_cache import Pages, register_source
 from vllm_adafuse.kernels.plans import Device
+from vllm_adafuse.kernels.registry import IMPLEMENTATIONS
 from vllm_adafuse.kernels.route_layer import LayerGate
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.sgmm import sgmm
@@ -137,8 +137,8 @@ def recording(hopper: bool = True, device: str = "cpu") -> Iterator[list[Launch]
             for name, value in list(vars(module).items()):
                 if name.endswith("_kernel"):
                     patch.setattr(module, name, Recorder(value, found))
-            if hasattr(module, "_run"):  # else torch would run what is registered for fakes
-                patch.setattr(module, "_op", module._run)
+            if hasattr(module, "_op"):  # else torch would run what is registered for fakes
+                patch.setattr(module, "_op", IMPLEMENTATIONS[module._op])
         begins = lambda self: self.storage_offset() * self.element_size()  # noqa: E731
         patch.setattr(FakeTensor, "is_cuda", True)
         patch.setattr(FakeTensor, "data_ptr", begins)
@@ -181,7 +181,6 @@ def one_decision(experts=8, rank=16, bias=False, dtype=torch.bfloat16, parts=(0,
     table, counters = empty(32000, top_k, dtype=i32), empty(9, 4, dtype=i32)
     table_weights = empty(32000, top_k, dtype=f32)
     scratch = Scratch.make(1 << 30, 1 << 30, 1 << 20, CPU)
-    order = Order.make(MOST, experts, rank, CPU)
     banks = gates, present, counters
     source = Paged()
     register_source("paged", source)
@@ -193,7 +192,6 @@ def one_decision(experts=8, rank=16, bias=False, dtype=torch.bfloat16, parts=(0,
         assert source  # which is known while it lives
         gather_routes(empty(tokens, dtype=i32), table, table_weights, ids, weights)
         spread_routes(ids, weights, gates, present, counters, tokens)
-        order_routes(ids, order, tokens, experts)
         for widths, act, of in (
             ([4096, 1024, 1024], "rotary", list(parts)),
             ([11008] * 2, "silu", [0, 1]),
@@ -205,7 +203,7 @@ def one_decision(experts=8, rank=16, bias=False, dtype=torch.bfloat16, parts=(0,
             b, cos_sin = new(adapted, experts, rank), new(MOST, 128)
             x = new(tokens, 4096)
             for cache in ("", "paged") if act == "rotary" else ("",):
-                shared = scratch, order, of, widths, act, cos_sin, cache
+                shared = scratch, of, widths, act, cos_sin, cache
                 with_bias = new(sum(widths)) if bias else None
                 linear(x, joint, with_bias, b, *banks, 0, *shared, in_place=act == "silu")
             a = joint[sum(widths) :].view(count, experts, rank, 4096)
@@ -260,6 +258,7 @@ CASES: dict[str, tuple[Callable, dict, dict]] = {
     "8/64": (one_decision, {"rank": 64}, {}),
     "64/16": (one_decision, {"experts": 64}, {}),
     "64/32": (one_decision, {"experts": 64, "rank": 32}, {}),
+    "32/8": (one_decision, {"experts": 32, "rank": 8}, {}),
     "20/40": (one_decision, {"experts": 20, "rank": 40}, {}),
     "8/16 and biases": (one_decision, {"bias": True}, {}),
     "8/16 of q and v": (one_decision, {"parts": (0, -1, 1)}, {}),

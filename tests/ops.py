@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from vllm_adafuse.kernels.linear_norm import scratch_sizes
-from vllm_adafuse.kernels.order_routes import ORDER_TILE, Order, _order_torch
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.spread_routes import list_present, new_present
 
@@ -57,18 +56,6 @@ def present_of(used: torch.Tensor) -> torch.Tensor:
     present = new_present(len(used), used.device)
     list_present(used, present)
     return present
-
-
-def make_order(gates: torch.Tensor, tokens: int, top_k: int) -> Order:
-    """The order of a step of any length."""
-    experts, tiles = gates.shape[1], -(-tokens // ORDER_TILE)
-    ids = gates[:tokens].topk(top_k).indices.int()
-    order = Order(
-        torch.zeros(tokens, dtype=torch.int32, device=DEVICE),
-        torch.zeros(tiles, dtype=torch.int64, device=DEVICE),
-    )
-    _order_torch(ids, *order, tokens, experts)
-    return order
 
 
 def make_problem(

@@ -40,9 +40,6 @@ def test_kernels_store_vectors(built):
 
 
 def test_kernels_load_vectors(built):
-    # What remains are scalars and short vectors: gates, counters, bits; in a long step's order also
-    # the numbers of the eight rows that a thread reads.
-    narrow = {
-        row["kernel"]: row["narrow"] - 8 * row["kernel"].startswith("ordered") for row in built
-    }
+    # What remains are scalars and short vectors: gates, counters, bits.
+    narrow = {row["kernel"]: row["narrow"] for row in built}
     assert {name: count for name, count in narrow.items() if count > 8} == {}

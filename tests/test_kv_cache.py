@@ -14,7 +14,6 @@ from vllm.model_executor.layers.attention.attention import unified_kv_cache_upda
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
 from vllm_adafuse.kernels.linear import linear
-from vllm_adafuse.kernels.order_routes import Order
 from vllm_adafuse.serving import kv_cache
 from vllm_adafuse.serving.kv_cache import LayerCache, can_write
 
@@ -212,7 +211,7 @@ def test_a_step_of_the_op_writes_the_cache_that_vllm_would():
         counters = torch.zeros(3, 4, dtype=torch.int32, device=DEVICE)
         return linear(
             p.x, joint, p.bias, p.bank_b, p.gates, p.present, counters, 1, p.scratch,
-            Order.make(0, 4, 16, DEVICE), p.parts, p.widths, "rotary", cos_sin, name,
+            p.parts, p.widths, "rotary", cos_sin, name,
         )  # fmt: skip
 
     y = step("")

@@ -7,21 +7,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vllm_adafuse.kernels.configs import Tiles
 from vllm_adafuse.kernels.dispatch import config_plan, cublas_plan, plan, serves
 from vllm_adafuse.kernels.linear import linear, linear_triton, stays_in_place
-from vllm_adafuse.kernels.order_routes import Order
 from vllm_adafuse.kernels.pairs import rotate_torch
 from vllm_adafuse.kernels.plans import DECODE_GEMM, TMA_GEMM, Device, Shape
 
 # On a GPU: the streaming kernel, the tiled one, and the joint product with two kinds of expand.
 TOKENS = [1, 32, 33, 100]
 LONG = [300, 2500]
-NO_ORDER = Order.make(0, 4, 16, DEVICE)
 
 
 def arguments(p, activation="", cos_sin=None, in_place=False):
     joint = torch.cat([p.weight, p.bank_a.view(-1, p.x.shape[1])])
     counters = torch.zeros(3, 4, dtype=torch.int32, device=DEVICE)
     return (
-        p.x, joint, p.bias, p.bank_b, p.gates, p.present, counters, 1, p.scratch, NO_ORDER,
+        p.x, joint, p.bias, p.bank_b, p.gates, p.present, counters, 1, p.scratch,
         p.parts, p.widths, activation, cos_sin, "", in_place,
     )  # fmt: skip
 
@@ -34,9 +32,9 @@ def shape(p, activation):
 def flat(p, activation, in_place=False):
     """The arguments of the op below `linear`."""
     x, *rest = arguments(p, activation)
-    scratch, order = rest.pop(7), rest.pop(7)
+    scratch = rest.pop(7)
     *rest, cos_sin, cache, _ = rest
-    return (x, *rest[:7], *scratch, *order, cos_sin, *rest[7:], cache, in_place)
+    return (x, *rest[:7], *scratch, cos_sin, *rest[7:], cache, in_place)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -64,11 +62,11 @@ def test_queries_and_keys_are_turned(tokens, parts):
 def test_products_of_the_vendor_and_an_expand(bias, activation, ranks):
     p = make_problem(300, 48, [64, 64], 1, 1, ranks, bias=bias)
     x, joint, _, *rest = arguments(p, activation)
-    counters, scratch, order, parts, widths = rest[3], *rest[5:9]
+    counters, scratch, parts, widths = rest[3], *rest[5:8]
     way = cublas_plan(shape(p, activation), 300, Device("cpu"))
     assert way.one_gemm == (ranks == 4 and not bias)
     out = linear_triton(
-        x, joint, p.bias, p.bank_b, p.gates, p.present, counters[1], scratch, order, parts, widths,
+        x, joint, p.bias, p.bank_b, p.gates, p.present, counters[1], scratch, parts, widths,
         activation, None, way,
     )  # fmt: skip
     assert out.is_contiguous() and error(out, linear_truth(p, activation)) <= 1e-5
@@ -155,7 +153,7 @@ def test_every_path_leaves_the_layout_that_the_fake_tells(
     truth = linear_truth(p, activation)
     assert error(out, truth) <= 1e-5
     # Paths of a GPU; streamed and tiled, and the joint product.
-    x, joint, _, _, gates, present, counters, _, scratch, order, parts, widths, *_ = arguments(p)
+    x, joint, _, _, gates, present, counters, _, scratch, parts, widths, *_ = arguments(p)
     cuts = [None]
     if tokens <= 32:
         cuts += [Tiles(16, 32), Tiles(16, 32, 1, 4, 2, slices=2, tma=True)]
@@ -164,7 +162,7 @@ def test_every_path_leaves_the_layout_that_the_fake_tells(
     for i, cut in enumerate(cuts):
         way = config_plan(of, cut) if cut else cublas_plan(of, tokens, Device("cpu"))
         found = linear_triton(
-            x, joint, p.bias, p.bank_b, gates, present, counters[i], scratch, order, parts, widths,
+            x, joint, p.bias, p.bank_b, gates, present, counters[i], scratch, parts, widths,
             activation, None, way, in_place=whole,
         )  # fmt: skip
         assert found.stride() == (stride, 1) and error(found, truth) <= 1e-5

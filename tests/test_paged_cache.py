@@ -10,7 +10,6 @@ from ops import (
     in_whole_numbers,
     joint_of,
     linear_truth,
-    make_order,
     make_problem,
     whole_turns,
 )
@@ -18,8 +17,6 @@ from vllm_adafuse.kernels import paged_cache
 from vllm_adafuse.kernels.configs import ExpandBlocks, Tiles
 from vllm_adafuse.kernels.expand import expand_raw_triton
 from vllm_adafuse.kernels.linear import linear
-from vllm_adafuse.kernels.order_routes import Order
-from vllm_adafuse.kernels.ordered_expand import OrderedBlocks, ordered_expand_triton
 from vllm_adafuse.kernels.paged_cache import Pages, paged_cache_torch, register_source
 from vllm_adafuse.kernels.pairs import rotate_torch
 from vllm_adafuse.kernels.stream_linear import stream_linear_triton
@@ -102,15 +99,6 @@ def by_wide_expand(p, cos_sin, pages):
     )  # fmt: skip
 
 
-def by_ordered_expand(p, cos_sin, pages):
-    y, s = products(p)
-    order = make_order(p.gates, p.x.shape[0], 2)
-    return ordered_expand_triton(
-        y, s, p.bank_b, p.gates, order, p.widths, "rotary", OrderedBlocks(32, 2, 4, 2, 32),
-        cos_sin, pages,
-    )  # fmt: skip
-
-
 class Anywhere:
     """A source of pages that gives what it has."""
 
@@ -127,9 +115,8 @@ def by_op(p, cos_sin, pages):
     register_source("layers.0.attn", source)
     joint = joint_of(p)
     counters = torch.zeros(3, 4, dtype=torch.int32, device=DEVICE)
-    order = Order.make(0, 4, 16, DEVICE)
     out = linear(
-        p.x, joint, p.bias, p.bank_b, p.gates, p.present, counters, 1, p.scratch, order,
+        p.x, joint, p.bias, p.bank_b, p.gates, p.present, counters, 1, p.scratch,
         p.parts, p.widths, "rotary", cos_sin, "layers.0.attn",
     )  # fmt: skip
     assert source.asked == [(p.x.shape[0], p.x.dtype)]
@@ -137,7 +124,7 @@ def by_op(p, cos_sin, pages):
 
 
 ANY = [by_stream, by_tiles, by_expand, by_long_expand, by_op]
-WHOLE = [by_wide_expand, by_ordered_expand]  # every part has experts, no bias
+WHOLE = [by_wide_expand]  # every part has experts, no bias
 HALF_DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
 

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from ops import DEVICE, error, joint_of, linear_truth, make_order, make_problem
+from ops import DEVICE, error, joint_of, linear_truth, make_problem
 from vllm_adafuse.kernels.expand import expand_raw_triton
-from vllm_adafuse.kernels.ordered_expand import ordered_expand_triton
 from vllm_adafuse.kernels.stream_linear import stream_linear_triton
 from vllm_adafuse.kernels.tile_linear import tile_linear_triton
 from vllm_adafuse.kernels.wide_expand import wide_expand_triton
@@ -43,18 +42,13 @@ def expanded(p, counter, activation):
     return expand_raw_triton(y, s, None, *shared)
 
 
-def in_order(p, counter, activation):
-    order = make_order(p.gates, len(p.x), 2)
-    return ordered_expand_triton(*products(p), p.bank_b, p.gates, order, p.widths, activation)
-
-
 def wide(p, counter, activation):
     return wide_expand_triton(*products(p), p.bank_b, p.gates, p.widths, activation)
 
 
 PATHS = {
     "stream": (5, streamed), "tile": (40, tiled), "expand": (90, expanded),
-    "wide": (120, wide), "in order": (150, in_order),
+    "wide": (120, wide),
 }  # fmt: skip
 
 

@@ -33,6 +33,7 @@ MANY = {  # more ranks than one product takes
     "five-of-32": (33, 32, [64], 5, 3, 32, ""),
     "twenty-gate-up": (37, 32, [128, 128], 20, 3, 16, "silu"),
     "twenty-rotary": (37, 32, [128, 64, 64], 20, 2, 16, "rotary"),
+    "of-eight-ranks": (33, 32, [64], 20, 2, 8, ""),
     "sixty-four": (40, 32, [64, 64], 64, 2, 16, "gelu_tanh"),
 }
 
@@ -111,9 +112,9 @@ def test_one_product_has_the_first_experts_alone(name):
 def test_which_ranks_it_takes():
     takes = in_wide_ranks
     assert takes(5, 16) and takes(8, 16) and takes(1, 128)
-    assert takes(9, 16) and takes(20, 16) and takes(64, 16) and takes(8, 128)
-    assert not takes(65, 16) and not takes(128, 16) and not takes(1, 256)
-    assert not takes(16, 8) and not takes(8, 24)
+    assert takes(9, 16) and takes(20, 16) and takes(64, 32) and takes(8, 128) and takes(17, 8)
+    assert not takes(65, 32) and not takes(129, 16) and not takes(1, 256)
+    assert not takes(16, 8) and not takes(8, 24) and not takes(40, 4)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])

@@ -23,7 +23,6 @@ from vllm_adafuse.kernels.dispatch import (
 )
 from vllm_adafuse.kernels.linear import bank_a_of, linear_triton
 from vllm_adafuse.kernels.linear_norm import linear_norm_triton, scratch_sizes
-from vllm_adafuse.kernels.order_routes import Order, order_routes
 from vllm_adafuse.kernels.pairs import can_rotate
 from vllm_adafuse.kernels.plans import Device, Shape
 from vllm_adafuse.kernels.residual_norm import residual_norm_triton
@@ -38,7 +37,6 @@ ROW_PARALLEL = ("o_proj", "down_proj")
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 # Bytes of a processor's shared memory that a program of the tiled kernel may take.
 MAX_TILE_SHARED = 220 << 10
-NO_ORDER = Order(torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.int64))
 # Bytes of weights to go round, so that no cache holds them.
 BEYOND_CACHE = 256 << 20
 
@@ -246,13 +244,6 @@ class Trial:
         spread_routes(ids, weights, gates, present, self.counters, tokens)
         return x, gates, present
 
-    def order(self, gates: torch.Tensor) -> Order:
-        """The order of a step with these gates."""
-        ids = gates.topk(self.top_k).indices.int()
-        order = Order.make(len(gates), self.experts, self.rank, gates.device)
-        order_routes(ids, order, len(gates), self.experts)
-        return order
-
     def run(self, step: tuple, cut: Tiles | None) -> None:
         """Runs the product, cut like this, on every copy of the weights, with what follows it and
         with the norm that lets it begin early, if there is one."""
@@ -275,7 +266,7 @@ class Trial:
                 linear_norm_triton(x, joint, residual, residual[0], 1e-5, *shared, way)
             else:
                 linear_triton(
-                    x, joint, None, *shared, NO_ORDER, range(len(product.widths)), product.widths,
+                    x, joint, None, *shared, range(len(product.widths)), product.widths,
                     product.activation, self.cos_sin, way,
                 )  # fmt: skip
 

@@ -253,7 +253,7 @@ class ExpertBank(torch.nn.Module):
             cos_sin = self.rotary.cos_sin
         return linear.linear(
             x, self.joint, bias, self.bank_b, route.gates, route.present,
-            route.counters, self.index, route.scratch, route.order, self.parts, self.widths,
+            route.counters, self.index, route.scratch, self.parts, self.widths,
             activation, cos_sin, self.cache_name, self.in_place,
         )  # fmt: skip
 

@@ -110,7 +110,7 @@ class AdaFuseMixin:
             linear.keep_in_place(layer, block)
         # A pipeline stage may have no adapted layer, but still passes routes on.
         sizes = [(1, 1, 1), *(bank.scratch_sizes() for bank in banks)]
-        route.reserve(max(1, len(banks)), sizes, config.rank if any(fused) else 0)
+        route.reserve(max(1, len(banks)), sizes)
         return banks
 
     def _adapted_projections(

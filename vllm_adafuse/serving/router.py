@@ -11,7 +11,6 @@ from vllm_adafuse.config import AdapterConfig
 from vllm_adafuse.kernels.gate import gate
 from vllm_adafuse.kernels.gather_routes import gather_routes
 from vllm_adafuse.kernels.live_route import live_route
-from vllm_adafuse.kernels.order_routes import Order, order_routes
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.spread_routes import new_present, spread_routes
 
@@ -28,7 +27,6 @@ class Step(torch.nn.Module):
         present: [2 + E] int64, the experts that the step needs, see `spread_routes`.
         counters: [projections, 4] int32, on which programs of one launch wait for each other.
         scratch: what all launches share.
-        order: of the tokens of a long step, neighbours with experts in common.
     """
 
     def __init__(self, rows: int, num_experts: int):
@@ -37,15 +35,12 @@ class Step(torch.nn.Module):
         self.register_buffer("gates", gates, persistent=False)
         self.register_buffer("present", new_present(num_experts), persistent=False)
 
-    def reserve(
-        self, projections: int, sizes: Iterable[tuple[int, int, int]], rank: int
-    ) -> None:
+    def reserve(self, projections: int, sizes: Iterable[tuple[int, int, int]]) -> None:
         """Makes what depends on the projections.
 
         Args:
             projections: their number.
             sizes: `scratch_sizes` of each.
-            rank: R of their banks, 0 if none reads long steps in order.
         """
         low, floats, tickets = (max(column) for column in zip(*sizes))
         scratch = Scratch.make(low, floats, tickets, self.gates.device)
@@ -53,18 +48,10 @@ class Step(torch.nn.Module):
             self.register_buffer(name, tensor, persistent=False)
         counters = torch.zeros(projections, 4, dtype=torch.int32)
         self.register_buffer("counters", counters, persistent=False)
-        rows, experts = self.gates.shape
-        order = Order.make(rows, experts, rank, self.gates.device)
-        self.register_buffer("order_rows", order.rows, persistent=False)
-        self.register_buffer("order_present", order.present, persistent=False)
 
     @property
     def scratch(self) -> Scratch:
         return Scratch(self.low, self.partial, self.tickets, self.unread)
-
-    @property
-    def order(self) -> Order:
-        return Order(self.order_rows, self.order_present)
 
 
 class Route(Step):
@@ -86,8 +73,6 @@ class Route(Step):
         spread_routes(
             self.expert_ids, self.weights, self.gates, self.present, self.counters, tokens
         )
-        if self.order_rows.numel():
-            order_routes(self.expert_ids, self.order, tokens, self.gates.shape[1])
 
 
 class Router(torch.nn.Module):
