@@ -12,7 +12,7 @@ from vllm_adafuse.adapter import load_adapter
 from vllm_adafuse.cli.main import main
 from vllm_adafuse.tiny import make_tiny_backbone
 
-COMMANDS = ("check", "inspect", "route", "compose", "merge", "random", "tune")
+COMMANDS = ("check", "inspect", "route", "compose", "merge", "random", "tune", "explain")
 
 
 # Help and usage

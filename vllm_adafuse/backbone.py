@@ -38,6 +38,7 @@ class Backbone:
         norm_eps: epsilon of RMSNorm.
         linears: full name ("model.layers.0.self_attn.q_proj") -> (in, out).
         tied: whether the output head is the embedding.
+        biased: those of the linears that add a bias.
     """
 
     path: str
@@ -48,6 +49,7 @@ class Backbone:
     norm_eps: float
     linears: dict[str, tuple[int, int]]
     tied: bool = False
+    biased: frozenset[str] = frozenset()
 
     @classmethod
     def from_hf_config(cls, hf_config: Any, path: str) -> Backbone:
@@ -74,8 +76,8 @@ class Backbone:
                 f"backbone {path}",
                 [f"transformers cannot build the model of its config.json: {brief(e)}"],
             ) from e
-        linears = {
-            name: (module.in_features, module.out_features)
+        modules = {
+            name: module
             for name, module in model.named_modules()
             if isinstance(module, torch.nn.Linear) and name.startswith("model.layers.")
         }
@@ -86,8 +88,9 @@ class Backbone:
             num_layers=hf_config.num_hidden_layers,
             vocab_size=hf_config.vocab_size,
             norm_eps=hf_config.rms_norm_eps,
-            linears=linears,
+            linears={name: (m.in_features, m.out_features) for name, m in modules.items()},
             tied=bool(getattr(hf_config, "tie_word_embeddings", False)),
+            biased=frozenset(name for name, m in modules.items() if m.bias is not None),
         )
 
     @classmethod

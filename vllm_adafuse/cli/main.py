@@ -14,6 +14,7 @@ from vllm_adafuse.cli import (
     cmd_compose_experts,
     cmd_convert,
     cmd_distill,
+    cmd_explain,
     cmd_inspect,
     cmd_merge,
     cmd_random,
@@ -36,6 +37,7 @@ examples, in the order of a first visit:
   vllm-adafuse compose-experts a=lora1 b=lora2 … one mixture of several LoRAs
   vllm-adafuse train --base BASE --data texts.jsonl --output adapter   train one
   vllm-adafuse tune BASE                         fit the kernels to this machine's GPU
+  vllm-adafuse explain BASE adapter --tokens 40  which kernels serve a step of 40 tokens
 
 BASE is a checkpoint directory, or the name of one in the Hugging Face cache; nothing is
 downloaded. `vllm-adafuse COMMAND --help` says more.
@@ -65,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         cmd_train,
         cmd_distill,
         cmd_tune,
+        cmd_explain,
     ):
         command.add_parser(commands)
     return parser
