@@ -40,10 +40,9 @@ def _run(
 ):  # fmt: skip
     if not active.item():
         return stock(x, joint[: sum(widths)], bias, activation)
-    none = gates.new_empty(0, dtype=torch.int32)
     return linear.run(
         x, joint, bias, bank_b, gates, present, counters, index, low, partial, tickets, unread,
-        none, none, None, parts, widths, activation, "", False,
+        None, parts, widths, activation, "", False,
     )  # fmt: skip
 
 

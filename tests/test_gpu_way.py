@@ -7,16 +7,15 @@ import test_ffn_mix as mixes
 import test_layer_sgmm
 import torch
 from fake_gpu import computing
-from ops import DEVICE, delta_truth, error, joint_of, linear_truth, make_order, make_problem
+from ops import DEVICE, delta_truth, error, joint_of, linear_truth, make_problem
 from test_layer_linear import problem
-from vllm_adafuse.kernels import dispatch, order_routes
+from vllm_adafuse.kernels import dispatch
 from vllm_adafuse.kernels.ffn_down import ffn_down
 from vllm_adafuse.kernels.ffn_mix import ffn_mix
 from vllm_adafuse.kernels.layer_linear import layer_linear
 from vllm_adafuse.kernels.linear import linear
 from vllm_adafuse.kernels.linear_norm import linear_norm
-from vllm_adafuse.kernels.order_routes import Order
-from vllm_adafuse.kernels.pairs import activate_torch, rotate_torch
+from vllm_adafuse.kernels.pairs import rotate_torch
 from vllm_adafuse.kernels.sgmm import sgmm
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="a GPU goes its own way")
@@ -33,8 +32,6 @@ def long_steps(monkeypatch):
     """Steps of some hundred tokens go the ways of thousands."""
     monkeypatch.setattr(dispatch, "MIN_WIDE_TOKENS", 260)
     monkeypatch.setattr(dispatch, "MIN_FUSED_NORM_TOKENS", 290)
-    for module in dispatch, order_routes:
-        monkeypatch.setattr(module, "MIN_ORDER_TOKENS", 290)
 
 
 def counters():
@@ -54,12 +51,9 @@ def projection(tokens, size_in, widths, activation, experts, rank, **options):
         cos_sin = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(1)).half()
         truth, plain = (rotate_torch(y, cos_sin, widths[0] + widths[1]) for y in (truth, plain))
     with computing() as names:
-        order = Order.make(tokens, experts, rank, torch.device(DEVICE))
-        if order.of(tokens):
-            order = make_order(p.gates, tokens, top_k)
         found = linear(
             p.x, joint_of(p), p.bias, p.bank_b, p.gates, p.present, counters(), 1, p.scratch,
-            order, p.parts, p.widths, activation, cos_sin,
+            p.parts, p.widths, activation, cos_sin,
         )  # fmt: skip
     return names, error(found, truth), error(plain, truth)
 
@@ -97,7 +91,6 @@ def test_qkv():
     ran = run_all(projection, 64, [64, 64, 64], "rotary", steps=[*steps(*TOKENS), *LONG])
     assert ran == {
         "_stream_linear_kernel", "_expand_kernel", "_wide_expand_kernel", "_weigh_kernel",
-        "_ordered_expand_kernel",
     }  # fmt: skip
 
 

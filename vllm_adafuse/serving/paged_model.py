@@ -70,7 +70,7 @@ def wrap_model(
         for (layer, block), bank in zip(layers, banks):
             place_banks([bank], config.dtype)
             wrap(layer, block, bank)
-        step.reserve(len(banks), [bank.scratch_sizes() for bank in banks], 0)
+        step.reserve(len(banks), [bank.scratch_sizes() for bank in banks])
     if left:
         logger.warning(
             "AdaFuse: adapters of these linears are refused, none can be added there: %s", left
