@@ -8,9 +8,9 @@ launch, and another stream keeps processors and memory busy.
 import pytest
 import torch
 from ops import DEVICE, Problem, error, joint_of, linear_truth, make_problem
+from vllm_adafuse.kernels.configs import Tiles
 from vllm_adafuse.kernels.stream_linear import stream_linear_triton
 from vllm_adafuse.kernels.tile_linear import tile_linear_triton
-from vllm_adafuse.kernels.tiles import Tiles
 
 LAUNCHES, PER_GRAPH = 10_000, 50
 # kernel, tokens, widths, activation, E, r, cut, slices of the result that are left unadded
