@@ -8,13 +8,13 @@ from contextlib import contextmanager
 
 import torch
 from vllm_adafuse.config import WEIGHTS_FILE, AdapterConfig, show, some
-from vllm_adafuse.reading import FileProblem
 from vllm_adafuse.layout import past_ranks
+from vllm_adafuse.reading import FileProblem
 from vllm_adafuse.tensor_file import TORCH_DTYPES, Entry, TensorFile
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Keeps torch from starting OpenMP's threads: vLLM may fork this process afterwards, and a
     child that inherits OpenMP without its threads hangs at its first parallel loop."""
     threads = torch.get_num_threads()
@@ -25,7 +25,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-@_one_thread()
+@one_thread()
 def check_values(
     weights: TensorFile, names: Iterable[str], config: AdapterConfig | None
 ) -> list[str]:

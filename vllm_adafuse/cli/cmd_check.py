@@ -5,12 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 
-from vllm_adafuse.cli.common import ADAPTER_HELP, BASE_HELP, add_example, open_adapter, printable
+from vllm_adafuse.cli.common import (
+    ADAPTER_HELP,
+    BASE_HELP,
+    Opened,
+    add_example,
+    open_adapter,
+    printable,
+)
 
 DESCRIPTION = """\
 Checks an adapter directory as serving does, and lists every problem, one per line: keys of
-adapter_config.json, names and shapes of tensors, NaN and Inf, and the fit with the backbone.
-Exit code 0: usable. 1: problems.
+adapter_config.json, names and shapes of tensors, NaN and Inf, and the fit with the backbone. Warns
+of values that are finite and whose products are not. Exit code 0: usable. 1: problems.
 """
 
 
@@ -34,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
     if opened.problems:
         return 1
     adapter = opened.adapter
+    for warning in _warnings(opened):
+        print(printable(f"warning: {warning}"))
     config = adapter.config
     print(
         printable(
@@ -42,3 +51,15 @@ def run(args: argparse.Namespace) -> int:
         )
     )
     return 0
+
+
+def _warnings(opened: Opened) -> list[str]:
+    """What overflows in the backbone's dtype."""
+    import torch
+    from vllm_adafuse.overflow import overflow_warnings
+    from vllm_adafuse.pretrained import read_config
+
+    dtype = read_config(str(opened.base)).dtype if opened.base else None
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    known = isinstance(named, torch.dtype) and named.is_floating_point
+    return overflow_warnings(opened.adapter, named if known else None)
