@@ -59,7 +59,7 @@ def write_samples(data: Any, work: Path) -> dict[str, list[Path]]:
     """The text that the LoRAs were trained on, as plain files."""
     from transformers import AutoTokenizer
 
-    tokenizer, files = AutoTokenizer.from_pretrained(work / "base"), {}
+    tokenizer, files = AutoTokenizer.from_pretrained(work / "base", trust_remote_code=False), {}
     for domain in DOMAINS:
         file = work / "samples" / f"{domain}.txt"
         file.parent.mkdir(exist_ok=True)

@@ -75,9 +75,11 @@ def make_backbone(options: Options, model: str, device: str):
 
     with tempfile.TemporaryDirectory() as scratch:
         write_config(engine.Options(model=model, layers=options.layers), Path(scratch))
-        config = AutoConfig.from_pretrained(scratch)
+        config = AutoConfig.from_pretrained(scratch, trust_remote_code=False)
     with torch.device(device):
-        built = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype))
+        built = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, options.dtype), trust_remote_code=False
+        )
     return built.eval().requires_grad_(False)
 
 

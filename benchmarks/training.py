@@ -81,7 +81,7 @@ def backbone(options: Options) -> Any:
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.config.use_cache = False  # for all methods alike
     return model.to(torch.bfloat16 if DEVICE == "cuda" else torch.float32).requires_grad_(False)
 

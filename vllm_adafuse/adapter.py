@@ -17,7 +17,6 @@ import torch
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.config import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, parse_config, show
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.reading import FileProblem, read_json, reason, where
 from vllm_adafuse.keys import clip_all
 from vllm_adafuse.layout import (
     Alike,
@@ -27,6 +26,7 @@ from vllm_adafuse.layout import (
     router_of,
 )
 from vllm_adafuse.places import adapter_problem
+from vllm_adafuse.reading import FileProblem, read_json, reason, where
 from vllm_adafuse.tensor_file import TensorFile, machine_memory
 from vllm_adafuse.values import check_values
 

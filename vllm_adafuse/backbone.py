@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,11 @@ from typing import Any
 import torch
 from vllm_adafuse.architectures import Architecture, find_architecture
 from vllm_adafuse.errors import AdapterError, brief
+from vllm_adafuse.keys import show, some
 from vllm_adafuse.places import backbone_problem, find_local_backbone
+from vllm_adafuse.pretrained import check_sizes, plain_config, read_config
+from vllm_adafuse.reading import MAX_INDEX_BYTES, FileProblem, read_object, where
+from vllm_adafuse.tensor_file import TensorFile
 
 EMBEDDING = "model.embed_tokens.weight"
 FIRST_NORM = "model.layers.0.input_layernorm.weight"
@@ -65,12 +67,12 @@ class Backbone:
         from transformers import AutoModelForCausalLM
 
         architecture = find_architecture(getattr(hf_config, "architectures", None), path)
-        plain = copy.deepcopy(hf_config)
-        if hasattr(plain, "quantization_config"):
-            del plain.quantization_config
+        check_sizes(lambda key: getattr(hf_config, key, None), path)
         try:
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(plain)
+                model = AutoModelForCausalLM.from_config(
+                    plain_config(hf_config), trust_remote_code=False
+                )
         except Exception as e:  # whatever a model's code makes of a damaged config
             raise AdapterError(
                 f"backbone {path}",
@@ -95,21 +97,15 @@ class Backbone:
 
     @classmethod
     def from_path(cls, path: str) -> Backbone:
-        """Reads the backbone's config.json (never its code: `trust_remote_code` stays off).
+        """Reads the backbone's config.json, never its code.
 
         Raises:
-            AdapterError: no readable config there, or the architecture is not in the table.
+            AdapterError: no usable config there, or the architecture is not in the table.
         """
-        from transformers import AutoConfig
-
         here = os.path.isabs(path) or os.path.exists(path)  # else a hub name: not ours to judge
         if here and find_local_backbone(path) is None:
             raise AdapterError(f"backbone {path}", [backbone_problem(path)])
-        try:
-            hf_config = AutoConfig.from_pretrained(path)
-        except Exception as e:  # transformers' checks of a config raise errors of many types
-            raise AdapterError(f"backbone {path}", [f"no usable config.json: {brief(e)}"]) from e
-        return cls.from_hf_config(hf_config, path)
+        return cls.from_hf_config(read_config(path), path)
 
     def modules(self) -> set[str]:
         """Leaf names of the linears: q_proj, k_proj, …"""
@@ -138,34 +134,23 @@ def load_backbone_tensors(path: str, names: list[str], tool: str) -> dict[str, t
 
 def read_backbone_tensors(path: str, names: list[str], tool: str) -> dict[str, torch.Tensor]:
     """As `load_backbone_tensors`, those of them that are there."""
-    from safetensors import SafetensorError, safe_open
-
     require_safetensors(path, tool)
-    root = Path(path)
-    index = root / INDEX
-    files, loaded = {}, {}
+    root, files, loaded = Path(path), {}, {}
     try:
-        if index.is_file():
-            held = json.loads(index.read_text("utf-8"))["weight_map"]
-            files = {name: root / file for name, file in held.items()}
+        if os.path.lexists(root / INDEX):
+            files = {name: root / file for name, file in read_weight_map(root).items()}
         else:
             for file in sorted(root.glob("*.safetensors")):
-                with safe_open(file, framework="pt") as tensors:
-                    files.update(dict.fromkeys(tensors.keys(), file))
+                with TensorFile(file) as tensors:
+                    files.update(dict.fromkeys(tensors.entries, file))
         own = {full_name(name): name for name in files}
         for name in names:
             if name in own:
-                with safe_open(files[own[name]], framework="pt") as tensors:
-                    loaded[name] = tensors.get_tensor(own[name])
-    except (OSError, SafetensorError) as e:
-        raise AdapterError(
-            f"backbone {path}", [f"its safetensors files cannot be read ({e}); copy them again"]
-        ) from e
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise AdapterError(
-            f"backbone {path}",
-            [f"{index.name}: expected a JSON object with weight_map, found none ({e!r})"],
-        ) from e
+                with TensorFile(files[own[name]]) as tensors:
+                    if own[name] in tensors.entries:
+                        loaded[name] = tensors.read(own[name])
+    except FileProblem as e:
+        raise AdapterError(f"backbone {where(path)}", [str(e)]) from e
     return loaded
 
 
@@ -185,7 +170,7 @@ def require_safetensors(path: str, tool: str) -> None:
         AdapterError: it has no safetensors file.
     """
     root = Path(path)
-    if (root / INDEX).is_file() or any(root.glob("*.safetensors")):
+    if os.path.lexists(root / INDEX) or any(root.glob("*.safetensors")):
         return
     pickle = next(iter(sorted(root.glob("*.bin")) + sorted(root.glob("*.pt*"))), None)
     reason, way_out = f"`{tool}` reads them", "name a directory that has them"
@@ -200,3 +185,31 @@ def require_safetensors(path: str, tool: str) -> None:
             f"{way_out}"
         ],
     )
+
+
+def read_weight_map(root: Path) -> dict[str, str]:
+    """Tensor -> name of the file beside the index that holds it.
+
+    Raises:
+        AdapterError: there is no usable index, or it leads out of the directory.
+    """
+    subject = f"backbone {root}"
+    weight_map = read_object(root / INDEX, subject, MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise AdapterError(
+            subject, [f"{INDEX}: `weight_map` is {show(weight_map)}, expected names of files"]
+        )
+    odd = {
+        file if isinstance(file, str) else show(file)
+        for file in weight_map.values()
+        if not isinstance(file, str) or os.path.basename(file) != file or file in ("", ".", "..")
+    }
+    if odd:
+        raise AdapterError(
+            subject,
+            [
+                f"{INDEX}: `weight_map` names {some(sorted(odd))}, expected names of files beside "
+                "it; copy the checkpoint again"
+            ],
+        )
+    return weight_map

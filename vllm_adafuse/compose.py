@@ -20,6 +20,7 @@ from vllm_adafuse.adapter import load_adapter
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.config import ADAPTER_KEY, CONFIG_FILE, SECTION, WEIGHTS_FILE
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.reading import FileProblem, open_regular, read_object
 
 ADAPTER_DIR = "adafuse"
 _CHUNK = 16 << 20
@@ -59,10 +60,10 @@ def compose(
     files = dict(_backbone_files(base, out))
     files[out / ADAPTER_DIR / WEIGHTS_FILE] = (checked.path / WEIGHTS_FILE).resolve(strict=True)
 
-    config = _read_object(base / "config.json")
+    config = read_object(base / "config.json", f"backbone {base}")
     config["architectures"] = [backbone.architecture.adafuse_name]
     config[SECTION] = {ADAPTER_KEY: ADAPTER_DIR}
-    adapter_config = _read_object(checked.path / CONFIG_FILE)
+    adapter_config = read_object(checked.path / CONFIG_FILE, f"adapter {checked.path}")
     adapter_config["base_model_name_or_path"] = ".."
     try:
         (out / ADAPTER_DIR).mkdir(parents=True)
@@ -94,7 +95,12 @@ def _backbone_files(base: Path, out: Path) -> Iterator[tuple[Path, Path]]:
     """Pairs of target and real source: all files of the directory but config.json."""
     for entry in sorted(base.iterdir()):
         if entry.name != "config.json" and not entry.is_dir():
-            yield out / entry.name, entry.resolve(strict=True)
+            source = entry.resolve(strict=True)
+            try:
+                open_regular(entry).close()  # a pipe would block who copies it
+            except FileProblem as e:
+                raise AdapterError(f"backbone {base}", [str(e)]) from e
+            yield out / entry.name, source
 
 
 def _link(source: Path, target: Path) -> None:
@@ -114,10 +120,6 @@ def _copy_all(files: dict[Path, Path], progress: bool) -> None:
                 while data := reader.read(_CHUNK):
                     writer.write(data)
                     bar.update(len(data))
-
-
-def _read_object(path: Path) -> dict:
-    return json.loads(path.read_text("utf-8"))
 
 
 def _write_object(path: Path, content: dict) -> None:

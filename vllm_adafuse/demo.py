@@ -183,7 +183,9 @@ def reference_tokens(
     if adapted:
         model = reference.load(place.base, place.adapter, dtype="auto")
     else:
-        model = AutoModelForCausalLM.from_pretrained(place.base, dtype="auto").eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            place.base, dtype="auto", trust_remote_code=False
+        ).eval()
     said = []
     for prompt in track(prompts, "  plain transformers", console=console, transient=True):
         ids = torch.tensor([list(prompt)])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,18 +19,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from vllm_adafuse.adapter import DTYPES, Adapter, load_adapter
-from vllm_adafuse.backbone import INDEX, Backbone, full_name, require_safetensors
+from vllm_adafuse.backbone import (
+    INDEX,
+    Backbone,
+    full_name,
+    read_weight_map,
+    require_safetensors,
+)
 from vllm_adafuse.compose import check_out
 from vllm_adafuse.config import SECTION, show, some
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.reading import FileProblem, read_object
+from vllm_adafuse.tensor_file import TensorFile
 
 WEIGHTS = "model.safetensors"
 # Weights of other kinds, which would say something else than what is written.
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ot")
-_CHUNK = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -54,15 +61,15 @@ class Choice:
             AdapterError: no such expert, one that is named twice, weights that do not fit.
         """
         names, found, problems = list(adapter.config.expert_names), [], []
+        shown = ", ".join(map(show, names[:20])) + (", …" if len(names) > 20 else "")
         for expert in experts:
             if expert in names:
                 found.append(names.index(expert))
             elif expert.isdecimal() and int(expert) < len(names):
                 found.append(int(expert))
             else:
-                known = ", ".join(map(show, names))
                 problems.append(
-                    f"it has no expert {show(expert)}, expected one of {known} or a number from 0 "
+                    f"it has no expert {show(expert)}, expected one of {shown} or a number from 0 "
                     f"to {len(names) - 1}"
                 )
         if not experts:
@@ -111,7 +118,7 @@ def merge(
     base, out = Path(base).resolve(), Path(out).absolute()
     check_out(base, out)
     backbone = Backbone.from_path(str(base))
-    config = _object(base / "config.json")
+    config = read_object(base / "config.json", f"backbone {base}")
     refuse_quantised(str(base), config)
     files = weight_files(base)
     checked = load_adapter(adapter, backbone)
@@ -169,15 +176,11 @@ def weight_files(base: Path) -> list[Path]:
         AdapterError: there are none.
     """
     require_safetensors(str(base), "merge")
-    if (base / INDEX).is_file():
-        names = _object(base / INDEX).get("weight_map")
-        names = sorted(set(names.values())) if isinstance(names, dict) else []
-    else:
-        names = [WEIGHTS]
+    indexed = os.path.lexists(base / INDEX)
+    names = sorted(set(read_weight_map(base).values())) if indexed else [WEIGHTS]
     files = [base / name for name in names]
-    absent = [n for n in names if Path(n).name != n or not (base / n).is_file()]
-    if absent or not files:
-        found = f"{some(absent)} is not in it" if absent else f"{INDEX} names no file"
+    if absent := [name for name in names if not (base / name).is_file()]:
+        found = f"{some(absent)} is not in it"
         raise AdapterError(
             f"backbone {base}",
             [
@@ -207,29 +210,18 @@ class _Merger:
 
     def write(self, source: Path, target: Path, bar: tqdm) -> None:
         """One safetensors file: 8 bytes of length, a JSON header, then the tensors end to end."""
-        with source.open("rb") as reader, target.open("wb") as writer:
-            length = reader.read(8)
-            text = reader.read(int.from_bytes(length, "little"))
-            writer.write(length + text)
-            bar.update(len(length) + len(text))
-            header = json.loads(text)
-            header.pop("__metadata__", None)
-            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-                start, end = entry["data_offsets"]
-                reader.seek(8 + len(text) + start)
+        with TensorFile(source) as tensors, target.open("wb") as writer:
+            writer.write(tensors.header)
+            bar.update(len(tensors.header))
+            for name, entry in sorted(tensors.entries.items(), key=lambda item: item[1].start):
                 if name in self.projections:
-                    # Read, not mapped: mapped pages would stay until the file is closed.
-                    data = bytearray(reader.read(end - start))
-                    weight = torch.frombuffer(data, dtype=DTYPES[entry["dtype"]])
-                    merged = self.merged(name, weight.view(entry["shape"]))
+                    merged = self.merged(name, tensors.read(name))
                     writer.write(merged.flatten().view(torch.uint8).numpy())
-                    bar.update(end - start)
+                    bar.update(entry.end - entry.start)
                     continue
-                while start < end:
-                    part = reader.read(min(_CHUNK, end - start))
-                    writer.write(part)
-                    bar.update(len(part))
-                    start += len(part)
+                for piece in tensors.pieces(entry.start, entry.end, torch.uint8):
+                    writer.write(piece.numpy())
+                    bar.update(len(piece))
 
 
 def _check_weights(
@@ -243,21 +235,21 @@ def _check_weights(
     wanted, found, problems = dict.fromkeys(adapter.projections), {}, []
     for file in files:
         try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():
+            with TensorFile(file) as tensors:
+                for name, entry in tensors.entries.items():
                     linear = full_name(name).removesuffix(".weight")
                     if not name.endswith(".weight") or linear not in wanted:
                         continue
-                    view, shape = tensors.get_slice(name), backbone.linears[linear][::-1]
+                    shape = backbone.linears[linear][::-1]
                     del wanted[linear]
                     found[name] = linear
-                    if tuple(view.get_shape()) != shape or view.get_dtype() not in DTYPES:
+                    if entry.shape != shape or entry.dtype not in DTYPES:
                         problems.append(
-                            f"{file.name}: tensor {name} is {view.get_dtype()} of shape "
-                            f"{view.get_shape()}, expected {' or '.join(DTYPES)} of {list(shape)}"
+                            f"{file.name}: tensor {name} is {show(entry.dtype)[1:-1]} of shape "
+                            f"{list(entry.shape)}, expected {' or '.join(DTYPES)} of {list(shape)}"
                         )
-        except (OSError, SafetensorError) as e:
-            problems.append(f"{file.name}: cannot be read ({e}); copy it again")
+        except FileProblem as e:
+            problems.append(str(e))
     if wanted and not problems:
         missing = some([f"{name}.weight" for name in sorted(wanted)])
         problems.append(f"tensor {missing} is in none of its files, but the adapter adapts it")
@@ -288,15 +280,3 @@ def _is_copied(file: Path, weights: list[Path]) -> bool:
 
 def _existing(path: Path) -> Path:
     return next(p for p in (path, *path.parents) if p.exists())
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as e:
-        raise AdapterError(f"backbone {path.parent}", [f"{path.name}: cannot be read ({e})"]) from e
-    if not isinstance(value, dict):
-        raise AdapterError(
-            f"backbone {path.parent}", [f"{path.name}: holds no JSON object, expected one"]
-        )
-    return value

@@ -94,7 +94,8 @@ def find_local_backbone(name: str, revision: str | None = None) -> Path | None:
 
     root = Path(name).expanduser()
     try:
-        if name and (root / MODEL_CONFIG).is_file():
+        # Also what is no file: who reads it says what it is.
+        if name and os.path.lexists(root / MODEL_CONFIG):
             return root
         cached = try_to_load_from_cache(name, MODEL_CONFIG, revision=revision)
     except (HFValidationError, OSError, ValueError):  # no hub name; no path of this machine

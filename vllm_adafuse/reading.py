@@ -194,6 +194,8 @@ def _odd(file: Path, value: Any) -> list[str]:
             text = f"an integer of {len(found)} digits, expected at most {MAX_DIGITS}"
         elif isinstance(found, float):
             text = f"{show(found)}, expected a finite number"
+        elif isinstance(found, str):
+            text = f"{show(found)}, expected text: it holds half a character"
         else:
             text = f"nested more than {MAX_DEPTH} levels deep"
         problems.append(f"{file.name}: `{_path(keys)}` is {text}; correct it or leave it out")
@@ -206,17 +208,29 @@ def _oddities(value: Any) -> Iterator[tuple[list, Any]]:
     while levels:
         for key, found in levels[-1]:
             keys[-1] = key
+            if isinstance(key, str) and not _is_text(key):
+                yield keys[1:], key
             if isinstance(found, (dict, list)) and len(levels) <= MAX_DEPTH:
                 levels.append(iter(found.items() if isinstance(found, dict) else enumerate(found)))
                 keys.append(None)
                 break
-            if isinstance(found, (dict, list, LongInteger)) or (
-                isinstance(found, float) and not math.isfinite(found)
+            if (
+                isinstance(found, (dict, list, LongInteger))
+                or (isinstance(found, float) and not math.isfinite(found))
+                or (isinstance(found, str) and not _is_text(found))
             ):
                 yield keys[1:], found
         else:
             levels.pop()
             keys.pop()
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half a surrogate pair: no file could hold it
+        return False
+    return True
 
 
 def _path(keys: list) -> str:

@@ -193,7 +193,7 @@ def load(base: str | Path, adapter: str | Path, **kwargs: Any) -> PreTrainedMode
 
     # Transformers' other attentions leave out Gemma-2's softcap.
     kwargs.setdefault("attn_implementation", "eager")
-    model = AutoModelForCausalLM.from_pretrained(base, **kwargs).eval()
+    model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False, **kwargs).eval()
     # Not a submodule: saving the model saves the backbone as it was.
     object.__setattr__(model, "adafuse", _Reference(model, Path(adapter)))
     return model

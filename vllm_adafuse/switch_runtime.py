@@ -27,6 +27,7 @@ from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.kernels.gate import gate
 from vllm_adafuse.kernels.switch import FIELDS, SwitchBlocks, SwitchPlan, switch
 from vllm_adafuse.merge import refuse_quantised
+from vllm_adafuse.pretrained import read_config
 from vllm_adafuse.routing import OfflineRouter
 
 if TYPE_CHECKING:
@@ -165,15 +166,17 @@ class SwitchRuntime:
             AdapterError: faults of the adapter, one that routes in every layer; a quantised
                 backbone, or one spread over several devices.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
         backbone = Backbone.from_path(str(base))
         checked = load_adapter(adapter, backbone)
         _refuse_layer_wise(checked)
-        refuse_quantised(str(base), AutoConfig.from_pretrained(base).to_dict())
+        refuse_quantised(str(base), read_config(str(base)).to_dict())
         # Transformers' other attentions leave out Gemma-2's softcap.
         kwargs.setdefault("attn_implementation", "eager")
-        model = AutoModelForCausalLM.from_pretrained(base, **kwargs).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            base, trust_remote_code=False, **kwargs
+        ).eval()
         devices = sorted({str(p.device) for p in model.parameters()})
         if len(devices) > 1:
             found = f"it lies on {', '.join(devices)}, expected one device"

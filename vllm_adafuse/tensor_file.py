@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from vllm_adafuse.reading import FileProblem, open_regular, parse_json, reason, where
 from vllm_adafuse.keys import show, some
+from vllm_adafuse.reading import FileProblem, open_regular, parse_json, reason, where
 
 # 64 experts in all linears of 32 layers are 28 672 tensors, a header of 4 MB. Parsed it may take
 # fifteen times its size.
@@ -140,8 +140,8 @@ class TensorFile:
             raise FileProblem(f"{where(self.file)}: cannot be read ({reason(e)})") from e
         if got != len(view):
             raise FileProblem(
-                f"{where(self.file)}: changed while it was read (it has become shorter); wait until "
-                "it is written, then try again"
+                f"{where(self.file)}: changed while it was read (it has become shorter); wait "
+                "until it is written, then try again"
             )
 
     def _unsound(self, what: str) -> FileProblem:

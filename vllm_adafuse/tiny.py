@@ -115,7 +115,7 @@ def make_tiny_backbone(
     config = tiny_config(architecture, **overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 # Large enough that greedy tokens differ from place to place, norms off one.

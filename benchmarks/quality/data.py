@@ -54,7 +54,7 @@ def prepare(size: Size, work: Path, roots: list[Path] | None) -> None:
             sample.append(text)
             used += len(text)
     train_tokenizer(sample, size.vocab, work / "base")
-    tokenizer = AutoTokenizer.from_pretrained(work / "base")
+    tokenizer = AutoTokenizer.from_pretrained(work / "base", trust_remote_code=False)
     arrays = {}
     for (domain, split), texts in corpus.texts.items():
         ids = [tokenizer.bos_token_id]

@@ -111,7 +111,9 @@ def train_adapter(base: Path, data: Data, out: Path) -> dict[str, Any]:
 
     size, rng = data.size, generator(0)
     backbone = lighten(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(DEVICE)
+        AutoModelForCausalLM.from_pretrained(
+            base, dtype=torch.float32, trust_remote_code=False
+        ).to(DEVICE)
     )
     config = MixtureConfig(num_experts=size.experts, top_k=2, r=size.r, balance_coef=1e-3)
     model = AdaFuseModel.from_backbone(backbone, config, "../backbone")

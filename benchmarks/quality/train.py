@@ -151,7 +151,7 @@ def pretrain(size: Size, data: Data, work: Path, seconds: float | None = None) -
         pad_token_id=2,
     )
     torch.manual_seed(0)
-    model = lighten(AutoModelForCausalLM.from_config(config).to(DEVICE))
+    model = lighten(AutoModelForCausalLM.from_config(config, trust_remote_code=False).to(DEVICE))
     rng = generator(0)
     figures = fit(
         model, list(model.parameters()), lambda: data.pretraining(rng),
@@ -190,7 +190,9 @@ def judge(model: Any, data: Data, split: str = "held") -> dict[str, Any]:
 def _backbone(work: Path, dtype: torch.dtype = SERVED) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(work / "base", dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        work / "base", dtype=dtype, trust_remote_code=False
+    )
     return lighten(model.to(DEVICE))
 
 

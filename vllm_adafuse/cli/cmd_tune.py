@@ -116,9 +116,9 @@ def has_accelerator() -> bool:
 
 def what_follows(base: str) -> tuple[str, int]:
     """The activation's name and the size of a head in a backbone's config."""
-    from transformers import AutoConfig
+    from vllm_adafuse.pretrained import read_config
 
-    config = AutoConfig.from_pretrained(base)
+    config = read_config(base)
     # Gemma has both, and means the second.
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     head_dim = getattr(config, "head_dim", None)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_adafuse.cli.common import printable
-from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.pretrained import load_tokenizer
 from vllm_adafuse.vocabulary import require_rows
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def route_text(adapter: Adapter, base: Path, text: str) -> list[RoutedToken]:
     import torch
     from vllm_adafuse.routing import OfflineRouter
 
-    tokenizer = _open_tokenizer(base)
+    tokenizer = load_tokenizer(base)
     pieces = _tokenize(tokenizer, text)
     token_ids = torch.tensor([token for token, _ in pieces], dtype=torch.long)
     router = OfflineRouter(adapter, base)
@@ -63,15 +63,6 @@ def route_text(adapter: Adapter, base: Path, text: str) -> list[RoutedToken]:
         RoutedToken(token, piece, tuple(zip(experts, gates)))
         for (token, piece), experts, gates in zip(pieces, ids.tolist(), weights.tolist())
     ]
-
-
-def _open_tokenizer(base: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(base, local_files_only=True)
-    except (OSError, ValueError, ImportError) as e:
-        raise AdapterError(f"backbone {base}", [f"no usable tokenizer: {e}"]) from e
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, str]]:

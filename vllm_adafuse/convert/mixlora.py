@@ -14,6 +14,7 @@ from vllm_adafuse.convert import moe_peft
 from vllm_adafuse.convert.mixture import Mixture
 from vllm_adafuse.convert.options import Options
 from vllm_adafuse.convert.source import Source
+from vllm_adafuse.pretrained import read_config
 
 KIND = "MixLoRA"
 OPTIONS = ("expert_lora",)
@@ -87,9 +88,7 @@ def _check(source: Source, backbone: Backbone, notes: list[str]) -> None:
 
 
 def _activation(path: str) -> str:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(path)
+    config = read_config(path)
     return getattr(config, "hidden_activation", None) or config.hidden_act
 
 

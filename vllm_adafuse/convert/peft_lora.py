@@ -7,14 +7,16 @@ takes LoRAs as they are read it too.
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
 
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.config import CONFIG_FILE, MAX_RANK, show
 from vllm_adafuse.convert.mixture import Linear, Mixture, Part
 from vllm_adafuse.convert.options import Options
+from vllm_adafuse.convert.patterns import first_matches
 from vllm_adafuse.convert.peft_config import check_complete, check_config, check_plain
 from vllm_adafuse.convert.source import Source
+from vllm_adafuse.keys import is_int, is_positive
 
 KIND = "PEFT LoRA"
 OPTIONS: tuple[str, ...] = ()
@@ -65,15 +67,14 @@ def read_lora(source: Source, backbone: Backbone, pattern: str = _PAIR) -> dict[
     rslora = bool(source.config.get("use_rslora"))
     rank = source.integer("r", MAX_RANK)
     alpha = source.number("lora_alpha")
+    pairs = find_pairs(source, pattern)
+    modules = [source.module_in_peft(a) for a, _ in pairs.values()]
+    ranks = _by_pattern(source, "rank_pattern", is_int(1, MAX_RANK), modules, rank)
+    alphas = _by_pattern(source, "alpha_pattern", is_positive, modules, alpha)
     parts = {
-        name: take_pair(
-            source, backbone, name, a, b,
-            _by_pattern(source, "rank_pattern", int, source.module_in_peft(a), rank),
-            _by_pattern(source, "alpha_pattern", (int, float), source.module_in_peft(a), alpha),
-            rslora,
-        )
-        for name, (a, b) in find_pairs(source, pattern).items()
-    }  # fmt: skip
+        name: take_pair(source, backbone, name, a, b, own_rank, own_alpha, rslora)
+        for (name, (a, b)), own_rank, own_alpha in zip(pairs.items(), ranks, alphas)
+    }
     check_complete(source, parts, backbone)
     return parts
 
@@ -101,18 +102,17 @@ def take_pair(
 
 
 def _by_pattern(
-    source: Source, key: str, kind: type | tuple, name: str, default: float
-) -> float:
-    """PEFT's rule: the first pattern that matches the end of a module's name."""
-    patterns = source.config.get(key) or {}
+    source: Source, key: str, accept: Callable, modules: list[str], default: float
+) -> list[float]:
+    """PEFT's rule for each module: the first pattern that matches the end of its name."""
+    given = source.config.get(key) or {}
     try:
-        for pattern, value in patterns.items():
-            if re.match(rf"(.*\.)?({pattern})$", name):
-                if isinstance(value, kind) and not isinstance(value, bool) and value > 0:
-                    return value
-                raise ValueError(f"{show(value)} is no positive number")
-    except (AttributeError, ValueError, re.error) as e:
-        problem = f"{CONFIG_FILE}: `{key}` is {show(patterns)}, expected patterns and numbers ({e})"
-        if problem not in source.problems:
-            source.problems.append(problem)
-    return default
+        values = list(given.values()) if isinstance(given, dict) else [given]
+        if wrong := [value for value in values if not accept(value)]:
+            raise ValueError(f"{show(wrong[0])} is no positive number")
+        return [default if i is None else values[i] for i in first_matches(list(given), modules)]
+    except ValueError as e:
+        source.problems.append(
+            f"{CONFIG_FILE}: `{key}` is {show(given)}, expected patterns and numbers ({e})"
+        )
+    return [default] * len(modules)

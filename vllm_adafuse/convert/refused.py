@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from vllm_adafuse.backbone import INDEX
 from vllm_adafuse.config import CONFIG_FILE
 from vllm_adafuse.convert.source import Source
+from vllm_adafuse.reading import MAX_INDEX_BYTES, FileProblem, read_json
 
 _X_LORA = (
     "{where}: this is X-LoRA. Its router reads the last hidden state of a whole pass of the "
@@ -37,7 +38,7 @@ def refused_directory(path: Path) -> str | None:
     if (path / "moe_model.bin").is_file():
         return _PESC.format(where=path / "moe_model.bin")
     if not (path / CONFIG_FILE).is_file() and (path / "config.json").is_file():
-        index = path / "model.safetensors.index.json"
+        index = path / INDEX
         config = _object(path / "config.json")
         names = _object(index).get("weight_map", {}) if index.is_file() else {}
         if "adapter_dim" in config or any(".moe_adapter." in str(name) for name in names):
@@ -61,7 +62,7 @@ def refused_source(source: Source) -> str | None:
 
 def _object(file: Path) -> dict:
     try:
-        value = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):  # not ours to judge: only looking for a sign
+        value, _ = read_json(file, MAX_INDEX_BYTES)
+    except FileProblem:  # not ours to judge: only looking for a sign
         return {}
     return value if isinstance(value, dict) else {}

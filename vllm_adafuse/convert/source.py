@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable
@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from vllm_adafuse.adapter import DTYPES
 from vllm_adafuse.config import CONFIG_FILE, WEIGHTS_FILE, show, some
 from vllm_adafuse.convert.names import of_decoder, unwrapped
 from vllm_adafuse.convert.unpickle import unpickle
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.places import adapter_problem
+from vllm_adafuse.reading import FileProblem, open_regular, read_object, where
+from vllm_adafuse.tensor_file import TensorFile, machine_memory
 
 PICKLE_FILE = "adapter_model.bin"
-MAX_CONFIG_BYTES = 1 << 20
+MAX_NAME = 1000  # characters of a tensor's name
 
 
 class Source:
@@ -56,9 +56,9 @@ class Source:
             AdapterError: a file is missing, damaged, or a pickle with more in it than tensors.
         """
         config = read_json(path / CONFIG_FILE)
-        if (path / WEIGHTS_FILE).is_file():
+        if os.path.lexists(path / WEIGHTS_FILE):
             file, tensors = WEIGHTS_FILE, _load(path, path / WEIGHTS_FILE)
-        elif (path / PICKLE_FILE).is_file():
+        elif os.path.lexists(path / PICKLE_FILE):
             file, tensors = PICKLE_FILE, _load_pickle(path)
         else:
             raise refuse(
@@ -211,57 +211,74 @@ def refuse(path: Path, *problems: str) -> AdapterError:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object of at most 1 MiB.
+    """The object of a small JSON file.
 
     Raises:
         AdapterError: there is none.
     """
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise refuse(
             file.parent,
             adapter_problem(file.parent)
             or f"{file}: missing, expected a file; name the directory that the training run saved",
         )
-    try:
-        with file.open("rb") as opened:
-            content = opened.read(MAX_CONFIG_BYTES + 1)
-        value = json.loads(content.decode("utf-8"))
-    except OSError as e:
-        raise refuse(file.parent, f"{file}: cannot be read ({e.strerror})") from e
-    except (ValueError, RecursionError) as e:
-        raise refuse(
-            file.parent, f"{file}: is not valid JSON ({e}), expected a JSON object; mend it"
-        ) from e
-    if not isinstance(value, dict):
-        raise refuse(
-            file.parent, f"{file}: holds a {type(value).__name__}, expected a JSON object; mend it"
-        )
-    return value
+    return read_object(file, f"source {file.parent}")
 
 
 def _key(name: str) -> list:
     """Sorts layer 10 after layer 9."""
-    return [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"(\d+)", name)]
+    parts = re.split(r"(\d+)", name, flags=re.ASCII)
+    return [(int(p), "") if i % 2 else (-1, p) for i, p in enumerate(parts)]
 
 
 def _load(path: Path, file: Path) -> dict[str, torch.Tensor]:
     try:
-        return load_file(file)
-    except (SafetensorError, OSError) as e:
-        raise refuse(
-            path,
-            f"{file}: is not a sound safetensors file ({e}); it is truncated, damaged or of "
-            "another kind: save or copy it again",
-        ) from e
+        with TensorFile(file) as tensors:
+            _refuse_absurd(path, tensors)
+            return {name: tensors.read(name) for name in tensors.entries}
+    except FileProblem as e:
+        raise refuse(path, str(e)) from e
+
+
+def _refuse_absurd(path: Path, tensors: TensorFile) -> None:
+    """Refuses names and sizes that no adapter has, before a value is read."""
+    problems = []
+    if long := [name for name in tensors.entries if len(name) > MAX_NAME]:
+        problems.append(
+            f"tensor {some(long)}: names of {max(map(len, long))} characters, expected at most "
+            f"{MAX_NAME}"
+        )
+    if empty := [name for name, entry in tensors.entries.items() if 0 in entry.shape]:
+        problems.append(
+            f"tensor {some(empty)}: shape {show(list(tensors.entries[empty[0]].shape))}, expected "
+            "values in it"
+        )
+    if tensors.size > (memory := machine_memory()):
+        problems.append(
+            f"is {tensors.size} bytes long, more than the {memory} of this machine's memory"
+        )
+    if problems:
+        raise refuse(path, *(f"{where(tensors.file)}: {problem}" for problem in problems))
 
 
 def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
+    file = path / PICKLE_FILE
+    try:
+        with open_regular(file) as opened:
+            size = os.fstat(opened.fileno()).st_size
+    except FileProblem as e:
+        raise refuse(path, str(e)) from e
+    if size > (memory := machine_memory()):
+        raise refuse(
+            path,
+            f"{where(file)}: is {size} bytes long, more than the {memory} of this machine's memory",
+        )
     with tempfile.TemporaryDirectory(prefix="adafuse-convert-") as scratch:
         out = Path(scratch, "tensors.safetensors")
-        if problem := unpickle(path / PICKLE_FILE, out):
+        if problem := unpickle(file, out):
             raise refuse(
                 path,
-                f"{path / PICKLE_FILE}: {problem}; expected a torch file of tensors alone. Save "
+                f"{file}: {problem}; expected a torch file of tensors alone. Save "
                 "the tensors again, best as safetensors",
             )
-        return {name: tensor.clone() for name, tensor in _load(path, out).items()}
+        return _load(path, out)

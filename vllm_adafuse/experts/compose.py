@@ -18,6 +18,7 @@ from vllm_adafuse.experts.router import PENALTIES, Features, fit_router, uniform
 from vllm_adafuse.experts.samples import read_samples
 from vllm_adafuse.experts.separability import Separability, measure
 from vllm_adafuse.places import require_backbone, revision_notes, written_name
+from vllm_adafuse.pretrained import load_tokenizer
 
 ROUTERS = ("fit", "uniform")
 # A token often leaves the domain open: its likely experts together do better than one or two.
@@ -235,10 +236,9 @@ def _backbone(loras, base, notes: list[str]) -> tuple[str, Path, Backbone]:
 
 
 def _texts(telling: list[list[int]], base: Path) -> list[list[str]]:
-    from transformers import AutoTokenizer
     from vllm_adafuse.cli.tokens import visible
 
-    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    tokenizer = load_tokenizer(base)
     return [[visible(tokenizer.decode([token])) for token in ids] for ids in telling]
 
 

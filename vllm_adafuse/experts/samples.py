@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from vllm_adafuse.config import show
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.pretrained import load_tokenizer
 from vllm_adafuse.vocabulary import require_rows
 
 WINDOW = 64  # tokens judged together
@@ -44,12 +45,7 @@ def read_samples(
         AdapterError: no tokenizer, a file that cannot be read, too little text, or a
             token without a row.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
-    except (OSError, ValueError, ImportError) as e:
-        raise AdapterError(f"backbone {base}", [f"no usable tokenizer: {e}"]) from e
+    tokenizer = load_tokenizer(base)
     samples, problems = {}, []
     needed = round(2 * WINDOW / held_out)  # two windows held out
     for name, paths in files.items():

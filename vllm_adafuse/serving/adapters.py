@@ -36,6 +36,8 @@ from vllm_adafuse.convert.refused import refused_directory, refused_source
 from vllm_adafuse.convert.registry import FORMATS
 from vllm_adafuse.convert.source import PICKLE_FILE, Source, read_json
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.reading import FileProblem, open_regular
+from vllm_adafuse.tensor_file import machine_memory
 
 MIXTURE, LORA = "mixture", "lora"
 VLLM_LORA = "--additional-config '{\"adafuse\": {\"lora\": \"vllm\"}}'"
@@ -205,12 +207,20 @@ def content_digest(path: Path) -> str:
     digest = hashlib.sha256()
     try:
         for file in [path / CONFIG_FILE, weights_file(path)]:
-            digest.update(file.stat().st_size.to_bytes(8, "little"))
-            with file.open("rb") as opened:
+            with open_regular(file) as opened:
+                size = os.fstat(opened.fileno()).st_size
+                if size > (memory := machine_memory()):
+                    raise FileProblem(
+                        f"{file}: is {size} bytes long, more than the {memory} of this machine's "
+                        "memory"
+                    )
+                digest.update(size.to_bytes(8, "little"))
                 while chunk := opened.read(1 << 20):
                     digest.update(chunk)
     except OSError as e:
-        raise _refuse(path, f"{e.filename}: cannot be read ({e.strerror})") from e
+        raise _refuse(path, f"{file}: cannot be read ({e.strerror})") from e
+    except FileProblem as e:
+        raise _refuse(path, str(e)) from e
     return digest.hexdigest()
 
 

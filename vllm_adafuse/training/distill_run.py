@@ -14,6 +14,7 @@ from vllm_adafuse import reference
 from vllm_adafuse.adapter import Adapter
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.pretrained import load_tokenizer
 from vllm_adafuse.training.data import Blocks, read_jsonl, split
 from vllm_adafuse.training.distill import DistillOptions, distill, make_student, mean_kl
 from vllm_adafuse.training.evaluate import next_token_scores
@@ -84,8 +85,6 @@ def distil_files(
     Raises:
         AdapterError: a teacher that is pre-gated, bad data or options.
     """
-    from transformers import AutoTokenizer
-
     if not 0 < held_out < 1:
         raise AdapterError(
             "distilling options",
@@ -98,7 +97,7 @@ def distil_files(
         raise AdapterError(
             f"adapter {teacher.path}", ["it is pre-gated already; serve it as it is"]
         )
-    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    tokenizer = load_tokenizer(base)
     examples, held = split(read_jsonl(data, tokenizer), held_out)
     require_rows(
         (token for example in (*examples, *held) for token in example.ids),

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.pretrained import load_tokenizer, read_config
 from vllm_adafuse.training.config import MixtureConfig
 from vllm_adafuse.training.data import Blocks, Example, places, read_jsonl, split
 from vllm_adafuse.training.evaluate import next_token_scores
@@ -161,6 +162,7 @@ def load_backbone(base: str, load: str = "full", dtype: str = "auto") -> Any:
     if dtype == "auto":
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "local_files_only": True}
+    options["config"] = read_config(base)
     if load != "full":
         from transformers import BitsAndBytesConfig
 
@@ -172,7 +174,7 @@ def load_backbone(base: str, load: str = "full", dtype: str = "auto") -> Any:
             bnb_4bit_compute_dtype=options["dtype"],
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, **options)
+        model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False, **options)
     except (OSError, ValueError, RuntimeError, ImportError) as e:
         raise AdapterError(f"backbone {base}", [f"transformers cannot load it: {e}"]) from e
     model.config._name_or_path = str(Path(base).resolve())
@@ -214,12 +216,9 @@ def train(options: TrainOptions) -> TrainReport:
         AdapterError: bad data or options, a package is missing, or training diverged.
     """
     _need("accelerate", *(["tensorboard"] if options.tensorboard else []))
-    from transformers import AutoTokenizer, Trainer, TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(options.base, local_files_only=True)
-    except (OSError, ValueError, ImportError) as e:
-        raise AdapterError(f"backbone {options.base}", [f"no usable tokenizer: {e}"]) from e
+    tokenizer = load_tokenizer(options.base)
     examples, held = split(read_jsonl(options.data, tokenizer), options.held_out)
     require_rows(
         (token for example in (*examples, *held) for token in example.ids),
