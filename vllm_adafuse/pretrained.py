@@ -160,7 +160,11 @@ def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
                 raise FileProblem(
                     f"{where(file)}: is {size} bytes long, expected at most {MAX_TOKENIZER_BYTES}"
                 )
-        return AutoTokenizer.from_pretrained(root, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            root, local_files_only=True, trust_remote_code=False
+        )
+        _try(tokenizer)
+        return tokenizer
     except FileProblem as e:
         problem = str(e)
     except Exception as e:  # the tokenizers library raises Exception itself
@@ -171,6 +175,16 @@ def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
                 "take a backbone whose tokenizer transformers has"
             )
     raise AdapterError(f"backbone {where(base)}", [f"no usable tokenizer: {problem}"])
+
+
+def _try(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Uses it once: some of what is wrong with one shows only then."""
+    ids = tokenizer("a b", **({"return_offsets_mapping": True} if tokenizer.is_fast else {}))
+    tokenizer.decode(ids["input_ids"])
+    tokenizer.convert_ids_to_tokens(0)
+    for name in ("pad_token_id", "eos_token_id"):
+        if not isinstance(value := getattr(tokenizer, name), (int, type(None))):
+            raise ValueError(f"its {name} is {show(value)}")
 
 
 def _tokenizer_files(root: Path) -> list[Path]:

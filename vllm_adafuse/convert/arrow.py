@@ -17,6 +17,7 @@ from vllm_adafuse.convert.mixture import Linear, Mixture, Part
 from vllm_adafuse.convert.options import Options
 from vllm_adafuse.convert.peft_lora import read_lora
 from vllm_adafuse.convert.source import Source, read_json, refuse
+from vllm_adafuse.keys import is_int
 
 KIND = "Arrow"
 OPTIONS = ("gks",)
@@ -60,6 +61,8 @@ def read_directory(path: Path, backbone: Backbone, options: Options) -> Mixture:
     elif options.gks:
         raise refuse(path, f"{where}: use_gks is false, so --gks has nothing to decide; drop it")
     seed = arrow.get("rng_seed")
+    if seed is not None and not is_int(-(1 << 63), (1 << 64) - 1)(seed):
+        raise refuse(path, f"{where}: rng_seed is {show(seed)}, expected an integer or null")
     linears = {
         linear: Linear(
             experts=[parts[linear] for parts in experts],

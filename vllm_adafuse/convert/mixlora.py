@@ -14,6 +14,7 @@ from vllm_adafuse.convert import moe_peft
 from vllm_adafuse.convert.mixture import Mixture
 from vllm_adafuse.convert.options import Options
 from vllm_adafuse.convert.source import Source
+from vllm_adafuse.keys import is_positive
 from vllm_adafuse.pretrained import read_config
 
 KIND = "MixLoRA"
@@ -66,14 +67,14 @@ def _check(source: Source, backbone: Backbone, notes: list[str]) -> None:
             "differs from token to token",
             "mixlora-switch": "an expert takes a limited number of a sequence's tokens, so a "
             "token's route depends on its neighbours",
-        }.get(strategy, "it is not known")
+        }.get(str(strategy), "it is not known")
         source.problems.append(
             f'{CONFIG_FILE}: `routing_strategy` is {show(strategy)}, expected "mixlora": {why}; '
             "train with that strategy, or distil this adapter into one of a fixed k"
         )
     if (act := source.config.get("act_fn")) is not None:
         own = _activation(backbone.path)
-        if _SAME.get(act, act) != _SAME.get(own, own):
+        if _SAME.get(str(act), act) != _SAME.get(own, own):
             source.problems.append(
                 f"{CONFIG_FILE}: `act_fn` is {show(act)}, expected {own}, the activation of the "
                 f"backbone {backbone.path}: experts with another one are not served"
@@ -116,6 +117,14 @@ def _expert_alpha(
         return None
     if all((merged[key] or False) == (config.get(key) or False) for key in merged):
         return None
+    if not is_positive(merged["lora_alpha"]) or not isinstance(merged["use_rslora"] or False, bool):
+        source.problems.append(
+            f"{CONFIG_FILE}: `expert_lora` is {show(own)}, expected a positive number for "
+            "lora_alpha and true or false for use_rslora; correct it"
+        )
+        return None
+    if not all(map(is_positive, (config.get("r"), config.get("lora_alpha")))):
+        return None  # said where they are read
     if options.expert_lora is None:
         scales = [
             c.get("lora_alpha", 0) / (math.sqrt(c["r"]) if c.get("use_rslora") else c["r"])

@@ -15,6 +15,7 @@ from vllm_adafuse.convert.mixture import Linear
 from vllm_adafuse.convert.peft_config import check_complete, check_config
 from vllm_adafuse.convert.peft_lora import take_pair
 from vllm_adafuse.convert.source import Source
+from vllm_adafuse.keys import is_int, show
 
 _WHERE = r"\.(layers\.(\d+)\.(self_attn|mlp))\.(\w+)"
 
@@ -62,8 +63,8 @@ def read_linears(
 def take_router(source: Source, name: str, size_in: int) -> torch.Tensor:
     """A router's weight [num_experts, in]."""
     experts = source.config.get("num_experts")
-    why = f"num_experts is {experts} in {CONFIG_FILE}"
-    return source.take(name, (experts if isinstance(experts, int) else "E", size_in), why)
+    why = f"num_experts is {show(experts)} in {CONFIG_FILE}"
+    return source.take(name, (experts if is_int(1, MAX_EXPERTS)(experts) else "E", size_in), why)
 
 
 def read_routed_linears(source: Source, backbone: Backbone, method: str) -> dict[str, Linear]:

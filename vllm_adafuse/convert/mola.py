@@ -9,13 +9,14 @@ MoE-PEFT's dialect of it has the names of `moe_peft.py`.
 from __future__ import annotations
 
 from vllm_adafuse.backbone import Backbone
-from vllm_adafuse.config import CONFIG_FILE, MAX_EXPERTS, show
+from vllm_adafuse.config import CONFIG_FILE, MAX_EXPERTS, MAX_RANK, show
 from vllm_adafuse.convert import moe_peft
 from vllm_adafuse.convert.mixture import Linear, Mixture
 from vllm_adafuse.convert.options import Options
 from vllm_adafuse.convert.peft_config import check_complete, check_config
 from vllm_adafuse.convert.peft_lora import LINEAR, take_pair
 from vllm_adafuse.convert.source import Source
+from vllm_adafuse.keys import is_int
 
 KIND = "MoLA"
 OPTIONS = ("top_k",)
@@ -58,7 +59,7 @@ def _read_linear(source: Source, backbone: Backbone, name: str, stem: str, layer
     rank = source.config.get("r")
     if isinstance(rank, list):
         rank = rank[layer] if layer < len(rank) else None
-    if not isinstance(rank, int) or rank < 1:
+    if not is_int(1, MAX_RANK)(rank):
         source.problems.append(
             f"{CONFIG_FILE}: `r` is {show(source.config.get('r'))}, expected a positive integer, "
             f"or a list of them with one for layer {layer}; correct it"

@@ -127,8 +127,9 @@ def check_complete(source: Source, found: Iterable[str], backbone: Backbone) -> 
     limited = [source.config.get(key) for key in ("layers_to_transform", "exclude_modules")]
     if not isinstance(targets, list) or any(value not in (None, []) for value in limited):
         return
+    targets, found = {name for name in targets if isinstance(name, str)}, set(found)
     wanted = [name for name in backbone.linears if name.rsplit(".", 1)[1] in targets]
-    if missing := [name for name in wanted if name not in set(found)]:
+    if missing := [name for name in wanted if name not in found]:
         source.problems.append(
             f"{source.file}: has no tensors of {some(missing)}, expected them because "
             f"`target_modules` of {CONFIG_FILE} lists their modules; the file is incomplete, save "

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from vllm_adafuse.adapter import DTYPES
-from vllm_adafuse.config import CONFIG_FILE, WEIGHTS_FILE, show, some
+from vllm_adafuse.config import CONFIG_FILE, MAX_RANK, WEIGHTS_FILE, show, some
 from vllm_adafuse.convert.names import of_decoder, unwrapped
 from vllm_adafuse.convert.unpickle import unpickle
 from vllm_adafuse.errors import AdapterError
@@ -134,7 +134,8 @@ class Source:
             self.blame(name, "holds NaN or Inf, expected finite numbers; train or save it again")
         else:
             return tensor
-        return torch.zeros(1).expand([want if isinstance(want, int) else 1 for want in shape])
+        sizes = [min(want, MAX_RANK) if isinstance(want, int) else 1 for want in shape]
+        return torch.zeros(1).expand(sizes)
 
     def leave(self, pattern: str, text: str) -> None:
         """Takes tensors out that are understood and cannot be used, and puts that down.

@@ -47,11 +47,11 @@ def read_experts(
             problems += [f"expert {show(name)[1:-1]}: {problem}" for problem in e.problems]
             continue
         experts.append(parts)
-        named[name] = source.config.get("base_model_name_or_path")
+        named[name] = show(source.config.get("base_model_name_or_path"))
     if problems:
         raise AdapterError("mixture of LoRAs", problems)
     if len(set(named.values())) > 1:
-        listed = ", ".join(f"{name}: {show(base)[1:-1]}" for name, base in named.items())
+        listed = ", ".join(f"{name}: {base[1:-1]}" for name, base in named.items())
         notes.append(f"the LoRAs name different backbones ({listed}); all are put on one")
     return experts
 
