@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm_adafuse.config import show
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.training.chat import tokens_of
+from vllm_adafuse.training.forms import Talk, Text, understand
+from vllm_adafuse.training.jsonl import SHAPES, Bad, read_objects
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100  # label of a token without loss, as in torch's cross entropy
-SHAPES = (
-    '{"text": …}, {"messages": [{"role": …, "content": …}, …]} or '
-    '{"prompt": …, "completion": …}'
-)
 MAX_PROBLEMS = 20
 
 
@@ -49,24 +46,21 @@ def read_jsonl(paths: Iterable[str | Path], tokenizer: PreTrainedTokenizerBase) 
     Raises:
         AdapterError: with file and line of the first faulty lines.
     """
-    examples, problems = [], []
+    paths, examples = list(paths), []
+    faults: dict[str, list[str]] = {}  # what is wrong -> where
     for path in paths:
-        try:
-            content = Path(path).read_bytes().split(b"\n")
-        except OSError as e:
-            raise AdapterError("training data", [f"{path}: cannot be read ({e.strerror})"]) from e
-        for number, line in enumerate(content, 1):
-            if not line.strip():
-                continue
+        for number, value in read_objects(path):
+            source = f"{path}:{number}"
             try:
-                made = _example(_parse(line), tokenizer)
-                examples.append(replace(made, source=f"{path}:{number}"))
-            except _Bad as e:
-                problems.append(f"{path}:{number}: {e}")
-            if len(problems) == MAX_PROBLEMS:
-                raise AdapterError("training data", problems + ["… (stopped looking here)"])
-    if problems:
-        raise AdapterError("training data", problems)
+                if isinstance(value, Bad):
+                    raise value
+                examples.append(_example(value, tokenizer, source))
+            except Bad as e:
+                faults.setdefault(str(e), []).append(source)
+            if sum(map(len, faults.values())) == MAX_PROBLEMS:
+                raise AdapterError("training data", [*_said(faults), "… (stopped looking here)"])
+    if faults:
+        raise AdapterError("training data", _said(faults))
     if not examples:
         raise AdapterError(
             "training data", [f"{', '.join(map(str, paths))}: no lines; expected {SHAPES}"]
@@ -74,91 +68,28 @@ def read_jsonl(paths: Iterable[str | Path], tokenizer: PreTrainedTokenizerBase) 
     return examples
 
 
-class _Bad(ValueError):
-    """What is wrong with a line."""
+def _said(faults: dict[str, list[str]]) -> list[str]:
+    """One problem for each fault: where it is first, what it is, and where else."""
+    return [
+        f"{first}: {said}" + (f" (so are {places(others)})" if others else "")
+        for said, (first, *others) in faults.items()
+    ]
 
 
-def _parse(line: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as e:
-        raise _Bad(f"is not UTF-8 ({e.reason} at byte {e.start}); save the file as UTF-8") from e
-    except (ValueError, RecursionError) as e:
-        raise _Bad(f"is not JSON ({e}); expected one object per line, {SHAPES}") from e
-    if not isinstance(value, dict):
-        raise _Bad(f"holds {show(value)}, expected an object, {SHAPES}")
-    return value
-
-
-def _string(value: dict[str, Any], key: str) -> str:
-    if not isinstance(value[key], str) or not value[key]:
-        raise _Bad(f"`{key}` is {show(value[key])}, expected a text that is not empty")
-    return value[key]
-
-
-def _example(value: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Example:
-    kinds = [kind for kind in (("text",), ("messages",), ("prompt", "completion"))
-             if any(key in value for key in kind)]  # fmt: skip
-    if len(kinds) != 1:
-        keys = ", ".join(show(key)[1:-1] for key in value) or "none"
-        raise _Bad(f"has the keys {keys}; expected exactly one of {SHAPES}")
-    if missing := [key for key in kinds[0] if key not in value]:
-        raise _Bad(f"`{missing[0]}` is missing; expected {SHAPES}")
+def _example(value: dict[str, Any], tokenizer: PreTrainedTokenizerBase, source: str) -> Example:
+    form = understand(value, chat=tokenizer.chat_template is not None)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if kinds[0] == ("text",):
-        ids = tokenizer(_string(value, "text"))["input_ids"] + end
-        return Example(tuple(ids), (True,) * len(ids))
-    if kinds[0] == ("messages",):
-        return _chat(value["messages"], tokenizer)
+    if isinstance(form, Text):
+        ids = tokenizer(form.text)["input_ids"] + end
+        return Example(tuple(ids), (True,) * len(ids), source)
+    if isinstance(form, Talk):
+        ids, learn = tokens_of(form, tokenizer)
+        return Example(tuple(ids), tuple(learn), source)
     # Apart, as a server tokenizes a prompt before it knows the completion.
-    prompt = tokenizer(_string(value, "prompt"))["input_ids"]
-    completion = tokenizer(_string(value, "completion"), add_special_tokens=False)["input_ids"]
+    prompt = tokenizer(form.prompt)["input_ids"]
+    completion = tokenizer(form.completion, add_special_tokens=False)["input_ids"]
     learn = (False,) * len(prompt) + (True,) * (len(completion) + len(end))
-    return Example(tuple(prompt + completion + end), learn)
-
-
-def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """A conversation by the tokenizer's chat template; loss on what the assistant says."""
-    if tokenizer.chat_template is None:
-        raise _Bad(
-            "`messages` needs a tokenizer with a chat template, and this one has none; write the "
-            "text yourself as `text`, or as `prompt` and `completion`"
-        )
-    fine = isinstance(messages, list) and messages and all(
-        isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content"))
-        for m in messages
-    )  # fmt: skip
-    if not fine:
-        raise _Bad(f"`messages` is {show(messages)}, expected a list of objects with the texts "
-                   "`role` and `content`")  # fmt: skip
-    if all(m["role"] != "assistant" for m in messages):
-        raise _Bad("`messages` has none of role assistant; there is nothing to learn")
-
-    def render(upto: int, ask: bool) -> str:
-        try:
-            return tokenizer.apply_chat_template(
-                messages[:upto], tokenize=False, add_generation_prompt=ask
-            )
-        except Exception as e:  # templates are programs of the tokenizer's makers
-            raise _Bad(f"the chat template refuses `messages` ({e})") from e
-
-    text, spans = render(len(messages), False), []
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant" and i:
-            before, after = render(i, True), render(i + 1, False)
-            if not (text.startswith(before) and text.startswith(after)):
-                raise _Bad("the chat template writes earlier turns anew when later ones follow; "
-                           "end `messages` at the assistant's first reply, or use `prompt` and "
-                           "`completion`")  # fmt: skip
-            spans.append((len(before), len(after)))
-    if not spans:
-        raise _Bad("`messages` begins with the assistant's only reply; put what it answers first")
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    learn = tuple(
-        any(start < last and first <= start for first, last in spans)
-        for start, _ in encoded["offset_mapping"]
-    )
-    return Example(tuple(encoded["input_ids"]), learn)
+    return Example(tuple(prompt + completion + end), learn, source)
 
 
 def places(sources: Iterable[str], most: int = 12) -> str:
