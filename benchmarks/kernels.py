@@ -51,9 +51,9 @@ def products(model: str) -> list[Product]:
     kv = hidden // heads * kv_heads
     return [
         Product("qkv", hidden, (hidden, kv, kv), "rotary", hidden // heads),
-        Product("o", hidden, (hidden,)),
+        Product("o", hidden, (hidden,), norm=True),
         Product("gate_up", hidden, (inter, inter), "silu"),
-        Product("down", inter, (hidden,)),
+        Product("down", inter, (hidden,), norm=True),
     ]
 
 
@@ -112,33 +112,26 @@ class Case:
         self.p, self.out = p, sum(p.widths)
         mixture = options.experts, options.top_k, options.r
         self.trial = Trial(p, *mixture, dtype, copies, tokens=tokens)
-        self.x, self.gates, self.present = self.trial.step(tokens)
+        self.x, self.step = self.trial.step(tokens)
+        self.gates = self.step.gates
         self.parts = list(range(len(p.widths)))
-        self.normed = p.name in ("o", "down")
+        self.normed = p.norm
         residual, factors = (torch.randn(n, self.out, device="cuda") for n in (tokens, 1))
         self.residual, self.factors = residual.to(dtype), factors[0].to(dtype)
 
     def ours(self, i: int) -> None:
-        (joint, b), p, trial = self.trial.layers[i], self.p, self.trial
-        shared = b, self.gates, self.present, trial.counters, i, trial.scratch
+        p = self.trial.layers[i]
         if self.normed:
-            linear_norm(self.x, joint, self.residual, self.factors, EPS, *shared)
+            linear_norm(self.x, self.residual, p, self.step)
         else:
-            linear(
-                self.x, joint, None, *shared, self.parts, p.widths, p.activation,
-                trial.cos_sin, in_place=True,
-            )  # fmt: skip
+            linear(self.x, p, self.step)
 
     def bare(self, i: int) -> None:
-        joint, _ = self.trial.layers[i]
-        self._follow(F.linear(self.x, joint[: self.out]), self.p.activation)
+        y = F.linear(self.x, self.trial.layers[i].weight)
+        self._follow(y, self.p.activation)
 
     def torch(self, i: int) -> None:
-        (joint, b), p = self.trial.layers[i], self.p
-        y = linear_torch(
-            self.x, joint, None, b, self.gates, self.parts, p.widths, p.activation,
-            self.trial.cos_sin,
-        )  # fmt: skip
+        y = linear_torch(self.x, self.trial.layers[i], self.step)
         self._follow(y, "")
 
     def _follow(self, y: torch.Tensor, activation: str) -> None:

@@ -1,4 +1,5 @@
-"""The compute of AdaFuse: one op per file, registered as `torch.ops.vllm_adafuse.*`.
+"""The compute of AdaFuse: one op per file. Those of projections are registered with torch in
+`vllm_adafuse.serving.ops`, the others here, all as `torch.ops.vllm_adafuse.*`.
 
     gate           hidden states          -> routes   (live router; fills the passports once)
     gather_routes  token ids, passports   -> routes   (one gather per step)
@@ -17,7 +18,7 @@
                      vendor's product, as do
       wide_expand    for thousands of tokens, after
       dense_expand   of the experts beyond 128 ranks
-    page_linear, page_sgmm  `linear` and `sgmm` over pages, in the steps that have adapters
+    page_linear    `linear` over pages, in the steps that have adapters
     live_route     hidden states at a layer -> routes   (`router.layer`, inside the model)
     layer_linear   x, [W; A; routers], B  -> the adapted projection, routed by its own input
       layer_expand   its kernel behind the product, for few tokens
@@ -28,6 +29,7 @@
     ffn_down       y, those in rank space -> y + deltas of the down projection
     switch         a route, W, A, B       -> W + deltas of all linears (one stream; no torch op)
     paged_cache    where keys and values go in a KV cache, for the kernels that end `linear`
+    operands       what launchers are handed: a projection, a step's buffers
     scratch        memory that all launches share
     dispatch       which kernel runs, and how it is cut: every limit, and `plan`
     plans          what choices are made of, and for: a shape, a device, a plan

@@ -115,6 +115,25 @@ def plan(shape: Shape, num_tokens: int, device: Device) -> Plan:
     return cublas_plan(shape, num_tokens, device)
 
 
+class Plans(dict[int, Plan]):
+    """The plans of one shape on one device: number of tokens -> `plan`. A look in a dict is less
+    than a hash of the shape, and ops look once each."""
+
+    def __init__(self, shape: Shape, device: Device):
+        super().__init__()
+        self.shape, self.device = shape, device
+
+    def __missing__(self, num_tokens: int) -> Plan:
+        found = self[num_tokens] = plan(self.shape, num_tokens, self.device)
+        return found
+
+
+@functools.cache
+def plans_of(shape: Shape, device: Device) -> Plans:
+    """The same ones for projections of one shape."""
+    return Plans(shape, device)
+
+
 def config_plan(shape: Shape, config: Tiles) -> Plan:
     """With a kernel of ours, cut like this."""
     split_k = config.split if shape.epilogue == "norm" else 1

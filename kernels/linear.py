@@ -11,26 +11,16 @@ and goes on to the activation. Which, says `dispatch.plan`.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from vllm_adafuse.kernels import stream_linear, tile_linear
+from vllm_adafuse.kernels.configs import Tiles
 from vllm_adafuse.kernels.dense_expand import dense_expand_triton
-from vllm_adafuse.kernels.dispatch import plan
 from vllm_adafuse.kernels.expand import expand_raw_triton, expand_torch
-from vllm_adafuse.kernels.paged_cache import claim_pages, paged_cache_torch
-from vllm_adafuse.kernels.pairs import (
-    activate_torch,
-    is_gate_up,
-    result_width,
-    rotate_torch,
-)
-from vllm_adafuse.kernels.plans import TMA_EXPAND, Device, Plan, Shape
-from vllm_adafuse.kernels.registry import register_op
-from vllm_adafuse.kernels.scratch import Scratch
+from vllm_adafuse.kernels.operands import Projection, Step
+from vllm_adafuse.kernels.paged_cache import Pages, paged_cache_torch
+from vllm_adafuse.kernels.pairs import activate_torch, result_width, rotate_torch
+from vllm_adafuse.kernels.plans import TMA_EXPAND, Plan, Shape
 from vllm_adafuse.kernels.shrink import shrink_torch
 from vllm_adafuse.kernels.stream_linear import stream_linear_triton
 from vllm_adafuse.kernels.tile_linear import tile_linear_triton
@@ -45,144 +35,108 @@ def scratch_sizes(bank_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
 
 
 def linear_torch(
-    x, joint, bias, bank_b, gates, parts, widths, activation, cos_sin=None, pages=None
-):
+    x: torch.Tensor, p: Projection, step: Step, kv_slots: Pages | None = None
+) -> torch.Tensor:
     """The reference; see `linear`."""
-    out = sum(widths)
-    y = F.linear(x, joint[:out], bias)
-    expand_torch(y, shrink_torch(x, bank_a_of(joint, bank_b, out), gates), bank_b, parts, widths)
-    if activation == "rotary":
-        y = rotate_torch(y, cos_sin, widths[0] + widths[1])
-        if pages:
-            paged_cache_torch(y, pages, widths)
+    shape = p.shape
+    y = F.linear(x, p.weight, p.bias)
+    expand_torch(y, shrink_torch(x, p.lora_a, step.gates), p.lora_b, shape.adapted, shape.widths)
+    if shape.epilogue == "rotary":
+        y = rotate_torch(y, step.cos_sin, shape.widths[0] + shape.widths[1])
+        if kv_slots:
+            paged_cache_torch(y, kv_slots, shape.widths)
         return y
-    return activate_torch(y, activation) if activation else y
+    return activate_torch(y, shape.activation) if shape.activation else y
 
 
-def bank_a_of(joint: torch.Tensor, bank_b: torch.Tensor, out: int) -> torch.Tensor:
-    """The view [P, E, R, in] of a joint tensor's last rows."""
-    return joint[out:].view(-1, *bank_b.shape[1:], joint.shape[1])
+def new_result(x: torch.Tensor, shape: Shape, strided_out: bool) -> torch.Tensor:
+    """Where the result of T tokens goes; also what a fake tells of it."""
+    width = result_width(shape.widths, shape.activation)
+    stride = shape.fused_rows if strided_out else width
+    return x.new_empty_strided((x.shape[0], width), (stride, 1))
 
 
-@functools.cache
-def shape_of(
-    size_in: int, experts: int, rank: int, itemsize: int, parts: tuple[int, ...],
-    widths: tuple[int, ...], epilogue: str, head_dim: int, has_bias: bool,
-) -> Shape:  # fmt: skip
-    """The shape of a step's projection, the same one for the same numbers."""
-    return Shape(
-        size_in, widths, parts, experts, rank, itemsize, epilogue,
-        head_dim if epilogue == "rotary" else 0, has_bias,
-    )  # fmt: skip
+def linear(
+    x: torch.Tensor, p: Projection, step: Step, kv_slots: Pages | None = None
+) -> torch.Tensor:
+    """An adapted projection of T tokens, whose W is not quantised.
 
+    Args:
+        x: [T, in], dtype of the projection; rows contiguous.
+        p: the projection.
+        step: the step's buffers.
+        kv_slots: where k and v go with "rotary", whose columns of the result stay undefined then.
 
-def stays_in_place(
-    joint: torch.Tensor,
-    bias: torch.Tensor | None,
-    widths: Sequence[int],
-    activation: str,
-    in_place: bool,
-) -> bool:
-    """Whether the result has the rows of the product [T, out + P E R], gaps and all: what follows
-    gate_up then takes no tensor of its own, which would be a quarter of a long step's memory.
-
-    By shapes alone: a compiled model holds steps of all lengths to one layout. Not with a bias, for
-    then long products are of W alone; in multiples of 16, for which the next kernel is compiled.
+    Returns:
+        [T, out], or [T, out / 2] after silu or gelu_tanh; contiguous, but for rows as far apart as
+        those of the product with `strided_out`.
     """
-    whole = joint.shape[0] % 16 == 0 and widths[0] % 16 == 0
-    return in_place and is_gate_up(activation) and bias is None and whole
-
-
-def _new_result(x, joint, widths, activation, in_place) -> torch.Tensor:
-    width = result_width(widths, activation)
-    return x.new_empty_strided((x.shape[0], width), (joint.shape[0] if in_place else width, 1))
-
-
-def run(
-    x, joint, bias, bank_b, gates, present, counters, index, low, partial, tickets, unread,
-    cos_sin, parts, widths, activation, cache, in_place,
-):  # fmt: skip
-    """What the op does, for ops that do it at times."""
-    pages = claim_pages(cache, x)
-    in_place = stays_in_place(joint, bias, widths, activation, in_place)
-    if not x.is_cuda:
-        y = linear_torch(x, joint, bias, bank_b, gates, parts, widths, activation, cos_sin, pages)
-        return _new_result(x, joint, widths, activation, True).copy_(y) if in_place else y
-    shape = shape_of(
-        x.shape[1], *bank_b.shape[1:], x.element_size(), tuple(parts), tuple(widths), activation,
-        0 if cos_sin is None else cos_sin.shape[1], bias is not None,
-    )  # fmt: skip
-    way = plan(shape, x.shape[0], Device.of(x.device))
-    return linear_triton(
-        x, joint, bias, bank_b, gates, present, counters[index] if way.config else None,
-        Scratch(low, partial, tickets, unread), parts, widths, activation, cos_sin, way, pages,
-        in_place,
-    )  # fmt: skip
+    if x.is_cuda:
+        return linear_triton(x, p, step, p.plans[x.shape[0]], kv_slots)
+    y = linear_torch(x, p, step, kv_slots)
+    return new_result(x, p.shape, True).copy_(y) if p.strided_out else y
 
 
 def linear_triton(
-    x, joint, bias, bank_b, gates, present, counter, scratch, parts, widths, activation,
-    cos_sin, way, pages=None, in_place=False,
-):  # fmt: skip
-    """`linear` on a GPU, by a `Plan`. in_place: `stays_in_place`."""
+    x: torch.Tensor, p: Projection, step: Step, way: Plan, kv_slots: Pages | None = None
+) -> torch.Tensor:
+    """`linear` on a GPU, by a plan."""
     if way.config:
-        out = _new_result(x, joint, widths, activation, in_place)
-        return one_launch(
-            x, joint, bias, bank_b, gates, present, counter, scratch, parts, widths, activation,
-            way.config, out, cos_sin, pages,
-        )  # fmt: skip
-    y, s, bias = joint_product(x, joint, bias, sum(widths), way.one_gemm)
-    return expand_long(
-        y, s, bias, bank_b, gates, present, parts, widths, activation, way,
-        cos_sin=cos_sin, pages=pages, in_place=in_place,
-    )  # fmt: skip
+        out = new_result(x, p.shape, p.strided_out)
+        return one_launch(x, p, step, way.config, out, kv_slots)
+    y, s, bias = joint_product(x, p, way.one_gemm)
+    return expand_long(y, s, bias, p, step, way, kv_slots)
 
 
 def expand_long(
     y: torch.Tensor,
     s: torch.Tensor,
     bias: torch.Tensor | None,
-    bank_b: torch.Tensor,
-    gates: torch.Tensor,
-    present: torch.Tensor,
-    parts: Sequence[int],
-    widths: Sequence[int],
-    activation: str,
+    p: Projection,
+    step: Step,
     way: Plan,
-    **behind: Any,
+    kv_slots: Pages | None = None,
 ) -> torch.Tensor:
-    """From W x and A x to the projection, by a `Plan`. y and s may be overwritten."""
+    """From W x and A x to the projection, by a plan. y and s may be overwritten."""
+    shape, gates = p.shape, step.gates
+    parts, widths, activation = shape.adapted, shape.widths, shape.activation
+    behind = {"cos_sin": step.cos_sin, "pages": kv_slots, "in_place": p.strided_out}
     if way.expand == TMA_EXPAND:
         if way.dense_from is not None:
-            dense_expand_triton(y, s, bank_b, gates, parts, widths, way.dense_from)
-        return wide_expand_triton(y, s, bank_b, gates, widths, activation, **behind)
+            dense_expand_triton(y, s, p.lora_b, gates, parts, widths, way.dense_from)
+        return wide_expand_triton(y, s, p.lora_b, gates, widths, activation, **behind)
     return expand_raw_triton(
-        y, s, bias, bank_b, gates, present, parts, widths, activation, **behind
+        y, s, bias, p.lora_b, gates, step.present, parts, widths, activation, **behind
     )
 
 
 def one_launch(
-    x, joint, bias, bank_b, gates, present, counter, scratch, parts, widths, activation, cut,
-    out=None, cos_sin=None, pages=None,
-):  # fmt: skip
+    x: torch.Tensor,
+    p: Projection,
+    step: Step,
+    config: Tiles,
+    out: torch.Tensor,
+    kv_slots: Pages | None = None,
+) -> torch.Tensor:
     """The projection of few tokens by the kernel that a cut is for; see both."""
-    shared = counter, scratch, parts, widths, activation, cut, out, cos_sin, pages
-    if cut.tma:
-        return tile_linear_triton(x, joint, bias, bank_b, gates, *shared)
-    rows = sum(widths)
-    bank_a = bank_a_of(joint, bank_b, rows)
+    shape = p.shape
+    shared = p.semaphore, step.scratch, shape.adapted, shape.widths, shape.activation, config, out
+    shared += step.cos_sin, kv_slots
+    if config.tma:
+        return tile_linear_triton(x, p.fused_weight, p.bias, p.lora_b, step.gates, *shared)
     return stream_linear_triton(
-        x, joint[:rows], bias, bank_a, bank_b, gates, present, *shared
-    )  # fmt: skip
+        x, p.weight, p.bias, p.lora_a, p.lora_b, step.gates, step.present, *shared
+    )
 
 
 def sliced_product(
-    x: torch.Tensor, joint: torch.Tensor, out: int, split: int
+    x: torch.Tensor, p: Projection, split: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Slices of W x and A x, [split, T, …] each, by one product of the vendor's for all slices of
     `in`: programs enough where one for the whole would have few. Slices are rounded as the whole
     would be, which costs the sum no more than that.
     """
+    joint, out = p.fused_weight, p.shape.size_out
     of_x = x.view(x.shape[0], split, -1).transpose(0, 1)
     of_rows = joint.view(joint.shape[0], split, -1).permute(1, 2, 0)
     y, s = torch.split_with_sizes(torch.bmm(of_x, of_rows), (out, joint.shape[0] - out), 2)
@@ -190,83 +144,16 @@ def sliced_product(
 
 
 def joint_product(
-    x: torch.Tensor, joint: torch.Tensor, bias: torch.Tensor | None, out: int, one_gemm: bool
+    x: torch.Tensor, p: Projection, one_gemm: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """W x and A x by cuBLAS, and the bias if it is still to be added.
 
     One product of both: a few rows more cost nearly nothing at any number of tokens, a second
     launch 6 to 30 us (H200, shapes of Llama-2-7B; docs/kernel-notes.md).
     """
+    out = p.shape.size_out
     if one_gemm:
-        both = F.linear(x, joint)
-        y, s = torch.split_with_sizes(both, (out, joint.shape[0] - out), 1)  # cheaper than slices
-        return y, s, bias
-    return F.linear(x, joint[:out], bias), F.linear(x, joint[out:]), None
-
-
-def _fake(x, joint, bias, bank_b, *arguments):
-    *_, widths, activation, _, in_place = arguments
-    in_place = stays_in_place(joint, bias, widths, activation, in_place)
-    return _new_result(x, joint, widths, activation, in_place)
-
-
-# The scratch is changed and nothing of it is read by any other op: torch need not know.
-_op = register_op(
-    "linear(Tensor x, Tensor joint, Tensor? bias, Tensor bank_b, Tensor gates, "
-    "Tensor present, Tensor counters, int index, Tensor low, Tensor partial, Tensor tickets, "
-    "Tensor unread, Tensor? cos_sin, int[] parts, "
-    "int[] widths, str activation, str cache, bool in_place) -> Tensor",
-    run,
-    _fake,
-)
-
-
-def linear(
-    x: torch.Tensor,
-    joint: torch.Tensor,
-    bias: torch.Tensor | None,
-    bank_b: torch.Tensor,
-    gates: torch.Tensor,
-    present: torch.Tensor,
-    counters: torch.Tensor,
-    index: int,
-    scratch: Scratch,
-    parts: Sequence[int],
-    widths: Sequence[int],
-    activation: str = "",
-    cos_sin: torch.Tensor | None = None,
-    cache: str = "",
-    in_place: bool = False,
-) -> torch.Tensor:
-    """An adapted projection of T tokens.
-
-    Args:
-        x: [T, in]; rows contiguous.
-        joint: [out + P E R, in] contiguous, dtype of x: W, then A [P, E, R, in].
-        bias: [out] or None.
-        bank_b: [sum of the adapted widths, E, R], dtype of x.
-        gates: [N, E] float32, N >= T, LoRA's scale included; rows past T are not read.
-        present: [2 + E] int64, see `spread_routes`, which also zeroes the next.
-        counters: [C, 4] int32, a row for each projection.
-        index: of this projection's row.
-        scratch: of the device.
-        parts: for each of up to three parts of the output its index in the banks, -1 for none.
-        widths: columns of each part.
-        activation: "", or "silu" or "gelu_tanh" of gate_up, whose two parts are equally wide, or
-            "rotary" of q, k, v.
-        cos_sin: [N, D] with "rotary", dtype of x: cosines of each token's position, then sines, D
-            the size of a head, for which `can_rotate` holds; rows past T are not read.
-        cache: with "rotary", the source of pages (paged_cache.py) that is asked where k and v go,
-            if there is one of this name.
-        in_place: the reader of silu's or gelu_tanh's result minds no gaps between rows.
-
-    Returns:
-        [T, out], or [T, out / 2] after silu or gelu_tanh; contiguous, but for rows as far apart as
-        those of the product where `stays_in_place` holds. Columns of k and v that went to pages
-        may hold anything.
-    """
-    return _op(
-        x, joint, bias, bank_b, gates, present, counters, index,
-        scratch.low, scratch.partial, scratch.tickets, scratch.unread,
-        cos_sin, parts, widths, activation, cache, in_place,
-    )  # fmt: skip
+        both = F.linear(x, p.fused_weight)
+        y, s = torch.split_with_sizes(both, (out, both.shape[1] - out), 1)  # cheaper than slices
+        return y, s, p.bias
+    return F.linear(x, p.weight, p.bias), F.linear(x, p.fused_weight[out:]), None

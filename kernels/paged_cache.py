@@ -8,8 +8,7 @@ columns stand side by side in both, so kernels store as before, only from anothe
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
-from weakref import WeakValueDictionary
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -49,28 +48,6 @@ class Pages(NamedTuple):
 
 
 NO_PAGES: tuple[Any, ...] = (None,) * len(Pages._fields)
-
-
-class PageSource(Protocol):
-    """What knows a layer's KV cache."""
-
-    def claim(self, tokens: int, dtype: torch.dtype) -> Pages | None:
-        """Pages for this step's keys and values, which the caller is going to write; or None, and
-        they are to lie in the projection's result."""
-
-
-_sources: WeakValueDictionary[str, PageSource] = WeakValueDictionary()
-
-
-def register_source(name: str, source: PageSource) -> None:
-    """Makes a layer's KV cache known to ops, which are handed its name; for as long as it lives."""
-    _sources[name] = source
-
-
-def claim_pages(name: str, x: torch.Tensor) -> Pages | None:
-    """`PageSource.claim` for the tokens of x; None where no such source lives."""
-    source = _sources.get(name) if name else None
-    return source.claim(x.shape[0], x.dtype) if source else None
 
 
 @triton.jit

@@ -86,6 +86,11 @@ class Shape:
     fused: bool = True
 
     @property
+    def activation(self) -> str:
+        """What follows within the projection's own kernels: the epilogue, but for a norm."""
+        return "" if self.epilogue == "norm" else self.epilogue
+
+    @property
     def size_out(self) -> int:
         return sum(self.widths)
 
@@ -102,7 +107,7 @@ class Shape:
     @property
     def tiled_rows(self) -> int:
         """Rows of W that are cut into tiles: of one member where they come in pairs."""
-        return sum(tiled_widths(self.widths, "" if self.epilogue == "norm" else self.epilogue))
+        return sum(tiled_widths(self.widths, self.activation))
 
 
 @dataclass(frozen=True)

@@ -10,73 +10,33 @@ per size is right for every routing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from vllm_adafuse.kernels.dispatch import MAX_SHRINK_TOKENS
 from vllm_adafuse.kernels.expand import expand_torch, expand_triton
-from vllm_adafuse.kernels.registry import register_op
-from vllm_adafuse.kernels.scratch import Scratch
+from vllm_adafuse.kernels.operands import Projection, Step
+from vllm_adafuse.kernels.plans import SHRINK
 from vllm_adafuse.kernels.shrink import shrink_torch, shrink_triton
 
 
-def sgmm_torch(y, x, bank_a, bank_b, gates, parts, widths) -> None:
+def sgmm_torch(y: torch.Tensor, x: torch.Tensor, p: Projection, step: Step) -> None:
     """The reference; see `sgmm`."""
-    expand_torch(y, shrink_torch(x, bank_a, gates), bank_b, parts, widths)
+    s = shrink_torch(x, p.lora_a, step.gates)
+    expand_torch(y, s, p.lora_b, p.shape.adapted, p.shape.widths)
 
 
-def run(y, x, bank_a, bank_b, gates, present, low, partial, tickets, unread, parts, widths):
-    """What the op does, for ops that do it at times."""
-    if not x.is_cuda:
-        return sgmm_torch(y, x, bank_a, bank_b, gates, parts, widths)
-    if x.shape[0] <= MAX_SHRINK_TOKENS:
-        scratch = Scratch(low, partial, tickets, unread)
-        s = shrink_triton(x, bank_a, gates, present, scratch)
-    else:
-        s = shrink_torch(x, bank_a, gates)
-    expand_triton(y, s, bank_b, present, parts, widths)
-    return None
-
-
-def _fake(*arguments) -> None:
-    return None
-
-
-# The scratch is changed and nothing of it is read by any other op: torch need not know.
-_op = register_op(
-    "sgmm(Tensor(a!) y, Tensor x, Tensor bank_a, Tensor bank_b, Tensor gates, Tensor present, "
-    "Tensor low, Tensor partial, Tensor tickets, Tensor unread, int[] parts, int[] widths) "
-    "-> ()",
-    run,
-    _fake,
-)
-
-
-def sgmm(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    bank_a: torch.Tensor,
-    bank_b: torch.Tensor,
-    gates: torch.Tensor,
-    present: torch.Tensor,
-    scratch: Scratch,
-    parts: Sequence[int],
-    widths: Sequence[int],
-) -> None:
+def sgmm(y: torch.Tensor, x: torch.Tensor, p: Projection, step: Step) -> None:
     """Adds the experts' deltas of T tokens to a projection's output, in place.
 
     Args:
         y: [T, out], the projection's own output, changed; rows contiguous.
         x: [T, in], its input, dtype of y; rows contiguous.
-        bank_a: [P, E, R, in], dtype of x.
-        bank_b: [sum of the adapted widths, E, R], dtype of x.
-        gates: [N, E] float32, N >= T, LoRA's scale included; rows past T are not read.
-        present: see `spread_routes`; its bits are read.
-        scratch: of the device.
-        parts: for each of up to three parts of y its index in the banks, -1 for none.
-        widths: columns of each part.
+        p: the projection.
+        step: the step's buffers; of `present` the bits are read.
     """
-    _op(
-        y, x, bank_a, bank_b, gates, present,
-        scratch.low, scratch.partial, scratch.tickets, scratch.unread, parts, widths,
-    )  # fmt: skip
+    if not x.is_cuda:
+        return sgmm_torch(y, x, p, step)
+    if p.plans[x.shape[0]].kernel == SHRINK:
+        s = shrink_triton(x, p.lora_a, step.gates, step.present, step.scratch)
+    else:
+        s = shrink_torch(x, p.lora_a, step.gates)
+    expand_triton(y, s, p.lora_b, step.present, p.shape.adapted, p.shape.widths)
+    return None

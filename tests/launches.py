@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -40,8 +40,9 @@ from vllm_adafuse.kernels.layer_linear import layer_linear
 from vllm_adafuse.kernels.layer_sgmm import layer_sgmm
 from vllm_adafuse.kernels.linear import linear
 from vllm_adafuse.kernels.linear_norm import linear_norm
-from vllm_adafuse.kernels.paged_cache import Pages, register_source
-from vllm_adafuse.kernels.plans import Device
+from vllm_adafuse.kernels.operands import Norm, Projection, Step, stays_in_place
+from vllm_adafuse.kernels.paged_cache import Pages
+from vllm_adafuse.kernels.plans import Device, Shape
 from vllm_adafuse.kernels.registry import IMPLEMENTATIONS
 from vllm_adafuse.kernels.route_layer import LayerGate
 from vllm_adafuse.kernels.scratch import Scratch
@@ -153,7 +154,8 @@ def keep_no_kernel() -> None:
     """Plans hold kernels with their constants, and cuts of the user's."""
     for module in (dense_expand, expand, residual_norm):
         module._plan.cache_clear()
-    for cached in (configs.cuts_of, dispatch.find_config, dispatch.plan, dispatch.cublas_plan):
+    for cached in (configs.cuts_of, dispatch.find_config, dispatch.plan, dispatch.cublas_plan,
+                   dispatch.plans_of):
         cached.cache_clear()
 
 
@@ -181,40 +183,45 @@ def one_decision(experts=8, rank=16, bias=False, dtype=torch.bfloat16, parts=(0,
     table, counters = empty(32000, top_k, dtype=i32), empty(9, 4, dtype=i32)
     table_weights = empty(32000, top_k, dtype=f32)
     scratch = Scratch.make(1 << 30, 1 << 30, 1 << 20, CPU)
-    banks = gates, present, counters
-    source = Paged()
-    register_source("paged", source)
+    pages = Paged()
 
     def new(*shape):
         return empty(*shape, dtype=dtype)
 
+    def make(size_in, widths, of, epilogue, fused=True) -> Projection:
+        adapted = sum(w for w, part in zip(widths, of) if part >= 0)
+        has_bias = bias and fused and epilogue != "norm"
+        shape = Shape(
+            size_in, tuple(widths), tuple(of), experts, rank, dtype.itemsize, epilogue,
+            128 if epilogue == "rotary" else 0, has_bias, fused,
+        )  # fmt: skip
+        joint = new(shape.fused_rows, size_in)
+        return Projection(
+            shape, joint[sum(widths) :].view(-1, experts, rank, size_in),
+            new(adapted, experts, rank), joint if fused else None,
+            new(sum(widths)) if has_bias else None, Norm(new(4096), 1e-5), counters[0],
+            stays_in_place(shape),
+        )  # fmt: skip
+
     def run(tokens: int, alone: bool = False) -> None:
-        assert source  # which is known while it lives
         gather_routes(empty(tokens, dtype=i32), table, table_weights, ids, weights)
         spread_routes(ids, weights, gates, present, counters, tokens)
+        step, turns = Step(gates, present, scratch), new(MOST, 128)
         for widths, act, of in (
             ([4096, 1024, 1024], "rotary", list(parts)),
             ([11008] * 2, "silu", [0, 1]),
             ([4096], "", [0]),
         ):
-            count = max(of) + 1
-            joint = new(sum(widths) + count * experts * rank, 4096)
-            adapted = sum(w for w, part in zip(widths, of) if part >= 0)
-            b, cos_sin = new(adapted, experts, rank), new(MOST, 128)
-            x = new(tokens, 4096)
-            for cache in ("", "paged") if act == "rotary" else ("",):
-                shared = scratch, of, widths, act, cos_sin, cache
-                with_bias = new(sum(widths)) if bias else None
-                linear(x, joint, with_bias, b, *banks, 0, *shared, in_place=act == "silu")
-            a = joint[sum(widths) :].view(count, experts, rank, 4096)
-            y = new(tokens, sum(widths))
-            sgmm(y, x, a, b, gates, present, scratch, of, widths)
+            x, p = new(tokens, 4096), make(4096, widths, of, act)
+            linear(x, p, replace(step, cos_sin=turns))
+            if act == "rotary":
+                linear(x, p, replace(step, cos_sin=turns), pages.claim(tokens, dtype))
+            sgmm(new(tokens, sum(widths)), x, make(4096, widths, of, "", False), step)
         for size_in in (4096, 11008):
-            joint, b = new(4096 + experts * rank, size_in), new(4096, experts, rank)
-            x, residual, weight = new(tokens, size_in), new(tokens, 4096), new(4096)
+            x, residual = new(tokens, size_in), new(tokens, 4096)
             if size_in == 11008 and not alone:
                 x = new(tokens, 2 * (size_in + experts * rank))[:, :size_in]
-            linear_norm(x, joint, residual, weight, 1e-5, b, *banks, 0, scratch)
+            linear_norm(x, residual, make(size_in, [4096], [0], "norm"), step)
 
     return run
 

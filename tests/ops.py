@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from vllm_adafuse.kernels.linear_norm import scratch_sizes
+from vllm_adafuse.kernels.operands import Projection, Step, stays_in_place
+from vllm_adafuse.kernels.plans import Shape
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.spread_routes import list_present, new_present
 
@@ -29,10 +31,49 @@ class Problem:
     parts: list[int]
     widths: list[int]
 
+    def projection(
+        self, epilogue="", cos_sin=None, in_place=False, norm=None, fused=True
+    ) -> Projection:
+        """As launchers take it; of what the problem holds now, with a semaphore of its own."""
+        shape = Shape(
+            self.x.shape[1], tuple(self.widths), tuple(self.parts), *self.bank_b.shape[1:],
+            self.x.element_size(), epilogue, cos_sin.shape[1] if epilogue == "rotary" else 0,
+            self.bias is not None, fused,
+        )  # fmt: skip
+        joint = joint_of(self) if fused else None
+        bank_a = joint[len(self.weight) :].view_as(self.bank_a) if fused else self.bank_a
+        semaphore = torch.zeros(4, dtype=torch.int32, device=self.x.device)
+        return Projection(
+            shape, bank_a, self.bank_b, joint, self.bias, norm, semaphore,
+            in_place and stays_in_place(shape),
+        )  # fmt: skip
+
+    def step(self, cos_sin=None) -> Step:
+        return Step(self.gates, self.present, self.scratch, cos_sin)
+
     @property
     def s_shape(self) -> tuple[int, int, int]:
         parts, experts, rank, _ = self.bank_a.shape
         return self.x.shape[0], parts, experts * rank
+
+
+@dataclass(eq=False)
+class OneBank:
+    """A layer as the ops of serving find it by its name."""
+
+    projection: Projection
+    step: Step
+    layer_name: str
+    cache: object = None
+    route: object = None
+
+    @property
+    def shape(self) -> Shape:
+        return self.projection.shape
+
+    @property
+    def strided_out(self) -> bool:
+        return self.projection.strided_out
 
 
 def make_gates(tokens, experts, top_k, seed=0, one=None) -> torch.Tensor:

@@ -7,7 +7,7 @@ import test_ffn_mix as mixes
 import test_layer_sgmm
 import torch
 from fake_gpu import computing
-from ops import DEVICE, delta_truth, error, joint_of, linear_truth, make_problem
+from ops import DEVICE, delta_truth, error, linear_truth, make_problem
 from test_layer_linear import problem
 from vllm_adafuse.kernels import dispatch
 from vllm_adafuse.kernels.ffn_down import ffn_down
@@ -15,6 +15,7 @@ from vllm_adafuse.kernels.ffn_mix import ffn_mix
 from vllm_adafuse.kernels.layer_linear import layer_linear
 from vllm_adafuse.kernels.linear import linear
 from vllm_adafuse.kernels.linear_norm import linear_norm
+from vllm_adafuse.kernels.operands import Norm
 from vllm_adafuse.kernels.pairs import rotate_torch
 from vllm_adafuse.kernels.sgmm import sgmm
 
@@ -34,11 +35,6 @@ def long_steps(monkeypatch):
     monkeypatch.setattr(dispatch, "MIN_FUSED_NORM_TOKENS", 290)
 
 
-def counters():
-    return torch.zeros(2, 4, dtype=torch.int32)
-
-
-
 def projection(tokens, size_in, widths, activation, experts, rank, **options):
     """Kernels that ran, and errors of what they left and of plain torch."""
     top_k = min(2, experts)
@@ -51,10 +47,7 @@ def projection(tokens, size_in, widths, activation, experts, rank, **options):
         cos_sin = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(1)).half()
         truth, plain = (rotate_torch(y, cos_sin, widths[0] + widths[1]) for y in (truth, plain))
     with computing() as names:
-        found = linear(
-            p.x, joint_of(p), p.bias, p.bank_b, p.gates, p.present, counters(), 1, p.scratch,
-            p.parts, p.widths, activation, cos_sin,
-        )  # fmt: skip
+        found = linear(p.x, p.projection(activation, cos_sin), p.step(cos_sin))
     return names, error(found, truth), error(plain, truth)
 
 
@@ -64,10 +57,8 @@ def normed(tokens, size_in, width, experts, rank):
     residual, weight = (torch.randn(*s, generator=g).half() for s in ((tokens, width), (width,)))
     truth, plain = residual.double() + linear_truth(p), residual + linear_truth(p, "", torch.float16)
     with computing() as names:
-        out, z = linear_norm(
-            p.x, joint_of(p), residual, weight, EPS, p.bank_b, p.gates, p.present, counters(), 1,
-            p.scratch,
-        )  # fmt: skip
+        of = p.projection("norm", norm=Norm(weight, EPS))
+        out, z = linear_norm(p.x, residual, of, p.step())
     scales = torch.rsqrt(truth.square().mean(-1, keepdim=True) + EPS)
     assert error(out, z.double() * scales * weight.double()) <= 2e-3
     return names, error(z, truth), error(plain, truth)
@@ -130,7 +121,7 @@ def test_deltas_beside_a_product_of_another():
             p = make_problem(tokens, 64, [64, 32], experts, 1, rank)
             y = torch.zeros(tokens, 96)
             with computing() as names:
-                sgmm(y, p.x, p.bank_a, p.bank_b, p.gates, p.present, p.scratch, p.parts, p.widths)
+                sgmm(y, p.x, p.projection(fused=False), p.step())
             assert error(y, delta_truth(p)) <= 1e-5, (tokens, experts, rank)
             assert names[-1] == "_expand_kernel"
 

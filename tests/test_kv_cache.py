@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ops import DEVICE, in_whole_numbers, joint_of, make_problem, whole_turns
+from ops import DEVICE, OneBank, in_whole_numbers, make_problem, whole_turns
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import ForwardContext, override_forward_context
 from vllm.model_executor.layers.attention import Attention
@@ -16,6 +16,7 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAt
 from vllm_adafuse.kernels.linear import linear
 from vllm_adafuse.serving import kv_cache
 from vllm_adafuse.serving.kv_cache import LayerCache, can_write
+from vllm_adafuse.serving.ops import projection
 
 NAME, HEADS, SIZE, TOKENS, BLOCK = "model.layers.0.self_attn.attn", 2, 32, 5, 16
 
@@ -204,19 +205,17 @@ def test_a_step_of_the_op_writes_the_cache_that_vllm_would():
     cache = LayerCache(attention)
     p = in_whole_numbers(make_problem(TOKENS, 48, [128, 64, 64], 4, 2, 4, bias=True))
     cos_sin = whole_turns(TOKENS, SIZE)
-    joint = joint_of(p)
     mapping = torch.tensor([40, 3, -1, 17, 0], device=DEVICE)
+    bank = OneBank(p.projection("rotary", cos_sin), p.step(cos_sin), "layer", cache)
 
-    def step(name):
-        counters = torch.zeros(3, 4, dtype=torch.int32, device=DEVICE)
-        return linear(
-            p.x, joint, p.bias, p.bank_b, p.gates, p.present, counters, 1, p.scratch,
-            p.parts, p.widths, "rotary", cos_sin, name,
-        )  # fmt: skip
+    def step():
+        return projection(p.x, p.gates, "layer")
 
-    y = step("")
-    with override_forward_context(make_context(attention, slot_mapping={NAME: mapping})):
-        q = step(cache.name)[:, :128]
+    y = linear(p.x, bank.projection, bank.step)
+    context = make_context(attention, slot_mapping={NAME: mapping})
+    context.no_compile_layers["layer"] = bank
+    with override_forward_context(context):
+        q = step()[:, :128]
         update(attention)
     assert torch.equal(q, y[:, :128]) and not attention.updates and cache.claims == 1
     want = torch.zeros(3, BLOCK, HEADS, 2 * SIZE, device=DEVICE)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops import DEVICE, delta_truth, error, joint_of, make_problem, plain_delta
+from ops import DEVICE, delta_truth, error, make_problem, plain_delta
 from vllm_adafuse.kernels import dispatch, linear
 from vllm_adafuse.kernels import linear_norm as module
 from vllm_adafuse.kernels.configs import Tiles
@@ -13,12 +13,12 @@ from vllm_adafuse.kernels.linear_norm import (
     linear_norm_triton,
     slices_triton,
 )
+from vllm_adafuse.kernels.operands import Norm
 from vllm_adafuse.kernels.plans import Device, Shape
 
 
-def flat(p, residual, weight):
-    counters = torch.zeros(2, 4, dtype=torch.int32, device=DEVICE)
-    return p.x, joint_of(p), residual, weight, 1e-5, p.bank_b, p.gates, p.present, counters, 1
+def run(p, residual, weight):
+    return linear_norm(p.x, residual, p.projection("norm", norm=Norm(weight, 1e-5)), p.step())
 
 
 def truth(p, residual, weight, dtype=torch.float64):
@@ -41,7 +41,7 @@ def make(tokens, size_in, width, dtype=torch.float32, mixture=(4, 2, 8)):
 @pytest.mark.parametrize("tokens", [1, 16, 17, 32, 33, 100, 130, 300])
 def test_equals_float64(tokens):
     p, residual, weight = make(tokens, 96, 72)
-    found = linear_norm(*flat(p, residual, weight), p.scratch)
+    found = run(p, residual, weight)
     for out, want in zip(found, truth(p, residual, weight)):
         assert error(out, want) <= 1e-5
 
@@ -51,9 +51,8 @@ def test_equals_float64(tokens):
 @pytest.mark.parametrize("tokens", [1, 17, 32])
 def test_slices_are_left_unadded(tokens, tma, split):
     p, *_ = make(tokens, 200, 72)
-    counter = torch.zeros(4, dtype=torch.int32, device=DEVICE)
     cut = Tiles(16, 32, split, 4, 2, 32, 2, tma)
-    slices = slices_triton(p.x, joint_of(p), p.bank_b, p.gates, p.present, counter, p.scratch, cut)
+    slices = slices_triton(p.x, p.projection("norm"), p.step(), cut)
     assert slices.shape == (split, tokens, 72) and slices.dtype == torch.float32
     assert error(slices.sum(0), p.x.double() @ p.weight.double().T + delta_truth(p)) <= 1e-5
     assert split == 1 or error(slices[0], slices.sum(0).double()) > 0.1
@@ -81,7 +80,7 @@ def test_the_vendors_product_is_cut_where_programs_are_few():
 def test_a_sliced_product(split):
     p, *_ = make(40, 96, 72)
     padded = torch.cat([p.x, p.x], 1)[:, :96]  # rows with gaps
-    y, s = sliced_product(padded, joint_of(p), 72, split)
+    y, s = sliced_product(padded, p.projection("norm"), split)
     assert y.shape == (split, 40, 72) and s.shape == (split, 40, 32)
     assert error(y.sum(0), p.x.double() @ p.weight.double().T) <= 1e-5
     assert error(s.sum(0), p.x.double() @ p.bank_a.flatten(0, 2).double().T) <= 1e-5
@@ -114,8 +113,8 @@ def test_long_steps_of_many_ranks(mixture, widens, monkeypatch):
     way = cublas_plan.__wrapped__(of, 70, Device("a GPU", 9))
     p, residual, weight = make(70, 32, 128, mixture=mixture)
     p.x = torch.cat([p.x, p.x], 1)[:, :32]  # rows with gaps
-    arguments = flat(p, residual, weight)[:8]
-    found = linear_norm_triton(*arguments, None, p.scratch, way)
+    norm = Norm(weight, 1e-5)
+    found = linear_norm_triton(p.x, residual, p.projection("norm", norm=norm), p.step(), way)
     assert calls == ([(128 // rank if widens else 0,)] if 128 < experts * rank <= 1024 else [])
     for out, want in zip(found, truth(p, residual, weight)):
         assert out.is_contiguous() and error(out, want) <= 1e-5
@@ -134,14 +133,6 @@ def test_half_precision_is_no_worse_than_plain_torch(tokens, size_in, experts):
     p, residual, weight = make(tokens, size_in, 512, torch.bfloat16, (experts, 2, 16))
     exact = truth(p, residual, weight)
     plain = truth(p, residual, weight, torch.bfloat16)
-    found = linear_norm(*flat(p, residual, weight), p.scratch)
+    found = run(p, residual, weight)
     for out, rough, want in zip(found, plain, exact):
         assert error(out, want) <= 1.2 * error(rough, want)
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="checks the schema and fakes once")
-@pytest.mark.parametrize("tokens", [4, 40])
-def test_schema_and_fake(tokens):
-    op = torch.ops.vllm_adafuse.linear_norm.default
-    p, residual, weight = make(tokens, 64, 64)
-    torch.library.opcheck(op, (*flat(p, residual, weight), *p.scratch))

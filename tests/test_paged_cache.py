@@ -1,6 +1,5 @@
 """Keys and values in the pages of a KV cache: what kernels leave there, against float64."""
 
-import gc
 
 import pytest
 import torch
@@ -13,11 +12,10 @@ from ops import (
     make_problem,
     whole_turns,
 )
-from vllm_adafuse.kernels import paged_cache
 from vllm_adafuse.kernels.configs import ExpandBlocks, Tiles
 from vllm_adafuse.kernels.expand import expand_raw_triton
 from vllm_adafuse.kernels.linear import linear
-from vllm_adafuse.kernels.paged_cache import Pages, paged_cache_torch, register_source
+from vllm_adafuse.kernels.paged_cache import Pages, paged_cache_torch
 from vllm_adafuse.kernels.pairs import rotate_torch
 from vllm_adafuse.kernels.stream_linear import stream_linear_triton
 from vllm_adafuse.kernels.tile_linear import tile_linear_triton
@@ -99,28 +97,8 @@ def by_wide_expand(p, cos_sin, pages):
     )  # fmt: skip
 
 
-class Anywhere:
-    """A source of pages that gives what it has."""
-
-    def __init__(self, pages):
-        self.pages, self.asked = pages, []
-
-    def claim(self, tokens, dtype):
-        self.asked.append((tokens, dtype))
-        return self.pages
-
-
 def by_op(p, cos_sin, pages):
-    source = Anywhere(pages)
-    register_source("layers.0.attn", source)
-    joint = joint_of(p)
-    counters = torch.zeros(3, 4, dtype=torch.int32, device=DEVICE)
-    out = linear(
-        p.x, joint, p.bias, p.bank_b, p.gates, p.present, counters, 1, p.scratch,
-        p.parts, p.widths, "rotary", cos_sin, "layers.0.attn",
-    )  # fmt: skip
-    assert source.asked == [(p.x.shape[0], p.x.dtype)]
-    return out
+    return linear(p.x, p.projection("rotary", cos_sin), p.step(cos_sin), pages)
 
 
 ANY = [by_stream, by_tiles, by_expand, by_long_expand, by_op]
@@ -199,17 +177,6 @@ def test_keys_and_values_must_be_laid_out_alike():
     pages = make_pages(5, 2, 32)
     with pytest.raises(ValueError, match="the same ones"):
         Pages.of(pages.keys, pages.values.contiguous(), pages.slots)
-
-
-def test_a_source_is_known_while_it_lives():
-    source = Anywhere(None)
-    register_source("layers.7.attn", source)
-    x = torch.zeros(3, 4)
-    assert paged_cache.claim_pages("layers.7.attn", x) is None and source.asked
-    assert paged_cache.claim_pages("", x) is None
-    del source
-    gc.collect()
-    assert paged_cache.claim_pages("layers.7.attn", x) is None
 
 
 @pytest.mark.gpu

@@ -1,5 +1,7 @@
 """Expand of long batches, against float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from ops import (
@@ -17,7 +19,7 @@ from vllm_adafuse.kernels.dense_expand import dense_expand_triton
 from vllm_adafuse.kernels.dispatch import MIN_WIDE_TOKENS, cublas_plan, in_wide_ranks
 from vllm_adafuse.kernels.linear import expand_long
 from vllm_adafuse.kernels.pairs import is_gate_up, rotate_torch
-from vllm_adafuse.kernels.plans import TMA_EXPAND, Device, Shape
+from vllm_adafuse.kernels.plans import TMA_EXPAND, Device
 from vllm_adafuse.kernels.wide_expand import wide_expand_triton
 
 SHAPES = {  # tokens, in, widths, experts, k, rank
@@ -76,18 +78,13 @@ def test_experts_beyond_one_product_are_added_before(name):
         cos_sin = torch.randn(50, 64, generator=torch.Generator().manual_seed(3)).to(DEVICE)
         want = rotate_torch(want, cos_sin.double(), p.widths[0] + p.widths[1])
 
-    head_dim = 64 if activation == "rotary" else 0
-    of = Shape(
-        shape[1], tuple(p.widths), tuple(p.parts), shape[3], shape[5], 2, activation, head_dim
-    )
-    way = cublas_plan(of, MIN_WIDE_TOKENS, Device("a GPU", 9))
+    of = p.projection(activation, cos_sin).shape
+    way = cublas_plan(replace(of, itemsize=2), MIN_WIDE_TOKENS, Device("a GPU", 9))
     assert way.expand == TMA_EXPAND and way.dense_from == BLOCK_ER // shape[5]
 
     def long(y, s, in_place):
-        return expand_long(
-            y, s, None, p.bank_b, p.gates, p.present, p.parts, p.widths, activation, way,
-            cos_sin=cos_sin, in_place=in_place,
-        )  # fmt: skip
+        whole = replace(p.projection(activation, cos_sin), strided_out=in_place)
+        return expand_long(y, s, None, whole, p.step(cos_sin), way)
 
     assert error(long(*from_joint(p), False), want) <= 1e-5
     if is_gate_up(activation):

@@ -21,8 +21,9 @@ from vllm_adafuse.kernels.dispatch import (
     cublas_plan,
     default_config,
 )
-from vllm_adafuse.kernels.linear import bank_a_of, linear_triton
+from vllm_adafuse.kernels.linear import linear_triton
 from vllm_adafuse.kernels.linear_norm import linear_norm_triton, scratch_sizes
+from vllm_adafuse.kernels.operands import Norm, Projection, Step, stays_in_place
 from vllm_adafuse.kernels.pairs import can_rotate
 from vllm_adafuse.kernels.plans import Device, Shape
 from vllm_adafuse.kernels.residual_norm import residual_norm_triton
@@ -216,16 +217,19 @@ class Trial:
         out, parts = sum(product.widths), len(product.widths)
         if copies is None:
             copies = max(2, -(-BEYOND_CACHE // (out * product.size_in * dtype.itemsize)))
-        self.layers = [
-            (
-                self._normal(out + parts * experts * rank, product.size_in),
-                self._normal(out, experts, rank),
-            )
-            for _ in range(copies)
-        ]
-        bank_a = bank_a_of(*self.layers[0], out)
-        self.scratch = Scratch.make(*scratch_sizes(bank_a, out), torch.device(device))
         self.counters = torch.zeros(copies, 4, dtype=torch.int32, device=device)
+        shape = product.shape(experts, rank, dtype.itemsize)
+        factors = torch.ones(out, dtype=dtype, device=device)
+        self.layers = []
+        for i in range(copies):
+            fused_weight = self._normal(shape.fused_rows, product.size_in)
+            self.layers.append(Projection(
+                shape, fused_weight[out:].view(parts, experts, rank, product.size_in),
+                self._normal(out, experts, rank), fused_weight, norm=Norm(factors, 1e-5),
+                semaphore=self.counters[i], strided_out=stays_in_place(shape),
+            ))  # fmt: skip
+        sizes = scratch_sizes(self.layers[0].lora_a, out)
+        self.scratch = Scratch.make(*sizes, torch.device(device))
         self.cos_sin = None
         if product.activation == "rotary":
             self.cos_sin = self._normal(max(MAX_STREAM_TOKENS, tokens), product.head_dim)
@@ -234,41 +238,37 @@ class Trial:
         values = torch.randn(*shape, device=self.device, dtype=torch.float32)
         return (values * shape[-1] ** -0.5).to(self.dtype)
 
-    def step(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Random inputs of a step: x, gates, present."""
+    def step(self, tokens: int) -> tuple[torch.Tensor, Step]:
+        """Random inputs of a step: x, and what all projections read."""
         x = torch.randn(tokens, self.product.size_in, device=self.device).to(self.dtype)
         order = torch.rand(tokens, self.experts, device=self.device).argsort(1)
         ids, weights = order[:, : self.top_k].int(), torch.rand(tokens, self.top_k).to(x.device)
         gates = torch.zeros(tokens, self.experts, device=self.device)
         present = new_present(self.experts, self.device)
         spread_routes(ids, weights, gates, present, self.counters, tokens)
-        return x, gates, present
+        return x, Step(gates, present, self.scratch, self.cos_sin)
 
-    def run(self, step: tuple, cut: Tiles | None) -> None:
+    def run(self, given: tuple[torch.Tensor, Step], cut: Tiles | None) -> None:
         """Runs the product, cut like this, on every copy of the weights, with what follows it and
         with the norm that lets it begin early, if there is one."""
-        (x, gates, present), product, out = step, self.product, sum(self.product.widths)
-        shape = product.shape(self.experts, self.rank, x.element_size())
+        (x, step), product, shape = given, self.product, self.layers[0].shape
         if cut:
             way = config_plan(shape, cut)
         else:
             way = cublas_plan(shape, len(x), Device.of(x.device))
         self.counters.zero_()
         if product.norm:
-            residual = x.new_ones(x.shape[0], out)
+            residual = x.new_ones(x.shape[0], shape.size_out)
         if product.behind_norm:
             hidden, weight = x, x.new_ones(product.size_in)
-        for i, (joint, bank_b) in enumerate(self.layers):
-            shared = bank_b, gates, present, self.counters[i], self.scratch
+        for p in self.layers:
             if product.behind_norm:
-                x, _ = residual_norm_triton(hidden, None, hidden, weight, 1e-5, bank_b, gates)
+                before = hidden, weight, 1e-5, p.lora_b, step.gates
+                x, _ = residual_norm_triton(hidden, None, *before)
             if product.norm:
-                linear_norm_triton(x, joint, residual, residual[0], 1e-5, *shared, way)
+                linear_norm_triton(x, residual, p, step, way)
             else:
-                linear_triton(
-                    x, joint, None, *shared, range(len(product.widths)), product.widths,
-                    product.activation, self.cos_sin, way,
-                )  # fmt: skip
+                linear_triton(x, p, step, way)
 
 
 def time_us(function: Callable[[], object], calls: int, repeats: int = 7) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 from vllm_adafuse.kernels import linear, linear_norm
-from vllm_adafuse.kernels.sgmm import sgmm
+from vllm_adafuse.kernels.operands import Norm, Projection, Step, stays_in_place
+from vllm_adafuse.kernels.plans import Shape
+from vllm_adafuse.serving import ops
 from vllm_adafuse.serving.kv_cache import LayerCache, can_write
 from vllm_adafuse.serving.router import Route
 
@@ -123,6 +126,12 @@ def own_rows(full: torch.Tensor, shards: Sequence[Shard]) -> torch.Tensor:
     return torch.cat(rows, -2)
 
 
+def bias_of(layer: LinearBase) -> torch.Tensor | None:
+    """What vLLM hands a projection's method as bias."""
+    elsewhere = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
+    return None if layer.skip_bias_add or elsewhere else getattr(layer, "bias", None)
+
+
 def aligned(elements: int) -> int:
     """Up to whole 128 bytes of two-byte elements, as kernels read best."""
     return -(-elements // 64) * 64
@@ -155,8 +164,8 @@ class ExpertBank(torch.nn.Module):
         before_norm: `linear_norm` computes the projection together with the norm behind it.
         in_place: what follows gate_up may stay in its product's memory, see `linear`.
         cache: where the projection of q, k and v may write keys and values itself; or None.
-        cache_name: by which the op asks for it. The same with and without one: it stands in
-            compiled models, which vLLM keeps for later starts.
+        epilogue: what follows the projection in the same op, see `Shape`.
+        layer_name: by which the ops find this bank.
     """
 
     def __init__(
@@ -173,7 +182,10 @@ class ExpertBank(torch.nn.Module):
         self.route, self.index = route, index
         self.before_norm = self.in_place = False
         self.cache: LayerCache | None = None
-        self.cache_name = ""
+        self.epilogue, self.layer_name = "", f"{layer.prefix}.adafuse"
+        # Asked when all is loaded; no modules, which would be below this one then.
+        self.bias_of = functools.partial(bias_of, layer)
+        self.norm_of: Callable[[], Norm] | None = None
         slices = slices_of(layer, parts)
         self.names, self.part_shards = slices.names, slices.part_shards
         self.parts, self.widths = slices.parts, slices.widths
@@ -225,13 +237,42 @@ class ExpertBank(torch.nn.Module):
         sizes = linear_norm if self.before_norm else linear
         return sizes.scratch_sizes(self.bank_a, sum(self.widths))
 
+    @functools.cached_property
+    def shape(self) -> Shape:
+        """By which kernels are chosen; once all is wrapped."""
+        rotates = self.epilogue == "rotary"
+        _, experts, rank, size_in = self._shape_a
+        return Shape(
+            size_in, tuple(self.widths), tuple(self.parts), experts, rank,
+            self.bank_b.element_size(), self.epilogue,
+            self.rotary.cos_sin.shape[1] if rotates else 0,
+            self.bias_of() is not None, self.is_joint,
+        )  # fmt: skip
+
+    @property
+    def strided_out(self) -> bool:
+        """See `Projection`."""
+        return self.in_place and stays_in_place(self.shape)
+
+    @functools.cached_property
+    def projection(self) -> Projection:
+        """What kernels take; once all is loaded."""
+        route = self.route
+        return Projection(
+            self.shape, self.bank_a, self.bank_b, self.joint if self.is_joint else None,
+            self.bias_of(), None if self.norm_of is None else self.norm_of(),
+            route.counters[self.index], self.strided_out,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def step(self) -> Step:
+        """The step's buffers as kernels take them."""
+        cos_sin = self.rotary.cos_sin if self.epilogue == "rotary" else None
+        return Step(self.route.gates, self.route.present, self.route.scratch, cos_sin)
+
     def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """y + delta, in place. x: [T, in], y: [T, out] of this rank."""
-        route = self.route
-        sgmm(
-            y, x, self.bank_a, self.bank_b, route.gates, route.present, route.scratch,
-            self.parts, self.widths,
-        )  # fmt: skip
+        ops.deltas(y, x, self.route.gates, self.layer_name)
         return y
 
     def share_cache(self, attention: torch.nn.Module | None) -> None:
@@ -239,30 +280,18 @@ class ExpertBank(torch.nn.Module):
 
         They come from the projection as the layer wants them.
         """
-        self.cache_name = getattr(attention, "layer_name", "")
         self.cache = LayerCache(attention) if can_write(attention) else None
 
     def join(self, weight: torch.nn.Parameter) -> None:
         """Makes a weight [out, in] that is still to be loaded a view of the joint tensor."""
         weight.data = self.joint[: sum(self.widths)]
 
-    def linear(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
-        """activation(x Wᵀ + bias + delta): the projection, joined before, with its deltas."""
-        route, cos_sin = self.route, None
-        if activation == "rotary":
-            cos_sin = self.rotary.cos_sin
-        return linear.linear(
-            x, self.joint, bias, self.bank_b, route.gates, route.present,
-            route.counters, self.index, route.scratch, self.parts, self.widths,
-            activation, cos_sin, self.cache_name, self.in_place,
-        )  # fmt: skip
+    def linear(self, x: torch.Tensor) -> torch.Tensor:
+        """The projection, joined before, with its deltas and what follows it."""
+        return ops.projection(x, self.route.gates, self.layer_name)
 
     def linear_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+        self, x: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of residual + x Wᵀ + delta, and that sum. Of a joined projection of one part."""
-        route = self.route
-        return linear_norm.linear_norm(
-            x, self.joint, residual, weight, eps, self.bank_b, route.gates, route.present,
-            route.counters, self.index, route.scratch,
-        )  # fmt: skip
+        return ops.projection_norm(x, residual, self.route.gates, self.layer_name)

@@ -22,7 +22,7 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
-from vllm_adafuse.kernels.paged_cache import Pages, register_source
+from vllm_adafuse.kernels.paged_cache import Pages
 
 # As the model computes them: a cache of one of these has no scales.
 PLAIN_DTYPES = ("auto", "float16", "bfloat16")
@@ -61,7 +61,7 @@ class LayerCache:
             projection.
 
     Attributes:
-        name: under which ops find it, see `claim_pages`.
+        name: of the layer.
         claims: how often the projection has taken it upon itself to write; a captured step counts
             once.
     """
@@ -72,7 +72,6 @@ class LayerCache:
         attention.impl.do_kv_cache_update = self._update
         self._written: Any = None  # the forward whose keys are in their pages
         self._rehearsed: Pages | None = None
-        register_source(self.name, self)
 
     def claim(self, tokens: int, dtype: torch.dtype) -> Pages | None:
         """Pages for the keys and values of this forward, which the caller is going to write."""

@@ -73,7 +73,7 @@ class FusedLinearMethod(AdaFuseLinearMethod):
     ) -> torch.Tensor:
         if self.before_norm:
             return x
-        return layer.adafuse_bank.linear(x, bias, self.activation)
+        return layer.adafuse_bank.linear(x)
 
 
 def can_fuse(layer: LinearBase) -> bool:
@@ -154,12 +154,12 @@ def wrap_linear(
     if fuse:
         activation = _take_what_follows(layer, block, rotary)
         bank.join(layer.weight)
-        bank.rotary = rotary
+        bank.rotary, bank.epilogue = rotary, activation
         if activation == "rotary":
             bank.share_cache(getattr(block, "attn", None))
         if behind is not None:
             behind.put(bank)
-            bank.before_norm = True
+            bank.before_norm, bank.epilogue = True, "norm"
         layer.quant_method = FusedLinearMethod(layer.quant_method, activation, behind is not None)
     else:
         layer.quant_method = AdaFuseLinearMethod(layer.quant_method)

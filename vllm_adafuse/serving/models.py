@@ -25,6 +25,7 @@ from vllm_adafuse.serving import layer_wise, linear
 from vllm_adafuse.serving.bank import ExpertBank, place_banks
 from vllm_adafuse.serving.content import Content, open_checked
 from vllm_adafuse.serving.norm import NormPlace, norms_behind
+from vllm_adafuse.serving.ops import make_known
 from vllm_adafuse.serving.paged_model import max_tokens
 from vllm_adafuse.serving.rotary import SharedRotary
 from vllm_adafuse.serving.router import AfterLoading, Route, Router
@@ -68,6 +69,8 @@ class AdaFuseMixin:
         rotary = SharedRotary(max_tokens(vllm_config), self.architecture.rotary_follows)
         self.adafuse_rotary = rotary
         self.adafuse_banks = self._wrap_projections(route, dtype, alone, behind)
+        for bank in self.adafuse_banks:
+            make_known(bank, vllm_config)
         stock_factory = self.make_empty_intermediate_tensors
 
         def make_empty_intermediate_tensors(

@@ -9,6 +9,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
+from vllm_adafuse.kernels.operands import Norm
 from vllm_adafuse.serving.bank import ExpertBank
 
 
@@ -24,13 +25,18 @@ class FusedNorm(torch.nn.Module):
         super().__init__()
         self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
         self.bank = bank
+        bank.norm_of = self.as_norm
+
+    def as_norm(self) -> Norm:
+        """As kernels take it."""
+        return Norm(self.weight, self.variance_epsilon)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The normed hidden states and the new residual [T, H].
 
         x: [T, in], what the projection got; residual: [T, H].
         """
-        return self.bank.linear_norm(x, residual, self.weight, self.variance_epsilon)
+        return self.bank.linear_norm(x, residual)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from vllm.model_executor.layers.linear import LinearBase
-from vllm_adafuse.kernels.page_linear import page_linear
-from vllm_adafuse.kernels.page_sgmm import page_sgmm
+from vllm_adafuse.serving import ops
 from vllm_adafuse.serving.bank import ExpertBank, own_rows
 from vllm_adafuse.serving.page_step import PageStep
 from vllm_adafuse.serving.pool import PAGE_RANKS
@@ -43,21 +42,14 @@ class PageBank(ExpertBank):
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """y + delta, in place, in steps that have adapters. x: [..., in], y: [..., out]."""
-        step = self.route
-        page_sgmm(
-            y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), step.active, self.bank_a,
-            self.bank_b, step.gates, step.present, step.scratch, self.parts, self.widths,
-        )  # fmt: skip
+        flat = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        ops.page_deltas(*flat, self.route.gates, self.layer_name)
         return y
 
-    def linear(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
-        """activation(x Wᵀ + bias + delta) of a joined projection. x: [..., in]."""
-        step = self.route
-        y = page_linear(
-            x.reshape(-1, x.shape[-1]), step.active, self.joint, bias, self.bank_b, step.gates,
-            step.present, step.counters, self.index, step.scratch, self.parts, self.widths,
-            activation,
-        )  # fmt: skip
+    def linear(self, x: torch.Tensor) -> torch.Tensor:
+        """The joined projection, with its deltas and what follows it. x: [..., in]."""
+        flat = x.reshape(-1, x.shape[-1])
+        y = ops.page_projection(flat, self.route.gates, self.layer_name)
         return y.view(*x.shape[:-1], -1)
 
     def take(self, weight: torch.nn.Parameter) -> None:

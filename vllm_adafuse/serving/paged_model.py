@@ -12,6 +12,7 @@ from vllm_adafuse.serving import linear, vllm_api
 from vllm_adafuse.serving.adapters import VLLM_LORA
 from vllm_adafuse.serving.bank import place_banks
 from vllm_adafuse.serving.linear import AdaFuseLinearMethod, FusedLinearMethod
+from vllm_adafuse.serving.ops import make_known
 from vllm_adafuse.serving.page_bank import PageBank, linears_of
 from vllm_adafuse.serving.page_step import PageStep
 from vllm_adafuse.serving.pool import Size
@@ -70,6 +71,7 @@ def wrap_model(
         for (layer, block), bank in zip(layers, banks):
             place_banks([bank], config.dtype)
             wrap(layer, block, bank)
+            make_known(bank, vllm_config)
         step.reserve(len(banks), [bank.scratch_sizes() for bank in banks])
     if left:
         logger.warning(
@@ -87,6 +89,7 @@ def wrap(layer: LinearBase, block: torch.nn.Module, bank: PageBank) -> None:
         if current_platform.is_cuda_alike():
             torch.cuda.empty_cache()  # or the holes that weights leave would stay, one for each
         activation = linear.take_activation(layer, block)
+        bank.epilogue = activation
         layer.quant_method = FusedLinearMethod(layer.quant_method, activation)
     else:
         layer.quant_method = AdaFuseLinearMethod(layer.quant_method)

@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from vllm.logger import init_logger
-from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
+from vllm.model_executor.layers.linear import LinearBase
 from vllm_adafuse.kernels.dispatch import MAX_TILE_TOKENS
 from vllm_adafuse.kernels.launch import compile_only
+from vllm_adafuse.serving.bank import bias_of
 from vllm_adafuse.serving.layer_wise import FfnActivation
 from vllm_adafuse.serving.norm import FusedNorm
 
@@ -98,19 +99,13 @@ def _kind(layer: LinearBase) -> tuple:
         return ()
     slices = getattr(bank, "slices", bank)
     shapes = tuple((name, b.dtype, *b.shape) for name, b in bank.named_buffers(recurse=False))
-    activation, bias = getattr(method, "activation", ""), _bias(layer) is not None
+    activation, bias = getattr(method, "activation", ""), bias_of(layer) is not None
     gate, cache = getattr(bank, "gate", None), getattr(bank, "cache", None) is not None
     return type(method), activation, bias, gate, cache, *slices.parts, *slices.widths, shapes
 
 
-def _bias(layer: LinearBase) -> torch.Tensor | None:
-    """What vLLM hands a projection's method as bias."""
-    elsewhere = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
-    return None if layer.skip_bias_add or elsewhere else getattr(layer, "bias", None)
-
-
 def _apply(layer: LinearBase, x: torch.Tensor) -> torch.Tensor:
-    return layer.quant_method.apply(layer, x, _bias(layer))
+    return layer.quant_method.apply(layer, x, bias_of(layer))
 
 
 def _inputs(layer: LinearBase, tokens: int) -> torch.Tensor:

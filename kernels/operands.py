@@ -1,0 +1,90 @@
+"""What launchers are handed: a projection, made once when all is loaded, and a step's buffers.
+
+Both hold tensors at addresses that a CUDA graph may remember; nothing of them is made in a step but
+what the buffers hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from vllm_adafuse.kernels.dispatch import Plans, plans_of
+from vllm_adafuse.kernels.pairs import is_gate_up
+from vllm_adafuse.kernels.plans import Device, Shape
+from vllm_adafuse.kernels.scratch import Scratch
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """An RMSNorm: its factors [H] and epsilon."""
+
+    weight: torch.Tensor
+    eps: float
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """An adapted projection.
+
+    Attributes:
+        shape: host numbers, by which kernels are chosen.
+        lora_a: [S, E, R, in] of S adapted linears, dtype of the model; where W is not quantised a
+            view of the last rows of `fused_weight`.
+        lora_b: [sum of the adapted widths, E, R] contiguous, same dtype.
+        fused_weight: [out + S E R, in] contiguous: W, then lora_a; None where W is quantised.
+        bias: [out], or None.
+        norm: that follows in the same op, with the epilogue "norm".
+        semaphore: [4] int32, zeroed once a step, of this projection alone; None where no kernel
+            of ours takes W.
+        strided_out: what follows gate_up leaves its result in rows as far apart as those of the
+            product, see `stays_in_place`.
+    """
+
+    shape: Shape
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    fused_weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    norm: Norm | None = None
+    semaphore: torch.Tensor | None = None
+    strided_out: bool = False
+    plans: Plans = field(init=False, repr=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "plans", plans_of(self.shape, Device.of(self.lora_b.device)))
+
+    @cached_property
+    def weight(self) -> torch.Tensor:
+        """W [out, in]."""
+        return self.fused_weight[: self.shape.size_out]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What all projections of a step read: static buffers, of N rows or more than a step has.
+
+    Attributes:
+        gates: [N, E] float32, LoRA's scale included; rows past T are not read.
+        present: [2 + E] int64, the experts that the step needs, see `spread_routes`.
+        scratch: what launches share.
+        cos_sin: [N, D], cosines of each token's position, then sines; None without "rotary".
+    """
+
+    gates: torch.Tensor
+    present: torch.Tensor
+    scratch: Scratch
+    cos_sin: torch.Tensor | None = None
+
+
+def stays_in_place(shape: Shape) -> bool:
+    """Whether the result may have the rows of the product [T, out + S E R], gaps and all: what
+    follows gate_up then takes no tensor of its own, which would be a quarter of a long step's
+    memory.
+
+    By shapes alone: a compiled model holds steps of all lengths to one layout. Not with a bias, for
+    then long products are of W alone; in multiples of 16, for which the next kernel is compiled.
+    """
+    whole = shape.fused_rows % 16 == 0 and shape.widths[0] % 16 == 0
+    return is_gate_up(shape.activation) and not shape.has_bias and whole

@@ -1,0 +1,117 @@
+"""The ops that a compiled model holds: they find what they need by a layer's name."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from ops import DEVICE, OneBank, delta_truth, error, linear_truth, make_problem
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import ForwardContext, override_forward_context
+from vllm_adafuse.kernels.operands import Norm
+from vllm_adafuse.serving import ops
+
+LAYER = "model.layers.0.mlp.down_proj.adafuse"
+
+
+def made_known(p, epilogue="", name=LAYER, **options):
+    bank = OneBank(p.projection(epilogue, **options), p.step(), name)
+    bank.route = SimpleNamespace(active=torch.tensor([True]))
+    ops.make_known(bank)
+    return bank
+
+
+def context(**layers):
+    return ForwardContext(
+        no_compile_layers=layers, attn_metadata={}, slot_mapping={},
+        cudagraph_runtime_mode=CUDAGraphMode.NONE,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="checks the schemas and fakes once")
+@pytest.mark.parametrize("activation", ["", "silu"])
+def test_schemas_and_fakes(activation):
+    p = make_problem(4, 64, [64, 64], 4, 2, 4)
+    for in_place in (False, True):
+        bank = made_known(p, activation, in_place=in_place)
+        for op in (ops.projection, ops.page_projection):
+            torch.library.opcheck(op, (p.x, p.gates, LAYER))
+        assert error(ops.projection(p.x, p.gates, LAYER), linear_truth(p, activation)) <= 1e-5
+        assert bank.strided_out == (in_place and activation == "silu")
+    bank = made_known(p, fused=False)
+    for op in (ops.deltas, ops.page_deltas):
+        torch.library.opcheck(op, (torch.zeros(4, 128), p.x, p.gates, LAYER))
+    q = make_problem(4, 64, [64], 4, 2, 4)
+    bank = made_known(q, "norm", norm=Norm(torch.ones(64, device=DEVICE), 1e-5))
+    arguments = q.x, torch.zeros(4, 64, device=DEVICE), q.gates, LAYER
+    torch.library.opcheck(ops.projection_norm, arguments)
+    assert error(ops.projection_norm(*arguments)[1], linear_truth(q)) <= 1e-5
+    assert bank.projection.norm.eps == 1e-5
+
+
+@pytest.mark.parametrize("tokens", [4, 65, 300])
+def test_inside_torch_compile(tokens):
+    p = make_problem(tokens, 64, [64], 4, 2, 4)
+    whole, added = (made_known(p, "", name, fused=fused) for name, fused in (("w", 1), ("a", 0)))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def f(x, y):
+        out = y * 1.0
+        ops.deltas(out, x * 2.0, p.gates, "a")
+        return ops.projection(x * 2.0, p.gates, "w") + 1.0, out
+
+    y = torch.randn(tokens, 64, device=DEVICE)
+    found, out = f(p.x * 0.5, y)
+    assert error(found - 1.0, linear_truth(p)) <= 1e-5 and whole and added
+    assert error(out.double() - y.double(), delta_truth(p)) <= 1e-5
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="Inductor's checks of layouts, once")
+def test_compiled_down_reads_rows_with_gaps():
+    up, down = make_problem(7, 64, [32, 32], 2, 1, 8), make_problem(7, 32, [64], 2, 1, 8)
+    kept = made_known(up, "silu", "up", in_place=True), made_known(down, "", "down")
+    compiled = torch.compile(
+        lambda x: ops.projection(ops.projection(x * 2.0, up.gates, "up"), down.gates, "down") + 1.0,
+        fullgraph=True, dynamic=True,
+    )  # fmt: skip
+    down.x = ops.projection(up.x, up.gates, "up")
+    assert down.x.stride() == (96, 1) and kept
+    assert error(compiled(up.x * 0.5) - 1.0, linear_truth(down)) <= 1e-5
+
+
+def test_a_forward_has_layers_of_its_own():
+    """Two models of one process have layers of one name."""
+    problems = [make_problem(3, 64, [64], 4, 2, 4, seed=seed) for seed in (1, 2)]
+    banks = [made_known(p) for p in problems]
+    for p, bank in zip(problems, banks):
+        with override_forward_context(context(**{LAYER: bank})):
+            assert error(ops.projection(p.x, p.gates, LAYER), linear_truth(p)) <= 1e-5
+    with override_forward_context(context()):
+        with pytest.raises(RuntimeError, match=f"no layer {LAYER}"):
+            ops.projection(p.x, p.gates, LAYER)
+    with pytest.raises(RuntimeError, match="no layer other is known"):
+        ops.projection(p.x, p.gates, "other")
+
+
+def test_an_engine_has_one_layer_of_a_name():
+    p = make_problem(3, 64, [64], 4, 2, 4)
+    known: dict = {}
+    config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=known))
+    first, second = (OneBank(p.projection(), p.step(), LAYER) for _ in range(2))
+    ops.make_known(first, config)
+    ops.make_known(first, config)
+    assert known == {LAYER: first}
+    with pytest.raises(ValueError, match=f"two layers are called {LAYER}"):
+        ops.make_known(second, config)
+
+
+def test_steps_without_adapters_are_left_alone():
+    p = make_problem(5, 64, [32, 16, 16], 6, 2, 16)
+    bank = made_known(p, fused=False)
+    y = torch.randn(5, 64, device=DEVICE)
+    before = y.clone()
+    bank.route.active[0] = False
+    ops.page_deltas(y, p.x, p.gates, LAYER)
+    assert torch.equal(y, before)
+    bank.route.active[0] = True
+    ops.page_deltas(y, p.x, p.gates, LAYER)
+    assert error(y.double() - before.double(), delta_truth(p)) <= 1e-5

@@ -1,0 +1,124 @@
+"""The ops that stand in a model where it is compiled: `(x, gates, layer_name)`.
+
+A projection's tensors do not change from step to step, so torch need not be handed them: an op
+finds its bank by the layer's name in vLLM's forward context, as vLLM's own attention does, so that
+models in one process do not meet. `gates` is handed over for its order alone: the op that writes it
+writes all else that a step's projections read, and runs before them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+import torch
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm_adafuse.kernels.linear import linear, new_result
+from vllm_adafuse.kernels.linear_norm import linear_norm
+from vllm_adafuse.kernels.page_linear import page_linear
+from vllm_adafuse.kernels.registry import register_op
+from vllm_adafuse.kernels.sgmm import sgmm
+
+if TYPE_CHECKING:
+    from vllm_adafuse.serving.bank import ExpertBank
+
+# The last bank of each name, for parts of a model that are run by hand, outside of a forward.
+_latest: WeakValueDictionary[str, ExpertBank] = WeakValueDictionary()
+
+
+def make_known(bank: ExpertBank, vllm_config: VllmConfig | None = None) -> None:
+    """Lets ops find a bank by its `layer_name` in forwards of an engine.
+
+    Raises:
+        ValueError: the engine has another layer of this name.
+    """
+    _latest[bank.layer_name] = bank
+    if vllm_config is not None:
+        known = vllm_config.compilation_config.static_forward_context
+        if known.get(bank.layer_name, bank) is not bank:
+            raise ValueError(f"vllm-adafuse: two layers are called {bank.layer_name}")
+        known[bank.layer_name] = bank
+
+
+def find(layer_name: str) -> ExpertBank:
+    """The bank of this name in the forward that runs.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    if is_forward_context_available():
+        bank = get_forward_context().no_compile_layers.get(layer_name)
+    else:
+        bank = _latest.get(layer_name)
+    if bank is None:
+        raise RuntimeError(
+            f"vllm-adafuse: no layer {layer_name} is known to this forward; run the model in the "
+            "engine that loaded it"
+        )
+    return bank
+
+
+def _projection(x: torch.Tensor, gates: torch.Tensor, layer_name: str) -> torch.Tensor:
+    bank = find(layer_name)
+    # In every forward: to claim resets what the last one wrote.
+    kv_slots = bank.cache.claim(x.shape[0], x.dtype) if bank.cache else None
+    return linear(x, bank.projection, bank.step, kv_slots)
+
+
+def _projection_fake(x: torch.Tensor, gates: torch.Tensor, layer_name: str) -> torch.Tensor:
+    bank = find(layer_name)
+    return new_result(x, bank.shape, bank.strided_out)
+
+
+def _projection_norm(
+    x: torch.Tensor, residual: torch.Tensor, gates: torch.Tensor, layer_name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    bank = find(layer_name)
+    return linear_norm(x, residual, bank.projection, bank.step)
+
+
+def _projection_norm_fake(
+    x: torch.Tensor, residual: torch.Tensor, gates: torch.Tensor, layer_name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(residual), torch.empty_like(residual)
+
+
+def _deltas(y: torch.Tensor, x: torch.Tensor, gates: torch.Tensor, layer_name: str) -> None:
+    bank = find(layer_name)
+    sgmm(y, x, bank.projection, bank.step)
+
+
+def _deltas_fake(y: torch.Tensor, x: torch.Tensor, gates: torch.Tensor, layer_name: str) -> None:
+    return None
+
+
+def _page_projection(x: torch.Tensor, gates: torch.Tensor, layer_name: str) -> torch.Tensor:
+    bank = find(layer_name)
+    return page_linear(x, bank.projection, bank.step, bool(bank.route.active.item()))
+
+
+def _page_deltas(y: torch.Tensor, x: torch.Tensor, gates: torch.Tensor, layer_name: str) -> None:
+    bank = find(layer_name)
+    if bank.route.active.item():  # else the step runs what vLLM runs
+        sgmm(y, x, bank.projection, bank.step)
+
+
+_NAMED = "(Tensor x, Tensor gates, str layer_name) -> Tensor"
+_ADDED = "(Tensor(a!) y, Tensor x, Tensor gates, str layer_name) -> ()"
+
+# What else a step's launches write, scratch and the KV cache, no other op of the graph reads.
+# `projection`: [T, in] -> [T, out], or [T, out / 2] after gate_up's activation, see `linear`.
+projection = register_op(f"projection{_NAMED}", _projection, _projection_fake)
+# `projection_norm`: and the norm behind it, see `linear_norm`; residual is [T, H].
+projection_norm = register_op(
+    "projection_norm(Tensor x, Tensor residual, Tensor gates, str layer_name) -> (Tensor, Tensor)",
+    _projection_norm,
+    _projection_norm_fake,
+)
+# `deltas`: added to y [T, out] in place, over a projection of any kind, see `sgmm`.
+deltas = register_op(f"deltas{_ADDED}", _deltas, _deltas_fake)
+# The same over pages, in steps that have adapters; whether one has says a flag on the host, read
+# when the op runs: a compiled model serves both kinds, a CUDA graph holds that of its capture.
+page_projection = register_op(f"page_projection{_NAMED}", _page_projection, _projection_fake)
+page_deltas = register_op(f"page_deltas{_ADDED}", _page_deltas, _deltas_fake)
