@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 from cli_fixtures import adapter, base, run  # noqa: F401 (fixtures)
-from transformers import AutoConfig
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.cli.cmd_explain import ranges
 from vllm_adafuse.errors import AdapterError
@@ -107,6 +106,5 @@ def test_the_command(base, adapter, capsys):
     assert [row.split()[:3] for row in rows] == [
         ["0,2", "self_attn.qkv_proj", "rotary"], ["0,2", "mlp.gate_up_proj", "silu"],
     ]  # fmt: skip
-    assert AutoConfig.from_pretrained(base).num_hidden_layers > 2
     code, _, err = run(capsys, "explain", base, adapter, "--tokens", 0, "--device", "x")
     assert code == 1 and "--tokens is 0, expected a number from 1 to" in err

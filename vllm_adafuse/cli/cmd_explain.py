@@ -44,9 +44,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints a line for each kind of projection."""
     import torch
-    from transformers import AutoConfig
     from vllm_adafuse.explain import Model, device_named, explain, shapes_of
     from vllm_adafuse.kernels.plans import Device
+    from vllm_adafuse.pretrained import read_config
 
     problems = [
         f"{name} is {value}, expected a number from 1 to {most}"
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         )
     named = args.device is not None
     device = device_named(args.device) if named else Device.of(torch.device("cuda"))
-    model = Model.of(AutoConfig.from_pretrained(base))
+    model = Model.of(read_config(base))
     shapes = shapes_of(opened.backbone, model, adapter, args.tensor_parallel_size)
     lines = explain(shapes, args.tokens, device)
     print(printable(f"{args.tokens} tokens, {device.name}, {adapter.config.num_experts} experts"))
