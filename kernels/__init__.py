@@ -21,7 +21,6 @@
     page_linear    `linear` over pages, in the steps that have adapters
     live_route     hidden states at a layer -> routes   (`router.layer`, inside the model)
     layer_linear   x, [W; A; routers], B  -> the adapted projection, routed by its own input
-      layer_expand   its kernel behind the product, for few tokens
     low_product    x, [A; routers]        -> x in rank space, logits   (float32)
     layer_sgmm     y, low, logits, B      -> y + deltas, over a projection of any kind
       route_layer    its decision: logits -> gates, and s weighted by them

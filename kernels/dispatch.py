@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import replace
 
 from vllm_adafuse.kernels.configs import (
     BLOCK_ER,
@@ -85,18 +84,18 @@ MAX_SHRINK_TOKENS = 64
 MAX_PRESENT_TOKENS = 256
 MAX_LAYER_PRESENT_TOKENS = 8
 # Layer-wise: tokens of a program of `route_layer` change here (fc1d6c5); one product in float32 for
-# W, A and the routers would write and read too much beyond (b252aed); `layer_expand` reads B again
-# for too many tiles of tokens (3561f35, not measured).
+# W, A and the routers would write and read too much beyond (b252aed). Where one product has all
+# experts its expand asks of none whether it is there, with few tokens either: then decision, deltas
+# and activation in one launch gain nothing (35af7a0: 2.2 us at qkv, -6.7 at gate_up, none a layer).
 MAX_SMALL_ROUTE_TOKENS = 512
 MAX_JOINT_TOKENS = 256
-MAX_LAYER_EXPAND_TOKENS = 64
 # Where `wide_expand` changes its cut: few tokens want more programs, many want short loops.
 WIDE_EXPAND_TOKENS = 4096, 8192
 
 TOKEN_LIMITS = (
     MAX_FEWEST_TOKENS, MIN_DENSE_TOKENS, MAX_LAYER_PRESENT_TOKENS,
     MAX_STREAM_ONLY_TOKENS, MAX_STREAM_TOKENS, MAX_LOW_TILE_TOKENS, MAX_TILE_TOKENS,
-    MAX_SHRINK_TOKENS, MAX_LAYER_EXPAND_TOKENS,
+    MAX_SHRINK_TOKENS,
     MAX_BIAS_TOKENS, MAX_SHORT_TOKENS, MAX_PRESENT_TOKENS, MAX_JOINT_TOKENS, MAX_SMALL_ROUTE_TOKENS,
     MIN_WIDE_TOKENS, *WIDE_EXPAND_TOKENS, MIN_FUSED_NORM_TOKENS,
 )  # fmt: skip
@@ -359,12 +358,6 @@ def choose_wide(tokens: int, width: int, activation: str) -> ExpandBlocks:
     return ExpandBlocks(128, 64, 8 if tokens > some else 2, 8, 3)
 
 
-def choose_layer_expand(tokens: int, activation: bool, itemsize: int) -> ExpandBlocks:
-    """As an expand is cut, in smaller tiles: gates and s are made in registers."""
-    cut = choose_expand(tokens, activation, itemsize)
-    return replace(cut, tokens=16, columns=32 if activation else cut.columns)
-
-
 @functools.cache
 def choose_norm(width: int, expand: bool, sliced: bool, itemsize: int) -> NormBlocks:
     """How `residual_norm` is cut. Found on an H200 at the shapes of Llama-2-7B."""
@@ -374,10 +367,3 @@ def choose_norm(width: int, expand: bool, sliced: bool, itemsize: int) -> NormBl
     if itemsize > 2:
         return NormBlocks(32, 32, 32, 8)
     return NormBlocks(64, 64, 128, 8, 3)
-
-
-def layer_expands(tokens: int, experts: int, rank: int) -> bool:
-    """Whether `layer_expand` ends a projection that is routed in its layer: few tokens, and one
-    product has the ranks of all experts."""
-    one = expert_blocks(experts, rank, False)["ONE"]
-    return tokens <= MAX_LAYER_EXPAND_TOKENS and bool(one)

@@ -195,7 +195,7 @@ def _expand_kernel(
 
 def _launch(
     y, bias, out, s, s_stride, bank_b, gates, present, parts, widths, act,
-    blocks=None, cos_sin=None, pages=None,
+    blocks=None, cos_sin=None, pages=None, skip=True,
 ) -> None:  # fmt: skip
     tokens, (_, experts, rank) = y.shape[-2], bank_b.shape
     half = cos_sin.shape[1] // 2 if act == ROTARY else 0
@@ -203,6 +203,7 @@ def _launch(
         min(tokens, MAX_SHORT_TOKENS + 1), tuple(widths), tuple(parts), act, half, out is not y,
         experts, rank, y.element_size(), blocks, on_hopper(y),
         bias is not None, pages is not None, gates is not None, y.shape[0] if y.dim() == 3 else 0,
+        skip,
     )  # fmt: skip
     kernel(
         (groups, cdiv(tokens, block_t)),
@@ -215,10 +216,10 @@ def _launch(
 def _plan(
     tokens: int, widths: tuple, parts: tuple, act: int, half: int, every: bool, experts: int,
     rank: int, itemsize: int, blocks: ExpandBlocks | None, hopper: bool, has_bias: bool,
-    paged: bool, raw: bool, split: int,
+    paged: bool, raw: bool, split: int, skip: bool,
 ) -> tuple[int, int, Bound]:  # fmt: skip
     """Groups of tiles, tokens of a tile, and the kernel; every: parts without experts have tiles
-    too."""
+    too; skip: with few tokens, experts that are absent."""
     if blocks is None:
         blocks = choose_expand(tokens, act != 0, itemsize)
     columns = min(blocks.columns, half) if act == ROTARY else blocks.columns
@@ -239,7 +240,7 @@ def _plan(
         EVEN=all(w % span == 0 for w in tiled), EVERY_PART=every_part,
         BLOCK_T=blocks.tokens, BLOCK_OUT=columns,
         LOOP=blocks.loop, STAGES=blocks.stages, num_warps=blocks.warps,
-        **expert_blocks(experts, rank, tokens < MIN_DENSE_TOKENS), **overlap(hopper),
+        **expert_blocks(experts, rank, skip and tokens < MIN_DENSE_TOKENS), **overlap(hopper),
     )  # fmt: skip
 
 
@@ -336,7 +337,8 @@ def expand_weighted_triton(
     result = s.new_empty(y.shape[0], result_width(widths, activation))
     blocks = choose_expand(y.shape[0], act != 0, s.element_size())
     _launch(
-        y, bias, result, s, s.stride(0), bank_b, None, present, parts, widths, act, blocks
+        y, bias, result, s, s.stride(0), bank_b, None, present, parts, widths, act, blocks,
+        skip=not expert_blocks(*bank_b.shape[1:], False)["ONE"],
     )
     return result
 

@@ -4,9 +4,9 @@
     out = y, or act(y_gate) * y_up for gate_up
 
 W, A and the routers stand in one tensor, [W; A; routers]: few tokens take one product for all of
-it, in float32, so that logits are never rounded; then one pass decides, adds the expand and goes on
-to the activation (`layer_expand`; a large bank takes `route_layer` and `expand`). Long batches read
-W apart. See linear.py for the form in which one decision serves all layers.
+it, in float32, so that logits are never rounded; then `route_layer` decides, and one pass adds the
+expand and goes on to the activation. Long batches read W apart. See linear.py for the form in which
+one decision serves all layers.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from vllm_adafuse.kernels.dispatch import MAX_JOINT_TOKENS, layer_expands
+from vllm_adafuse.kernels.dispatch import MAX_JOINT_TOKENS
 from vllm_adafuse.kernels.expand import expand_torch, expand_weighted_triton
-from vllm_adafuse.kernels.layer_expand import layer_expand_triton
 from vllm_adafuse.kernels.pairs import activate_torch, result_width
 from vllm_adafuse.kernels.registry import matmul_f32, register_op
 from vllm_adafuse.kernels.route_layer import GATE_SCHEMA, LayerGate, route
@@ -31,11 +30,6 @@ def _run(
     count, rank = max(parts, default=-1) + 1, bank_b.shape[2]
     if x.is_cuda and x.shape[0] <= MAX_JOINT_TOKENS:
         both = matmul_f32(x, joint.t())
-        if layer_expands(x.shape[0], *bank_b.shape[1:]):
-            return layer_expand_triton(
-                both, columns, logits, bias, router_bias, scales, gates, present, bank_b, parts,
-                widths, activation, rule,
-            )  # fmt: skip
         y, low = both[:, :out], both[:, out:]
     else:
         y, low = F.linear(x, joint[:out], bias), matmul_f32(x, joint[out:].t())

@@ -3,9 +3,9 @@
 import json
 
 from compile_kernels import NO_PAGES, POINTERS, build
-from vllm_adafuse.kernels import expand, ffn_down, ffn_mix, layer_expand, pairs, route_layer
+from vllm_adafuse.kernels import expand, ffn_down, ffn_mix, pairs, route_layer
 from vllm_adafuse.kernels.configs import expert_blocks
-from vllm_adafuse.kernels.dispatch import choose_expand, choose_layer_expand
+from vllm_adafuse.kernels.dispatch import choose_expand
 
 POINTERS |= dict.fromkeys(("low_ptr", "logits_ptr", "scales_ptr"), "*fp32")
 POINTERS |= {"both_ptr": "*bf16", "temperature": "fp32"}
@@ -60,7 +60,7 @@ def main() -> None:
         ("silu", (11008, 11008, 0), 128),
     ):
         cut = choose_expand(tokens, act != "", 2)
-        constants = expert_blocks(8, 16, tokens < 8) | {
+        constants = expert_blocks(8, 16, False) | {
             "WIDTH0": widths[0], "WIDTH1": widths[1], "WIDTH2": widths[2],
             "PART0": 0, "PART1": 1, "PART2": 2 if widths[2] else -1,
             "bias_ptr": None, "HAS_BIAS": False, "ACT": pairs.ACTIVATIONS.index(act), "HALF": 0,
@@ -71,29 +71,6 @@ def main() -> None:
         }  # fmt: skip
         name = f"expand of float32 act={act} tokens={tokens}"
         rows.append(build(name, expand._expand_kernel, constants, cut.warps, 2))
-    one = {k: v for k, v in expert_blocks(8, 16, False).items() if k not in ("SKIP", "ONE")}
-    for act, widths, routers, tokens in (
-        ("", (4096, 4096, 4096), 3, 1),
-        ("", (4096, 4096, 4096), 3, 128),
-        ("", (4096, 0, 0), 1, 32),
-        ("silu", (11008, 11008, 0), 2, 1),
-        ("silu", (11008, 11008, 0), 2, 128),
-    ):
-        cut = choose_layer_expand(tokens, act != "", 2)
-        parts = sum(width > 0 for width in widths)
-        constants = one | {
-            "WIDTH0": widths[0], "WIDTH1": widths[1], "WIDTH2": widths[2],
-            "PART0": 0, "PART1": 1 if parts > 1 else -1, "PART2": 2 if parts > 2 else -1,
-            "bias_ptr": None, "router_bias_ptr": None, "HAS_BIAS": False,
-            "HAS_ROUTER_BIAS": False, "HAS_LOGITS": True, "ACT": pairs.ACTIVATIONS.index(act),
-            "COLUMNS": parts * 128, "SIZE_LOW": 128, "ROUTERS": routers, "SPLITS": 3,
-            "SPLIT_FACTOR": 2048.0, "EXPERTS": 8, "EVERY": 8, "TOP_K": 2,
-            "SOFTMAX_FIRST": False, "ABSOLUTE": False, "SHARED": False, "EVEN": True,
-            "PDL": True, "BLOCK_T": cut.tokens, "BLOCK_OUT": cut.columns,
-        }  # fmt: skip
-        POINTERS["both_ptr"] = "*fp32"
-        name = f"layer_expand act={act} routers={routers} tokens={tokens}"
-        rows.append(build(name, layer_expand._layer_expand_kernel, constants, cut.warps, 3))
     print(json.dumps(rows))
 
 
