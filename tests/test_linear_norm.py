@@ -86,7 +86,7 @@ def test_a_sliced_product(split):
     assert error(s.sum(0), p.x.double() @ p.bank_a.flatten(0, 2).double().T) <= 1e-5
 
 
-MIXTURES = [(8, 2, 16), (16, 2, 16), (5, 2, 32), (65, 2, 16)]
+MIXTURES = [(8, 2, 16), (16, 2, 16), (5, 2, 32), (65, 2, 16), (65, 2, 32)]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ MIXTURES = [(8, 2, 16), (16, 2, 16), (5, 2, 32), (65, 2, 16)]
     [((20, 3, 9), False), *((m, False) for m in MIXTURES), *((m, True) for m in MIXTURES)],
 )
 def test_long_steps_of_many_ranks(mixture, widens, monkeypatch):
-    """By cuBLAS up to 1024 ranks: all of it from `MIN_FUSED_NORM_TOKENS` on, where the norm follows
+    """By cuBLAS up to so many ranks: all of it from `MIN_FUSED_NORM_TOKENS` on, where the norm follows
     at once; before that as much as `expand_long` is told."""
     if widens and DEVICE == "cuda":
         pytest.skip("float32 does not fit a GPU's shared memory there, and is never taken")
@@ -115,7 +115,8 @@ def test_long_steps_of_many_ranks(mixture, widens, monkeypatch):
     p.x = torch.cat([p.x, p.x], 1)[:, :32]  # rows with gaps
     norm = Norm(weight, 1e-5)
     found = linear_norm_triton(p.x, residual, p.projection("norm", norm=norm), p.step(), way)
-    assert calls == ([(128 // rank if widens else 0,)] if 128 < experts * rank <= 1024 else [])
+    most = dispatch.MAX_DENSE_RANKS if widens else dispatch.MAX_DENSE_NORM_RANKS
+    assert calls == ([(128 // rank if widens else 0,)] if 128 < experts * rank <= most else [])
     for out, want in zip(found, truth(p, residual, weight)):
         assert out.is_contiguous() and error(out, want) <= 1e-5
 
