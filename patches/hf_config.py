@@ -36,12 +36,22 @@ def apply() -> None:
             "from 0.26 to 0.33"
         )
 
+    parameters = inspect.signature(original)
+
     @functools.wraps(original)
     def get_config(model, *args, **kwargs):
-        hf_config = original(model, *args, **kwargs)
-        if hasattr(hf_config, "adafuse_adapter") or hasattr(hf_config, "adafuse"):
-            from vllm_adafuse.serving.attach import attach_adapter
+        call = parameters.bind(model, *args, **kwargs)
+        if "adafuse_adapter" in (call.arguments.get("hf_overrides_kw") or {}):
+            from vllm_adafuse.serving.attach import refuse_no_backbone
 
+            refuse_no_backbone(str(model))
+        hf_config = original(*call.args, **call.kwargs)
+        if hasattr(hf_config, "adafuse_adapter") or hasattr(hf_config, "adafuse"):
+            from vllm_adafuse.serving.attach import attach_adapter, in_mistrals_format
+
+            if in_mistrals_format(hf_config, str(model)):
+                call.arguments["config_format"] = "hf"
+                hf_config = original(*call.args, **call.kwargs)
             attach_adapter(hf_config, str(model))
         return hf_config
 

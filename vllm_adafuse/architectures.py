@@ -43,6 +43,12 @@ class Architecture:
         """The name under which the served class is registered with vLLM."""
         return PREFIX + self.name
 
+    @property
+    def inner_name(self) -> str:
+        """The class of the model without its output head ("LlamaModel"), as embedding models are
+        saved. vLLM finds the registered class for it, and embeds with it."""
+        return self.name.removesuffix("ForCausalLM") + "Model"
+
 
 _LLAMA_LIKE = {"residual_norms": True, "rotary_follows": True}
 
@@ -76,8 +82,9 @@ def find_architecture(names: list[str] | None, where: str) -> Architecture:
         AdapterError: none of the names is in the table.
     """
     for name in names if isinstance(names, list) else []:
-        if str(name).removeprefix(PREFIX) in ARCHITECTURES:
-            return ARCHITECTURES[str(name).removeprefix(PREFIX)]
+        for architecture in ARCHITECTURES.values():
+            if str(name).removeprefix(PREFIX) in (architecture.name, architecture.inner_name):
+                return architecture
     raise AdapterError(
         f"backbone {where}",
         [

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm_adafuse.architectures import Architecture, find_architecture
+from vllm_adafuse.architectures import PREFIX, Architecture, find_architecture
 from vllm_adafuse.errors import AdapterError, brief
 from vllm_adafuse.keys import show, some
 from vllm_adafuse.places import backbone_problem, find_local_backbone
@@ -41,6 +41,7 @@ class Backbone:
         linears: full name ("model.layers.0.self_attn.q_proj") -> (in, out).
         tied: whether the output head is the embedding.
         biased: those of the linears that add a bias.
+        inner: whether it is the model without its head (`LlamaModel`).
     """
 
     path: str
@@ -52,6 +53,17 @@ class Backbone:
     linears: dict[str, tuple[int, int]]
     tied: bool = False
     biased: frozenset[str] = frozenset()
+    inner: bool = False
+
+    @property
+    def plain_name(self) -> str:
+        """Its class, for `architectures` of a config.json."""
+        return self.architecture.inner_name if self.inner else self.architecture.name
+
+    @property
+    def adafuse_name(self) -> str:
+        """The same of what serves it with an adapter."""
+        return PREFIX + self.plain_name
 
     @classmethod
     def from_hf_config(cls, hf_config: Any, path: str) -> Backbone:
@@ -66,7 +78,8 @@ class Backbone:
         """
         from transformers import AutoModelForCausalLM
 
-        architecture = find_architecture(getattr(hf_config, "architectures", None), path)
+        names = getattr(hf_config, "architectures", None)
+        architecture = find_architecture(names, path)
         check_sizes(lambda key: getattr(hf_config, key, None), path)
         try:
             with torch.device("meta"):
@@ -93,6 +106,7 @@ class Backbone:
             linears={name: (m.in_features, m.out_features) for name, m in modules.items()},
             tied=bool(getattr(hf_config, "tie_word_embeddings", False)),
             biased=frozenset(name for name, m in modules.items() if m.bias is not None),
+            inner=architecture.inner_name in [str(name).removeprefix(PREFIX) for name in names],
         )
 
     @classmethod
@@ -106,6 +120,18 @@ class Backbone:
         if here and find_local_backbone(path) is None:
             raise AdapterError(f"backbone {path}", [backbone_problem(path)])
         return cls.from_hf_config(read_config(path), path)
+
+    def require_head(self, tool: str) -> None:
+        """Raises AdapterError for the model without its output head, which `tool` needs."""
+        if self.inner and not self.tied:
+            raise AdapterError(
+                f"backbone {self.path}",
+                [
+                    f"config.json: `architectures` is {self.plain_name}: the model without its "
+                    f"output head, which `{tool}` needs; name the checkpoint of "
+                    f"{self.architecture.name} that it was made of"
+                ],
+            )
 
     def modules(self) -> set[str]:
         """Leaf names of the linears: q_proj, k_proj, …"""

@@ -20,6 +20,7 @@ from vllm_adafuse.adapter import load_adapter
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.config import ADAPTER_KEY, CONFIG_FILE, SECTION, WEIGHTS_FILE
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.places import CONFIGS
 from vllm_adafuse.reading import FileProblem, open_regular, read_object
 
 ADAPTER_DIR = "adafuse"
@@ -61,7 +62,7 @@ def compose(
     files[out / ADAPTER_DIR / WEIGHTS_FILE] = (checked.path / WEIGHTS_FILE).resolve(strict=True)
 
     config = read_object(base / "config.json", f"backbone {base}")
-    config["architectures"] = [backbone.architecture.adafuse_name]
+    config["architectures"] = [backbone.adafuse_name]
     config[SECTION] = {ADAPTER_KEY: ADAPTER_DIR}
     adapter_config = read_object(checked.path / CONFIG_FILE, f"adapter {checked.path}")
     adapter_config["base_model_name_or_path"] = ".."
@@ -92,9 +93,10 @@ def check_out(base: Path, out: Path) -> None:
 
 
 def _backbone_files(base: Path, out: Path) -> Iterator[tuple[Path, Path]]:
-    """Pairs of target and real source: all files of the directory but config.json."""
+    """Pairs of target and real source: all files of the directory but config.json, and but what
+    vLLM would read in its place."""
     for entry in sorted(base.iterdir()):
-        if entry.name != "config.json" and not entry.is_dir():
+        if entry.name not in CONFIGS and not entry.is_dir():
             source = entry.resolve(strict=True)
             try:
                 open_regular(entry).close()  # a pipe would block who copies it

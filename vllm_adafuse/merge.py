@@ -31,6 +31,7 @@ from vllm_adafuse.backbone import (
 from vllm_adafuse.compose import check_out
 from vllm_adafuse.config import SECTION, show, some
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.places import CONFIGS
 from vllm_adafuse.reading import FileProblem, read_object
 from vllm_adafuse.tensor_file import TensorFile
 
@@ -133,7 +134,7 @@ def merge(
             f"output directory {out}", [f"its disk has {free} bytes free, expected {total}"]
         )
     if SECTION in config:  # a composed checkpoint: its router leaves
-        config["architectures"] = [backbone.architecture.name]
+        config["architectures"] = [backbone.plain_name]
         del config[SECTION]
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -271,7 +272,7 @@ def _refuse_layer_wise(adapter: Adapter) -> None:
 
 
 def _is_copied(file: Path, weights: list[Path]) -> bool:
-    if file in weights or file.name == "config.json":
+    if file in weights or file.name in CONFIGS:  # the other one would name weights of its own
         return False
     return file.suffix not in _OTHER_WEIGHTS and not file.name.endswith(
         tuple(f"{suffix}.index.json" for suffix in (".bin", ".h5"))

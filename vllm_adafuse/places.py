@@ -12,6 +12,8 @@ from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.keys import CONFIG_FILE, WEIGHTS_FILE, some
 
 MODEL_CONFIG = "config.json"
+MISTRALS_CONFIG = "params.json"
+CONFIGS = (MODEL_CONFIG, MISTRALS_CONFIG)  # vLLM reads either
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 # Folders that are looked into below a directory that is not what it should be.
 _DEPTH, _FOLDERS = 2, 200
@@ -164,9 +166,9 @@ def _directory_without_config(root: Path, wanted: str) -> str:
             f"{root}: is an adapter ({CONFIG_FILE}), {wanted}; if backbone and adapter were "
             "swapped, name them the other way round"
         )
-    if (root / "params.json").is_file():
+    if (root / MISTRALS_CONFIG).is_file():
         return (
-            f"{root}: is in Mistral's own format (params.json) alone, {wanted}; get the Hugging "
+            f"{root}: is in Mistral's own format ({MISTRALS_CONFIG}) alone, {wanted}; get the Hugging "
             "Face files of it too"
         )
     if found := _below(root, MODEL_CONFIG):

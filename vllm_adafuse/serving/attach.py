@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
 from vllm.logger import init_logger
 from vllm_adafuse.adapter import load_adapter
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.config import ADAPTER_KEY, CONTENT_KEY, FINGERPRINT_KEY
 from vllm_adafuse.digest import content_hash
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.places import CONFIGS, backbone_problem, find_local_backbone
 
 # vLLM shows only what is logged below its own name.
 logger = init_logger("vllm.adafuse")
@@ -34,7 +37,7 @@ def attach_adapter(hf_config: Any, model: str) -> None:
     path = _adapter_path(hf_config, model)
     backbone = Backbone.from_hf_config(hf_config, model)
     adapter = load_adapter(path, backbone)
-    hf_config.architectures = [backbone.architecture.adafuse_name]
+    hf_config.architectures = [backbone.adafuse_name]
     hf_config.adafuse = {
         ADAPTER_KEY: str(adapter.path),
         FINGERPRINT_KEY: adapter.fingerprint,
@@ -42,8 +45,32 @@ def attach_adapter(hf_config: Any, model: str) -> None:
     }
     logger.info(
         "AdaFuse: serving adapter %s on %s as %s",
-        adapter.path, model, backbone.architecture.adafuse_name,
+        adapter.path, model, backbone.adafuse_name,
     )  # fmt: skip
+
+
+def refuse_no_backbone(model: str) -> None:
+    """Raises AdapterError where a path is given for the model that is no checkpoint, such as the
+    adapter's own; vLLM's message knows nothing of adapters."""
+    root = Path(model).expanduser()
+    if root.exists() and not any((root / name).is_file() for name in CONFIGS):
+        raise AdapterError(f"backbone {model}", [backbone_problem(model)])
+
+
+def in_mistrals_format(hf_config: Any, model: str) -> bool:
+    """Whether vLLM read Mistral's params.json, though Hugging Face's config.json is beside it.
+
+    The shapes of linears follow from the latter. Weights may still come from either format: the
+    names that vLLM gives them are the same.
+
+    Raises:
+        AdapterError: there is no config.json.
+    """
+    if type(hf_config) is not PretrainedConfig:  # a family's own, of a config.json
+        return False
+    if find_local_backbone(model) is None:
+        raise AdapterError(f"backbone {model}", [backbone_problem(model)])
+    return True
 
 
 def _adapter_path(hf_config: Any, model: str) -> str:

@@ -99,9 +99,11 @@ def distil_files(
         )
     tokenizer = load_tokenizer(base)
     examples, held = split(read_jsonl(data, tokenizer), held_out)
+    shapes = Backbone.from_path(str(base))
+    shapes.require_head("distill")
     require_rows(
         (token for example in (*examples, *held) for token in example.ids),
-        Backbone.from_path(str(base)).vocab_size, tokenizer, base,
+        shapes.vocab_size, tokenizer, base,
     )  # fmt: skip
     pad = tokenizer.pad_token_id
     pad = (tokenizer.eos_token_id or 0) if pad is None else pad

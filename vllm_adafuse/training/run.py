@@ -220,9 +220,11 @@ def train(options: TrainOptions) -> TrainReport:
 
     tokenizer = load_tokenizer(options.base)
     examples, held = split(read_jsonl(options.data, tokenizer), options.held_out)
+    shapes = Backbone.from_path(str(options.base))
+    shapes.require_head("train")
     require_rows(
         (token for example in (*examples, *held) for token in example.ids),
-        Backbone.from_path(str(options.base)).vocab_size, tokenizer, options.base,
+        shapes.vocab_size, tokenizer, options.base,
     )  # fmt: skip
     pad = tokenizer.pad_token_id
     pad = (tokenizer.eos_token_id or 0) if pad is None else pad
