@@ -6,8 +6,7 @@ from __future__ import annotations
 
 def apply_patches() -> None:
     """Applies every patch once per process."""
-    from vllm_adafuse.patches import hf_config, lora_manager, reload
+    from vllm_adafuse.patches import hf_config, lora_manager, lora_requests, lora_server, reload
 
-    hf_config.apply()
-    lora_manager.apply()
-    reload.apply()
+    for patch in (hf_config, lora_manager, lora_requests, lora_server, reload):
+        patch.apply()

@@ -39,3 +39,15 @@ def make_lora(base: Path, path: Path, seed: int, **config):
 def manager_of(llm):
     """The adapters' manager of an engine in this process."""
     return llm.collective_rpc(lambda worker: worker.model_runner.lora_manager)[0]
+
+
+def ask(versions, name, user_id, path, **options):
+    """What `process_inputs` does with a request."""
+    from vllm.lora.request import LoRARequest
+
+    request = LoRARequest(name, user_id, path, **options)
+    before = repr(request)
+    stamped = versions.adopt(request, versions.stamp(request))
+    assert repr(request) == before, "the user's request was changed"
+    assert not stamped.load_inplace and stamped.lora_name == name
+    return stamped

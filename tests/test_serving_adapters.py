@@ -100,7 +100,6 @@ def test_a_mixture(base, backbone, tmp_path):
     )
     opened, tensors = open_adapter(path, backbone), load_file(path / WEIGHTS)
     assert (opened.kind, opened.num_experts, opened.ranks) == (MIXTURE, 3, (4, 20, 33))
-    assert opened.pages() == 1 + 2 + 3
     weight, bias = opened.router()
     assert torch.equal(weight, tensors["router.weight"])
     assert torch.equal(bias, tensors["router.bias"])

@@ -35,6 +35,7 @@ from vllm_adafuse.convert.peft_config import check_modules_to_save
 from vllm_adafuse.convert.refused import refused_directory, refused_source
 from vllm_adafuse.convert.registry import FORMATS
 from vllm_adafuse.convert.source import PICKLE_FILE, Source, read_json
+from vllm_adafuse.digest import content_hash
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.reading import FileProblem, open_regular
 from vllm_adafuse.tensor_file import machine_memory
@@ -111,10 +112,6 @@ class OpenedAdapter:
             for e in range(self.num_experts)
         ]
         return tuple(max(ranks, default=0) for ranks in by_expert)
-
-    def pages(self, page: int = 16) -> int:
-        """Pages of `page` ranks that its experts take."""
-        return sum(-(-rank // page) for rank in self.ranks)
 
     def router(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """The entrance router, weight [E, hidden] and bias [E] or None, of the file's dtype; None
@@ -199,19 +196,22 @@ def split_path(path: str) -> tuple[str, str | None]:
 
 
 def content_digest(path: Path) -> str:
-    """SHA-256 of what an adapter directory holds: 64 hexadecimal digits.
+    """What an adapter directory holds, as 64 hexadecimal digits. A pickle counts by its bytes.
 
     Raises:
         AdapterError: a file cannot be read.
     """
+    file = weights_file(path)
+    if file.name == WEIGHTS_FILE:
+        return content_hash(path)
     digest = hashlib.sha256()
     try:
-        for file in [path / CONFIG_FILE, weights_file(path)]:
-            with open_regular(file) as opened:
+        for part in (path / CONFIG_FILE, file):
+            with open_regular(part) as opened:
                 size = os.fstat(opened.fileno()).st_size
                 if size > (memory := machine_memory()):
                     raise FileProblem(
-                        f"{file}: is {size} bytes long, more than the {memory} of this machine's "
+                        f"{part}: is {size} bytes long, more than the {memory} of this machine's "
                         "memory"
                     )
                 digest.update(size.to_bytes(8, "little"))
@@ -227,9 +227,8 @@ def content_digest(path: Path) -> str:
 def weights_file(path: Path) -> Path:
     """The file that an adapter directory's tensors are read from."""
     pickled = path / PICKLE_FILE
-    return pickled if pickled.is_file() and not (path / WEIGHTS_FILE).is_file() else (
-        path / WEIGHTS_FILE
-    )
+    only_pickled = os.path.isfile(pickled) and not os.path.lexists(path / WEIGHTS_FILE)
+    return pickled if only_pickled else path / WEIGHTS_FILE
 
 
 def _refuse(path: Path, *problems: str) -> AdapterError:
@@ -260,6 +259,12 @@ def _open_mixture(path: Path, backbone: Backbone | None) -> OpenedAdapter:
 
 
 def _open_lora(path: Path, backbone: Backbone | None) -> OpenedAdapter:
+    if not os.path.lexists(weights_file(path)):
+        raise _refuse(
+            path,
+            f"{path}: holds neither {WEIGHTS_FILE} nor {PICKLE_FILE}; name the directory that the "
+            "training run saved",
+        )
     digest = content_digest(path)
     with _as_adapter(path):
         source = _open_source(path)

@@ -22,7 +22,7 @@ from vllm_adafuse.serving.hosted import Hosted, Loader
 from vllm_adafuse.serving.page_bank import PageBank
 from vllm_adafuse.serving.page_step import LOST, NO_ADAPTER, PageStep, watch
 from vllm_adafuse.serving.paged_model import wrap_model
-from vllm_adafuse.serving.pool import PAGE_RANKS, Pool, Size, most_at_once, pool_size
+from vllm_adafuse.serving.pool import PAGE_RANKS, Pool, Size, misfits, pool_size
 
 # vLLM shows only what is logged below its own name.
 logger = init_logger("vllm.adafuse")
@@ -101,7 +101,7 @@ class AdapterManager:
         if not vllm_api.everywhere(error is None):
             raise error or AdapterError(
                 f"adapter {request.lora_name}",
-                [f"{request.lora_path}: another rank could not read it; its log says why"],
+                [f"{request.path}: another rank could not read it; its log says why"],
             )
         self.loader.stamp(hosted)
         self._release(adapter)
@@ -110,7 +110,7 @@ class AdapterManager:
         self._make_room_on_host({adapter})
         logger.info(
             "AdaFuse: adapter %s (%s) is loaded: %s, %d pages, %d bytes on the host",
-            request.lora_name, request.lora_path, hosted.kind, hosted.size.pages, hosted.nbytes,
+            request.lora_name, request.path, hosted.kind, hosted.size.pages, hosted.nbytes,
         )  # fmt: skip
         return True
 
@@ -124,25 +124,9 @@ class AdapterManager:
 
     def _check_fits(self, adapter: int, name: str, size: Size) -> None:
         """Refuses what some batch of `max_loras` adapters could not be served with."""
-        known = [own for other, own in self.sizes.items() if other != adapter]
-        needed = most_at_once([*known, size], self.max_loras)
-        if needed.within(self.pool.size):
-            return
-        have, problems = self.pool.size, []
-        if needed.pages > have.pages:
-            problems.append(
-                f"takes {size.pages} pages of {PAGE_RANKS} ranks; with it a batch may need "
-                f"{needed.pages}, and the pool has {have.pages}: raise --max-lora-rank or "
-                f"--max-loras until their product is {needed.pages * PAGE_RANKS} or more (it is "
-                f"{self.max_loras * self.max_lora_rank}), or unload large adapters"
-            )
-        if needed.columns > have.columns:
-            problems.append(
-                f"gives every token {size.columns} experts; with it a batch may need passports of "
-                f"{needed.columns} columns, and {have.columns} are reserved: raise --max-loras, "
-                "or unload other mixtures"
-            )
-        raise AdapterError(f"adapter {name}", problems)
+        others = [own for other, own in self.sizes.items() if other != adapter]
+        if problems := misfits(size, others, self.max_loras, self.max_lora_rank):
+            raise AdapterError(f"adapter {name}", problems)
 
     def remove_adapter(self, adapter: int) -> bool:
         """Forgets an adapter; returns whether it was there."""

@@ -66,6 +66,33 @@ def most_at_once(sizes: list[Size], count: int) -> Size:
     return Size(sum(pages), sum(columns))
 
 
+def misfits(size: Size, others: list[Size], max_loras: int, max_lora_rank: int) -> list[str]:
+    """Why an adapter cannot be served beside others, each with the way out; empty if it can.
+
+    Args:
+        size: of the adapter.
+        others: of those that a batch may have beside it.
+        max_loras: adapters of a batch.
+        max_lora_rank: vLLM's option; with `max_loras` it says how large the pool is.
+    """
+    needed, have = most_at_once([*others, size], max_loras), pool_size(max_loras, max_lora_rank)
+    problems = []
+    if needed.pages > have.pages:
+        problems.append(
+            f"takes {size.pages} pages of {PAGE_RANKS} ranks; with it a batch may need "
+            f"{needed.pages}, and the pool has {have.pages}: raise --max-lora-rank or "
+            f"--max-loras until their product is {needed.pages * PAGE_RANKS} or more (it is "
+            f"{max_loras * max_lora_rank}), or unload large adapters"
+        )
+    if needed.columns > have.columns:
+        problems.append(
+            f"gives every token {size.columns} experts; with it a batch may need passports of "
+            f"{needed.columns} columns, and {have.columns} are reserved: raise --max-loras, "
+            "or unload other mixtures"
+        )
+    return problems
+
+
 class Pool:
     """Places of adapters, by their ids.
 

@@ -1,0 +1,294 @@
+"""Checks and stamps LoRA requests in vLLM's front end, before an engine sees them.
+
+A bad adapter is the request's fault: an error of ours in `LLM.generate`, 404 or 400 over HTTP, and
+the engine is not asked. What it gets of the others says which content is meant
+(`serving/versions.py`), and keys of the prefix cache say it too. All of it rests where LoRA is
+vLLM's own (`vllm_api.lora_option`) or off.
+
+Read against vLLM 0.26.0 and 0.32.0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from vllm_adafuse.patches.on_import import when_imported
+
+_MARK = "_adafuse_wrapped"
+
+
+def apply() -> None:
+    """Wraps each function when its module is imported."""
+    when_imported("vllm.lora.request", _compare_versions)
+    when_imported("vllm.v1.core.kv_cache_utils", _key_by_content)
+    when_imported("vllm.v1.engine.input_processor", _stamp_in_input_processor)
+    when_imported("vllm.v1.engine.output_processor", _give_back_in_outputs)
+    when_imported("vllm.v1.engine.llm_engine", _stamp_in_llm_engine)
+    when_imported("vllm.v1.engine.async_llm", _stamp_in_async_llm)
+
+
+def wrap(owner: Any, name: str, takes: tuple[str, ...], make: Callable) -> None:
+    """Puts `make(original)` in the place of a function, once.
+
+    Args:
+        owner: a class or a module.
+        name: of its attribute.
+        takes: its first parameters.
+        make: gets the original, gives what stands for it.
+
+    Raises:
+        RuntimeError: the seam has moved in this vLLM.
+    """
+    original = getattr(owner, name, None)
+    if getattr(original, _MARK, False):
+        return
+    found = list(inspect.signature(original).parameters) if callable(original) else None
+    if found is None or tuple(found[: len(takes)]) != takes:
+        raise RuntimeError(
+            f"vllm-adafuse: vLLM's {owner.__name__}.{name} no longer takes ({', '.join(takes)}), "
+            "so a LoRA request could pass unchecked; use a vLLM from 0.26 to 0.33"
+        )
+    wrapper = functools.wraps(original)(make(original))
+    setattr(wrapper, _MARK, True)
+    setattr(owner, name, wrapper)
+
+
+def versions_of(owner: Any):
+    """The `Versions` of an engine, of its input processor or of a server's models; None where
+    LoRA requests are not ours."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    processor = owner if isinstance(owner, InputProcessor) else owner.input_processor
+    if not isinstance(processor, InputProcessor):
+        return None  # a renderer's front end, without an engine
+    if not hasattr(processor, "adafuse_versions"):
+        from vllm_adafuse.serving.versions import Checks, Versions
+        from vllm_adafuse.serving.vllm_api import lora_option
+
+        config, versions = processor.vllm_config, None
+        if (lora := config.lora_config) is not None and lora_option(config) == "adafuse":
+            versions = Versions(Checks(config).open, lora.max_loras, lora.max_lora_rank)
+        processor.adafuse_versions = versions
+    return processor.adafuse_versions
+
+
+def _compare_versions() -> None:
+    from vllm.lora.request import LoRARequest
+    from vllm_adafuse.serving.adapters import split_path
+
+    def make_eq(original):
+        # By name alone, two versions in one set would be one. Equal ones still hash alike.
+        def __eq__(self, value):
+            return original(self, value) and self.lora_int_id == value.lora_int_id
+
+        return __eq__
+
+    wrap(LoRARequest, "__eq__", ("self", "value"), make_eq)
+    if not getattr(LoRARequest.path.fget, _MARK, False):
+
+        def path(self) -> str:
+            return split_path(self.lora_path)[0]  # /v1/models shows it as `root`
+
+        setattr(path, _MARK, True)
+        LoRARequest.path = property(path)
+
+
+def _key_by_content() -> None:
+    import vllm.v1.core.kv_cache_utils as seam
+    from vllm_adafuse.serving.adapters import split_path
+
+    def make(original):
+        def _gen_lora_extra_hash_keys(request):
+            keys, lora = original(request), request.lora_request
+            digest = split_path(lora.lora_path)[1] if lora else None
+            if digest is None:
+                return keys
+            if isinstance(keys[0], tuple):  # ("lora", name, path)
+                return [(*keys[0][:2], digest), *keys[1:]]
+            return [*keys, digest]  # 0.26: the name
+
+        return _gen_lora_extra_hash_keys
+
+    wrap(seam, "_gen_lora_extra_hash_keys", ("request",), make)
+
+
+def _stamp_in_input_processor() -> None:
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    def make(original):
+        signature = inspect.signature(original)
+
+        def process_inputs(self, *args, **kwargs):
+            given = signature.bind(self, *args, **kwargs).arguments
+            request = given.get("lora_request")
+            if request is None or (versions := versions_of(self)) is None:
+                return original(self, *args, **kwargs)
+            # The event loop's callers have a stamped one by now.
+            given["lora_request"] = versions.adopt(request, versions.stamp(request))
+            return original(**given)
+
+        return process_inputs
+
+    def make_identifier(original):
+        def _get_mm_identifier(self, mm_hash, lora_request):
+            found = original(self, mm_hash, lora_request)
+            same = found == mm_hash or versions_of(self) is None
+            return found if same else f"{found}:{lora_request.lora_int_id}"
+
+        return _get_mm_identifier
+
+    wrap(InputProcessor, "process_inputs", ("self", "request_id", "prompt", "params"), make)
+    wrap(
+        InputProcessor, "_get_mm_identifier", ("self", "mm_hash", "lora_request"), make_identifier
+    )
+
+
+def _give_back_in_outputs() -> None:
+    """`RequestOutput.lora_request` is what the user gave."""
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    def make(original):
+        def add_request(self, request, *args, **kwargs):
+            original(self, request, *args, **kwargs)
+            versions = getattr(self, "adafuse_versions", None)
+            state = self.request_states.get(request.request_id)
+            if versions is not None and state is not None and state.lora_request is not None:
+                state.lora_request = versions.users_request(state.lora_request)
+
+        return add_request
+
+    wrap(OutputProcessor, "add_request", ("self", "request", "prompt"), make)
+
+
+def _link(engine: Any):
+    versions = versions_of(engine)
+    engine.output_processor.adafuse_versions = versions
+    return versions
+
+
+def _stamp_in_llm_engine() -> None:
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    def make_add_request(original):
+        def add_request(self, *args, **kwargs):
+            _link(self)
+            return original(self, *args, **kwargs)  # by `process_inputs`
+
+        return add_request
+
+    def make_add(original):
+        def add_lora(self, lora_request):
+            if (versions := versions_of(self)) is None:
+                return original(self, lora_request)
+            stamped = versions.stamp(lora_request)
+            added = original(self, stamped)
+            versions.adopt(lora_request, stamped)
+            return added
+
+        return add_lora
+
+    wrap(LLMEngine, "add_request", ("self", "request_id", "prompt", "params"), make_add_request)
+    wrap(LLMEngine, "add_lora", ("self", "lora_request"), make_add)
+    _translate_ids(LLMEngine)
+
+
+def _stamp_in_async_llm() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    def make_add_request(original):
+        signature = inspect.signature(original)
+
+        async def add_request(self, *args, **kwargs):
+            given = signature.bind(self, *args, **kwargs).arguments
+            request = given.get("lora_request")
+            if request is None or (versions := _link(self)) is None:
+                return await original(self, *args, **kwargs)
+            if (stamped := versions.known(request)) is None:
+                stamped = await asyncio.to_thread(versions.stamp, request)
+            given["lora_request"] = versions.adopt(request, stamped)
+            return await original(**given)
+
+        return add_request
+
+    def make_add(original):
+        async def add_lora(self, lora_request):
+            if (versions := versions_of(self)) is None:
+                return await original(self, lora_request)
+            return await _add_lora(functools.partial(original, self), versions, lora_request)
+
+        return add_lora
+
+    wrap(AsyncLLM, "add_request", ("self", "request_id", "prompt", "params"), make_add_request)
+    wrap(AsyncLLM, "add_lora", ("self", "lora_request"), make_add)
+    _translate_ids(AsyncLLM)
+
+
+def _translate_ids(engine: type) -> None:
+    """Of an engine class whose methods may be coroutines."""
+
+    def make_remove(original):
+        def remove_lora(self, lora_id):
+            if (versions := versions_of(self)) is None:
+                return original(self, lora_id)
+            return _then([original(self, i) for i in versions.forget(lora_id)], any)
+
+        return remove_lora
+
+    def make_list(original):
+        def list_loras(self):
+            if (versions := versions_of(self)) is None:
+                return original(self)
+            return _then([original(self)], lambda found: versions.users_ids(found[0]))
+
+        return list_loras
+
+    def make_pin(original):
+        def pin_lora(self, lora_id):
+            versions = versions_of(self)
+            return original(self, lora_id if versions is None else versions.latest(lora_id))
+
+        return pin_lora
+
+    wrap(engine, "remove_lora", ("self", "lora_id"), make_remove)
+    wrap(engine, "list_loras", ("self",), make_list)
+    wrap(engine, "pin_lora", ("self", "lora_id"), make_pin)
+
+
+def _then(answers: list, change: Callable[[list], Any]) -> Any:
+    """`change(answers)`, awaited where they are to be awaited."""
+    if not any(map(inspect.isawaitable, answers)):
+        return change(answers)
+
+    async def later():
+        return change([await answer for answer in answers])
+
+    return later()
+
+
+async def _add_lora(original: Callable, versions: Any, request: Any) -> bool:
+    """Asks the engine to load an adapter, once it has been checked in a thread."""
+    from vllm_adafuse.serving.versions import AdapterRefused, current_loading
+
+    load = current_loading()
+    try:
+        stamped = await asyncio.to_thread(versions.stamp, request)
+        try:
+            added = await original(stamped)
+        except Exception as e:
+            # A worker's own refusal crosses processes as text.
+            if (refusal := AdapterRefused.from_text(str(e))) is None:
+                raise
+            raise refusal from e
+    except AdapterRefused as e:
+        if load:
+            load.refusal = e
+        raise
+    if load:
+        load.stamped = stamped
+    else:
+        versions.adopt(request, stamped)
+    return added
