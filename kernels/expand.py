@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,6 +21,7 @@ from vllm_adafuse.kernels.configs import ExpandBlocks, expert_blocks
 from vllm_adafuse.kernels.deltas import add_deltas, load_both, load_gates, load_ranks, weigh
 from vllm_adafuse.kernels.dispatch import MAX_SHORT_TOKENS, MIN_DENSE_TOKENS, choose_expand
 from vllm_adafuse.kernels.launch import Bound, bind, overlap
+from vllm_adafuse.kernels.operands import Projection, Step
 from vllm_adafuse.kernels.paged_cache import NO_PAGES, Pages, rows_in_pages, starts_of_head
 from vllm_adafuse.kernels.pairs import (
     ACTIVATIONS,
@@ -193,33 +195,82 @@ def _expand_kernel(
         tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+class _Key(NamedTuple):
+    """What groups of tiles, and a kernel's constants, hang on.
+
+    Attributes:
+        tokens: of the step, or any more than MAX_SHORT_TOKENS.
+        widths, parts, half: of the projection; half a head, 0 without "rotary".
+        act: index of what follows.
+        every: slices without experts have tiles too.
+        experts, rank, itemsize: of B.
+        blocks: how to cut, None for the default.
+        hopper, has_bias, paged: the device is one, there is a bias, there are KV slots.
+        raw: s is not yet weighted.
+        split: slices of `in` to add up, 0 for none.
+        skip: with few tokens, each expert is asked whether it is there.
+    """
+
+    tokens: int
+    widths: tuple[int, ...]
+    parts: tuple[int, ...]
+    half: int
+    act: int
+    every: bool
+    experts: int
+    rank: int
+    itemsize: int
+    blocks: ExpandBlocks | None
+    hopper: bool
+    has_bias: bool
+    paged: bool
+    raw: bool
+    split: int
+    skip: bool
+
+
+class _Read(NamedTuple):
+    """Tensors that are read, some of them None."""
+
+    bias: torch.Tensor | None
+    lora_b: torch.Tensor
+    gates: torch.Tensor | None
+    present: torch.Tensor
+    cos_sin: torch.Tensor | None = None
+
+
 def _launch(
-    y, bias, out, s, s_stride, bank_b, gates, present, parts, widths, act,
-    blocks=None, cos_sin=None, pages=None, skip=True,
-) -> None:  # fmt: skip
-    tokens, (_, experts, rank) = y.shape[-2], bank_b.shape
-    half = cos_sin.shape[1] // 2 if act == ROTARY else 0
-    groups, block_t, kernel = _plan(
-        min(tokens, MAX_SHORT_TOKENS + 1), tuple(widths), tuple(parts), act, half, out is not y,
-        experts, rank, y.element_size(), blocks, on_hopper(y),
-        bias is not None, pages is not None, gates is not None, y.shape[0] if y.dim() == 3 else 0,
-        skip,
-    )  # fmt: skip
+    y: torch.Tensor,
+    out: torch.Tensor,
+    s: torch.Tensor,
+    read: _Read,
+    slices: tuple[Sequence[int], Sequence[int], int],
+    blocks: ExpandBlocks | None = None,
+    kv_slots: Pages | None = None,
+    skip: bool = True,
+) -> None:
+    """One launch; slices: parts, widths, and the index of what follows."""
+    (parts, widths, act), sliced = slices, y.dim() == 3
+    tokens, (_, experts, rank) = y.shape[-2], read.lora_b.shape
+    groups, block_t, kernel = _plan(_Key(
+        min(tokens, MAX_SHORT_TOKENS + 1), tuple(widths), tuple(parts),
+        read.cos_sin.shape[1] // 2 if act == ROTARY else 0, act, out is not y,
+        experts, rank, y.element_size(), blocks, on_hopper(y), read.bias is not None,
+        kv_slots is not None, read.gates is not None, y.shape[0] if sliced else 0, skip,
+    ))  # fmt: skip
     kernel(
         (groups, cdiv(tokens, block_t)),
-        y, bias, out, s, bank_b, gates, present, cos_sin,
-        tokens, y.stride(0), y.stride(-2), out.stride(0), s_stride, experts, *(pages or NO_PAGES),
+        y, read.bias, out, s, read.lora_b, read.gates, read.present, read.cos_sin,
+        tokens, y.stride(0), y.stride(-2), out.stride(0), s.stride(1 if sliced else 0), experts,
+        *(kv_slots or NO_PAGES),
     )  # fmt: skip
 
 
 @functools.cache
-def _plan(
-    tokens: int, widths: tuple, parts: tuple, act: int, half: int, every: bool, experts: int,
-    rank: int, itemsize: int, blocks: ExpandBlocks | None, hopper: bool, has_bias: bool,
-    paged: bool, raw: bool, split: int, skip: bool,
-) -> tuple[int, int, Bound]:  # fmt: skip
-    """Groups of tiles, tokens of a tile, and the kernel; every: parts without experts have tiles
-    too; skip: with few tokens, experts that are absent."""
+def _plan(key: _Key) -> tuple[int, int, Bound]:
+    """Groups of tiles, tokens of a tile, and the kernel."""
+    tokens, widths, parts, half, act, every, experts, rank, itemsize, blocks, *flags = key
+    hopper, has_bias, paged, raw, split, skip = flags
     if blocks is None:
         blocks = choose_expand(tokens, act != 0, itemsize)
     columns = min(blocks.columns, half) if act == ROTARY else blocks.columns
@@ -262,53 +313,42 @@ def expand_triton(
         parts: for each of up to three parts of y its index in s, -1 for one without experts.
         widths: columns of each part.
     """
-    _launch(y, None, y, s, s.stride(0), bank_b, None, present, parts, widths, 0)
+    _launch(y, y, s, _Read(None, bank_b, None, present), (parts, widths, 0))
 
 
 def expand_raw_triton(
     y: torch.Tensor,
     s: torch.Tensor,
     bias: torch.Tensor | None,
-    bank_b: torch.Tensor,
-    gates: torch.Tensor,
-    present: torch.Tensor,
-    parts: Sequence[int],
-    widths: Sequence[int],
-    activation: str = "",
+    p: Projection,
+    step: Step,
     blocks: ExpandBlocks | None = None,
-    cos_sin: torch.Tensor | None = None,
-    pages: Pages | None = None,
-    in_place: bool = False,
+    kv_slots: Pages | None = None,
 ) -> torch.Tensor:
     """From the outputs of W and A to those of the adapted projection, in one launch.
 
     Args:
         y: [T, out], W x; overwritten where no activation follows and no bias is added, and with
-            `in_place`. Or sums of slices of `in` [split, T, out], where one product has all experts
-            and no activation follows.
-        s: [T, P E R], A x of all experts, not yet weighted; or [split, T, P E R], as y.
-        bias: [out], or None.
-        bank_b, present, parts, widths: as in `expand_triton`.
-        gates: [N, E] float32, N >= T.
-        activation: "", or "silu" or "gelu_tanh" of gate and up: two parts of I columns; or
-            "rotary" of q, k, v.
+            `strided_out`. Or sums of slices of `in` [split, T, out], where one product has all
+            experts and no activation follows.
+        s: [T, S E R], A x of all experts, not yet weighted; or [split, T, S E R], as y.
+        bias: [out], or None: what of the projection's is still to be added.
+        p: the projection.
+        step: the step's buffers.
         blocks: how to cut, default `dispatch.choose_expand`.
-        cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
-        pages: where k and v go with "rotary", whose columns of the result stay undefined then.
-        in_place: what follows gate_up stays in gate's columns of y, see `result_of`.
+        kv_slots: where k and v go with "rotary", whose columns of the result stay undefined then.
 
     Returns:
         [T, out], or [T, I] after silu or gelu_tanh; contiguous, or in y.
     """
-    act, result = ACTIVATIONS.index(activation), result_of(y, widths, activation, in_place)
+    widths, activation = p.shape.widths, p.shape.activation
+    act, result = ACTIVATIONS.index(activation), result_of(y, widths, activation, p.strided_out)
     if y.dim() == 3:
         result = y.new_empty(y.shape[1:])
     elif result is y and (act or bias is not None):
         result = torch.empty_like(y)
-    _launch(
-        y, bias, result, s, s.stride(-2), bank_b, gates, present, parts, widths, act,
-        blocks, cos_sin, pages,
-    )  # fmt: skip
+    read = _Read(bias, p.lora_b, step.gates, step.present, step.cos_sin)
+    _launch(y, result, s, read, (p.shape.adapted, widths, act), blocks, kv_slots)
     return result
 
 
@@ -336,10 +376,9 @@ def expand_weighted_triton(
     act = ACTIVATIONS.index(activation)
     result = s.new_empty(y.shape[0], result_width(widths, activation))
     blocks = choose_expand(y.shape[0], act != 0, s.element_size())
-    _launch(
-        y, bias, result, s, s.stride(0), bank_b, None, present, parts, widths, act, blocks,
-        skip=not expert_blocks(*bank_b.shape[1:], False)["ONE"],
-    )
+    every = expert_blocks(*bank_b.shape[1:], False)["ONE"]
+    read = _Read(bias, bank_b, None, present)
+    _launch(y, result, s, read, (parts, widths, act), blocks, skip=not every)
     return result
 
 

@@ -98,16 +98,12 @@ def expand_long(
     kv_slots: Pages | None = None,
 ) -> torch.Tensor:
     """From W x and A x to the projection, by a plan. y and s may be overwritten."""
-    shape, gates = p.shape, step.gates
-    parts, widths, activation = shape.adapted, shape.widths, shape.activation
-    behind = {"cos_sin": step.cos_sin, "pages": kv_slots, "in_place": p.strided_out}
     if way.expand == TMA_EXPAND:
         if way.dense_from is not None:
-            dense_expand_triton(y, s, p.lora_b, gates, parts, widths, way.dense_from)
-        return wide_expand_triton(y, s, p.lora_b, gates, widths, activation, **behind)
-    return expand_raw_triton(
-        y, s, bias, p.lora_b, gates, step.present, parts, widths, activation, **behind
-    )
+            of = p.shape.adapted, p.shape.widths, way.dense_from
+            dense_expand_triton(y, s, p.lora_b, step.gates, *of)
+        return wide_expand_triton(y, s, p, step, kv_slots=kv_slots)
+    return expand_raw_triton(y, s, bias, p, step, kv_slots=kv_slots)
 
 
 def one_launch(
@@ -119,14 +115,8 @@ def one_launch(
     kv_slots: Pages | None = None,
 ) -> torch.Tensor:
     """The projection of few tokens by the kernel that a cut is for; see both."""
-    shape = p.shape
-    shared = p.semaphore, step.scratch, shape.adapted, shape.widths, shape.activation, config, out
-    shared += step.cos_sin, kv_slots
-    if config.tma:
-        return tile_linear_triton(x, p.fused_weight, p.bias, p.lora_b, step.gates, *shared)
-    return stream_linear_triton(
-        x, p.weight, p.bias, p.lora_a, p.lora_b, step.gates, step.present, *shared
-    )
+    launch = tile_linear_triton if config.tma else stream_linear_triton
+    return launch(x, p, step, config, out, kv_slots)
 
 
 def sliced_product(

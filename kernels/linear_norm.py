@@ -54,7 +54,7 @@ def linear_norm_torch(
     x: torch.Tensor, residual: torch.Tensor, p: Projection, step: Step
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The reference; see `linear_norm`."""
-    return residual_norm_torch(linear_torch(x, p, step), residual, p.norm.weight, p.norm.eps)
+    return residual_norm_torch(linear_torch(x, p, step), residual, p.norm)
 
 
 def linear_norm(
@@ -80,7 +80,7 @@ def linear_norm_triton(
     x: torch.Tensor, residual: torch.Tensor, p: Projection, step: Step, way: Plan
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`linear_norm` on a GPU, by a plan."""
-    behind = residual, p.norm.weight, p.norm.eps, p.lora_b, step.gates
+    behind = residual, p.norm, p.lora_b, step.gates
     if way.config:
         return residual_norm_triton(slices_triton(x, p, step, way.config), None, *behind)
     if way.split_k > 1:

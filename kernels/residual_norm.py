@@ -21,6 +21,7 @@ from vllm_adafuse.kernels.deltas import add_deltas, load_ranks, load_s
 from vllm_adafuse.kernels.dispatch import choose_norm
 from vllm_adafuse.kernels.early import begin_next
 from vllm_adafuse.kernels.launch import Bound, bind, overlap
+from vllm_adafuse.kernels.operands import Norm
 from vllm_adafuse.kernels.plans import on_hopper
 from vllm_adafuse.kernels.whole import cdiv
 
@@ -113,8 +114,7 @@ def residual_norm_triton(
     y: torch.Tensor,
     s: torch.Tensor | None,
     residual: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
+    norm: Norm,
     bank_b: torch.Tensor,
     gates: torch.Tensor,
     blocks: NormBlocks | None = None,
@@ -126,8 +126,7 @@ def residual_norm_triton(
         y: [T, H], W x; or [split, T, H] contiguous, float32, to be added up. Rows contiguous.
         s: [T, E R], A x of all experts, not yet weighted; None if y holds the deltas.
         residual: [T, H]; rows contiguous.
-        weight: [H], factors of the norm.
-        eps: its epsilon.
+        norm: of H columns.
         bank_b: [H, E, R], dtype of s.
         gates: [N, E] float32, N >= T, LoRA's scale included.
         blocks: how to cut, default `dispatch.choose_norm`.
@@ -147,8 +146,9 @@ def residual_norm_triton(
     )
     kernel(
         (cdiv(tokens, block_t),),
-        y, s, residual, weight, bank_b, gates, z, out,
-        tokens, y.stride(-2), 0 if s is None else s.stride(0), residual.stride(0), experts, eps,
+        y, s, residual, norm.weight, bank_b, gates, z, out,
+        tokens, y.stride(-2), 0 if s is None else s.stride(0), residual.stride(0), experts,
+        norm.eps,
     )  # fmt: skip
     return out, z
 
@@ -170,10 +170,10 @@ def _plan(
 
 
 def residual_norm_torch(
-    y: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    y: torch.Tensor, residual: torch.Tensor, norm: Norm
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The reference, of a y [T, H] that holds the deltas."""
     z = (y.float() + residual.float()).to(residual.dtype)
     wide = z.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (normed.to(z.dtype).float() * weight.float()).to(z.dtype), z
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
+    return (normed.to(z.dtype).float() * norm.weight.float()).to(z.dtype), z

@@ -15,7 +15,6 @@ numbers, so those that are waited for run before, or beside, all that wait. SGMM
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -25,17 +24,16 @@ from vllm_adafuse.kernels.configs import BLOCK_ER, MAX_SLICES, MAX_SPLIT, Tiles,
 from vllm_adafuse.kernels.dispatch import MAX_SHRINK_TOKENS, MAX_STREAM_TOKENS, default_config
 from vllm_adafuse.kernels.early import prefetch
 from vllm_adafuse.kernels.launch import launch, overlap
+from vllm_adafuse.kernels.operands import Projection, Step
 from vllm_adafuse.kernels.paged_cache import NO_PAGES, Pages, rows_in_pages, starts_of_head
 from vllm_adafuse.kernels.pairs import (
     ACTIVATIONS,
-    ROTARY,
     activate,
     result_width,
     rotate,
     tiled_widths,
 )
 from vllm_adafuse.kernels.plans import on_hopper
-from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import (
     SHRINK_STAGES,
     ShrinkGrid,
@@ -282,43 +280,34 @@ def _stream_linear_kernel(
 
 def stream_linear_triton(
     x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    bank_a: torch.Tensor,
-    bank_b: torch.Tensor,
-    gates: torch.Tensor,
-    present: torch.Tensor,
-    counter: torch.Tensor,
-    scratch: Scratch,
-    parts: Sequence[int],
-    widths: Sequence[int],
-    activation: str = "",
+    p: Projection,
+    step: Step,
     tiles: Tiles | None = None,
     out: torch.Tensor | None = None,
-    cos_sin: torch.Tensor | None = None,
-    pages: Pages | None = None,
+    kv_slots: Pages | None = None,
 ) -> torch.Tensor:
     """One launch; see `vllm_adafuse.kernels.linear.linear`.
 
     Args:
-        counter: [>= 1] int32, zero; of this launch alone until the next step.
+        x: [T, in], T <= MAX_STREAM_TOKENS.
+        p: the projection; its semaphore is zero, and of this launch alone until the next step.
+        step: the step's buffers.
         tiles: how to cut, default `dispatch.default_config`.
         out: where the result goes, [T, out] with contiguous rows, or [split, T, out] contiguous,
             float32, to leave the sums of each slice of `in` unadded; default a new tensor.
-        cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
-        pages: where k and v go with "rotary", whose columns of the result stay undefined then.
+        kv_slots: where k and v go with "rotary", whose columns of the result stay undefined then.
     """
-    tokens, size_in = x.shape
-    act = ACTIVATIONS.index(activation)
-    half = cos_sin.shape[1] // 2 if act == ROTARY else 0
-    n_parts, experts, rank, _ = bank_a.shape
+    (tokens, size_in), shape, scratch = x.shape, p.shape, step.scratch
+    widths, parts, activation = shape.widths, shape.adapted, shape.activation
+    act, half = ACTIVATIONS.index(activation), shape.head_dim // 2
+    n_parts, experts, rank, _ = p.lora_a.shape
     members = tiled_widths(widths, activation)
     rows = sum(members)
     if tiles is None:
         tiles = default_config(tokens, size_in, rows, activation, x.element_size())
     if half:
         tiles = replace(tiles, rows=min(tiles.rows, half))
-    grid = ShrinkGrid.of(bank_a, tiles.slices)
+    grid = ShrinkGrid.of(p.lora_a, tiles.slices)
     padded = 0
     if experts * rank > BLOCK_ER:
         padded, grid = cdiv(rank, 16) * 16, grid.for_tokens(tokens, experts)
@@ -330,14 +319,14 @@ def stream_linear_triton(
     leave = y.dim() == 3
     launch(
         _stream_linear_kernel, (grid.programs + count * tiles.split,),
-        x, weight, bias, bank_a, bank_b, y, cos_sin,
-        gates, present, scratch.s(x.dtype, tokens, n_parts, experts * rank),
-        scratch.partial, scratch.tickets, counter,
+        x, p.weight, p.bias, p.lora_a, p.lora_b, y, step.cos_sin,
+        step.gates, step.present, scratch.s(x.dtype, tokens, n_parts, experts * rank),
+        scratch.partial, scratch.tickets, p.semaphore,
         tokens, x.stride(0), y.stride(-2), size_in, experts, n_parts, grid.slots, grid.slices,
-        *(pages or NO_PAGES),
+        *(kv_slots or NO_PAGES),
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         PART0=parts[0], PART1=parts[1], PART2=parts[2],
-        HAS_BIAS=bias is not None, ACT=act, HALF=half, PAGED=pages is not None,
+        HAS_BIAS=p.bias is not None, ACT=act, HALF=half, PAGED=kv_slots is not None,
         EVEN=size_in % (tiles.cols * tiles.split) == 0,
         SPLIT=tiles.split, LEAVE=leave, BLOCK_T=block_t, BLOCK_R=grid.block_r,
         BLOCK_ER=block_er(experts * rank),

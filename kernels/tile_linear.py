@@ -28,10 +28,10 @@ from vllm_adafuse.kernels.configs import MAX_SLICES, Tiles
 from vllm_adafuse.kernels.dispatch import MAX_TILE_TOKENS, default_config
 from vllm_adafuse.kernels.early import prefetch_pairs
 from vllm_adafuse.kernels.launch import launch, overlap
+from vllm_adafuse.kernels.operands import Projection, Step
 from vllm_adafuse.kernels.paged_cache import NO_PAGES, Pages, rows_in_pages, starts_of_head
 from vllm_adafuse.kernels.pairs import (
     ACTIVATIONS,
-    ROTARY,
     activate,
     is_gate_up,
     result_width,
@@ -40,7 +40,6 @@ from vllm_adafuse.kernels.pairs import (
     turns_of_heads,
 )
 from vllm_adafuse.kernels.plans import on_hopper, waits_in_loops
-from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import (
     all_sums,
     fence,
@@ -280,41 +279,34 @@ def _boxes(
 
 def tile_linear_triton(
     x: torch.Tensor,
-    joint: torch.Tensor,
-    bias: torch.Tensor | None,
-    bank_b: torch.Tensor,
-    gates: torch.Tensor,
-    counter: torch.Tensor,
-    scratch: Scratch,
-    parts: Sequence[int],
-    widths: Sequence[int],
-    activation: str = "",
+    p: Projection,
+    step: Step,
     tiles: Tiles | None = None,
     out: torch.Tensor | None = None,
-    cos_sin: torch.Tensor | None = None,
-    pages: Pages | None = None,
+    kv_slots: Pages | None = None,
 ) -> torch.Tensor:
     """One launch for up to 128 tokens; see `vllm_adafuse.kernels.linear.linear`.
 
     Args:
-        x, joint, bank_b: as `dispatch.can_tile` wants them.
-        counter: [>= 1] int32, zero; of this launch alone until the next step.
+        x: [T, in]; rows begin at multiples of 16 bytes.
+        p: the projection, of which `dispatch.can_tile` holds; its semaphore is zero, and of this
+            launch alone until the next step.
+        step: the step's buffers.
         tiles: how to cut, default `dispatch.default_config`; `shrink_cols` is not used, and
             `split` only with slices in `out`.
         out: where the result goes, [T, out] with contiguous rows, or [split, T, out] contiguous,
             float32, to leave the sums of each slice of `in` unadded; default a new tensor.
-        cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
-        pages: where k and v go with "rotary", whose columns of the result stay undefined then.
+        kv_slots: where k and v go with "rotary", whose columns of the result stay undefined then.
     """
-    tokens, size_in = x.shape
-    act = ACTIVATIONS.index(activation)
-    half = cos_sin.shape[1] // 2 if act == ROTARY else 0
-    _, experts, rank = bank_b.shape
+    (tokens, size_in), shape, scratch = x.shape, p.shape, step.scratch
+    widths, parts, activation = shape.widths, shape.adapted, shape.activation
+    act, half = ACTIVATIONS.index(activation), shape.head_dim // 2
+    experts, rank, joint = shape.num_experts, shape.rank, p.fused_weight
     size_out = sum(widths)
     bank_a = joint[size_out:]
     members = tiled_widths(widths, activation)
-    shape = tokens, size_in, sum(members), activation, x.element_size()
-    cut = tiles or default_config(*shape, tma=True) or Tiles(64, 64, stages=3)
+    key = tokens, size_in, sum(members), activation, x.element_size()
+    cut = tiles or default_config(*key, tma=True) or Tiles(64, 64, stages=3)
     if half:
         cut = replace(cut, rows=min(cut.pieces[0], half))
     rows, more = cut.pieces
@@ -328,7 +320,7 @@ def tile_linear_triton(
     # gate_up, each of whose members is by itself.
     pair, pieces = 2 if act else 1, (rows, more or rows)
     tall, ranks = half or (widths[0] if act else size_out), bank_a.shape[0]
-    s, b = scratch.s(x.dtype, tokens, ranks), bank_b.view(bank_b.shape[0], -1)
+    s, b = scratch.s(x.dtype, tokens, ranks), p.lora_b.flatten(1)
     of_b = [b[: widths[0]], b[-widths[0] :]] if is_gate_up(activation) else [b]
     w_boxes = _boxes(joint[:size_out], tall, pair, pieces, cut.cols)
     b_boxes = [_boxes(part, half or part.shape[0], pair, pieces, cut.cols) for part in of_b]
@@ -338,12 +330,12 @@ def tile_linear_triton(
         TensorDescriptor(x, list(x.shape), list(x.stride()), [block_t, cut.cols]), *w_boxes,
         TensorDescriptor(bank_a, list(bank_a.shape), [size_in, 1], [SHRINK_ROWS, cut.cols]),
         TensorDescriptor(s, [tokens, ranks], [ranks, 1], [block_t, cut.cols]),
-        *b_boxes[0], *up_boxes, joint, bias, y, cos_sin, gates, s,
-        scratch.partial, scratch.tickets, counter,
-        tokens, y.stride(-2), size_in, *(pages or NO_PAGES),
+        *b_boxes[0], *up_boxes, joint, p.bias, y, step.cos_sin, step.gates, s,
+        scratch.partial, scratch.tickets, p.semaphore,
+        tokens, y.stride(-2), size_in, *(kv_slots or NO_PAGES),
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         PART0=parts[0], PART1=parts[1], PART2=parts[2],
-        HAS_BIAS=bias is not None, ACT=act, HALF=half, PAGED=pages is not None,
+        HAS_BIAS=p.bias is not None, ACT=act, HALF=half, PAGED=kv_slots is not None,
         SPLIT=split, SLICES=cut.slices, RANK=rank, EXPERTS=experts,
         RANKS=ranks, SHRINK_ROWS=SHRINK_ROWS,
         BLOCK_T=block_t, BLOCK_E=max(16, power_of_2(experts)),

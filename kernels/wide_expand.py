@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 
 import torch
 import triton
@@ -26,6 +25,7 @@ from vllm_adafuse.kernels.configs import ExpandBlocks
 from vllm_adafuse.kernels.deltas import load_gates, weigh
 from vllm_adafuse.kernels.dispatch import choose_wide, experts_at_once
 from vllm_adafuse.kernels.launch import launch, overlap
+from vllm_adafuse.kernels.operands import Projection, Step
 from vllm_adafuse.kernels.paged_cache import NO_PAGES, Pages, head_in_pages, rows_in_pages
 from vllm_adafuse.kernels.pairs import activate, result_of, rotate, turns_of_heads
 from vllm_adafuse.kernels.plans import on_hopper
@@ -107,53 +107,44 @@ def _wide_expand_kernel(
 def wide_expand_triton(
     y: torch.Tensor,
     s: torch.Tensor,
-    bank_b: torch.Tensor,
-    gates: torch.Tensor,
-    widths: Sequence[int],
-    activation: str = "",
+    p: Projection,
+    step: Step,
     blocks: ExpandBlocks | None = None,
-    cos_sin: torch.Tensor | None = None,
-    pages: Pages | None = None,
-    in_place: bool = False,
+    kv_slots: Pages | None = None,
 ) -> torch.Tensor:
     """One launch; for what `dispatch.tma_expands` holds. Adds the deltas of the first
     `dispatch.experts_at_once`.
 
     Args:
         y: [T, out], W x with the deltas of the other experts, if any; rows contiguous.
-            Overwritten with `in_place`, and if it is contiguous and no gate_up follows.
-        s: [T, P E R], A x of all experts, of which the first are not yet weighted; rows contiguous,
+            Overwritten with `strided_out`, and if it is contiguous and no gate_up follows.
+        s: [T, S E R], A x of all experts, of which the first are not yet weighted; rows contiguous,
             16 bytes aligned.
-        bank_b: [out, E, R] contiguous, dtype of y.
-        gates: [N, E] float32, N >= T.
-        widths: columns of each part.
-        activation: "", "silu", "gelu_tanh", or "rotary" of q, k, v.
+        p: the projection.
+        step: the step's buffers.
         blocks: how to cut, default `dispatch.choose_wide`.
-        cos_sin: [>= T, D], with "rotary"; see `rotate_torch`.
-        pages: where k and v go with "rotary", whose columns of the result stay undefined then.
-        in_place: what follows gate_up stays in gate's columns of y, see `result_of`.
+        kv_slots: where k and v go with "rotary", whose columns of the result stay undefined then.
 
     Returns:
         [T, out], or [T, I] after silu or gelu_tanh; contiguous, or in y.
     """
-    tokens, out = y.shape
-    _, experts, rank = bank_b.shape
+    (tokens, out), widths, activation = y.shape, p.shape.widths, p.shape.activation
+    experts, rank, bank_b = p.shape.num_experts, p.shape.rank, p.lora_b
     cut = blocks or choose_wide(tokens, math.gcd(*widths), activation)
-    half = cos_sin.shape[1] // 2 if activation == "rotary" else 0
-    shape = experts, rank, tuple(widths), activation, half
+    shape = experts, rank, widths, activation, p.shape.head_dim // 2
     groups, constants = _plan(*shape, cut, on_hopper(y))
     columns, ranks = constants["COLS"], constants["BLOCK_E"] * rank
     block, size = [cut.tokens, columns], experts * rank
     y_desc = TensorDescriptor.from_tensor(y, block)
-    result, out_desc = result_of(y, widths, activation, in_place), y_desc
+    result, out_desc = result_of(y, widths, activation, p.strided_out), y_desc
     if result.data_ptr() != y.data_ptr():
         out_desc = TensorDescriptor.from_tensor(result, block)
     launch(
         _wide_expand_kernel, (groups, cdiv(tokens, cut.tokens)),
         y_desc, TensorDescriptor(bank_b, [out, size], [size, 1], [columns, ranks]), out_desc,
-        TensorDescriptor.from_tensor(s, [cut.tokens, ranks]), gates, cos_sin,
-        tokens, experts, *(pages or NO_PAGES),
-        PAGED=pages is not None, **constants,
+        TensorDescriptor.from_tensor(s, [cut.tokens, ranks]), step.gates, step.cos_sin,
+        tokens, experts, *(kv_slots or NO_PAGES),
+        PAGED=kv_slots is not None, **constants,
     )  # fmt: skip
     return result
 

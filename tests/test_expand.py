@@ -1,5 +1,7 @@
 """Expand alone: adds to y in place, or goes on to the activation of gate and up."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from ops import delta_truth, error, linear_truth, make_problem, shrink_truth, twice_from_joint
@@ -40,10 +42,8 @@ def test_from_raw_sums_equals_float64(tokens, parts, activation):
     y = 3 * torch.randn(tokens, 280, device=p.x.device)
     raw = torch.einsum("peri,ti->tper", p.bank_a.double(), p.x.double()).flatten(1).float()
     joint, bias = torch.cat([y, raw], 1), torch.randn(280, device=y.device)
-    out = expand_raw_triton(
-        joint[:, :280], joint[:, 280:], bias, p.bank_b, p.gates, p.present,
-        p.parts, p.widths, activation,
-    )  # fmt: skip
+    of = p.projection(activation)
+    out = expand_raw_triton(joint[:, :280], joint[:, 280:], bias, of, p.step())
     truth = y.double() + bias.double() + delta_truth(p)
     assert error(out, activate_torch(truth, activation) if activation else truth) <= 1e-5
 
@@ -58,9 +58,7 @@ def test_slices_are_added(tokens, split):
     raw = torch.einsum("peri,kti->ktper", p.bank_a.double(), parts_of_x.double())
     joint = torch.cat([y, raw.flatten(2).float()], 2)
     before = joint.clone()
-    out = expand_raw_triton(
-        joint[..., :140], joint[..., 140:], None, p.bank_b, p.gates, p.present, [0], [140]
-    )
+    out = expand_raw_triton(joint[..., :140], joint[..., 140:], None, p.projection(), p.step())
     assert error(out, y.double().sum(0) + delta_truth(p)) <= 1e-5
     assert out.is_contiguous() and torch.equal(joint, before)
 
@@ -70,9 +68,9 @@ def test_slices_are_added(tokens, split):
 @pytest.mark.parametrize("parts", [[0, 1], [-1, 0]])
 def test_an_activation_in_place(parts, bias, width):
     p = make_problem(70, 48, [width, width], 3, 2, 4, parts=parts, bias=bias)
+    of, step, blocks = p.projection("silu"), p.step(), ExpandBlocks(32, 16, 4, 4, 2)
     out, apart, in_y = twice_from_joint(p, lambda y, s, in_place: expand_raw_triton(
-        y, s, p.bias, p.bank_b, p.gates, p.present, parts, p.widths, "silu",
-        ExpandBlocks(32, 16, 4, 4, 2), in_place=in_place,
+        y, s, p.bias, replace(of, strided_out=in_place), step, blocks
     ))  # fmt: skip
     want = linear_truth(p, "silu")
     assert in_y and error(out, want) <= 1e-5 and error(apart, want) <= 1e-5
@@ -85,10 +83,8 @@ def test_cuts_of_the_tile(shape, bias):
     y = 3 * torch.randn(shape[0], sum(p.widths), device=p.x.device)
     raw = torch.einsum("peri,ti->tper", p.bank_a.double(), p.x.double()).flatten(1).float()
     truth = y.double() + delta_truth(p) + (p.bias.double() if bias else 0)
-    out = expand_raw_triton(
-        y, raw, p.bias, p.bank_b, p.gates, p.present, p.parts, p.widths,
-        blocks=ExpandBlocks(32, 16, 4, 4, 2),
-    )  # fmt: skip
+    blocks = ExpandBlocks(32, 16, 4, 4, 2)
+    out = expand_raw_triton(y, raw, p.bias, p.projection(), p.step(), blocks)
     assert error(out, truth) <= 1e-5
     assert (out is y) is not bias
 
@@ -101,9 +97,8 @@ def test_queries_and_keys_are_turned(parts, widths):
     y = 3 * torch.randn(tokens, sum(widths), device=p.x.device)
     raw = torch.einsum("peri,ti->tper", p.bank_a.double(), p.x.double()).flatten(1).float()
     cos_sin = torch.randn(tokens + 3, head_dim, device=p.x.device)
-    out = expand_raw_triton(
-        y, raw, p.bias, p.bank_b, p.gates, p.present, parts, widths, "rotary", cos_sin=cos_sin
-    )
+    of = p.projection("rotary", cos_sin)
+    out = expand_raw_triton(y, raw, p.bias, of, p.step(cos_sin))
     truth = y.double() + p.bias.double() + delta_truth(p)
     assert error(out, rotate_torch(truth, cos_sin, widths[0] + widths[1])) <= 1e-5
 

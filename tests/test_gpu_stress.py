@@ -7,7 +7,7 @@ launch, and another stream keeps processors and memory busy.
 
 import pytest
 import torch
-from ops import DEVICE, Problem, error, joint_of, linear_truth, make_problem
+from ops import DEVICE, Problem, error, linear_truth, make_problem
 from vllm_adafuse.kernels.configs import Tiles
 from vllm_adafuse.kernels.stream_linear import stream_linear_triton
 from vllm_adafuse.kernels.tile_linear import tile_linear_triton
@@ -41,8 +41,7 @@ class Stress:
         self.tiled, self.activation, self.cut, self.split = kind == "tile", activation, cut, split
         widths = [width * size // 4 for width in widths]
         self.p: Problem = make_problem(tokens, size, widths, experts, 2, rank, dtype=dtype)
-        self.joint = joint_of(self.p)
-        self.counter = torch.zeros(4, dtype=torch.int32, device=DEVICE)
+        self.of, self.step = self.p.projection(activation), self.p.step()
         self.left = None
         if split:
             self.left = torch.empty(split, tokens, sum(widths), device=DEVICE)
@@ -51,13 +50,9 @@ class Stress:
         """[T, out], or slices of it, from an s of NaN."""
         p = self.p
         p.scratch.low.fill_(255)
-        self.counter.zero_()
-        shared = self.counter, p.scratch, p.parts, p.widths, self.activation, self.cut, self.left
-        if self.tiled:
-            return tile_linear_triton(p.x, self.joint, None, p.bank_b, p.gates, *shared)
-        return stream_linear_triton(
-            p.x, p.weight, None, p.bank_a, p.bank_b, p.gates, p.present, *shared
-        )
+        self.of.semaphore.zero_()
+        launch = tile_linear_triton if self.tiled else stream_linear_triton
+        return launch(p.x, self.of, self.step, self.cut, self.left)
 
     def assert_near(self, out: torch.Tensor) -> None:
         found = out.sum(0) if self.split else out

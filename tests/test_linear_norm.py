@@ -94,8 +94,8 @@ MIXTURES = [(8, 2, 16), (16, 2, 16), (5, 2, 32), (65, 2, 16), (65, 2, 32)]
     [((20, 3, 9), False), *((m, False) for m in MIXTURES), *((m, True) for m in MIXTURES)],
 )
 def test_long_steps_of_many_ranks(mixture, widens, monkeypatch):
-    """By cuBLAS up to so many ranks: all of it from `MIN_FUSED_NORM_TOKENS` on, where the norm follows
-    at once; before that as much as `expand_long` is told."""
+    """By cuBLAS up to so many ranks: all of it from `MIN_FUSED_NORM_TOKENS` on, where the norm
+    follows at once; before that as much as `expand_long` is told."""
     if widens and DEVICE == "cuda":
         pytest.skip("float32 does not fit a GPU's shared memory there, and is never taken")
     calls, dense = [], linear.dense_expand_triton

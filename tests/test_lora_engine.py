@@ -144,15 +144,16 @@ def test_a_pinned_adapter_stays(served):
 
 
 def test_steps_without_adapters_route_nothing(served, monkeypatch):
-    from vllm_adafuse.kernels import linear, sgmm
+    from vllm_adafuse.kernels import page_linear
+    from vllm_adafuse.serving import ops
     from vllm_adafuse.serving.page_step import PageStep
 
     def fail(*arguments):
         raise AssertionError("a step without adapters ran our kernels")
 
     monkeypatch.setattr(PageStep, "route", fail)
-    monkeypatch.setattr(sgmm, "run", fail)
-    monkeypatch.setattr(linear, "run", fail)
+    monkeypatch.setattr(ops, "sgmm", fail)
+    monkeypatch.setattr(page_linear, "linear", fail)
     served.check(["base"], served.generate(["base"], PROMPTS[:2]))
     with pytest.raises(AssertionError, match="ran our kernels"):
         manager_of(served.llm).step.active.fill_(True)

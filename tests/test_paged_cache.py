@@ -7,7 +7,6 @@ from ops import (
     DEVICE,
     error,
     in_whole_numbers,
-    joint_of,
     linear_truth,
     make_problem,
     whole_turns,
@@ -55,20 +54,13 @@ def wanted(truth, pages, widths) -> Pages:
 
 
 def by_stream(p, cos_sin, pages):
-    counter = torch.zeros(4, dtype=torch.int32, device=DEVICE)
-    return stream_linear_triton(
-        p.x, p.weight, p.bias, p.bank_a, p.bank_b, p.gates, p.present, counter, p.scratch,
-        p.parts, p.widths, "rotary", Tiles(16, 32), cos_sin=cos_sin, pages=pages,
-    )  # fmt: skip
+    of, cut = p.projection("rotary", cos_sin), Tiles(16, 32)
+    return stream_linear_triton(p.x, of, p.step(cos_sin), cut, kv_slots=pages)
 
 
 def by_tiles(p, cos_sin, pages):
-    counter = torch.zeros(4, dtype=torch.int32, device=DEVICE)
-    joint = joint_of(p)
-    return tile_linear_triton(
-        p.x, joint, p.bias, p.bank_b, p.gates, counter, p.scratch,
-        p.parts, p.widths, "rotary", Tiles(16, 32, slices=2), cos_sin=cos_sin, pages=pages,
-    )  # fmt: skip
+    of, cut = p.projection("rotary", cos_sin), Tiles(16, 32, slices=2)
+    return tile_linear_triton(p.x, of, p.step(cos_sin), cut, kv_slots=pages)
 
 
 def products(p):
@@ -78,11 +70,8 @@ def products(p):
 
 
 def by_expand(p, cos_sin, pages, blocks=None):
-    y, s = products(p)
-    return expand_raw_triton(
-        y, s, p.bias, p.bank_b, p.gates, p.present, p.parts, p.widths, "rotary", blocks, cos_sin,
-        pages,
-    )  # fmt: skip
+    of = p.projection("rotary", cos_sin)
+    return expand_raw_triton(*products(p), p.bias, of, p.step(cos_sin), blocks, pages)
 
 
 def by_long_expand(p, cos_sin, pages):
@@ -90,11 +79,8 @@ def by_long_expand(p, cos_sin, pages):
 
 
 def by_wide_expand(p, cos_sin, pages):
-    y, s = products(p)
-    blocks = ExpandBlocks(16, 32, 2, 4, 2)
-    return wide_expand_triton(
-        y, s, p.bank_b, p.gates, p.widths, "rotary", blocks, cos_sin, pages
-    )  # fmt: skip
+    of, blocks = p.projection("rotary", cos_sin), ExpandBlocks(16, 32, 2, 4, 2)
+    return wide_expand_triton(*products(p), of, p.step(cos_sin), blocks, pages)
 
 
 def by_op(p, cos_sin, pages):
@@ -191,14 +177,11 @@ def test_a_captured_graph_follows_the_slots():
     p = make_problem(8, 512, [256, 128, 128], 4, 2, 8, dtype=torch.bfloat16)
     cos_sin = torch.randn(8, 64, device=DEVICE).bfloat16()
     pages = make_pages(8, 2, 64, torch.bfloat16)
-    counter = torch.zeros(4, dtype=torch.int32, device=DEVICE)
+    of, buffers = p.projection("rotary", cos_sin), p.step(cos_sin)
 
     def step():
-        counter.zero_()
-        return stream_linear_triton(
-            p.x, p.weight, None, p.bank_a, p.bank_b, p.gates, p.present, counter, p.scratch,
-            p.parts, p.widths, "rotary", cos_sin=cos_sin, pages=pages,
-        )  # fmt: skip
+        of.semaphore.zero_()
+        return stream_linear_triton(p.x, of, buffers, kv_slots=pages)
 
     step()
     graph = torch.cuda.CUDAGraph()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops import DEVICE, error, joint_of, linear_truth, make_problem
+from ops import error, linear_truth, make_problem
 from vllm_adafuse.kernels.expand import expand_raw_triton
 from vllm_adafuse.kernels.stream_linear import stream_linear_triton
 from vllm_adafuse.kernels.tile_linear import tile_linear_triton
@@ -17,33 +17,24 @@ def common(p, big, tokens):
     return p
 
 
-def streamed(p, counter, activation):
-    return stream_linear_triton(
-        p.x, p.weight, None, p.bank_a, p.bank_b, p.gates, p.present, counter, p.scratch,
-        p.parts, p.widths, activation,
-    )  # fmt: skip
+def streamed(p, activation):
+    return stream_linear_triton(p.x, p.projection(activation), p.step())
 
 
-def tiled(p, counter, activation):
-    joint = joint_of(p)
-    return tile_linear_triton(
-        p.x, joint, None, p.bank_b, p.gates, counter, p.scratch, p.parts, p.widths,
-        activation,
-    )  # fmt: skip
+def tiled(p, activation):
+    return tile_linear_triton(p.x, p.projection(activation), p.step())
 
 
 def products(p):
     return p.x @ p.weight.T, p.x @ p.bank_a.flatten(0, 2).T
 
 
-def expanded(p, counter, activation):
-    y, s = products(p)
-    shared = p.bank_b, p.gates, p.present, p.parts, p.widths, activation
-    return expand_raw_triton(y, s, None, *shared)
+def expanded(p, activation):
+    return expand_raw_triton(*products(p), None, p.projection(activation), p.step())
 
 
-def wide(p, counter, activation):
-    return wide_expand_triton(*products(p), p.bank_b, p.gates, p.widths, activation)
+def wide(p, activation):
+    return wide_expand_triton(*products(p), p.projection(activation), p.step())
 
 
 PATHS = {
@@ -62,8 +53,7 @@ def test_sizes_differ_by_less_than_two_roundings(dtype, activation):
     results = {}
     for name, (tokens, run) in PATHS.items():
         p = common(make_problem(150, SIZE_IN, WIDTHS, 8, 2, RANK, dtype=dtype), big, tokens)
-        counter = torch.zeros(4, dtype=torch.int32, device=DEVICE)
-        results[name] = run(p, counter, activation)[:5]
+        results[name] = run(p, activation)[:5]
     p = common(big, big, 5)
     truth = linear_truth(p, activation)
     plain = 1e-5 if dtype == torch.float32 else error(linear_truth(p, activation, dtype), truth)

@@ -11,12 +11,8 @@ from vllm_adafuse.kernels.stream_linear import stream_linear_triton
 CUTS = [Tiles(32, 64), Tiles(16, 32, 2), Tiles(64, 16, 4)]
 
 
-def run(p, activation="", tiles=None, **options):
-    counter = torch.zeros(4, dtype=torch.int32, device=DEVICE)
-    return stream_linear_triton(
-        p.x, p.weight, p.bias, p.bank_a, p.bank_b, p.gates, p.present, counter, p.scratch,
-        p.parts, p.widths, activation, tiles, **options,
-    )  # fmt: skip
+def run(p, activation="", tiles=None, cos_sin=None):
+    return stream_linear_triton(p.x, p.projection(activation, cos_sin), p.step(cos_sin), tiles)
 
 
 @pytest.mark.parametrize("tiles", CUTS)

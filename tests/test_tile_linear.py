@@ -3,7 +3,7 @@
 import ops
 import pytest
 import torch
-from ops import DEVICE, error, joint_of, linear_truth, make_problem
+from ops import DEVICE, error, linear_truth, make_problem
 from vllm_adafuse.kernels.configs import Tiles
 from vllm_adafuse.kernels.dispatch import can_tile
 from vllm_adafuse.kernels.pairs import rotate_torch
@@ -24,13 +24,9 @@ SHAPES = {name: in_eights(*shape) for name, shape in ops.SHAPES.items()}
 SHAPES["hundred-tokens"] = (100, 72, [64, 70], 5, 2, 16)
 
 
-def run(p, activation="", tiles=None, **options):
-    counter = torch.zeros(4, dtype=torch.int32, device=DEVICE)
-    joint = joint_of(p)
-    return tile_linear_triton(
-        p.x, joint, p.bias, p.bank_b, p.gates, counter, p.scratch,
-        p.parts, p.widths, activation, tiles, **options,
-    )  # fmt: skip
+def run(p, activation="", tiles=None, out=None, cos_sin=None):
+    of = p.projection(activation, cos_sin)
+    return tile_linear_triton(p.x, of, p.step(cos_sin), tiles, out)
 
 
 @pytest.mark.parametrize("tiles", CUTS)

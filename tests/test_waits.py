@@ -1,8 +1,7 @@
 """What waits within a launch: programs that run at once, not in the order of their numbers."""
 
 import pytest
-import torch
-from ops import DEVICE, error, joint_of, linear_truth, make_problem
+from ops import DEVICE, error, linear_truth, make_problem
 from vllm_adafuse.kernels.configs import Tiles
 from vllm_adafuse.kernels.stream_linear import stream_linear_triton
 from vllm_adafuse.kernels.tile_linear import tile_linear_triton
@@ -25,21 +24,7 @@ CUTS = {
 }
 
 
-def stream(p, counter, activation, cut):
-    return stream_linear_triton(
-        p.x, p.weight, p.bias, p.bank_a, p.bank_b, p.gates, p.present, counter, p.scratch,
-        p.parts, p.widths, activation, cut,
-    )  # fmt: skip
-
-
-def tile(p, counter, activation, cut):
-    return tile_linear_triton(
-        p.x, joint_of(p), p.bias, p.bank_b, p.gates, counter, p.scratch, p.parts, p.widths,
-        activation, cut,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("run", [stream, tile])
+@pytest.mark.parametrize("run", [stream_linear_triton, tile_linear_triton])
 @pytest.mark.parametrize(
     "name, cut", [(n, c) for n in SHAPES for c in CUTS if c != "sliced" or not SHAPES[n][2]]
 )
@@ -47,8 +32,7 @@ def test_tiles_wait_for_all_of_the_shrink(name, run, cut, all_at_once):
     """s is NaN until it is written, so a tile that goes on too early says so."""
     shape, parts, activation = SHAPES[name]
     p = make_problem(*shape, parts=parts, bias=True)
-    counter = torch.zeros(4, dtype=torch.int32, device=DEVICE)
-    out = run(p, counter, activation, CUTS[cut])
+    out = run(p.x, p.projection(activation), p.step(), CUTS[cut])
     assert all_at_once.asked > 1
     assert error(out, linear_truth(p, activation)) <= 1e-5
     assert not p.scratch.tickets.any()

@@ -263,7 +263,7 @@ class Trial:
             hidden, weight = x, x.new_ones(product.size_in)
         for p in self.layers:
             if product.behind_norm:
-                before = hidden, weight, 1e-5, p.lora_b, step.gates
+                before = hidden, Norm(weight, 1e-5), p.lora_b, step.gates
                 x, _ = residual_norm_triton(hidden, None, *before)
             if product.norm:
                 linear_norm_triton(x, residual, p, step, way)
