@@ -46,6 +46,8 @@ from vllm_adafuse.kernels.whole import cdiv, power_of_2
 MAX_STREAM_ONLY_TOKENS = 16
 MAX_STREAM_TOKENS = 32
 MAX_TILE_TOKENS = 128
+# Up to so many tokens tiles are not worth a measurement.
+MAX_UNTILED_TOKENS = 8
 # With more ranks over all experts 17 to 32 tokens are streamed: tiles would take absent experts
 # along. (3010da1: 64 experts of rank 16, gate_up 72.5 us streamed, 84.9 tiled.)
 MAX_TILED_RANKS = 512

@@ -16,7 +16,10 @@ from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.kernels.configs import Tiles
 from vllm_adafuse.kernels.dispatch import (
+    MAX_LOW_TILE_TOKENS,
+    MAX_STREAM_ONLY_TOKENS,
     MAX_STREAM_TOKENS,
+    MAX_UNTILED_TOKENS,
     config_plan,
     cublas_plan,
     default_config,
@@ -144,7 +147,7 @@ def candidates(
         yield None
     found = itertools.chain(
         _streamed(*shape) if tokens <= MAX_STREAM_TOKENS else (),
-        _tiled(*shape) if tma and tokens > 8 else (),
+        _tiled(*shape) if tma and tokens > MAX_UNTILED_TOKENS else (),
     )
     yield from (cut for cut in found if cut != default)
 
@@ -155,7 +158,7 @@ def _streamed(
     pairs, block_t = follows not in ("", "norm"), max(16, triton.next_power_of_2(tokens))
     two = 2 if pairs else 1
     for rows, cols, stages, split in itertools.product(
-        (16, 32, 64) if tokens <= 16 else (32, 64), (64, 128), (3, 4, 6),
+        (16, 32, 64) if tokens <= MAX_STREAM_ONLY_TOKENS else (32, 64), (64, 128), (3, 4, 6),
         (1,) if pairs else (1, 2, 3, 4),
     ):  # fmt: skip
         shared = (stages - 1) * (rows * two + block_t) * cols * itemsize
@@ -165,7 +168,7 @@ def _streamed(
             continue
         if not 4096 <= per_step <= 16384 or size_in < cols * split * stages:
             continue
-        warps, few = 8 if per_step * block_t >= 1 << 19 else 4, tokens <= 16
+        warps, few = 8 if per_step * block_t >= 1 << 19 else 4, tokens <= MAX_STREAM_ONLY_TOKENS
         slices = 1 if split == 1 else 2 if few else 3
         yield Tiles(rows, cols, split, warps, stages, 512 if few and split > 1 else 256, slices)
 
@@ -174,7 +177,7 @@ def _tiled(
     tokens: int, size_in: int, rows_of_w: int, follows: str, itemsize: int
 ) -> Iterator[Tiles]:
     pairs, block_t = follows not in ("", "norm"), max(MIN_TOKENS, triton.next_power_of_2(tokens))
-    two, many = 2 if pairs else 1, tokens > 64
+    two, many = 2 if pairs else 1, tokens > MAX_LOW_TILE_TOKENS
     norm = follows == "norm"
     # The shrink should end long before the product: in short slices where that is cut, too.
     slices_of = (4, 8) if norm and many else (2, 4) if many else (4 if size_in > 8192 else 2,)
