@@ -7,16 +7,16 @@
     page_routes    ids, adapter of each   -> gates, present pages, counters, where requests choose
     linear         x, [W; A], B, gates    -> the adapted projection, with what follows it: gate_up's
                                              activation, the rotary embedding of queries and keys
-      stream_linear  its kernel for few tokens
-      tile_linear    its kernel for some dozens, for large projections
+      decode_gemm    its kernel for few tokens
+      tma_gemm       its kernel for some dozens, for large projections
     linear_norm    x, [W; A], B, residual -> o_proj or down_proj with its deltas, added to the
                                              residual, and the RMSNorm of that
-      residual_norm  its end
+      add_norm       its end
     sgmm           y, x, A, B, gates      -> y + deltas, over a projection of any kind
       shrink         its first kernel: x into the rank space of the experts
       expand         its second kernel: out of it, added to y; ends both `linear`s behind the
-                     vendor's product, as do
-      wide_expand    for thousands of tokens, after
+                     cuBLAS, as does
+      tma_expand     for thousands of tokens, after
       dense_expand   of the experts beyond 128 ranks
     page_linear    `linear` over pages, in the steps that have adapters
     live_route     hidden states at a layer -> routes   (`router.layer`, inside the model)

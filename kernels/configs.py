@@ -41,8 +41,8 @@ class Tiles:
         stages: steps in flight.
         shrink_cols: elements of `in` in a step of the shrink, a power of two.
         slices: programs that share the shrink of one expert, each with a slice of `in`.
-        tma: whole tiles through the tensor memory accelerator (tile_linear), not streamed
-            (stream_linear).
+        tma: whole tiles through the tensor memory accelerator (tma_gemm), not streamed
+            (decode_gemm).
     """
 
     rows: int = 64

@@ -91,7 +91,7 @@ MAX_LAYER_PRESENT_TOKENS = 8
 # and activation in one launch gain nothing (35af7a0: 2.2 us at qkv, -6.7 at gate_up, none a layer).
 MAX_SMALL_ROUTE_TOKENS = 512
 MAX_JOINT_TOKENS = 256
-# Where `wide_expand` changes its cut: few tokens want more programs, many want short loops.
+# Where `tma_expand` changes its cut: few tokens want more programs, many want short loops.
 WIDE_EXPAND_TOKENS = 4096, 8192
 
 TOKEN_LIMITS = (
@@ -301,7 +301,7 @@ def slices_of_product(shape: Shape, num_tokens: int) -> int:
 
 
 def in_wide_ranks(experts: int, rank: int) -> bool:
-    """Whether `wide_expand` takes experts of this rank, after `dense_expand` if they are many. Of 8
+    """Whether `tma_expand` takes experts of this rank, after `dense_expand` if they are many. Of 8
     ranks it takes no fewer than one whole product."""
     ranks = experts * rank
     fits = 16 <= rank <= BLOCK_ER or rank == 8 and ranks > BLOCK_ER
@@ -322,7 +322,7 @@ def experts_at_once(experts: int, rank: int) -> int:
 
 
 def tma_expands(shape: Shape, num_tokens: int, one_gemm: bool, device: Device) -> bool:
-    """Whether `wide_expand` is the one to take: many tokens, ranks that it has, columns in whole
+    """Whether `tma_expand` is the one to take: many tokens, ranks that it has, columns in whole
     tiles, and the tensor memory accelerator can read the product."""
     s = shape
     if num_tokens < MIN_WIDE_TOKENS or not device.hopper or s.itemsize != 2:
@@ -343,7 +343,7 @@ def choose_expand(tokens: int, activation: bool, itemsize: int) -> ExpandBlocks:
 
 @functools.cache
 def choose_wide(tokens: int, width: int, activation: str) -> ExpandBlocks:
-    """How `wide_expand` is cut. Found on an H200 at the shapes of Llama-2-7B.
+    """How `tma_expand` is cut. Found on an H200 at the shapes of Llama-2-7B.
 
     width: of which the widths of all slices are multiples.
     """
@@ -362,7 +362,7 @@ def choose_wide(tokens: int, width: int, activation: str) -> ExpandBlocks:
 
 @functools.cache
 def choose_norm(width: int, expand: bool, sliced: bool, itemsize: int) -> NormBlocks:
-    """How `residual_norm` is cut. Found on an H200 at the shapes of Llama-2-7B."""
+    """How `add_norm` is cut. Found on an H200 at the shapes of Llama-2-7B."""
     whole = power_of_2(width)
     if not expand:
         return NormBlocks(1, whole, whole, 8 if sliced or whole > 4096 else 4)

@@ -3,9 +3,9 @@
     y = x Wᵀ + bias + Σ_e gates[:, e] B[e] A[e] x          (SGMM, see sgmm.py)
     out = y, act(y_gate) * y_up for gate_up, or y with q and k turned for qkv (see pairs.py)
 
-W and A stand in one tensor, [W; A]. Few tokens take one launch that streams it (stream_linear.py),
-some dozens one that tiles it where the product is large (tile_linear.py). Otherwise one product of
-the vendor's gives W x and A x together, and one pass adds the expand (expand.py, wide_expand.py)
+W and A stand in one tensor, [W; A]. Few tokens take one launch that streams it (decode_gemm.py),
+some dozens one that tiles it where the product is large (tma_gemm.py). Otherwise one product of
+the vendor's gives W x and A x together, and one pass adds the expand (expand.py, tma_expand.py)
 and goes on to the activation. Which, says `dispatch.plan`.
 """
 
@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from vllm_adafuse.kernels import stream_linear, tile_linear
+from vllm_adafuse.kernels import decode_gemm, tma_gemm
 from vllm_adafuse.kernels.configs import Tiles
+from vllm_adafuse.kernels.decode_gemm import decode_gemm_triton
 from vllm_adafuse.kernels.dense_expand import dense_expand_triton
 from vllm_adafuse.kernels.expand import expand_raw_triton, expand_torch
 from vllm_adafuse.kernels.operands import Projection, Step
@@ -22,14 +23,13 @@ from vllm_adafuse.kernels.paged_cache import Pages, paged_cache_torch
 from vllm_adafuse.kernels.pairs import activate_torch, result_width, rotate_torch
 from vllm_adafuse.kernels.plans import TMA_EXPAND, Plan, Shape
 from vllm_adafuse.kernels.shrink import shrink_torch
-from vllm_adafuse.kernels.stream_linear import stream_linear_triton
-from vllm_adafuse.kernels.tile_linear import tile_linear_triton
-from vllm_adafuse.kernels.wide_expand import wide_expand_triton
+from vllm_adafuse.kernels.tma_expand import tma_expand_triton
+from vllm_adafuse.kernels.tma_gemm import tma_gemm_triton
 
 
 def scratch_sizes(bank_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
     """Bytes of s, floats of partial sums and tickets that a projection of `rows` rows may need."""
-    needs = stream_linear.scratch_sizes(bank_a, rows), tile_linear.scratch_sizes(bank_a)
+    needs = decode_gemm.scratch_sizes(bank_a, rows), tma_gemm.scratch_sizes(bank_a)
     low, floats, tickets = map(max, *needs)
     return low, floats, tickets
 
@@ -102,7 +102,7 @@ def expand_long(
         if way.dense_from is not None:
             of = p.shape.adapted, p.shape.widths, way.dense_from
             dense_expand_triton(y, s, p.lora_b, step.gates, *of)
-        return wide_expand_triton(y, s, p, step, kv_slots=kv_slots)
+        return tma_expand_triton(y, s, p, step, kv_slots=kv_slots)
     return expand_raw_triton(y, s, bias, p, step, kv_slots=kv_slots)
 
 
@@ -115,7 +115,7 @@ def one_launch(
     kv_slots: Pages | None = None,
 ) -> torch.Tensor:
     """The projection of few tokens by the kernel that a cut is for; see both."""
-    launch = tile_linear_triton if config.tma else stream_linear_triton
+    launch = tma_gemm_triton if config.tma else decode_gemm_triton
     return launch(x, p, step, config, out, kv_slots)
 
 

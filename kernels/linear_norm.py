@@ -7,7 +7,7 @@ for o_proj and down_proj, whose outputs go that way in most decoders. W and A st
 [W; A]. With few tokens one launch streams or tiles W, adds the deltas, and leaves sums of slices of
 `in`, which the norm adds up: so a product with few rows gets programs enough, and none waits for
 the last of them. Longer steps take products of the vendor's; up to some thousands of tokens an
-expand adds the deltas before the norm, beyond that the norm does (residual_norm.py), or if they
+expand adds the deltas before the norm, beyond that the norm does (add_norm.py), or if they
 have many ranks the vendor's product (dense_expand.py). SGMM (AdaFuse, arXiv 2603.11873, section 3)
 for the deltas. Which, says `dispatch.plan`.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import torch
 from vllm_adafuse.kernels import linear
+from vllm_adafuse.kernels.add_norm import add_norm_torch, add_norm_triton
 from vllm_adafuse.kernels.configs import MAX_SPLIT, Tiles
 from vllm_adafuse.kernels.dense_expand import dense_expand_triton
 from vllm_adafuse.kernels.dispatch import MAX_TILE_TOKENS
@@ -28,7 +29,6 @@ from vllm_adafuse.kernels.linear import (
 )
 from vllm_adafuse.kernels.operands import Projection, Step
 from vllm_adafuse.kernels.plans import ADD_NORM, NONE, Plan
-from vllm_adafuse.kernels.residual_norm import residual_norm_torch, residual_norm_triton
 
 
 def scratch_sizes(bank_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
@@ -54,7 +54,7 @@ def linear_norm_torch(
     x: torch.Tensor, residual: torch.Tensor, p: Projection, step: Step
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The reference; see `linear_norm`."""
-    return residual_norm_torch(linear_torch(x, p, step), residual, p.norm)
+    return add_norm_torch(linear_torch(x, p, step), residual, p.norm)
 
 
 def linear_norm(
@@ -82,18 +82,18 @@ def linear_norm_triton(
     """`linear_norm` on a GPU, by a plan."""
     behind = residual, p.norm, p.lora_b, step.gates
     if way.config:
-        return residual_norm_triton(slices_triton(x, p, step, way.config), None, *behind)
+        return add_norm_triton(slices_triton(x, p, step, way.config), None, *behind)
     if way.split_k > 1:
         y, s = sliced_product(x, p, way.split_k)
     else:
         y, s, _ = joint_product(x, p, way.one_gemm)
     if way.expand == ADD_NORM:
-        return residual_norm_triton(y, s, *behind)
+        return add_norm_triton(y, s, *behind)
     if way.expand == NONE:
         shape = p.shape
         dense_expand_triton(
             y, s, p.lora_b, step.gates, shape.adapted, shape.widths, way.dense_from
         )
-        return residual_norm_triton(y, None, *behind)
+        return add_norm_triton(y, None, *behind)
     y = expand_long(y, s, None, p, step, way)
-    return residual_norm_triton(y, None, *behind, z=y)
+    return add_norm_triton(y, None, *behind, z=y)

@@ -12,8 +12,7 @@ import torch
 from vllm_adafuse.kernels.configs import Tiles
 from vllm_adafuse.kernels.pairs import tiled_widths
 
-# What a plan may name. Of W: DECODE_GEMM is stream_linear.py, TMA_GEMM tile_linear.py; SHRINK, over
-# a quantised W, is of A alone. Of the expand: TMA_EXPAND is wide_expand.py.
+# What a plan may name, after its file; cuBLAS has none. SHRINK, over a quantised W, is of A alone.
 DECODE_GEMM, TMA_GEMM, CUBLAS, SHRINK = "decode_gemm", "tma_gemm", "cublas", "shrink"
 NONE, EXPAND, TMA_EXPAND, ADD_NORM = "none", "expand", "tma_expand", "add_norm"
 

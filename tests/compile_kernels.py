@@ -15,18 +15,18 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from vllm_adafuse.kernels import (
+    add_norm,
     configs,
+    decode_gemm,
     dense_expand,
     dispatch,
     expand,
     pairs,
-    residual_norm,
     shrink,
     spread_routes,
-    stream_linear,
     switch,
-    tile_linear,
-    wide_expand,
+    tma_expand,
+    tma_gemm,
 )
 
 HOPPER, BLACKWELL = GPUTarget("cuda", 90, 32), GPUTarget("cuda", 100, 32)
@@ -134,9 +134,9 @@ def main() -> None:
                 "SHRINK_STAGES": shrink.SHRINK_STAGES, "PDL": True,
                 "STAGES": cut.stages,
             }  # fmt: skip
-            kernel = stream_linear._stream_linear_kernel
+            kernel = decode_gemm._decode_gemm_kernel
             for listed in (False, True):
-                name = f"stream_linear act={number} tokens={tokens}" + ", listed" * listed
+                name = f"decode_gemm act={number} tokens={tokens}" + ", listed" * listed
                 listing = constants | {"PADDED": 16 * listed}
                 rows.append(build(name, kernel, listing, cut.warps, cut.stages))
         for tokens in (64, 128):
@@ -145,14 +145,14 @@ def main() -> None:
             tall, more = cut.pieces
             constants = shape | {
                 "SPLIT": 1, "SLICES": cut.slices, "RANK": 16, "EXPERTS": 8,
-                "RANKS": 128 * (2 if act == "silu" else 3), "SHRINK_ROWS": tile_linear.SHRINK_ROWS,
+                "RANKS": 128 * (2 if act == "silu" else 3), "SHRINK_ROWS": tma_gemm.SHRINK_ROWS,
                 "BLOCK_T": tokens, "BLOCK_E": 16,
                 "ROWS": tall, "MORE": more, "COLS": cut.cols, "STAGES": cut.stages,
                 "PDL": True, "WAITS": True,
             }  # fmt: skip
             members = 2 if act else 1
             for name, box in {
-                "x": (tokens, cut.cols), "a": (tile_linear.SHRINK_ROWS, cut.cols),
+                "x": (tokens, cut.cols), "a": (tma_gemm.SHRINK_ROWS, cut.cols),
                 "s": (tokens, cut.cols),
                 **dict.fromkeys(("w", "b", "up"), (members, tall, cut.cols)),
                 **dict.fromkeys(
@@ -160,8 +160,8 @@ def main() -> None:
                 ),
             }.items():  # fmt: skip
                 POINTERS[f"{name}_desc"] = f"tensordesc<bf16[{', '.join(map(str, box))}]>"
-            kernel = tile_linear._tile_linear_kernel
-            name = f"tile_linear act={number} tokens={tokens}"
+            kernel = tma_gemm._tma_gemm_kernel
+            name = f"tma_gemm act={number} tokens={tokens}"
             if act != "silu":
                 constants |= {"up_desc": None, "more_up_desc": None}
             rows.append(build(name, kernel, constants, cut.warps, cut.stages))
@@ -185,14 +185,14 @@ def main() -> None:
         widths = [shape[f"WIDTH{i}"] for i in range(3) if shape[f"WIDTH{i}"]]
         for tokens, experts in ((2048, 8), (16000, 8), (16000, 16)):
             cut, half = dispatch.choose_wide(tokens, widths[0], act), shape["HALF"]
-            _, constants = wide_expand._plan(experts, 16, tuple(widths), act, half, cut, True)
+            _, constants = tma_expand._plan(experts, 16, tuple(widths), act, half, cut, True)
             constants = {k: v for k, v in constants.items() if k.isupper()} | paged
             constants |= {} if act == "rotary" else {"cos_sin_ptr": None}
             block = f"tensordesc<bf16[{cut.tokens}, {cut.columns}]>"
             POINTERS.update(y_desc=block, out_desc=block)
             POINTERS["b_desc"] = f"tensordesc<bf16[{cut.columns}, 128]>"
             POINTERS["s_desc"] = f"tensordesc<bf16[{cut.tokens}, 128]>"
-            name, kernel = f"wide_expand act={number} {tokens}", wide_expand._wide_expand_kernel
+            name, kernel = f"tma_expand act={number} {tokens}", tma_expand._tma_expand_kernel
             name += ", E=16" if experts == 16 else ""
             rows.append(build(name, kernel, constants, cut.warps, cut.stages))
     for tokens in (1, 100, 16000):
@@ -204,8 +204,8 @@ def main() -> None:
             "BLOCK_T": cut.tokens, "COLS": cut.columns, "NORM_COLS": cut.norm_columns,
         }  # fmt: skip
         constants |= {} if expands else {"s_ptr": None}
-        kernel = residual_norm._residual_norm_kernel
-        rows.append(build(f"residual_norm tokens={tokens}", kernel, constants, cut.warps, 3))
+        kernel = add_norm._add_norm_kernel
+        rows.append(build(f"add_norm tokens={tokens}", kernel, constants, cut.warps, 3))
     for experts, first, rank in ((16, 8, 16), (64, 8, 16), (20, 0, 40)):
         _, bound = dense_expand._plan(experts, first, rank, True)
         constants = {k: v for k, v in bound.constants.items() if k.isupper()}

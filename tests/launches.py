@@ -32,7 +32,7 @@ import torch
 import vllm_adafuse.kernels
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton.tools.tensor_descriptor import TensorDescriptor
-from vllm_adafuse.kernels import configs, dense_expand, dispatch, expand, launch, residual_norm
+from vllm_adafuse.kernels import add_norm, configs, dense_expand, dispatch, expand, launch
 from vllm_adafuse.kernels.ffn_down import ffn_down
 from vllm_adafuse.kernels.ffn_mix import ffn_mix
 from vllm_adafuse.kernels.gather_routes import gather_routes
@@ -152,7 +152,7 @@ def recording(hopper: bool = True, device: str = "cpu") -> Iterator[list[Launch]
 
 def keep_no_kernel() -> None:
     """Plans hold kernels with their constants, and cuts of the user's."""
-    for module in (dense_expand, expand, residual_norm):
+    for module in (dense_expand, expand, add_norm):
         module._plan.cache_clear()
     for cached in (configs.cuts_of, dispatch.find_config, dispatch.plan, dispatch.cublas_plan,
                    dispatch.plans_of):

@@ -22,11 +22,11 @@ def test_kernels_keep_their_values_in_registers(built):
     at_once = {row["kernel"]: 65536 // (row["registers"] * row["threads"]) for row in built}
     acts = "1", "3", "3, paged"
     sizes = "2048", "16000", "16000, E=16"
-    wide = [f"wide_expand act={act} {size}" for act in acts for size in sizes]
+    wide = [f"tma_expand act={act} {size}" for act in acts for size in sizes]
     copied = [] if triton.__version__ < "3.7" else wide
     # Tiles take most of a processor's shared memory.
-    tiled = [row["kernel"] for row in built if row["kernel"].startswith("tile_linear")]
-    for name in ("residual_norm tokens=16000", *copied, *tiled):
+    tiled = [row["kernel"] for row in built if row["kernel"].startswith("tma_gemm")]
+    for name in ("add_norm tokens=16000", *copied, *tiled):
         assert at_once.pop(name) >= 1
     assert min(at_once.values()) >= 2
 

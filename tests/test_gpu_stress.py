@@ -9,8 +9,8 @@ import pytest
 import torch
 from ops import DEVICE, Problem, error, linear_truth, make_problem
 from vllm_adafuse.kernels.configs import Tiles
-from vllm_adafuse.kernels.stream_linear import stream_linear_triton
-from vllm_adafuse.kernels.tile_linear import tile_linear_triton
+from vllm_adafuse.kernels.decode_gemm import decode_gemm_triton
+from vllm_adafuse.kernels.tma_gemm import tma_gemm_triton
 
 LAUNCHES, PER_GRAPH = 10_000, 50
 # kernel, tokens, widths, activation, E, r, cut, slices of the result that are left unadded
@@ -51,7 +51,7 @@ class Stress:
         p = self.p
         p.scratch.low.fill_(255)
         self.of.semaphore.zero_()
-        launch = tile_linear_triton if self.tiled else stream_linear_triton
+        launch = tma_gemm_triton if self.tiled else decode_gemm_triton
         return launch(p.x, self.of, self.step, self.cut, self.left)
 
     def assert_near(self, out: torch.Tensor) -> None:

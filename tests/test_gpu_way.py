@@ -81,13 +81,13 @@ def steps(*tokens):
 def test_qkv():
     ran = run_all(projection, 64, [64, 64, 64], "rotary", steps=[*steps(*TOKENS), *LONG])
     assert ran == {
-        "_stream_linear_kernel", "_expand_kernel", "_wide_expand_kernel", "_weigh_kernel",
+        "_decode_gemm_kernel", "_expand_kernel", "_tma_expand_kernel", "_weigh_kernel",
     }  # fmt: skip
 
 
 def test_gate_up():
     ran = run_all(projection, 64, [128, 128], "silu", steps=[*steps(12, 70), *LONG])
-    assert "_stream_linear_kernel" in ran and "_expand_kernel" in ran
+    assert "_decode_gemm_kernel" in ran and "_expand_kernel" in ran
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_gate_up():
 )
 def test_products_that_are_tiled(widths, activation):
     ran = run_all(projection, 32, widths, activation, steps=[(40, 8, 16)])
-    assert ran == {"_tile_linear_kernel"}
+    assert ran == {"_tma_gemm_kernel"}
 
 
 def test_parts_without_experts_and_a_bias():
@@ -105,14 +105,14 @@ def test_parts_without_experts_and_a_bias():
 
 @pytest.mark.parametrize(
     "size_in, some, kernel",
-    [(64, [*steps(1, 20, 40), *LONG], "_tile_linear_kernel"),
+    [(64, [*steps(1, 20, 40), *LONG], "_tma_gemm_kernel"),
      (2048, steps(12, 130), "_expand_kernel")],
     ids=["short", "long"],
 )  # fmt: skip
 def test_projection_and_norm(size_in, some, kernel):
     """Of a short `in`, and of one that is cut into slices."""
     ran = run_all(normed, size_in, 64, steps=some)
-    assert ran >= {"_stream_linear_kernel", "_residual_norm_kernel", kernel}
+    assert ran >= {"_decode_gemm_kernel", "_add_norm_kernel", kernel}
 
 
 def test_deltas_beside_a_product_of_another():

@@ -12,13 +12,13 @@ from ops import (
     whole_turns,
 )
 from vllm_adafuse.kernels.configs import ExpandBlocks, Tiles
+from vllm_adafuse.kernels.decode_gemm import decode_gemm_triton
 from vllm_adafuse.kernels.expand import expand_raw_triton
 from vllm_adafuse.kernels.linear import linear
 from vllm_adafuse.kernels.paged_cache import Pages, paged_cache_torch
 from vllm_adafuse.kernels.pairs import rotate_torch
-from vllm_adafuse.kernels.stream_linear import stream_linear_triton
-from vllm_adafuse.kernels.tile_linear import tile_linear_triton
-from vllm_adafuse.kernels.wide_expand import wide_expand_triton
+from vllm_adafuse.kernels.tma_expand import tma_expand_triton
+from vllm_adafuse.kernels.tma_gemm import tma_gemm_triton
 
 UNTOUCHED = 1024.0  # which no result is
 BLOCK = 16
@@ -55,12 +55,12 @@ def wanted(truth, pages, widths) -> Pages:
 
 def by_stream(p, cos_sin, pages):
     of, cut = p.projection("rotary", cos_sin), Tiles(16, 32)
-    return stream_linear_triton(p.x, of, p.step(cos_sin), cut, kv_slots=pages)
+    return decode_gemm_triton(p.x, of, p.step(cos_sin), cut, kv_slots=pages)
 
 
 def by_tiles(p, cos_sin, pages):
     of, cut = p.projection("rotary", cos_sin), Tiles(16, 32, slices=2)
-    return tile_linear_triton(p.x, of, p.step(cos_sin), cut, kv_slots=pages)
+    return tma_gemm_triton(p.x, of, p.step(cos_sin), cut, kv_slots=pages)
 
 
 def products(p):
@@ -78,9 +78,9 @@ def by_long_expand(p, cos_sin, pages):
     return by_expand(p, cos_sin, pages, ExpandBlocks(16, 16, 4, 4, 2))
 
 
-def by_wide_expand(p, cos_sin, pages):
+def by_tma_expand(p, cos_sin, pages):
     of, blocks = p.projection("rotary", cos_sin), ExpandBlocks(16, 32, 2, 4, 2)
-    return wide_expand_triton(*products(p), of, p.step(cos_sin), blocks, pages)
+    return tma_expand_triton(*products(p), of, p.step(cos_sin), blocks, pages)
 
 
 def by_op(p, cos_sin, pages):
@@ -88,7 +88,7 @@ def by_op(p, cos_sin, pages):
 
 
 ANY = [by_stream, by_tiles, by_expand, by_long_expand, by_op]
-WHOLE = [by_wide_expand]  # every part has experts, no bias
+WHOLE = [by_tma_expand]  # every part has experts, no bias
 HALF_DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
 
@@ -181,7 +181,7 @@ def test_a_captured_graph_follows_the_slots():
 
     def step():
         of.semaphore.zero_()
-        return stream_linear_triton(p.x, of, buffers, kv_slots=pages)
+        return decode_gemm_triton(p.x, of, buffers, kv_slots=pages)
 
     step()
     graph = torch.cuda.CUDAGraph()

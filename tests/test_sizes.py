@@ -3,10 +3,10 @@
 import pytest
 import torch
 from ops import error, linear_truth, make_problem
+from vllm_adafuse.kernels.decode_gemm import decode_gemm_triton
 from vllm_adafuse.kernels.expand import expand_raw_triton
-from vllm_adafuse.kernels.stream_linear import stream_linear_triton
-from vllm_adafuse.kernels.tile_linear import tile_linear_triton
-from vllm_adafuse.kernels.wide_expand import wide_expand_triton
+from vllm_adafuse.kernels.tma_expand import tma_expand_triton
+from vllm_adafuse.kernels.tma_gemm import tma_gemm_triton
 
 WIDTHS, SIZE_IN, RANK = [64, 64], 96, 16
 
@@ -18,11 +18,11 @@ def common(p, big, tokens):
 
 
 def streamed(p, activation):
-    return stream_linear_triton(p.x, p.projection(activation), p.step())
+    return decode_gemm_triton(p.x, p.projection(activation), p.step())
 
 
 def tiled(p, activation):
-    return tile_linear_triton(p.x, p.projection(activation), p.step())
+    return tma_gemm_triton(p.x, p.projection(activation), p.step())
 
 
 def products(p):
@@ -34,7 +34,7 @@ def expanded(p, activation):
 
 
 def wide(p, activation):
-    return wide_expand_triton(*products(p), p.projection(activation), p.step())
+    return tma_expand_triton(*products(p), p.projection(activation), p.step())
 
 
 PATHS = {

@@ -75,9 +75,9 @@ def test_products_stand_before_norms_or_behind_them():
 
 def test_the_norm_in_front_is_part_of_a_trial(monkeypatch):
     norms = []
-    norm = tuning.residual_norm_triton
+    norm = tuning.add_norm_triton
     monkeypatch.setattr(
-        tuning, "residual_norm_triton", lambda *args: norms.append(1) or norm(*args)
+        tuning, "add_norm_triton", lambda *args: norms.append(1) or norm(*args)
     )
     for behind_norm in (False, True):
         product = Product("gate_up", 64, (64, 64), "silu", behind_norm=behind_norm)

@@ -3,8 +3,8 @@
 import pytest
 from ops import DEVICE, error, linear_truth, make_problem
 from vllm_adafuse.kernels.configs import Tiles
-from vllm_adafuse.kernels.stream_linear import stream_linear_triton
-from vllm_adafuse.kernels.tile_linear import tile_linear_triton
+from vllm_adafuse.kernels.decode_gemm import decode_gemm_triton
+from vllm_adafuse.kernels.tma_gemm import tma_gemm_triton
 from waiting_programs import all_at_once  # noqa: F401
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs them at once by itself")
@@ -24,7 +24,7 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize("run", [stream_linear_triton, tile_linear_triton])
+@pytest.mark.parametrize("run", [decode_gemm_triton, tma_gemm_triton])
 @pytest.mark.parametrize(
     "name, cut", [(n, c) for n in SHAPES for c in CUTS if c != "sliced" or not SHAPES[n][2]]
 )

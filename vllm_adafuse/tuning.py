@@ -14,6 +14,7 @@ import torch
 import triton
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.kernels.add_norm import add_norm_triton
 from vllm_adafuse.kernels.configs import Tiles
 from vllm_adafuse.kernels.dispatch import (
     MAX_LOW_TILE_TOKENS,
@@ -29,11 +30,10 @@ from vllm_adafuse.kernels.linear_norm import linear_norm_triton, scratch_sizes
 from vllm_adafuse.kernels.operands import Norm, Projection, Step, stays_in_place
 from vllm_adafuse.kernels.pairs import can_rotate
 from vllm_adafuse.kernels.plans import Device, Shape
-from vllm_adafuse.kernels.residual_norm import residual_norm_triton
 from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import MAX_SHARED
 from vllm_adafuse.kernels.spread_routes import new_present, spread_routes
-from vllm_adafuse.kernels.tile_linear import MIN_TOKENS
+from vllm_adafuse.kernels.tma_gemm import MIN_TOKENS
 
 PACKED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv"}
 PACKED |= {"gate_proj": "gate_up", "up_proj": "gate_up", "gate_up_proj": "gate_up"}
@@ -267,7 +267,7 @@ class Trial:
         for p in self.layers:
             if product.behind_norm:
                 before = hidden, Norm(weight, 1e-5), p.lora_b, step.gates
-                x, _ = residual_norm_triton(hidden, None, *before)
+                x, _ = add_norm_triton(hidden, None, *before)
             if product.norm:
                 linear_norm_triton(x, residual, p, step, way)
             else:

@@ -1,4 +1,4 @@
-"""The steps of a tile of `tile_linear`, one product of [x | s] and [W | B]:
+"""The steps of a tile of `tma_gemm`, one product of [x | s] and [W | B]:
 
     acc[t, m] = Σ_k x[t, k] W[m, k] + Σ_e s[t, p(m), e] B[m, e]   m over the rows of a tile, p(m)
                                                                    their part

@@ -12,7 +12,7 @@ through the tensor memory accelerator, without which the loop is bound by its ad
 Hopper and later; elsewhere `linear` takes the vendor's product. Where rows come in pairs, one box
 of the accelerator's has both members, so that one product takes them and each thread ends with the
 two columns that belong together. SGMM (AdaFuse, arXiv 2603.11873, section 3), inside the base
-product; `stream_linear` is the same for fewer tokens, and says why waiting cannot hang.
+product; `decode_gemm` is the same for fewer tokens, and says why waiting cannot hang.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from vllm_adafuse.kernels.shrink import (
     slice_of_in,
     wait_for_shrink,
 )
-from vllm_adafuse.kernels.tile_steps import apart, loop_over
+from vllm_adafuse.kernels.tma_steps import apart, loop_over
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 # Rows of A in a tile. Hopper's tensor cores take no fewer tokens than MIN_TOKENS.
@@ -154,7 +154,7 @@ def _finish(
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
-def _tile_linear_kernel(
+def _tma_gemm_kernel(
     x_desc, w_desc, more_w_desc, a_desc, s_desc, b_desc, more_b_desc, up_desc, more_up_desc,
     w_ptr, bias_ptr, y_ptr, cos_sin_ptr, gates_ptr,
     s_ptr, partial_ptr, ticket_ptr, counter_ptr,
@@ -277,7 +277,7 @@ def _boxes(
     return [TensorDescriptor(matrix, shape, strides, [members, rows, cols]) for rows in pieces]
 
 
-def tile_linear_triton(
+def tma_gemm_triton(
     x: torch.Tensor,
     p: Projection,
     step: Step,
@@ -326,7 +326,7 @@ def tile_linear_triton(
     b_boxes = [_boxes(part, half or part.shape[0], pair, pieces, cut.cols) for part in of_b]
     up_boxes = b_boxes[1] if len(of_b) > 1 else [None, None]
     launch(
-        _tile_linear_kernel, (shrinks + count * split,),
+        _tma_gemm_kernel, (shrinks + count * split,),
         TensorDescriptor(x, list(x.shape), list(x.stride()), [block_t, cut.cols]), *w_boxes,
         TensorDescriptor(bank_a, list(bank_a.shape), [size_in, 1], [SHRINK_ROWS, cut.cols]),
         TensorDescriptor(s, [tokens, ranks], [ranks, 1], [block_t, cut.cols]),

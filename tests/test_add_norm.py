@@ -3,12 +3,12 @@
 import pytest
 import torch
 from ops import DEVICE, delta_truth, error, make_problem
-from vllm_adafuse.kernels.operands import Norm
-from vllm_adafuse.kernels.residual_norm import (
+from vllm_adafuse.kernels.add_norm import (
     NormBlocks,
-    residual_norm_torch,
-    residual_norm_triton,
+    add_norm_torch,
+    add_norm_triton,
 )
+from vllm_adafuse.kernels.operands import Norm
 
 SHAPES = {
     # tokens, in, width, experts, k, rank
@@ -51,7 +51,7 @@ def truth(p, both, residual, weight, eps, expand=True):
 
 def run(p, both, residual, weight, expand=True, **options):
     y, s = both[:, : residual.shape[1]], both[:, residual.shape[1] :] if expand else None
-    return residual_norm_triton(y, s, residual, Norm(weight, 1e-5), p.bank_b, p.gates, **options)
+    return add_norm_triton(y, s, residual, Norm(weight, 1e-5), p.bank_b, p.gates, **options)
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -70,7 +70,7 @@ def test_the_reference_equals_float64(name):
     y = (p.x.double() @ p.weight.double().T + delta_truth(p)).float()
     z = residual.double() + y.double()
     want = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + 1e-5) * weight.double(), z
-    for out, exact in zip(residual_norm_torch(y, residual, Norm(weight, 1e-5)), want):
+    for out, exact in zip(add_norm_torch(y, residual, Norm(weight, 1e-5)), want):
         assert error(out, exact) <= 1e-5
 
 
@@ -120,6 +120,6 @@ def test_slices_are_added(split, cut):
     slices = torch.randn(split, 5, 100, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     want = truth(p, slices.double().sum(0), residual, weight, 1e-5, expand=False)
     behind = residual, Norm(weight, 1e-5), p.bank_b, p.gates
-    found = residual_norm_triton(slices, None, *behind, blocks=CUTS[cut])
+    found = add_norm_triton(slices, None, *behind, blocks=CUTS[cut])
     for out, exact in zip(found, want):
         assert error(out, exact) <= 1e-5

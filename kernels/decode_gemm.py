@@ -132,7 +132,7 @@ def add_delta(
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
-def _stream_linear_kernel(
+def _decode_gemm_kernel(
     x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, y_ptr, cos_sin_ptr,
     gates_ptr, present_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
     n_tokens, x_stride, y_stride, size_in, n_experts, n_parts, n_slots, slices,
@@ -278,7 +278,7 @@ def _stream_linear_kernel(
             tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def stream_linear_triton(
+def decode_gemm_triton(
     x: torch.Tensor,
     p: Projection,
     step: Step,
@@ -318,7 +318,7 @@ def stream_linear_triton(
     y = x.new_empty(tokens, result_width(widths, activation)) if out is None else out
     leave = y.dim() == 3
     launch(
-        _stream_linear_kernel, (grid.programs + count * tiles.split,),
+        _decode_gemm_kernel, (grid.programs + count * tiles.split,),
         x, p.weight, p.bias, p.lora_a, p.lora_b, y, step.cos_sin,
         step.gates, step.present, scratch.s(x.dtype, tokens, n_parts, experts * rank),
         scratch.partial, scratch.tickets, p.semaphore,

@@ -27,7 +27,7 @@ from vllm_adafuse.kernels.whole import cdiv
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
-def _residual_norm_kernel(
+def _add_norm_kernel(
     y_ptr, s_ptr, residual_ptr, weight_ptr, b_ptr, gates_ptr, z_ptr, out_ptr,
     n_tokens, y_stride, s_stride, residual_stride, n_experts, eps,
     WIDTH: tl.constexpr, SPLIT: tl.constexpr, EXPAND: tl.constexpr, PDL: tl.constexpr,
@@ -110,7 +110,7 @@ def _residual_norm_kernel(
         tl.store(out_ptr + place, normed, mask=mask)
 
 
-def residual_norm_triton(
+def add_norm_triton(
     y: torch.Tensor,
     s: torch.Tensor | None,
     residual: torch.Tensor,
@@ -161,7 +161,7 @@ def _plan(
     """Tokens of a program, and the kernel."""
     cut = blocks or choose_norm(width, expand, split > 0, itemsize)
     return cut.tokens, bind(
-        _residual_norm_kernel,
+        _add_norm_kernel,
         WIDTH=width, SPLIT=split, EXPAND=expand,
         BLOCK_T=cut.tokens, COLS=cut.columns, STAGES=cut.stages,
         NORM_COLS=cut.norm_columns if cut.columns < width else cut.columns,
@@ -169,7 +169,7 @@ def _plan(
     )  # fmt: skip
 
 
-def residual_norm_torch(
+def add_norm_torch(
     y: torch.Tensor, residual: torch.Tensor, norm: Norm
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The reference, of a y [T, H] that holds the deltas."""

@@ -4,15 +4,15 @@ import pytest
 import torch
 from ops import DEVICE, SHAPES, error, linear_truth, make_problem, present_of
 from vllm_adafuse.kernels.configs import Tiles
+from vllm_adafuse.kernels.decode_gemm import decode_gemm_triton
 from vllm_adafuse.kernels.dispatch import default_config
 from vllm_adafuse.kernels.pairs import rotate_torch
-from vllm_adafuse.kernels.stream_linear import stream_linear_triton
 
 CUTS = [Tiles(32, 64), Tiles(16, 32, 2), Tiles(64, 16, 4)]
 
 
 def run(p, activation="", tiles=None, cos_sin=None):
-    return stream_linear_triton(p.x, p.projection(activation, cos_sin), p.step(cos_sin), tiles)
+    return decode_gemm_triton(p.x, p.projection(activation, cos_sin), p.step(cos_sin), tiles)
 
 
 @pytest.mark.parametrize("tiles", CUTS)

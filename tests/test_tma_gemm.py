@@ -8,7 +8,7 @@ from vllm_adafuse.kernels.configs import Tiles
 from vllm_adafuse.kernels.dispatch import can_tile
 from vllm_adafuse.kernels.pairs import rotate_torch
 from vllm_adafuse.kernels.plans import Device, Shape
-from vllm_adafuse.kernels.tile_linear import tile_linear_triton
+from vllm_adafuse.kernels.tma_gemm import tma_gemm_triton
 
 CUTS = [Tiles(32, 64), Tiles(48, 32, slices=3, tma=True), Tiles(64, 16, slices=4)]
 
@@ -26,7 +26,7 @@ SHAPES["hundred-tokens"] = (100, 72, [64, 70], 5, 2, 16)
 
 def run(p, activation="", tiles=None, out=None, cos_sin=None):
     of = p.projection(activation, cos_sin)
-    return tile_linear_triton(p.x, of, p.step(cos_sin), tiles, out)
+    return tma_gemm_triton(p.x, of, p.step(cos_sin), tiles, out)
 
 
 @pytest.mark.parametrize("tiles", CUTS)

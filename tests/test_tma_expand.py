@@ -20,7 +20,7 @@ from vllm_adafuse.kernels.dispatch import MIN_WIDE_TOKENS, cublas_plan, in_wide_
 from vllm_adafuse.kernels.linear import expand_long
 from vllm_adafuse.kernels.pairs import is_gate_up, rotate_torch
 from vllm_adafuse.kernels.plans import TMA_EXPAND, Device
-from vllm_adafuse.kernels.wide_expand import wide_expand_triton
+from vllm_adafuse.kernels.tma_expand import tma_expand_triton
 
 SHAPES = {  # tokens, in, widths, experts, k, rank
     "one-part": (70, 48, [128], 4, 2, 16, ""),
@@ -44,7 +44,7 @@ def run(p, activation, cos_sin=None, blocks=None):
     x = p.x.double()
     y = (x @ p.weight.double().T).to(p.x.dtype)
     s = (x @ p.bank_a.flatten(0, 2).double().T).to(p.x.dtype)
-    return wide_expand_triton(y, s, p.projection(activation, cos_sin), p.step(cos_sin), blocks)
+    return tma_expand_triton(y, s, p.projection(activation, cos_sin), p.step(cos_sin), blocks)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -101,7 +101,7 @@ def test_one_product_has_the_first_experts_alone(name):
     y = (p.x.double() @ p.weight.double().T).to(p.x.dtype)
     s = (p.x.double() @ p.bank_a.flatten(0, 2).double().T).to(p.x.dtype)
     s.unflatten(1, p.bank_a.shape[:3])[:, :, first:] = float("nan")
-    found = wide_expand_triton(y, s, p.projection(activation), p.step())
+    found = tma_expand_triton(y, s, p.projection(activation), p.step())
     p.gates[: len(y), first:] = 0
     assert error(found, linear_truth(p, activation)) <= 1e-5
 
@@ -134,7 +134,7 @@ def test_rows_of_a_joint_product_come_back_contiguous(name):
         cos_sin = torch.randn(50, 64, device=DEVICE)
         want = rotate_torch(want, cos_sin.double(), p.widths[0] + p.widths[1])
     y, s = from_joint(p)
-    found = wide_expand_triton(y, s, p.projection(activation, cos_sin), p.step(cos_sin))
+    found = tma_expand_triton(y, s, p.projection(activation, cos_sin), p.step(cos_sin))
     assert found.is_contiguous() and error(found, want) <= 1e-5
 
 
@@ -143,7 +143,7 @@ def test_an_activation_in_place(name):
     *shape, activation = SHAPES[name]
     p = make_problem(*shape)
     of, step, blocks = p.projection(activation), p.step(), ExpandBlocks(16, 32, 2, 4, 2)
-    out, apart, in_y = twice_from_joint(p, lambda y, s, in_place: wide_expand_triton(
+    out, apart, in_y = twice_from_joint(p, lambda y, s, in_place: tma_expand_triton(
         y, s, replace(of, strided_out=in_place), step, blocks
     ))  # fmt: skip
     want = linear_truth(p, activation)
@@ -174,5 +174,5 @@ def test_half_precision_is_no_worse_than_plain_torch(name, tokens, experts):
     y, s = p.x @ p.weight.T, p.x @ p.bank_a.flatten(0, 2).T
     if experts > 8:
         dense_expand_triton(y, s, p.bank_b, p.gates, p.parts, widths, 8)
-    found = wide_expand_triton(y, s, p.projection(activation, cos_sin), p.step(cos_sin))
+    found = tma_expand_triton(y, s, p.projection(activation, cos_sin), p.step(cos_sin))
     assert error(found, truth) <= 1.2 * error(plain, truth)

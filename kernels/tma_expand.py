@@ -48,7 +48,7 @@ def _store_tile(out_desc, tile, first_token, offset, within):
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
-def _wide_expand_kernel(
+def _tma_expand_kernel(
     y_desc, b_desc, out_desc, s_desc, gates_ptr, cos_sin_ptr,
     n_tokens, n_experts,
     keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
@@ -104,7 +104,7 @@ def _wide_expand_kernel(
             _store_tile(out_desc, y, first_token, offset, within)
 
 
-def wide_expand_triton(
+def tma_expand_triton(
     y: torch.Tensor,
     s: torch.Tensor,
     p: Projection,
@@ -140,7 +140,7 @@ def wide_expand_triton(
     if result.data_ptr() != y.data_ptr():
         out_desc = TensorDescriptor.from_tensor(result, block)
     launch(
-        _wide_expand_kernel, (groups, cdiv(tokens, cut.tokens)),
+        _tma_expand_kernel, (groups, cdiv(tokens, cut.tokens)),
         y_desc, TensorDescriptor(bank_b, [out, size], [size, 1], [columns, ranks]), out_desc,
         TensorDescriptor.from_tensor(s, [cut.tokens, ranks]), step.gates, step.cos_sin,
         tokens, experts, *(kv_slots or NO_PAGES),
