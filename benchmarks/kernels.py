@@ -2,7 +2,7 @@
 
     python -m benchmarks.kernels --models llama-2-7b,mistral-7b --tokens 1,8,32,128,1024
 
-Each row: the projection with its experts, the vendor's product of the bare one, and the time to
+Each row: the projection with its experts, the cuBLAS GEMM of the bare one, and the time to
 move the bytes at this device's measured copy bandwidth; what follows belongs to all of them, for
 the bare one by torch.compile: qkv's rotary embedding, gate_up's activation, residual and RMSNorm
 behind o and down. The row `layer` is all four in a chain. Everything runs from CUDA graphs over

@@ -2,7 +2,7 @@
 
     python -m benchmarks.layer_linear --models llama-2-7b --tokens 1,8,32,64,128,256,1024
 
-Each row: the vendor's product of the bare projection with what follows gate_up; the joined form
+Each row: the cuBLAS GEMM of the bare projection with what follows gate_up; the joined form
 (`layer_linear`); the form over a quantised projection, with the bare one in its place
 (`low_product` and `layer_sgmm`); and of the joined form the product alone. Every linear has a
 router of its own.

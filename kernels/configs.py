@@ -161,7 +161,7 @@ def save_cuts(device: str, cuts: Cuts, how: dict[str, Any]) -> Path:
 
     Args:
         device: its name, as torch gives it.
-        cuts: shape key -> tokens -> cut, None for the vendor's product.
+        cuts: shape key -> tokens -> cut, None for cuBLAS.
         how: command, versions, figures.
     """
     path = cuts_file(device)

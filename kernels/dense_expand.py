@@ -1,4 +1,4 @@
-"""LoRA expand of long batches and many ranks, by the vendor's product:
+"""LoRA expand of long batches and many ranks, by cuBLAS:
 
     y[t, n] += Σ_{e ≥ first} B[n, e] (gates[t, e] s[t, p(n), e])     p(n): the part of column n
 

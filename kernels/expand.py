@@ -389,7 +389,7 @@ def expand_torch(
     parts: Sequence[int],
     widths: Sequence[int],
 ) -> None:
-    """By the vendor's product; the reference, see `expand_triton`. Views of s and B need rows that
+    """By cuBLAS; the reference, see `expand_triton`. Views of s and B need rows that
     are contiguous, and no more."""
     b, row, column = bank_b.flatten(1), 0, 0
     for part, width in zip(parts, widths):

@@ -4,8 +4,8 @@
     out = y, act(y_gate) * y_up for gate_up, or y with q and k turned for qkv (see pairs.py)
 
 W and A stand in one tensor, [W; A]. Few tokens take one launch that streams it (decode_gemm.py),
-some dozens one that tiles it where the product is large (tma_gemm.py). Otherwise one product of
-the vendor's gives W x and A x together, and one pass adds the expand (expand.py, tma_expand.py)
+some dozens one that tiles it where the product is large (tma_gemm.py). Otherwise one cuBLAS
+GEMM gives W x and A x together, and one pass adds the expand (expand.py, tma_expand.py)
 and goes on to the activation. Which, says `dispatch.plan`.
 """
 
@@ -122,8 +122,7 @@ def one_launch(
 def sliced_product(
     x: torch.Tensor, p: Projection, split: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slices of W x and A x, [split, T, …] each, by one product of the vendor's for all slices of
-    `in`: programs enough where one for the whole would have few. Slices are rounded as the whole
+    """Slices of W x and A x, [split, T, …] each, by one cuBLAS GEMM for all slices of `in`: programs enough where one for the whole would have few. Slices are rounded as the whole
     would be, which costs the sum no more than that.
     """
     joint, out = p.fused_weight, p.shape.size_out

@@ -6,9 +6,9 @@
 for o_proj and down_proj, whose outputs go that way in most decoders. W and A stand in one tensor,
 [W; A]. With few tokens one launch streams or tiles W, adds the deltas, and leaves sums of slices of
 `in`, which the norm adds up: so a product with few rows gets programs enough, and none waits for
-the last of them. Longer steps take products of the vendor's; up to some thousands of tokens an
+the last of them. Longer steps take cuBLAS GEMMs; up to some thousands of tokens an
 expand adds the deltas before the norm, beyond that the norm does (add_norm.py), or if they
-have many ranks the vendor's product (dense_expand.py). SGMM (AdaFuse, arXiv 2603.11873, section 3)
+have many ranks cuBLAS (dense_expand.py). SGMM (AdaFuse, arXiv 2603.11873, section 3)
 for the deltas. Which, says `dispatch.plan`.
 """
 

@@ -7,7 +7,7 @@ thousands of tokens on Hopper and later, where it is bound by the traffic of y a
 keeps s of its tokens in registers and walks along the columns, while the tensor memory accelerator
 brings the next tiles of y and of B, all experts in one product of up to 128 ranks, and takes the
 last results away; two programs to a processor wait by turns. Of more ranks it takes the first
-experts, and the vendor's product has added the others before (dense_expand.py). SGMM (AdaFuse,
+experts, and cuBLAS has added the others before (dense_expand.py). SGMM (AdaFuse,
 arXiv 2603.11873, section 3).
 """
 

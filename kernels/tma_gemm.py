@@ -9,7 +9,7 @@ take the tiles of A and leave s. For the others the expand is some steps more of
 [x | s] [W | B]: when those of `in` are about to end, they wait for s, and go on with s for x and B
 for W, so that nothing comes after the loop. With so many tokens x is read as often as W: all come
 through the tensor memory accelerator, without which the loop is bound by its addresses. Hence
-Hopper and later; elsewhere `linear` takes the vendor's product. Where rows come in pairs, one box
+Hopper and later; elsewhere `linear` takes cuBLAS. Where rows come in pairs, one box
 of the accelerator's has both members, so that one product takes them and each thread ends with the
 two columns that belong together. SGMM (AdaFuse, arXiv 2603.11873, section 3), inside the base
 product; `decode_gemm` is the same for fewer tokens, and says why waiting cannot hang.

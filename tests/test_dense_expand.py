@@ -1,4 +1,4 @@
-"""Expand of long batches by the vendor's product, against float64."""
+"""Expand of long batches by cuBLAS, against float64."""
 
 import pytest
 import torch

@@ -115,7 +115,7 @@ def test_every_path_decides_as_float64_in_bfloat16(tokens):
         for p, rows in enumerate(b.split(widths))
     ]
     exact = x @ weight.T + torch.cat(delta, -1)
-    # s and the sum, rounded once each; W x as well where the vendor's product rounds it.
+    # s and the sum, rounded once each; W x as well where cuBLAS rounds it.
     assert error(y, exact) <= 2 * error(exact.bfloat16(), exact)
 
 

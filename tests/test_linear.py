@@ -40,7 +40,7 @@ def test_queries_and_keys_are_turned(tokens, parts):
 @pytest.mark.parametrize("ranks", [4, 3])  # 3: rows of [W; A] that are no multiple of 16 bytes
 @pytest.mark.parametrize("activation", ["", "silu"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_products_of_the_vendor_and_an_expand(bias, activation, ranks):
+def test_cublas_and_an_expand(bias, activation, ranks):
     p = make_problem(300, 48, [64, 64], 1, 1, ranks, bias=bias)
     of = p.projection(activation)
     way = cublas_plan(of.shape, 300, Device("cpu"))

@@ -58,7 +58,7 @@ def test_slices_are_left_unadded(tokens, tma, split):
     assert split == 1 or error(slices[0], slices.sum(0).double()) > 0.1
 
 
-def test_the_vendors_product_is_cut_where_programs_are_few():
+def test_cublas_takes_slices_where_programs_are_few():
     """Two slices of `in`, where tiles of 64 rows are half of a large GPU's processors, or `in` is
     long; never of float32, nor in long steps."""
 

@@ -136,7 +136,7 @@ def products_of(
 def candidates(
     product: Product, tokens: int, itemsize: int = 2, tma: bool = False
 ) -> Iterator[Tiles | None]:
-    """The cuts worth a measurement, None for the vendor's product; the default comes first.
+    """The cuts worth a measurement, None for cuBLAS; the default comes first.
 
     tma: this GPU has a tensor memory accelerator.
     """

@@ -149,7 +149,7 @@ def show(outcomes: list, device: str) -> None:
         table.add_column(name, justify="left" if name[0] in "pc" else "right")
     for outcome in outcomes:
         best, cut = outcome.best
-        how = "the vendor's product"
+        how = "cuBLAS"
         if cut:
             how = f"{cut.rows} x {cut.cols}, split {cut.split}, {cut.warps} warps, "
             how += f"{cut.stages} stages"

@@ -77,7 +77,7 @@ class FusedLinearMethod(AdaFuseLinearMethod):
 
 
 def can_fuse(layer: LinearBase) -> bool:
-    """Whether the projection is a plain product on a GPU, which vLLM leaves to the vendor."""
+    """Whether the projection is a plain product on a GPU, which vLLM leaves to cuBLAS."""
     plain = type(layer.quant_method) is UnquantizedLinearMethod
     return plain and current_platform.is_cuda_alike() and not envs.VLLM_BATCH_INVARIANT
 
