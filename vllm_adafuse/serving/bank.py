@@ -286,8 +286,9 @@ class ExpertBank(torch.nn.Module):
         """Makes a weight [out, in] that is still to be loaded a view of the joint tensor."""
         weight.data = self.joint[: sum(self.widths)]
 
-    def linear(self, x: torch.Tensor) -> torch.Tensor:
-        """The projection, joined before, with its deltas and what follows it."""
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The projection, joined before, with its deltas and what follows it; `projection` has
+        this bias already."""
         return ops.projection(x, self.route.gates, self.layer_name)
 
     def linear_norm(

@@ -95,7 +95,7 @@ class LayerBank(torch.nn.Module):
     ):
         super().__init__()
         config, tensors = adapter.config, adapter.tensors
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.epilogue = config, dtype, ""
         adapted = {*adapter.projections, *adapter.always_on}
         self.slices = slices_of(
             place.layer, [name if name in adapted else None for name in place.linears]
@@ -241,10 +241,10 @@ class LayerBank(torch.nn.Module):
         """Makes a weight [out, in] that is still to be loaded a view of the joint tensor."""
         weight.data = self.joint[: self._rows_of_w]
 
-    def linear(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
-        """activation(x Wᵀ + bias + delta): the projection, joined before, with its deltas."""
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The projection, joined before, with its deltas and the activation that follows it."""
         return layer_linear(
             x, self.joint, self.columns, self.logits, bias, self.bias if self.routers else None,
             self.scales, self.shared_gates.gates, self.shared_gates.present, self.bank_b,
-            self.slices.parts, self.slices.widths, activation, self.gate,
+            self.slices.parts, self.slices.widths, self.epilogue, self.gate,
         )  # fmt: skip

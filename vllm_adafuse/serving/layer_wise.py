@@ -158,8 +158,8 @@ def wrap_layers(
         layer.adafuse_bank = bank
         if fuse:
             bank.join(layer.weight)
-            activation = linear.take_activation(layer, block)
-            layer.quant_method = linear.FusedLinearMethod(layer.quant_method, activation)
+            bank.epilogue = linear.take_activation(layer, block)
+            layer.quant_method = linear.FusedLinearMethod(layer.quant_method, bank.epilogue)
         elif place.whole_ffn and place.decides:
             slots = bank.top_k if f"{place.block_name}.down_proj" in adapter.projections else 0
             if not (activation := linear.activation_of(block)):

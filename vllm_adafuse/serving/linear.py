@@ -73,7 +73,7 @@ class FusedLinearMethod(AdaFuseLinearMethod):
     ) -> torch.Tensor:
         if self.before_norm:
             return x
-        return layer.adafuse_bank.linear(x)
+        return layer.adafuse_bank.linear(x, bias)
 
 
 def can_fuse(layer: LinearBase) -> bool:

@@ -46,7 +46,7 @@ class PageBank(ExpertBank):
         ops.page_deltas(*flat, self.route.gates, self.layer_name)
         return y
 
-    def linear(self, x: torch.Tensor) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The joined projection, with its deltas and what follows it. x: [..., in]."""
         flat = x.reshape(-1, x.shape[-1])
         y = ops.page_projection(flat, self.route.gates, self.layer_name)
