@@ -74,7 +74,7 @@ MIN_WIDE_TOKENS = 4096
 # expert, `expand` multiplies all experts, and takes two to four times as long: f34e476, E/r/k
 # 64/32/2 in 8192 tokens of Llama-3-8B, 375 us for 959 behind qkv, 1516 for 4235 behind gate_up;
 # 32/8/2 180 for 244 and 711 for 959. (An expand of tokens in the order of their experts, tried
-# there, was faster by 40 to 230 us in one case of ten, and slower by up to 11 ms elsewhere.)
+# there, was faster by 40 to 230 us in five cases of 40, and slower by up to 11 ms elsewhere.)
 MAX_DENSE_RANKS = 2048
 MAX_DENSE_NORM_RANKS = 1024
 # From so many tokens on the norm adds the deltas: before, its programs are too few. (d15c762.)
