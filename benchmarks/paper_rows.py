@@ -112,7 +112,7 @@ def layer_wise_linear(model, m: Mixture) -> Iterator[Any]:
 
     def make(linear: torch.nn.Linear) -> Callable:
         router = normal(model, m.experts, linear.in_features)
-        bank_a, bank_b = make_bank(model, linear, m)
+        lora_a, lora_b = make_bank(model, linear, m)
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             y = F.linear(x, linear.weight, linear.bias)
@@ -124,8 +124,8 @@ def layer_wise_linear(model, m: Mixture) -> Iterator[Any]:
                 place, tokens = torch.where(mask[expert])
                 if tokens.shape[0] == 0:
                     continue
-                low = F.linear(flat[tokens], bank_a[expert])
-                delta = F.linear(low, bank_b[expert]) * m.scale
+                low = F.linear(flat[tokens], lora_a[expert])
+                delta = F.linear(low, lora_b[expert]) * m.scale
                 total.index_add_(0, tokens, delta * weights[tokens, place, None])
             return y + total.view_as(y)
 
@@ -135,11 +135,11 @@ def layer_wise_linear(model, m: Mixture) -> Iterator[Any]:
         yield model
 
 
-def gathered(x: torch.Tensor, weights, chosen, bank_a, bank_b, scale: float) -> torch.Tensor:
+def gathered(x: torch.Tensor, weights, chosen, lora_a, lora_b, scale: float) -> torch.Tensor:
     """Σ g B A x of tokens [T, in] by gathering the chosen experts: no loop, no waiting."""
-    low = torch.matmul(bank_a[chosen].flatten(1, 2), x[..., None]).view(*chosen.shape, -1)
+    low = torch.matmul(lora_a[chosen].flatten(1, 2), x[..., None]).view(*chosen.shape, -1)
     low = low * (weights * scale)[..., None]
-    return torch.matmul(bank_b[chosen], low[..., None]).sum(1).squeeze(-1)
+    return torch.matmul(lora_b[chosen], low[..., None]).sum(1).squeeze(-1)
 
 
 @contextmanager
@@ -148,13 +148,13 @@ def layer_wise_gather(model, m: Mixture) -> Iterator[Any]:
 
     def make(linear: torch.nn.Linear) -> Callable:
         router = normal(model, m.experts, linear.in_features)
-        bank_a, bank_b = make_bank(model, linear, m)
+        lora_a, lora_b = make_bank(model, linear, m)
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             y = F.linear(x, linear.weight, linear.bias)
             flat = x.view(-1, x.shape[-1])
             weights, chosen = route(flat, router, m)
-            return y + gathered(flat, weights, chosen, bank_a, bank_b, m.scale).view_as(y)
+            return y + gathered(flat, weights, chosen, lora_a, lora_b, m.scale).view_as(y)
 
         return forward
 
@@ -317,12 +317,12 @@ def pre_gated(model, m: Mixture) -> Iterator[Any]:
         now["chosen"], now["weights"] = ids[tokens], table[tokens].to(model.dtype)
 
     def make(linear: torch.nn.Linear) -> Callable:
-        bank_a, bank_b = make_bank(model, linear, m)
+        lora_a, lora_b = make_bank(model, linear, m)
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             y = F.linear(x, linear.weight, linear.bias)
             flat = x.view(-1, x.shape[-1])
-            delta = gathered(flat, now["weights"], now["chosen"], bank_a, bank_b, m.scale)
+            delta = gathered(flat, now["weights"], now["chosen"], lora_a, lora_b, m.scale)
             return y + delta.view_as(y)
 
         return forward

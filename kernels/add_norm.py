@@ -16,7 +16,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.configs import NormBlocks, expert_blocks
+from vllm_adafuse.kernels.configs import NormConfig, expert_blocks
 from vllm_adafuse.kernels.deltas import add_deltas, load_ranks, load_s
 from vllm_adafuse.kernels.dispatch import choose_norm
 from vllm_adafuse.kernels.early import begin_next
@@ -115,9 +115,9 @@ def add_norm_triton(
     s: torch.Tensor | None,
     residual: torch.Tensor,
     norm: Norm,
-    bank_b: torch.Tensor,
+    lora_b: torch.Tensor,
     gates: torch.Tensor,
-    blocks: NormBlocks | None = None,
+    blocks: NormConfig | None = None,
     z: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One launch.
@@ -127,7 +127,7 @@ def add_norm_triton(
         s: [T, E R], A x of all experts, not yet weighted; None if y holds the deltas.
         residual: [T, H]; rows contiguous.
         norm: of H columns.
-        bank_b: [H, E, R], dtype of s.
+        lora_b: [H, E, R], dtype of s.
         gates: [N, E] float32, N >= T, LoRA's scale included.
         blocks: how to cut, default `dispatch.choose_norm`.
         z: [T, H] contiguous, dtype of residual, for the new residual; may be y. Default a new one.
@@ -136,7 +136,7 @@ def add_norm_triton(
         The normed hidden states and the new residual, [T, H] each, dtype of residual.
     """
     tokens, width = residual.shape
-    _, experts, rank = bank_b.shape
+    _, experts, rank = lora_b.shape
     out = residual.new_empty(tokens, width)
     if z is None:
         z = torch.empty_like(out)
@@ -146,7 +146,7 @@ def add_norm_triton(
     )
     kernel(
         (cdiv(tokens, block_t),),
-        y, s, residual, norm.weight, bank_b, gates, z, out,
+        y, s, residual, norm.weight, lora_b, gates, z, out,
         tokens, y.stride(-2), 0 if s is None else s.stride(0), residual.stride(0), experts,
         norm.eps,
     )  # fmt: skip
@@ -156,7 +156,7 @@ def add_norm_triton(
 @functools.cache
 def _plan(
     width: int, split: int, expand: bool, experts: int, rank: int, itemsize: int,
-    blocks: NormBlocks | None, hopper: bool,
+    blocks: NormConfig | None, hopper: bool,
 ) -> tuple[int, Bound]:  # fmt: skip
     """Tokens of a program, and the kernel."""
     cut = blocks or choose_norm(width, expand, split > 0, itemsize)

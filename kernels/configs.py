@@ -30,7 +30,7 @@ BLOCK_ER = 128
 
 
 @dataclass(frozen=True)
-class Tiles:
+class GemmConfig:
     """How a product is cut.
 
     Attributes:
@@ -58,15 +58,15 @@ class Tiles:
         first, second = self.pieces
         if second != 0 and not (self.tma and 2 * second == first):
             more = " or one and a half of one" if self.tma else ""
-            raise ValueError(f"Tiles: rows is {self.rows}, expected a power of two{more}")
+            raise ValueError(f"GemmConfig: rows is {self.rows}, expected a power of two{more}")
         for name in ("cols", "warps", "shrink_cols"):
             value = getattr(self, name)
             if value < 1 or value & (value - 1):
-                raise ValueError(f"Tiles: {name} is {value}, expected a power of two")
+                raise ValueError(f"GemmConfig: {name} is {value}, expected a power of two")
         if not 1 <= self.split <= MAX_SPLIT:
-            raise ValueError(f"Tiles: split is {self.split}, expected 1 to {MAX_SPLIT}")
+            raise ValueError(f"GemmConfig: split is {self.split}, expected 1 to {MAX_SPLIT}")
         if not 1 <= self.slices <= MAX_SLICES:
-            raise ValueError(f"Tiles: slices is {self.slices}, expected 1 to {MAX_SLICES}")
+            raise ValueError(f"GemmConfig: slices is {self.slices}, expected 1 to {MAX_SLICES}")
 
     @property
     def pieces(self) -> tuple[int, int]:
@@ -76,7 +76,7 @@ class Tiles:
 
 
 @dataclass(frozen=True)
-class ExpandBlocks:
+class ExpandConfig:
     """How an expand is cut.
 
     Attributes:
@@ -94,7 +94,7 @@ class ExpandBlocks:
 
 
 @dataclass(frozen=True)
-class NormBlocks:
+class NormConfig:
     """How the work is cut.
 
     Attributes:
@@ -153,7 +153,7 @@ def packaged_file(device: str) -> Path:
     return Path(__file__).parent / "cuts" / f"{_file_name(device)}.json"
 
 
-Cuts = dict[str, dict[int, Tiles | None]]
+Cuts = dict[str, dict[int, GemmConfig | None]]
 
 
 def save_cuts(device: str, cuts: Cuts, how: dict[str, Any]) -> Path:
@@ -192,7 +192,7 @@ def _read(path: Path) -> Cuts:
         if content["version"] != VERSION:
             raise ValueError(f"its version is {content['version']}, expected {VERSION}")
         return {
-            key: {int(tokens): cut and Tiles(**cut) for tokens, cut in by_tokens.items()}
+            key: {int(tokens): cut and GemmConfig(**cut) for tokens, cut in by_tokens.items()}
             for key, by_tokens in content["cuts"].items()
         }
     except FileNotFoundError:

@@ -20,7 +20,7 @@ from dataclasses import replace
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.configs import BLOCK_ER, MAX_SLICES, MAX_SPLIT, Tiles, block_er
+from vllm_adafuse.kernels.configs import BLOCK_ER, MAX_SLICES, MAX_SPLIT, GemmConfig, block_er
 from vllm_adafuse.kernels.dispatch import MAX_SHRINK_TOKENS, MAX_STREAM_TOKENS, default_config
 from vllm_adafuse.kernels.early import prefetch
 from vllm_adafuse.kernels.launch import launch, overlap
@@ -46,11 +46,11 @@ from vllm_adafuse.kernels.shrink import (
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 
-def scratch_sizes(bank_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
+def scratch_sizes(lora_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
     """Bytes of s, floats of partial sums and tickets that a projection of `rows` rows may need."""
-    parts, experts, rank, _ = bank_a.shape
-    alone, within = ShrinkGrid.of(bank_a), ShrinkGrid.of(bank_a, MAX_SLICES)
-    low = MAX_SHRINK_TOKENS * parts * experts * rank * bank_a.element_size()
+    parts, experts, rank, _ = lora_a.shape
+    alone, within = ShrinkGrid.of(lora_a), ShrinkGrid.of(lora_a, MAX_SLICES)
+    low = MAX_SHRINK_TOKENS * parts * experts * rank * lora_a.element_size()
     padded = rows + 3 * 64
     of_shrink = max(alone.programs * MAX_SHRINK_TOKENS, within.programs * MAX_STREAM_TOKENS)
     sums = of_shrink * alone.block_r + MAX_SPLIT * padded * MAX_STREAM_TOKENS
@@ -282,7 +282,7 @@ def decode_gemm_triton(
     x: torch.Tensor,
     p: Projection,
     step: Step,
-    tiles: Tiles | None = None,
+    tiles: GemmConfig | None = None,
     out: torch.Tensor | None = None,
     kv_slots: Pages | None = None,
 ) -> torch.Tensor:

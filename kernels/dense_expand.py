@@ -51,7 +51,7 @@ def _weigh_kernel(
 def dense_expand_triton(
     y: torch.Tensor,
     s: torch.Tensor,
-    bank_b: torch.Tensor,
+    lora_b: torch.Tensor,
     gates: torch.Tensor,
     parts: Sequence[int],
     widths: Sequence[int],
@@ -64,20 +64,20 @@ def dense_expand_triton(
         y: [T, out], W x; rows contiguous.
         s: [T, P E R], A x of all experts, not yet weighted; rows contiguous. Those of the experts
             from `first` on are weighted afterwards.
-        bank_b: [sum of the adapted widths, E, R] contiguous, dtype of y.
+        lora_b: [sum of the adapted widths, E, R] contiguous, dtype of y.
         gates: [N, E] float32 contiguous, N >= T.
         parts: for each of up to three parts of y its index in s, -1 for one without experts.
         widths: columns of each part.
         first: < E.
     """
-    tokens, (_, experts, rank) = y.shape[0], bank_b.shape
+    tokens, (_, experts, rank) = y.shape[0], lora_b.shape
     of_parts = s.unflatten(1, (-1, experts * rank))
     block, kernel = _plan(experts, first, rank, on_hopper(y))
     kernel(
         (cdiv(tokens * (experts - first), block), of_parts.shape[1]),
         s, gates, tokens, s.stride(0),
     )  # fmt: skip
-    expand_torch(y, of_parts[..., first * rank :], bank_b[:, first:], parts, widths)
+    expand_torch(y, of_parts[..., first * rank :], lora_b[:, first:], parts, widths)
 
 
 @functools.cache

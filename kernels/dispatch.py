@@ -17,9 +17,9 @@ import math
 from vllm_adafuse.kernels.configs import (
     BLOCK_ER,
     MAX_SPLIT,
-    ExpandBlocks,
-    NormBlocks,
-    Tiles,
+    ExpandConfig,
+    GemmConfig,
+    NormConfig,
     cuts_of,
     expert_blocks,
     shape_key,
@@ -135,7 +135,7 @@ def plans_of(shape: Shape, device: Device) -> Plans:
     return Plans(shape, device)
 
 
-def config_plan(shape: Shape, config: Tiles) -> Plan:
+def config_plan(shape: Shape, config: GemmConfig) -> Plan:
     """With a kernel of ours, cut like this."""
     split_k = config.split if shape.epilogue == "norm" else 1
     return Plan(TMA_GEMM if config.tma else DECODE_GEMM, config, split_k, True)
@@ -161,7 +161,7 @@ def cublas_plan(shape: Shape, num_tokens: int, device: Device) -> Plan:
     return Plan(CUBLAS, None, 1, one_gemm, EXPAND)
 
 
-def gemm_config(shape: Shape, num_tokens: int, device: Device) -> Tiles | None:
+def gemm_config(shape: Shape, num_tokens: int, device: Device) -> GemmConfig | None:
     """The cut of a kernel of ours for W and A: the tuned one of a near number of tokens, or
     `default_config`. None: cuBLAS is faster."""
     s = shape
@@ -183,7 +183,7 @@ def can_tile(shape: Shape, device: Device) -> bool:
 @functools.cache
 def find_config(
     device: str, tokens: int, size_in: int, rows: int, follows: str, itemsize: int, tma: bool
-) -> Tiles | None:
+) -> GemmConfig | None:
     """The tuned cut of the nearest number of tokens, or `default_config`.
 
     Args:
@@ -202,7 +202,7 @@ def find_config(
     return fits[min(fits, key=lambda t: (abs(math.log2(t / tokens)), t))]
 
 
-def serves(config: Tiles | None, tokens: int, tma: bool) -> bool:
+def serves(config: GemmConfig | None, tokens: int, tma: bool) -> bool:
     """Whether a cut, or cuBLAS, is one for so many tokens, with the accelerator or without."""
     if config is None:
         return tokens > MAX_STREAM_TOKENS
@@ -211,7 +211,7 @@ def serves(config: Tiles | None, tokens: int, tma: bool) -> bool:
 
 def default_config(
     tokens: int, size_in: int, rows: int, follows: str, itemsize: int, tma: bool = False
-) -> Tiles | None:
+) -> GemmConfig | None:
     """A sane cut for any device; None: cuBLAS is faster.
 
     Found on an H200 at the shapes of Llama-2-7B and 13B and Mistral-7B; docs/kernel-notes.md has
@@ -228,30 +228,30 @@ def default_config(
     return _streamed(tokens, rows, follows, itemsize, tma)
 
 
-def _tiled(tokens: int, size_in: int, rows: int, follows: str, itemsize: int) -> Tiles | None:
+def _tiled(tokens: int, size_in: int, rows: int, follows: str, itemsize: int) -> GemmConfig | None:
     if follows == "norm":
         if tokens > MAX_LOW_TILE_TOKENS:
             return None
         if itemsize > 2:
-            return Tiles(32, 32, min(MAX_SPLIT, max(1, cdiv(128, cdiv(rows, 32)))), tma=True)
+            return GemmConfig(32, 32, min(MAX_SPLIT, max(1, cdiv(128, cdiv(rows, 32)))), tma=True)
         if size_in <= 8192:
-            return Tiles(64, 128, 1, 4, 5, slices=2, tma=True)
+            return GemmConfig(64, 128, 1, 4, 5, slices=2, tma=True)
         split = min(MAX_SPLIT, max(1, 112 // cdiv(rows, 96)))
-        return Tiles(96, 128, split, 4, 5, slices=4, tma=True)
+        return GemmConfig(96, 128, split, 4, 5, slices=4, tma=True)
     pairs = bool(follows)
     if rows < (MIN_TILED_ROWS if pairs else 2 * MIN_TILED_ROWS):
         return None
     if tokens > MAX_LOW_TILE_TOKENS and not pairs:
         return None
     if itemsize > 2:
-        return Tiles(32, 32, 1, 4, 3, tma=True)
+        return GemmConfig(32, 32, 1, 4, 3, tma=True)
     if follows in ("", "rotary"):
         if cdiv(rows, 64) < MIN_TILES:
             stages = 5 if tokens <= MAX_LOW_TILE_TOKENS else 4
-            return Tiles(32, 128, 1, 4, stages, slices=2, tma=True)
+            return GemmConfig(32, 128, 1, 4, stages, slices=2, tma=True)
         if tokens <= MAX_LOW_TILE_TOKENS:
-            return Tiles(64, 128, 1, 4, 4, slices=2, tma=True)
-        return Tiles(64, 64, 1, 8, 6, slices=2, tma=True)
+            return GemmConfig(64, 128, 1, 4, 4, slices=2, tma=True)
+        return GemmConfig(64, 64, 1, 8, 6, slices=2, tma=True)
     # One tile to a processor, of 132, some of which have the shrink: a second round costs as
     # much as the first.
     one_round = cdiv(rows, 96) <= 116
@@ -260,10 +260,10 @@ def _tiled(tokens: int, size_in: int, rows: int, follows: str, itemsize: int) ->
     else:
         tall = not one_round and cdiv(rows, 128) <= 116
         cut = (128, 64, 1, 8, 4) if tall else (96, 64, 1, 8, 5)
-    return Tiles(*cut, slices=2, tma=True)
+    return GemmConfig(*cut, slices=2, tma=True)
 
 
-def _streamed(tokens: int, rows: int, follows: str, itemsize: int, roomy: bool) -> Tiles:
+def _streamed(tokens: int, rows: int, follows: str, itemsize: int, roomy: bool) -> GemmConfig:
     # Hopper's processors have room for 110 kB; others must do with less.
     few, pairs = tokens <= MAX_STREAM_ONLY_TOKENS, follows not in ("", "norm")
     cols, most = 128 if itemsize == 2 else 64, 1 if pairs else 3
@@ -271,20 +271,20 @@ def _streamed(tokens: int, rows: int, follows: str, itemsize: int, roomy: bool) 
     while height > 16 and cdiv(rows, height) * most < MIN_TILES:
         height //= 2
     if follows == "rotary" and few and roomy:
-        return Tiles(min(height, 32), cols, 1, 4, 6 if cdiv(rows, 32) <= 132 else 4)
+        return GemmConfig(min(height, 32), cols, 1, 4, 6 if cdiv(rows, 32) <= 132 else 4)
     if follows == "rotary":
-        return Tiles(height, cols // 2, 1, 4, 6 if roomy else 4)
+        return GemmConfig(height, cols // 2, 1, 4, 6 if roomy else 4)
     if pairs:
-        return Tiles(height, cols if few else cols // 2, 1, 4, 3 if few else 4)
+        return GemmConfig(height, cols if few else cols // 2, 1, 4, 3 if few else 4)
     # Programs that fill a second round of 132 processors by a fifth alone wait for that fifth.
     tiles = cdiv(rows, height)
     split = min(most, cdiv(190, tiles))
     few_norm = tokens <= MAX_FEWEST_TOKENS and follows == "norm"
     if few_norm and split > 1 and roomy and 2 * tiles <= 132:
-        return Tiles(height, cols, 2, 4, 6, 512, 2)
+        return GemmConfig(height, cols, 2, 4, 6, 512, 2)
     slices = 1 if split == 1 else 2 if few else 3
     stages = 3 if few and follows == "norm" else 4
-    return Tiles(height, cols, split, 4, stages, 512 if few and split > 1 else 256, slices)
+    return GemmConfig(height, cols, split, 4, stages, 512 if few and split > 1 else 256, slices)
 
 
 def slices_of_product(shape: Shape, num_tokens: int) -> int:
@@ -333,16 +333,16 @@ def tma_expands(shape: Shape, num_tokens: int, one_gemm: bool, device: Device) -
 
 
 @functools.cache
-def choose_expand(tokens: int, activation: bool, itemsize: int) -> ExpandBlocks:
+def choose_expand(tokens: int, activation: bool, itemsize: int) -> ExpandConfig:
     """How `expand` is cut. Found on an H200 at the shapes of Llama-2-7B."""
     if tokens <= MAX_SHORT_TOKENS or itemsize > 2:
         block_t = min(64 if itemsize == 2 else 32, max(16, power_of_2(tokens)))
-        return ExpandBlocks(block_t, 64, 1, 4, 1)
-    return ExpandBlocks(64, 64, 8, 4, 1 if activation else 3)
+        return ExpandConfig(block_t, 64, 1, 4, 1)
+    return ExpandConfig(64, 64, 8, 4, 1 if activation else 3)
 
 
 @functools.cache
-def choose_wide(tokens: int, width: int, activation: str) -> ExpandBlocks:
+def choose_wide(tokens: int, width: int, activation: str) -> ExpandConfig:
     """How `tma_expand` is cut. Found on an H200 at the shapes of Llama-2-7B.
 
     width: of which the widths of all slices are multiples.
@@ -352,20 +352,20 @@ def choose_wide(tokens: int, width: int, activation: str) -> ExpandBlocks:
     # fetching its s.
     if is_gate_up(activation):
         groups = max(2, (1 << 15) // power_of_2(tokens))
-        return ExpandBlocks(128, 32, cdiv(width // 32, groups), 8, 3)
+        return ExpandConfig(128, 32, cdiv(width // 32, groups), 8, 3)
     if activation:
         if tokens > many:  # 32 heads are 3 % faster, and take a register too many with pages
-            return ExpandBlocks(128, 32, 16, 8, 3)
-        return ExpandBlocks(64, 32, 16, 4, 3)
-    return ExpandBlocks(128, 64, 8 if tokens > some else 2, 8, 3)
+            return ExpandConfig(128, 32, 16, 8, 3)
+        return ExpandConfig(64, 32, 16, 4, 3)
+    return ExpandConfig(128, 64, 8 if tokens > some else 2, 8, 3)
 
 
 @functools.cache
-def choose_norm(width: int, expand: bool, sliced: bool, itemsize: int) -> NormBlocks:
+def choose_norm(width: int, expand: bool, sliced: bool, itemsize: int) -> NormConfig:
     """How `add_norm` is cut. Found on an H200 at the shapes of Llama-2-7B."""
     whole = power_of_2(width)
     if not expand:
-        return NormBlocks(1, whole, whole, 8 if sliced or whole > 4096 else 4)
+        return NormConfig(1, whole, whole, 8 if sliced or whole > 4096 else 4)
     if itemsize > 2:
-        return NormBlocks(32, 32, 32, 8)
-    return NormBlocks(64, 64, 128, 8, 3)
+        return NormConfig(32, 32, 32, 8)
+    return NormConfig(64, 64, 128, 8, 3)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.configs import ExpandBlocks, expert_blocks
+from vllm_adafuse.kernels.configs import ExpandConfig, expert_blocks
 from vllm_adafuse.kernels.deltas import add_deltas, load_both, load_gates, load_ranks, weigh
 from vllm_adafuse.kernels.dispatch import MAX_SHORT_TOKENS, MIN_DENSE_TOKENS, choose_expand
 from vllm_adafuse.kernels.launch import Bound, bind, overlap
@@ -220,7 +220,7 @@ class _Key(NamedTuple):
     experts: int
     rank: int
     itemsize: int
-    blocks: ExpandBlocks | None
+    blocks: ExpandConfig | None
     hopper: bool
     has_bias: bool
     paged: bool
@@ -245,7 +245,7 @@ def _launch(
     s: torch.Tensor,
     read: _Read,
     slices: tuple[Sequence[int], Sequence[int], int],
-    blocks: ExpandBlocks | None = None,
+    blocks: ExpandConfig | None = None,
     kv_slots: Pages | None = None,
     skip: bool = True,
 ) -> None:
@@ -298,7 +298,7 @@ def _plan(key: _Key) -> tuple[int, int, Bound]:
 def expand_triton(
     y: torch.Tensor,
     s: torch.Tensor,
-    bank_b: torch.Tensor,
+    lora_b: torch.Tensor,
     present: torch.Tensor,
     parts: Sequence[int],
     widths: Sequence[int],
@@ -308,12 +308,12 @@ def expand_triton(
     Args:
         y: [T, out], the projection's own output; rows contiguous.
         s: [T, P, E * R], dtype of y, from `shrink`.
-        bank_b: [sum of the adapted widths, E, R] contiguous, dtype of y.
+        lora_b: [sum of the adapted widths, E, R] contiguous, dtype of y.
         present: [1] int64, bit 0 for experts whose s is zero everywhere.
         parts: for each of up to three parts of y its index in s, -1 for one without experts.
         widths: columns of each part.
     """
-    _launch(y, y, s, _Read(None, bank_b, None, present), (parts, widths, 0))
+    _launch(y, y, s, _Read(None, lora_b, None, present), (parts, widths, 0))
 
 
 def expand_raw_triton(
@@ -322,7 +322,7 @@ def expand_raw_triton(
     bias: torch.Tensor | None,
     p: Projection,
     step: Step,
-    blocks: ExpandBlocks | None = None,
+    blocks: ExpandConfig | None = None,
     kv_slots: Pages | None = None,
 ) -> torch.Tensor:
     """From the outputs of W and A to those of the adapted projection, in one launch.
@@ -356,7 +356,7 @@ def expand_weighted_triton(
     y: torch.Tensor,
     s: torch.Tensor,
     bias: torch.Tensor | None,
-    bank_b: torch.Tensor,
+    lora_b: torch.Tensor,
     present: torch.Tensor,
     parts: Sequence[int],
     widths: Sequence[int],
@@ -367,7 +367,7 @@ def expand_weighted_triton(
     Args:
         y: [T, out], W x.
         s: [T, P, E R], weighted, see `route_layer`.
-        bias, bank_b, present, parts, widths: as in `expand_raw_triton`.
+        bias, lora_b, present, parts, widths: as in `expand_raw_triton`.
         activation: "", or "silu" or "gelu_tanh" of gate and up.
 
     Returns:
@@ -376,8 +376,8 @@ def expand_weighted_triton(
     act = ACTIVATIONS.index(activation)
     result = s.new_empty(y.shape[0], result_width(widths, activation))
     blocks = choose_expand(y.shape[0], act != 0, s.element_size())
-    every = expert_blocks(*bank_b.shape[1:], False)["ONE"]
-    read = _Read(bias, bank_b, None, present)
+    every = expert_blocks(*lora_b.shape[1:], False)["ONE"]
+    read = _Read(bias, lora_b, None, present)
     _launch(y, result, s, read, (parts, widths, act), blocks, skip=not every)
     return result
 
@@ -385,13 +385,13 @@ def expand_weighted_triton(
 def expand_torch(
     y: torch.Tensor,
     s: torch.Tensor,
-    bank_b: torch.Tensor,
+    lora_b: torch.Tensor,
     parts: Sequence[int],
     widths: Sequence[int],
 ) -> None:
     """By cuBLAS; the reference, see `expand_triton`. Views of s and B need rows that
     are contiguous, and no more."""
-    b, row, column = bank_b.flatten(1), 0, 0
+    b, row, column = lora_b.flatten(1), 0, 0
     for part, width in zip(parts, widths):
         if part >= 0:
             y[:, column : column + width].addmm_(s[:, part], b[row : row + width].t())

@@ -75,14 +75,14 @@ def s_of_slots_triton(low, gates, scales, tokens, rank, always, shared, dtype) -
     return s
 
 
-def _run(y, low, gates, scales, present, bank_b, always, shared) -> None:
-    rank, width = bank_b.shape[2], y.shape[1]
+def _run(y, low, gates, scales, present, lora_b, always, shared) -> None:
+    rank, width = lora_b.shape[2], y.shape[1]
     s_of_slots = s_of_slots_triton if y.is_cuda else s_of_slots_torch
     s = s_of_slots(low, gates, scales, y.shape[0], rank, always, shared, y.dtype)
     if y.is_cuda:
-        expand_triton(y, s, bank_b, present, [0], [width])
+        expand_triton(y, s, lora_b, present, [0], [width])
     else:
-        expand_torch(y, s, bank_b, [0], [width])
+        expand_torch(y, s, lora_b, [0], [width])
 
 
 def _fake(*arguments) -> None:
@@ -91,7 +91,7 @@ def _fake(*arguments) -> None:
 
 _op = register_op(
     "ffn_down(Tensor(a!) y, Tensor low, Tensor gates, Tensor scales, Tensor present, "
-    "Tensor bank_b, int always, bool shared) -> ()",
+    "Tensor lora_b, int always, bool shared) -> ()",
     _run,
     _fake,
 )
@@ -103,7 +103,7 @@ def ffn_down(
     gates: torch.Tensor,
     scales: torch.Tensor,
     present: torch.Tensor,
-    bank_b: torch.Tensor,
+    lora_b: torch.Tensor,
     always: int,
     shared: bool,
 ) -> None:
@@ -116,8 +116,8 @@ def ffn_down(
         gates: [N, 1, E] float32, N >= T.
         scales: [E'] float32.
         present: [1] int64, see `route_layer`.
-        bank_b: [out, E', R], dtype of y.
+        lora_b: [out, E', R], dtype of y.
         always: experts past E that are always on.
         shared: one A serves all other experts.
     """
-    _op(y, low, gates, scales, present, bank_b, always, shared)
+    _op(y, low, gates, scales, present, lora_b, always, shared)

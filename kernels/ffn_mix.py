@@ -28,12 +28,12 @@ def slots_of(gates: torch.Tensor, slots: int) -> torch.Tensor:
     return (gates != 0).cumsum(-1).clamp(max=slots)
 
 
-def ffn_mix_torch(both, gates, bank_b, parts, width, slots, activation) -> torch.Tensor:
+def ffn_mix_torch(both, gates, lora_b, parts, width, slots, activation) -> torch.Tensor:
     """The reference; see `ffn_mix`."""
-    tokens, (_, every, rank), experts = both.shape[0], bank_b.shape, gates.shape[-1]
+    tokens, (_, every, rank), experts = both.shape[0], lora_b.shape, gates.shape[-1]
     y = both[:, : 2 * width].float()
     s = both[:, 2 * width :].reshape(tokens, -1, every, rank).float()
-    b = bank_b.float().split([width if part >= 0 else 0 for part in parts])
+    b = lora_b.float().split([width if part >= 0 else 0 for part in parts])
 
     def delta(expert: int) -> torch.Tensor:
         of_parts = [
@@ -127,14 +127,14 @@ def _ffn_mix_kernel(
     tl.store(x_at, mixed.to(x_ptr.dtype.element_ty), mask=mask)
 
 
-def ffn_mix_triton(both, gates, bank_b, parts, width, slots, activation) -> torch.Tensor:
+def ffn_mix_triton(both, gates, lora_b, parts, width, slots, activation) -> torch.Tensor:
     """One launch; see `ffn_mix`."""
-    tokens, (_, every, rank), experts = both.shape[0], bank_b.shape, gates.shape[-1]
+    tokens, (_, every, rank), experts = both.shape[0], lora_b.shape, gates.shape[-1]
     x = both.new_empty(1 + slots, tokens, width)
     grid = cdiv(width, _BLOCK_C), cdiv(tokens, _BLOCK_T)
     launch(
         _ffn_mix_kernel, grid,
-        both, gates, bank_b, x, tokens, both.stride(0),
+        both, gates, lora_b, x, tokens, both.stride(0),
         WIDTH=width, PART0=parts[0], PART1=parts[1],
         EXPERTS=experts, EVERY=every, RANK=rank, SLOTS=slots,
         ACT=ACTIVATIONS.index(activation), BLOCK_T=_BLOCK_T, BLOCK_C=_BLOCK_C,
@@ -143,17 +143,17 @@ def ffn_mix_triton(both, gates, bank_b, parts, width, slots, activation) -> torc
     return x
 
 
-def _run(both, gates, bank_b, parts, width, slots, activation):
+def _run(both, gates, lora_b, parts, width, slots, activation):
     run = ffn_mix_triton if both.is_cuda else ffn_mix_torch
-    return run(both, gates, bank_b, parts, width, slots, activation)
+    return run(both, gates, lora_b, parts, width, slots, activation)
 
 
-def _fake(both, gates, bank_b, parts, width, slots, activation):
+def _fake(both, gates, lora_b, parts, width, slots, activation):
     return both.new_empty(1 + slots, both.shape[0], width)
 
 
 _op = register_op(
-    "ffn_mix(Tensor both, Tensor gates, Tensor bank_b, int[] parts, int width, int slots, "
+    "ffn_mix(Tensor both, Tensor gates, Tensor lora_b, int[] parts, int width, int slots, "
     "str activation) -> Tensor",
     _run,
     _fake,
@@ -163,7 +163,7 @@ _op = register_op(
 def ffn_mix(
     both: torch.Tensor,
     gates: torch.Tensor,
-    bank_b: torch.Tensor,
+    lora_b: torch.Tensor,
     parts: Sequence[int],
     width: int,
     slots: int,
@@ -175,7 +175,7 @@ def ffn_mix(
         both: [T, 2 I + P E' R]: W x of gate_up, then s [P, E', R] with LoRA's scale but without
             gates (`LayerGate.plain`); rows contiguous.
         gates: [N, 1, E] float32, N >= T.
-        bank_b: [sum of the adapted widths, E', R] of gate and up, dtype of `both`.
+        lora_b: [sum of the adapted widths, E', R] of gate and up, dtype of `both`.
         parts: for gate and for up the index in s, -1 for none.
         width: I.
         slots: k where the down projection has experts, else 0.
@@ -185,4 +185,4 @@ def ffn_mix(
         [1 + slots, T, I]: the mixture, then the activations of each token's chosen experts; what
         a token with fewer has in the last of them is undefined.
     """
-    return _op(both, gates, bank_b, parts, width, slots, activation)
+    return _op(both, gates, lora_b, parts, width, slots, activation)

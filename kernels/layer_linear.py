@@ -23,11 +23,11 @@ from vllm_adafuse.kernels.route_layer import GATE_SCHEMA, LayerGate, route
 
 
 def _run(
-    x, joint, columns, logits, bias, router_bias, scales, gates, present, bank_b, parts, widths,
+    x, joint, columns, logits, bias, router_bias, scales, gates, present, lora_b, parts, widths,
     activation, *gate,
 ):  # fmt: skip
     rule, out = LayerGate(gate[0], tuple(gate[1]), *gate[2:]), sum(widths)
-    count, rank = max(parts, default=-1) + 1, bank_b.shape[2]
+    count, rank = max(parts, default=-1) + 1, lora_b.shape[2]
     if x.is_cuda and x.shape[0] <= MAX_JOINT_TOKENS:
         both = matmul_f32(x, joint.t())
         y, low = both[:, :out], both[:, out:]
@@ -39,14 +39,14 @@ def _run(
     s = route(low, z, router_bias, scales, gates, present, count, rank, x.dtype, rule)
     if x.is_cuda:
         return expand_weighted_triton(
-            y, s, bias, bank_b, present, parts, widths, activation
+            y, s, bias, lora_b, present, parts, widths, activation
         )
-    expand_torch(y, s, bank_b, parts, widths)
+    expand_torch(y, s, lora_b, parts, widths)
     return activate_torch(y, activation) if activation else y
 
 
 def _fake(
-    x, joint, columns, logits, bias, router_bias, scales, gates, present, bank_b, parts, widths,
+    x, joint, columns, logits, bias, router_bias, scales, gates, present, lora_b, parts, widths,
     activation, *gate,
 ):  # fmt: skip
     return x.new_empty(x.shape[0], result_width(widths, activation))
@@ -55,7 +55,7 @@ def _fake(
 # See `route_layer` for what torch is not told of gates and present.
 _op = register_op(
     "layer_linear(Tensor x, Tensor joint, int columns, int logits, Tensor? bias, "
-    "Tensor? router_bias, Tensor scales, Tensor gates, Tensor present, Tensor bank_b, int[] parts, "
+    "Tensor? router_bias, Tensor scales, Tensor gates, Tensor present, Tensor lora_b, int[] parts, "
     f"int[] widths, str activation, {GATE_SCHEMA}) -> Tensor",
     _run,
     _fake,
@@ -72,7 +72,7 @@ def layer_linear(
     scales: torch.Tensor,
     gates: torch.Tensor,
     present: torch.Tensor,
-    bank_b: torch.Tensor,
+    lora_b: torch.Tensor,
     parts: Sequence[int],
     widths: Sequence[int],
     activation: str,
@@ -86,7 +86,7 @@ def layer_linear(
         columns: P EA R.
         bias: [out] or None.
         router_bias, scales, gates, present, gate: as in `route_layer`.
-        bank_b: [sum of the adapted widths, E', R], dtype of x.
+        lora_b: [sum of the adapted widths, E', R], dtype of x.
         parts: for each of up to three parts of the output its index in the banks, -1 for none.
         widths: columns of each part.
         activation: "", or "silu" or "gelu_tanh" of gate_up, whose two parts are equally wide.
@@ -95,6 +95,6 @@ def layer_linear(
         [T, out], or [T, out / 2] after an activation.
     """
     return _op(
-        x, joint, columns, logits, bias, router_bias, scales, gates, present, bank_b, parts, widths,
+        x, joint, columns, logits, bias, router_bias, scales, gates, present, lora_b, parts, widths,
         activation, *gate.arguments,
     )  # fmt: skip

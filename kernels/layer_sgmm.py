@@ -16,16 +16,16 @@ from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.route_layer import GATE_SCHEMA, LayerGate, route
 
 
-def _run(y, low, logits, bias, scales, gates, present, bank_b, parts, widths, *gate) -> None:
+def _run(y, low, logits, bias, scales, gates, present, lora_b, parts, widths, *gate) -> None:
     rule = LayerGate(gate[0], tuple(gate[1]), *gate[2:])
-    count, rank = max(parts, default=-1) + 1, bank_b.shape[2]
+    count, rank = max(parts, default=-1) + 1, lora_b.shape[2]
     s = route(low, logits, bias, scales, gates, present, count, rank, y.dtype, rule)
     if not count:
         return
     if y.is_cuda:
-        expand_triton(y, s, bank_b, present, parts, widths)
+        expand_triton(y, s, lora_b, present, parts, widths)
     else:
-        expand_torch(y, s, bank_b, parts, widths)
+        expand_torch(y, s, lora_b, parts, widths)
 
 
 def _fake(*arguments) -> None:
@@ -35,7 +35,7 @@ def _fake(*arguments) -> None:
 # See `route_layer` for what torch is not told of gates and present.
 _op = register_op(
     "layer_sgmm(Tensor(a!) y, Tensor low, Tensor? logits, Tensor? bias, Tensor scales, "
-    "Tensor gates, Tensor present, Tensor bank_b, int[] parts, int[] widths, "
+    "Tensor gates, Tensor present, Tensor lora_b, int[] parts, int[] widths, "
     f"{GATE_SCHEMA}) -> ()",
     _run,
     _fake,
@@ -50,7 +50,7 @@ def layer_sgmm(
     scales: torch.Tensor,
     gates: torch.Tensor,
     present: torch.Tensor,
-    bank_b: torch.Tensor,
+    lora_b: torch.Tensor,
     parts: Sequence[int],
     widths: Sequence[int],
     gate: LayerGate,
@@ -60,10 +60,10 @@ def layer_sgmm(
     Args:
         y: [T, out], the projection's own output, changed; rows contiguous.
         low, logits, bias, scales, gates, present, gate: as in `route_layer`.
-        bank_b: [sum of the adapted widths, E', R], dtype of y.
+        lora_b: [sum of the adapted widths, E', R], dtype of y.
         parts: for each of up to three parts of y its index in low, -1 for none.
         widths: columns of each part.
     """
     _op(
-        y, low, logits, bias, scales, gates, present, bank_b, parts, widths, *gate.arguments
+        y, low, logits, bias, scales, gates, present, lora_b, parts, widths, *gate.arguments
     )

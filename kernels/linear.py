@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from vllm_adafuse.kernels import decode_gemm, tma_gemm
-from vllm_adafuse.kernels.configs import Tiles
+from vllm_adafuse.kernels.configs import GemmConfig
 from vllm_adafuse.kernels.decode_gemm import decode_gemm_triton
 from vllm_adafuse.kernels.dense_expand import dense_expand_triton
 from vllm_adafuse.kernels.expand import expand_raw_triton, expand_torch
@@ -27,9 +27,9 @@ from vllm_adafuse.kernels.tma_expand import tma_expand_triton
 from vllm_adafuse.kernels.tma_gemm import tma_gemm_triton
 
 
-def scratch_sizes(bank_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
+def scratch_sizes(lora_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
     """Bytes of s, floats of partial sums and tickets that a projection of `rows` rows may need."""
-    needs = decode_gemm.scratch_sizes(bank_a, rows), tma_gemm.scratch_sizes(bank_a)
+    needs = decode_gemm.scratch_sizes(lora_a, rows), tma_gemm.scratch_sizes(lora_a)
     low, floats, tickets = map(max, *needs)
     return low, floats, tickets
 
@@ -110,7 +110,7 @@ def one_launch(
     x: torch.Tensor,
     p: Projection,
     step: Step,
-    config: Tiles,
+    config: GemmConfig,
     out: torch.Tensor,
     kv_slots: Pages | None = None,
 ) -> torch.Tensor:
@@ -119,11 +119,10 @@ def one_launch(
     return launch(x, p, step, config, out, kv_slots)
 
 
-def sliced_product(
-    x: torch.Tensor, p: Projection, split: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slices of W x and A x, [split, T, …] each, by one cuBLAS GEMM for all slices of `in`: programs enough where one for the whole would have few. Slices are rounded as the whole
-    would be, which costs the sum no more than that.
+def sliced_product(x: torch.Tensor, p: Projection, split: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slices of W x and A x, [split, T, …] each, by one cuBLAS GEMM for all slices of `in`:
+    programs enough where one for the whole would have few. Slices are rounded as the whole would
+    be, which costs the sum no more than that.
     """
     joint, out = p.fused_weight, p.shape.size_out
     of_x = x.view(x.shape[0], split, -1).transpose(0, 1)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from vllm_adafuse.kernels import linear
 from vllm_adafuse.kernels.add_norm import add_norm_torch, add_norm_triton
-from vllm_adafuse.kernels.configs import MAX_SPLIT, Tiles
+from vllm_adafuse.kernels.configs import MAX_SPLIT, GemmConfig
 from vllm_adafuse.kernels.dense_expand import dense_expand_triton
 from vllm_adafuse.kernels.dispatch import MAX_TILE_TOKENS
 from vllm_adafuse.kernels.linear import (
@@ -31,13 +31,13 @@ from vllm_adafuse.kernels.operands import Projection, Step
 from vllm_adafuse.kernels.plans import ADD_NORM, NONE, Plan
 
 
-def scratch_sizes(bank_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
+def scratch_sizes(lora_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
     """Bytes of s, floats of partial sums and tickets that a projection of `rows` rows may need."""
-    low, floats, tickets = linear.scratch_sizes(bank_a, rows)
+    low, floats, tickets = linear.scratch_sizes(lora_a, rows)
     return low, floats + MAX_SPLIT * MAX_TILE_TOKENS * rows, tickets
 
 
-def slices_triton(x: torch.Tensor, p: Projection, step: Step, config: Tiles) -> torch.Tensor:
+def slices_triton(x: torch.Tensor, p: Projection, step: Step, config: GemmConfig) -> torch.Tensor:
     """The projection of few tokens in one launch, slices of `in` unadded.
 
     Args:

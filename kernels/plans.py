@@ -9,7 +9,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from vllm_adafuse.kernels.configs import Tiles
+from vllm_adafuse.kernels.configs import GemmConfig
 from vllm_adafuse.kernels.pairs import tiled_widths
 
 # What a plan may name, after its file; cuBLAS has none. SHRINK, over a quantised W, is of A alone.
@@ -123,7 +123,7 @@ class Plan:
     """
 
     kernel: str
-    config: Tiles | None = None
+    config: GemmConfig | None = None
     split_k: int = 1
     one_gemm: bool = False
     expand: str = NONE

@@ -227,9 +227,9 @@ class ShrinkGrid:
     slots: int
 
     @classmethod
-    def of(cls, bank_a: torch.Tensor, slices: int = 0) -> ShrinkGrid:
+    def of(cls, lora_a: torch.Tensor, slices: int = 0) -> ShrinkGrid:
         """For a bank, in so many slices of `in`; 0: a sane number."""
-        parts, experts, rank, size_in = bank_a.shape
+        parts, experts, rank, size_in = lora_a.shape
         block_r = min(32, max(16, power_of_2(rank)))
         slots = parts * experts * cdiv(rank, block_r)
         alone = max(1, min(MAX_SLICES, size_in // _SLICE, _PROGRAMS // slots))
@@ -256,7 +256,7 @@ def fit_cols(wanted: int, block_r: int, block_t: int, itemsize: int) -> int:
 
 def shrink_triton(
     x: torch.Tensor,
-    bank_a: torch.Tensor,
+    lora_a: torch.Tensor,
     gates: torch.Tensor,
     present: torch.Tensor,
     scratch: Scratch,
@@ -265,7 +265,7 @@ def shrink_triton(
 
     Args:
         x: [T, in], the projection's input; rows contiguous.
-        bank_a: [P, E, R, in] contiguous, dtype of x.
+        lora_a: [P, E, R, in] contiguous, dtype of x.
         gates: [N, E] float32, N >= T; rows past T are not read.
         present: [1] int64, a bit for each expert with a gate in the first T rows.
         scratch: of the device.
@@ -274,14 +274,14 @@ def shrink_triton(
         s: [T, P, E * R], dtype of x, in the scratch.
     """
     tokens = x.shape[0]
-    parts, experts, rank, size_in = bank_a.shape
-    grid = ShrinkGrid.of(bank_a)
+    parts, experts, rank, size_in = lora_a.shape
+    grid = ShrinkGrid.of(lora_a)
     s = scratch.s(x.dtype, tokens, parts, experts * rank)
     block_t = max(16, power_of_2(tokens))
     block_in = fit_cols(BLOCK_IN, grid.block_r, block_t, x.element_size())
     launch(
         _shrink_kernel, (grid.programs,),
-        x, bank_a, gates, present, s, scratch.partial, scratch.tickets, scratch.unread,
+        x, lora_a, gates, present, s, scratch.partial, scratch.tickets, scratch.unread,
         tokens, x.stride(0), size_in, experts, rank, parts, grid.slices,
         BLOCK_T=block_t, BLOCK_R=grid.block_r, BLOCK_IN=block_in,
         STAGES=SHRINK_STAGES, num_warps=4, num_stages=SHRINK_STAGES, **overlap(on_hopper(x)),
@@ -289,11 +289,11 @@ def shrink_triton(
     return s
 
 
-def shrink_torch(x: torch.Tensor, bank_a: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+def shrink_torch(x: torch.Tensor, lora_a: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     """The reference and the path of long batches: see `shrink_triton`."""
     tokens, size_in = x.shape
-    parts, experts, rank, _ = bank_a.shape
-    every = matmul_f32(x, bank_a.view(-1, size_in).t()).view(tokens, parts, experts, rank)
+    parts, experts, rank, _ = lora_a.shape
+    every = matmul_f32(x, lora_a.view(-1, size_in).t()).view(tokens, parts, experts, rank)
     s = torch.empty(tokens, parts, experts, rank, dtype=x.dtype, device=x.device)
     torch.mul(every, gates[:tokens, None, :, None], out=s)
     return s.view(tokens, parts, experts * rank)

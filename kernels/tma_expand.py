@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 from vllm_adafuse.kernels.blocks import group_of_tiles, grouped_tiles
-from vllm_adafuse.kernels.configs import ExpandBlocks
+from vllm_adafuse.kernels.configs import ExpandConfig
 from vllm_adafuse.kernels.deltas import load_gates, weigh
 from vllm_adafuse.kernels.dispatch import choose_wide, experts_at_once
 from vllm_adafuse.kernels.launch import launch, overlap
@@ -109,7 +109,7 @@ def tma_expand_triton(
     s: torch.Tensor,
     p: Projection,
     step: Step,
-    blocks: ExpandBlocks | None = None,
+    blocks: ExpandConfig | None = None,
     kv_slots: Pages | None = None,
 ) -> torch.Tensor:
     """One launch; for what `dispatch.tma_expands` holds. Adds the deltas of the first
@@ -129,7 +129,7 @@ def tma_expand_triton(
         [T, out], or [T, I] after silu or gelu_tanh; contiguous, or in y.
     """
     (tokens, out), widths, activation = y.shape, p.shape.widths, p.shape.activation
-    experts, rank, bank_b = p.shape.num_experts, p.shape.rank, p.lora_b
+    experts, rank, lora_b = p.shape.num_experts, p.shape.rank, p.lora_b
     cut = blocks or choose_wide(tokens, math.gcd(*widths), activation)
     shape = experts, rank, widths, activation, p.shape.head_dim // 2
     groups, constants = _plan(*shape, cut, on_hopper(y))
@@ -141,7 +141,7 @@ def tma_expand_triton(
         out_desc = TensorDescriptor.from_tensor(result, block)
     launch(
         _tma_expand_kernel, (groups, cdiv(tokens, cut.tokens)),
-        y_desc, TensorDescriptor(bank_b, [out, size], [size, 1], [columns, ranks]), out_desc,
+        y_desc, TensorDescriptor(lora_b, [out, size], [size, 1], [columns, ranks]), out_desc,
         TensorDescriptor.from_tensor(s, [cut.tokens, ranks]), step.gates, step.cos_sin,
         tokens, experts, *(kv_slots or NO_PAGES),
         PAGED=kv_slots is not None, **constants,
@@ -152,7 +152,7 @@ def tma_expand_triton(
 @functools.cache
 def _plan(
     experts: int, rank: int, widths: tuple, activation: str, half: int,
-    cut: ExpandBlocks, hopper: bool,
+    cut: ExpandConfig, hopper: bool,
 ) -> tuple[int, dict]:  # fmt: skip
     """Groups of tiles, and the kernel's constants."""
     groups, tiles = grouped_tiles(widths, activation, half, cut.columns, cut.loop)

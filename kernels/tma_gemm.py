@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
-from vllm_adafuse.kernels.configs import MAX_SLICES, Tiles
+from vllm_adafuse.kernels.configs import MAX_SLICES, GemmConfig
 from vllm_adafuse.kernels.dispatch import MAX_TILE_TOKENS, default_config
 from vllm_adafuse.kernels.early import prefetch_pairs
 from vllm_adafuse.kernels.launch import launch, overlap
@@ -56,10 +56,10 @@ SHRINK_ROWS = 64
 MIN_TOKENS = 64
 
 
-def scratch_sizes(bank_a: torch.Tensor) -> tuple[int, int, int]:
+def scratch_sizes(lora_a: torch.Tensor) -> tuple[int, int, int]:
     """Bytes of s, floats of partial sums and tickets that a projection may need."""
-    ranks = bank_a.numel() // bank_a.shape[-1]
-    low = MAX_TILE_TOKENS * ranks * bank_a.element_size()
+    ranks = lora_a.numel() // lora_a.shape[-1]
+    low = MAX_TILE_TOKENS * ranks * lora_a.element_size()
     tiles = cdiv(ranks, SHRINK_ROWS)
     return low, MAX_SLICES * tiles * SHRINK_ROWS * MAX_TILE_TOKENS, tiles
 
@@ -281,7 +281,7 @@ def tma_gemm_triton(
     x: torch.Tensor,
     p: Projection,
     step: Step,
-    tiles: Tiles | None = None,
+    tiles: GemmConfig | None = None,
     out: torch.Tensor | None = None,
     kv_slots: Pages | None = None,
 ) -> torch.Tensor:
@@ -303,23 +303,23 @@ def tma_gemm_triton(
     act, half = ACTIVATIONS.index(activation), shape.head_dim // 2
     experts, rank, joint = shape.num_experts, shape.rank, p.fused_weight
     size_out = sum(widths)
-    bank_a = joint[size_out:]
+    lora_a = joint[size_out:]
     members = tiled_widths(widths, activation)
     key = tokens, size_in, sum(members), activation, x.element_size()
-    cut = tiles or default_config(*key, tma=True) or Tiles(64, 64, stages=3)
+    cut = tiles or default_config(*key, tma=True) or GemmConfig(64, 64, stages=3)
     if half:
         cut = replace(cut, rows=min(cut.pieces[0], half))
     rows, more = cut.pieces
     block_t = max(MIN_TOKENS, power_of_2(tokens))
     count = sum(cdiv(w, cut.rows) for w in members)
-    shrinks = cdiv(bank_a.shape[0], SHRINK_ROWS) * cut.slices
+    shrinks = cdiv(lora_a.shape[0], SHRINK_ROWS) * cut.slices
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
     y = x.new_empty(tokens, result_width(widths, activation)) if out is None else out
     split = cut.split if y.dim() == 3 else 1
     # W as members, rows of each, and `in`: boxes of pairs have two members. B likewise, but for
     # gate_up, each of whose members is by itself.
     pair, pieces = 2 if act else 1, (rows, more or rows)
-    tall, ranks = half or (widths[0] if act else size_out), bank_a.shape[0]
+    tall, ranks = half or (widths[0] if act else size_out), lora_a.shape[0]
     s, b = scratch.s(x.dtype, tokens, ranks), p.lora_b.flatten(1)
     of_b = [b[: widths[0]], b[-widths[0] :]] if is_gate_up(activation) else [b]
     w_boxes = _boxes(joint[:size_out], tall, pair, pieces, cut.cols)
@@ -328,7 +328,7 @@ def tma_gemm_triton(
     launch(
         _tma_gemm_kernel, (shrinks + count * split,),
         TensorDescriptor(x, list(x.shape), list(x.stride()), [block_t, cut.cols]), *w_boxes,
-        TensorDescriptor(bank_a, list(bank_a.shape), [size_in, 1], [SHRINK_ROWS, cut.cols]),
+        TensorDescriptor(lora_a, list(lora_a.shape), [size_in, 1], [SHRINK_ROWS, cut.cols]),
         TensorDescriptor(s, [tokens, ranks], [ranks, 1], [block_t, cut.cols]),
         *b_boxes[0], *up_boxes, joint, p.bias, y, step.cos_sin, step.gates, s,
         scratch.partial, scratch.tickets, p.semaphore,

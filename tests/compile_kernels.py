@@ -141,7 +141,7 @@ def main() -> None:
                 rows.append(build(name, kernel, listing, cut.warps, cut.stages))
         for tokens in (64, 128):
             cut = dispatch.default_config(tokens, 4096, size_out, act, 2, True)
-            cut = cut or configs.Tiles(64, 64, stages=3)
+            cut = cut or configs.GemmConfig(64, 64, stages=3)
             tall, more = cut.pieces
             constants = shape | {
                 "SPLIT": 1, "SLICES": cut.slices, "RANK": 16, "EXPERTS": 8,

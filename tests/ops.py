@@ -23,8 +23,8 @@ class Problem:
     x: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor | None
-    bank_a: torch.Tensor
-    bank_b: torch.Tensor
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
     gates: torch.Tensor
     present: torch.Tensor
     scratch: Scratch
@@ -36,15 +36,15 @@ class Problem:
     ) -> Projection:
         """As launchers take it; of what the problem holds now, with a semaphore of its own."""
         shape = Shape(
-            self.x.shape[1], tuple(self.widths), tuple(self.parts), *self.bank_b.shape[1:],
+            self.x.shape[1], tuple(self.widths), tuple(self.parts), *self.lora_b.shape[1:],
             self.x.element_size(), epilogue, cos_sin.shape[1] if epilogue == "rotary" else 0,
             self.bias is not None, fused,
         )  # fmt: skip
         joint = joint_of(self) if fused else None
-        bank_a = joint[len(self.weight) :].view_as(self.bank_a) if fused else self.bank_a
+        lora_a = joint[len(self.weight) :].view_as(self.lora_a) if fused else self.lora_a
         semaphore = torch.zeros(4, dtype=torch.int32, device=self.x.device)
         return Projection(
-            shape, bank_a, self.bank_b, joint, self.bias, norm, semaphore,
+            shape, lora_a, self.lora_b, joint, self.bias, norm, semaphore,
             in_place and stays_in_place(shape),
         )  # fmt: skip
 
@@ -53,7 +53,7 @@ class Problem:
 
     @property
     def s_shape(self) -> tuple[int, int, int]:
-        parts, experts, rank, _ = self.bank_a.shape
+        parts, experts, rank, _ = self.lora_a.shape
         return self.x.shape[0], parts, experts * rank
 
 
@@ -117,16 +117,16 @@ def make_problem(
     adapted = sum(width for width, part in zip(widths, parts) if part >= 0)
     gates = make_gates(tokens, experts, top_k, seed, one)
     garbage = torch.full((3, experts), float("nan"), device=DEVICE)
-    bank_a = normal(max(parts) + 1, experts, rank, size_in, scale=size_in**-0.5)
-    scratch = Scratch.make(*scratch_sizes(bank_a, sum(widths)), torch.device(DEVICE))
+    lora_a = normal(max(parts) + 1, experts, rank, size_in, scale=size_in**-0.5)
+    scratch = Scratch.make(*scratch_sizes(lora_a, sum(widths)), torch.device(DEVICE))
     scratch.low.fill_(255)  # NaN in every dtype
     scratch.partial.fill_(float("nan"))
     return Problem(
         x=normal(tokens, size_in),
         weight=normal(sum(widths), size_in, scale=size_in**-0.5),
         bias=normal(sum(widths)) if bias else None,
-        bank_a=bank_a,
-        bank_b=normal(adapted, experts, rank, scale=rank**-0.5),
+        lora_a=lora_a,
+        lora_b=normal(adapted, experts, rank, scale=rank**-0.5),
         gates=torch.cat([gates, garbage]),
         present=present_of((gates != 0).any(0)),
         scratch=scratch,
@@ -143,7 +143,7 @@ def in_whole_numbers(p: Problem) -> Problem:
         return (t / t.abs().mean()).round().clamp(-2, 2)
 
     return replace(
-        p, x=whole(p.x), weight=whole(p.weight), bank_a=whole(p.bank_a), bank_b=whole(p.bank_b),
+        p, x=whole(p.x), weight=whole(p.weight), lora_a=whole(p.lora_a), lora_b=whole(p.lora_b),
         bias=None if p.bias is None else whole(p.bias), gates=(4 * p.gates).ceil() / 4,
     )  # fmt: skip
 
@@ -157,10 +157,10 @@ def whole_turns(tokens: int, head_dim: int, dtype=torch.float32) -> torch.Tensor
 def shrink_truth(p: Problem) -> torch.Tensor:
     """s [T, P, E * R] in float64, token by token and only of the experts that it chose."""
     tokens, parts, _ = p.s_shape
-    s = torch.zeros(tokens, parts, *p.bank_a.shape[1:3], dtype=torch.float64, device=p.x.device)
+    s = torch.zeros(tokens, parts, *p.lora_a.shape[1:3], dtype=torch.float64, device=p.x.device)
     for t in range(tokens):
         for e in p.gates[t].nonzero()[:, 0].tolist():
-            s[t, :, e] = p.gates[t, e].double() * (p.bank_a[:, e].double() @ p.x[t].double())
+            s[t, :, e] = p.gates[t, e].double() * (p.lora_a[:, e].double() @ p.x[t].double())
     return s.flatten(2)
 
 
@@ -171,7 +171,7 @@ def delta_truth(p: Problem) -> torch.Tensor:
     row = column = 0
     for part, width in zip(p.parts, p.widths):
         if part >= 0:
-            b = p.bank_b[row : row + width].double().flatten(1)
+            b = p.lora_b[row : row + width].double().flatten(1)
             delta[:, column : column + width] = s[:, part] @ b.T
             row += width
         column += width
@@ -199,7 +199,7 @@ def plain_delta(p: Problem) -> torch.Tensor:
             row = column = 0
             for part, width in zip(p.parts, p.widths):
                 if part >= 0:
-                    up = p.bank_b[row : row + width, e] @ (p.bank_a[part, e] @ p.x[t])
+                    up = p.lora_b[row : row + width, e] @ (p.lora_a[part, e] @ p.x[t])
                     delta[t, column : column + width] += p.gates[t, e].to(up.dtype) * up
                     row += width
                 column += width
@@ -208,7 +208,7 @@ def plain_delta(p: Problem) -> torch.Tensor:
 
 def joint_of(p: Problem) -> torch.Tensor:
     """[W; A]."""
-    return torch.cat([p.weight, p.bank_a.flatten(0, 2)])
+    return torch.cat([p.weight, p.lora_a.flatten(0, 2)])
 
 
 def from_joint(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from ops import DEVICE, delta_truth, error, make_problem
 from vllm_adafuse.kernels.add_norm import (
-    NormBlocks,
+    NormConfig,
     add_norm_torch,
     add_norm_triton,
 )
@@ -22,8 +22,8 @@ SHAPES = {
 }
 CUTS = {
     "default": None,
-    "small": NormBlocks(16, 32, 64, 4, 2),
-    "at-once": NormBlocks(16, 256, 256, 4),
+    "small": NormConfig(16, 32, 64, 4, 2),
+    "at-once": NormConfig(16, 256, 256, 4),
 }
 
 
@@ -35,7 +35,7 @@ def make(shape, dtype=torch.float32, seed=0):
     residual = (2 * torch.randn(tokens, width, generator=g)).to(dtype).to(DEVICE)
     weight = (1 + 0.3 * torch.randn(width, generator=g)).to(dtype).to(DEVICE)
     y = (p.x.double() @ p.weight.double().T).to(dtype)
-    s = (p.x.double() @ p.bank_a.flatten(0, 2).double().T).to(dtype)
+    s = (p.x.double() @ p.lora_a.flatten(0, 2).double().T).to(dtype)
     return p, torch.cat([y, s], 1), residual, weight
 
 
@@ -43,15 +43,15 @@ def truth(p, both, residual, weight, eps, expand=True):
     width = residual.shape[1]
     z = residual.double() + both[:, :width].double()
     if expand:
-        s = both[:, width:].double().view(len(z), *p.bank_b.shape[1:])
+        s = both[:, width:].double().view(len(z), *p.lora_b.shape[1:])
         gated = s * p.gates[: len(z), :, None].double()
-        z = z + gated.flatten(1) @ p.bank_b.double().flatten(1).T
+        z = z + gated.flatten(1) @ p.lora_b.double().flatten(1).T
     return z * torch.rsqrt(z.square().mean(-1, keepdim=True) + eps) * weight.double(), z
 
 
 def run(p, both, residual, weight, expand=True, **options):
     y, s = both[:, : residual.shape[1]], both[:, residual.shape[1] :] if expand else None
-    return add_norm_triton(y, s, residual, Norm(weight, 1e-5), p.bank_b, p.gates, **options)
+    return add_norm_triton(y, s, residual, Norm(weight, 1e-5), p.lora_b, p.gates, **options)
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -91,8 +91,8 @@ def test_half_precision_is_no_worse_than_plain_torch(name, dtype):
     p, both, residual, weight = make(SHAPES[name], dtype)
     exact = truth(p, both, residual, weight, 1e-5)
     width = residual.shape[1]
-    s = both[:, width:].view(-1, *p.bank_b.shape[1:]) * p.gates[: len(both), :, None].to(dtype)
-    z = residual + (both[:, :width] + s.flatten(1) @ p.bank_b.flatten(1).T)
+    s = both[:, width:].view(-1, *p.lora_b.shape[1:]) * p.gates[: len(both), :, None].to(dtype)
+    z = residual + (both[:, :width] + s.flatten(1) @ p.lora_b.flatten(1).T)
     wide = z.float()
     wide = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(dtype)
     for found, plain, want in zip(run(p, both, residual, weight), (wide * weight, z), exact):
@@ -103,7 +103,7 @@ def test_a_token_does_not_see_its_company(sums_of_sixteen):
     shape = (48, 64, 96, 4, 2, 4)
     p, both, residual, weight = make(shape)
     other, both2, residual2, _ = make(shape, seed=1)
-    other.bank_b = p.bank_b
+    other.lora_b = p.lora_b
     for mine, theirs in ((both, both2), (residual, residual2), (p.gates, other.gates)):
         theirs[5] = mine[5]
     other.present.fill_(-1)
@@ -119,7 +119,7 @@ def test_slices_are_added(split, cut):
     p, both, residual, weight = make((5, 48, 100, 4, 2, 8))
     slices = torch.randn(split, 5, 100, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     want = truth(p, slices.double().sum(0), residual, weight, 1e-5, expand=False)
-    behind = residual, Norm(weight, 1e-5), p.bank_b, p.gates
+    behind = residual, Norm(weight, 1e-5), p.lora_b, p.gates
     found = add_norm_triton(slices, None, *behind, blocks=CUTS[cut])
     for out, exact in zip(found, want):
         assert error(out, exact) <= 1e-5

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from ops import DEVICE, SHAPES, error, linear_truth, make_problem, present_of
-from vllm_adafuse.kernels.configs import Tiles
+from vllm_adafuse.kernels.configs import GemmConfig
 from vllm_adafuse.kernels.decode_gemm import decode_gemm_triton
 from vllm_adafuse.kernels.dispatch import default_config
 from vllm_adafuse.kernels.pairs import rotate_torch
 
-CUTS = [Tiles(32, 64), Tiles(16, 32, 2), Tiles(64, 16, 4)]
+CUTS = [GemmConfig(32, 64), GemmConfig(16, 32, 2), GemmConfig(64, 16, 4)]
 
 
 def run(p, activation="", tiles=None, cos_sin=None):
@@ -28,23 +28,23 @@ def test_those_present_of_many_experts(tokens, experts, top_k, rank):
     """Fewer programs shrink than there are experts, and take them in turns; some take none."""
     p = make_problem(tokens, 96, [40, 50], experts, top_k, rank)
     truth, absent = linear_truth(p), p.gates[:tokens].sum(0) == 0
-    p.bank_a[:, absent], p.bank_b[:, absent] = float("nan"), float("nan")
+    p.lora_a[:, absent], p.lora_b[:, absent] = float("nan"), float("nan")
     p.present[2 + p.present[1] :] = 1 << 40
-    for cut in (None, Tiles(16, 32, 2, slices=3)):
+    for cut in (None, GemmConfig(16, 32, 2, slices=3)):
         assert error(run(p, tiles=cut), truth) <= 1e-5
 
 
 @pytest.mark.parametrize("parts", [[0, -1, 1], [-1, 0, -1], [0, 0, 0], [-1, -1, 0]])
 def test_parts_without_experts(parts):
     p = make_problem(4, 64, [40, 50, 30], 4, 2, 4, parts=parts, bias=True)
-    assert error(run(p, tiles=Tiles(16, 32, 2)), linear_truth(p)) <= 1e-5
+    assert error(run(p, tiles=GemmConfig(16, 32, 2)), linear_truth(p)) <= 1e-5
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("parts", [[0, 1], [0, 0], [-1, 0], [0, -1]])
 def test_gate_up_with_its_activation(parts, activation):
     p = make_problem(5, 96, [70, 70], 3, 2, 4, parts=parts, bias=True)
-    out = run(p, activation, Tiles(32, 32))
+    out = run(p, activation, GemmConfig(32, 32))
     assert error(out, linear_truth(p, activation)) <= 1e-5
 
 
@@ -54,7 +54,7 @@ def test_queries_and_keys_are_turned(widths, head_dim, parts):
     p = make_problem(5, 96, widths, 3, 2, 4, parts=parts, bias=True)
     cos_sin = torch.randn(7, head_dim, device=DEVICE)
     truth = rotate_torch(linear_truth(p), cos_sin, widths[0] + widths[1])
-    for cut in (None, Tiles(16, 32)):
+    for cut in (None, GemmConfig(16, 32)):
         assert error(run(p, "rotary", cut, cos_sin=cos_sin), truth) <= 1e-5
 
 
@@ -75,7 +75,7 @@ def test_half_precision_is_no_worse_than_plain_torch(name, dtype):
 def test_a_token_does_not_see_its_company(size_in, experts, rank, sums_of_sixteen):
     p = make_problem(16, size_in, [64, 32], experts, 2, rank)
     other = make_problem(16, size_in, [64, 32], experts, 2, rank, seed=1)
-    for name in ("weight", "bank_a", "bank_b"):
+    for name in ("weight", "lora_a", "lora_b"):
         setattr(other, name, getattr(p, name))
     for name in ("x", "gates"):
         getattr(other, name)[5] = getattr(p, name)[5]

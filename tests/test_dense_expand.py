@@ -38,14 +38,14 @@ def make(name, dtype=torch.float32):
 
 
 def run(p, y, s, first):
-    dense_expand_triton(y, s, p.bank_b, p.gates, p.parts, p.widths, first)
+    dense_expand_triton(y, s, p.lora_b, p.gates, p.parts, p.widths, first)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_equals_float64(name):
     p, first = make(name)
     y, s = from_joint(p)
-    before, raw = y.double(), s.clone().unflatten(1, (-1, *p.bank_b.shape[1:]))
+    before, raw = y.double(), s.clone().unflatten(1, (-1, *p.lora_b.shape[1:]))
     run(p, y, s, first)
     assert error(y, before + delta_truth(only_from(p, first))) <= 1e-5
     # Others are left to whoever follows, as they were.
@@ -60,7 +60,7 @@ def test_what_others_see_of_an_expert_does_not_matter(name):
     apart, broken = y.clone(), s.clone()
     run(p, apart, s, first)
     chosen = (p.gates[: len(y), None, :, None] != 0).expand_as(
-        broken.unflatten(1, (-1, *p.bank_b.shape[1:]))
+        broken.unflatten(1, (-1, *p.lora_b.shape[1:]))
     )
     broken[~chosen.flatten(1)] = float("inf")
     run(p, y, broken, first)
@@ -84,7 +84,7 @@ def test_parts_without_experts_stay():
 @pytest.mark.parametrize("name", ["three-parts", "holes", "many-experts"])
 def test_half_precision_is_no_worse_than_plain_torch(name, dtype):
     p, first = make(name, dtype)
-    y, s = p.x @ p.weight.T, p.x @ p.bank_a.flatten(0, 2).T
+    y, s = p.x @ p.weight.T, p.x @ p.lora_a.flatten(0, 2).T
     before = y.clone()
     run(p, y, s, first)
     p = only_from(p, first)

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 from vllm_adafuse.kernels import configs
-from vllm_adafuse.kernels.configs import Tiles, cuts_file, save_cuts, shape_key
+from vllm_adafuse.kernels.configs import GemmConfig, cuts_file, save_cuts, shape_key
 from vllm_adafuse.kernels.dispatch import TOKEN_LIMITS, default_config, find_config, gemm_config
 from vllm_adafuse.kernels.plans import Device, Shape
 from vllm_adafuse.serving.warm_up import token_counts
@@ -26,7 +26,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_the_nearest_number_of_tokens_is_taken():
-    one, sixteen = Tiles(32, 64, 1, 4, 2), Tiles(64, 64, 1, 8, 4)
+    one, sixteen = GemmConfig(32, 64, 1, 4, 2), GemmConfig(64, 64, 1, 8, 4)
     path = save_cuts(DEVICE, {shape_key(*SHAPE): {1: one, 16: sixteen}}, {"command": "test"})
     assert path == cuts_file(DEVICE) and path.name == "tiles-NVIDIA-Test-80-GB.json"
     found = {tokens: find_config(DEVICE, tokens, *SHAPE, True) for tokens in (1, 2, 4, 8, 16, 32)}
@@ -37,7 +37,7 @@ def test_the_nearest_number_of_tokens_is_taken():
 
 
 def test_a_cut_serves_only_steps_that_it_can():
-    streamed, tiled = Tiles(32, 64, 1, 4, 2), Tiles(64, 64, 1, 4, 4, tma=True)
+    streamed, tiled = GemmConfig(32, 64, 1, 4, 2), GemmConfig(64, 64, 1, 4, 4, tma=True)
     save_cuts(DEVICE, {shape_key(*SHAPE): {8: streamed, 32: tiled, 128: None}}, {})
     assert find_config(DEVICE, 32, *SHAPE, True) == tiled == find_config(DEVICE, 64, *SHAPE, True)
     assert find_config(DEVICE, 32, *SHAPE, False) == streamed
@@ -52,8 +52,8 @@ def test_the_package_brings_cuts_that_can_be_read():
 
 
 def test_a_second_run_keeps_other_shapes():
-    save_cuts(DEVICE, {"a": {1: Tiles(16)}, "b": {1: Tiles(16)}}, {})
-    save_cuts(DEVICE, {"a": {1: Tiles(32), 8: Tiles(64)}}, {"command": "again"})
+    save_cuts(DEVICE, {"a": {1: GemmConfig(16)}, "b": {1: GemmConfig(16)}}, {})
+    save_cuts(DEVICE, {"a": {1: GemmConfig(32), 8: GemmConfig(64)}}, {"command": "again"})
     content = json.loads(cuts_file(DEVICE).read_text())
     assert content["cuts"]["a"].keys() == {"1", "8"} and content["cuts"]["a"]["1"]["rows"] == 32
     assert content["cuts"]["b"]["1"]["rows"] == 16 and content["how"] == {"command": "again"}
@@ -87,9 +87,9 @@ def test_tokens_up_to_a_power_of_two_are_cut_alike():
 
 def test_a_bad_cut_is_refused():
     with pytest.raises(ValueError, match="rows is 48, expected a power of two"):
-        Tiles(48)
+        GemmConfig(48)
     with pytest.raises(ValueError, match="split is 9"):
-        Tiles(split=9)
+        GemmConfig(split=9)
 
 
 @pytest.mark.parametrize("rows,height", [(11008, 96), (14336, 128), (13824, 128), (18944, 96)])

@@ -34,7 +34,7 @@ def test_dummy_backbone_still_loads_the_adapter(pair):
     def banks(model):
         router = model.adafuse_router
         loaded = {
-            name: (bank.bank_a[part].clone(), bank.bank_b.clone())
+            name: (bank.lora_a[part].clone(), bank.lora_b.clone())
             for bank in model.adafuse_banks
             for part, name in enumerate(bank.names)
         }
@@ -45,11 +45,11 @@ def test_dummy_backbone_still_loads_the_adapter(pair):
         assert len(llm.generate(PROMPTS, greedy(), use_tqdm=False)) == len(PROMPTS)
     tensors = load_file(adapter / "adapter_model.safetensors")
     assert torch.equal(router, tensors["router.weight"])
-    for name, (bank_a, bank_b) in loaded.items():
-        assert torch.equal(bank_a, tensors[f"{name}.lora_A"])
+    for name, (lora_a, lora_b) in loaded.items():
+        assert torch.equal(lora_a, tensors[f"{name}.lora_A"])
         b = tensors[f"{name}.lora_B"].transpose(0, 1)
-        starts = range(len(bank_b) - len(b) + 1)
-        assert any(torch.equal(bank_b[start : start + len(b)], b) for start in starts)
+        starts = range(len(lora_b) - len(b) + 1)
+        assert any(torch.equal(lora_b[start : start + len(b)], b) for start in starts)
     assert len(loaded) == 21
     assert passports.unique().tolist() == [0, 1, 2, 3]
     assert not torch.equal(norm, load_file(base / "model.safetensors")["model.norm.weight"])

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from ops import delta_truth, error, linear_truth, make_problem, shrink_truth, twice_from_joint
-from vllm_adafuse.kernels.configs import ExpandBlocks
+from vllm_adafuse.kernels.configs import ExpandConfig
 from vllm_adafuse.kernels.expand import (
     expand_raw_triton,
     expand_torch,
@@ -15,11 +15,11 @@ from vllm_adafuse.kernels.pairs import activate_torch, rotate_torch
 
 
 def by_torch(y, s, p):
-    expand_torch(y, s, p.bank_b, p.parts, p.widths)
+    expand_torch(y, s, p.lora_b, p.parts, p.widths)
 
 
 def by_triton(y, s, p):
-    expand_triton(y, s, p.bank_b, p.present, p.parts, p.widths)
+    expand_triton(y, s, p.lora_b, p.present, p.parts, p.widths)
 
 
 @pytest.mark.parametrize("run", [by_torch, by_triton])
@@ -40,7 +40,7 @@ def test_equals_float64(shape, run):
 def test_from_raw_sums_equals_float64(tokens, parts, activation):
     p = make_problem(tokens, 48, [140, 140], 3, 2, 4, parts=parts)
     y = 3 * torch.randn(tokens, 280, device=p.x.device)
-    raw = torch.einsum("peri,ti->tper", p.bank_a.double(), p.x.double()).flatten(1).float()
+    raw = torch.einsum("peri,ti->tper", p.lora_a.double(), p.x.double()).flatten(1).float()
     joint, bias = torch.cat([y, raw], 1), torch.randn(280, device=y.device)
     of = p.projection(activation)
     out = expand_raw_triton(joint[:, :280], joint[:, 280:], bias, of, p.step())
@@ -55,7 +55,7 @@ def test_slices_are_added(tokens, split):
     y = torch.randn(split, tokens, 140, device=p.x.device)
     parts_of_x = torch.rand(split, tokens, 48, device=p.x.device)
     parts_of_x *= p.x / parts_of_x.sum(0)
-    raw = torch.einsum("peri,kti->ktper", p.bank_a.double(), parts_of_x.double())
+    raw = torch.einsum("peri,kti->ktper", p.lora_a.double(), parts_of_x.double())
     joint = torch.cat([y, raw.flatten(2).float()], 2)
     before = joint.clone()
     out = expand_raw_triton(joint[..., :140], joint[..., 140:], None, p.projection(), p.step())
@@ -68,7 +68,7 @@ def test_slices_are_added(tokens, split):
 @pytest.mark.parametrize("parts", [[0, 1], [-1, 0]])
 def test_an_activation_in_place(parts, bias, width):
     p = make_problem(70, 48, [width, width], 3, 2, 4, parts=parts, bias=bias)
-    of, step, blocks = p.projection("silu"), p.step(), ExpandBlocks(32, 16, 4, 4, 2)
+    of, step, blocks = p.projection("silu"), p.step(), ExpandConfig(32, 16, 4, 4, 2)
     out, apart, in_y = twice_from_joint(p, lambda y, s, in_place: expand_raw_triton(
         y, s, p.bias, replace(of, strided_out=in_place), step, blocks
     ))  # fmt: skip
@@ -81,9 +81,9 @@ def test_an_activation_in_place(parts, bias, width):
 def test_cuts_of_the_tile(shape, bias):
     p = make_problem(*shape, bias=bias)
     y = 3 * torch.randn(shape[0], sum(p.widths), device=p.x.device)
-    raw = torch.einsum("peri,ti->tper", p.bank_a.double(), p.x.double()).flatten(1).float()
+    raw = torch.einsum("peri,ti->tper", p.lora_a.double(), p.x.double()).flatten(1).float()
     truth = y.double() + delta_truth(p) + (p.bias.double() if bias else 0)
-    blocks = ExpandBlocks(32, 16, 4, 4, 2)
+    blocks = ExpandConfig(32, 16, 4, 4, 2)
     out = expand_raw_triton(y, raw, p.bias, p.projection(), p.step(), blocks)
     assert error(out, truth) <= 1e-5
     assert (out is y) is not bias
@@ -95,7 +95,7 @@ def test_queries_and_keys_are_turned(parts, widths):
     tokens, head_dim = 70, 32
     p = make_problem(tokens, 24, widths, 8, 2, 4, parts=parts, bias=True)
     y = 3 * torch.randn(tokens, sum(widths), device=p.x.device)
-    raw = torch.einsum("peri,ti->tper", p.bank_a.double(), p.x.double()).flatten(1).float()
+    raw = torch.einsum("peri,ti->tper", p.lora_a.double(), p.x.double()).flatten(1).float()
     cos_sin = torch.randn(tokens + 3, head_dim, device=p.x.device)
     of = p.projection("rotary", cos_sin)
     out = expand_raw_triton(y, raw, p.bias, of, p.step(cos_sin))
@@ -105,7 +105,7 @@ def test_queries_and_keys_are_turned(parts, widths):
 
 def test_experts_not_chosen_are_not_read():
     p = make_problem(2, 32, [32], 4, 1, 4, one=2)
-    p.bank_b[:, [0, 1, 3]] = float("nan")
+    p.lora_b[:, [0, 1, 3]] = float("nan")
     y = torch.zeros(2, 32, device=p.x.device)
     by_triton(y, shrink_truth(p).float(), p)
     assert torch.isfinite(y).all() and y.any()

@@ -39,14 +39,14 @@ def make(name, dtype=torch.float32, seed=0):
     s = torch.where(chosen[:, None, :, None], s, 0.0)
     both = torch.cat([normal(tokens, 2 * width), s.flatten(1)], 1)
     adapted = sum(width for part in parts if part >= 0)
-    bank_b = normal(adapted, every, rank, scale=rank**-0.5)
-    return both, gates, bank_b, parts, width, top_k, activation
+    lora_b = normal(adapted, every, rank, scale=rank**-0.5)
+    return both, gates, lora_b, parts, width, top_k, activation
 
 
-def truth(both, gates, bank_b, parts, width, slots, activation):
+def truth(both, gates, lora_b, parts, width, slots, activation):
     """[1 + slots, T, I] in float64."""
-    tokens, (_, every, rank), experts = len(both), bank_b.shape, gates.shape[-1]
-    y, b = both[:, : 2 * width].double(), bank_b.double()
+    tokens, (_, every, rank), experts = len(both), lora_b.shape, gates.shape[-1]
+    y, b = both[:, : 2 * width].double(), lora_b.double()
     s = both[:, 2 * width :].reshape(tokens, -1, every, rank).double()
     x = torch.zeros(1 + slots, tokens, width, dtype=torch.float64, device=both.device)
 
@@ -76,8 +76,8 @@ def test_equals_float64(name, function):
     found = function(*arguments)
     assert found.shape == expected.shape
     assert error(found, expected) <= 1e-5
-    both, gates, bank_b, parts, width, _, activation = arguments
-    alone = function(both, gates, bank_b, parts, width, 0, activation)
+    both, gates, lora_b, parts, width, _, activation = arguments
+    alone = function(both, gates, lora_b, parts, width, 0, activation)
     assert error(alone[0], expected[0]) <= 1e-5 and len(alone) == 1
 
 
@@ -87,15 +87,15 @@ def test_equals_float64(name, function):
 @pytest.mark.parametrize("name", ["one-token", "always", "dense"])
 def test_half_precision_is_no_worse_than_plain_torch(name, dtype):
     arguments = make(name, dtype)
-    both, gates, bank_b, parts, width, slots, activation = arguments
+    both, gates, lora_b, parts, width, slots, activation = arguments
     expected = truth(*arguments)
     # Op by op in the dtype, as a plain implementation would.
-    tokens, (_, every, rank), experts = len(both), bank_b.shape, gates.shape[-1]
+    tokens, (_, every, rank), experts = len(both), lora_b.shape, gates.shape[-1]
     s = both[:, 2 * width :].reshape(tokens, -1, every, rank)
     mixed = both.new_zeros(tokens, width)
     for e in range(experts):
         halves = []
-        for i, own in enumerate(bank_b.split(width)):
+        for i, own in enumerate(lora_b.split(width)):
             y = both[:, i * width : (i + 1) * width]
             for expert in [e, *range(experts, every)]:
                 y = y + s[:, parts[i], expert] @ own[:, expert].T

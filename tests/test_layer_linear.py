@@ -11,37 +11,37 @@ from vllm_adafuse.kernels.route_layer import LayerGate, route_layer_triton
 
 
 def problem(name, bias, dtype=torch.float32):
-    x, bank_a, routers, bank_b, scales, gate, parts, widths = make(name)
+    x, lora_a, routers, lora_b, scales, gate, parts, widths = make(name)
     g = torch.Generator().manual_seed(1)
     size_in = x.shape[1]
     weight = (torch.randn(sum(widths), size_in, generator=g) * size_in**-0.5).to(DEVICE)
     bias = torch.randn(sum(widths), generator=g).to(DEVICE) if bias else None
     unread = torch.full((3, size_in), 1e9, device=DEVICE)
-    rows = torch.cat([weight, bank_a.view(-1, size_in), routers.view(-1, size_in), unread])
-    gates = torch.full((len(x) + 1, max(1, len(gate.experts)), bank_a.shape[1] - gate.always), -1.0)
+    rows = torch.cat([weight, lora_a.view(-1, size_in), routers.view(-1, size_in), unread])
+    gates = torch.full((len(x) + 1, max(1, len(gate.experts)), lora_a.shape[1] - gate.always), -1.0)
     present = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     y = x.double().cpu() @ weight.double().cpu().T + truth(
-        x, bank_a, routers, bank_b, scales, gate, parts, widths
+        x, lora_a, routers, lora_b, scales, gate, parts, widths
     )
     y = y + bias.double().cpu() if bias is not None else y
     logits = routers[..., 0].numel()
     arguments = (
-        x, rows, bank_a[..., 0].numel(), logits, bias, None, scales, gates.to(DEVICE), present,
-        bank_b, parts, widths,
+        x, rows, lora_a[..., 0].numel(), logits, bias, None, scales, gates.to(DEVICE), present,
+        lora_b, parts, widths,
     )  # fmt: skip
     return arguments, gate, y
 
 
-def by_triton(x, joint, columns, logits, bias, router_bias, scales, gates, present, bank_b, parts,
+def by_triton(x, joint, columns, logits, bias, router_bias, scales, gates, present, lora_b, parts,
               widths, activation, gate):  # fmt: skip
     """What the op does on a GPU for a few tokens."""
     out = sum(widths)
     y, low, z = (x @ joint.t())[:, : out + columns + logits].tensor_split((out, out + columns), 1)
     count = max(parts) + 1
-    s = x.new_empty(len(x), count, bank_b.shape[1] * bank_b.shape[2])
+    s = x.new_empty(len(x), count, lora_b.shape[1] * lora_b.shape[2])
     z = z if logits else None
     route_layer_triton(low, z, router_bias, scales, gates, present, s, gate)
-    return expand_weighted_triton(y, s, bias, bank_b, present, parts, widths, activation)
+    return expand_weighted_triton(y, s, bias, lora_b, present, parts, widths, activation)
 
 
 @pytest.mark.parametrize("run", [layer_linear, by_triton])
@@ -65,11 +65,11 @@ def test_with_the_activation_of_gate_up(name, activation, run):
 def test_half_precision_keeps_the_choices():
     """Gates are as good as the logits of float16's own numbers allow: no rounding in between."""
     arguments, gate, _ = problem("qkv", False)
-    x, joint, columns, count, bias, _, scales, gates, present, bank_b, parts, widths = arguments
+    x, joint, columns, count, bias, _, scales, gates, present, lora_b, parts, widths = arguments
     joint = joint[: sum(widths) + columns + count]
-    x, joint, bank_b = x.half(), joint.half(), bank_b.half()
+    x, joint, lora_b = x.half(), joint.half(), lora_b.half()
     layer_linear(
-        x, joint, columns, count, bias, None, scales, gates, present, bank_b, parts, widths, "",
+        x, joint, columns, count, bias, None, scales, gates, present, lora_b, parts, widths, "",
         gate,
     )
     logits = x.double() @ joint[sum(widths) + columns :].double().T

@@ -36,19 +36,19 @@ def make(name, seed=0):
     experts, count = max(counts, default=0), max(parts) + 1
     every = experts + always
     x = normal(tokens, size_in)
-    bank_a = normal(count, every, rank, size_in, scale=size_in**-0.5)
+    lora_a = normal(count, every, rank, size_in, scale=size_in**-0.5)
     routers = normal(len(counts), experts, size_in, scale=size_in**-0.5)
     adapted = sum(width for width, part in zip(widths, parts) if part >= 0)
-    bank_b = normal(adapted, every, rank, scale=rank**-0.5)
+    lora_b = normal(adapted, every, rank, scale=rank**-0.5)
     scales = normal(every).abs() + 0.1
     gate = LayerGate(experts=tuple(counts), always=always, **options)
-    return x, bank_a, routers, bank_b, scales, gate, parts, widths
+    return x, lora_a, routers, lora_b, scales, gate, parts, widths
 
 
-def truth(x, bank_a, routers, bank_b, scales, gate, parts, widths):
+def truth(x, lora_a, routers, lora_b, scales, gate, parts, widths):
     delta = torch.zeros(len(x), sum(widths), dtype=torch.float64)
-    x, bank_a, routers, bank_b = (t.double().cpu() for t in (x, bank_a, routers, bank_b))
-    experts = bank_a.shape[1] - gate.always
+    x, lora_a, routers, lora_b = (t.double().cpu() for t in (x, lora_a, routers, lora_b))
+    experts = lora_a.shape[1] - gate.always
     for t in range(len(x)):
         weights = []
         for count, router in zip(gate.experts, routers):
@@ -64,29 +64,29 @@ def truth(x, bank_a, routers, bank_b, scales, gate, parts, widths):
                 own = dict(weights[part if len(weights) > 1 else 0]) if weights else {}
                 own |= {experts + i: 1.0 for i in range(gate.always)}
                 for e, g in own.items():
-                    low = bank_a[part, e] @ x[t]
-                    up = bank_b[row : row + width, e] @ low
+                    low = lora_a[part, e] @ x[t]
+                    up = lora_b[row : row + width, e] @ low
                     delta[t, column : column + width] += g * scales[e].item() * up
                 row += width
             column += width
     return delta
 
 
-def run(y, x, bank_a, routers, bank_b, scales, gate, parts, widths, triton=False):
-    size_in, experts = x.shape[1], bank_a.shape[1] - gate.always
-    rows = torch.cat([bank_a.view(-1, size_in), routers.view(-1, size_in)])
+def run(y, x, lora_a, routers, lora_b, scales, gate, parts, widths, triton=False):
+    size_in, experts = x.shape[1], lora_a.shape[1] - gate.always
+    rows = torch.cat([lora_a.view(-1, size_in), routers.view(-1, size_in)])
     low = low_product(x, rows)
-    columns = bank_a[..., 0].numel()
+    columns = lora_a[..., 0].numel()
     logits = low[:, columns:] if gate.experts else None
     gates = torch.full((len(x) + 1, max(1, len(gate.experts)), experts), -1.0, device=DEVICE)
     present = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     low = low[:, :columns]
     if triton:
-        s = y.new_empty(len(x), bank_a.shape[0], bank_a.shape[1] * bank_a.shape[2])
+        s = y.new_empty(len(x), lora_a.shape[0], lora_a.shape[1] * lora_a.shape[2])
         route_layer_triton(low, logits, None, scales, gates, present, s, gate)
-        expand_triton(y, s, bank_b, present, parts, widths)
+        expand_triton(y, s, lora_b, present, parts, widths)
     else:
-        layer_sgmm(y, low, logits, None, scales, gates, present, bank_b, parts, widths, gate)
+        layer_sgmm(y, low, logits, None, scales, gates, present, lora_b, parts, widths, gate)
 
 
 @pytest.mark.parametrize("triton", [False, True])
@@ -119,11 +119,11 @@ def test_inside_torch_compile():
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="checks the schema and fakes once")
 def test_schema_and_fake():
-    x, bank_a, routers, bank_b, scales, gate, parts, widths = make("qkv")
-    low = torch.randn(5, bank_a[..., 0].numel())
+    x, lora_a, routers, lora_b, scales, gate, parts, widths = make("qkv")
+    low = torch.randn(5, lora_a[..., 0].numel())
     arguments = (
         torch.randn(5, sum(widths)), low, torch.randn(5, 12), None, scales,
-        torch.zeros(6, 3, 4), torch.zeros(1, dtype=torch.int64), bank_b, parts, widths,
+        torch.zeros(6, 3, 4), torch.zeros(1, dtype=torch.int64), lora_b, parts, widths,
         *gate.arguments,
     )  # fmt: skip
     op = torch.ops.vllm_adafuse.layer_sgmm.default

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ops import DEVICE, error, linear_truth, make_problem
-from vllm_adafuse.kernels.configs import Tiles
+from vllm_adafuse.kernels.configs import GemmConfig
 from vllm_adafuse.kernels.dispatch import config_plan, cublas_plan, plan, serves
 from vllm_adafuse.kernels.linear import linear, linear_triton, new_result
 from vllm_adafuse.kernels.pairs import rotate_torch
@@ -111,7 +111,7 @@ def test_every_path_leaves_the_layout_that_the_fake_tells(
     # Paths of a GPU; streamed and tiled, and the joint product.
     cuts = [None]
     if tokens <= 32:
-        cuts += [Tiles(16, 32), Tiles(16, 32, 1, 4, 2, slices=2, tma=True)]
+        cuts += [GemmConfig(16, 32), GemmConfig(16, 32, 1, 4, 2, slices=2, tma=True)]
     for cut in cuts:
         way = config_plan(of.shape, cut) if cut else cublas_plan(of.shape, tokens, Device("cpu"))
         of.semaphore.zero_()

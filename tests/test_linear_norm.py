@@ -5,7 +5,7 @@ import torch
 from ops import DEVICE, delta_truth, error, make_problem, plain_delta
 from vllm_adafuse.kernels import dispatch, linear
 from vllm_adafuse.kernels import linear_norm as module
-from vllm_adafuse.kernels.configs import Tiles
+from vllm_adafuse.kernels.configs import GemmConfig
 from vllm_adafuse.kernels.dispatch import cublas_plan
 from vllm_adafuse.kernels.linear import sliced_product
 from vllm_adafuse.kernels.linear_norm import (
@@ -51,7 +51,7 @@ def test_equals_float64(tokens):
 @pytest.mark.parametrize("tokens", [1, 17, 32])
 def test_slices_are_left_unadded(tokens, tma, split):
     p, *_ = make(tokens, 200, 72)
-    cut = Tiles(16, 32, split, 4, 2, 32, 2, tma)
+    cut = GemmConfig(16, 32, split, 4, 2, 32, 2, tma)
     slices = slices_triton(p.x, p.projection("norm"), p.step(), cut)
     assert slices.shape == (split, tokens, 72) and slices.dtype == torch.float32
     assert error(slices.sum(0), p.x.double() @ p.weight.double().T + delta_truth(p)) <= 1e-5
@@ -83,7 +83,7 @@ def test_a_sliced_product(split):
     y, s = sliced_product(padded, p.projection("norm"), split)
     assert y.shape == (split, 40, 72) and s.shape == (split, 40, 32)
     assert error(y.sum(0), p.x.double() @ p.weight.double().T) <= 1e-5
-    assert error(s.sum(0), p.x.double() @ p.bank_a.flatten(0, 2).double().T) <= 1e-5
+    assert error(s.sum(0), p.x.double() @ p.lora_a.flatten(0, 2).double().T) <= 1e-5
 
 
 MIXTURES = [(8, 2, 16), (16, 2, 16), (5, 2, 32), (65, 2, 16), (65, 2, 32)]

@@ -11,7 +11,7 @@ from ops import (
     make_problem,
     whole_turns,
 )
-from vllm_adafuse.kernels.configs import ExpandBlocks, Tiles
+from vllm_adafuse.kernels.configs import ExpandConfig, GemmConfig
 from vllm_adafuse.kernels.decode_gemm import decode_gemm_triton
 from vllm_adafuse.kernels.expand import expand_raw_triton
 from vllm_adafuse.kernels.linear import linear
@@ -54,18 +54,18 @@ def wanted(truth, pages, widths) -> Pages:
 
 
 def by_stream(p, cos_sin, pages):
-    of, cut = p.projection("rotary", cos_sin), Tiles(16, 32)
+    of, cut = p.projection("rotary", cos_sin), GemmConfig(16, 32)
     return decode_gemm_triton(p.x, of, p.step(cos_sin), cut, kv_slots=pages)
 
 
 def by_tiles(p, cos_sin, pages):
-    of, cut = p.projection("rotary", cos_sin), Tiles(16, 32, slices=2)
+    of, cut = p.projection("rotary", cos_sin), GemmConfig(16, 32, slices=2)
     return tma_gemm_triton(p.x, of, p.step(cos_sin), cut, kv_slots=pages)
 
 
 def products(p):
     x = p.x.double()
-    y, s = x @ p.weight.double().T, x @ p.bank_a.flatten(0, 2).double().T
+    y, s = x @ p.weight.double().T, x @ p.lora_a.flatten(0, 2).double().T
     return y.to(p.x.dtype), s.to(p.x.dtype)
 
 
@@ -75,11 +75,11 @@ def by_expand(p, cos_sin, pages, blocks=None):
 
 
 def by_long_expand(p, cos_sin, pages):
-    return by_expand(p, cos_sin, pages, ExpandBlocks(16, 16, 4, 4, 2))
+    return by_expand(p, cos_sin, pages, ExpandConfig(16, 16, 4, 4, 2))
 
 
 def by_tma_expand(p, cos_sin, pages):
-    of, blocks = p.projection("rotary", cos_sin), ExpandBlocks(16, 32, 2, 4, 2)
+    of, blocks = p.projection("rotary", cos_sin), ExpandConfig(16, 32, 2, 4, 2)
     return tma_expand_triton(*products(p), of, p.step(cos_sin), blocks, pages)
 
 

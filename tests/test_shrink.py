@@ -7,11 +7,11 @@ from vllm_adafuse.kernels.shrink import ShrinkGrid, shrink_torch, shrink_triton
 
 
 def by_torch(p):
-    return shrink_torch(p.x, p.bank_a, p.gates)
+    return shrink_torch(p.x, p.lora_a, p.gates)
 
 
 def by_triton(p):
-    return shrink_triton(p.x, p.bank_a, p.gates, p.present, p.scratch)
+    return shrink_triton(p.x, p.lora_a, p.gates, p.present, p.scratch)
 
 
 @pytest.mark.parametrize("run", [by_torch, by_triton])
@@ -25,7 +25,7 @@ def test_equals_float64_and_is_zero_where_not_chosen(name, run):
 
 def test_a_second_launch_finds_its_tickets_at_zero():
     p = in_whole_numbers(make_problem(3, 8192, [32], 3, 1, 20))
-    assert ShrinkGrid.of(p.bank_a).slices == 8
+    assert ShrinkGrid.of(p.lora_a).slices == 8
     for _ in range(2):
         p.scratch.low.fill_(255)
         assert torch.equal(by_triton(p).double(), shrink_truth(p))
@@ -44,5 +44,5 @@ def test_the_cut_depends_on_the_bank_alone():
 
 def test_experts_not_chosen_are_not_read():
     p = make_problem(2, 64, [32], 4, 1, 4, one=1)
-    p.bank_a[:, [0, 2, 3]] = float("nan")
+    p.lora_a[:, [0, 2, 3]] = float("nan")
     assert torch.isfinite(by_triton(p)).all()

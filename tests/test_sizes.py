@@ -26,7 +26,7 @@ def tiled(p, activation):
 
 
 def products(p):
-    return p.x @ p.weight.T, p.x @ p.bank_a.flatten(0, 2).T
+    return p.x @ p.weight.T, p.x @ p.lora_a.flatten(0, 2).T
 
 
 def expanded(p, activation):

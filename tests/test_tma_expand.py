@@ -14,7 +14,7 @@ from ops import (
     twice_from_joint,
     whole_turns,
 )
-from vllm_adafuse.kernels.configs import BLOCK_ER, ExpandBlocks
+from vllm_adafuse.kernels.configs import BLOCK_ER, ExpandConfig
 from vllm_adafuse.kernels.dense_expand import dense_expand_triton
 from vllm_adafuse.kernels.dispatch import MIN_WIDE_TOKENS, cublas_plan, in_wide_ranks
 from vllm_adafuse.kernels.linear import expand_long
@@ -43,7 +43,7 @@ MANY = {  # more ranks than one product takes
 def run(p, activation, cos_sin=None, blocks=None):
     x = p.x.double()
     y = (x @ p.weight.double().T).to(p.x.dtype)
-    s = (x @ p.bank_a.flatten(0, 2).double().T).to(p.x.dtype)
+    s = (x @ p.lora_a.flatten(0, 2).double().T).to(p.x.dtype)
     return tma_expand_triton(y, s, p.projection(activation, cos_sin), p.step(cos_sin), blocks)
 
 
@@ -56,7 +56,7 @@ def test_equals_float64(name):
     if activation == "rotary":
         cos_sin = torch.randn(50, 64, generator=torch.Generator().manual_seed(3)).to(DEVICE)
         want = rotate_torch(want, cos_sin.double(), p.widths[0] + p.widths[1])
-    found = run(p, activation, cos_sin, ExpandBlocks(16, 32, 2, 4, 2))
+    found = run(p, activation, cos_sin, ExpandConfig(16, 32, 2, 4, 2))
     assert error(found, want) <= 1e-5
 
 
@@ -65,7 +65,7 @@ def test_a_head_comes_in_tiles_of_any_width():
     p, cos_sin = in_whole_numbers(make_problem(*shape)), whole_turns(50, 64)
     want = rotate_torch(linear_truth(p), cos_sin.double(), p.widths[0] + p.widths[1])
     for columns in (16, 32):  # quarters and halves of a head
-        found = run(p, "rotary", cos_sin, ExpandBlocks(16, columns, 2, 4, 2))
+        found = run(p, "rotary", cos_sin, ExpandConfig(16, columns, 2, 4, 2))
         assert torch.equal(found.double(), want)
 
 
@@ -99,8 +99,8 @@ def test_one_product_has_the_first_experts_alone(name):
     *shape, activation = MANY[name]
     p, first = make_problem(*shape), BLOCK_ER // shape[-1]
     y = (p.x.double() @ p.weight.double().T).to(p.x.dtype)
-    s = (p.x.double() @ p.bank_a.flatten(0, 2).double().T).to(p.x.dtype)
-    s.unflatten(1, p.bank_a.shape[:3])[:, :, first:] = float("nan")
+    s = (p.x.double() @ p.lora_a.flatten(0, 2).double().T).to(p.x.dtype)
+    s.unflatten(1, p.lora_a.shape[:3])[:, :, first:] = float("nan")
     found = tma_expand_triton(y, s, p.projection(activation), p.step())
     p.gates[: len(y), first:] = 0
     assert error(found, linear_truth(p, activation)) <= 1e-5
@@ -142,7 +142,7 @@ def test_rows_of_a_joint_product_come_back_contiguous(name):
 def test_an_activation_in_place(name):
     *shape, activation = SHAPES[name]
     p = make_problem(*shape)
-    of, step, blocks = p.projection(activation), p.step(), ExpandBlocks(16, 32, 2, 4, 2)
+    of, step, blocks = p.projection(activation), p.step(), ExpandConfig(16, 32, 2, 4, 2)
     out, apart, in_y = twice_from_joint(p, lambda y, s, in_place: tma_expand_triton(
         y, s, replace(of, strided_out=in_place), step, blocks
     ))  # fmt: skip
@@ -171,8 +171,8 @@ def test_half_precision_is_no_worse_than_plain_torch(name, tokens, experts):
         cos_sin = torch.randn(tokens, 128, device=DEVICE).bfloat16()
         truth = rotate_torch(truth, cos_sin.double(), 1536)
         plain = rotate_torch(plain, cos_sin, 1536)
-    y, s = p.x @ p.weight.T, p.x @ p.bank_a.flatten(0, 2).T
+    y, s = p.x @ p.weight.T, p.x @ p.lora_a.flatten(0, 2).T
     if experts > 8:
-        dense_expand_triton(y, s, p.bank_b, p.gates, p.parts, widths, 8)
+        dense_expand_triton(y, s, p.lora_b, p.gates, p.parts, widths, 8)
     found = tma_expand_triton(y, s, p.projection(activation, cos_sin), p.step(cos_sin))
     assert error(found, truth) <= 1.2 * error(plain, truth)

@@ -4,13 +4,13 @@ import ops
 import pytest
 import torch
 from ops import DEVICE, error, linear_truth, make_problem
-from vllm_adafuse.kernels.configs import Tiles
+from vllm_adafuse.kernels.configs import GemmConfig
 from vllm_adafuse.kernels.dispatch import can_tile
 from vllm_adafuse.kernels.pairs import rotate_torch
 from vllm_adafuse.kernels.plans import Device, Shape
 from vllm_adafuse.kernels.tma_gemm import tma_gemm_triton
 
-CUTS = [Tiles(32, 64), Tiles(48, 32, slices=3, tma=True), Tiles(64, 16, slices=4)]
+CUTS = [GemmConfig(32, 64), GemmConfig(48, 32, slices=3, tma=True), GemmConfig(64, 16, slices=4)]
 
 
 def in_eights(tokens, size_in, widths, experts, top_k, rank):
@@ -42,7 +42,7 @@ def test_slices_are_left_unadded(name, split):
     p = make_problem(*SHAPES[name])
     tokens, out = p.x.shape[0], sum(p.widths)
     slices = p.scratch.slices(split, tokens, out)
-    run(p, tiles=Tiles(16, 32, split, slices=2), out=slices)
+    run(p, tiles=GemmConfig(16, 32, split, slices=2), out=slices)
     assert error(slices.sum(0), linear_truth(p)) <= 1e-5
     assert split == 1 or error(slices[0], slices.sum(0).double()) > 0.1
 
@@ -50,14 +50,14 @@ def test_slices_are_left_unadded(name, split):
 @pytest.mark.parametrize("parts", [[0, -1, 1], [-1, 0, -1], [0, 0, 0], [-1, -1, 0]])
 def test_parts_without_experts(parts):
     p = make_problem(4, 64, [40, 50, 30], 4, 2, 4, parts=parts, bias=True)
-    assert error(run(p, tiles=Tiles(16, 32, slices=2)), linear_truth(p)) <= 1e-5
+    assert error(run(p, tiles=GemmConfig(16, 32, slices=2)), linear_truth(p)) <= 1e-5
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("parts", [[0, 1], [0, 0], [-1, 0], [0, -1]])
 def test_gate_up_with_its_activation(parts, activation):
     p = make_problem(5, 96, [70, 70], 3, 2, 4, parts=parts, bias=True)
-    for cut in (Tiles(32, 32), Tiles(48, 32, tma=True)):
+    for cut in (GemmConfig(32, 32), GemmConfig(48, 32, tma=True)):
         out = run(p, activation, cut)
         assert error(out, linear_truth(p, activation)) <= 1e-5
 
@@ -68,7 +68,7 @@ def test_queries_and_keys_are_turned(widths, head_dim, parts):
     p = make_problem(5, 96, widths, 3, 2, 4, parts=parts, bias=True)
     cos_sin = torch.randn(7, head_dim, device=DEVICE)
     truth = rotate_torch(linear_truth(p), cos_sin, widths[0] + widths[1])
-    for cut in (None, Tiles(16, 32)):
+    for cut in (None, GemmConfig(16, 32)):
         assert error(run(p, "rotary", cut, cos_sin=cos_sin), truth) <= 1e-5
 
 
@@ -82,8 +82,8 @@ def test_half_precision_is_no_worse_than_plain_torch(name, dtype):
     assert error(run(p), truth) <= 1.2 * error(plain, truth)
 
 
-SMALL, ODD = (Tiles(rows, 32, tma=True) for rows in (32, 48))
-LARGE = Tiles(96, 64, 1, 8, 4, slices=2, tma=True)
+SMALL, ODD = (GemmConfig(rows, 32, tma=True) for rows in (32, 48))
+LARGE = GemmConfig(96, 64, 1, 8, 4, slices=2, tma=True)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_ranks_are_steps_of_the_loop(
 def test_slices_in_half_precision(split, size_in):
     p = make_problem(40, size_in, [64, 70], 4, 2, 16, dtype=torch.float16)
     slices = p.scratch.slices(split, 40, 134)
-    run(p, tiles=Tiles(32, 32, split, slices=2, tma=True), out=slices)
+    run(p, tiles=GemmConfig(32, 32, split, slices=2, tma=True), out=slices)
     truth, plain = linear_truth(p), linear_truth(p, dtype=torch.float16)
     assert error(slices.sum(0), truth) <= 1.2 * error(plain, truth)
 
@@ -129,7 +129,7 @@ def test_slices_in_half_precision(split, size_in):
 def test_a_token_does_not_see_its_company(sums_of_sixteen):
     p = make_problem(16, 8192, [64, 32], 4, 2, 4)
     other = make_problem(16, 8192, [64, 32], 4, 2, 4, seed=1)
-    for name in ("weight", "bank_a", "bank_b"):
+    for name in ("weight", "lora_a", "lora_b"):
         setattr(other, name, getattr(p, name))
     for name in ("x", "gates"):
         getattr(other, name)[5] = getattr(p, name)[5]

@@ -12,7 +12,7 @@ from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.cli import cmd_tune
 from vllm_adafuse.cli.main import main
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.kernels.configs import Tiles, cuts_file
+from vllm_adafuse.kernels.configs import GemmConfig, cuts_file
 from vllm_adafuse.kernels.dispatch import default_config, serves
 from vllm_adafuse.tiny import make_tiny_backbone, tiny_config
 from vllm_adafuse.tuning import Plan, Product, Trial, candidates, products_of, tune
@@ -82,13 +82,13 @@ def test_the_norm_in_front_is_part_of_a_trial(monkeypatch):
     for behind_norm in (False, True):
         product = Product("gate_up", 64, (64, 64), "silu", behind_norm=behind_norm)
         trial = Trial(product, 4, 2, 4, torch.float32, 2, "cpu", 3)
-        trial.run(trial.step(3), Tiles(16, 64))
+        trial.run(trial.step(3), GemmConfig(16, 64))
         assert len(norms) == 2 * behind_norm
 
 
 def test_the_fastest_is_kept(monkeypatch):
     product = Product("o", 64, (64,))
-    cuts = [Tiles(16, 64), Tiles(32, 64), Tiles(64, 64)]
+    cuts = [GemmConfig(16, 64), GemmConfig(32, 64), GemmConfig(64, 64)]
     times = iter([[9.0, 8.0, 9.0], [5.0], [7.0]])
     monkeypatch.setattr(tuning, "candidates", lambda product, tokens, tma: iter(cuts))
     on_cpu = torch.float32, 1, "cpu"
@@ -114,7 +114,7 @@ def test_the_command_writes_what_it_found(base, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "Test GPU")
     monkeypatch.setattr(cmd_tune, "has_accelerator", lambda: True)
-    best = Tiles(32, 64, 1, 4, 2)
+    best = GemmConfig(32, 64, 1, 4, 2)
 
     def measured(plan, device):
         return [

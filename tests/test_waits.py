@@ -2,7 +2,7 @@
 
 import pytest
 from ops import DEVICE, error, linear_truth, make_problem
-from vllm_adafuse.kernels.configs import Tiles
+from vllm_adafuse.kernels.configs import GemmConfig
 from vllm_adafuse.kernels.decode_gemm import decode_gemm_triton
 from vllm_adafuse.kernels.tma_gemm import tma_gemm_triton
 from waiting_programs import all_at_once  # noqa: F401
@@ -18,9 +18,9 @@ SHAPES = {  # (tokens, in, widths, experts, k, rank), parts, activation
 }
 # Slices of W x are for products that nothing follows.
 CUTS = {
-    "whole": Tiles(32, 32),
-    "sliced-shrink": Tiles(16, 32, slices=2, shrink_cols=16),
-    "sliced": Tiles(16, 32, 2, slices=2, shrink_cols=16),
+    "whole": GemmConfig(32, 32),
+    "sliced-shrink": GemmConfig(16, 32, slices=2, shrink_cols=16),
+    "sliced": GemmConfig(16, 32, 2, slices=2, shrink_cols=16),
 }
 
 

@@ -15,7 +15,7 @@ import triton
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.kernels.add_norm import add_norm_triton
-from vllm_adafuse.kernels.configs import Tiles
+from vllm_adafuse.kernels.configs import GemmConfig
 from vllm_adafuse.kernels.dispatch import (
     MAX_LOW_TILE_TOKENS,
     MAX_STREAM_ONLY_TOKENS,
@@ -135,7 +135,7 @@ def products_of(
 
 def candidates(
     product: Product, tokens: int, itemsize: int = 2, tma: bool = False
-) -> Iterator[Tiles | None]:
+) -> Iterator[GemmConfig | None]:
     """The cuts worth a measurement, None for cuBLAS; the default comes first.
 
     tma: this GPU has a tensor memory accelerator.
@@ -154,7 +154,7 @@ def candidates(
 
 def _streamed(
     tokens: int, size_in: int, rows_of_w: int, follows: str, itemsize: int
-) -> Iterator[Tiles]:
+) -> Iterator[GemmConfig]:
     pairs, block_t = follows not in ("", "norm"), max(16, triton.next_power_of_2(tokens))
     two = 2 if pairs else 1
     for rows, cols, stages, split in itertools.product(
@@ -170,12 +170,13 @@ def _streamed(
             continue
         warps, few = 8 if per_step * block_t >= 1 << 19 else 4, tokens <= MAX_STREAM_ONLY_TOKENS
         slices = 1 if split == 1 else 2 if few else 3
-        yield Tiles(rows, cols, split, warps, stages, 512 if few and split > 1 else 256, slices)
+        shrink_cols = 512 if few and split > 1 else 256
+        yield GemmConfig(rows, cols, split, warps, stages, shrink_cols, slices)
 
 
 def _tiled(
     tokens: int, size_in: int, rows_of_w: int, follows: str, itemsize: int
-) -> Iterator[Tiles]:
+) -> Iterator[GemmConfig]:
     pairs, block_t = follows not in ("", "norm"), max(MIN_TOKENS, triton.next_power_of_2(tokens))
     two, many = 2 if pairs else 1, tokens > MAX_LOW_TILE_TOKENS
     norm = follows == "norm"
@@ -190,7 +191,7 @@ def _tiled(
         programs = triton.cdiv(rows_of_w, rows) * split
         sums = rows * two * block_t // (32 * warps)  # registers of a thread
         if shared <= MAX_TILE_SHARED and 60 <= programs <= 400 and sums <= 128:
-            yield Tiles(rows, cols, split, warps, stages, 256, slices, True)
+            yield GemmConfig(rows, cols, split, warps, stages, 256, slices, True)
 
 
 class Trial:
@@ -251,7 +252,7 @@ class Trial:
         spread_routes(ids, weights, gates, present, self.counters, tokens)
         return x, Step(gates, present, self.scratch, self.cos_sin)
 
-    def run(self, given: tuple[torch.Tensor, Step], cut: Tiles | None) -> None:
+    def run(self, given: tuple[torch.Tensor, Step], cut: GemmConfig | None) -> None:
         """Runs the product, cut like this, on every copy of the weights, with what follows it and
         with the norm that lets it begin early, if there is one."""
         (x, step), product, shape = given, self.product, self.layers[0].shape
@@ -300,11 +301,11 @@ class Outcome:
 
     product: Product
     tokens: int
-    times: tuple[tuple[float, Tiles | None], ...]
+    times: tuple[tuple[float, GemmConfig | None], ...]
     default: float
 
     @property
-    def best(self) -> tuple[float, Tiles | None]:
+    def best(self) -> tuple[float, GemmConfig | None]:
         return self.times[0]
 
 
@@ -328,7 +329,7 @@ class Plan:
     workers: int = 4
     tma: bool = False
 
-    def jobs(self) -> list[tuple[Product, int, Tiles | None]]:
+    def jobs(self) -> list[tuple[Product, int, GemmConfig | None]]:
         return [
             (product, tokens, cut)
             for product in self.products
@@ -337,7 +338,7 @@ class Plan:
         ]
 
 
-def _compile(plan: Plan, jobs: list[tuple[Product, int, Tiles | None]]) -> int:
+def _compile(plan: Plan, jobs: list[tuple[Product, int, GemmConfig | None]]) -> int:
     """Runs each cut once in a process of its own, which leaves it in Triton's cache."""
     product, trial = None, None
     for wanted, tokens, cut in jobs:
@@ -349,7 +350,7 @@ def _compile(plan: Plan, jobs: list[tuple[Product, int, Tiles | None]]) -> int:
     return len(jobs)
 
 
-def _try(trial: Trial, tokens: int, cut: Tiles | None) -> bool:
+def _try(trial: Trial, tokens: int, cut: GemmConfig | None) -> bool:
     """Whether a cut runs on this device at all."""
     try:
         trial.run(trial.step(tokens), cut)

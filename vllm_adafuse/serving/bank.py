@@ -212,13 +212,13 @@ class ExpertBank(torch.nn.Module):
         both = memory[: every * size_in].view(every, size_in)
         if rows:
             self.register_buffer("joint", both, persistent=False)
-        self.register_buffer("bank_a", both[rows:].view(self._shape_a), persistent=False)
+        self.register_buffer("lora_a", both[rows:].view(self._shape_a), persistent=False)
         b = memory[aligned(both.numel()) :][: math.prod(self._shape_b)].view(self._shape_b)
-        self.register_buffer("bank_b", b, persistent=False)
+        self.register_buffer("lora_b", b, persistent=False)
 
     @property
     def nbytes(self) -> int:
-        return self.bank_a.nbytes + self.bank_b.nbytes
+        return self.lora_a.nbytes + self.lora_b.nbytes
 
     def load(self, read: Callable[[str], torch.Tensor]) -> None:
         """Copies this rank's shards out of the adapter.
@@ -228,14 +228,14 @@ class ExpertBank(torch.nn.Module):
         """
         row = 0
         for part, (name, shards) in enumerate(zip(self.names, self.part_shards)):
-            self.bank_a[part].copy_(read(f"{name}.lora_A")[..., self.input_slice])
+            self.lora_a[part].copy_(read(f"{name}.lora_A")[..., self.input_slice])
             own = own_rows(read(f"{name}.lora_B"), shards).transpose(0, 1)
-            self.bank_b[row : row + len(own)].copy_(own)
+            self.lora_b[row : row + len(own)].copy_(own)
             row += len(own)
 
     def scratch_sizes(self) -> tuple[int, int, int]:
         sizes = linear_norm if self.before_norm else linear
-        return sizes.scratch_sizes(self.bank_a, sum(self.widths))
+        return sizes.scratch_sizes(self.lora_a, sum(self.widths))
 
     @functools.cached_property
     def shape(self) -> Shape:
@@ -244,7 +244,7 @@ class ExpertBank(torch.nn.Module):
         _, experts, rank, size_in = self._shape_a
         return Shape(
             size_in, tuple(self.widths), tuple(self.parts), experts, rank,
-            self.bank_b.element_size(), self.epilogue,
+            self.lora_b.element_size(), self.epilogue,
             self.rotary.cos_sin.shape[1] if rotates else 0,
             self.bias_of() is not None, self.is_joint,
         )  # fmt: skip
@@ -259,7 +259,7 @@ class ExpertBank(torch.nn.Module):
         """What kernels take; once all is loaded."""
         route = self.route
         return Projection(
-            self.shape, self.bank_a, self.bank_b, self.joint if self.is_joint else None,
+            self.shape, self.lora_a, self.lora_b, self.joint if self.is_joint else None,
             self.bias_of(), None if self.norm_of is None else self.norm_of(),
             route.counters[self.index], self.strided_out,
         )  # fmt: skip

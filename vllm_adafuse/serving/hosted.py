@@ -162,7 +162,7 @@ class Loader:
         text = self.model_config.hf_config
         weight, bias = hosted.router
         tensors = {"router.weight": weight, "router.bias": bias}
-        with torch.device(self.banks[0].bank_b.device):
+        with torch.device(self.banks[0].lora_b.device):
             router = Router(
                 hosted.config, None, text.hidden_size, text.vocab_size, text.rms_norm_eps
             )

@@ -176,11 +176,11 @@ class LayerBank(torch.nn.Module):
         self.register_buffer("rows", both[self._rows_of_w :], persistent=False)
         shape = self.slices.adapted, self.every, self.rank
         b = memory[aligned(both.numel()) :][: math.prod(shape)].view(shape)
-        self.register_buffer("bank_b", b, persistent=False)
+        self.register_buffer("lora_b", b, persistent=False)
 
     @property
     def nbytes(self) -> int:
-        return self.rows.nbytes + self.bank_b.nbytes
+        return self.rows.nbytes + self.lora_b.nbytes
 
     def load(self, read: Callable[[str], torch.Tensor]) -> None:
         """Copies this rank's shards out of the adapter.
@@ -190,18 +190,18 @@ class LayerBank(torch.nn.Module):
         """
         own, first = self.slices, 0
         size_in, always = own.size_in, self.always
-        bank_a = self.rows[: self.columns].view(len(own.names), self.rows_a, self.rank, size_in)
+        lora_a = self.rows[: self.columns].view(len(own.names), self.rows_a, self.rank, size_in)
         for part, (name, shards) in enumerate(zip(own.names, own.part_shards)):
-            b = self.bank_b[first : first + sum(shard.width for shard in shards)]
+            b = self.lora_b[first : first + sum(shard.width for shard in shards)]
             first += len(b)
             if self.with_experts[part]:
                 a = read(f"{name}.lora_A")[..., own.input_slice]
-                bank_a[part, : len(a)].copy_(a)
+                lora_a[part, : len(a)].copy_(a)
                 rows = own_rows(read(f"{name}.lora_B"), shards).transpose(0, 1)
                 b[:, : rows.shape[1]].copy_(rows)
             if self.with_always[part]:
                 a, rows = read(f"{name}.always_A"), own_rows(read(f"{name}.always_B"), shards)
-                flat_a = bank_a[part, self.rows_a - always :].flatten(0, 1)
+                flat_a = lora_a[part, self.rows_a - always :].flatten(0, 1)
                 flat_a[: len(a)].copy_(a[:, own.input_slice])
                 padded = rows.new_zeros(len(rows), always * self.rank)
                 padded[:, : rows.shape[1]] = rows
@@ -232,7 +232,7 @@ class LayerBank(torch.nn.Module):
         low, logits = self.low(x)
         layer_sgmm(
             y, low, logits, self.bias if self.routers else None, self.scales,
-            self.shared_gates.gates, self.shared_gates.present, self.bank_b,
+            self.shared_gates.gates, self.shared_gates.present, self.lora_b,
             self.slices.parts, self.slices.widths, self.gate,
         )  # fmt: skip
         return y
@@ -245,6 +245,6 @@ class LayerBank(torch.nn.Module):
         """The projection, joined before, with its deltas and the activation that follows it."""
         return layer_linear(
             x, self.joint, self.columns, self.logits, bias, self.bias if self.routers else None,
-            self.scales, self.shared_gates.gates, self.shared_gates.present, self.bank_b,
+            self.scales, self.shared_gates.gates, self.shared_gates.present, self.lora_b,
             self.slices.parts, self.slices.widths, self.epilogue, self.gate,
         )  # fmt: skip

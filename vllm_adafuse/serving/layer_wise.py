@@ -62,7 +62,7 @@ class FfnActivation(torch.nn.Module):
     def forward(self, both: torch.Tensor) -> torch.Tensor:
         bank = self.bank
         x = ffn_mix(
-            both, bank.shared_gates.gates, bank.bank_b, bank.slices.parts,
+            both, bank.shared_gates.gates, bank.lora_b, bank.slices.parts,
             bank.slices.widths[0], self.slots, self.activation,
         )  # fmt: skip
         return x if self.slots else x[0]
@@ -80,7 +80,7 @@ class FfnDownMethod(linear.AdaFuseLinearMethod):
         low = low_product(x.flatten(0, 1), bank.rows)
         ffn_down(
             y, low, bank.shared_gates.gates, bank.scales, bank.shared_gates.present,
-            bank.bank_b, bank.always, bank.gate.shared,
+            bank.lora_b, bank.always, bank.gate.shared,
         )  # fmt: skip
         return y
 

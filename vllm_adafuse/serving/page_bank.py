@@ -60,12 +60,12 @@ class PageBank(ExpertBank):
     def write(self, pages: torch.Tensor, packed: Packed | None) -> None:
         """Puts an adapter's experts on their pages [n] int64; zeros where it has none here."""
         if packed is None:
-            self.bank_a.index_fill_(1, pages, 0)
-            self.bank_b.index_fill_(1, pages, 0)
+            self.lora_a.index_fill_(1, pages, 0)
+            self.lora_b.index_fill_(1, pages, 0)
             return
         device = pages.device
-        self.bank_a.index_copy_(1, pages, packed.a.to(device, non_blocking=True))
-        self.bank_b.index_copy_(1, pages, packed.b.to(device, non_blocking=True))
+        self.lora_a.index_copy_(1, pages, packed.a.to(device, non_blocking=True))
+        self.lora_b.index_copy_(1, pages, packed.b.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,10 @@ class Packed:
 
     @classmethod
     def zeros(cls, bank: PageBank, pages: int) -> Packed:
-        parts, _, ranks, size_in = bank.bank_a.shape
-        dtype, pinned = bank.bank_a.dtype, bank.bank_a.is_cuda
+        parts, _, ranks, size_in = bank.lora_a.shape
+        dtype, pinned = bank.lora_a.dtype, bank.lora_a.is_cuda
         a = torch.zeros(parts, pages, ranks, size_in, dtype=dtype, pin_memory=pinned)
-        b = torch.zeros(bank.bank_b.shape[0], pages, ranks, dtype=dtype, pin_memory=pinned)
+        b = torch.zeros(bank.lora_b.shape[0], pages, ranks, dtype=dtype, pin_memory=pinned)
         return cls(a, b)
 
 

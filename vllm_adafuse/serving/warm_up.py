@@ -110,7 +110,7 @@ def _apply(layer: LinearBase, x: torch.Tensor) -> torch.Tensor:
 
 def _inputs(layer: LinearBase, tokens: int) -> torch.Tensor:
     size = getattr(layer, "input_size_per_partition", layer.input_size)
-    like = layer.adafuse_bank.bank_b
+    like = layer.adafuse_bank.lora_b
     return torch.zeros(tokens, size, dtype=like.dtype, device=like.device)
 
 
