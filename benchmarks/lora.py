@@ -21,13 +21,16 @@ import argparse
 import json
 import os
 import random
+import shutil
 import statistics
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.plugins import load_general_plugins
 from vllm_adafuse.cli.cmd_random import integers
 
 from benchmarks import record
@@ -53,33 +56,55 @@ def start(options: argparse.Namespace, root: Path, **extra: Any) -> Any:
     )  # fmt: skip
 
 
-def make_engines(options: argparse.Namespace, root: Path) -> dict[str, Engine]:
-    """Row -> what is timed for it; rows of one engine share it."""
+def make_adapters(options: argparse.Namespace, root: Path) -> tuple[list, list]:
+    """Requests of the LoRAs and of the mixtures; those of a kind are copies under other names."""
     from vllm.lora.request import LoRARequest
 
     write_backbone(Options(model=options.model, layers=options.layers), root / "base")
-    loras = [
-        LoRARequest(f"lora{i}", i + 1, str(make_lora(root / "base", root / f"lora{i}", options.r)))
-        for i in range(options.loras)
-    ]
     mixture = options.experts, options.r, options.top_k
-    mixtures: list = [
-        LoRARequest(f"mix{i}", i + 1, str(make_adapter(root / "base", root / f"mix{i}", mixture)))
-        for i in range(MIXTURES)
-    ]
+    kinds = (
+        ("lora", options.loras, make_lora(root / "base", root / "lora0", options.r)),
+        ("mix", MIXTURES, make_adapter(root / "base", root / "mix0", mixture)),
+    )
+    requests: tuple[list, list] = ([], [])
+    for found, (kind, count, first) in zip(requests, kinds):
+        for i in range(count):
+            if i:
+                shutil.copytree(first, root / f"{kind}{i}", copy_function=os.link)
+            found.append(LoRARequest(f"{kind}{i}", i + 1, str(root / f"{kind}{i}")))
+    return requests
+
+
+def make_engines(options: argparse.Namespace, root: Path) -> dict[str, Engine]:
+    """Row -> what is timed for it; rows of one engine share it."""
+    loras, mixtures = make_adapters(options, root)
     many = {"enable_lora": True, "max_loras": len(loras), "max_lora_rank": rank(options.r)}
-    engines = {"stock": Engine(start(options, root))}
-    if "vllm" in options.engines:
-        llm = start(options, root, additional_config=VLLM_LORA, **many)
-        engines |= {"vllm_one": Engine(llm, loras[0]), "vllm_many": Engine(llm, loras)}
-    if "adafuse" in options.engines:
-        llm = start(options, root, **many)
-        engines |= {"one": Engine(llm, loras[0]), "many": Engine(llm, loras), "base": Engine(llm)}
-    if "mixtures" in options.engines:
-        most = rank(options.experts * options.r)
-        llm = start(options, root, enable_lora=True, max_loras=MIXTURES, max_lora_rank=most)
-        engines["mixtures"] = Engine(llm, [*mixtures, None])
-    return engines
+    most = many | {"max_loras": MIXTURES, "max_lora_rank": rank(options.experts * options.r)}
+    wanted: dict[str, dict] = {"stock": {}}
+    wanted |= {
+        name: extra for name, extra in
+        {"vllm": many | {"additional_config": VLLM_LORA}, "adafuse": many, "mixtures": most}.items()
+        if name in options.engines
+    }  # fmt: skip
+    if options.cache is None:  # vLLM finds out what is free: one after the other
+        llms = [start(options, root, **extra) for extra in wanted.values()]
+    else:
+        load_general_plugins()  # the first thread would, and the others would not wait for it
+        # Threads that start processes must not copy the locks of one another.
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+        with ThreadPoolExecutor(len(wanted)) as pool:
+            llms = list(pool.map(lambda extra: start(options, root, **extra), wanted.values()))
+    rows: dict[str, Engine] = {}
+    for name, llm in zip(wanted, llms):
+        rows |= {
+            "stock": {"stock": Engine(llm)},
+            "vllm": {"vllm_one": Engine(llm, loras[0]), "vllm_many": Engine(llm, loras)},
+            "adafuse": {
+                "one": Engine(llm, loras[0]), "many": Engine(llm, loras), "base": Engine(llm)
+            },
+            "mixtures": {"mixtures": Engine(llm, [*mixtures, None])},
+        }[name]  # fmt: skip
+    return rows
 
 
 def rank(wanted: int) -> int:
@@ -134,7 +159,10 @@ def main() -> None:
     parser.add_argument("--experts", default=8, type=int, help="of each mixture")
     parser.add_argument("--top-k", default=2, type=int)
     parser.add_argument("--memory", default=0.2, type=float, help="of the GPU, for each engine")
-    parser.add_argument("--cache", type=float, metavar="GIB", help="of keys and values, for each")
+    parser.add_argument(
+        "--cache", type=float, metavar="GIB",
+        help="of keys and values, for each engine: then all start at once",
+    )  # fmt: skip
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path, help="folder of the result file")
     parser.add_argument("--commit", default="", help="of the measured code")

@@ -13,9 +13,10 @@ pytestmark = pytest.mark.gpu
 
 PROMPTS = real_prompts(30)
 NAMES = ["base", "mix", "few", "patterns", "mix8"]
+LONG = [" ".join(PROMPTS[i : i + 9])[:800] for i in range(10)]
 # Sizes between and beyond those that are captured run, too.
 GRAPHS = {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 8, 64]}}
-LORA = {"enable_lora": True, "max_loras": 4, "max_lora_rank": 128}
+LORA = {"max_model_len": 512, "enable_lora": True, "max_loras": 4, "max_lora_rank": 128}
 
 
 @pytest.fixture(scope="module", params=["LlamaForCausalLM", "Gemma2ForCausalLM"])
@@ -80,7 +81,7 @@ def test_a_mixed_batch_is_as_close_as_bf16_references(pairs, runner, monkeypatch
         outputs = generate(llm, pairs, NAMES)
         few = generate(llm, pairs, ["patterns", "base"], PROMPTS[:3])
         alone = {name: generate(llm, pairs, [name], PROMPTS[:1]) for name in NAMES}
-        long = generate(llm, pairs, NAMES, [" ".join(PROMPTS[i:] + PROMPTS)[:700] for i in range(9)])
+        long = generate(llm, pairs, NAMES, LONG)
     assert_close(outputs, pairs, NAMES)
     assert_close(few, pairs, ["patterns", "base"])
     assert_close(long, pairs, NAMES)
@@ -96,7 +97,7 @@ def test_adapters_come_and_go_under_graphs(pairs):
 
 
 def test_requests_of_the_base_get_what_an_engine_without_lora_says(pairs):
-    with gpu_engine(pairs / "base", **GRAPHS) as llm:
+    with gpu_engine(pairs / "base", max_model_len=512, **GRAPHS) as llm:
         stock = llm.generate(PROMPTS[:8], greedy(), use_tqdm=False)
     with gpu_engine(pairs / "base", **LORA, **GRAPHS) as llm:
         generate(llm, pairs, NAMES)
