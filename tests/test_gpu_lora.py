@@ -37,7 +37,10 @@ def reference(root, name, dtype):
     if name.startswith("mix"):
         return load_reference(root / "base", root / name, dtype=dtype, device_map="cuda")
     model = AutoModelForCausalLM.from_pretrained(root / "base", dtype=dtype, device_map="cuda")
-    return model if name == "base" else PeftModel.from_pretrained(model, root / name).eval()
+    if name == "base":
+        return model
+    # By default PEFT computes in float32 whatever the backbone's dtype is.
+    return PeftModel.from_pretrained(model, root / name, autocast_adapter_dtype=False).eval()
 
 
 def distance(outputs, exact, other=None) -> float:
