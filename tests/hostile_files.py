@@ -139,7 +139,7 @@ FILES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         lambda p: [put(WEIGHTS, header(5 << 30, b"{}"))(p), os.truncate(p / WEIGHTS, 6 << 30)][0],
         (WEIGHTS, "5368709120", "at most"),
     ),
-    "header nested": (raw_header('{"a":' * 50_000), (WEIGHTS, "nested too deep")),
+    "header nested": (raw_header('{"a":' * 30_000), (WEIGHTS, "nested too deep")),
     "header a list": (raw_header("[1]"), (WEIGHTS, "holds a list")),
     "header not UTF-8": (put(WEIGHTS, header(4, b'{"\xff"')), (WEIGHTS, "not JSON")),
     "name twice": (twice, (WEIGHTS, "twice")),
@@ -165,9 +165,31 @@ FILES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         (WEIGHTS, "tensor b", "begin at 0, expected 4"),
     ),
     "larger than memory": (sparse, (WEIGHTS, "memory")),
-    "too many names": (many_names(60_000), (WEIGHTS, "more than 50000")),
-    "many names": (many_names(40_000), (WEIGHTS, "39997 more")),
+    "too many names": (many_names(50_000), (WEIGHTS, "more than 40000")),
+    "many names": (many_names(30_000), (WEIGHTS, "29997 more")),
     "long names": (long_names, (WEIGHTS, "97 more")),
+}  # fmt: skip
+def half_pairs(path: Path) -> None:
+    """Each of thousands of tensors has a problem of its own."""
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    names = [f"model.layers.{i}.mlp.up_proj.lora_A" for i in range(5000)]
+    raw_header(json.dumps(dict.fromkeys(names, entry)))(path)
+
+
+# Of an AdaFuse adapter alone.
+ADAFUSE: dict[str, tuple[Damage, tuple[str, ...]]] = {
+    "long names of experts": (
+        edit_config(expert_names=[f"{i}{'x' * 10_000}" for i in range(4)]),
+        (CONFIG, "`expert_names`", "200 characters"),
+    ),
+    "half pairs": (half_pairs, (WEIGHTS, "half a pair", "more problems")),
+    "experts without end": (edit_config(num_experts=10**12), ("`num_experts`", "1 to 1024")),
+    "k without end": (edit_config(top_k=10**400), (CONFIG, "`top_k`")),
+    "r without end": (edit_config(r=[4, 2, 4, 1 << 40]), (CONFIG, "`r`")),
+    "targets of a pattern": (edit_config(target_modules="(.*.*.*)*!"), ("`target_modules`",)),
+    "targets without end": (
+        edit_config(target_modules=[f"{i}" for i in range(50_000)]), ("`target_modules`", "more")
+    ),
 }  # fmt: skip
 # Of a backbone's directory.
 BACKBONES: dict[str, tuple[Damage, tuple[str, ...]]] = {
@@ -225,6 +247,19 @@ READ: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "tokenizer of a terabyte": (
         lambda p: os.truncate(p / "tokenizer.json", 1 << 40), ("tokenizer.json", "at most")
     ),
+    "tokenizer that never ends": (
+        edit_json("tokenizer.json", pre_tokenizer={
+            "type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated",
+            "invert": False,
+        }),
+        ("the tokenizer cannot be used", "retry-limit"),
+    ),
+    "tokenizer of lists": (
+        edit_json("tokenizer_config.json", model_max_length=[1]), ("no usable tokenizer",)
+    ),
+    "tokenizer without end token": (
+        edit_json("tokenizer_config.json", eos_token={"a": 1}), ("no usable tokenizer",)
+    ),
     "tokenizer nested": (
         first_key("tokenizer_config.json", nested(50_000)), ("no usable tokenizer",)
     ),
@@ -238,4 +273,20 @@ LORAS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "rank_pattern a list": (edit_config(rank_pattern=["a"]), (CONFIG, "`rank_pattern`")),
     "r of exabytes": (edit_config(r=10**18), (CONFIG, "`r`")),
     "alpha of a text": (edit_config(lora_alpha="9" * 10**5), (CONFIG, "`lora_alpha`")),
+}
+# Of a MixLoRA source: values of types that no library writes.
+MIXTURES: dict[str, tuple[Damage, tuple[str, ...]]] = {
+    f"{key} {value}": (edit_config(**{key: value}), (CONFIG, f"`{key}`"))
+    for key, value in (
+        ("num_experts", True),
+        ("num_experts", 10**30),
+        ("r", 10**30),
+        ("r", [4]),
+        ("top_k", {"a": 1}),
+        ("lora_alpha", "8"),
+        ("routing_strategy", {"a": 1}),
+        ("act_fn", ["silu"]),
+        ("expert_lora", {"lora_alpha": "8"}),
+        ("expert_lora", {"lora_alpha": 8, "use_rslora": [1]}),
+    )
 }

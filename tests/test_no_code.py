@@ -79,10 +79,13 @@ def place(tmp_path_factory):
         base, root / "wise", num_experts=2, r=2, routing="layer_wise", dtype=torch.float32
     )
     make_lora(base, root / "lora")
-    (root / "data.jsonl").write_text('{"text": "hello there, some words to train on"}\n' * 20)
-    (root / "chat.jsonl").write_text(
-        '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a"}]}\n'
-    )
+    lines = [{"text": f"hello there, {i} words to train on"} for i in range(20)]
+    chats = [
+        {"messages": [{"role": "user", "content": f"hi {i}"}, {"role": "assistant", "content": "a"}]}
+        for i in range(20)
+    ]
+    for name, made in (("data", lines), ("chat", chats)):
+        (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, made)))
     return root
 
 
@@ -176,6 +179,8 @@ def test_code_beside_a_backbone_never_runs(runner, place, tmp_path, evil, answer
         done = runner(name, *(out if part == "OUT" else part for part in argv), answers=answers)
         assert not marker.exists(), (name, marker.read_text())
         assert done["code"] in (0, 1), (name, done)
+        if name == "check" and evil is not another_type:  # all else is a usual backbone's
+            assert done["code"] == 0, done
         assert "Traceback" not in done["text"] and "[y/N]" not in done["text"], (name, done["text"])
         assert len(done["text"]) < 6000, done["text"]
 

@@ -129,11 +129,8 @@ def check_adapter(
         if config and backbone:
             problems += check_targets(config, backbone)
         problems += check_tensors(tensors, config, backbone, alike)
-        if weights.size > (memory := machine_memory()):
-            problems.append(
-                f"{WEIGHTS_FILE}: is {weights.size} bytes long, expected at most the {memory} of "
-                "this machine's memory, from which it is served"
-            )
+        if too_large := _too_large(weights):
+            problems.append(too_large)
         elif values:
             problems += check_values(weights, tensors.keys() - alike.bad, config)
     return Adapter(root, config, tensors) if config else None, clip_all(problems)
@@ -171,13 +168,26 @@ def open_weights(file: Path) -> Iterator[TensorFile]:
     """An adapter's file of tensors, open.
 
     Raises:
-        AdapterError: it cannot be read, also later, or is not a sound safetensors file.
+        AdapterError: it cannot be read, also later, is not a sound safetensors file, or does not
+            fit into memory.
     """
     try:
         with TensorFile(file) as weights:
+            if too_large := _too_large(weights):
+                raise FileProblem(too_large)
             yield weights
     except FileProblem as e:
         raise AdapterError(f"adapter {where(file.parent)}", [str(e)]) from e
+
+
+def _too_large(weights: TensorFile) -> str | None:
+    """What to say of a file that no machine like this could serve: it may be all holes."""
+    if weights.size <= (memory := machine_memory()):
+        return None
+    return (
+        f"{WEIGHTS_FILE}: is {weights.size} bytes long, expected at most the {memory} of this "
+        "machine's memory, from which it is served"
+    )
 
 
 def _missing_weights(entries: set[str]) -> str:

@@ -24,6 +24,7 @@ __all__ = ["AdapterConfig", "CONFIG_FILE", "WEIGHTS_FILE", "parse_config", "show
 # The newest that is read. A config says 1 as long as it uses nothing of 2.
 FORMAT_VERSION = 2
 MAX_EXPERTS, MAX_RANK, MAX_LAYERS = 1024, 1 << 16, 10**6
+MAX_NAME = 200  # characters of an expert's name
 # A composed checkpoint's config.json: the section that names the adapter's directory.
 SECTION, ADAPTER_KEY = "adafuse", "adapter"
 # What serving adds to that section, see serving/attach.py.
@@ -351,6 +352,8 @@ def parse_config(raw: Any) -> tuple[AdapterConfig | None, list[str]]:
         keys.bad("expert_names", f"{experts} names, one per expert, but it has {len(names)}")
     elif len(set(names)) < len(names):
         keys.bad("expert_names", "every name once")
+    elif max(map(len, names), default=0) > MAX_NAME:
+        keys.bad("expert_names", f"names of at most {MAX_NAME} characters")
 
     if problems:
         return None, problems

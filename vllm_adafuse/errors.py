@@ -24,7 +24,13 @@ class AdapterError(ValueError):
         return type(self), (self.subject, self.problems)
 
 
-def brief(e: Exception, most: int = 240) -> str:
+def is_panic(e: BaseException) -> bool:
+    """Whether a library in Rust gave up, such as a tokenizer over its regular expression: PyO3
+    makes no Exception of that."""
+    return type(e).__name__ == "PanicException"
+
+
+def brief(e: BaseException, most: int = 240) -> str:
     """Another library's error on one line: its type and the beginning of what it says.
 
     Some list every class that they know, or explain over a page.

@@ -30,7 +30,7 @@ def clip(text: str, most: int) -> str:
     return f"{text[:half]} ... {text[-half:]}"
 
 
-def clip_all(problems: list[str], most: int = 1000, lines: int = 50) -> list[str]:
+def clip_all(problems: list[str], most: int = 1000, lines: int = 25) -> list[str]:
     """Problems to print: none longer than `most`, and no more than `lines` of them."""
     short = [clip(problem, most) for problem in problems[:lines]]
     if len(problems) > lines:

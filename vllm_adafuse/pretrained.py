@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_adafuse.architectures import ARCHITECTURES, find_architecture
-from vllm_adafuse.errors import AdapterError, brief
-from vllm_adafuse.keys import show
+from vllm_adafuse.errors import AdapterError, brief, is_panic
+from vllm_adafuse.keys import CONFIG_FILE, show
 from vllm_adafuse.reading import FileProblem, open_regular, read_object, where
 
 if TYPE_CHECKING:
@@ -77,6 +77,42 @@ def check_config(root: Path) -> dict[str, Any]:
     _check_type(config.get("model_type"), "auto_map" in config, str(root))
     check_sizes(config.get, str(root))
     return config
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Looks at all files of a backbone before transformers loads its weights: one that is no file
+    would block it, a damaged one end in an error without its name.
+
+    Args:
+        path: its directory; of a hub name nothing is known yet.
+
+    Raises:
+        AdapterError: as `read_config`, or for a file.
+    """
+    from vllm_adafuse.tensor_file import TensorFile
+
+    root = Path(path)
+    if not root.is_dir():
+        return
+    check_config(root)
+    try:
+        for file in sorted(root.iterdir()):
+            if not file.exists() or file.is_dir():
+                continue  # a link of a hub's cache to what was not downloaded, a folder
+            if file.suffix == ".safetensors":
+                TensorFile(file).close()
+            else:
+                open_regular(file).close()
+    except FileProblem as e:
+        raise AdapterError(f"backbone {where(path)}", [str(e)]) from e
+    if os.path.lexists(root / CONFIG_FILE):
+        raise AdapterError(
+            f"backbone {where(path)}",
+            [
+                f"{CONFIG_FILE}: lies beside {MODEL_CONFIG}, and transformers would load that "
+                "adapter, or another backbone that it names; move it away"
+            ],
+        )
 
 
 def check_sizes(get: Callable[[str], Any], path: str) -> None:
@@ -167,7 +203,9 @@ def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
         return tokenizer
     except FileProblem as e:
         problem = str(e)
-    except Exception as e:  # the tokenizers library raises Exception itself
+    except BaseException as e:  # the tokenizers library raises Exception itself, and panics
+        if not isinstance(e, Exception) and not is_panic(e):
+            raise
         problem = brief(e)
         if "trust_remote_code" in str(e):
             problem = (

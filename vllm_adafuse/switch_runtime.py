@@ -27,7 +27,7 @@ from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.kernels.gate import gate
 from vllm_adafuse.kernels.switch import FIELDS, SwitchBlocks, SwitchPlan, switch
 from vllm_adafuse.merge import refuse_quantised
-from vllm_adafuse.pretrained import read_config
+from vllm_adafuse.pretrained import check_checkpoint, read_config
 from vllm_adafuse.routing import OfflineRouter
 
 if TYPE_CHECKING:
@@ -171,6 +171,7 @@ class SwitchRuntime:
         backbone = Backbone.from_path(str(base))
         checked = load_adapter(adapter, backbone)
         _refuse_layer_wise(checked)
+        check_checkpoint(base)
         refuse_quantised(str(base), read_config(str(base)).to_dict())
         # Transformers' other attentions leave out Gemma-2's softcap.
         kwargs.setdefault("attn_implementation", "eager")

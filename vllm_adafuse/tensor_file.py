@@ -21,7 +21,7 @@ from vllm_adafuse.reading import FileProblem, open_regular, parse_json, reason, 
 
 # 64 experts in all linears of 32 layers are 28 672 tensors, a header of 4 MB. Parsed it may take
 # fifteen times its size.
-MAX_HEADER_BYTES, MAX_TENSORS = 10 << 20, 50_000
+MAX_HEADER_BYTES, MAX_TENSORS = 10 << 20, 40_000
 # Elements of a tensor: of more, torch could not count the bytes.
 MAX_ELEMENTS = 1 << 52
 PIECE = 4 << 20

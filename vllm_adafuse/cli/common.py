@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.places import find_local_backbone, require_backbone
+from vllm_adafuse.reading import where
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -68,7 +69,7 @@ def open_adapter(path: str, base: str | None, values: bool = False) -> Opened:
         note = f"backbone: {found}, named by the adapter"
         if found is None:
             note = (
-                f"the backbone {name} is not on this machine: shapes were not checked against a "
+                f"the backbone {where(name)} is not on this machine: shapes were not checked against a "
                 "backbone; give its directory with --base"
             )
     backbone, backbone_problems = None, []

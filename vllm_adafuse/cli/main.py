@@ -23,7 +23,8 @@ from vllm_adafuse.cli import (
     cmd_tune,
 )
 from vllm_adafuse.cli.common import printable
-from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.errors import AdapterError, brief, is_panic
+from vllm_adafuse.keys import clip
 
 EPILOG = """\
 examples, in the order of a first visit:
@@ -93,12 +94,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (AdapterError, OSError) as e:
-        message = "\n".join(printable(line) for line in str(e).split("\n"))
+        message = "\n".join(clip(printable(line), 2000) for line in str(e).split("\n"))
         print(f"vllm-adafuse: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("vllm-adafuse: interrupted", file=sys.stderr)
         return 130
+    except BaseException as e:
+        if not is_panic(e):
+            raise
+        print(f"vllm-adafuse: the tokenizer cannot be used: {printable(brief(e))}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from vllm_adafuse.convert.mixture import Linear, Mixture, Part
+from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.tensor_file import machine_memory
 
 MODEL = "model.layers."
 
@@ -55,6 +58,7 @@ def make_bank(linears: dict[str, Linear], shared_a: bool = False) -> Bank:
     leads = [max(parts, key=lambda p: p.rank) if parts else None for parts in by_expert]
     lead = max(always, key=lambda p: p.rank) if always else None
     ranks = [part.rank if part else 1 for part in leads]
+    _refuse_padding(linears.values(), max(ranks))
     tensors, folded = {}, []
     for name, linear in linears.items():
         before = len(folded)
@@ -74,6 +78,21 @@ def make_bank(linears: dict[str, Linear], shared_a: bool = False) -> Bank:
         always=(lead.rank, _alpha(lead, rslora)) if lead else None,
         folded=folded,
     )
+
+
+def _refuse_padding(linears: Iterable[Linear], rank: int) -> None:
+    """Every expert takes the largest rank of all: one large one may take all memory."""
+    parts = [part for linear in linears for part in linear.experts if part is not None]
+    needed = sum(4 * rank * (part.a.shape[1] + part.b.shape[0]) for part in parts)
+    if needed > (memory := machine_memory()):
+        raise AdapterError(
+            "the mixture",
+            [
+                f"all its {len(parts)} experts of linears take the largest rank, {rank}, in this "
+                f"format: {needed} bytes, more than the {memory} of this machine's memory; train "
+                "with ranks that differ less"
+            ],
+        )
 
 
 def _alpha(part: Part, rslora: bool) -> float:

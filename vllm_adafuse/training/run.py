@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.pretrained import load_tokenizer, read_config
+from vllm_adafuse.pretrained import check_checkpoint, load_tokenizer, read_config
 from vllm_adafuse.training.config import MixtureConfig
 from vllm_adafuse.training.data import Blocks, Example, places, read_jsonl, split
 from vllm_adafuse.training.evaluate import next_token_scores
@@ -162,6 +162,7 @@ def load_backbone(base: str, load: str = "full", dtype: str = "auto") -> Any:
     if dtype == "auto":
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "local_files_only": True}
+    check_checkpoint(base)
     options["config"] = read_config(base)
     if load != "full":
         from transformers import BitsAndBytesConfig
