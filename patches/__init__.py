@@ -6,7 +6,17 @@ from __future__ import annotations
 
 def apply_patches() -> None:
     """Applies every patch once per process."""
-    from vllm_adafuse.patches import hf_config, lora_manager, lora_requests, lora_server, reload
+    from vllm_adafuse.patches import (
+        engine_args,
+        fingerprint,
+        hf_config,
+        lora_manager,
+        lora_requests,
+        lora_server,
+        reload,
+    )
 
-    for patch in (hf_config, lora_manager, lora_requests, lora_server, reload):
+    for patch in (
+        hf_config, engine_args, fingerprint, lora_manager, lora_requests, lora_server, reload,
+    ):  # fmt: skip
         patch.apply()

@@ -46,7 +46,9 @@ def apply() -> None:
 
             refuse_no_backbone(str(model))
         hf_config = original(*call.args, **call.kwargs)
-        if hasattr(hf_config, "adafuse_adapter") or hasattr(hf_config, "adafuse"):
+        from vllm_adafuse.serving.options import names_adapter
+
+        if names_adapter(hf_config, str(model)):
             from vllm_adafuse.serving.attach import attach_adapter, in_mistrals_format
 
             if in_mistrals_format(hf_config, str(model)):
@@ -60,10 +62,11 @@ def apply() -> None:
     @functools.wraps(apply_dicts)
     def _apply_dict_overrides(self, config, overrides):
         # Overrides that are objects come later, past `get_config`: none of ours is one.
-        if "adafuse_adapter" in overrides:
-            from vllm_adafuse.serving.attach import adapter_override
+        from vllm_adafuse.serving import attach, options
 
-            adapter_override(overrides["adafuse_adapter"], str(self.model))
+        options.refuse(options.check_overrides(overrides))
+        if options.OVERRIDE in overrides:
+            attach.adapter_override(overrides[options.OVERRIDE], str(self.model))
         return apply_dicts(self, config, overrides)
 
     setattr(get_config, _MARK, True)

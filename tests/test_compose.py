@@ -7,14 +7,18 @@ import shutil
 
 import pytest
 import torch
+from broken_adapters import NOBODY, as_user
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from vllm_adafuse.adapter import load_adapter
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.compose import compose
+from vllm_adafuse.digest import content_hash
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.merge import merge
 from vllm_adafuse.random_adapter import make_random_adapter
 from vllm_adafuse.routing import vocabulary_routes
 from vllm_adafuse.tiny import make_tiny_backbone
+from vllm_adafuse.tree import tree_files
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +37,45 @@ def adapter(base, tmp_path_factory):
     return path
 
 
+FOLDERS = [
+    "1_Pooling/config.json",
+    "2_Dense/model.safetensors",  # of a module of its own
+    "additional_chat_templates/deep/down/tool_use.jinja",
+    "linked/config.json",
+    "LICENSE",
+]
+
+
+@pytest.fixture
+def full(base, tmp_path):
+    """A backbone with folders, one of them a link to elsewhere."""
+    full = shutil.copytree(base, tmp_path / "full")
+    for number, name in enumerate(FOLDERS):
+        file = full / name
+        if name.startswith("linked"):
+            file = tmp_path / "elsewhere" / "config.json"
+            (full / "linked").symlink_to("../elsewhere")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(str(number).encode())
+    (full / ".git").mkdir()
+    (full / ".git" / "config").write_text("of this copy")
+    return full
+
+
+def compose_it(base, adapter, out):
+    return compose(base, adapter, out)
+
+
+def merge_it(base, adapter, out):
+    return merge(adapter, base, out, ["0"])
+
+
 def names(path):
-    return {str(p.relative_to(path)) for p in path.rglob("*") if not p.is_dir()}
+    return {
+        os.path.relpath(os.path.join(folder, file), path)
+        for folder, _, files in os.walk(path, followlinks=True)
+        for file in files
+    }
 
 
 def test_hard_links(base, adapter, tmp_path):
@@ -46,9 +87,6 @@ def test_hard_links(base, adapter, tmp_path):
     }
     for name in before.keys() - {"config.json"}:
         assert (out / name).samefile(base / name) and not (out / name).is_symlink()
-    assert (out / "adafuse" / "adapter_model.safetensors").samefile(
-        adapter / "adapter_model.safetensors"
-    )
     assert before == {p.name: p.read_bytes() for p in base.iterdir() if p.is_file()}
 
 
@@ -206,3 +244,83 @@ def test_composing_again_replaces_the_adapter(base, adapter, tmp_path):
     assert load_adapter(second / "adafuse").config.num_experts == 2
     config = json.loads((second / "config.json").read_text())
     assert config["architectures"] == ["AdaFuseLlamaForCausalLM"]
+
+
+@pytest.mark.parametrize("copy", [False, True], ids=["linked", "copied"])
+def test_the_adapter_is_never_shared(base, adapter, tmp_path, copy):
+    """What is written over the source later is not in the composed checkpoint."""
+    source = shutil.copytree(adapter, tmp_path / "source")
+    before = content_hash(source)
+    out = compose(base, source, tmp_path / "out", copy)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert os.stat(out / "adafuse" / name).st_nlink == 1
+        (source / name).write_bytes(b"other")
+    assert content_hash(out / "adafuse") == before
+
+
+@pytest.mark.parametrize("how", [compose_it, merge_it])
+def test_folders_come_along(full, adapter, tmp_path, how):
+    out = how(full, adapter, tmp_path / "out")
+    assert names(out) - {"adafuse/adapter_config.json", "adafuse/adapter_model.safetensors"} == (
+        names(full) - {"original/consolidated.00.pth", ".git/config"}
+    )
+    for name in FOLDERS:
+        assert (out / name).read_bytes() == (full / name).read_bytes(), name
+    assert not (out / "linked").is_symlink()
+
+
+def test_merge_leaves_other_forms_of_the_weights(full, adapter, tmp_path):
+    for name in ("onnx/model.onnx", "onnx/model.onnx_data", "model.gguf", "gguf/q4.gguf"):
+        (full / name).parent.mkdir(exist_ok=True)
+        (full / name).write_bytes(b"the backbone")
+    kept = names(merge_it(full, adapter, tmp_path / "merged"))
+    assert not [name for name in kept if "onnx" in name or "gguf" in name]
+    assert "onnx/model.onnx" in names(compose(full, adapter, tmp_path / "composed"))
+
+
+@pytest.mark.parametrize("how", [compose_it, merge_it])
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda base: os.mkfifo(base / "1_Pooling" / "pipe"), "1_Pooling/pipe: is a pipe"),
+        (lambda base: (base / "1_Pooling" / "up").symlink_to(".."), "1_Pooling/up: is a link to"),
+        (lambda base: (base / "root").symlink_to("/"), "root: is a link to /"),
+    ],
+    ids=["a pipe", "a link upwards", "a link to everything"],
+)
+def test_what_cannot_come_along(full, adapter, tmp_path, how, spoil, words):
+    spoil(full)
+    with pytest.raises(AdapterError, match=words):
+        how(full, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+@pytest.mark.parametrize("name", ["1_Pooling", "1_Pooling/config.json"])
+def test_what_cannot_be_read(full, name):
+    (full / name).chmod(0)
+    for folder in (full, *full.parents):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    with as_user(NOBODY), pytest.raises(AdapterError, match=f"{name}: cannot be read"):
+        tree_files(full)
+
+
+def test_a_folder_under_our_name(full, adapter, tmp_path):
+    (full / "adafuse").mkdir()
+    (full / "adafuse" / "README.md").write_text("mine")
+    with pytest.raises(AdapterError, match="adafuse/README.md: adafuse is where"):
+        compose(full, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert "adafuse/README.md" in names(merge_it(full, adapter, tmp_path / "merged"))
+
+
+def test_a_composed_backbone_leaves_its_adapter_behind(full, adapter, tmp_path):
+    first = compose(full, adapter, tmp_path / "first")
+    merged = merge_it(first, adapter, tmp_path / "merged")
+    assert (merged / "1_Pooling").is_dir() and not (merged / "adafuse").exists()
+
+
+def test_an_output_inside_the_backbone(full, adapter):
+    for how in (compose_it, merge_it):
+        with pytest.raises(AdapterError, match="lies in the backbone"):
+            how(full, adapter, full / "1_Pooling" / "out")

@@ -108,8 +108,8 @@ def test_micro_batches_are_refused():
     from types import SimpleNamespace
 
     from vllm_adafuse.errors import AdapterError
-    from vllm_adafuse.serving.models import _refuse_micro_batches
+    from vllm_adafuse.serving.attach import refuse_micro_batches
 
     config = SimpleNamespace(parallel_config=SimpleNamespace(use_ubatching=True))
     with pytest.raises(AdapterError, match="--enable-dbo or --ubatch-size"):
-        _refuse_micro_batches(config)
+        refuse_micro_batches(config)

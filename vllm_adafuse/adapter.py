@@ -5,6 +5,7 @@ Only safetensors is ever read; nothing in an adapter can run code.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -52,7 +53,8 @@ class Adapter:
     def fingerprint(self) -> str:
         """Changes with whatever changes a compiled graph: config, names, shapes, dtypes."""
         table = {name: [*info.shape, str(info.dtype)] for name, info in self.tensors.items()}
-        content = json.dumps([self.config.to_json(), table], sort_keys=True)
+        config = dataclasses.replace(self.config, base_hash="").to_json()
+        content = json.dumps([config, table], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @property

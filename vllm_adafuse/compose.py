@@ -2,8 +2,8 @@
 
     COMPOSED_DIR/
       config.json           the backbone's, with architectures [AdaFuse…] and section `adafuse`
-      model.safetensors …   every other file of the backbone, linked or copied
-      adafuse/              the adapter; its base_model_name_or_path is ".."
+      model.safetensors …   every other file of the backbone, in its folder, linked or copied
+      adafuse/              a copy of the adapter; its base_model_name_or_path is ".."
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 from vllm_adafuse.adapter import load_adapter
@@ -21,7 +20,8 @@ from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.config import ADAPTER_KEY, CONFIG_FILE, SECTION, WEIGHTS_FILE
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.places import CONFIGS
-from vllm_adafuse.reading import FileProblem, open_regular, read_object
+from vllm_adafuse.reading import read_object
+from vllm_adafuse.tree import check_out, tree_files
 
 ADAPTER_DIR = "adafuse"
 _CHUNK = 16 << 20
@@ -38,7 +38,7 @@ def compose(
 ) -> Path:
     """Writes a checkpoint directory that serves a backbone with an adapter.
 
-    Linked files are the backbone's own: do not edit them in place.
+    Linked files are the backbone's own: do not edit them in place. The adapter is always copied.
 
     Args:
         base: the backbone's directory (symbolic links of a hub cache are resolved).
@@ -58,21 +58,29 @@ def compose(
     check_out(base, out)
     backbone = Backbone.from_path(str(base))
     checked = load_adapter(adapter, backbone)
-    files = dict(_backbone_files(base, out))
-    files[out / ADAPTER_DIR / WEIGHTS_FILE] = (checked.path / WEIGHTS_FILE).resolve(strict=True)
-
     config = read_object(base / "config.json", f"backbone {base}")
+    files = {out / name: source for name, source in backbone_files(base, config).items()}
+    if clash := next((name for name in files if name.is_relative_to(out / ADAPTER_DIR)), None):
+        raise AdapterError(
+            f"backbone {base}",
+            [
+                f"{clash.relative_to(out)}: {ADAPTER_DIR} is where a composed checkpoint keeps its "
+                "adapter; give it another name"
+            ],
+        )
+    own = {out / ADAPTER_DIR / WEIGHTS_FILE: (checked.path / WEIGHTS_FILE).resolve(strict=True)}
     config["architectures"] = [backbone.adafuse_name]
     config[SECTION] = {ADAPTER_KEY: ADAPTER_DIR}
     adapter_config = read_object(checked.path / CONFIG_FILE, f"adapter {checked.path}")
     adapter_config["base_model_name_or_path"] = ".."
     try:
         (out / ADAPTER_DIR).mkdir(parents=True)
-        if copy:
-            _copy_all(files, progress)
-        else:
+        for folder in {target.parent for target in files}:
+            folder.mkdir(parents=True, exist_ok=True)
+        if not copy:
             for target, source in files.items():
                 _link(source, target)
+        _copy_all(files | own if copy else own, progress)
         _write_object(out / ADAPTER_DIR / CONFIG_FILE, adapter_config)
         # Last: without it an interrupted composition is no checkpoint.
         _write_object(out / "config.json", config)
@@ -82,27 +90,30 @@ def compose(
     return out
 
 
-def check_out(base: Path, out: Path) -> None:
-    subject = f"output directory {out}"
-    if out.resolve() == base:
-        raise AdapterError(subject, ["it is the backbone itself; name a new directory"])
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise AdapterError(subject, ["it is a file or a link; name a new directory"])
-    if out.is_dir() and any(out.iterdir()):
-        raise AdapterError(subject, ["it is not empty; name a new directory or empty it"])
+def backbone_files(base: Path, config: dict) -> dict[PurePosixPath, Path]:
+    """What a checkpoint made of a backbone takes along: all but its config.json and what vLLM would
+    read in its place, the weights that some keep in a folder in Meta's form
+    (original/consolidated.00.pth), which no server reads, and, where it is itself a composed one,
+    its adapter.
 
+    Args:
+        base: the directory, absolute and without links.
+        config: its config.json.
 
-def _backbone_files(base: Path, out: Path) -> Iterator[tuple[Path, Path]]:
-    """Pairs of target and real source: all files of the directory but config.json, and but what
-    vLLM would read in its place."""
-    for entry in sorted(base.iterdir()):
-        if entry.name not in CONFIGS and not entry.is_dir():
-            source = entry.resolve(strict=True)
-            try:
-                open_regular(entry).close()  # a pipe would block who copies it
-            except FileProblem as e:
-                raise AdapterError(f"backbone {base}", [str(e)]) from e
-            yield out / entry.name, source
+    Returns:
+        Relative path -> the real file.
+
+    Raises:
+        AdapterError, FileNotFoundError: see `tree_files`.
+    """
+    section = config.get(SECTION)
+    adapter = section.get(ADAPTER_KEY) if isinstance(section, dict) else None
+    return {
+        name: file
+        for name, file in tree_files(base, CONFIGS).items()
+        if not (isinstance(adapter, str) and name.is_relative_to(adapter))
+        and not (len(name.parts) > 1 and name.match("consolidated.*"))
+    }
 
 
 def _link(source: Path, target: Path) -> None:

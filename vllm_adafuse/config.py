@@ -11,6 +11,7 @@ from vllm_adafuse.keys import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     Keys,
+    is_hash,
     is_int,
     is_names,
     is_number,
@@ -29,6 +30,8 @@ MAX_NAME = 200  # characters of an expert's name
 SECTION, ADAPTER_KEY = "adafuse", "adapter"
 # What serving adds to that section, see serving/attach.py.
 FINGERPRINT_KEY, CONTENT_KEY = "fingerprint", "content"
+# The weights that routes depend on, see `digest.backbone_hash`.
+BASE_HASH = "base_model_hash"
 PRE_GATED, LAYER_WISE = "pre_gated", "layer_wise"
 BLOCKS = ("self_attn", "mlp")
 ROUTER_INPUTS = ("first_norm", "embedding")
@@ -63,6 +66,7 @@ OPTIONAL = (
     "router.weights",
     "router.temperature",
     "expert_names",
+    BASE_HASH,
     *VERSION_2,
 )
 
@@ -93,6 +97,7 @@ class AdapterConfig:
         mix: where experts are mixed, one of MIXES.
         always_r: rank of the LoRA parts that are always on, 0 where there are none.
         always_alpha: their alpha.
+        base_hash: `digest.backbone_hash` of the backbone that it was made on, "" if not known.
     """
 
     base_model: str
@@ -116,6 +121,7 @@ class AdapterConfig:
     mix: str = "linear"
     always_r: int = 0
     always_alpha: float = 0.0
+    base_hash: str = ""
 
     @property
     def layer_wise(self) -> bool:
@@ -184,10 +190,12 @@ class AdapterConfig:
             "always_r": self.always_r,
             "always_alpha": self.always_alpha,
             "expert_names": list(self.expert_names),
+            BASE_HASH: self.base_hash,
         }
         absent = set(_PRE_GATED_ONLY if self.layer_wise else _LAYER_WISE_ONLY)
         absent |= set() if self.router_layer else {"router.layer"}
         absent |= set() if self.always_r else {"always_r", "always_alpha"}
+        absent |= set() if self.base_hash else {BASE_HASH}
         return {key: value for key, value in raw.items() if key not in absent}
 
     def base_path(self, adapter_dir: Path) -> str:
@@ -341,6 +349,7 @@ def parse_config(raw: Any) -> tuple[AdapterConfig | None, list[str]]:
     temperature = keys.get(
         "router.temperature", 1.0, is_positive, "a finite number above 0"
     )
+    base_hash = keys.get(BASE_HASH, "", is_hash, "64 hexadecimal digits, in lower case")
     layered = _parse_layer_wise(keys, ranks) if layer_wise else {}
     names = keys.get(
         "expert_names",
@@ -368,6 +377,7 @@ def parse_config(raw: Any) -> tuple[AdapterConfig | None, list[str]]:
         router_weights=router_weights,
         temperature=float(temperature),
         expert_names=tuple(names),
+        base_hash=base_hash,
         routing=LAYER_WISE if layer_wise else PRE_GATED,
         router_layer=router_layer,
         **top_k,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -51,6 +52,16 @@ def content_hash(path: str | Path) -> str:
             for piece in weights.pieces(entry.start, entry.end, torch.uint8):
                 digest.update(piece.numpy())
     return digest.hexdigest()
+
+
+def written_at(path: str | Path) -> str:
+    """When an adapter's weights were last written: UTC, to the second ("2026-11-30T09:26:25Z").
+
+    Raises:
+        OSError: they are not there.
+    """
+    seconds = os.stat(Path(path, WEIGHTS_FILE)).st_mtime
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def file_identity(path: str | Path) -> tuple:

@@ -92,6 +92,10 @@ def is_positive(v: Any) -> bool:
     return is_number(v) and v >= _TINY
 
 
+def is_hash(v: Any) -> bool:
+    return isinstance(v, str) and len(v) == 64 and set(v) <= set("0123456789abcdef")
+
+
 def is_names(v: Any) -> bool:
     return isinstance(v, list) and bool(v) and all(isinstance(s, str) and s for s in v)
 

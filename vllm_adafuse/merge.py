@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -28,16 +28,18 @@ from vllm_adafuse.backbone import (
     read_weight_map,
     require_safetensors,
 )
-from vllm_adafuse.compose import check_out
+from vllm_adafuse.compose import backbone_files
 from vllm_adafuse.config import SECTION, show, some
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.places import CONFIGS
 from vllm_adafuse.reading import FileProblem, read_object
 from vllm_adafuse.tensor_file import TensorFile
+from vllm_adafuse.tree import check_out
 
 WEIGHTS = "model.safetensors"
 # Weights of other kinds, which would say something else than what is written.
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ot")
+# Whole models in forms of their own, wherever they lie.
+_EXPORTS = (".gguf", ".onnx")
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,12 @@ def merge(
     _refuse_layer_wise(checked)
     choice = Choice.of(checked, experts, weights)
     projections = _check_weights(str(base), files, checked, backbone)
-    others = [f for f in sorted(base.iterdir()) if f.is_file() and _is_copied(f, files)]
-    total = sum(f.stat().st_size for f in (*files, *others))
+    others = {
+        name: file
+        for name, file in backbone_files(base, config).items()
+        if not _is_replaced(name, files)
+    }
+    total = sum(f.stat().st_size for f in (*files, *others.values()))
     free = shutil.disk_usage(_existing(out)).free
     if free < total:
         raise AdapterError(
@@ -145,8 +151,9 @@ def merge(
             merger = _Merger(checked, choice, read, projections)
             for file in files:
                 merger.write(file, out / file.name, bar)
-            for file in others:
-                shutil.copyfile(file, out / file.name)
+            for name, file in others.items():
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, out / name)
                 bar.update(file.stat().st_size)
         # Last: without it an interrupted merge is no checkpoint.
         text = json.dumps(config, indent=2, ensure_ascii=False)
@@ -271,11 +278,15 @@ def _refuse_layer_wise(adapter: Adapter) -> None:
         )
 
 
-def _is_copied(file: Path, weights: list[Path]) -> bool:
-    if file in weights or file.name in CONFIGS:  # the other one would name weights of its own
+def _is_replaced(name: PurePosixPath, weights: list[Path]) -> bool:
+    """Whether a file holds the backbone's weights, or says which does. Weights in folders are of
+    other modules (2_Dense/model.safetensors), unless they are another form of the whole model."""
+    if name.suffix in _EXPORTS or name.name.endswith(".onnx_data"):
+        return True
+    if len(name.parts) > 1:
         return False
-    return file.suffix not in _OTHER_WEIGHTS and not file.name.endswith(
-        tuple(f"{suffix}.index.json" for suffix in (".bin", ".h5"))
+    return name.name in {file.name for file in weights} or name.suffix in _OTHER_WEIGHTS or (
+        name.name.endswith(tuple(f"{suffix}.index.json" for suffix in (".bin", ".h5")))
     )
 
 

@@ -57,6 +57,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--held-out", type=float, default=0.2, metavar="SHARE",
         help="of every text's end, to measure with (default 0.2)",
     )  # fmt: skip
+    add(
+        "--mixed-backbones", action="store_true",
+        help="take LoRAs that name different backbones, which are refused otherwise",
+    )  # fmt: skip
     add("--report", metavar="FILE", help="draw the report: .html or .png")
     parser.set_defaults(run=run)
 
@@ -76,8 +80,9 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as e:
         raise AdapterError("options", [str(e)]) from e
     made = compose_experts(
-        loras, args.output, args.base, samples, options, args.report, progress=True
-    )
+        loras, args.output, args.base, samples, options, args.report, progress=True,
+        mixed_backbones=args.mixed_backbones,
+    )  # fmt: skip
     if made.separability:
         for line in text_report(made.separability, made.telling).split("\n"):
             print(printable(line))

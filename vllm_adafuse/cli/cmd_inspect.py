@@ -21,6 +21,7 @@ from vllm_adafuse.cli.common import (
     share,
     usable,
 )
+from vllm_adafuse.config import BASE_HASH
 from vllm_adafuse.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _report(adapter: Adapter, opened: Opened) -> dict[str, Any]:
     """The JSON document; shares and what needs V are None without a backbone."""
+    from vllm_adafuse.digest import content_hash, written_at
+
     config = adapter.config
     in_context = config.layer_wise or config.router_layer > 0
     shares, why_not = None, None
@@ -86,6 +89,9 @@ def _report(adapter: Adapter, opened: Opened) -> dict[str, Any]:
     ]
     return {
         "adapter": str(adapter.path),
+        "content": content_hash(adapter.path),
+        "written": written_at(adapter.path),
+        BASE_HASH: config.base_hash or None,
         "base_model": config.base_model,
         "base": str(opened.base) if opened.base else None,
         "note": opened.note,
@@ -169,6 +175,8 @@ def _show(report: dict[str, Any]) -> None:
     out, router = console(), report["router"]
     bias = "with" if router["bias"] else "without"
     out.print(printable(f"adapter {report['adapter']}"), style="bold")
+    out.print(f"content {report['content']}")
+    out.print(f"written {report['written']}")
     out.print(printable(report["note"]))
     top_k = report["top_k"] if isinstance(report["top_k"], int) else json.dumps(report["top_k"])
     reads = f"input {router.get('input')}"

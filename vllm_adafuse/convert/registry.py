@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_adafuse.backbone import Backbone
-from vllm_adafuse.config import CONFIG_FILE, parse_config, show, some
+from vllm_adafuse.config import BASE_HASH, CONFIG_FILE, parse_config, show, some
 from vllm_adafuse.convert import arrow, hydralora, loramoe, mixlora, mola, peft_lora
 from vllm_adafuse.convert.bank import to_format
 from vllm_adafuse.convert.beside import take_modules
@@ -17,6 +17,7 @@ from vllm_adafuse.convert.mixture import Mixture
 from vllm_adafuse.convert.options import Options
 from vllm_adafuse.convert.refused import refused_directory, refused_source
 from vllm_adafuse.convert.source import Source, refuse
+from vllm_adafuse.origin import known_hash
 from vllm_adafuse.places import adapter_problem, require_backbone, revision_notes, written_name
 
 # In the order in which they are asked: a plain LoRA's names are part of HydraLoRA's.
@@ -87,6 +88,7 @@ def convert(
 
         mixture, base_name, backbone = _read(path, base, options, lambda: step(steps[1]))
         raw, tensors = to_format(mixture, base_name, backbone.hidden_size)
+        raw |= {BASE_HASH: base_hash} if (base_hash := known_hash(backbone.path)) else {}
         step(steps[2])
         report = Report(mixture.kind, path.name, mixture.exact, tuple(mixture.notes))
         raw["x_converted_from"] = report.to_json()

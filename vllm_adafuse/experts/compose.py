@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vllm_adafuse.backbone import Backbone, require_safetensors
-from vllm_adafuse.config import CONFIG_FILE, ROUTER_INPUTS, parse_config, show
+from vllm_adafuse.config import BASE_HASH, CONFIG_FILE, ROUTER_INPUTS, parse_config, show
 from vllm_adafuse.convert.source import read_json
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.experts.loras import read_experts, stack_experts
@@ -17,6 +17,7 @@ from vllm_adafuse.experts.picture import check_suffix, write_report
 from vllm_adafuse.experts.router import PENALTIES, Features, fit_router, uniform_router
 from vllm_adafuse.experts.samples import read_samples
 from vllm_adafuse.experts.separability import Separability, measure
+from vllm_adafuse.origin import known_hash
 from vllm_adafuse.places import require_backbone, revision_notes, written_name
 from vllm_adafuse.pretrained import load_tokenizer
 
@@ -96,6 +97,7 @@ def compose_experts(
     options: RouterOptions = RouterOptions(),  # noqa: B008 - frozen
     report: str | Path | None = None,
     progress: bool = False,
+    mixed_backbones: bool = False,
 ) -> Composed:
     """Makes a pre-gated adapter (format version 1) whose experts are plain PEFT LoRAs.
 
@@ -107,6 +109,7 @@ def compose_experts(
         options: how the router comes to be.
         report: a picture of the separability, .html or .png.
         progress: show a progress bar.
+        mixed_backbones: take LoRAs that were trained on different backbones too.
 
     Returns:
         What was made, and how well the router tells the domains apart.
@@ -132,7 +135,8 @@ def compose_experts(
             )  # fmt: skip
             texts = [texts[name] for name in names]
         bar.set_description("read LoRAs")
-        bank = stack_experts(read_experts({n: Path(p) for n, p in loras.items()}, backbone, notes))
+        paths = {name: Path(path) for name, path in loras.items()}
+        bank = stack_experts(read_experts(paths, backbone, notes, mixed_backbones))
         if bank.folded:
             notes.append(
                 f"{len(bank.folded)} linears have scales of their own in a LoRA: the ratio is "
@@ -169,6 +173,7 @@ def compose_experts(
                 "notes": notes,
             },
         }
+        raw |= {BASE_HASH: base_hash} if (base_hash := known_hash(str(found_base))) else {}
         tensors = bank.tensors | {"router.weight": router.weight, "router.bias": router.bias}
         _write(out, raw, tensors, backbone)
         if report is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from vllm_adafuse.backbone import Backbone
@@ -13,10 +14,12 @@ from vllm_adafuse.convert.mixture import Linear, Part
 from vllm_adafuse.convert.refused import refused_source
 from vllm_adafuse.convert.source import Source
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.origin import known_hash
+from vllm_adafuse.places import find_local_backbone
 
 
 def read_experts(
-    loras: dict[str, Path], backbone: Backbone, notes: list[str]
+    loras: dict[str, Path], backbone: Backbone, notes: list[str], mixed_backbones: bool = False
 ) -> list[dict[str, Part]]:
     """The pairs of every LoRA, by linear.
 
@@ -24,6 +27,7 @@ def read_experts(
         loras: name -> directory.
         backbone: what they are checked against.
         notes: gets a sentence for everything assumed.
+        mixed_backbones: note that they name different backbones, instead of refusing them.
 
     Raises:
         AdapterError: with the problems of all of them.
@@ -47,13 +51,40 @@ def read_experts(
             problems += [f"expert {show(name)[1:-1]}: {problem}" for problem in e.problems]
             continue
         experts.append(parts)
-        named[name] = show(source.config.get("base_model_name_or_path"))
+        named[name] = _trained_on(source)
     if problems:
         raise AdapterError("mixture of LoRAs", problems)
-    if len(set(named.values())) > 1:
-        listed = ", ".join(f"{name}: {base[1:-1]}" for name, base in named.items())
+    places = {place for _, place in named.values()}
+    # Two copies of one backbone are one; its weights are read only to find that out.
+    if len(places) > 1 and len({known_hash(place) or place for place in places}) > 1:
+        listed = ", ".join(f"{name}: {said}" for name, (said, _) in named.items())
+        if not mixed_backbones:
+            raise AdapterError(
+                "mixture of LoRAs",
+                [
+                    f"they were trained on different backbones ({listed}), expected one: on "
+                    "another's weights a LoRA is noise. If these are names of one backbone, or you "
+                    "know what comes of it, add --mixed-backbones"
+                ],
+            )
         notes.append(f"the LoRAs name different backbones ({listed}); all are put on one")
     return experts
+
+
+def _trained_on(source: Source) -> tuple[str, str]:
+    """The backbone that a LoRA names: as it says it, and where that is.
+
+    That is the directory, where it is on this machine, else the name.
+    """
+    named = source.config.get("base_model_name_or_path")
+    said = show(named)[1:-1] if isinstance(named, str) else show(named)
+    if not isinstance(named, str):
+        return said, said
+    beside = source.path / named
+    found = find_local_backbone(str(beside) if beside.is_dir() else named)
+    if found is None:
+        return said, named.rstrip("/")
+    return said, os.path.realpath(found)
 
 
 def stack_experts(experts: list[dict[str, Part]]) -> Bank:

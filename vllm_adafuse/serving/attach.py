@@ -8,12 +8,15 @@ from typing import Any
 
 from transformers import PretrainedConfig
 from vllm.logger import init_logger
-from vllm_adafuse.adapter import load_adapter
+from vllm_adafuse import __version__
+from vllm_adafuse.adapter import check_adapter, load_adapter
 from vllm_adafuse.backbone import Backbone
-from vllm_adafuse.config import ADAPTER_KEY, CONTENT_KEY, FINGERPRINT_KEY
-from vllm_adafuse.digest import content_hash
+from vllm_adafuse.config import ADAPTER_KEY, CONTENT_KEY, FINGERPRINT_KEY, SECTION
+from vllm_adafuse.digest import content_hash, written_at
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.origin import origin_problem
 from vllm_adafuse.places import CONFIGS, backbone_problem, find_local_backbone
+from vllm_adafuse.serving.options import OVERRIDE, check_section, option, refuse
 
 # vLLM shows only what is logged below its own name.
 logger = init_logger("vllm.adafuse")
@@ -35,18 +38,73 @@ def attach_adapter(hf_config: Any, model: str) -> None:
         AdapterError: the adapter or the backbone cannot be used.
     """
     path = _adapter_path(hf_config, model)
+    refuse(check_section(getattr(hf_config, SECTION, None)))
     backbone = Backbone.from_hf_config(hf_config, model)
     adapter = load_adapter(path, backbone)
     hf_config.architectures = [backbone.adafuse_name]
     hf_config.adafuse = {
         ADAPTER_KEY: str(adapter.path),
         FINGERPRINT_KEY: adapter.fingerprint,
-        CONTENT_KEY: content_hash(adapter.path),
+        CONTENT_KEY: (content := content_hash(adapter.path)),
     }
     logger.info(
-        "AdaFuse: serving adapter %s on %s as %s",
-        adapter.path, model, backbone.adafuse_name,
+        "AdaFuse %s: serving adapter %s (%s, written %s, content %s) on %s as %s",
+        __version__, adapter.path.name, adapter.path, written_at(adapter.path), content,
+        model, backbone.adafuse_name,
     )  # fmt: skip
+
+
+def check_engine(vllm_config: Any) -> None:
+    """What the engine's whole config shows before its processes start.
+
+    Raises:
+        AdapterError: a pinned adapter cannot be served so.
+    """
+    if isinstance(getattr(vllm_config.model_config.hf_config, SECTION, None), dict):
+        refuse_micro_batches(vllm_config)
+        _compare_backbone(vllm_config)
+
+
+def refuse_micro_batches(vllm_config: Any) -> None:
+    """Raises AdapterError where vLLM would run parts of a step side by side."""
+    if vllm_config.parallel_config.use_ubatching:
+        raise AdapterError(
+            "vLLM's options",
+            [
+                "--enable-dbo or --ubatch-size splits a step into parts that run side by side, "
+                "and would overwrite each other's routes; leave them out"
+            ],
+        )
+
+
+def _compare_backbone(vllm_config: Any) -> None:
+    """Says where the adapter was made on other weights than those that are going to be served.
+
+    Args:
+        vllm_config: of the engine, its `hf_config` attached. `additional_config` has our option
+            `backbone`: "warn", the default, or "refuse".
+
+    Raises:
+        AdapterError: so it was, or it cannot be told, and the option is "refuse".
+    """
+    model = vllm_config.model_config
+    if vllm_config.load_config.load_format == "dummy":
+        return
+    path = model.hf_config.adafuse[ADAPTER_KEY]
+    adapter, problems = check_adapter(path, values=False)
+    if problems:  # since it was attached
+        raise AdapterError(f"adapter {path}", problems)
+    found = find_local_backbone(model.model, model.revision)
+    problem = origin_problem(adapter.config, str(found or model.model))
+    say_origin(path, problem, option(vllm_config.additional_config, "backbone"))
+
+
+def say_origin(path: str, problem: str | None, how: str) -> None:
+    """Warns of an adapter's other backbone; raises AdapterError where `how` is "refuse"."""
+    if problem and how == "refuse":
+        raise AdapterError(f"adapter {path}", [problem])
+    if problem:
+        logger.warning("AdaFuse: adapter %s: %s", path, problem)
 
 
 def refuse_no_backbone(model: str) -> None:
@@ -74,7 +132,7 @@ def in_mistrals_format(hf_config: Any, model: str) -> bool:
 
 
 def _adapter_path(hf_config: Any, model: str) -> str:
-    override = getattr(hf_config, "adafuse_adapter", None)
+    override = getattr(hf_config, OVERRIDE, None)
     if override is not None:
         return adapter_override(override, model)
     section = hf_config.adafuse

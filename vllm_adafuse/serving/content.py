@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vllm_adafuse.adapter import Adapter, check_adapter
-from vllm_adafuse.config import ADAPTER_KEY, CONTENT_KEY, FINGERPRINT_KEY
+from vllm_adafuse.config import ADAPTER_KEY, FINGERPRINT_KEY
 from vllm_adafuse.digest import content_hash, file_identity
 from vllm_adafuse.errors import AdapterError
 

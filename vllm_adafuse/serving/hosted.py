@@ -3,6 +3,7 @@ model that is there."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +12,13 @@ from vllm_adafuse.architectures import ARCHITECTURES
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.config import AdapterConfig, some
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.origin import backbone_hash, origin_problem
+from vllm_adafuse.places import find_local_backbone
 from vllm_adafuse.serving import vllm_api
 from vllm_adafuse.serving.adapters import LORA, VLLM_LORA, OpenedAdapter, open_adapter, split_path
-from vllm_adafuse.serving.page_bank import Packed, PageBank, Packer, sizes_of
+from vllm_adafuse.serving.attach import say_origin
+from vllm_adafuse.serving.options import option
+from vllm_adafuse.serving.page_bank import Packed, Packer, PageBank, sizes_of
 from vllm_adafuse.serving.page_step import PageStep
 from vllm_adafuse.serving.pool import Place, Size, pages_of_rank
 from vllm_adafuse.serving.router import Router
@@ -64,6 +69,8 @@ class Loader:
         names = getattr(self.model_config.hf_config, "architectures", None) or [""]
         self.architecture = ARCHITECTURES.get(names[0])
         self._backbone: Backbone | None = None
+        self._hash_of = functools.cache(backbone_hash)
+        self._other_backbone = option(vllm_config.additional_config, "backbone")
 
     def read(self, path: str) -> Hosted:
         """Reads an adapter.
@@ -135,6 +142,11 @@ class Loader:
                 )
         if opened.config is not None:
             problems += self._mixture_misfits(opened.config)
+            place = find_local_backbone(self.model_config.model, self.model_config.revision)
+            origin = origin_problem(
+                opened.config, str(place or self.model_config.model), self._hash_of
+            )
+            say_origin(str(opened.path), origin, self._other_backbone)
         return problems
 
     def _mixture_misfits(self, config: AdapterConfig) -> list[str]:

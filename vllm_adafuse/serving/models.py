@@ -20,8 +20,8 @@ from vllm.sequence import IntermediateTensors
 from vllm_adafuse.architectures import ARCHITECTURES, PREFIX, Architecture
 from vllm_adafuse.compat import release_workspaces
 from vllm_adafuse.config import CONTENT_KEY
-from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.serving import layer_wise, linear
+from vllm_adafuse.serving.attach import refuse_micro_batches
 from vllm_adafuse.serving.bank import ExpertBank, place_banks
 from vllm_adafuse.serving.content import Content, open_checked
 from vllm_adafuse.serving.norm import NormPlace, norms_behind
@@ -44,7 +44,7 @@ class AdaFuseMixin:
     architecture: Architecture
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
-        _refuse_micro_batches(vllm_config)
+        refuse_micro_batches(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         hf_config = vllm_config.model_config.hf_config
         self.adafuse_adapter = open_checked(hf_config.adafuse)
@@ -184,7 +184,7 @@ class AdaFuseMixin:
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
         """vLLM's own; some trainers call it on a running engine, with a few tensors at a time."""
         loaded = super().load_weights(weights)
-        # Where vLLM reloads, tensors are still on the meta device: `reload_adapter` is called later.
+        # Where vLLM reloads, tensors are still on the meta device: `reload_adapter` comes later.
         if self.adafuse_content.loaded and self._has_router and (
             not self.adafuse_router.weight.is_meta
         ):
@@ -260,18 +260,6 @@ class AdaFuseMixin:
             out[ROUTE_IDS] = router.route.expert_ids[:rows]
             out[ROUTE_WEIGHTS] = router.route.weights[:rows]
         return out
-
-
-def _refuse_micro_batches(vllm_config: VllmConfig) -> None:
-    """Raises AdapterError where vLLM would run parts of a step side by side."""
-    if vllm_config.parallel_config.use_ubatching:
-        raise AdapterError(
-            "vLLM's options",
-            [
-                "--enable-dbo or --ubatch-size splits a step into parts that run side by side, "
-                "and would overwrite each other's routes; leave them out"
-            ],
-        )
 
 
 def make_class(architecture: Architecture) -> type:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
+from vllm_adafuse.serving.options import GRAPH, OPTIONS
 
 
 def lora_option(vllm_config: VllmConfig) -> str:
@@ -22,8 +23,8 @@ def lora_option(vllm_config: VllmConfig) -> str:
         ValueError: it says something else.
     """
     section = _section(vllm_config)
-    value = section.get("lora", "adafuse")
-    if value not in ("adafuse", "vllm"):
+    value = section.get("lora", OPTIONS["lora"][0])
+    if value not in OPTIONS["lora"]:
         raise ValueError(
             f"vllm-adafuse: --additional-config has adafuse.lora {value!r}, expected \"adafuse\" "
             'or "vllm" (vLLM\'s own LoRA, as without this plugin)'
@@ -56,7 +57,7 @@ def mark_compiled(vllm_config: VllmConfig, what: str) -> None:
     """
     extra = vllm_config.additional_config
     if isinstance(extra, dict):
-        extra["adafuse"] = {**_section(vllm_config), "graph": what}
+        extra["adafuse"] = {**_section(vllm_config), GRAPH: what}
 
 
 def packed_modules(model: torch.nn.Module) -> Mapping[str, Sequence[str]]:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from vllm_adafuse.adapter import load_adapter
-from vllm_adafuse.config import WEIGHTS_FILE, parse_config
+from vllm_adafuse.backbone import EMBEDDING, FIRST_NORM
+from vllm_adafuse.config import BASE_HASH, WEIGHTS_FILE, parse_config
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.origin import tensors_hash
 from vllm_adafuse.random_adapter import write_adapter
 from vllm_adafuse.training.config import MixtureConfig
 
@@ -80,7 +82,8 @@ def save(model: AdaFuseModel, path: str | Path, dtype: torch.dtype) -> Path:
     Raises:
         AdapterError: the config is not one of the format, or a value is not finite.
     """
-    config, problems = parse_config(model.adapter_config)
+    weights = {name: model.backbone.get_parameter(name) for name in (EMBEDDING, FIRST_NORM)}
+    config, problems = parse_config(model.adapter_config | {BASE_HASH: tensors_hash(weights)})
     made = {
         name: (tensor if ".lora_" not in name else tensor.to(dtype)).cpu()
         for name, tensor in tensors(model).items()
