@@ -74,8 +74,8 @@ def normalised(ptx: str, name: str) -> str:
 def build(
     name: str, kernel, constants: dict, warps: int, stages: int, target: GPUTarget = HOPPER
 ) -> dict:
-    """Registers, bytes of spills, global loads narrower than 8 bytes, stores of 2, whether products
-    wait for one another, and a hash of the PTX, `normalised`."""
+    """Registers, bytes of spills, global loads narrower than 8 bytes, stores of 2, questions to
+    other programs, whether products wait for one another, and a hash of the PTX, `normalised`."""
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else POINTERS.get(n, "i32") for n in names}
     attributes = {
@@ -103,6 +103,7 @@ def build(
         "spilled": int(re.search(r"STACK:(\d+)", usage)[1]),
         "narrow": len(narrow),
         "halves": len(halves),
+        "acquires": built.asm["ptx"].count(".acquire."),
         "shared": built.metadata.shared,
         "serialized": is_serialized(built.asm["ptx"], target),
         "ptx": hashlib.sha256(normalised(built.asm["ptx"], built.name).encode()).hexdigest()[:16],

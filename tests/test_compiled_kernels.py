@@ -35,6 +35,17 @@ def test_products_do_not_wait_for_one_another(built):
     assert [row["kernel"] for row in built if row["serialized"]] == []
 
 
+def test_tiles_ask_for_the_shrink(built):
+    """Before the loop, and within it where the loop may wait; streamed ones behind it. Whether they
+    go on too early, `test_waits.py` sees."""
+    asked = {row["kernel"]: row["acquires"] for row in built}
+    tiled = {name: count for name, count in asked.items() if name.startswith("tile_linear")}
+    streamed = [count for name, count in asked.items() if name.startswith("stream_linear")]
+    assert len(tiled) >= 16 and len(streamed) >= 16 and min(streamed) >= 1
+    for name, count in tiled.items():
+        assert count >= (1 if "two loops" in name else 2), name
+
+
 def test_kernels_store_vectors(built):
     assert [row for row in built if row["halves"]] == []
 

@@ -77,6 +77,8 @@ def test_a_token_does_not_see_its_company(size_in, experts, rank, sums_of_sixtee
     other = make_problem(16, size_in, [64, 32], experts, 2, rank, seed=1)
     for name in ("weight", "lora_a", "lora_b"):
         setattr(other, name, getattr(p, name))
+    p.gates[:16] = p.gates[5]  # alone with each other in a list, and far apart among all
+    p.present = present_of(p.gates[5] != 0)
     for name in ("x", "gates"):
         getattr(other, name)[5] = getattr(p, name)[5]
     other.present = present_of(torch.ones(experts, dtype=torch.bool, device=DEVICE))

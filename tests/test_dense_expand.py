@@ -6,6 +6,7 @@ from ops import (
     delta_truth,
     error,
     from_joint,
+    hide_from_others,
     in_whole_numbers,
     joint_of,
     make_problem,
@@ -59,14 +60,11 @@ def test_what_others_see_of_an_expert_does_not_matter(name):
     y, s = from_joint(p)
     apart, broken = y.clone(), s.clone()
     run(p, apart, s, first)
-    chosen = (p.gates[: len(y), None, :, None] != 0).expand_as(
-        broken.unflatten(1, (-1, *p.lora_b.shape[1:]))
-    )
-    broken[~chosen.flatten(1)] = float("inf")
+    hide_from_others(p, broken)
     run(p, y, broken, first)
     assert torch.equal(y, apart)
-    of_first = broken.view_as(chosen)[:, :, first:]
-    assert (of_first[~chosen[:, :, first:]] == 0).all()
+    of_first = broken.unflatten(1, (-1, *p.lora_b.shape[1:]))[:, :, first:]
+    assert (of_first[(p.gates[: len(y), None, first:] == 0).expand(of_first.shape[:3])] == 0).all()
 
 
 def test_parts_without_experts_stay():

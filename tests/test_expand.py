@@ -4,7 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ops import delta_truth, error, linear_truth, make_problem, shrink_truth, twice_from_joint
+from ops import (
+    delta_truth,
+    error,
+    from_joint,
+    hide_from_others,
+    linear_truth,
+    make_problem,
+    shrink_truth,
+    twice_from_joint,
+)
 from vllm_adafuse.kernels.configs import ExpandConfig
 from vllm_adafuse.kernels.expand import (
     expand_raw_triton,
@@ -46,6 +55,15 @@ def test_from_raw_sums_equals_float64(tokens, parts, activation):
     out = expand_raw_triton(joint[:, :280], joint[:, 280:], bias, of, p.step())
     truth = y.double() + bias.double() + delta_truth(p)
     assert error(out, activate_torch(truth, activation) if activation else truth) <= 1e-5
+
+
+@pytest.mark.parametrize("shape", [(5, 48, [40, 40], 3, 1, 4), (70, 48, [64], 20, 2, 16)])
+def test_what_others_see_of_an_expert_does_not_matter(shape):
+    p = make_problem(*shape)
+    y, s = from_joint(p)
+    hide_from_others(p, s)
+    out = expand_raw_triton(y, s, None, p.lora_b, p.gates, p.present, p.parts, p.widths)
+    assert error(out, linear_truth(p)) <= 1e-5
 
 
 @pytest.mark.parametrize("split", [1, 2, 3])

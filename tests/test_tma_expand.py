@@ -8,6 +8,7 @@ from ops import (
     DEVICE,
     error,
     from_joint,
+    hide_from_others,
     in_whole_numbers,
     linear_truth,
     make_problem,
@@ -103,6 +104,16 @@ def test_one_product_has_the_first_experts_alone(name):
     s.unflatten(1, p.lora_a.shape[:3])[:, :, first:] = float("nan")
     found = tma_expand_triton(y, s, p.projection(activation), p.step())
     p.gates[: len(y), first:] = 0
+    assert error(found, linear_truth(p, activation)) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["one-part", "gate-up"])
+def test_what_others_see_of_an_expert_does_not_matter(name):
+    *shape, activation = SHAPES[name]
+    p = make_problem(*shape)
+    y, s = from_joint(p)
+    hide_from_others(p, s)
+    found = wide_expand_triton(y, s, p.bank_b, p.gates, p.widths, activation)
     assert error(found, linear_truth(p, activation)) <= 1e-5
 
 

@@ -1,0 +1,265 @@
+"""Faults that the tests must see, one place each; see run.py. Old texts stand in their files exactly
+once: keep them short, so that they outlive refactorings."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """A fault and who sees it.
+
+    Attributes:
+        name: by which it is told.
+        file: relative to the root.
+        old: text that stands in the file exactly once.
+        new: what stands there instead.
+        test: the test, or several separated by spaces, as pytest is given them; one must fail.
+        why: what would go wrong.
+        gpu: the test needs a GPU; skipped, and not counted, where there is none.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+    why: str
+    gpu: bool = False
+
+
+WAITS = "tests/test_waits.py::test_tiles_wait_for_all_of_the_shrink"
+GPU_WAY = "tests/test_gpu_way.py::test_"
+STREAM = "tests/test_stream_linear.py::test_"
+STRESS = "tests/test_gpu_stress.py::test_ten_thousand_launches_beside_a_busy_memory"
+
+KERNELS = [
+    Mutant(
+        "no wait for the shrink", "kernels/shrink.py",
+        'sem="acquire") < count', 'sem="acquire") < 0', f"{WAITS}[one-part-whole-stream]",
+        "tiles read s before it is written: wrong answers under load alone",
+    ),
+    Mutant(
+        "a wait for one too few", "kernels/shrink.py",
+        'sem="acquire") < count', 'sem="acquire") < count - 1', f"{WAITS}[one-part-whole-stream]",
+        "the last part of s is missing now and then",
+    ),
+    Mutant(
+        "a list's shrinks are not counted", "kernels/stream_linear.py",
+        "shrinks = n_experts * of_expert, seen.to(tl.int32) * of_expert",
+        "shrinks = n_experts * of_expert, 1", f"{WAITS}[list-whole-stream]",
+        "with many experts tiles wait for the first of them alone",
+    ),
+    Mutant(
+        "a loop that does not wait", "kernels/tile_steps.py",
+        "(step == ahead) & (end > of_in)", "(step == ahead) & (end < 0)", f"{STRESS}[tile]",
+        "the pipelined loop reads s before it is written", gpu=True,
+    ),
+    Mutant(
+        "tickets stay", "kernels/shrink.py",
+        "tl.store(ticket_ptr, 0)", "pass",
+        "tests/test_shrink.py::test_a_second_launch_finds_its_tickets_at_zero",
+        "the next launch adds up sums that are not yet there",
+    ),
+    Mutant(
+        "a slice is not added", "kernels/shrink.py",
+        "for other in range(splits):", "for other in range(1, splits):",
+        "tests/test_shrink.py::test_equals_float64_and_is_zero_where_not_chosen[slices-by_triton]",
+        "s lacks a part of `in`",
+    ),
+    Mutant(
+        "experts share sixteen ranks", "kernels/stream_linear.py",
+        "cdiv(rank, 16) * 16", "cdiv(rank, 8) * 8",
+        f"{STREAM}a_token_does_not_see_its_company[1024-40-4]",
+        "a token's bits hang on who else is in the batch",
+    ),
+    Mutant(
+        "a turn the other way", "kernels/pairs.py",
+        "return a * cos - b * sin,", "return a * cos + b * sin,",
+        f"{STREAM}queries_and_keys_are_turned[widths0-64-parts0]",
+        "positions are wrong in every layer",
+    ),
+    Mutant(
+        "the second member has no delta", "kernels/stream_linear.py",
+        "                if part_up >= 0:", "                if part_up < -1:",
+        f"{STREAM}gate_up_with_its_activation[parts0-silu]",
+        "up_proj goes without its experts",
+    ),
+    Mutant(
+        "every tile ranks from the first", "kernels/deltas.py",
+        "chunk, first_rank = i // BLOCKS, i % BLOCKS * BLOCK_R",
+        "chunk, first_rank = i // BLOCKS, 0",
+        "tests/test_expand.py::test_cuts_of_the_tile[True-shape1]",
+        "ranks past 128 are read twice, others never",
+    ),
+    Mutant(
+        "what others see of an expert", "kernels/deltas.py",
+        "return tl.where(gates != 0, s.to(tl.float32) * gates, 0.0)",
+        "return (s.to(tl.float32) * gates)",
+        "tests/test_wide_expand.py::test_what_others_see_of_an_expert_does_not_matter[one-part]",
+        "an infinity of one request becomes NaN in others",
+    ),
+    Mutant(
+        "an expert's norm without slices", "kernels/residual_norm.py",
+        "for _ in tl.static_range(1, SPLIT):", "for _ in tl.static_range(2, SPLIT):",
+        "tests/test_residual_norm.py::test_slices_are_added[2-default]",
+        "half of a product is missing in front of a norm",
+    ),
+    Mutant(
+        "the switch adds to what is there", "kernels/switch.py",
+        "w = tl.load(w0_ptr + base + place, mask=inside, other=0.0)",
+        "w = tl.load(w_ptr + base + place, mask=inside, other=0.0)",
+        "tests/test_switch.py::test_the_kernel_forgets_the_last_route_too",
+        "routes pile up in the merged weights",
+    ),
+]
+
+DISPATCH = [
+    Mutant(
+        "slices without experts", "kernels/linear_norm.py",
+        "y, s = sliced_product(x, joint, out, way.split_k)",
+        "y, s = sliced_product(x, joint, out, way.split_k)\n        s.zero_()",
+        f"{GPU_WAY}projection_and_norm[long]",
+        "o_proj and down_proj go without their experts in steps of 65 to 256 tokens",
+    ),
+    Mutant(
+        "a norm without experts", "kernels/linear_norm.py",
+        "return residual_norm_triton(y, s, *behind)",
+        "return residual_norm_triton(y, None, *behind)",
+        f"{GPU_WAY}projection_and_norm[short]",
+        "the longest steps go without their experts in o_proj and down_proj",
+    ),
+    Mutant(
+        "experts beyond one product", "kernels/linear.py",
+        "dense_expand_triton(y, s, bank_b, gates, parts, widths, way.dense_from)", "pass",
+        "tests/test_wide_expand.py::test_experts_beyond_one_product_are_added_before[sixteen]",
+        "long steps lack the experts from the ninth on",
+    ),
+    Mutant(
+        "a bias is lost", "kernels/linear.py",
+        "return y, s, bias", "return y, s, None", f"{GPU_WAY}parts_without_experts_and_a_bias",
+        "Qwen's q, k and v lack their bias in middling steps",
+    ),
+    Mutant(
+        "long steps beside quantised weights", "kernels/sgmm.py",
+        "s = shrink_torch(x, bank_a, gates)", "s = shrink_torch(x, bank_a, gates * 0)",
+        f"{GPU_WAY}deltas_beside_a_product_of_another",
+        "no experts in steps of more than 64 tokens over fp8",
+    ),
+    Mutant(
+        "a cut for fewer tokens", "kernels/dispatch.py",
+        "if serves(cut, tokens, tma)}", "if True}", "tests/test_dispatch.py",
+        "a tuned kernel gets more tokens than it has room for",
+    ),
+]
+
+SHARDING = [
+    Mutant(
+        "key heads that are shared by ranks", "vllm_adafuse/serving/bank.py",
+        "kv_rank = rank // layer.num_kv_head_replicas", "kv_rank = rank",
+        "tests/test_sharding.py::test_heads[4]",
+        "with more ranks than key heads, ranks hold other heads' experts, or none",
+    ),
+    Mutant(
+        "every rank has the first columns", "vllm_adafuse/serving/bank.py",
+        "Shard(full, rank * (full // size), full // size)", "Shard(full, 0, full // size)",
+        "tests/test_sharding.py::test_columns_and_rows[2]",
+        "gate_up of all ranks but the first has wrong experts",
+    ),
+    Mutant(
+        "every rank has the first inputs", "vllm_adafuse/serving/bank.py",
+        "first = layer.tp_rank * size_in", "first = 0",
+        "tests/test_sharding.py::test_columns_and_rows[2]",
+        "A of o_proj and down_proj reads other ranks' inputs",
+    ),
+    Mutant(
+        "packed linears overlap", "vllm_adafuse/serving/bank.py",
+        "start += shard.full", "start += shard.width", "tests/test_sharding.py::test_heads[2]",
+        "Phi-3's k and v take rows of q",
+    ),
+]
+
+ROUTING = [
+    Mutant(
+        "one expert a token", "kernels/spread_routes.py",
+        "gates += tl.where(", "gates = tl.where(", "tests/test_spread_routes.py",
+        "of k experts the last one is left",
+    ),
+    Mutant(
+        "ids outside the vocabulary", "kernels/gather_routes.py",
+        "token_ids.clamp(0, table_ids.shape[0] - 1)", "token_ids",
+        "tests/test_gather_routes.py", "padding rows of a graph read past the passports",
+    ),
+    Mutant(
+        "a router in float32", "kernels/gate.py",
+        "(u.double() @ router_weight.double().t()).float()", "u @ router_weight.t()",
+        "tests/test_gate.py::test_a_row_does_not_depend_on_the_batch",
+        "a live route is not the token's passport",
+    ),
+    Mutant(
+        "no temperature", "kernels/gate.py",
+        "logits = logits / temperature", "logits = logits / 1.0",
+        "tests/test_gate.py::test_equals_the_formula", "weights of experts are too even or too odd",
+    ),
+    Mutant(
+        "half of what enters a layer", "kernels/live_route.py",
+        "hidden[rows] + residual[rows]", "hidden[rows] + 0 * residual[rows]",
+        "tests/test_live_route.py::test_equals_the_gate_of_the_sum",
+        "a router at a later layer decides on the last layer's output alone",
+    ),
+    Mutant(
+        "Gemma's embeddings", "vllm_adafuse/routing.py",
+        "if self.scaled_embedding:", "if False:", "tests/test_routing.py",
+        "passports offline are other than those that are served",
+    ),
+    Mutant(
+        "an always-on expert by halves", "kernels/route_layer.py",
+        "s[:, :, experts:] = low[:, :, experts:] * scales[experts:, None]",
+        "s[:, :, experts:] = low[:, :, experts:]", "tests/test_route_layer.py::test_equals_float64",
+        "parts that are always on lack their scale",
+    ),
+    Mutant(
+        "a plain LoRA has no weight", "kernels/page_routes.py",
+        "gates = tl.where(own & (top_k == 0)[:, None], 1.0, 0.0)",
+        "gates = tl.where(own & (top_k < 0)[:, None], 1.0, 0.0)", "tests/test_page_routes.py",
+        "requests that name a LoRA get the base model's answer",
+    ),
+    Mutant(
+        "adapters in use make room", "vllm_adafuse/serving/pool.py",
+        "self.placed.move_to_end(adapter)", "pass", "tests/test_pool.py",
+        "the adapter that every request names is loaded anew again and again",
+    ),
+]
+
+CACHE = [
+    Mutant(
+        "the first slot", "kernels/paged_cache.py",
+        "kept = pages.slots >= 0", "kept = pages.slots > 0",
+        "tests/test_kv_cache.py::test_a_step_of_the_op_writes_the_cache_that_vllm_would",
+        "the first place of the cache is never written",
+    ),
+    Mutant(
+        "values among the keys", "kernels/paged_cache.py",
+        "tl.where(part == 2, values_ptr, keys_ptr)", "tl.where(part == 1, values_ptr, keys_ptr)",
+        "tests/test_paged_cache.py::test_pages_hold_to_the_last_bit_what_the_result_would"
+        "[by_stream-NHD-dtype0]",
+        "keys and values change places in the cache",
+    ),
+    Mutant(
+        "the step before has written", "vllm_adafuse/serving/kv_cache.py",
+        "if written is None or written is not get_forward_context():", "if written is None:",
+        "tests/test_kv_cache.py", "keys of a step are written by nobody: a prefix of zeros",
+    ),
+    Mutant(
+        "a graph of pieces", "vllm_adafuse/serving/kv_cache.py",
+        "context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE", "False",
+        "tests/test_kv_cache.py", "slots of the captured step are replayed for all others",
+    ),
+    Mutant(
+        "another adapter's prefix", "vllm_adafuse/digest.py",
+        "digest.update(piece.numpy())", "pass", "tests/test_digest.py",
+        "two adapters of one shape have one hash, and share cached prefixes",
+    ),
+]
+
+MUTANTS = [*KERNELS, *DISPATCH, *SHARDING, *ROUTING, *CACHE]
