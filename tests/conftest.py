@@ -1,6 +1,8 @@
 """Runs before any test imports vLLM."""
 
+import getpass
 import os
+import tempfile
 
 import pytest
 import torch
@@ -11,6 +13,10 @@ if not HAS_GPU:
     # The models are too small for threads: they would only wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+# Where torch is told to be on another CPU, its compiler would take what it made for this one.
+if CAPABILITY := os.environ.get("ATEN_CPU_CAPABILITY"):
+    OWN_CACHE = f"torchinductor_{getpass.getuser()}_{CAPABILITY}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), OWN_CACHE))
 # On a GPU an engine's process takes its memory and its graphs along when it ends.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "1" if HAS_GPU else "0")
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
