@@ -117,8 +117,8 @@ KERNELS = [
 DISPATCH = [
     Mutant(
         "slices without experts", "kernels/linear_norm.py",
-        "y, s = sliced_product(x, joint, out, way.split_k)",
-        "y, s = sliced_product(x, joint, out, way.split_k)\n        s.zero_()",
+        "    if way.expand == ADD_NORM:",
+        "    if way.split_k > 1:\n        s.zero_()\n    if way.expand == ADD_NORM:",
         f"{GPU_WAY}projection_and_norm[long]",
         "o_proj and down_proj go without their experts in steps of 65 to 256 tokens",
     ),
@@ -131,18 +131,19 @@ DISPATCH = [
     ),
     Mutant(
         "experts beyond one product", "kernels/linear.py",
-        "dense_expand_triton(y, s, bank_b, gates, parts, widths, way.dense_from)", "pass",
+        "dense_expand_triton(y, s, p.lora_b, gates, parts, widths, way.dense_from)", "pass",
         "tests/test_wide_expand.py::test_experts_beyond_one_product_are_added_before[sixteen]",
         "long steps lack the experts from the ninth on",
     ),
     Mutant(
         "a bias is lost", "kernels/linear.py",
-        "return y, s, bias", "return y, s, None", f"{GPU_WAY}parts_without_experts_and_a_bias",
+        "return y, s, p.bias", "return y, s, None", f"{GPU_WAY}parts_without_experts_and_a_bias",
         "Qwen's q, k and v lack their bias in middling steps",
     ),
     Mutant(
         "long steps beside quantised weights", "kernels/sgmm.py",
-        "s = shrink_torch(x, bank_a, gates)", "s = shrink_torch(x, bank_a, gates * 0)",
+        "else:\n        s = shrink_torch(x, p.lora_a, step.gates)",
+        "else:\n        s = shrink_torch(x, p.lora_a, step.gates * 0)",
         f"{GPU_WAY}deltas_beside_a_product_of_another",
         "no experts in steps of more than 64 tokens over fp8",
     ),
