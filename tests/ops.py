@@ -219,7 +219,7 @@ def from_joint(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
 
 def hide_from_others(p: Problem, s: torch.Tensor) -> None:
     """Makes infinite what tokens that did not choose an expert have of it in s [T, P E R]."""
-    chosen = (p.gates[: len(s), None, :, None] != 0).expand(-1, *p.bank_a.shape[:3])
+    chosen = (p.gates[: len(s), None, :, None] != 0).expand(-1, *p.lora_a.shape[:3])
     s[~chosen.flatten(1)] = float("inf")
 
 

@@ -62,7 +62,7 @@ def test_what_others_see_of_an_expert_does_not_matter(shape):
     p = make_problem(*shape)
     y, s = from_joint(p)
     hide_from_others(p, s)
-    out = expand_raw_triton(y, s, None, p.lora_b, p.gates, p.present, p.parts, p.widths)
+    out = expand_raw_triton(y, s, None, p.projection(), p.step())
     assert error(out, linear_truth(p)) <= 1e-5
 
 

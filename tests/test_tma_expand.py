@@ -113,7 +113,7 @@ def test_what_others_see_of_an_expert_does_not_matter(name):
     p = make_problem(*shape)
     y, s = from_joint(p)
     hide_from_others(p, s)
-    found = wide_expand_triton(y, s, p.bank_b, p.gates, p.widths, activation)
+    found = tma_expand_triton(y, s, p.projection(activation), p.step())
     assert error(found, linear_truth(p, activation)) <= 1e-5
 
 

@@ -30,28 +30,28 @@ class Mutant(NamedTuple):
 
 WAITS = "tests/test_waits.py::test_tiles_wait_for_all_of_the_shrink"
 GPU_WAY = "tests/test_gpu_way.py::test_"
-STREAM = "tests/test_stream_linear.py::test_"
+STREAM = "tests/test_decode_gemm.py::test_"
 STRESS = "tests/test_gpu_stress.py::test_ten_thousand_launches_beside_a_busy_memory"
 
 KERNELS = [
     Mutant(
         "no wait for the shrink", "kernels/shrink.py",
-        'sem="acquire") < count', 'sem="acquire") < 0', f"{WAITS}[one-part-whole-stream]",
+        'sem="acquire") < count', 'sem="acquire") < 0', f"{WAITS}[one-part-whole-decode_gemm_triton]",
         "tiles read s before it is written: wrong answers under load alone",
     ),
     Mutant(
         "a wait for one too few", "kernels/shrink.py",
-        'sem="acquire") < count', 'sem="acquire") < count - 1', f"{WAITS}[one-part-whole-stream]",
+        'sem="acquire") < count', 'sem="acquire") < count - 1', f"{WAITS}[one-part-whole-decode_gemm_triton]",
         "the last part of s is missing now and then",
     ),
     Mutant(
-        "a list's shrinks are not counted", "kernels/stream_linear.py",
+        "a list's shrinks are not counted", "kernels/decode_gemm.py",
         "shrinks = n_experts * of_expert, seen.to(tl.int32) * of_expert",
-        "shrinks = n_experts * of_expert, 1", f"{WAITS}[list-whole-stream]",
+        "shrinks = n_experts * of_expert, 1", f"{WAITS}[list-whole-decode_gemm_triton]",
         "with many experts tiles wait for the first of them alone",
     ),
     Mutant(
-        "a loop that does not wait", "kernels/tile_steps.py",
+        "a loop that does not wait", "kernels/tma_steps.py",
         "(step == ahead) & (end > of_in)", "(step == ahead) & (end < 0)", f"{STRESS}[tile]",
         "the pipelined loop reads s before it is written", gpu=True,
     ),
@@ -68,7 +68,7 @@ KERNELS = [
         "s lacks a part of `in`",
     ),
     Mutant(
-        "experts share sixteen ranks", "kernels/stream_linear.py",
+        "experts share sixteen ranks", "kernels/decode_gemm.py",
         "cdiv(rank, 16) * 16", "cdiv(rank, 8) * 8",
         f"{STREAM}a_token_does_not_see_its_company[1024-40-4]",
         "a token's bits hang on who else is in the batch",
@@ -80,7 +80,7 @@ KERNELS = [
         "positions are wrong in every layer",
     ),
     Mutant(
-        "the second member has no delta", "kernels/stream_linear.py",
+        "the second member has no delta", "kernels/decode_gemm.py",
         "                if part_up >= 0:", "                if part_up < -1:",
         f"{STREAM}gate_up_with_its_activation[parts0-silu]",
         "up_proj goes without its experts",
@@ -96,13 +96,13 @@ KERNELS = [
         "what others see of an expert", "kernels/deltas.py",
         "return tl.where(gates != 0, s.to(tl.float32) * gates, 0.0)",
         "return (s.to(tl.float32) * gates)",
-        "tests/test_wide_expand.py::test_what_others_see_of_an_expert_does_not_matter[one-part]",
+        "tests/test_tma_expand.py::test_what_others_see_of_an_expert_does_not_matter[one-part]",
         "an infinity of one request becomes NaN in others",
     ),
     Mutant(
-        "an expert's norm without slices", "kernels/residual_norm.py",
+        "an expert's norm without slices", "kernels/add_norm.py",
         "for _ in tl.static_range(1, SPLIT):", "for _ in tl.static_range(2, SPLIT):",
-        "tests/test_residual_norm.py::test_slices_are_added[2-default]",
+        "tests/test_add_norm.py::test_slices_are_added[2-default]",
         "half of a product is missing in front of a norm",
     ),
     Mutant(
@@ -124,15 +124,14 @@ DISPATCH = [
     ),
     Mutant(
         "a norm without experts", "kernels/linear_norm.py",
-        "return residual_norm_triton(y, s, *behind)",
-        "return residual_norm_triton(y, None, *behind)",
+        "return add_norm_triton(y, s, *behind)", "return add_norm_triton(y, None, *behind)",
         f"{GPU_WAY}projection_and_norm[short]",
         "the longest steps go without their experts in o_proj and down_proj",
     ),
     Mutant(
         "experts beyond one product", "kernels/linear.py",
-        "dense_expand_triton(y, s, p.lora_b, gates, parts, widths, way.dense_from)", "pass",
-        "tests/test_wide_expand.py::test_experts_beyond_one_product_are_added_before[sixteen]",
+        "dense_expand_triton(y, s, p.lora_b, step.gates, *of)", "pass",
+        "tests/test_tma_expand.py::test_experts_beyond_one_product_are_added_before[sixteen]",
         "long steps lack the experts from the ninth on",
     ),
     Mutant(
