@@ -46,9 +46,8 @@ def wrap() -> None:
     def load_lora_model(self, model, vllm_config, device):
         from vllm_adafuse.serving import vllm_api
         from vllm_adafuse.serving.manager import AdapterManager
-        from vllm_adafuse.serving.models import AdaFuseMixin
 
-        if vllm_api.lora_option(vllm_config) == "vllm" or isinstance(model, AdaFuseMixin):
+        if vllm_api.lora_option(vllm_config) == "vllm":
             return original(self, model, vllm_config, device)
         vllm_api.check_supports_lora(model)
         self.lora_manager = AdapterManager(vllm_config, device)

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from vllm.lora.request import LoRARequest
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.serving.adapters import stamp_path
 from vllm_adafuse.tiny import real_prompts
 
 PROMPTS = real_prompts(20)
@@ -158,6 +159,18 @@ def test_steps_without_adapters_route_nothing(served, monkeypatch):
     with pytest.raises(AssertionError, match="ran our kernels"):
         manager_of(served.llm).step.active.fill_(True)
         manager_of(served.llm).step.route(None)
+
+
+def test_a_worker_refuses_what_is_not_what_the_request_is_for(served):
+    manager = manager_of(served.llm)
+    for path, message in (
+        (stamp_path(str(served.root / "few"), "0" * 64), "the request is for 0000000000000000"),
+        (str(served.root / "base"), "adapter"),
+    ):
+        before = manager.list_adapters()
+        with pytest.raises(AdapterError, match=message):
+            manager.add_adapter(LoRARequest("other", 77, path))
+        assert manager.list_adapters() == before
 
 
 def test_an_adapter_that_does_not_fit_names_both_options(served):

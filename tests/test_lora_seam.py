@@ -4,6 +4,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from vllm_adafuse.patches import lora_manager, on_import
 from vllm_adafuse.serving import vllm_api
@@ -61,3 +62,49 @@ def test_graphs_of_another_pool_are_others():
     vllm_api.mark_compiled(one, "pages 4 8")
     assert one.additional_config["adafuse"] == {"lora": "adafuse", "graph": "pages 4 8"}
     assert vllm_api.lora_option(one) == "adafuse"
+
+
+def request(name, adapter):
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(name, adapter, "/nowhere")
+
+
+def told(calls):
+    return [([r.lora_int_id for r in found], list(ids), list(counts)) for found, ids, counts in calls]
+
+
+def test_the_newer_runner_tells_of_adapters_per_request():
+    from vllm.v1.worker.gpu.lora_utils import LoraState
+
+    runner, calls = SimpleNamespace(lora_state=LoraState(4)), []
+    vllm_api.name_steps_by_request(runner, lambda *arguments: calls.append(arguments))
+    state = runner.lora_state
+    # Two contents of one name: LoRARequest calls them equal.
+    for at, lora in enumerate([request("x", 7), None, request("x", 9)]):
+        state.add_request("abc"[at], at, lora)
+    inputs = state.make_lora_inputs(["a", "c", "b"], np.array([0, 2, 1]), np.array([5, 1, 2]))
+    runner._set_active_loras(*inputs)
+    # As dummy runs say it: of samples, of tokens.
+    runner._set_active_loras((1, 2), (1, 1, 2), {request("d", 1)}, None)
+    assert told(calls) == [([7, 9], [7, 9, 0], [5, 1, 2]), ([1], [1, 1, 2], [1, 1, 1])]
+
+
+def test_the_older_runner_tells_of_adapters_per_request():
+    runner, calls = SimpleNamespace(), []
+    vllm_api.name_steps_by_request(runner, lambda *arguments: calls.append(arguments))
+    batch = SimpleNamespace(
+        request_lora_mapping=np.array([7, 0, 9, 99]), num_reqs=3,
+        lora_id_to_lora_request={7: request("x", 7), 9: request("x", 9)},
+    )  # fmt: skip
+    runner.set_active_loras(batch, np.array([5, 1, 2]))
+    assert told(calls) == [([7, 9], [7, 0, 9], [5, 1, 2])]
+
+
+def test_one_kind_of_graph_with_adapters():
+    older = SimpleNamespace(cudagraph_dispatcher=SimpleNamespace(specialize_lora_count=True))
+    vllm_api.capture_one_kind_of_lora(older)
+    assert older.cudagraph_dispatcher.specialize_lora_count is False
+    newer = SimpleNamespace(lora_capture_cases=[0, 1, 2, 4, 5])
+    vllm_api.capture_one_kind_of_lora(newer)
+    assert newer.lora_capture_cases == [0, 5]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from vllm.config import VllmConfig
-from vllm_adafuse.architectures import ARCHITECTURES
+from vllm_adafuse.architectures import ARCHITECTURES, PREFIX
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.config import AdapterConfig, some
 from vllm_adafuse.errors import AdapterError
@@ -67,7 +67,7 @@ class Loader:
         self.pipelined = vllm_config.parallel_config.pipeline_parallel_size > 1
         self.renamed = vllm_api.renamed(model)
         names = getattr(self.model_config.hf_config, "architectures", None) or [""]
-        self.architecture = ARCHITECTURES.get(names[0])
+        self.architecture = ARCHITECTURES.get(names[0].removeprefix(PREFIX))
         self._backbone: Backbone | None = None
         self._hash_of = functools.cache(backbone_hash)
         self._other_backbone = option(vllm_config.additional_config, "backbone")
@@ -157,6 +157,8 @@ class Loader:
             reason = "`routing` layer_wise, a router in every linear or block"
         elif config.router_layer:
             reason = f"`router.layer` {config.router_layer}, a router behind the entrance"
+        elif self.model_config.enable_prompt_embeds:
+            reason = "a mixture with --enable-prompt-embeds"
         elif self.pipelined:
             reason = "a mixture with pipeline parallelism"
         if not reason:

@@ -55,6 +55,16 @@ class AdaFuseLinearMethod(LinearMethodBase):
         return layer.adafuse_bank.add(x, self.inner.apply(layer, x, bias))
 
 
+class PagesOverMixture(AdaFuseLinearMethod):
+    """Adds the deltas of requests' own adapters beside a mixture that is everybody's default: of
+    each token one of the two has weights."""
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return layer.adafuse_pages.add(x, self.inner.apply(layer, x, bias))
+
+
 class FusedLinearMethod(AdaFuseLinearMethod):
     """Computes an unquantised projection together with its deltas.
 

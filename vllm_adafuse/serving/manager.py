@@ -60,7 +60,8 @@ class AdapterManager:
         self.step, self.banks = wrap_model(model, vllm_config, self.pool.size, self.device)
         self.loader = Loader(model, vllm_config, self.banks)
         watch(model, self.step)
-        model.reload_adapter = self.stamp_again
+        pinned = getattr(model, "reload_adapter", None)  # of a mixture that is everybody's default
+        model.reload_adapter = lambda: (pinned and pinned(), self.stamp_again())
         pages = self.pool.size.pages
         logger.info(
             "AdaFuse: LoRA requests are served on a pool of %d pages of %d ranks in %d projections "

@@ -254,6 +254,8 @@ class AdaFuseMixin:
             intermediate_tensors = IntermediateTensors(tensors)
         elif at_layer == 0:
             router(input_ids, inputs_embeds)
+        if (step := getattr(self, "adafuse_step", None)) is not None:
+            step.take_from(router.route, positions.shape[-1])
         out = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
         if isinstance(out, IntermediateTensors):
             rows = positions.shape[-1]

@@ -36,21 +36,20 @@ class PageBank(ExpertBank):
         joint: bool = False,
     ):
         super().__init__(layer, parts, pages, PAGE_RANKS, step, index, joint)
+        self.layer_name = f"{layer.prefix}.adafuse_pages"  # beside a default mixture's bank
         self.sizes = [
             (layer.input_size, sum(shard.full for shard in shards)) for shards in self.part_shards
         ]
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """y + delta, in place, in steps that have adapters. x: [..., in], y: [..., out]."""
-        flat = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-        ops.page_deltas(*flat, self.route.gates, self.layer_name)
+        ops.page_deltas(_rows(y), _rows(x), self.route.gates, self.layer_name)
         return y
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The joined projection, with its deltas and what follows it. x: [..., in]."""
-        flat = x.reshape(-1, x.shape[-1])
-        y = ops.page_projection(flat, self.route.gates, self.layer_name)
-        return y.view(*x.shape[:-1], -1)
+        y = ops.page_projection(_rows(x), self.route.gates, self.layer_name)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
 
     def take(self, weight: torch.nn.Parameter) -> None:
         """Makes a loaded weight [out, in] a view of the joint tensor."""
@@ -66,6 +65,12 @@ class PageBank(ExpertBank):
         device = pages.device
         self.lora_a.index_copy_(1, pages, packed.a.to(device, non_blocking=True))
         self.lora_b.index_copy_(1, pages, packed.b.to(device, non_blocking=True))
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., n] as rows. Not even a view of what has them: torch.compile would copy what an op
+    changes through one."""
+    return x if x.dim() == 2 else x.view(-1, x.shape[-1])
 
 
 @dataclass(frozen=True)

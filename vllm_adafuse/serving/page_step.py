@@ -10,7 +10,7 @@ import torch
 from vllm.platforms import current_platform
 from vllm_adafuse.kernels.page_routes import COLUMNS, EXPERT, OWNER, TOP_K, page_routes
 from vllm_adafuse.serving.pool import Place, Size
-from vllm_adafuse.serving.router import Step
+from vllm_adafuse.serving.router import Route, Step
 from vllm_adafuse.serving.warm_up import warm_up
 
 # Slots of tokens whose request has no adapter, and of those whose adapter is lost.
@@ -91,6 +91,13 @@ class PageStep(Step):
             token_ids, self.slots, self.directory, self.table_ids, self.table_weights,
             self.gates, self.present, self.counters,
         )  # fmt: skip
+
+    def take_from(self, route: Route, tokens: int) -> None:
+        """Leaves a mixture that is everybody's default to the requests that name no adapter: the
+        others have no weights in its route."""
+        if self.active.item():
+            named = self.slots[:tokens] != NO_ADAPTER
+            route.gates[:tokens].masked_fill_(named[:, None], 0)
 
 
 def _copy(target: torch.Tensor, source: np.ndarray) -> None:

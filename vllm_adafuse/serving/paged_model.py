@@ -11,7 +11,7 @@ from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.serving import linear, vllm_api
 from vllm_adafuse.serving.adapters import VLLM_LORA
 from vllm_adafuse.serving.bank import place_banks
-from vllm_adafuse.serving.linear import AdaFuseLinearMethod, FusedLinearMethod
+from vllm_adafuse.serving.linear import AdaFuseLinearMethod, FusedLinearMethod, PagesOverMixture
 from vllm_adafuse.serving.ops import make_known
 from vllm_adafuse.serving.page_bank import PageBank, linears_of
 from vllm_adafuse.serving.page_step import PageStep
@@ -38,6 +38,7 @@ def wrap_model(
     Raises:
         AdapterError: there is none.
     """
+    _check_default(model)
     config = vllm_config.model_config
     with torch.device(device):
         step = PageStep(max_tokens(vllm_config), size, config.get_vocab_size())
@@ -81,8 +82,26 @@ def wrap_model(
     return step, banks
 
 
+def _check_default(model: torch.nn.Module) -> None:
+    """Refuses a default mixture that does not let go of a request with an adapter of its own."""
+    adapter = getattr(model, "adafuse_adapter", None)
+    if adapter is not None and (adapter.config.layer_wise or adapter.config.router_layer):
+        raise AdapterError(
+            f"adapter {adapter.path} with --enable-lora",
+            [
+                "its routers stand inside the layers, where requests that choose an adapter would "
+                "get it besides; leave out --enable-lora, or let vLLM's own LoRA add to it "
+                f"({VLLM_LORA})"
+            ],
+        )
+
+
 def wrap(layer: LinearBase, block: torch.nn.Module, bank: PageBank) -> None:
     """Has a loaded linear add its pages' deltas; one of a joint bank gives up its own weight."""
+    if hasattr(layer, "adafuse_bank"):
+        layer.adafuse_pages = bank
+        layer.quant_method = PagesOverMixture(layer.quant_method)
+        return
     layer.adafuse_bank = bank
     if bank.is_joint:
         bank.take(layer.weight)
