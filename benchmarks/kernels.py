@@ -157,7 +157,7 @@ def measure_one(name: str, cases: list[Case], options: Options, bandwidth: float
 
     def run(kind: str) -> None:
         for case in cases:
-            case.trial.counters.zero_()
+            case.trial.semaphores.zero_()
         for i in range(copies):
             for case in cases:
                 getattr(case, kind)(i)

@@ -3,8 +3,8 @@
 
     gate           hidden states          -> routes   (live router; fills the passports once)
     gather_routes  token ids, passports   -> routes   (one gather per step)
-    spread_routes  routes                 -> gates, present experts, counters (once per step)
-    page_routes    ids, adapter of each   -> gates, present pages, counters, where requests choose
+    spread_routes  routes                 -> gates, present experts, semaphores (once per step)
+    page_routes    ids, adapter of each   -> gates, present pages, semaphores, where requests choose
     linear         x, [W; A], B, gates    -> the adapted projection, with what follows it: gate_up's
                                              activation, the rotary embedding of queries and keys
       decode_gemm    its kernel for few tokens
@@ -27,9 +27,9 @@
     ffn_mix        W x and s of gate_up   -> activations of a token's experts, and their mixture
     ffn_down       y, those in rank space -> y + deltas of the down projection
     switch         a route, W, A, B       -> W + deltas of all linears (one stream; no torch op)
-    paged_cache    where keys and values go in a KV cache, for the kernels that end `linear`
+    kv_slots       where keys and values go in a KV cache, for the kernels that end `linear`
     operands       what launchers are handed: a projection, a step's buffers
-    scratch        memory that all launches share
+    workspace      memory that all launches share
     dispatch       which kernel runs, and how it is cut: every limit, and `plan`
     plans          what choices are made of, and for: a shape, a device, a plan
     configs        how kernels are cut, and files of tuned cuts

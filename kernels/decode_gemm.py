@@ -23,9 +23,9 @@ import triton.language as tl
 from vllm_adafuse.kernels.configs import BLOCK_ER, MAX_SLICES, MAX_SPLIT, GemmConfig, block_er
 from vllm_adafuse.kernels.dispatch import MAX_SHRINK_TOKENS, MAX_STREAM_TOKENS, default_config
 from vllm_adafuse.kernels.early import prefetch
+from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, rows_in_pages, starts_of_head
 from vllm_adafuse.kernels.launch import launch, overlap
 from vllm_adafuse.kernels.operands import Projection, Step
-from vllm_adafuse.kernels.paged_cache import NO_PAGES, Pages, rows_in_pages, starts_of_head
 from vllm_adafuse.kernels.pairs import (
     ACTIVATIONS,
     activate,
@@ -46,7 +46,7 @@ from vllm_adafuse.kernels.shrink import (
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 
-def scratch_sizes(lora_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
+def workspace_sizes(lora_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
     """Bytes of s, floats of partial sums and tickets that a projection of `rows` rows may need."""
     parts, experts, rank, _ = lora_a.shape
     alone, within = ShrinkGrid.of(lora_a), ShrinkGrid.of(lora_a, MAX_SLICES)
@@ -284,7 +284,7 @@ def decode_gemm_triton(
     step: Step,
     tiles: GemmConfig | None = None,
     out: torch.Tensor | None = None,
-    kv_slots: Pages | None = None,
+    kv_slots: KVSlots | None = None,
 ) -> torch.Tensor:
     """One launch; see `vllm_adafuse.kernels.linear.linear`.
 
@@ -297,7 +297,7 @@ def decode_gemm_triton(
             float32, to leave the sums of each slice of `in` unadded; default a new tensor.
         kv_slots: where k and v go with "rotary", whose columns of the result stay undefined then.
     """
-    (tokens, size_in), shape, scratch = x.shape, p.shape, step.scratch
+    (tokens, size_in), shape, workspace = x.shape, p.shape, step.workspace
     widths, parts, activation = shape.widths, shape.adapted, shape.activation
     act, half = ACTIVATIONS.index(activation), shape.head_dim // 2
     n_parts, experts, rank, _ = p.lora_a.shape
@@ -320,10 +320,10 @@ def decode_gemm_triton(
     launch(
         _decode_gemm_kernel, (grid.programs + count * tiles.split,),
         x, p.weight, p.bias, p.lora_a, p.lora_b, y, step.cos_sin,
-        step.gates, step.present, scratch.s(x.dtype, tokens, n_parts, experts * rank),
-        scratch.partial, scratch.tickets, p.semaphore,
+        step.gates, step.present, workspace.s(x.dtype, tokens, n_parts, experts * rank),
+        workspace.partial, workspace.tickets, p.semaphore,
         tokens, x.stride(0), y.stride(-2), size_in, experts, n_parts, grid.slots, grid.slices,
-        *(kv_slots or NO_PAGES),
+        *(kv_slots or NO_KV_SLOTS),
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         PART0=parts[0], PART1=parts[1], PART2=parts[2],
         HAS_BIAS=p.bias is not None, ACT=act, HALF=half, PAGED=kv_slots is not None,

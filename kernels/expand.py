@@ -20,9 +20,9 @@ import triton.language as tl
 from vllm_adafuse.kernels.configs import ExpandConfig, expert_blocks
 from vllm_adafuse.kernels.deltas import add_deltas, load_both, load_gates, load_ranks, weigh
 from vllm_adafuse.kernels.dispatch import MAX_SHORT_TOKENS, MIN_DENSE_TOKENS, choose_expand
+from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, rows_in_pages, starts_of_head
 from vllm_adafuse.kernels.launch import Bound, bind, overlap
 from vllm_adafuse.kernels.operands import Projection, Step
-from vllm_adafuse.kernels.paged_cache import NO_PAGES, Pages, rows_in_pages, starts_of_head
 from vllm_adafuse.kernels.pairs import (
     ACTIVATIONS,
     ROTARY,
@@ -246,7 +246,7 @@ def _launch(
     read: _Read,
     slices: tuple[Sequence[int], Sequence[int], int],
     blocks: ExpandConfig | None = None,
-    kv_slots: Pages | None = None,
+    kv_slots: KVSlots | None = None,
     skip: bool = True,
 ) -> None:
     """One launch; slices: parts, widths, and the index of what follows."""
@@ -262,7 +262,7 @@ def _launch(
         (groups, cdiv(tokens, block_t)),
         y, read.bias, out, s, read.lora_b, read.gates, read.present, read.cos_sin,
         tokens, y.stride(0), y.stride(-2), out.stride(0), s.stride(1 if sliced else 0), experts,
-        *(kv_slots or NO_PAGES),
+        *(kv_slots or NO_KV_SLOTS),
     )  # fmt: skip
 
 
@@ -323,7 +323,7 @@ def expand_raw_triton(
     p: Projection,
     step: Step,
     blocks: ExpandConfig | None = None,
-    kv_slots: Pages | None = None,
+    kv_slots: KVSlots | None = None,
 ) -> torch.Tensor:
     """From the outputs of W and A to those of the adapted projection, in one launch.
 

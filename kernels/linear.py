@@ -18,8 +18,8 @@ from vllm_adafuse.kernels.configs import GemmConfig
 from vllm_adafuse.kernels.decode_gemm import decode_gemm_triton
 from vllm_adafuse.kernels.dense_expand import dense_expand_triton
 from vllm_adafuse.kernels.expand import expand_raw_triton, expand_torch
+from vllm_adafuse.kernels.kv_slots import KVSlots, kv_slots_torch
 from vllm_adafuse.kernels.operands import Projection, Step
-from vllm_adafuse.kernels.paged_cache import Pages, paged_cache_torch
 from vllm_adafuse.kernels.pairs import activate_torch, result_width, rotate_torch
 from vllm_adafuse.kernels.plans import TMA_EXPAND, Plan, Shape
 from vllm_adafuse.kernels.shrink import shrink_torch
@@ -27,15 +27,15 @@ from vllm_adafuse.kernels.tma_expand import tma_expand_triton
 from vllm_adafuse.kernels.tma_gemm import tma_gemm_triton
 
 
-def scratch_sizes(lora_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
+def workspace_sizes(lora_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
     """Bytes of s, floats of partial sums and tickets that a projection of `rows` rows may need."""
-    needs = decode_gemm.scratch_sizes(lora_a, rows), tma_gemm.scratch_sizes(lora_a)
+    needs = decode_gemm.workspace_sizes(lora_a, rows), tma_gemm.workspace_sizes(lora_a)
     low, floats, tickets = map(max, *needs)
     return low, floats, tickets
 
 
 def linear_torch(
-    x: torch.Tensor, p: Projection, step: Step, kv_slots: Pages | None = None
+    x: torch.Tensor, p: Projection, step: Step, kv_slots: KVSlots | None = None
 ) -> torch.Tensor:
     """The reference; see `linear`."""
     shape = p.shape
@@ -44,7 +44,7 @@ def linear_torch(
     if shape.epilogue == "rotary":
         y = rotate_torch(y, step.cos_sin, shape.widths[0] + shape.widths[1])
         if kv_slots:
-            paged_cache_torch(y, kv_slots, shape.widths)
+            kv_slots_torch(y, kv_slots, shape.widths)
         return y
     return activate_torch(y, shape.activation) if shape.activation else y
 
@@ -57,7 +57,7 @@ def new_result(x: torch.Tensor, shape: Shape, strided_out: bool) -> torch.Tensor
 
 
 def linear(
-    x: torch.Tensor, p: Projection, step: Step, kv_slots: Pages | None = None
+    x: torch.Tensor, p: Projection, step: Step, kv_slots: KVSlots | None = None
 ) -> torch.Tensor:
     """An adapted projection of T tokens, whose W is not quantised.
 
@@ -78,7 +78,7 @@ def linear(
 
 
 def linear_triton(
-    x: torch.Tensor, p: Projection, step: Step, way: Plan, kv_slots: Pages | None = None
+    x: torch.Tensor, p: Projection, step: Step, way: Plan, kv_slots: KVSlots | None = None
 ) -> torch.Tensor:
     """`linear` on a GPU, by a plan."""
     if way.config:
@@ -95,7 +95,7 @@ def expand_long(
     p: Projection,
     step: Step,
     way: Plan,
-    kv_slots: Pages | None = None,
+    kv_slots: KVSlots | None = None,
 ) -> torch.Tensor:
     """From W x and A x to the projection, by a plan. y and s may be overwritten."""
     if way.expand == TMA_EXPAND:
@@ -112,7 +112,7 @@ def one_launch(
     step: Step,
     config: GemmConfig,
     out: torch.Tensor,
-    kv_slots: Pages | None = None,
+    kv_slots: KVSlots | None = None,
 ) -> torch.Tensor:
     """The projection of few tokens by the kernel that a cut is for; see both."""
     launch = tma_gemm_triton if config.tma else decode_gemm_triton

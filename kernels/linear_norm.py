@@ -31,9 +31,9 @@ from vllm_adafuse.kernels.operands import Projection, Step
 from vllm_adafuse.kernels.plans import ADD_NORM, NONE, Plan
 
 
-def scratch_sizes(lora_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
+def workspace_sizes(lora_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
     """Bytes of s, floats of partial sums and tickets that a projection of `rows` rows may need."""
-    low, floats, tickets = linear.scratch_sizes(lora_a, rows)
+    low, floats, tickets = linear.workspace_sizes(lora_a, rows)
     return low, floats + MAX_SPLIT * MAX_TILE_TOKENS * rows, tickets
 
 
@@ -44,9 +44,9 @@ def slices_triton(x: torch.Tensor, p: Projection, step: Step, config: GemmConfig
         config: into `config.split` slices.
 
     Returns:
-        [split, T, out] float32 in the scratch, whose sum over slices is the projection.
+        [split, T, out] float32 in the workspace, whose sum over slices is the projection.
     """
-    slices = step.scratch.slices(config.split, x.shape[0], p.shape.size_out)
+    slices = step.workspace.slices(config.split, x.shape[0], p.shape.size_out)
     return one_launch(x, p, step, config, slices)
 
 

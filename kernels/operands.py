@@ -13,7 +13,7 @@ import torch
 from vllm_adafuse.kernels.dispatch import Plans, plans_of
 from vllm_adafuse.kernels.pairs import is_gate_up
 from vllm_adafuse.kernels.plans import Device, Shape
-from vllm_adafuse.kernels.scratch import Scratch
+from vllm_adafuse.kernels.workspace import Workspace
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,13 +68,13 @@ class Step:
     Attributes:
         gates: [N, E] float32, LoRA's scale included; rows past T are not read.
         present: [2 + E] int64, the experts that the step needs, see `spread_routes`.
-        scratch: what launches share.
+        workspace: what launches share.
         cos_sin: [N, D], cosines of each token's position, then sines; None without "rotary".
     """
 
     gates: torch.Tensor
     present: torch.Tensor
-    scratch: Scratch
+    workspace: Workspace
     cos_sin: torch.Tensor | None = None
 
 

@@ -29,7 +29,7 @@ MAX_PRESENT_BITS = 64
 @triton.jit(do_not_specialize=["n_tokens"])
 def _page_routes_kernel(
     token_ptr, slots_ptr, directory_ptr, table_ids_ptr, table_weights_ptr,
-    gates_ptr, present_ptr, counters_ptr, n_tokens, vocab_size, n_pages, n_counters,
+    gates_ptr, present_ptr, semaphores_ptr, n_tokens, vocab_size, n_pages, n_semaphores,
     BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, ONE: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -73,12 +73,12 @@ def _page_routes_kernel(
         else:
             tl.store(present_ptr, -1)
         at = tl.arange(0, 256)
-        for start in range(0, n_counters, 256):
-            tl.store(counters_ptr + start + at, at * 0, mask=start + at < n_counters)
+        for start in range(0, n_semaphores, 256):
+            tl.store(semaphores_ptr + start + at, at * 0, mask=start + at < n_semaphores)
 
 
 def page_routes_triton(
-    token_ids, slots, directory, table_ids, table_weights, gates, present, counters
+    token_ids, slots, directory, table_ids, table_weights, gates, present, semaphores
 ) -> None:
     """One launch; see `page_routes`."""
     tokens, pages = token_ids.shape[0], gates.shape[1]
@@ -87,15 +87,15 @@ def page_routes_triton(
     block = max(16, power_of_2(tokens)) if one else 64
     launch(
         _page_routes_kernel, (cdiv(tokens, block),),
-        token_ids, slots, directory, table_ids, table_weights, gates, present, counters,
-        tokens, table_ids.shape[1], pages, counters.numel(),
+        token_ids, slots, directory, table_ids, table_weights, gates, present, semaphores,
+        tokens, table_ids.shape[1], pages, semaphores.numel(),
         BLOCK_T=block, BLOCK_P=block_p, ONE=one, BITS=pages <= MAX_PRESENT_BITS,
         num_warps=8 if block >= 128 else 4,
     )  # fmt: skip
 
 
 def page_routes_torch(
-    token_ids, slots, directory, table_ids, table_weights, gates, present, counters
+    token_ids, slots, directory, table_ids, table_weights, gates, present, semaphores
 ) -> None:
     """The reference; see `page_routes`."""
     tokens, (_, vocab_size) = token_ids.shape[0], table_ids.shape
@@ -114,7 +114,7 @@ def page_routes_torch(
         list_present((rows != 0).any(0), present)
     if tokens > MAX_PRESENT_TOKENS or gates.shape[1] > MAX_PRESENT_BITS:
         present[0] = -1
-    counters.zero_()
+    semaphores.zero_()
 
 
 def _run(token_ids, *arguments) -> None:
@@ -128,7 +128,7 @@ def _fake(*arguments) -> None:
 
 _op = register_op(
     "page_routes(Tensor token_ids, Tensor slots, Tensor directory, Tensor table_ids, "
-    "Tensor table_weights, Tensor(a!) gates, Tensor(b!) present, Tensor(c!) counters) -> ()",
+    "Tensor table_weights, Tensor(a!) gates, Tensor(b!) present, Tensor(c!) semaphores) -> ()",
     _run,
     _fake,
 )
@@ -142,9 +142,9 @@ def page_routes(
     table_weights: torch.Tensor,
     gates: torch.Tensor,
     present: torch.Tensor,
-    counters: torch.Tensor,
+    semaphores: torch.Tensor,
 ) -> None:
-    """Writes the gates of T tokens, the pages present among them, and zeroes the counters.
+    """Writes the gates of T tokens, the pages present among them, and zeroes the semaphores.
 
     Args:
         token_ids: [T] int32 or int64; ids outside the vocabulary are clamped into it. Contiguous
@@ -156,6 +156,6 @@ def page_routes(
         table_weights: [C, V] float32, LoRA's scale included.
         gates: [N, P] float32, its first T rows written.
         present: [2 + P] int64, as `spread_routes` writes it; bits of up to 64 pages.
-        counters: int32 of any shape, zeroed.
+        semaphores: int32 of any shape, zeroed.
     """
-    _op(token_ids, slots, directory, table_ids, table_weights, gates, present, counters)
+    _op(token_ids, slots, directory, table_ids, table_weights, gates, present, semaphores)

@@ -35,7 +35,7 @@ def sgmm(y: torch.Tensor, x: torch.Tensor, p: Projection, step: Step) -> None:
     if not x.is_cuda:
         return sgmm_torch(y, x, p, step)
     if p.plans[x.shape[0]].kernel == SHRINK:
-        s = shrink_triton(x, p.lora_a, step.gates, step.present, step.scratch)
+        s = shrink_triton(x, p.lora_a, step.gates, step.present, step.workspace)
     else:
         s = shrink_torch(x, p.lora_a, step.gates)
     expand_triton(y, s, p.lora_b, step.present, p.shape.adapted, p.shape.widths)

@@ -17,8 +17,8 @@ from vllm_adafuse.kernels.configs import MAX_SLICES
 from vllm_adafuse.kernels.launch import launch, overlap
 from vllm_adafuse.kernels.plans import on_hopper
 from vllm_adafuse.kernels.registry import matmul_f32
-from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
+from vllm_adafuse.kernels.workspace import Workspace
 
 BLOCK_IN = 256
 SHRINK_STAGES = 3
@@ -259,7 +259,7 @@ def shrink_triton(
     lora_a: torch.Tensor,
     gates: torch.Tensor,
     present: torch.Tensor,
-    scratch: Scratch,
+    workspace: Workspace,
 ) -> torch.Tensor:
     """Projects up to 64 tokens into the rank space of their experts, in one launch.
 
@@ -268,20 +268,20 @@ def shrink_triton(
         lora_a: [P, E, R, in] contiguous, dtype of x.
         gates: [N, E] float32, N >= T; rows past T are not read.
         present: [1] int64, a bit for each expert with a gate in the first T rows.
-        scratch: of the device.
+        workspace: of the device.
 
     Returns:
-        s: [T, P, E * R], dtype of x, in the scratch.
+        s: [T, P, E * R], dtype of x, in the workspace.
     """
     tokens = x.shape[0]
     parts, experts, rank, size_in = lora_a.shape
     grid = ShrinkGrid.of(lora_a)
-    s = scratch.s(x.dtype, tokens, parts, experts * rank)
+    s = workspace.s(x.dtype, tokens, parts, experts * rank)
     block_t = max(16, power_of_2(tokens))
     block_in = fit_cols(BLOCK_IN, grid.block_r, block_t, x.element_size())
     launch(
         _shrink_kernel, (grid.programs,),
-        x, lora_a, gates, present, s, scratch.partial, scratch.tickets, scratch.unread,
+        x, lora_a, gates, present, s, workspace.partial, workspace.tickets, workspace.unread,
         tokens, x.stride(0), size_in, experts, rank, parts, grid.slices,
         BLOCK_T=block_t, BLOCK_R=grid.block_r, BLOCK_IN=block_in,
         STAGES=SHRINK_STAGES, num_warps=4, num_stages=SHRINK_STAGES, **overlap(on_hopper(x)),

@@ -4,8 +4,8 @@
     bit e of present[0] = any_t gates[t, e] ≠ 0, present[1] = how many, present[2:] = which
 
 Rows of `gates` mask the experts of a token, `present` skips the bytes of experts that no token
-chose: by bits where experts are few, by the list where many would only be skipped. The counters by
-which the programs of one launch wait for each other begin at zero.
+chose: by bits where experts are few, by the list where many would only be skipped. The semaphores
+by which the programs of one launch wait for each other begin at zero.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def list_present(used: torch.Tensor, present: torch.Tensor) -> None:
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _spread_routes_kernel(
-    ids_ptr, weights_ptr, gates_ptr, present_ptr, counters_ptr,
-    n_tokens, top_k, n_experts, n_counters,
+    ids_ptr, weights_ptr, gates_ptr, present_ptr, semaphores_ptr,
+    n_tokens, top_k, n_experts, n_semaphores,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -57,8 +57,8 @@ def _spread_routes_kernel(
         else:
             tl.store(present_ptr, -1)
         at = tl.arange(0, 256)
-        for start in range(0, n_counters, 256):
-            tl.store(counters_ptr + start + at, at * 0, mask=start + at < n_counters)
+        for start in range(0, n_semaphores, 256):
+            tl.store(semaphores_ptr + start + at, at * 0, mask=start + at < n_semaphores)
 
 
 def spread_routes_triton(
@@ -66,7 +66,7 @@ def spread_routes_triton(
     weights: torch.Tensor,
     gates: torch.Tensor,
     present: torch.Tensor,
-    counters: torch.Tensor,
+    semaphores: torch.Tensor,
     tokens: int,
 ) -> None:
     """One launch; see `spread_routes`."""
@@ -75,8 +75,8 @@ def spread_routes_triton(
     block = max(16, power_of_2(tokens)) if one else 64
     launch(
         _spread_routes_kernel, (cdiv(tokens, block),),
-        expert_ids, weights, gates, present, counters,
-        tokens, top_k, experts, counters.numel(),
+        expert_ids, weights, gates, present, semaphores,
+        tokens, top_k, experts, semaphores.numel(),
         BLOCK_T=block, BLOCK_E=max(2, power_of_2(experts)), ONE=one,
         num_warps=8 if block >= 128 else 4,
     )  # fmt: skip
@@ -87,7 +87,7 @@ def spread_routes_torch(
     weights: torch.Tensor,
     gates: torch.Tensor,
     present: torch.Tensor,
-    counters: torch.Tensor,
+    semaphores: torch.Tensor,
     tokens: int,
 ) -> None:
     """The reference; see `spread_routes`."""
@@ -97,21 +97,21 @@ def spread_routes_torch(
         list_present((rows != 0).any(0), present)
     else:
         present[0] = -1
-    counters.zero_()
+    semaphores.zero_()
 
 
-def _run(expert_ids, weights, gates, present, counters, tokens) -> None:
+def _run(expert_ids, weights, gates, present, semaphores, tokens) -> None:
     run = spread_routes_triton if gates.is_cuda else spread_routes_torch
-    run(expert_ids, weights, gates, present, counters, tokens)
+    run(expert_ids, weights, gates, present, semaphores, tokens)
 
 
-def _fake(expert_ids, weights, gates, present, counters, tokens) -> None:
+def _fake(expert_ids, weights, gates, present, semaphores, tokens) -> None:
     return None
 
 
 _op = register_op(
     "spread_routes(Tensor expert_ids, Tensor weights, Tensor(a!) gates, Tensor(b!) present, "
-    "Tensor(c!) counters, SymInt tokens) -> ()",
+    "Tensor(c!) semaphores, SymInt tokens) -> ()",
     _run,
     _fake,
 )
@@ -122,10 +122,10 @@ def spread_routes(
     weights: torch.Tensor,
     gates: torch.Tensor,
     present: torch.Tensor,
-    counters: torch.Tensor,
+    semaphores: torch.Tensor,
     tokens: int,
 ) -> None:
-    """Writes a step's gates, the experts present in it, and zeroes the counters.
+    """Writes a step's gates, the experts present in it, and zeroes the semaphores.
 
     Args:
         expert_ids: [N, k] int32 routes, each row without repeats; contiguous like all here.
@@ -133,7 +133,7 @@ def spread_routes(
         gates: [N, E] float32, its first T rows written.
         present: [2 + E] int64, written: a bit for each expert with a gate, then their number, then
             which they are, in rising order. In batches of more than 256 all bits, and no list.
-        counters: int32 of any shape, zeroed.
+        semaphores: int32 of any shape, zeroed.
         tokens: T <= N.
     """
-    _op(expert_ids, weights, gates, present, counters, tokens)
+    _op(expert_ids, weights, gates, present, semaphores, tokens)

@@ -24,9 +24,9 @@ from vllm_adafuse.kernels.blocks import group_of_tiles, grouped_tiles
 from vllm_adafuse.kernels.configs import ExpandConfig
 from vllm_adafuse.kernels.deltas import load_gates, weigh
 from vllm_adafuse.kernels.dispatch import choose_wide, experts_at_once
+from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, head_in_pages, rows_in_pages
 from vllm_adafuse.kernels.launch import launch, overlap
 from vllm_adafuse.kernels.operands import Projection, Step
-from vllm_adafuse.kernels.paged_cache import NO_PAGES, Pages, head_in_pages, rows_in_pages
 from vllm_adafuse.kernels.pairs import activate, result_of, rotate, turns_of_heads
 from vllm_adafuse.kernels.plans import on_hopper
 from vllm_adafuse.kernels.whole import cdiv
@@ -110,7 +110,7 @@ def tma_expand_triton(
     p: Projection,
     step: Step,
     blocks: ExpandConfig | None = None,
-    kv_slots: Pages | None = None,
+    kv_slots: KVSlots | None = None,
 ) -> torch.Tensor:
     """One launch; for what `dispatch.tma_expands` holds. Adds the deltas of the first
     `dispatch.experts_at_once`.
@@ -143,7 +143,7 @@ def tma_expand_triton(
         _tma_expand_kernel, (groups, cdiv(tokens, cut.tokens)),
         y_desc, TensorDescriptor(lora_b, [out, size], [size, 1], [columns, ranks]), out_desc,
         TensorDescriptor.from_tensor(s, [cut.tokens, ranks]), step.gates, step.cos_sin,
-        tokens, experts, *(kv_slots or NO_PAGES),
+        tokens, experts, *(kv_slots or NO_KV_SLOTS),
         PAGED=kv_slots is not None, **constants,
     )  # fmt: skip
     return result

@@ -27,9 +27,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from vllm_adafuse.kernels.configs import MAX_SLICES, GemmConfig
 from vllm_adafuse.kernels.dispatch import MAX_TILE_TOKENS, default_config
 from vllm_adafuse.kernels.early import prefetch_pairs
+from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, rows_in_pages, starts_of_head
 from vllm_adafuse.kernels.launch import launch, overlap
 from vllm_adafuse.kernels.operands import Projection, Step
-from vllm_adafuse.kernels.paged_cache import NO_PAGES, Pages, rows_in_pages, starts_of_head
 from vllm_adafuse.kernels.pairs import (
     ACTIVATIONS,
     activate,
@@ -56,7 +56,7 @@ SHRINK_ROWS = 64
 MIN_TOKENS = 64
 
 
-def scratch_sizes(lora_a: torch.Tensor) -> tuple[int, int, int]:
+def workspace_sizes(lora_a: torch.Tensor) -> tuple[int, int, int]:
     """Bytes of s, floats of partial sums and tickets that a projection may need."""
     ranks = lora_a.numel() // lora_a.shape[-1]
     low = MAX_TILE_TOKENS * ranks * lora_a.element_size()
@@ -283,7 +283,7 @@ def tma_gemm_triton(
     step: Step,
     tiles: GemmConfig | None = None,
     out: torch.Tensor | None = None,
-    kv_slots: Pages | None = None,
+    kv_slots: KVSlots | None = None,
 ) -> torch.Tensor:
     """One launch for up to 128 tokens; see `vllm_adafuse.kernels.linear.linear`.
 
@@ -298,7 +298,7 @@ def tma_gemm_triton(
             float32, to leave the sums of each slice of `in` unadded; default a new tensor.
         kv_slots: where k and v go with "rotary", whose columns of the result stay undefined then.
     """
-    (tokens, size_in), shape, scratch = x.shape, p.shape, step.scratch
+    (tokens, size_in), shape, workspace = x.shape, p.shape, step.workspace
     widths, parts, activation = shape.widths, shape.adapted, shape.activation
     act, half = ACTIVATIONS.index(activation), shape.head_dim // 2
     experts, rank, joint = shape.num_experts, shape.rank, p.fused_weight
@@ -320,7 +320,7 @@ def tma_gemm_triton(
     # gate_up, each of whose members is by itself.
     pair, pieces = 2 if act else 1, (rows, more or rows)
     tall, ranks = half or (widths[0] if act else size_out), lora_a.shape[0]
-    s, b = scratch.s(x.dtype, tokens, ranks), p.lora_b.flatten(1)
+    s, b = workspace.s(x.dtype, tokens, ranks), p.lora_b.flatten(1)
     of_b = [b[: widths[0]], b[-widths[0] :]] if is_gate_up(activation) else [b]
     w_boxes = _boxes(joint[:size_out], tall, pair, pieces, cut.cols)
     b_boxes = [_boxes(part, half or part.shape[0], pair, pieces, cut.cols) for part in of_b]
@@ -331,8 +331,8 @@ def tma_gemm_triton(
         TensorDescriptor(lora_a, list(lora_a.shape), [size_in, 1], [SHRINK_ROWS, cut.cols]),
         TensorDescriptor(s, [tokens, ranks], [ranks, 1], [block_t, cut.cols]),
         *b_boxes[0], *up_boxes, joint, p.bias, y, step.cos_sin, step.gates, s,
-        scratch.partial, scratch.tickets, p.semaphore,
-        tokens, y.stride(-2), size_in, *(kv_slots or NO_PAGES),
+        workspace.partial, workspace.tickets, p.semaphore,
+        tokens, y.stride(-2), size_in, *(kv_slots or NO_KV_SLOTS),
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         PART0=parts[0], PART1=parts[1], PART2=parts[2],
         HAS_BIAS=p.bias is not None, ACT=act, HALF=half, PAGED=kv_slots is not None,

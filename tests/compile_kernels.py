@@ -34,13 +34,14 @@ POINTERS = {
     **dict.fromkeys("x_ptr w_ptr bias_ptr a_ptr b_ptr y_ptr out_ptr s_ptr".split(), "*bf16"),
     **dict.fromkeys("residual_ptr weight_ptr z_ptr cos_sin_ptr".split(), "*bf16"),
     **dict.fromkeys("gates_ptr partial_ptr weights_ptr".split(), "*fp32"),
-    **dict.fromkeys("ticket_ptr counter_ptr counters_ptr ids_ptr places_ptr".split(), "*i32"),
+    **dict.fromkeys("ticket_ptr counter_ptr semaphores_ptr ids_ptr places_ptr".split(), "*i32"),
     **dict.fromkeys("present_ptr table_ptr row_ptr merged_ptr slots_ptr".split(), "*i64"),
     **dict.fromkeys(("keys_ptr", "values_ptr"), "*bf16"),
 }
 ALIGNED = ("residual_stride", "x_stride", "y_stride", "out_stride", "s_stride", "size_in", "rank")
 ALIGNED += "slice_stride", "block_size", "block_stride", "row_stride", "head_stride"
-NO_PAGES = dict.fromkeys(("keys_ptr", "values_ptr", "slots_ptr", *ALIGNED[-4:])) | {"PAGED": False}
+NO_KV_SLOTS = dict.fromkeys(("keys_ptr", "values_ptr", "slots_ptr", *ALIGNED[-4:]))
+NO_KV_SLOTS |= {"PAGED": False}
 
 
 def tool(name: str) -> str:
@@ -116,9 +117,9 @@ def main() -> None:
     rows = []
     # With an activation or the rotary embedding, rows of W in a tile are those of one member.
     for act, size_out, shape, paged in (
-        ("", 12288, qkv, NO_PAGES),
-        ("silu", 11008, gate_up, NO_PAGES),
-        ("rotary", 6144, qkv, NO_PAGES),
+        ("", 12288, qkv, NO_KV_SLOTS),
+        ("silu", 11008, gate_up, NO_KV_SLOTS),
+        ("rotary", 6144, qkv, NO_KV_SLOTS),
         ("rotary", 6144, qkv, {"PAGED": True}),
     ):
         number = pairs.ACTIVATIONS.index(act)

@@ -2,7 +2,7 @@
 
 import json
 
-from compile_kernels import NO_PAGES, POINTERS, build
+from compile_kernels import NO_KV_SLOTS, POINTERS, build
 from vllm_adafuse.kernels import expand, ffn_down, ffn_mix, pairs, route_layer
 from vllm_adafuse.kernels.configs import expert_blocks
 from vllm_adafuse.kernels.dispatch import choose_expand
@@ -64,7 +64,7 @@ def main() -> None:
             "WIDTH0": widths[0], "WIDTH1": widths[1], "WIDTH2": widths[2],
             "PART0": 0, "PART1": 1, "PART2": 2 if widths[2] else -1,
             "bias_ptr": None, "HAS_BIAS": False, "ACT": pairs.ACTIVATIONS.index(act), "HALF": 0,
-            "cos_sin_ptr": None, "gates_ptr": None, **NO_PAGES,
+            "cos_sin_ptr": None, "gates_ptr": None, **NO_KV_SLOTS,
             "RAW": False, "SPLIT": 0, "ALL": True, "EVERY_PART": True, "EVEN": True,
             "PDL": True, "BLOCK_T": cut.tokens, "BLOCK_OUT": cut.columns,
             "LOOP": cut.loop, "STAGES": cut.stages,

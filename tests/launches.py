@@ -36,18 +36,18 @@ from vllm_adafuse.kernels import add_norm, configs, dense_expand, dispatch, expa
 from vllm_adafuse.kernels.ffn_down import ffn_down
 from vllm_adafuse.kernels.ffn_mix import ffn_mix
 from vllm_adafuse.kernels.gather_routes import gather_routes
+from vllm_adafuse.kernels.kv_slots import KVSlots
 from vllm_adafuse.kernels.layer_linear import layer_linear
 from vllm_adafuse.kernels.layer_sgmm import layer_sgmm
 from vllm_adafuse.kernels.linear import linear
 from vllm_adafuse.kernels.linear_norm import linear_norm
 from vllm_adafuse.kernels.operands import Norm, Projection, Step, stays_in_place
-from vllm_adafuse.kernels.paged_cache import Pages
 from vllm_adafuse.kernels.plans import Device, Shape
 from vllm_adafuse.kernels.registry import IMPLEMENTATIONS
 from vllm_adafuse.kernels.route_layer import LayerGate
-from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.sgmm import sgmm
 from vllm_adafuse.kernels.spread_routes import spread_routes
+from vllm_adafuse.kernels.workspace import Workspace
 from vllm_adafuse.serving.warm_up import token_counts
 
 ROOT = Path(__file__).parents[1]
@@ -171,7 +171,7 @@ class Paged:
         shape = (9, 64, 8, 256) if self.turn else (9, 8, 64, 256)
         pages = empty(*shape, dtype=dtype)
         pages = pages if self.turn else pages.transpose(1, 2)
-        return Pages.of(*pages.split(128, -1), empty(tokens, dtype=torch.int64))
+        return KVSlots.of(*pages.split(128, -1), empty(tokens, dtype=torch.int64))
 
 
 def one_decision(experts=8, rank=16, bias=False, dtype=torch.bfloat16, parts=(0, 1, 2)):
@@ -180,9 +180,9 @@ def one_decision(experts=8, rank=16, bias=False, dtype=torch.bfloat16, parts=(0,
     top_k, i32, f32 = 2, torch.int32, torch.float32
     ids, weights = empty(MOST, top_k, dtype=i32), empty(MOST, top_k, dtype=f32)
     gates, present = empty(MOST, experts, dtype=f32), empty(2 + experts, dtype=torch.int64)
-    table, counters = empty(32000, top_k, dtype=i32), empty(9, 4, dtype=i32)
+    table, semaphores = empty(32000, top_k, dtype=i32), empty(9, 4, dtype=i32)
     table_weights = empty(32000, top_k, dtype=f32)
-    scratch = Scratch.make(1 << 30, 1 << 30, 1 << 20, CPU)
+    workspace = Workspace.make(1 << 30, 1 << 30, 1 << 20, CPU)
     pages = Paged()
 
     def new(*shape):
@@ -199,14 +199,14 @@ def one_decision(experts=8, rank=16, bias=False, dtype=torch.bfloat16, parts=(0,
         return Projection(
             shape, joint[sum(widths) :].view(-1, experts, rank, size_in),
             new(adapted, experts, rank), joint if fused else None,
-            new(sum(widths)) if has_bias else None, Norm(new(4096), 1e-5), counters[0],
+            new(sum(widths)) if has_bias else None, Norm(new(4096), 1e-5), semaphores[0],
             stays_in_place(shape),
         )  # fmt: skip
 
     def run(tokens: int, alone: bool = False) -> None:
         gather_routes(empty(tokens, dtype=i32), table, table_weights, ids, weights)
-        spread_routes(ids, weights, gates, present, counters, tokens)
-        step, turns = Step(gates, present, scratch), new(MOST, 128)
+        spread_routes(ids, weights, gates, present, semaphores, tokens)
+        step, turns = Step(gates, present, workspace), new(MOST, 128)
         for widths, act, of in (
             ([4096, 1024, 1024], "rotary", list(parts)),
             ([11008] * 2, "silu", [0, 1]),

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from vllm_adafuse.kernels.linear_norm import scratch_sizes
+from vllm_adafuse.kernels.linear_norm import workspace_sizes
 from vllm_adafuse.kernels.operands import Projection, Step, stays_in_place
 from vllm_adafuse.kernels.plans import Shape
-from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.spread_routes import list_present, new_present
+from vllm_adafuse.kernels.workspace import Workspace
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -27,7 +27,7 @@ class Problem:
     lora_b: torch.Tensor
     gates: torch.Tensor
     present: torch.Tensor
-    scratch: Scratch
+    workspace: Workspace
     parts: list[int]
     widths: list[int]
 
@@ -49,7 +49,7 @@ class Problem:
         )  # fmt: skip
 
     def step(self, cos_sin=None) -> Step:
-        return Step(self.gates, self.present, self.scratch, cos_sin)
+        return Step(self.gates, self.present, self.workspace, cos_sin)
 
     @property
     def s_shape(self) -> tuple[int, int, int]:
@@ -103,7 +103,7 @@ def make_problem(
     tokens, size_in, widths, experts, top_k, rank, dtype=torch.float32, seed=0, one=None,
     parts=None, bias=False,
 ) -> Problem:  # fmt: skip
-    """Scaled normal data, rows of gates past T that hold NaN, and scratch that does.
+    """Scaled normal data, rows of gates past T that hold NaN, and a workspace that does.
 
     Args:
         parts: index in the banks of each slice of the output, default a bank of its own each.
@@ -118,9 +118,9 @@ def make_problem(
     gates = make_gates(tokens, experts, top_k, seed, one)
     garbage = torch.full((3, experts), float("nan"), device=DEVICE)
     lora_a = normal(max(parts) + 1, experts, rank, size_in, scale=size_in**-0.5)
-    scratch = Scratch.make(*scratch_sizes(lora_a, sum(widths)), torch.device(DEVICE))
-    scratch.low.fill_(255)  # NaN in every dtype
-    scratch.partial.fill_(float("nan"))
+    workspace = Workspace.make(*workspace_sizes(lora_a, sum(widths)), torch.device(DEVICE))
+    workspace.low.fill_(255)  # NaN in every dtype
+    workspace.partial.fill_(float("nan"))
     return Problem(
         x=normal(tokens, size_in),
         weight=normal(sum(widths), size_in, scale=size_in**-0.5),
@@ -129,7 +129,7 @@ def make_problem(
         lora_b=normal(adapted, experts, rank, scale=rank**-0.5),
         gates=torch.cat([gates, garbage]),
         present=present_of((gates != 0).any(0)),
-        scratch=scratch,
+        workspace=workspace,
         parts=parts,
         widths=list(widths),
     )

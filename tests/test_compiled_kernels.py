@@ -51,6 +51,6 @@ def test_kernels_store_vectors(built):
 
 
 def test_kernels_load_vectors(built):
-    # What remains are scalars and short vectors: gates, counters, bits.
+    # What remains are scalars and short vectors: gates, semaphores, bits.
     narrow = {row["kernel"]: row["narrow"] for row in built}
     assert {name: count for name, count in narrow.items() if count > 8} == {}

@@ -59,11 +59,11 @@ def outputs(rows: int, pages: int):
 @pytest.mark.parametrize("tokens, pages", [(1, 2), (7, 33), (40, 16), (60, 100), (300, 40)])
 def test_gates_of_each_token_are_its_adapters(run, tokens, pages):
     arguments = problem(tokens, pages)
-    gates, present, counters = outputs(tokens + 3, pages)
-    run(*arguments, gates, present, counters)
+    gates, present, semaphores = outputs(tokens + 3, pages)
+    run(*arguments, gates, present, semaphores)
     reference = expected(*arguments)
     torch.testing.assert_close(gates[:tokens], reference)
-    assert (gates[tokens:] == 7).all() and (counters == 0).all()
+    assert (gates[tokens:] == 7).all() and (semaphores == 0).all()
     used = (reference != 0).any(0).nonzero()[:, 0].tolist()
     if tokens > 256:
         assert present[0] == -1
@@ -75,6 +75,6 @@ def test_gates_of_each_token_are_its_adapters(run, tokens, pages):
 def test_the_op_is_what_torch_compile_expects():
     arguments = (*problem(9, 12), *outputs(12, 12))
     torch.library.opcheck(torch.ops.vllm_adafuse.page_routes.default, arguments)
-    gates, present, counters = outputs(12, 12)
-    page_routes(*arguments[:5], gates, present, counters)
+    gates, present, semaphores = outputs(12, 12)
+    page_routes(*arguments[:5], gates, present, semaphores)
     torch.testing.assert_close(gates[:9], expected(*arguments[:5]))

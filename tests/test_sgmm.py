@@ -13,7 +13,7 @@ def by_torch(y, p):
 
 
 def by_triton(y, p):
-    s = shrink_triton(p.x, p.lora_a, p.gates, p.present, p.scratch)
+    s = shrink_triton(p.x, p.lora_a, p.gates, p.present, p.workspace)
     expand_triton(y, s, p.lora_b, p.present, p.parts, p.widths)
 
 

@@ -11,7 +11,7 @@ def by_torch(p):
 
 
 def by_triton(p):
-    return shrink_triton(p.x, p.lora_a, p.gates, p.present, p.scratch)
+    return shrink_triton(p.x, p.lora_a, p.gates, p.present, p.workspace)
 
 
 @pytest.mark.parametrize("run", [by_torch, by_triton])
@@ -27,9 +27,9 @@ def test_a_second_launch_finds_its_tickets_at_zero():
     p = in_whole_numbers(make_problem(3, 8192, [32], 3, 1, 20))
     assert ShrinkGrid.of(p.lora_a).slices == 8
     for _ in range(2):
-        p.scratch.low.fill_(255)
+        p.workspace.low.fill_(255)
         assert torch.equal(by_triton(p).double(), shrink_truth(p))
-    assert not p.scratch.tickets.any()
+    assert not p.workspace.tickets.any()
 
 
 def test_the_cut_depends_on_the_bank_alone():

@@ -1,4 +1,4 @@
-"""Routes to gates: the same weights at their experts' places, who is present, counters at zero."""
+"""Routes to gates: the same weights at their experts' places, who is present, semaphores zero."""
 
 import pytest
 import torch
@@ -31,13 +31,13 @@ def test_gates_present_and_counters(run, tokens, experts, top_k):
         ids, weights = routes(tokens, experts, top_k)
     gates = torch.full((tokens + 2, experts), 7.0, device=DEVICE)
     present = torch.full((2 + experts,), 7, dtype=torch.int64, device=DEVICE)
-    counters = torch.full((300, 4), 7, dtype=torch.int32, device=DEVICE)
-    run(ids, weights, gates, present, counters, tokens)
+    semaphores = torch.full((300, 4), 7, dtype=torch.int32, device=DEVICE)
+    run(ids, weights, gates, present, semaphores, tokens)
     for t in range(tokens):
         for e in range(experts):
             chosen = (ids[t] == e).nonzero()
             assert gates[t, e] == (weights[t, chosen[0, 0]] if len(chosen) else 0)
-    assert (gates[tokens:] == 7).all() and not counters.any()
+    assert (gates[tokens:] == 7).all() and not semaphores.any()
     used = torch.tensor([e in ids[:tokens] for e in range(experts)], device=DEVICE)
     if tokens > MAX_PRESENT_TOKENS:
         assert present[0] == -1

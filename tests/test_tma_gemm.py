@@ -41,7 +41,7 @@ def test_equals_float64(name, tiles):
 def test_slices_are_left_unadded(name, split):
     p = make_problem(*SHAPES[name])
     tokens, out = p.x.shape[0], sum(p.widths)
-    slices = p.scratch.slices(split, tokens, out)
+    slices = p.workspace.slices(split, tokens, out)
     run(p, tiles=GemmConfig(16, 32, split, slices=2), out=slices)
     assert error(slices.sum(0), linear_truth(p)) <= 1e-5
     assert split == 1 or error(slices[0], slices.sum(0).double()) > 0.1
@@ -120,7 +120,7 @@ def test_ranks_are_steps_of_the_loop(
 @pytest.mark.parametrize("size_in", [96, 384])
 def test_slices_in_half_precision(split, size_in):
     p = make_problem(40, size_in, [64, 70], 4, 2, 16, dtype=torch.float16)
-    slices = p.scratch.slices(split, 40, 134)
+    slices = p.workspace.slices(split, 40, 134)
     run(p, tiles=GemmConfig(32, 32, split, slices=2, tma=True), out=slices)
     truth, plain = linear_truth(p), linear_truth(p, dtype=torch.float16)
     assert error(slices.sum(0), truth) <= 1.2 * error(plain, truth)

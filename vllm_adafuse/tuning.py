@@ -26,14 +26,14 @@ from vllm_adafuse.kernels.dispatch import (
     default_config,
 )
 from vllm_adafuse.kernels.linear import linear_triton
-from vllm_adafuse.kernels.linear_norm import linear_norm_triton, scratch_sizes
+from vllm_adafuse.kernels.linear_norm import linear_norm_triton, workspace_sizes
 from vllm_adafuse.kernels.operands import Norm, Projection, Step, stays_in_place
 from vllm_adafuse.kernels.pairs import can_rotate
 from vllm_adafuse.kernels.plans import Device, Shape
-from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.shrink import MAX_SHARED
 from vllm_adafuse.kernels.spread_routes import new_present, spread_routes
 from vllm_adafuse.kernels.tma_gemm import MIN_TOKENS
+from vllm_adafuse.kernels.workspace import Workspace
 
 PACKED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv"}
 PACKED |= {"gate_proj": "gate_up", "up_proj": "gate_up", "gate_up_proj": "gate_up"}
@@ -221,7 +221,7 @@ class Trial:
         out, parts = sum(product.widths), len(product.widths)
         if copies is None:
             copies = max(2, -(-BEYOND_CACHE // (out * product.size_in * dtype.itemsize)))
-        self.counters = torch.zeros(copies, 4, dtype=torch.int32, device=device)
+        self.semaphores = torch.zeros(copies, 4, dtype=torch.int32, device=device)
         shape = product.shape(experts, rank, dtype.itemsize)
         factors = torch.ones(out, dtype=dtype, device=device)
         self.layers = []
@@ -230,10 +230,10 @@ class Trial:
             self.layers.append(Projection(
                 shape, fused_weight[out:].view(parts, experts, rank, product.size_in),
                 self._normal(out, experts, rank), fused_weight, norm=Norm(factors, 1e-5),
-                semaphore=self.counters[i], strided_out=stays_in_place(shape),
+                semaphore=self.semaphores[i], strided_out=stays_in_place(shape),
             ))  # fmt: skip
-        sizes = scratch_sizes(self.layers[0].lora_a, out)
-        self.scratch = Scratch.make(*sizes, torch.device(device))
+        sizes = workspace_sizes(self.layers[0].lora_a, out)
+        self.workspace = Workspace.make(*sizes, torch.device(device))
         self.cos_sin = None
         if product.activation == "rotary":
             self.cos_sin = self._normal(max(MAX_STREAM_TOKENS, tokens), product.head_dim)
@@ -249,8 +249,8 @@ class Trial:
         ids, weights = order[:, : self.top_k].int(), torch.rand(tokens, self.top_k).to(x.device)
         gates = torch.zeros(tokens, self.experts, device=self.device)
         present = new_present(self.experts, self.device)
-        spread_routes(ids, weights, gates, present, self.counters, tokens)
-        return x, Step(gates, present, self.scratch, self.cos_sin)
+        spread_routes(ids, weights, gates, present, self.semaphores, tokens)
+        return x, Step(gates, present, self.workspace, self.cos_sin)
 
     def run(self, given: tuple[torch.Tensor, Step], cut: GemmConfig | None) -> None:
         """Runs the product, cut like this, on every copy of the weights, with what follows it and
@@ -260,7 +260,7 @@ class Trial:
             way = config_plan(shape, cut)
         else:
             way = cublas_plan(shape, len(x), Device.of(x.device))
-        self.counters.zero_()
+        self.semaphores.zero_()
         if product.norm:
             residual = x.new_ones(x.shape[0], shape.size_out)
         if product.behind_norm:

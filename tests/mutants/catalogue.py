@@ -233,15 +233,15 @@ ROUTING = [
 
 CACHE = [
     Mutant(
-        "the first slot", "kernels/paged_cache.py",
+        "the first slot", "kernels/kv_slots.py",
         "kept = pages.slots >= 0", "kept = pages.slots > 0",
         "tests/test_kv_cache.py::test_a_step_of_the_op_writes_the_cache_that_vllm_would",
         "the first place of the cache is never written",
     ),
     Mutant(
-        "values among the keys", "kernels/paged_cache.py",
+        "values among the keys", "kernels/kv_slots.py",
         "tl.where(part == 2, values_ptr, keys_ptr)", "tl.where(part == 1, values_ptr, keys_ptr)",
-        "tests/test_paged_cache.py::test_pages_hold_to_the_last_bit_what_the_result_would"
+        "tests/test_kv_slots.py::test_pages_hold_to_the_last_bit_what_the_result_would"
         "[by_stream-NHD-dtype0]",
         "keys and values change places in the cache",
     ),

@@ -157,7 +157,7 @@ class ExpertBank(torch.nn.Module):
         num_experts: E.
         rank: R, the largest rank.
         route: the step's static buffers.
-        index: of the projection, its row in the route's counters.
+        index: of the projection, its row in the route's semaphores.
         joint: W and A are to stand in one tensor; `join` says which W.
 
     Attributes:
@@ -233,9 +233,9 @@ class ExpertBank(torch.nn.Module):
             self.lora_b[row : row + len(own)].copy_(own)
             row += len(own)
 
-    def scratch_sizes(self) -> tuple[int, int, int]:
+    def workspace_sizes(self) -> tuple[int, int, int]:
         sizes = linear_norm if self.before_norm else linear
-        return sizes.scratch_sizes(self.lora_a, sum(self.widths))
+        return sizes.workspace_sizes(self.lora_a, sum(self.widths))
 
     @functools.cached_property
     def shape(self) -> Shape:
@@ -261,14 +261,14 @@ class ExpertBank(torch.nn.Module):
         return Projection(
             self.shape, self.lora_a, self.lora_b, self.joint if self.is_joint else None,
             self.bias_of(), None if self.norm_of is None else self.norm_of(),
-            route.counters[self.index], self.strided_out,
+            route.semaphores[self.index], self.strided_out,
         )  # fmt: skip
 
     @functools.cached_property
     def step(self) -> Step:
         """The step's buffers as kernels take them."""
         cos_sin = self.rotary.cos_sin if self.epilogue == "rotary" else None
-        return Step(self.route.gates, self.route.present, self.route.scratch, cos_sin)
+        return Step(self.route.gates, self.route.present, self.route.workspace, cos_sin)
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """y + delta, in place. x: [T, in], y: [T, out] of this rank."""

@@ -22,7 +22,7 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
-from vllm_adafuse.kernels.paged_cache import Pages
+from vllm_adafuse.kernels.kv_slots import KVSlots
 
 # As the model computes them: a cache of one of these has no scales.
 PLAIN_DTYPES = ("auto", "float16", "bfloat16")
@@ -71,9 +71,9 @@ class LayerCache:
         self._stock_update = attention.impl.do_kv_cache_update
         attention.impl.do_kv_cache_update = self._update
         self._written: Any = None  # the forward whose keys are in their pages
-        self._rehearsed: Pages | None = None
+        self._rehearsed: KVSlots | None = None
 
-    def claim(self, tokens: int, dtype: torch.dtype) -> Pages | None:
+    def claim(self, tokens: int, dtype: torch.dtype) -> KVSlots | None:
         """Pages for the keys and values of this forward, which the caller is going to write."""
         self._written = None
         if self._rehearsed is not None:
@@ -104,7 +104,7 @@ class LayerCache:
             return None
         return slots if slots.is_contiguous() else None
 
-    def _pages(self, slots: torch.Tensor, dtype: torch.dtype) -> Pages | None:
+    def _pages(self, slots: torch.Tensor, dtype: torch.dtype) -> KVSlots | None:
         """Keys and values [blocks, block, heads, D] of the bound cache, if its layout is the one
         known. Made anew for every claim: to keep them would keep a cache that vLLM gives up."""
         attention = self.attention
@@ -119,7 +119,7 @@ class LayerCache:
         # cache.transpose(1, 2).split(size, -1), as FlashAttentionImpl does, at a third of its cost.
         keys = cache.as_strided(shape, strides)
         values = cache.as_strided(shape, strides, cache.storage_offset() + shape[3])
-        return Pages(keys, values, slots, shape[1], *strides[:3])
+        return KVSlots(keys, values, slots, shape[1], *strides[:3])
 
     def _update(self, *arguments: Any, **options: Any) -> None:
         """In the place of the backend's `do_kv_cache_update`, if the projection has not done it."""
@@ -134,7 +134,7 @@ class LayerCache:
         heads, size = self.attention.num_kv_heads, self.attention.head_size
         memory = torch.zeros(1, 16, heads, 2 * size, dtype=dtype, device=device)
         slots = torch.full((tokens,), -1, device=device)
-        self._rehearsed = Pages.of(*memory.split(size, -1), slots)
+        self._rehearsed = KVSlots.of(*memory.split(size, -1), slots)
         try:
             yield
         finally:

@@ -112,7 +112,7 @@ class AdaFuseMixin:
         for layer, block, _ in found:
             linear.keep_in_place(layer, block)
         # A pipeline stage may have no adapted layer, but still passes routes on.
-        sizes = [(1, 1, 1), *(bank.scratch_sizes() for bank in banks)]
+        sizes = [(1, 1, 1), *(bank.workspace_sizes() for bank in banks)]
         route.reserve(max(1, len(banks)), sizes)
         return banks
 

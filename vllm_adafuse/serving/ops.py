@@ -107,7 +107,7 @@ def _page_deltas(y: torch.Tensor, x: torch.Tensor, gates: torch.Tensor, layer_na
 _NAMED = "(Tensor x, Tensor gates, str layer_name) -> Tensor"
 _ADDED = "(Tensor(a!) y, Tensor x, Tensor gates, str layer_name) -> ()"
 
-# What else a step's launches write, scratch and the KV cache, no other op of the graph reads.
+# What else a step's launches write, the workspace and the KV cache, no other op of the graph reads.
 # `projection`: [T, in] -> [T, out], or [T, out / 2] after gate_up's activation, see `linear`.
 projection = register_op(f"projection{_NAMED}", _projection, _projection_fake)
 # `projection_norm`: and the norm behind it, see `linear_norm`; residual is [T, H].

@@ -22,7 +22,7 @@ class PageBank(ExpertBank):
         parts: full names of its Hugging Face linears in the order of their outputs.
         pages: of the pool.
         step: the step's static buffers.
-        index: of the projection, its row in the step's counters.
+        index: of the projection, its row in the step's semaphores.
         joint: the projection is computed together with its deltas.
     """
 

@@ -73,7 +73,7 @@ def wrap_model(
             place_banks([bank], config.dtype)
             wrap(layer, block, bank)
             make_known(bank, vllm_config)
-        step.reserve(len(banks), [bank.scratch_sizes() for bank in banks])
+        step.reserve(len(banks), [bank.workspace_sizes() for bank in banks])
     if left:
         logger.warning(
             "AdaFuse: adapters of these linears are refused, none can be added there: %s", left

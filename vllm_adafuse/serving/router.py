@@ -11,8 +11,8 @@ from vllm_adafuse.config import AdapterConfig
 from vllm_adafuse.kernels.gate import gate
 from vllm_adafuse.kernels.gather_routes import gather_routes
 from vllm_adafuse.kernels.live_route import live_route
-from vllm_adafuse.kernels.scratch import Scratch
 from vllm_adafuse.kernels.spread_routes import new_present, spread_routes
+from vllm_adafuse.kernels.workspace import Workspace
 
 # Rows whose routes are computed at once when the passports are stamped.
 PASSPORT_CHUNK = 1024
@@ -25,8 +25,8 @@ class Step(torch.nn.Module):
     Attributes:
         gates: [N, E] float32, each token's weights at their experts' places.
         present: [2 + E] int64, the experts that the step needs, see `spread_routes`.
-        counters: [projections, 4] int32, on which programs of one launch wait for each other.
-        scratch: what all launches share.
+        semaphores: [projections, 4] int32, on which programs of one launch wait for each other.
+        workspace: what all launches share.
     """
 
     def __init__(self, rows: int, num_experts: int):
@@ -40,18 +40,18 @@ class Step(torch.nn.Module):
 
         Args:
             projections: their number.
-            sizes: `scratch_sizes` of each.
+            sizes: `workspace_sizes` of each.
         """
         low, floats, tickets = (max(column) for column in zip(*sizes))
-        scratch = Scratch.make(low, floats, tickets, self.gates.device)
-        for name, tensor in scratch._asdict().items():
+        workspace = Workspace.make(low, floats, tickets, self.gates.device)
+        for name, tensor in workspace._asdict().items():
             self.register_buffer(name, tensor, persistent=False)
-        counters = torch.zeros(projections, 4, dtype=torch.int32)
-        self.register_buffer("counters", counters, persistent=False)
+        semaphores = torch.zeros(projections, 4, dtype=torch.int32)
+        self.register_buffer("semaphores", semaphores, persistent=False)
 
     @property
-    def scratch(self) -> Scratch:
-        return Scratch(self.low, self.partial, self.tickets, self.unread)
+    def workspace(self) -> Workspace:
+        return Workspace(self.low, self.partial, self.tickets, self.unread)
 
 
 class Route(Step):
@@ -71,7 +71,7 @@ class Route(Step):
     def spread(self, tokens: int) -> None:
         """Prepares what layers read, from the first `tokens` rows of ids and weights."""
         spread_routes(
-            self.expert_ids, self.weights, self.gates, self.present, self.counters, tokens
+            self.expert_ids, self.weights, self.gates, self.present, self.semaphores, tokens
         )
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 
-class Pages(NamedTuple):
+class KVSlots(NamedTuple):
     """Where a step's keys and values go, in the order of a kernel's arguments.
 
     Attributes:
@@ -35,7 +35,7 @@ class Pages(NamedTuple):
     head_stride: int
 
     @classmethod
-    def of(cls, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> Pages:
+    def of(cls, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> KVSlots:
         """Raises ValueError: the two are not laid out alike, or a row's columns have gaps."""
         if keys.stride() != values.stride() or keys.stride(3) != 1:
             raise ValueError(
@@ -47,7 +47,7 @@ class Pages(NamedTuple):
         return cls(keys, values, slots, keys.shape[1], block, row, head * (keys.shape[2] > 1))
 
 
-NO_PAGES: tuple[Any, ...] = (None,) * len(Pages._fields)
+NO_KV_SLOTS: tuple[Any, ...] = (None,) * len(KVSlots._fields)
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def starts_of_head(
     return starts, kept
 
 
-def paged_cache_torch(y: torch.Tensor, pages: Pages, widths: list[int]) -> None:
+def kv_slots_torch(y: torch.Tensor, pages: KVSlots, widths: list[int]) -> None:
     """Copies keys and values of y [T, q + k + v columns] to their pages: the reference."""
     kept = pages.slots >= 0
     slots = pages.slots[kept]

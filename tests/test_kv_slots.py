@@ -14,8 +14,8 @@ from ops import (
 from vllm_adafuse.kernels.configs import ExpandConfig, GemmConfig
 from vllm_adafuse.kernels.decode_gemm import decode_gemm_triton
 from vllm_adafuse.kernels.expand import expand_raw_triton
+from vllm_adafuse.kernels.kv_slots import KVSlots, kv_slots_torch
 from vllm_adafuse.kernels.linear import linear
-from vllm_adafuse.kernels.paged_cache import Pages, paged_cache_torch
 from vllm_adafuse.kernels.pairs import rotate_torch
 from vllm_adafuse.kernels.tma_expand import tma_expand_triton
 from vllm_adafuse.kernels.tma_gemm import tma_gemm_triton
@@ -26,7 +26,7 @@ BLOCK = 16
 LAYOUTS = {"NHD": (0, 2, 1, 3), "HND": (0, 1, 2, 3)}
 
 
-def make_pages(tokens, heads, head_dim, dtype=torch.float32, layout="NHD", seed=0) -> Pages:
+def make_pages(tokens, heads, head_dim, dtype=torch.float32, layout="NHD", seed=0) -> KVSlots:
     """Pages for tokens at random places; every fourth token has none."""
     g = torch.Generator().manual_seed(seed)
     blocks = tokens // BLOCK + 2
@@ -37,13 +37,13 @@ def make_pages(tokens, heads, head_dim, dtype=torch.float32, layout="NHD", seed=
     slots[3::4] = -1
     # Both orders are their own inverses.
     keys, values = memory.permute(order).transpose(1, 2).split(head_dim, -1)
-    return Pages.of(keys, values, slots.to(DEVICE))
+    return KVSlots.of(keys, values, slots.to(DEVICE))
 
 
-def wanted(truth, pages, widths) -> Pages:
+def wanted(truth, pages, widths) -> KVSlots:
     """What is to stand in pages that are untouched elsewhere, in float64."""
     keys = torch.full(pages.keys.shape, UNTOUCHED, dtype=torch.float64, device=DEVICE)
-    want = Pages.of(keys, keys.clone(), pages.slots)
+    want = KVSlots.of(keys, keys.clone(), pages.slots)
     for t, slot in enumerate(pages.slots.tolist()):
         if slot >= 0:
             _, k, v = truth[t].split(list(widths))
@@ -137,7 +137,7 @@ def test_pages_hold_to_the_last_bit_what_the_result_would(run, layout, dtype):
     cos_sin = whole_turns(23, head_dim, dtype)
     pages, again = (make_pages(21, 1, head_dim, dtype, layout) for _ in range(2))
     out, left = run(p, cos_sin, pages), run(p, cos_sin, None)
-    paged_cache_torch(left, again, widths)
+    kv_slots_torch(left, again, widths)
     assert torch.equal(again.keys, pages.keys) and torch.equal(again.values, pages.values)
     assert torch.equal(left[:, : widths[0]], out[:, : widths[0]])
     if dtype == torch.float32:
@@ -162,7 +162,7 @@ def test_what_has_no_slot_is_written_nowhere():
 def test_keys_and_values_must_be_laid_out_alike():
     pages = make_pages(5, 2, 32)
     with pytest.raises(ValueError, match="the same ones"):
-        Pages.of(pages.keys, pages.values.contiguous(), pages.slots)
+        KVSlots.of(pages.keys, pages.values.contiguous(), pages.slots)
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 
-class Scratch(NamedTuple):
+class Workspace(NamedTuple):
     """Buffers at fixed addresses.
 
     Attributes:
@@ -23,7 +23,7 @@ class Scratch(NamedTuple):
     unread: torch.Tensor
 
     @classmethod
-    def make(cls, low_bytes: int, floats: int, tickets: int, device: torch.device) -> Scratch:
+    def make(cls, low_bytes: int, floats: int, tickets: int, device: torch.device) -> Workspace:
         i32 = torch.int32
         return cls(
             torch.empty(low_bytes, dtype=torch.uint8, device=device),
@@ -40,7 +40,7 @@ class Scratch(NamedTuple):
         """
         count = torch.Size(shape).numel()
         if count * dtype.itemsize > self.low.numel():
-            raise ValueError(f"scratch has {self.low.numel()} bytes for s, {shape} needs more")
+            raise ValueError(f"workspace has {self.low.numel()} bytes for s, {shape} needs more")
         return self.low[: count * dtype.itemsize].view(dtype).view(shape)
 
     def slices(self, split: int, tokens: int, width: int) -> torch.Tensor:
@@ -51,5 +51,5 @@ class Scratch(NamedTuple):
         """
         count = split * tokens * width
         if count > self.partial.numel():
-            raise ValueError(f"scratch has {self.partial.numel()} sums, {count} are to be left")
+            raise ValueError(f"workspace has {self.partial.numel()} sums, {count} are to be left")
         return self.partial[-count:].view(split, tokens, width)
