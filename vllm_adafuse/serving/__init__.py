@@ -14,6 +14,7 @@
 Where requests choose their adapters (`--enable-lora`):
 
     adapters.py    an adapter directory, opened and checked                   (both)
+    versions.py    which content a request means; checks, done once           (front end)
     manager.py     the adapters of a worker, in the place of vLLM's manager   (worker)
     pool.py        which adapters lie on the device, on which pages           (worker)
     hosted.py      adapters in host memory, as this rank needs them           (worker)
