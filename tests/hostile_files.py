@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import struct
 from collections.abc import Callable
@@ -128,7 +129,10 @@ FILES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "Infinity inside": (first_key(CONFIG, '"x_a": [1, -Infinity]'), (CONFIG, "`x_a.1`")),
     "1e999": (first_key(CONFIG, '"x_a": 1e999'), (CONFIG, "`x_a` is Infinity")),
     "5000 digits": (first_key(CONFIG, '"x_a": ' + "9" * 5000), (CONFIG, "`x_a`", "5000 digits")),
-    "5000 digits of r": (edit_config(r=0), (CONFIG, "`r`")),
+    "5000 digits of r": (
+        text(CONFIG, lambda t: re.sub(r'"r": (\[[^]]*\]|\d+)', f'"r": {"9" * 5000}', t)),
+        (CONFIG, "`r` is"),
+    ),
     "half a character": (first_key(CONFIG, r'"x_a": "\ud800"'), (CONFIG, "`x_a`", "half")),
     "nested": (first_key(CONFIG, nested(90)), (CONFIG, "`x_a", "64 levels")),
     "nested without end": (first_key(CONFIG, nested(100_000)), (CONFIG, "`x_a`", "64 levels")),
