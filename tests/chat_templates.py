@@ -84,6 +84,9 @@ IN_THE_LAST_TURN = """\
 {%- endfor -%}
 """
 
+# The system text and the tools stand in a user turn that is the last of all: never above a reply.
+IN_AN_UNANSWERED_TURN = IN_THE_LAST_TURN.replace("m == users[-1]", "loop.last")
+
 # No system role; another name for the assistant; contents trimmed.
 NO_SYSTEM = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}"

@@ -72,6 +72,8 @@ LEARNT = {
         ["first reply\n\n", "second reply\n\n<|eos|>"]),
     "system last": (templates.IN_THE_LAST_TURN, [SYSTEM, *TURNS],
         [" first reply<|eos|>", " second reply<|eos|>"]),
+    "system unanswered": (templates.IN_AN_UNANSWERED_TURN, [SYSTEM, *TURNS],
+        [" first reply<|eos|>", " second reply<|eos|>"]),
     "equal turns": (templates.IN_THE_LAST_TURN, [SYSTEM, USER, said("a"), USER, said("b")],
         [" a<|eos|>", " b<|eos|>"]),
     "no system": (templates.NO_SYSTEM, [USER, said(" first reply\n"), AGAIN, said("second")],
@@ -102,11 +104,24 @@ def test_the_text_is_the_template_s(read, base):  # noqa: F811
     tokenizer = AutoTokenizer.from_pretrained(base)
     for template, messages, _ in LEARNT.values():
         given = [{k: v for k, v in m.items() if k != "reasoning"} for m in messages]
-        if given == messages:
+        if given == messages and template != templates.IN_AN_UNANSWERED_TURN:
             tokenizer.chat_template = template
             assert read(template, messages)[0] == tokenizer.apply_chat_template(
                 messages, tokenize=False
             )
+
+
+def test_the_last_prompt_is_what_a_server_sends(read, base):  # noqa: F811
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = templates.IN_AN_UNANSWERED_TURN
+    messages = [SYSTEM, *TURNS]
+    text, learnt = read(tokenizer.chat_template, messages, tools=TOOLS)
+    sent = tokenizer.apply_chat_template(
+        messages[:-1], tools=TOOLS, tokenize=False, add_generation_prompt=True
+    )
+    assert "be brief" in sent and "[TOOLS]" in sent
+    assert text == sent + " second reply<|eos|>"
+    assert learnt == [" first reply<|eos|>", " second reply<|eos|>"]
 
 
 def test_a_block_of_generation_equals_transformers_mask(read, base, tmp_path):  # noqa: F811

@@ -20,8 +20,12 @@ Each line of the data is a JSON object of one of three kinds:
   {"messages": [{"role": "user", "content": "…"}, …]}  learns what the assistant says, in the
                                                        tokenizer's chat template
 
+Alpaca's keys (instruction, input, output) and ShareGPT's (conversations of from and value) are
+understood too, and a file that is one list of such objects; docs/training.md has the details.
+
 A share of the lines is held out; the perplexity on them, before and after, tells whether the
-training helped. Checkpoints are kept in OUTPUT-training, from which --resume goes on.
+training helped. Checkpoints are kept in OUTPUT-training, from which --resume goes on: from the last
+whole one, with the texts and options of the run that wrote it.
 """
 EXAMPLE = """\
   vllm-adafuse train --base ./Llama-2-7b-hf --data texts.jsonl --output ./adapter
@@ -98,7 +102,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
         help="of the backbone (auto: bfloat16 on a GPU, else float32)")  # fmt: skip
     add("--gradient-checkpointing", action="store_true", help="less memory, more time")
-    add("--resume", action="store_true", help="go on from the last checkpoint")
+    add("--resume", action="store_true", help="go on from the last whole checkpoint")
     add("--save-every", type=int, default=500, metavar="N", help="steps per checkpoint; 0: none")
     add("--log-every", type=int, default=10, metavar="N", help="steps per line of the log")
     add("--tensorboard", action="store_true", help="write logs for TensorBoard to OUTPUT-training")

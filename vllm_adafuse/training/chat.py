@@ -49,6 +49,7 @@ class _Written:
     Attributes:
         messages: as the template gets them.
         text: all that it writes.
+        whole: the messages of that text, or of its beginning, and whether it asks for a reply.
         has_marks: whether it says itself what is generated.
     """
 
@@ -60,7 +61,7 @@ class _Written:
         except ValueError as e:
             raise Bad(f"the tokenizer has no chat template for this line ({e})") from e
         self.has_marks = bool(_GENERATION.search(self.template))
-        self.text = self._whole()
+        self.text, self.whole = self._all(), (self.messages, False)
         self.replies = [i for i, m in enumerate(self.messages) if m["role"] == "assistant"]
         self._refuse_unwritten()
 
@@ -84,7 +85,7 @@ class _Written:
         except Exception as e:  # templates are programs of the tokenizer's makers
             raise Bad(f"the chat template refuses `messages` ({clip(str(e), 200)})") from e
 
-    def _whole(self) -> str:
+    def _all(self) -> str:
         try:
             return self.write(self.messages)
         except Bad as e:
@@ -119,7 +120,12 @@ class _Written:
 
     def _refuse_unwritten(self) -> None:
         """Refuses what the template does not write and its maker may think that it does."""
-        if self.tools and self.write(self.messages, tools=None) == self.text:
+        asked = (self.messages[:-1], self.messages[-1]["role"] == "assistant")
+        if self.tools and all(
+            self.write(*of) == self.write(*of, tools=None)
+            for of in ((self.messages,), asked)
+            if of[0]
+        ):
             raise Bad("the chat template does not write `tools`; leave them out, or use a template "
                       "that does")  # fmt: skip
         for i, (given, message) in enumerate(zip(self.talk.messages, self.messages)):
@@ -190,26 +196,38 @@ class _Written:
             Bad: a reply's beginning or end cannot be known.
         """
         spans = {}
-        for i in self.replies:
+        for i in reversed(self.replies):
             if i == 0:  # nothing was asked
                 continue
             first, last = self._start(i), self._end(i)
-            content = self.messages[i]["content"]
-            plain = isinstance(content, str) and "tool_calls" not in self.messages[i]
-            if not plain or content.strip() not in self.text[first:last]:
-                place = self.find(i, (self.messages, False))
-                if place is None or not first <= place[0] <= last:
-                    raise Bad(f"{self.name(i)}: the chat template does not write it as it is given; "
-                              "write the text yourself as `text`")  # fmt: skip
+            self._refuse_missing(i, first, last)
+            if i + 1 == len(self.messages):
+                # Where the template writes it without what a server sends before it (a system text
+                # that only a last user turn has), what a server sends takes its place.
+                before = self.write(self.messages[:i], True)
+                if not self.text.startswith(before):
+                    self.text, self.whole = before + self.text[first:], (self.messages[:i], True)
+                    first, last = len(before), len(self.text)
             spans[i] = [(first, last)]
         return spans
+
+    def _refuse_missing(self, i: int, first: int, last: int) -> None:
+        """Refuses a span that does not hold the words of reply i."""
+        content = self.messages[i]["content"]
+        plain = isinstance(content, str) and "tool_calls" not in self.messages[i]
+        if plain and content.strip() in self.text[first:last]:
+            return
+        place = self.find(i, self.whole)
+        if place is None or not first <= place[0] <= last:
+            raise Bad(f"{self.name(i)}: the chat template does not write it as it is given; write "
+                      "the text yourself as `text`")  # fmt: skip
 
     def _start(self, i: int) -> int:
         """Where the prompt ends that a server sends for reply i."""
         before = self.write(self.messages[:i], True)
         if self.text.startswith(before):
             return len(before)
-        places = self.find(i - 1, (self.messages, False), (self.messages[:i], True))
+        places = self.find(i - 1, self.whole, (self.messages[:i], True))
         if places is None:
             raise Bad(f"{self.name(i - 1)}: the chat template does not write it as it is given; "
                       "where the reply to it begins cannot be known")  # fmt: skip
@@ -218,7 +236,9 @@ class _Written:
         if self.text.startswith(asked, here):
             return here + len(asked)
         if i + 1 < len(self.messages):  # as if the reply had not thought
-            bare = self.write(self._with(i, self.messages[i] | {"content": self.mark}))
+            messages, ask = self.whole
+            changed = self._with(i, self.messages[i] | {"content": self.mark})
+            bare = self.write(changed[: len(messages)], ask)
             own = bare.find(self.mark)
             same = own >= here and self.text[:own] == bare[:own]
             if same and asked.startswith(self.text[here:own]):
@@ -243,7 +263,7 @@ class _Written:
             texts.append((upto, True))
         except Bad:
             asked = ""
-        places = self.find(i, (self.messages, False), *texts)
+        places = self.find(i, self.whole, *texts)
         if places is None:
             raise Bad(f"{self.name(i)}: the chat template does not write it as it is given; where "
                       "it ends cannot be known")  # fmt: skip

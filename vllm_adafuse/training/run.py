@@ -7,11 +7,12 @@ import logging
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
@@ -21,6 +22,7 @@ from vllm_adafuse.training.data import Blocks, Example, places, read_jsonl, spli
 from vllm_adafuse.training.evaluate import next_token_scores
 from vllm_adafuse.training.health import NotFinite
 from vllm_adafuse.training.model import AdaFuseModel
+from vllm_adafuse.training.resume import WEIGHTS, digest, find_checkpoint, make_recorder
 from vllm_adafuse.training.watch import count_experts, watch
 from vllm_adafuse.vocabulary import require_rows
 
@@ -50,7 +52,7 @@ class TrainOptions:
         load: "full", or the backbone in "8bit" or "4bit" (bitsandbytes, NVIDIA GPU).
         dtype: of the backbone: "auto" is bfloat16 on a GPU, float32 else.
         gradient_checkpointing: less memory, a third more time.
-        resume: go on from the last checkpoint of `<output>-training`.
+        resume: go on from the last whole checkpoint of `<output>-training`.
         save_every: steps between checkpoints; 0: none.
         log_every: steps between log lines.
         tensorboard: also log for TensorBoard.
@@ -210,6 +212,22 @@ def named(error: NotFinite, blocks: Blocks) -> AdapterError:
     return AdapterError(error.subject, [*error.problems, f"it held {places(sources)}"])
 
 
+def record_of(
+    options: TrainOptions, model: AdaFuseModel, blocks: Blocks, processes: int
+) -> dict[str, Any]:
+    """What a run must share with the one that it goes on with: all that its result depends on, but
+    for how long it is."""
+    kept = "length pack batch_size accumulate lr weight_decay held_out load seed".split()
+    return {
+        "data": digest(blocks.ids, blocks.labels),
+        "backbone": digest(*model.backbone.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "processes": processes,
+        **{name: getattr(options, name) for name in kept},
+        **asdict(options.mixture),
+    }
+
+
 def train(options: TrainOptions) -> TrainReport:
     """Trains and saves an adapter.
 
@@ -271,6 +289,21 @@ def train(options: TrainOptions) -> TrainReport:
         model,
     )
     first = trainer.is_world_process_zero()
+    record = record_of(options, model, blocks, trainer.args.world_size)
+    trainer.add_callback(make_recorder(record))
+    found = find_checkpoint(options.work, record) if options.resume else None
+    steps = math.ceil(len(trainer.get_train_dataloader()) / options.accumulate)  # of an epoch
+    total = options.steps or math.ceil(options.epochs * steps)
+    if found and found.step >= total and not found.recorded:
+        raise AdapterError(
+            f"checkpoint {found.path}",
+            [f"it is at step {found.step} already, and these texts and options end at step {total}: "
+             "nothing would be trained; raise --steps or --epochs, or leave out --resume and name "
+             "another --output to start anew"],
+        )  # fmt: skip
+    if found and first:
+        for said in found.notes:
+            logger.warning("%s", said)
 
     def scores() -> dict[str, float]:
         return next_token_scores(model, DataLoader(judged, options.batch_size))
@@ -283,19 +316,15 @@ def train(options: TrainOptions) -> TrainReport:
             [f"its loss on the held-out lines is {before['loss']}; check its weights, or try "
              "another dtype"],
         )  # fmt: skip
-    checkpoint = None
-    if options.resume:
-        from transformers.trainer_utils import get_last_checkpoint
-
-        checkpoint = get_last_checkpoint(options.work) if options.work.is_dir() else None
-        if checkpoint is None:
-            raise AdapterError(
-                f"directory {options.work}", ["holds no checkpoint to resume from; leave it out"]
-            )
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except NotFinite as e:
-        raise named(e, blocks) from e
+    if found and found.step >= total:  # Trainer would take one step more
+        model.load_state_dict(load_file(found.path / WEIGHTS))
+        if first:
+            logger.warning("the run had ended at step %d: nothing was left to train", found.step)
+    else:
+        try:
+            trainer.train(resume_from_checkpoint=str(found.path) if found else None)
+        except NotFinite as e:
+            raise named(e, blocks) from e
     after, usage = {}, []
     if first:
         model.save_pretrained(options.output)
