@@ -268,3 +268,15 @@ def test_patterns_are_those_of_peft():
         first_matches(["("], names)
     with pytest.raises(ValueError, match="more than 1 s"):
         first_matches(["(.*.*.*.*)*!"], names)
+
+
+def test_pickles_of_requests(place, tmp_path):
+    from vllm_adafuse.errors import AdapterError
+    from vllm_adafuse.serving.adapters import open_adapter
+
+    path = Path(shutil.copytree(place / "lora", tmp_path / "lora"))
+    (path / "adapter_model.safetensors").unlink()
+    (path / "adapter_model.bin").touch()
+    os.truncate(path / "adapter_model.bin", 1 << 43)
+    with pytest.raises(AdapterError, match="adapter_model.bin: .*memory"):
+        open_adapter(path)
