@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from vllm_adafuse.backbone import Backbone
-from vllm_adafuse.config import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, parse_config, show
+from vllm_adafuse.config import CONFIG_FILE, FOREIGN, WEIGHTS_FILE, AdapterConfig, parse_config, show
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.keys import clip_all
 from vllm_adafuse.layout import (
@@ -121,6 +121,8 @@ def check_adapter(
     if problems:
         return None, problems
     config, problems = _read_config(root / CONFIG_FILE)
+    if config is None and len(problems) == 1 and problems[0].endswith(FOREIGN):
+        return None, problems  # nor do its tensors have names of this format
     alike = Alike()
     try:
         weights = TensorFile(root / WEIGHTS_FILE, _missing_weights(entries))

@@ -33,6 +33,7 @@ FINGERPRINT_KEY, CONTENT_KEY = "fingerprint", "content"
 # The weights that routes depend on, see `digest.backbone_hash`.
 BASE_HASH = "base_model_hash"
 PRE_GATED, LAYER_WISE = "pre_gated", "layer_wise"
+FOREIGN = "make one in this format of it with: vllm-adafuse convert SRC OUT"
 BLOCKS = ("self_attn", "mlp")
 ROUTER_INPUTS = ("first_norm", "embedding")
 ROUTER_WEIGHTS = ("topk_softmax", "softmax_topk")
@@ -299,7 +300,9 @@ def parse_config(raw: Any) -> tuple[AdapterConfig | None, list[str]]:
     keys.problems = problems
 
     if values.get("peft_type", "ADAFUSE") != "ADAFUSE":
-        keys.bad("peft_type", '"ADAFUSE"; convert other adapters before serving them')
+        keys.bad("peft_type", f'"ADAFUSE"; {FOREIGN}')
+        if "num_experts" not in values or "format_version" not in values:
+            return None, problems[-1:]  # of another library: all else would only follow from it
     version = values.get("format_version", 1)
     if not is_int(1, 10**6)(version):
         keys.bad("format_version", f"an integer from 1 to {FORMAT_VERSION}")

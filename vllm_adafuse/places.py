@@ -77,8 +77,28 @@ def backbone_problem(name: str) -> str:
         )
     return (
         f"{shown} is not on this machine: it is neither a directory with a {MODEL_CONFIG} nor in "
-        f"the Hugging Face cache; {_instead(root, MODEL_CONFIG)}, or download it first"
+        f"the Hugging Face cache; {_instead(root, MODEL_CONFIG)}"
     )
+
+
+def output_problem(out: Path) -> str | None:
+    """Why a directory cannot be made here, said before hours of work for it.
+
+    Args:
+        out: the directory to write; absent or empty.
+    """
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        return "it is a file or a link; name a new directory"
+    if out.is_dir() and any(out.iterdir()):
+        held = [name for name in (CONFIG_FILE, MODEL_CONFIG) if (out / name).is_file()]
+        holds = f": it holds {held[0]} (is the order of the arguments right?)" if held else ""
+        return f"it is not empty{holds}; name a new directory"
+    above = next(p for p in (out, *out.absolute().parents) if os.path.lexists(p))
+    if not above.is_dir():
+        return f"{above} is a file, expected a folder; name another directory"
+    if not os.access(above, os.W_OK | os.X_OK):
+        return f"{above} may not be written (permission denied); name another directory"
+    return None
 
 
 def find_local_backbone(name: str, revision: str | None = None) -> Path | None:

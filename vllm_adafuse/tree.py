@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.places import output_problem
 from vllm_adafuse.reading import FileProblem, open_regular
 
 # What programs note about this copy of a checkpoint: git, and Hugging Face's download.
@@ -71,7 +72,5 @@ def check_out(base: Path, out: Path) -> None:
         raise AdapterError(
             subject, [f"it lies in the backbone {base}; name a directory outside of it"]
         )
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise AdapterError(subject, ["it is a file or a link; name a new directory"])
-    if out.is_dir() and any(out.iterdir()):
-        raise AdapterError(subject, ["it is not empty; name a new directory or empty it"])
+    if problem := output_problem(out):
+        raise AdapterError(subject, [problem])

@@ -32,7 +32,7 @@ def pair(text: str) -> tuple[str, Path]:
     """"code=./lora" -> ("code", Path("lora")); shells leave a ~ after the = alone."""
     name, sign, value = text.partition("=")
     if not (name and sign and value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
+        raise argparse.ArgumentTypeError(f"is {text!r}, expected a name and a path: NAME=PATH")
     return name, Path(value).expanduser()
 
 

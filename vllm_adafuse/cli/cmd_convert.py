@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from vllm_adafuse.cli.common import add_example, printable
+from vllm_adafuse.cli.parser import value_of
 from vllm_adafuse.errors import AdapterError
 
 DESCRIPTION = """\
@@ -45,7 +46,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("out", metavar="OUT", help="the adapter directory to make")
     add("--base", help="the backbone: a directory or a cached name (default: the one SRC names)")
     add(
-        "--top-k", type=ints, metavar="K",
+        "--top-k", type=value_of(ints, "2, or one number for each layer: 2,2,4"), metavar="K",
         help="MoLA, which does not save it: experts per token, or one number for each layer: 2,2,4",
     )  # fmt: skip
     add(

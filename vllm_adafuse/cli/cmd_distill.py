@@ -13,8 +13,10 @@ from vllm_adafuse.cli.common import (
     printable,
     usable,
 )
+from vllm_adafuse.cli.parser import COUNT
 from vllm_adafuse.config import ROUTER_INPUTS
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.places import output_problem
 
 DESCRIPTION = """\
 Makes a pre-gated adapter of one that has a router in every layer. The experts are kept; those of
@@ -42,16 +44,16 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--base", help=BASE_HELP)
     add("--data", required=True, action="append", metavar="FILE.jsonl", help="texts")
     add("--output", required=True, metavar="DIR", help="the adapter directory to make")
-    add("--top-k", type=int, metavar="K", help="experts per token (default: the teacher's largest)")
+    add("--top-k", type=COUNT, metavar="K", help="experts per token (default: the teacher's largest)")
     add("--router-layer", type=int, default=0, metavar="M",
         help="decide on entering layer M, which sees context if M > 0; the teacher's experts below "
         "M are left out (default 0)")  # fmt: skip
     add("--router-input", choices=ROUTER_INPUTS, default=ROUTER_INPUTS[0],
         help="what the router reads: the state, or the norm of it")  # fmt: skip
     add("--tune-experts", action="store_true", help="also train the experts: loses less")
-    add("--steps", type=int, default=500, metavar="N", help="optimizer steps (default 500)")
-    add("--batch-size", type=int, default=8, metavar="N", help="blocks per step (default 8)")
-    add("--length", type=int, default=512, metavar="N", help="tokens of a block (default 512)")
+    add("--steps", type=COUNT, default=500, metavar="N", help="optimizer steps (default 500)")
+    add("--batch-size", type=COUNT, default=8, metavar="N", help="blocks per step (default 8)")
+    add("--length", type=COUNT, default=512, metavar="N", help="tokens of a block (default 512)")
     add("--lr", type=float, default=2e-3, help="of the router (default 2e-3)")
     add("--expert-lr", type=float, default=2e-4, help="with --tune-experts (default 2e-4)")
     add("--held-out", type=float, default=0.05, metavar="SHARE", help="lines to judge by")
@@ -65,12 +67,19 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Distils; prints the table of what was lost."""
     out = Path(args.output)
-    if out.is_dir() and any(out.iterdir()):
-        raise AdapterError(f"output directory {out}", ["it is not empty; name a new directory"])
+    if problem := output_problem(out):
+        raise AdapterError(f"output directory {out}", [problem])
     opened = open_adapter(args.teacher, args.base, values=True)
     usable(args.teacher, opened)
     if opened.base is None:
         raise AdapterError(f"adapter {args.teacher}", [opened.note])
+    layers = opened.backbone.num_layers
+    if not 0 <= args.router_layer < layers:
+        raise AdapterError(
+            "distilling options",
+            [f"--router-layer is {args.router_layer}, expected 0 to {layers - 1}, a layer of "
+             f"{opened.base}"],
+        )  # fmt: skip
     from vllm_adafuse.training.distill import DistillOptions
     from vllm_adafuse.training.distill_run import distil_files
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from vllm_adafuse.cli.cmd_random import NUMBERS
 from vllm_adafuse.cli.common import ADAPTER_HELP, BASE_HELP, add_example, printable
 from vllm_adafuse.places import require_backbone
 
@@ -33,17 +34,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--weights",
-        type=_numbers,
+        type=NUMBERS,
         help="one number for each expert; --weights=-0.5,1 where the first is negative (default: "
         "equal ones that sum to 1)",
     )
     parser.add_argument("--base", help=BASE_HELP)
     parser.add_argument("out", metavar="OUT_DIR", help="the directory to make")
     parser.set_defaults(run=run)
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
 
 
 def run(args: argparse.Namespace) -> int:

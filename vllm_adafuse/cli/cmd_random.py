@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from vllm_adafuse.cli.common import add_example, printable
+from vllm_adafuse.cli.parser import COUNT, value_of
 from vllm_adafuse.config import (
     LAYER_WISE,
     MIXES,
@@ -16,7 +17,7 @@ from vllm_adafuse.config import (
     ROUTER_WEIGHTS,
 )
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.places import require_backbone
+from vllm_adafuse.places import output_problem, require_backbone
 
 DESCRIPTION = """\
 Writes an adapter for a backbone with random weights, so sized that its deltas matter. It makes
@@ -44,6 +45,11 @@ def layer_ranges(text: str) -> list[int]:
             raise ValueError(f"{part} runs backwards")
         layers.update(range(low, high + 1))
     return sorted(layers)
+
+
+INTEGERS = value_of(integers, "whole numbers such as 4,8,16")
+NUMBERS = value_of(numbers, "numbers such as 8,16.5")
+LAYERS = value_of(layer_ranges, "layers such as 0-3,5")
 
 
 def experts_per_token(text: str) -> int | dict[str, int] | list[int]:
@@ -76,14 +82,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("base", metavar="BASE", help="the backbone: a directory or a cached name")
     parser.add_argument("out", metavar="OUT", help="the adapter directory to make")
     add = parser.add_argument
-    add("--num-experts", type=int, default=8, metavar="E", help="experts (default 8)")
-    add("--top-k", type=experts_per_token, default=2, metavar="K",
+    add("--num-experts", type=COUNT, default=8, metavar="E", help="experts (default 8)")
+    add("--top-k", type=value_of(experts_per_token, "2, self_attn=1,mlp=2 or 1,2,2"), default=2, metavar="K",
         help="experts per token (default 2); layer-wise also self_attn=1,mlp=2 or one per layer: "
         "1,2,2,…")  # fmt: skip
-    add("--r", type=integers, default=[16], metavar="R", help="rank, or E ranks: 4,8,16,16")
-    add("--lora-alpha", type=numbers, metavar="ALPHA", help="alpha, or E of them (default 2 r)")
+    add("--r", type=INTEGERS, default=[16], metavar="R", help="rank, or E ranks: 4,8,16,16")
+    add("--lora-alpha", type=NUMBERS, metavar="ALPHA", help="alpha, or E of them (default 2 r)")
     add("--target-modules", type=names, metavar="NAMES", help="q_proj,v_proj (default: all)")
-    add("--layers", type=layer_ranges, metavar="LAYERS", help="adapted layers: 0-3,5 (default all)")
+    add("--layers", type=LAYERS, metavar="LAYERS", help="adapted layers: 0-3,5 (default all)")
     inputs, weights = ROUTER_INPUTS, ROUTER_WEIGHTS
     add("--router-input", choices=inputs,
         help=f"what the router reads (default {inputs[0]})")  # fmt: skip
@@ -100,7 +106,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     wise("--router-logits", choices=ROUTER_LOGITS, help="abs: |W x + b|, as Arrow")
     wise("--mix", choices=MIXES, help="ffn_output: whole MLPs are mixed, as MixLoRA")
     wise("--shared-A", action="store_true", help="one lora_A for all experts, as HydraLoRA")
-    wise("--layer-experts", type=integers, metavar="E,E,…", help="experts of each layer, as MoLA")
+    wise("--layer-experts", type=INTEGERS, metavar="E,E,…", help="experts of each layer, as MoLA")
     wise("--expert-modules", type=names, metavar="NAMES", help="those with experts (default: all)")
     wise("--always-r", type=int, metavar="R", help="rank of LoRA parts that are always on")
     wise("--always-alpha", type=float, metavar="ALPHA", help="their alpha (default 2 R)")
@@ -116,8 +122,8 @@ def run(args: argparse.Namespace) -> int:
     from vllm_adafuse.random_adapter import make_random_adapter
 
     out = Path(args.out)
-    if out.is_dir() and any(out.iterdir()):
-        raise AdapterError(f"output directory {out}", ["it is not empty; name a new directory"])
+    if problem := output_problem(out):
+        raise AdapterError(f"output directory {out}", [problem])
     alphas = args.lora_alpha
     options = {
         key: getattr(args, key)

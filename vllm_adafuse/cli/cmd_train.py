@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vllm_adafuse.cli.cmd_random import layer_ranges, names
+from vllm_adafuse.cli.cmd_random import LAYERS, names
 from vllm_adafuse.cli.common import add_example, printable, share
 from vllm_adafuse.config import ROUTER_INPUTS, ROUTER_WEIGHTS
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.places import require_backbone
+from vllm_adafuse.places import output_problem, require_backbone
 
 DESCRIPTION = """\
 Trains a mixture of LoRA experts and its router on your texts; the backbone stays as it is.
@@ -59,7 +59,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--lora-alpha", type=float, metavar="ALPHA", help="scale is ALPHA / R (default 2 R)")
     add("--use-rslora", action="store_true", help="scale by alpha / sqrt(r) instead of alpha / r")
     add("--target-modules", type=names, metavar="NAMES", help="q_proj,v_proj (default: all)")
-    add("--layers", type=layer_ranges, metavar="LAYERS", help="adapted layers: 0-3,5 (default all)")
+    add("--layers", type=LAYERS, metavar="LAYERS", help="adapted layers: 0-3,5 (default all)")
     add("--expert-names", type=names, metavar="NAMES", help="E names, shown by the tools")
 
     router = parser.add_argument_group("the router")
@@ -114,8 +114,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains; prints what the held-out text says of it."""
     base, out = require_backbone(args.base, option="--base"), Path(args.output)
-    if out.is_dir() and any(out.iterdir()):
-        raise AdapterError(f"output directory {out}", ["it is not empty; name a new directory"])
+    if problem := output_problem(out):
+        raise AdapterError(f"output directory {out}", [problem])
 
     from vllm_adafuse.training.config import MixtureConfig
     from vllm_adafuse.training.run import TrainOptions, train

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 
-from vllm_adafuse.cli.cmd_random import integers
+from vllm_adafuse.cli.cmd_random import INTEGERS
 from vllm_adafuse.cli.common import add_example, console, printable
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.places import require_backbone
@@ -33,7 +33,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--r", type=int, default=16, metavar="R", help="the largest rank (default 16)")
     add(
         "--tokens",
-        type=integers,
+        type=INTEGERS,
         default=[1, 8, 16, 32, 64, 128],
         metavar="N",
         help="batch sizes to tune for (default 1,8,16,32,64,128; the kernels serve up to 128)",

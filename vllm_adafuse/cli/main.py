@@ -23,6 +23,7 @@ from vllm_adafuse.cli import (
     cmd_tune,
 )
 from vllm_adafuse.cli.common import printable
+from vllm_adafuse.cli.parser import Parser, os_message
 from vllm_adafuse.errors import AdapterError, brief, is_panic
 from vllm_adafuse.keys import clip
 
@@ -47,7 +48,7 @@ downloaded. `vllm-adafuse COMMAND --help` says more.
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands; its result carries `run(args) -> exit code`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="vllm-adafuse",
         description="Adapters that are mixtures of LoRA experts, routed per token, for vLLM: "
         "check them, look into them, pack them for serving.",
@@ -94,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (AdapterError, OSError) as e:
-        message = "\n".join(clip(printable(line), 2000) for line in str(e).split("\n"))
+        said = os_message(e) if isinstance(e, OSError) else str(e)
+        message = "\n".join(clip(printable(line), 2000) for line in said.split("\n"))
         print(f"vllm-adafuse: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.config import CONFIG_FILE, show, some
-from vllm_adafuse.convert.source import Source
+from vllm_adafuse.convert.source import Source, refuse
 
 # The tensors, or code beside this table, do what the key says.
 FOLLOWED = frozenset(
@@ -88,14 +88,18 @@ def check_modules_to_save(source: Source, held: Iterable[str] = ()) -> None:
 
 def check_plain(source: Source) -> None:
     """Puts down what makes a config another than that of one plain LoRA, keys that nobody here
-    knows among it: a newer PEFT may have added them, and what they do would be lost."""
+    knows among it: a newer PEFT may have added them, and what they do would be lost.
+
+    Raises:
+        AdapterError: it is a mixture in this format.
+    """
     kind = source.config.get("peft_type", "LORA")
     if kind == "ADAFUSE":
-        source.problems.append(
+        raise refuse(
+            source.path,
             f'{CONFIG_FILE}: `peft_type` is "ADAFUSE", expected "LORA": it is a mixture in this '
-            "format already; name the LoRAs that it was made of"
+            "format already; name the LoRAs that it was made of",
         )
-        return
     if kind != "LORA":
         source.problems.append(
             f'{CONFIG_FILE}: `peft_type` is {show(kind)}, expected "LORA"; docs/convert.md lists '

@@ -18,7 +18,13 @@ from vllm_adafuse.convert.options import Options
 from vllm_adafuse.convert.refused import refused_directory, refused_source
 from vllm_adafuse.convert.source import Source, refuse
 from vllm_adafuse.origin import known_hash
-from vllm_adafuse.places import adapter_problem, require_backbone, revision_notes, written_name
+from vllm_adafuse.places import (
+    adapter_problem,
+    output_problem,
+    require_backbone,
+    revision_notes,
+    written_name,
+)
 
 # In the order in which they are asked: a plain LoRA's names are part of HydraLoRA's.
 FORMATS = (mixlora, mola, loramoe, hydralora, peft_lora)
@@ -100,8 +106,8 @@ def convert(
 def _check_out(path: Path, out: Path) -> None:
     if not path.is_dir():
         raise refuse(path, adapter_problem(path) or f"{path}: is no directory")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise refuse(path, f"output directory {out}: it is not empty; name a new directory")
+    if problem := output_problem(out):
+        raise refuse(path, f"output directory {out}: {problem}")
 
 
 def _read(path: Path, base, options: Options, opened) -> tuple[Mixture, str, Backbone]:

@@ -18,7 +18,7 @@ from vllm_adafuse.experts.router import PENALTIES, Features, fit_router, uniform
 from vllm_adafuse.experts.samples import read_samples
 from vllm_adafuse.experts.separability import Separability, measure
 from vllm_adafuse.origin import known_hash
-from vllm_adafuse.places import require_backbone, revision_notes, written_name
+from vllm_adafuse.places import output_problem, require_backbone, revision_notes, written_name
 from vllm_adafuse.pretrained import load_tokenizer
 
 ROUTERS = ("fit", "uniform")
@@ -187,8 +187,8 @@ def _check_arguments(loras, out: Path, samples, options: RouterOptions, report) 
     problems, top_k = [], 1
     if not loras:
         problems.append("no LoRA was given; name at least one as NAME=DIRECTORY")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        problems.append(f"output directory {out}: it is not empty; name a new directory")
+    if problem := output_problem(out):
+        problems.append(f"output directory {out}: {problem}")
     for name in samples.keys() - loras.keys():
         problems.append(
             f"samples of {show(name)[1:-1]}: no such expert; there are {', '.join(loras)}"
