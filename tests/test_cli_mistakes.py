@@ -65,7 +65,7 @@ USAGE = {
     "inspect adapter --jsn": "did you mean --json?",
     "route adapter": "one of the arguments --text --file is required",
     "route adapter --txt hello": "there is no option --txt; did you mean --text?",
-    "route adapter --text ''": "--text is empty",
+    "route adapter --file ''": "--file is empty",
     "route adapter --text a --file b": "not allowed with argument --text",
     "compose base": "required: ADAPTER_DIR, COMPOSED_DIR",
     "compose base adapter": "required: COMPOSED_DIR",

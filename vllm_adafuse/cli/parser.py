@@ -19,6 +19,7 @@ _WAYS_OUT = {
     errno.EROFS: "is on a disk that cannot be written; name another path",
     errno.ENOSPC: "has no space left on its disk; free some, or name another disk",
 }
+_MAY_BE_EMPTY = ("--text",)
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,6 +51,8 @@ class Parser(argparse.ArgumentParser):
         for before, word in zip(["", *given], given):
             if word == "--" or (outer and not word.startswith("-")):
                 break
+            if before in _MAY_BE_EMPTY and not word:
+                continue
             if not word or re.fullmatch(r"--[\w-]+=", word):
                 name = word or (before if before.startswith("--") else repr(word))
                 self.error(f"{name} is empty; is a variable of the shell unset?")
