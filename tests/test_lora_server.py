@@ -3,6 +3,7 @@ adapters come and go over HTTP while others are served."""
 
 import json
 import os
+import shutil
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from vllm_adafuse.tiny import real_prompts
 PROMPTS = real_prompts(9)
 OPTIONS = (
     "--enforce-eager --dtype float32 --max-model-len 256 --gpu-memory-utilization 0.2 "
-    "--served-model-name base --enable-lora --max-loras 3 --max-lora-rank 64 --max-cpu-loras 3"
+    "--served-model-name base --enable-lora --max-loras 3 --max-lora-rank 128 --max-cpu-loras 3"
 ).split()
 
 
@@ -70,7 +71,9 @@ def served(tmp_path_factory):
     env = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
         "VLLM_RPC_BASE_PATH": str(tmp_path_factory.mktemp("s")), "VLLM_LOGGING_LEVEL": "INFO",
+        "VLLM_LORA_RESOLVER_CACHE_DIR": str(root / "resolved"),
     }  # fmt: skip
+    (root / "resolved").mkdir()
     command = vllm_serve(base, *OPTIONS, "--lora-modules", *modules)
     with running_server(command, root / "serve.log", env=env) as server:
         yield server, references, root
@@ -112,5 +115,93 @@ def test_model_chooses_and_adapters_come_and_go(served):
     assert status == 200, text
     check(server, references | {"patterns": references["few"]}, ["patterns", "mix"])
     log = (root / "serve.log").read_text("utf-8", errors="replace")
-    # 3 x 64 ranks; four experts of 1, 2, 3 and 1 pages.
-    assert "a pool of 12 pages of 16 ranks" in log and "mixture, 7 pages" in log
+    # 3 x 128 ranks; four experts of 1, 2, 3 and 1 pages.
+    assert "a pool of 24 pages of 16 ranks" in log and "mixture, 7 pages" in log
+
+
+def error_of(answer):
+    """Status, type and message of an answer that refuses."""
+    status, text = answer
+    error = json.loads(text)["error"]
+    assert error["code"] == status
+    return status, error["type"], error["message"]
+
+
+def copy_of(root, name, damage=lambda path: None):
+    """A copy of an adapter, damaged."""
+    path = root / "copies" / name
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(root / "old", path)
+    damage(path)
+    return str(path)
+
+
+def edit(**changes):
+    def damage(path):
+        file = path / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return damage
+
+
+def test_bad_adapters_are_told_why_and_harm_nobody(served):
+    """`old` and `few` are from the test above."""
+    server, references, root = served
+    bad = {
+        "cut": (lambda p: os.truncate(p / "adapter_model.safetensors", 100), "not a sound"),
+        "dora": (edit(use_dora=True), "use_dora"),
+        "ranks": (edit(r=41), "expected [41, 128]"),
+        "kind": (edit(peft_type="IA3"), '`peft_type` is "IA3"'),
+    }
+    body = {"max_tokens": 200, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(post, server, "/v1/completions", model="mix", prompt=PROMPTS[0], **body)
+        nowhere = {"lora_name": "bad", "lora_path": str(root / "nowhere")}
+        status, kind, message = error_of(post(server, "/v1/load_lora_adapter", **nowhere))
+        assert (status, kind) == (404, "NotFoundError") and "no such directory" in message
+        for name, (damage, word) in bad.items():
+            load = {"lora_name": "bad", "lora_path": copy_of(root, name, damage)}
+            status, kind, message = error_of(post(server, "/v1/load_lora_adapter", **load))
+            assert (status, kind) == (400, "BadRequestError"), name
+            assert word in message and "cannot be used:" in message, message
+        assert not long.done(), "nothing ran beside them"
+        assert long.result()[0] == 200
+    assert "bad" not in models(server) and server.healthy()
+    check(server, references, ["mix", "base"])
+    assert "Traceback" not in (root / "serve.log").read_text("utf-8", errors="replace")
+
+
+def test_a_reload_in_place(served):
+    server, references, root = served
+    load = {"lora_name": "live", "lora_path": copy_of(root, "live")}
+    assert post(server, "/v1/load_lora_adapter", **load)[0] == 200
+    status, _, message = error_of(post(server, "/v1/load_lora_adapter", **load))
+    assert status == 400 and "already been loaded" in message  # vLLM's own
+    check(server, references | {"live": references["patterns"]}, ["live", "mix"])
+    shutil.rmtree(load["lora_path"])
+    status, _, _ = error_of(post(server, "/v1/load_lora_adapter", **load, load_inplace=True))
+    assert status == 404
+    check(server, references | {"live": references["patterns"]}, ["live"])  # as it was
+    shutil.copytree(root / "patterns", load["lora_path"])  # the content of `few`
+    assert post(server, "/v1/load_lora_adapter", **load, load_inplace=True)[0] == 200
+    check(server, references | {"live": references["few"]}, ["live", "base"])
+    assert models(server)["live"]["root"] == load["lora_path"]
+
+
+def test_the_file_system_resolver(served):
+    server, references, root = served
+    shutil.copytree(root / "patterns", root / "resolved" / "found")
+    check(server, references | {"found": references["few"]}, ["found", "mix"])
+    listed = models(server)["found"]
+    assert (listed["root"], listed["parent"]) == (str(root / "resolved" / "found"), "base")
+    for name, damage, word in (
+        ("dora", edit(use_dora=True), "use_dora"),
+        ("json", lambda p: (p / "adapter_config.json").write_text("{"), "a resolver cannot read"),
+    ):
+        shutil.copytree(copy_of(root, name, damage), root / "resolved" / name)
+        answer = post(server, "/v1/completions", model=name, prompt="a", max_tokens=1)
+        status, _, message = error_of(answer)
+        assert status == 400 and word in message, message
+    answer = post(server, "/v1/completions", model="nowhere", prompt="a", max_tokens=1)
+    assert error_of(answer)[0] == 404
+    check(server, references, ["mix", "base"])

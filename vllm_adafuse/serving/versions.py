@@ -99,7 +99,6 @@ class Checks:
             try:
                 opened = open_adapter(path, self._known_backbone())
             except AdapterError as e:
-                self._opened.pop(path, None)
                 raise AdapterRefused(e.subject, e.problems) from e
             self._opened[path] = state, now, opened
             return opened
