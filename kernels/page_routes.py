@@ -1,7 +1,7 @@
 """A step's routes where every request names its adapter: a gate for each token and expert page.
 
     gates[t, p] = 0                                        page p is not of t's adapter
-                = 1                                        it is, and that is a plain LoRA
+                = scale                                    it is, and that is a plain LoRA
                 = Σ_j weights[c_j, id] [experts[c_j, id] = expert of p]            a mixture
 
 id is the token's id, c_j one of the k columns that a mixture has among the passports: what its
@@ -21,7 +21,7 @@ from vllm_adafuse.kernels.spread_routes import list_present
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 # Rows of `directory`; from COLUMNS on the columns of a slot.
-OWNER, EXPERT, TOP_K, COLUMNS = range(4)
+OWNER, EXPERT, TOP_K, SCALE, COLUMNS = range(5)
 # Pages of which `present` has bits; with more of them it says that all are there.
 MAX_PRESENT_BITS = 64
 
@@ -38,6 +38,8 @@ def _page_routes_kernel(
     slot = tl.load(slots_ptr + rows, mask=here, other=-1)
     known = slot >= 0
     top_k = tl.load(directory_ptr + 2 * n_pages + slot, mask=known, other=0)
+    scale = tl.load(directory_ptr + 3 * n_pages + slot, mask=known, other=0)
+    scale = scale.to(tl.float32, bitcast=True)
     token = tl.load(token_ptr + rows, mask=here, other=0).to(tl.int64)
     token = tl.minimum(tl.maximum(token, 0), vocab_size - 1)
     most = tl.max(top_k)
@@ -48,10 +50,10 @@ def _page_routes_kernel(
         owner = tl.load(directory_ptr + pages, mask=inside, other=-1)
         expert = tl.load(directory_ptr + n_pages + pages, mask=inside, other=-1)
         own = (slot[:, None] == owner[None, :]) & known[:, None]
-        gates = tl.where(own & (top_k == 0)[:, None], 1.0, 0.0)
+        gates = tl.where(own & (top_k == 0)[:, None], scale[:, None], 0.0)
         for j in range(most):
             chosen = here & (j < top_k)
-            column = tl.load(directory_ptr + (3 + j) * n_pages + slot, mask=chosen, other=0)
+            column = tl.load(directory_ptr + (4 + j) * n_pages + slot, mask=chosen, other=0)
             at = column.to(tl.int64) * vocab_size + token
             ids = tl.load(table_ids_ptr + at, mask=chosen, other=-1)
             weights = tl.load(table_weights_ptr + at, mask=chosen, other=0.0)
@@ -103,7 +105,8 @@ def page_routes_torch(
     own = (slot >= 0)[:, None] & (directory[OWNER] == slot[:, None])
     at = slot.clamp(min=0)
     top_k = directory[TOP_K][at] * (slot >= 0)
-    rows = gates[:tokens].copy_(own & (top_k == 0)[:, None])
+    scale = directory[SCALE].view(torch.float32)[at][:, None]
+    rows = gates[:tokens].copy_(torch.where(own & (top_k == 0)[:, None], scale, 0.0))
     ids = token_ids.long().clamp(0, vocab_size - 1)
     for j in range(int(top_k.max()) if tokens else 0):
         column = directory[COLUMNS + j][at].clamp(min=0).long()
@@ -150,8 +153,9 @@ def page_routes(
         token_ids: [T] int32 or int64; ids outside the vocabulary are clamped into it. Contiguous
             like all here.
         slots: [N] int32, N >= T: of each token the slot of its adapter, below 0 for none.
-        directory: [3 + C, P] int32: of each page its adapter's slot (-1: free) and its expert; of
-            each slot the number k of its columns in the tables (0: a plain LoRA), and which.
+        directory: [4 + C, P] int32: of each page its adapter's slot (-1: free) and its expert; of
+            each slot the number k of its columns in the tables (0: a plain LoRA), the bits of a
+            LoRA's float32 scale, and which columns.
         table_ids: [C, V] int32, passports: experts of every token id.
         table_weights: [C, V] float32, LoRA's scale included.
         gates: [N, P] float32, its first T rows written.

@@ -6,7 +6,6 @@ import pytest
 from engines import make_pair
 from loras import FEW, make_lora
 from transformers import AutoConfig
-from vllm_adafuse.architectures import ARCHITECTURES
 from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.random_adapter import make_random_adapter
@@ -14,16 +13,19 @@ from vllm_adafuse.serving.hosted import Loader
 from vllm_adafuse.tiny import make_tiny_backbone
 
 
-def loader_of(base, family="LlamaForCausalLM", linears=None, **options):
-    """A `Loader` that knows of its model what it asks before it packs."""
-    loader = Loader.__new__(Loader)
+def loader_of(base, family="LlamaForCausalLM", linears=None, pipelined=False, embeds=False):
+    """A `Loader` whose model has these linears, and no memory for them."""
     config = AutoConfig.from_pretrained(base)
-    loader.model, loader.banks, loader.renamed = SimpleNamespace(), [], lambda name: name
+    config.architectures = [family]
+    model_config = SimpleNamespace(
+        hf_config=config, model=str(base), revision=None, enable_prompt_embeds=embeds
+    )
+    parallel = SimpleNamespace(pipeline_parallel_size=1 + pipelined)
+    vllm_config = SimpleNamespace(
+        model_config=model_config, parallel_config=parallel, additional_config={}
+    )
+    loader = Loader(SimpleNamespace(), vllm_config, [])
     loader.sizes = Backbone.from_path(str(base)).linears if linears is None else linears
-    loader.architecture, loader._backbone = ARCHITECTURES.get(family), None
-    loader.pipelined = options.pop("pipelined", False)
-    options = {"enable_prompt_embeds": False} | options
-    loader.model_config = SimpleNamespace(hf_config=config, model=str(base), **options)
     return loader
 
 
@@ -33,7 +35,7 @@ def loader_of(base, family="LlamaForCausalLM", linears=None, **options):
         ({"routing": "layer_wise"}, {}, "`routing` layer_wise"),
         ({"router_layer": 2}, {}, "`router.layer` 2"),
         ({}, {"pipelined": True}, "pipeline parallelism"),
-        ({}, {"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
+        ({}, {"embeds": True}, "--enable-prompt-embeds"),
         ({}, {"family": "OtherForCausalLM"}, "whose embedding is not known"),
     ],
 )

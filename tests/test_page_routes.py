@@ -16,7 +16,7 @@ def problem(tokens: int, pages: int, seed: int = 0):
         return torch.randint(low, high, shape, generator=draw, dtype=torch.int32)
 
     table = torch.zeros(COLUMNS, VOCAB, dtype=torch.int32)
-    directory = torch.full((3 + COLUMNS, pages), -1, dtype=torch.int32)
+    directory = torch.full((4 + COLUMNS, pages), -1, dtype=torch.int32)
     order, at, owners = torch.randperm(pages, generator=draw).tolist(), 0, []
     columns = torch.randperm(COLUMNS, generator=draw).tolist()
     while at < pages - 1 and len(owners) < 6:
@@ -26,7 +26,8 @@ def problem(tokens: int, pages: int, seed: int = 0):
         directory[0, taken] = slot
         directory[1, taken] = random(max(1, k + 1), len(taken)) if k else 0
         own, columns = columns[:k], columns[k:]
-        directory[2 : 3 + k, slot] = torch.tensor([k, *own])
+        scale = torch.rand(1, generator=draw).view(torch.int32)
+        directory[2 : 4 + k, slot] = torch.tensor([k, scale, *own])
         table[own] = torch.arange(k, dtype=torch.int32)[:, None]  # a top-k's experts differ
         owners.append(slot)
     choices = torch.tensor([-2, -1, *owners], dtype=torch.int32)
@@ -44,8 +45,9 @@ def expected(ids, slots, directory, table, weights):
         for page in range(pages) if slot >= 0 else ():
             if directory[0, page] == slot:
                 k = int(directory[2, slot])
-                gates[t, page] = float(k == 0)
-                for column in directory[3 : 3 + k, slot].tolist():
+                scale = directory[3, slot].view(torch.float32)
+                gates[t, page] = scale if k == 0 else 0.0
+                for column in directory[4 : 4 + k, slot].tolist():
                     if table[column, token] == directory[1, page]:
                         gates[t, page] += weights[column, token]
     return gates

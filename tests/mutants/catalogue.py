@@ -220,8 +220,9 @@ ROUTING = [
     ),
     Mutant(
         "a plain LoRA has no weight", "kernels/page_routes.py",
-        "gates = tl.where(own & (top_k == 0)[:, None], 1.0, 0.0)",
-        "gates = tl.where(own & (top_k < 0)[:, None], 1.0, 0.0)", "tests/test_page_routes.py",
+        "gates = tl.where(own & (top_k == 0)[:, None], scale[:, None], 0.0)",
+        "gates = tl.where(own & (top_k < 0)[:, None], scale[:, None], 0.0)",
+        "tests/test_page_routes.py",
         "requests that name a LoRA get the base model's answer",
     ),
     Mutant(

@@ -4,6 +4,7 @@ model that is there."""
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,7 @@ class Hosted:
         config: of a mixture.
         router: of a mixture, weight [E, H] and bias [E] or None.
         passports: of a mixture, expert ids and weights [k, V].
+        scale: of a LoRA, the weight of its pages.
     """
 
     kind: str
@@ -45,6 +47,7 @@ class Hosted:
     config: AdapterConfig | None = None
     router: tuple[torch.Tensor, torch.Tensor | None] | None = None
     passports: tuple[torch.Tensor, torch.Tensor] | None = None
+    scale: float = 1.0
 
     @property
     def nbytes(self) -> int:
@@ -98,14 +101,19 @@ class Loader:
             experts += [expert] * pages_of_rank(rank)
         packer = Packer(self.banks, first_pages, len(experts))
         plain = opened.kind == LORA
+        # A mixture's scales are part of its passports. Of a LoRA the scale that most linears have
+        # is its pages' weight: to multiply B would round it once more than PEFT does.
+        common = 1.0
+        if plain:
+            scales = Counter(linear.scales[0] for linear in opened.linears.values())
+            common = scales.most_common(1)[0][0] or 1.0
         for name, expert, a, b in opened.tensors():
-            # A mixture's scales are part of its passports.
-            scale = opened.linears[name].scales[expert] if plain else 1.0
+            scale = opened.linears[name].scales[expert] / common if plain else 1.0
             packer.add(self._name(name), expert, a, b.float() * scale)
         columns = 0 if plain else opened.config.top_k
         return Hosted(
             opened.kind, Size(len(experts), columns), experts, packer.packed,
-            opened.config, opened.router(),
+            opened.config, opened.router(), scale=common,
         )  # fmt: skip
 
     def _name(self, name: str) -> str:

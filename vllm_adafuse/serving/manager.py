@@ -221,7 +221,7 @@ class AdapterManager:
             self.step.strike(before[adapter])
         for adapter in new:
             place, hosted = self.pool.placed[adapter], self.hosted[adapter]
-            self.step.list(place, hosted.experts)
+            self.step.list(place, hosted.experts, hosted.scale)
             self.loader.write(hosted, place, self.step)
             taken = self.pool.taken.pages
             logger.info(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.platforms import current_platform
-from vllm_adafuse.kernels.page_routes import COLUMNS, EXPERT, OWNER, TOP_K, page_routes
+from vllm_adafuse.kernels.page_routes import COLUMNS, EXPERT, OWNER, SCALE, TOP_K, page_routes
 from vllm_adafuse.serving.pool import Place, Size
 from vllm_adafuse.serving.router import Route, Step
 from vllm_adafuse.serving.warm_up import warm_up
@@ -72,11 +72,13 @@ class PageStep(Step):
         _copy(self.slots[:tokens], padded)
         self._named = len(named)
 
-    def list(self, place: Place, experts: Sequence[int]) -> None:
-        """Enters an adapter into the directory; experts: whose each of its pages is."""
+    def list(self, place: Place, experts: Sequence[int], scale: float) -> None:
+        """Enters an adapter into the directory; experts: whose each of its pages is; scale: of a
+        plain LoRA."""
         listed, pages = self._listed, list(place.pages)
         listed[OWNER, pages], listed[EXPERT, pages] = place.slot, experts
         listed[TOP_K, place.slot] = len(place.columns)
+        listed[SCALE, place.slot] = np.float32(scale).view(np.int32)
         listed[COLUMNS : COLUMNS + len(place.columns), place.slot] = place.columns
         _copy(self.directory, listed)
 
