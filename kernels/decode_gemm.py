@@ -296,6 +296,9 @@ def decode_gemm_triton(
         out: where the result goes, [T, out] with contiguous rows, or [split, T, out] contiguous,
             float32, to leave the sums of each slice of `in` unadded; default a new tensor.
         kv_slots: where k and v go with "rotary", whose columns of the result stay undefined then.
+
+    Raises:
+        ValueError: slices of `in` before an activation or rotary embedding, which takes whole sums.
     """
     (tokens, size_in), shape, workspace = x.shape, p.shape, step.workspace
     widths, parts, activation = shape.widths, shape.adapted, shape.activation
@@ -305,6 +308,8 @@ def decode_gemm_triton(
     rows = sum(members)
     if tiles is None:
         tiles = default_config(tokens, size_in, rows, activation, x.element_size())
+    if act and tiles.split > 1:
+        raise ValueError(f"decode_gemm: split is {tiles.split}, expected 1 before {activation}")
     if half:
         tiles = replace(tiles, rows=min(tiles.rows, half))
     grid = ShrinkGrid.of(p.lora_a, tiles.slices)

@@ -46,6 +46,8 @@ def test_gate_up_with_its_activation(parts, activation):
     p = make_problem(5, 96, [70, 70], 3, 2, 4, parts=parts, bias=True)
     out = run(p, activation, GemmConfig(32, 32))
     assert error(out, linear_truth(p, activation)) <= 1e-5
+    with pytest.raises(ValueError, match="split is 2, expected 1 before"):
+        run(p, activation, GemmConfig(32, 32, 2))
 
 
 @pytest.mark.parametrize("parts", [[0, 1, 2], [0, 0, 0], [-1, 0, 1], [0, -1, -1]])
