@@ -39,8 +39,8 @@ def test_tiles_ask_for_the_shrink(built):
     """Before the loop, and within it where the loop may wait; streamed ones behind it. Whether they
     go on too early, `test_waits.py` sees."""
     asked = {row["kernel"]: row["acquires"] for row in built}
-    tiled = {name: count for name, count in asked.items() if name.startswith("tile_linear")}
-    streamed = [count for name, count in asked.items() if name.startswith("stream_linear")]
+    tiled = {name: count for name, count in asked.items() if name.startswith("tma_gemm")}
+    streamed = [count for name, count in asked.items() if name.startswith("decode_gemm")]
     assert len(tiled) >= 16 and len(streamed) >= 16 and min(streamed) >= 1
     for name, count in tiled.items():
         assert count >= (1 if "two loops" in name else 2), name
