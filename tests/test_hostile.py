@@ -156,11 +156,13 @@ def test_mixtures(runner, place, tmp_path, damage, words):
 
 
 def test_loras_that_name_strange_backbones(runner, place, tmp_path):
-    """Named by --base, it counts no more; it is only told."""
+    """They are another's, which is refused; named by --base and let, it is only told."""
     path = damaged(place, "lora", tmp_path, edit_config(base_model_name_or_path={"a": ["b"] * 999}))
     arguments = (f"a={path}", f"b={place / 'lora'}", "--router", "uniform")
     out = tmp_path / "out"
-    done = runner("compose-experts", *arguments, "--base", place / "base", "--output", out)
+    arguments = (*arguments, "--base", place / "base", "--output", out)
+    assert_refused(runner("compose-experts", *arguments), ["--mixed-backbones"])
+    done = runner("compose-experts", *arguments, "--mixed-backbones")
     assert done["code"] == 0 and len(done["text"]) < LONGEST, done
 
 

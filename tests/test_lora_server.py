@@ -4,6 +4,7 @@ adapters come and go over HTTP while others are served."""
 import json
 import os
 import shutil
+import threading
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -154,18 +155,34 @@ def test_bad_adapters_are_told_why_and_harm_nobody(served):
         "kind": (edit(peft_type="IA3"), '`peft_type` is "IA3"'),
     }
     body = {"max_tokens": 200, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    ended = threading.Event()
+
+    def ask_until_ended():
+        """Status and tokens of one request after the other."""
+        answers = []
+        while not answers or not ended.is_set():
+            status, text = post(
+                server, "/v1/completions", model="mix", prompt=PROMPTS[0], **body
+            )
+            answers.append((status, json.loads(text)["choices"][0]["token_ids"]))
+        return answers
+
     with ThreadPoolExecutor(1) as pool:
-        long = pool.submit(post, server, "/v1/completions", model="mix", prompt=PROMPTS[0], **body)
-        nowhere = {"lora_name": "bad", "lora_path": str(root / "nowhere")}
-        status, kind, message = error_of(post(server, "/v1/load_lora_adapter", **nowhere))
-        assert (status, kind) == (404, "NotFoundError") and "no such directory" in message
-        for name, (damage, word) in bad.items():
-            load = {"lora_name": "bad", "lora_path": copy_of(root, name, damage)}
-            status, kind, message = error_of(post(server, "/v1/load_lora_adapter", **load))
-            assert (status, kind) == (400, "BadRequestError"), name
-            assert word in message and "cannot be used:" in message, message
-        assert not long.done(), "nothing ran beside them"
-        assert long.result()[0] == 200
+        beside = pool.submit(ask_until_ended)
+        try:
+            nowhere = {"lora_name": "bad", "lora_path": str(root / "nowhere")}
+            status, kind, message = error_of(post(server, "/v1/load_lora_adapter", **nowhere))
+            assert (status, kind) == (404, "NotFoundError") and "no such directory" in message
+            for name, (damage, word) in bad.items():
+                load = {"lora_name": "bad", "lora_path": copy_of(root, name, damage)}
+                status, kind, message = error_of(post(server, "/v1/load_lora_adapter", **load))
+                assert (status, kind) == (400, "BadRequestError"), name
+                assert word in message and "cannot be used:" in message, message
+        finally:
+            ended.set()
+    (status, tokens), *others = beside.result()
+    assert status == 200 and len(tokens) == 200
+    assert all(other == (200, tokens) for other in others)
     assert "bad" not in models(server) and server.healthy()
     check(server, references, ["mix", "base"])
     assert "Traceback" not in (root / "serve.log").read_text("utf-8", errors="replace")
