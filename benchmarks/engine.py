@@ -254,7 +254,9 @@ def decode_ms(
     return (long - short) / (steps[1] - steps[0]) * 1e3
 
 
-def take_turns(options: Options, engines: dict[str, Engine]) -> Iterator[dict]:
+def take_turns(
+    options: Options | argparse.Namespace, engines: dict[str, Engine]
+) -> Iterator[dict]:
     """Times engines at every size, a row for each; the overhead is over the first."""
     vocab, rng = SHAPES[options.model][-1], random.Random(0)
     for what, batch, length in sizes(vars(options)):

@@ -20,9 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import shutil
-import statistics
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,9 +32,9 @@ from vllm.plugins import load_general_plugins
 from vllm_adafuse.cli.cmd_random import integers
 
 from benchmarks import record
-from benchmarks.engine import VLLM_LORA, Engine, decode_ms, make_adapter, make_lora, timed
+from benchmarks.engine import VLLM_LORA, Engine, make_adapter, make_lora, take_turns
 from benchmarks.engine import write_config as write_backbone
-from benchmarks.engine_options import SHAPES, Options, shapes, sizes
+from benchmarks.engine_options import SHAPES, Options, shapes
 
 MIXTURES = 4
 
@@ -114,30 +112,9 @@ def rank(wanted: int) -> int:
 
 def measure(options: argparse.Namespace) -> Iterator[dict]:
     """A row for each size and engine: times of every repeat, overhead over stock."""
-    vocab, draw = SHAPES[options.model][-1], random.Random(0)
     with tempfile.TemporaryDirectory() as scratch:
         engines = make_engines(options, Path(scratch))
-        for what, batch, length in sizes(vars(options)):
-            times: dict[str, list[float]] = {name: [] for name in engines}
-            for repeat in range(options.repeats + 1):
-                for name, engine in engines.items():
-                    if what == "decode":
-                        value = decode_ms(engine, batch, length, options.steps, vocab, draw)
-                    else:
-                        value = timed(engine, batch, length, 1, vocab, draw) * 1e3
-                    if repeat:  # the first is warm-up
-                        times[name].append(value)
-            stock = statistics.median(times["stock"])
-            for name, values in times.items():
-                row = {"engine": name, "what": what, "batch": batch, "length": length, "unit": "ms"}
-                row |= record.summary(values)
-                row["overhead"] = row["median"] / stock - 1
-                print(
-                    f"{what:8} {batch:4} x {length:<5} {name:10} {row['median']:9.3f} ms "
-                    f"({row['min']:.3f} to {row['max']:.3f}) {row['overhead']:+.1%}",
-                    flush=True,
-                )
-                yield row
+        yield from take_turns(options, engines)
         for llm in {id(engine.llm): engine for engine in engines.values()}.values():
             llm.stop()
 
