@@ -3,15 +3,25 @@
 import random
 
 import pytest
-from vllm_adafuse.serving.pool import Pool, Size, most_at_once, pages_of_rank, pool_size
+from vllm_adafuse.serving.pool import Pool, Size, misfits, most_at_once, pages_of_rank, pool_size
 
 
 def test_sizes_in_whole_pages():
     assert [pages_of_rank(rank) for rank in (1, 16, 17, 40, 512)] == [1, 1, 2, 3, 32]
     assert pool_size(4, 128) == Size(32, 16)
-    assert pool_size(3, 8) == Size(2, 12)
+    assert pool_size(3, 8) == Size(3, 12)
     assert pool_size(1, 1) == Size(1, 8)
     assert pool_size(100, 16) == Size(100, 64)
+
+
+@pytest.mark.parametrize("rank", [1, 8, 16, 40])
+def test_adapters_of_the_rank_that_the_option_names_fit_as_many_as_it_says(rank):
+    """However small the rank: each takes whole pages."""
+    own = Size(pages_of_rank(rank))
+    assert not misfits(own, [own] * 6, max_loras=3, max_lora_rank=rank)
+    [problem] = misfits(Size(own.pages + 1), [own] * 6, max_loras=3, max_lora_rank=rank)
+    assert f"of ranks in whole pages, is {16 * (3 * own.pages + 1)} or more" in problem
+    assert f"(it is {16 * 3 * own.pages})" in problem
 
 
 def test_what_the_largest_take_together():

