@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from engines import completion, engine, greedy, load_reference, logprobs_of, make_pair
-from vllm_adafuse.tiny import real_prompts
+from vllm_adafuse.tiny import make_tiny_backbone, real_prompts
 
 pytestmark = pytest.mark.gpu
 
@@ -246,6 +246,21 @@ def test_fp8_backbone(tmp_path, monkeypatch):
     print(f"fp8: served {ours:.4f}, formulas {formulas:.4f}, no adapter {without:.4f} from float32")
     assert ours <= 1.2 * formulas
     assert without > 3 * ours
+
+
+def test_a_reload_leaves_nothing_of_the_old_weights(tmp_path):
+    """Graphs have been captured over [W; A] and the passports of the weights before."""
+    base, adapter = gpu_pair(tmp_path)
+    config = WIDE | {"dtype": torch.bfloat16}
+    other = make_tiny_backbone(tmp_path / "other", seed=5, **config)
+    with gpu_engine(base, adapter, **GRAPHS) as llm:
+        for weights in (other, base, other):
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": str(weights)})
+            llm.reset_prefix_cache()
+            outputs = llm.generate(PROMPTS, greedy(), use_tqdm=False)
+            served, reference = distances(outputs, weights, adapter)
+            print(f"reloaded: served {served:.5f}, bf16 reference {reference:.5f} from float32")
+            assert served <= 1.2 * reference + 1e-4
 
 
 @pytest.mark.parametrize("batch", [1, 64])
