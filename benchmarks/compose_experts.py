@@ -73,8 +73,8 @@ def candidates(size: Size, data: Any, work: Path) -> Iterator[tuple[str, Any, di
     """(name, model, further figures) of everything that is judged."""
     import torch
     from peft import PeftModel
-    from vllm_adafuse import reference
     from vllm_adafuse.experts.compose import RouterOptions, compose_experts
+    from vllm_adafuse.offline import reference
 
     from benchmarks.quality.train import DEVICE, _backbone
 

@@ -39,11 +39,10 @@ from typing import Any
 
 import torch
 from vllm_adafuse.cli.cmd_random import integers
-from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.format.random_adapter import make_random_adapter
 
 from benchmarks import record
 from benchmarks.engine_options import GRANITE, OURS, SHAPES, Options, shapes, sizes
-
 
 # Leaves LoRA requests to vLLM's own manager.
 VLLM_LORA = {"adafuse": {"lora": "vllm"}}
@@ -85,7 +84,7 @@ def _memory(worker) -> dict[str, int]:
 def make_lora(base: Path, out: Path, r: int) -> Path:
     """A random PEFT LoRA on all linears of a backbone."""
     from safetensors.torch import save_file
-    from vllm_adafuse.backbone import Backbone
+    from vllm_adafuse.format.backbone import Backbone
 
     backbone, tensors = Backbone.from_path(str(base)), {}
     for name, (size_in, size_out) in backbone.linears.items():

@@ -338,7 +338,7 @@ def pre_gated(model, m: Mixture) -> Iterator[Any]:
 @contextmanager
 def switch(model, m: Mixture, **options: Any) -> Iterator[Any]:
     """AdaFuse as published: before each token one launch merges its experts into all weights."""
-    from vllm_adafuse.switch_runtime import SwitchRuntime
+    from vllm_adafuse.offline.switch_runtime import SwitchRuntime
 
     ids, weights = make_routes(model, m)
     experts = {name: make_bank(model, linear, m) for name, linear in linears(model).items()}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from vllm_adafuse.config import CONTENT_KEY, SECTION
+from vllm_adafuse.format.config import CONTENT_KEY, SECTION
 from vllm_adafuse.patches.on_import import when_imported
 
 _SEAM = "vllm.entrypoints.serve.utils.fingerprint"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.format.random_adapter import make_random_adapter
 from vllm_adafuse.tiny import tiny_config
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

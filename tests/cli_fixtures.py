@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from vllm_adafuse.cli.main import main
-from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.format.random_adapter import make_random_adapter
 from vllm_adafuse.tiny import make_tiny_backbone
 
 EVIL = '</span><script>alert("x")</script>'

@@ -8,8 +8,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from vllm_adafuse import reference
-from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.format.random_adapter import make_random_adapter
+from vllm_adafuse.offline import reference
 from vllm_adafuse.tiny import make_tiny_backbone
 
 MAX_LOGPROB_ERROR = 1e-3

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from broken_adapters import CONFIG, WEIGHTS, edit_config, edit_header, instead, put
-from vllm_adafuse.tensor_file import machine_memory
+from vllm_adafuse.format.tensor_file import machine_memory
 
 MODEL, INDEX = "config.json", "model.safetensors.index.json"
 Damage = Callable[[Path], object]

@@ -74,7 +74,7 @@ if __name__ == "__main__":
             assert main(argv) == 0, argv
         import vllm_adafuse.convert.registry
         import vllm_adafuse.experts.compose
-        import vllm_adafuse.merge
+        import vllm_adafuse.format.merge
         import vllm_adafuse.training.distill_run  # noqa: F401 - imported before the forks
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:

@@ -10,10 +10,10 @@ from cli_fixtures import base, run  # noqa: F401 (fixtures)
 from convert_sources import peft_lora
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
-from vllm_adafuse.backbone import EMBEDDING, SAVE_AGAIN, load_backbone_tensors
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.experts.compose import compose_experts
-from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.format.backbone import EMBEDDING, SAVE_AGAIN, load_backbone_tensors
+from vllm_adafuse.format.random_adapter import make_random_adapter
 from vllm_adafuse.tiny import make_tiny_backbone
 
 

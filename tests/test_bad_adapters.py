@@ -27,9 +27,9 @@ from broken_adapters import (
     make_good,
     set_value,
 )
-from vllm_adafuse.adapter import check_adapter, load_adapter
-from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.format.adapter import check_adapter, load_adapter
+from vllm_adafuse.format.backbone import Backbone
 
 ENGINE = {
     "gpu_memory_utilization": 0.2,

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from broken_adapters import add, edit_config, edit_tensors, make_backbones, swap
-from vllm_adafuse.adapter import check_adapter
-from vllm_adafuse.backbone import Backbone
-from vllm_adafuse.config import AdapterConfig, parse_config
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.format.adapter import check_adapter
+from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.format.config import AdapterConfig, parse_config
+from vllm_adafuse.format.random_adapter import make_random_adapter
 
 Q, UP = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"
 MLP = "model.layers.0.mlp"

@@ -8,8 +8,8 @@ import pytest
 import torch
 from cli_fixtures import adapter, base, copied, edit_config, run  # noqa: F401 (fixtures)
 from safetensors.torch import load_file, save_file
-from vllm_adafuse.adapter import load_adapter
 from vllm_adafuse.cli.main import main
+from vllm_adafuse.format.adapter import load_adapter
 from vllm_adafuse.tiny import make_tiny_backbone
 
 COMMANDS = ("check", "inspect", "route", "compose", "merge", "random", "tune", "explain")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from cli_fixtures import base, run  # noqa: F401
-from vllm_adafuse.adapter import load_adapter
+from vllm_adafuse.format.adapter import load_adapter
 
 MIXLORA = ["--routing", "layer_wise", "--router-scope", "block", "--mix", "ffn_output"]
 MIXLORA += ["--top-k", "self_attn=1,mlp=2", "--always-r", "2", "--expert-modules"]

@@ -11,8 +11,8 @@ from cli_fixtures import base, run  # noqa: F401 (fixtures)
 from convert_sources import peft_lora
 from vllm_adafuse.cli.main import build_parser, main
 from vllm_adafuse.cli.parser import os_message
-from vllm_adafuse.places import output_problem
-from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.format.places import output_problem
+from vllm_adafuse.format.random_adapter import make_random_adapter
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from cli_fixtures import EVIL, adapter, base, copied, edit_config, run, run_json  # noqa: F401
-from vllm_adafuse.adapter import load_adapter
 from vllm_adafuse.cli import common
 from vllm_adafuse.cli.colors import hue, level, terminal_style
-from vllm_adafuse.random_adapter import make_random_adapter
-from vllm_adafuse.routing import OfflineRouter, vocabulary_routes
+from vllm_adafuse.format.adapter import load_adapter
+from vllm_adafuse.format.random_adapter import make_random_adapter
+from vllm_adafuse.offline.routing import OfflineRouter, vocabulary_routes
 from vllm_adafuse.tiny import real_prompts
 
 # inspect

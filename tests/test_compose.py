@@ -9,16 +9,16 @@ import pytest
 import torch
 from broken_adapters import NOBODY, as_user
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-from vllm_adafuse.adapter import load_adapter
-from vllm_adafuse.backbone import Backbone
-from vllm_adafuse.compose import compose
-from vllm_adafuse.digest import content_hash
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.merge import merge
-from vllm_adafuse.random_adapter import make_random_adapter
-from vllm_adafuse.routing import vocabulary_routes
+from vllm_adafuse.format.adapter import load_adapter
+from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.format.compose import compose
+from vllm_adafuse.format.digest import content_hash
+from vllm_adafuse.format.merge import merge
+from vllm_adafuse.format.random_adapter import make_random_adapter
+from vllm_adafuse.format.tree import tree_files
+from vllm_adafuse.offline.routing import vocabulary_routes
 from vllm_adafuse.tiny import make_tiny_backbone
-from vllm_adafuse.tree import tree_files
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +223,7 @@ def test_failure_half_way_leaves_nothing_behind(base, adapter, tmp_path, monkeyp
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("vllm_adafuse.compose._write_object", fail)
+    monkeypatch.setattr("vllm_adafuse.format.compose._write_object", fail)
     with pytest.raises(OSError, match="No space left"):
         compose(broken, adapter, tmp_path / "out", copy)
     assert not (tmp_path / "out").exists()

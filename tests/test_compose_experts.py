@@ -12,16 +12,16 @@ import convert_sources as sources
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from vllm_adafuse import reference
-from vllm_adafuse.adapter import check_adapter, load_adapter
-from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.cli.main import main
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.experts.compose import RouterOptions, compose_experts
 from vllm_adafuse.experts.router import Features, fit_router
 from vllm_adafuse.experts.samples import read_samples
 from vllm_adafuse.experts.separability import Separability, text_report
-from vllm_adafuse.routing import OfflineRouter
+from vllm_adafuse.format.adapter import check_adapter, load_adapter
+from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.offline import reference
+from vllm_adafuse.offline.routing import OfflineRouter
 from vllm_adafuse.tiny import make_tiny_backbone
 
 ROOT = Path(__file__).parent.parent

@@ -6,11 +6,11 @@ import convert_sources as sources
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from vllm_adafuse.adapter import check_adapter
-from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.cli.main import main
 from vllm_adafuse.convert.options import Options
 from vllm_adafuse.convert.registry import convert
+from vllm_adafuse.format.adapter import check_adapter
+from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.tiny import make_tiny_backbone
 
 

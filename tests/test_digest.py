@@ -11,10 +11,10 @@ import pytest
 import torch
 from broken_adapters import CONFIG, WEIGHTS, edit_config, edit_header, edit_tensors
 from safetensors.torch import load_file, save_file
-from vllm_adafuse.digest import content_hash
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.random_adapter import make_random_adapter
-from vllm_adafuse.tensor_file import TensorFile
+from vllm_adafuse.format.digest import content_hash
+from vllm_adafuse.format.random_adapter import make_random_adapter
+from vllm_adafuse.format.tensor_file import TensorFile
 from vllm_adafuse.tiny import make_tiny_backbone
 
 PEFT = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -200,7 +200,7 @@ def test_memory_is_constant(adapters, tmp_path):
     (path / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text)
     os.truncate(path / WEIGHTS, 8 + len(text) + nbytes)
     code = (
-        "import resource, sys, vllm_adafuse.digest as d\n"
+        "import resource, sys, vllm_adafuse.format.digest as d\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "d.content_hash(sys.argv[1])\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"

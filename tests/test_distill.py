@@ -7,10 +7,10 @@ import torch
 from cli_fixtures import run
 from engines import load_reference
 from training_models import backbone_of, difference, random_ids
-from vllm_adafuse.adapter import check_adapter
-from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.format.adapter import check_adapter
+from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.format.random_adapter import make_random_adapter
 from vllm_adafuse.tiny import make_tiny_backbone, real_texts
 from vllm_adafuse.training.align import align, best_match, by_token
 from vllm_adafuse.training.distill import DistillOptions, distill, kl_of, make_student, mean_kl

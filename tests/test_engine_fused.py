@@ -5,10 +5,10 @@ import pytest
 from engines import assert_greedy_equals, engine, greedy, load_reference, make_pair
 from ops import DEVICE
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-from vllm_adafuse.adapter import load_adapter
-from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.explain import Model, shapes_of
-from vllm_adafuse.pretrained import read_config
+from vllm_adafuse.format.adapter import load_adapter
+from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.format.pretrained import read_config
 from vllm_adafuse.serving import linear
 from vllm_adafuse.tiny import real_prompts
 

@@ -17,7 +17,7 @@ from engines import (
     make_pair,
 )
 from safetensors.torch import load_file
-from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.format.random_adapter import make_random_adapter
 from vllm_adafuse.tiny import real_prompts
 
 PROMPTS = real_prompts(8)

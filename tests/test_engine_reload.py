@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from engines import assert_greedy_equals, engine, greedy, load_reference, make_pair
-from vllm_adafuse.digest import content_hash
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.format.digest import content_hash
+from vllm_adafuse.format.random_adapter import make_random_adapter
 from vllm_adafuse.serving import models
 from vllm_adafuse.tiny import make_tiny_backbone, real_prompts
 

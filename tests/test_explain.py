@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 from cli_fixtures import adapter, base, run  # noqa: F401 (fixtures)
-from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.cli.cmd_explain import ranges
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.explain import Model, device_named, explain, shapes_of
+from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.kernels.dispatch import plan
 from vllm_adafuse.kernels.plans import DECODE_GEMM, SHRINK, TMA_EXPAND, TMA_GEMM, Shape
 from vllm_adafuse.tiny import tiny_config

@@ -5,8 +5,8 @@ import pickle
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.serve.utils import fingerprint
-from vllm_adafuse.digest import content_hash
-from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.format.digest import content_hash
+from vllm_adafuse.format.random_adapter import make_random_adapter
 from vllm_adafuse.tiny import make_tiny_backbone
 
 

@@ -10,7 +10,7 @@ SCRIPT = """
 import os, sys, time
 import torch
 torch.set_num_threads(4)
-from vllm_adafuse.adapter import load_adapter
+from vllm_adafuse.format.adapter import load_adapter
 load_adapter(sys.argv[1])
 if torch.get_num_threads() != 4:
     sys.exit("the threads were not given back")
@@ -39,7 +39,7 @@ def test_a_fork_after_the_check_runs_parallel_loops(tmp_path):
 
 
 def test_threads_are_given_back(tmp_path):
-    from vllm_adafuse.adapter import load_adapter
+    from vllm_adafuse.format.adapter import load_adapter
 
     threads = torch.get_num_threads()
     load_adapter(make_pair(tmp_path)[1])

@@ -162,7 +162,7 @@ def test_a_second_start_uses_the_compile_cache(tmp_path):
 def add_reference_deltas(model, adapter: str) -> None:
     """Hooks the format's formulas onto a stock vLLM model, in eager mode."""
     from safetensors.torch import load_file
-    from vllm_adafuse.adapter import load_adapter
+    from vllm_adafuse.format.adapter import load_adapter
 
     config = load_adapter(adapter).config
     tensors = {k: v.cuda() for k, v in load_file(f"{adapter}/adapter_model.safetensors").items()}

@@ -6,7 +6,7 @@ import torch
 from engines import completion, greedy, load_reference, logprobs_of
 from loras import FEW, PATTERNS, make_lora
 from test_gpu_engine import gpu_engine, gpu_pair
-from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.format.random_adapter import make_random_adapter
 from vllm_adafuse.tiny import real_prompts
 
 pytestmark = pytest.mark.gpu

@@ -14,8 +14,8 @@ import torch
 from broken_adapters import Q, edit_config, edit_tensors, instead
 from convert_sources import Draw, linears_of, mixlora, write
 from hostile_files import ADAFUSE, BACKBONES, FILES, LORAS, MIXTURES, READ, device
-from vllm_adafuse.adapter import check_adapter
-from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.format.adapter import check_adapter
+from vllm_adafuse.format.random_adapter import make_random_adapter
 from vllm_adafuse.tiny import make_tiny_backbone
 
 SECONDS, MIB, LONGEST = 2.0, 200, 5000
@@ -126,8 +126,8 @@ def test_source_files(runner, place, tmp_path, damage, words, source):
 @cases(FILES)
 def test_adapters_of_requests(place, tmp_path, damage, words, kind):
     """What a running server is asked to load, by `--enable-lora`."""
-    from vllm_adafuse.backbone import Backbone
     from vllm_adafuse.errors import AdapterError
+    from vllm_adafuse.format.backbone import Backbone
     from vllm_adafuse.serving.adapters import open_adapter
 
     path = damaged(place, kind, tmp_path, damage)

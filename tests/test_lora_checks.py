@@ -10,7 +10,7 @@ import pytest
 from loras import ask
 from safetensors.torch import load_file, save_file
 from vllm.lora.request import LoRARequest
-from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.format.random_adapter import make_random_adapter
 from vllm_adafuse.serving import versions as seam
 from vllm_adafuse.serving.versions import (
     AdapterAbsent,

@@ -4,7 +4,7 @@ import pytest
 from engines import assert_greedy_equals, engine, greedy, load_reference, make_pair
 from loras import PATTERNS, make_lora
 from vllm.lora.request import LoRARequest
-from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.format.random_adapter import make_random_adapter
 from vllm_adafuse.tiny import real_prompts
 
 
@@ -31,8 +31,8 @@ def test_a_request_for_a_lora_gets_that_and_not_the_default(tmp_path):
 def test_a_default_with_routers_inside_is_refused(options, tmp_path):
     from types import SimpleNamespace
 
-    from vllm_adafuse.adapter import load_adapter
     from vllm_adafuse.errors import AdapterError
+    from vllm_adafuse.format.adapter import load_adapter
     from vllm_adafuse.serving.paged_model import _check_default
 
     _, adapter = make_pair(tmp_path, **options)

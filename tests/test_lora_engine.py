@@ -19,7 +19,7 @@ from loras import FEW, MODULES, PATTERNS, make_lora, manager_of
 from transformers import AutoModelForCausalLM
 from vllm.lora.request import LoRARequest
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.format.random_adapter import make_random_adapter
 from vllm_adafuse.serving.adapters import stamp_path
 from vllm_adafuse.tiny import real_prompts
 

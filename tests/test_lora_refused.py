@@ -6,9 +6,9 @@ import pytest
 from engines import make_pair
 from loras import FEW, make_lora
 from transformers import AutoConfig
-from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.format.random_adapter import make_random_adapter
 from vllm_adafuse.serving.hosted import Loader
 from vllm_adafuse.tiny import make_tiny_backbone
 

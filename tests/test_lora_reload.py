@@ -9,7 +9,7 @@ from engines import assert_greedy_equals, completion, engine, greedy, load_refer
 from loras import FEW, MODULES, make_lora, manager_of
 from transformers import AutoModelForCausalLM
 from vllm.lora.request import LoRARequest
-from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.format.random_adapter import make_random_adapter
 from vllm_adafuse.serving.adapters import stamp_path
 from vllm_adafuse.serving.versions import AdapterAbsent, AdapterRefused
 from vllm_adafuse.tiny import real_prompts

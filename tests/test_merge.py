@@ -9,9 +9,9 @@ import torch
 from cli_fixtures import adapter, base, edit_config, run  # noqa: F401 (fixtures)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from vllm_adafuse import reference
-from vllm_adafuse.merge import merge
-from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.format.merge import merge
+from vllm_adafuse.format.random_adapter import make_random_adapter
+from vllm_adafuse.offline import reference
 from vllm_adafuse.tiny import make_tiny_backbone, real_prompts
 
 FAMILIES = ("LlamaForCausalLM", "Gemma2ForCausalLM", "Phi3ForCausalLM")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_hostile import Runner, make_lora
-from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.format.random_adapter import make_random_adapter
 from vllm_adafuse.tiny import make_tiny_backbone
 
 ROOT = Path(__file__).parents[1]
@@ -234,7 +234,7 @@ def test_a_backbone_whose_code_the_user_trusts_is_served(place, tmp_path):
 
 
 def test_composing_takes_no_code_of_the_adapter(place, tmp_path):
-    from vllm_adafuse.compose import compose
+    from vllm_adafuse.format.compose import compose
 
     adapter = evil_adapter(place, tmp_path / "adapter")
     out = compose(place / "base", adapter, tmp_path / "out")

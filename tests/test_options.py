@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs
-from vllm_adafuse.digest import content_hash
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.format.digest import content_hash
+from vllm_adafuse.format.random_adapter import make_random_adapter
 from vllm_adafuse.serving import attach
 from vllm_adafuse.serving.options import OPTIONS, check_options, option
 from vllm_adafuse.tiny import make_tiny_backbone, tiny_config

@@ -10,11 +10,11 @@ from cli_fixtures import run, run_json
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from vllm.engine.arg_utils import EngineArgs
-from vllm_adafuse.adapter import load_adapter
 from vllm_adafuse.convert.registry import convert
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.experts.compose import RouterOptions, compose_experts
-from vllm_adafuse.origin import backbone_hash
+from vllm_adafuse.format.adapter import load_adapter
+from vllm_adafuse.format.origin import backbone_hash
 from vllm_adafuse.serving import attach
 from vllm_adafuse.tiny import make_tiny_backbone
 from vllm_adafuse.training import AdaFuseModel, MixtureConfig

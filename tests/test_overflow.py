@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from broken_adapters import edit_config, edit_tensors
-from vllm_adafuse import reference
-from vllm_adafuse.adapter import load_adapter
 from vllm_adafuse.cli.main import main
-from vllm_adafuse.overflow import overflow_warnings
-from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.format.adapter import load_adapter
+from vllm_adafuse.format.overflow import overflow_warnings
+from vllm_adafuse.format.random_adapter import make_random_adapter
+from vllm_adafuse.offline import reference
 from vllm_adafuse.tiny import make_tiny_backbone
 
 Q = "model.layers.1.self_attn.q_proj"

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from vllm_adafuse.architectures import ARCHITECTURES
 from vllm_adafuse.compat import BEFORE, MINIMUM
+from vllm_adafuse.format.architectures import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LINES, MAX_REPOSITORY_BYTES = 400, 8 << 20
@@ -56,7 +56,7 @@ def test_register_twice_imports_no_model_and_touches_no_device():
         "from vllm_adafuse.plugin import register\n"
         "register(); register()\n"
         "from vllm import ModelRegistry\n"
-        "from vllm_adafuse.architectures import ARCHITECTURES\n"
+        "from vllm_adafuse.format.architectures import ARCHITECTURES\n"
         "missing = {a.adafuse_name for a in ARCHITECTURES.values()} - set(ModelRegistry.models)\n"
         "loaded = [f'vllm.model_executor.models.{a.module}' for a in ARCHITECTURES.values()]\n"
         "loaded = [name for name in loaded if name in sys.modules]\n"

@@ -10,13 +10,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
-from vllm_adafuse.backbone import EMBEDDING
 from vllm_adafuse.cli.main import main
 from vllm_adafuse.convert.names import of_decoder, unwrapped
 from vllm_adafuse.convert.peft_config import FOLLOWED, HARMLESS, REFUSED
 from vllm_adafuse.convert.registry import convert
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.experts.compose import RouterOptions, compose_experts
+from vllm_adafuse.format.backbone import EMBEDDING
 from vllm_adafuse.tiny import make_tiny_backbone
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -322,7 +322,7 @@ def test_a_revision_of_the_backbone_is_looked_for(lora, tmp_path, monkeypatch, b
 
 
 def test_a_mixture_is_no_lora(base, tmp_path):
-    from vllm_adafuse.random_adapter import make_random_adapter
+    from vllm_adafuse.format.random_adapter import make_random_adapter
 
     mixture = make_random_adapter(base, tmp_path / "mixture", num_experts=2, r=2)
     with pytest.raises(AdapterError, match="it is a mixture in this format already"):

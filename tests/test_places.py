@@ -7,14 +7,14 @@ import shutil
 import pytest
 from cli_fixtures import adapter, base, run  # noqa: F401 (fixtures)
 from convert_sources import peft_lora
-from vllm_adafuse.adapter import check_adapter
-from vllm_adafuse.backbone import Backbone
-from vllm_adafuse.compose import compose
 from vllm_adafuse.convert.registry import convert
 from vllm_adafuse.convert.source import read_json
 from vllm_adafuse.errors import AdapterError, brief
 from vllm_adafuse.experts.compose import RouterOptions, compose_experts
-from vllm_adafuse.places import backbone_problem, find_local_backbone, require_backbone
+from vllm_adafuse.format.adapter import check_adapter
+from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.format.compose import compose
+from vllm_adafuse.format.places import backbone_problem, find_local_backbone, require_backbone
 
 UNIFORM = RouterOptions(router="uniform")
 

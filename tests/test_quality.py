@@ -11,8 +11,8 @@ import pytest
 import torch
 from benchmark_package import ROOT
 from transformers import AutoModelForCausalLM
-from vllm_adafuse.adapter import check_adapter
-from vllm_adafuse.backbone import Backbone
+from vllm_adafuse.format.adapter import check_adapter
+from vllm_adafuse.format.backbone import Backbone
 
 from benchmarks.pages import Result as File
 from benchmarks.quality import demo, pool, publish, speed

@@ -63,7 +63,7 @@ def test_a_file_that_is_replaced_keeps_its_mode(base, tmp_path, capsys):
     file = out / "adapter_model.safetensors"
     file.chmod(0o640)
     from safetensors.torch import load_file
-    from vllm_adafuse.files import save_tensors
+    from vllm_adafuse.format.files import save_tensors
 
     save_tensors(load_file(file), file)
     assert file.stat().st_mode & 0o777 == 0o640

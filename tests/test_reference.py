@@ -9,7 +9,7 @@ import torch
 from engines import assert_greedy_tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from vllm_adafuse import reference
+from vllm_adafuse.offline import reference
 from vllm_adafuse.tiny import make_tiny_backbone, real_prompts
 
 HIDDEN, EXPERTS, RANK = 128, 5, 4

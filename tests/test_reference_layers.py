@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from vllm_adafuse import reference
-from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.format.random_adapter import make_random_adapter
+from vllm_adafuse.offline import reference
 from vllm_adafuse.tiny import make_tiny_backbone
 
 PROMPT = [17, 5, 900, 333, 42, 7, 260]

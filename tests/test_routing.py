@@ -5,12 +5,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from vllm_adafuse import reference
-from vllm_adafuse.adapter import load_adapter
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.places import find_local_backbone
-from vllm_adafuse.random_adapter import make_random_adapter
-from vllm_adafuse.routing import OfflineRouter, vocabulary_routes
+from vllm_adafuse.format.adapter import load_adapter
+from vllm_adafuse.format.places import find_local_backbone
+from vllm_adafuse.format.random_adapter import make_random_adapter
+from vllm_adafuse.offline import reference
+from vllm_adafuse.offline.routing import OfflineRouter, vocabulary_routes
 from vllm_adafuse.tiny import make_tiny_backbone
 
 VOCAB = 1003
@@ -76,7 +76,7 @@ def llama(tmp_path_factory):
 def test_chunks_do_not_matter(llama, monkeypatch):
     base, path = llama
     whole = vocabulary_routes(load_adapter(path), base)
-    monkeypatch.setattr("vllm_adafuse.routing.CHUNK", 100)
+    monkeypatch.setattr("vllm_adafuse.offline.routing.CHUNK", 100)
     parts = vocabulary_routes(load_adapter(path), base)
     assert torch.equal(whole[0], parts[0])
     torch.testing.assert_close(whole[1], parts[1])

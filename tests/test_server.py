@@ -23,7 +23,7 @@ from engines import (
 )
 from serve_forks import session_members
 from transformers import AutoTokenizer, PreTrainedModel
-from vllm_adafuse.compose import compose
+from vllm_adafuse.format.compose import compose
 from vllm_adafuse.server import Server, running_server, vllm_serve
 from vllm_adafuse.tiny import real_prompts
 

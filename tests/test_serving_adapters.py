@@ -8,9 +8,9 @@ import convert_sources as sources
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.random_adapter import make_random_adapter
+from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.format.random_adapter import make_random_adapter
 from vllm_adafuse.serving.adapters import (
     LORA,
     MIXTURE,

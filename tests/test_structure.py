@@ -15,7 +15,7 @@ LONG = {
     "kernels/layer_sgmm.py": {"layer_sgmm", "_run"},
     "kernels/live_route.py": {"live_route_torch", "live_route"},
     "kernels/route_layer.py": {"_fake", "route", "route_layer", "_run"},
-    "vllm_adafuse/random_adapter.py": {"make_random_adapter"},
+    "vllm_adafuse/format/random_adapter.py": {"make_random_adapter"},
     "vllm_adafuse/training/distill_run.py": {"distil_files"},
 }
 # Numbers of tokens by these names; what `len(x)` or `x.shape[0]` is compared with, too.

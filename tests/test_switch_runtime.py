@@ -6,11 +6,11 @@ import shutil
 import pytest
 import torch
 from engines import assert_greedy_tokens, load_reference, make_pair
-from vllm_adafuse import reference
-from vllm_adafuse.adapter import load_adapter
-from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.switch_runtime import SwitchRuntime, switch_memory
+from vllm_adafuse.format.adapter import load_adapter
+from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.offline import reference
+from vllm_adafuse.offline.switch_runtime import SwitchRuntime, switch_memory
 from vllm_adafuse.tiny import real_prompts
 
 PAIRS = {

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from training_models import difference, make, random_ids
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from vllm_adafuse.adapter import check_adapter
-from vllm_adafuse.backbone import Backbone
+from vllm_adafuse.format.adapter import check_adapter
+from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.tiny import make_tiny_backbone
 from vllm_adafuse.training import watch
 from vllm_adafuse.training.health import NotFinite

@@ -9,9 +9,9 @@ from engines import assert_greedy_equals, engine, greedy, load_reference
 from safetensors.torch import load_file
 from torch import nn
 from training_models import backbone_of, difference, fit, make, random_ids, randomise
-from vllm_adafuse.adapter import check_adapter
-from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.format.adapter import check_adapter
+from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.tiny import make_tiny_backbone, real_prompts
 from vllm_adafuse.training import AdaFuseModel, MixtureConfig
 from vllm_adafuse.training.losses import routing_losses

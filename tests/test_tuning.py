@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import AutoConfig
 from vllm_adafuse import tuning
-from vllm_adafuse.architectures import ARCHITECTURES
-from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.cli import cmd_tune
 from vllm_adafuse.cli.main import main
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.format.architectures import ARCHITECTURES
+from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.kernels.configs import GemmConfig, cuts_file
 from vllm_adafuse.kernels.dispatch import default_config, serves
 from vllm_adafuse.tiny import make_tiny_backbone, tiny_config

@@ -26,10 +26,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
-from vllm_adafuse import reference
-from vllm_adafuse.adapter import load_adapter
-from vllm_adafuse.random_adapter import make_random_adapter
-from vllm_adafuse.routing import OfflineRouter
+from vllm_adafuse.format.adapter import load_adapter
+from vllm_adafuse.format.random_adapter import make_random_adapter
+from vllm_adafuse.offline import reference
+from vllm_adafuse.offline.routing import OfflineRouter
 from vllm_adafuse.server import Server, running_server, vllm_serve
 from vllm_adafuse.tiny import make_tiny_backbone, real_prompts
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm_adafuse.adapter import Adapter
-from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.format.adapter import Adapter
+from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.kernels.dispatch import plan
 from vllm_adafuse.kernels.pairs import can_rotate
 from vllm_adafuse.kernels.plans import Device, Plan, Shape

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from vllm_adafuse.files import open_weights
+from vllm_adafuse.format.files import open_weights
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>\n"
@@ -62,7 +62,7 @@ def tiny_config(architecture: str, **overrides):
     """A Hugging Face config of a supported family, about a million parameters.
 
     Args:
-        architecture: a name of `vllm_adafuse.architectures.ARCHITECTURES`.
+        architecture: a name of `vllm_adafuse.format.architectures.ARCHITECTURES`.
         **overrides: keys of the config.
     """
     import transformers

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 import triton
-from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.kernels.add_norm import add_norm_triton
 from vllm_adafuse.kernels.configs import GemmConfig
 from vllm_adafuse.kernels.dispatch import (

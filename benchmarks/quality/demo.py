@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from vllm_adafuse.adapter import check_adapter
-from vllm_adafuse.backbone import Backbone
+from vllm_adafuse.format.adapter import check_adapter
+from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.training import AdaFuseModel, MixtureConfig
 from vllm_adafuse.training.align import fit_router, router_inputs
 from vllm_adafuse.training.watch import count_experts

@@ -208,7 +208,7 @@ ROUTING = [
         "a router at a later layer decides on the last layer's output alone",
     ),
     Mutant(
-        "Gemma's embeddings", "vllm_adafuse/routing.py",
+        "Gemma's embeddings", "vllm_adafuse/offline/routing.py",
         "if self.scaled_embedding:", "if False:", "tests/test_routing.py",
         "passports offline are other than those that are served",
     ),
@@ -257,7 +257,7 @@ CACHE = [
         "tests/test_kv_cache.py", "slots of the captured step are replayed for all others",
     ),
     Mutant(
-        "another adapter's prefix", "vllm_adafuse/digest.py",
+        "another adapter's prefix", "vllm_adafuse/format/digest.py",
         "digest.update(piece.numpy())", "pass", "tests/test_digest.py",
         "two adapters of one shape have one hash, and share cached prefixes",
     ),

@@ -16,7 +16,7 @@ from vllm_adafuse.cli.common import (
     open_adapter,
     printable,
 )
-from vllm_adafuse.config import BASE_HASH
+from vllm_adafuse.format.config import BASE_HASH
 
 DESCRIPTION = """\
 Checks an adapter directory as serving does, and lists every problem, one per line: keys of
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _report(adapter: str, opened: Opened, warnings: list[str]) -> dict[str, Any]:
     """The JSON document. `content` and `base_model_hash` are null where there is none."""
-    from vllm_adafuse.digest import content_hash
+    from vllm_adafuse.format.digest import content_hash
 
     ok = not opened.problems
     return {
@@ -84,9 +84,9 @@ def _report(adapter: str, opened: Opened, warnings: list[str]) -> dict[str, Any]
 def _warnings(opened: Opened) -> list[str]:
     """What overflows in the backbone's dtype, and a backbone that is not the adapter's own."""
     import torch
-    from vllm_adafuse.origin import origin_problem
-    from vllm_adafuse.overflow import overflow_warnings
-    from vllm_adafuse.pretrained import read_config
+    from vllm_adafuse.format.origin import origin_problem
+    from vllm_adafuse.format.overflow import overflow_warnings
+    from vllm_adafuse.format.pretrained import read_config
 
     dtype = read_config(str(opened.base)).dtype if opened.base else None
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from vllm_adafuse.cli.common import ADAPTER_HELP, add_example, printable
-from vllm_adafuse.places import require_backbone
+from vllm_adafuse.format.places import require_backbone
 
 DESCRIPTION = """\
 Makes a checkpoint directory of a backbone with an adapter, which `vllm serve` takes as it is.
@@ -34,7 +34,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Composes and prints the command that serves the result."""
-    from vllm_adafuse.compose import compose
+    from vllm_adafuse.format.compose import compose
 
     out = compose(require_backbone(args.base), args.adapter, args.out, args.copy, progress=True)
     print(printable(f"composed {out}; serve it with: vllm serve {out}"))

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from vllm_adafuse.cli.common import add_example, printable
-from vllm_adafuse.config import ROUTER_INPUTS
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.format.config import ROUTER_INPUTS
 
 DESCRIPTION = """\
 Makes one adapter of several plain PEFT LoRAs: each becomes an expert, and a router at the model's

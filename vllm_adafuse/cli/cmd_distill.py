@@ -14,9 +14,9 @@ from vllm_adafuse.cli.common import (
     usable,
 )
 from vllm_adafuse.cli.parser import COUNT
-from vllm_adafuse.config import ROUTER_INPUTS
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.places import output_problem
+from vllm_adafuse.format.config import ROUTER_INPUTS
+from vllm_adafuse.format.places import output_problem
 
 DESCRIPTION = """\
 Makes a pre-gated adapter of one that has a router in every layer. The experts are kept; those of

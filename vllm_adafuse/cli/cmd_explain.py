@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vllm_adafuse.cli.common import add_example, open_adapter, printable, usable
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.places import require_backbone
+from vllm_adafuse.format.places import require_backbone
 
 if TYPE_CHECKING:
     from vllm_adafuse.explain import Line
@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
     """Prints a line for each kind of projection."""
     import torch
     from vllm_adafuse.explain import Model, device_named, explain, shapes_of
+    from vllm_adafuse.format.pretrained import read_config
     from vllm_adafuse.kernels.plans import Device
-    from vllm_adafuse.pretrained import read_config
 
     problems = [
         f"{name} is {value}, expected a number from 1 to {most}"

@@ -21,14 +21,14 @@ from vllm_adafuse.cli.common import (
     share,
     usable,
 )
-from vllm_adafuse.config import BASE_HASH
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.format.config import BASE_HASH
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from rich.console import Console
-    from vllm_adafuse.adapter import Adapter
+    from vllm_adafuse.format.adapter import Adapter
 
 DESCRIPTION = """\
 Shows the experts of an adapter (ranks, scales, and the share of the vocabulary that each serves,
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _report(adapter: Adapter, opened: Opened) -> dict[str, Any]:
     """The JSON document; shares and what needs V are None without a backbone."""
-    from vllm_adafuse.digest import content_hash, written_at
+    from vllm_adafuse.format.digest import content_hash, written_at
 
     config = adapter.config
     in_context = config.layer_wise or config.router_layer > 0
@@ -135,7 +135,7 @@ def _router(adapter: Adapter) -> dict[str, Any]:
 def _vocabulary_shares(adapter: Adapter, base: Path) -> tuple[list[float], list[float]]:
     """Parts of the vocabulary that have each expert as first choice, and as any of the k."""
     import torch
-    from vllm_adafuse.routing import vocabulary_routes
+    from vllm_adafuse.offline.routing import vocabulary_routes
 
     ids, _ = vocabulary_routes(adapter, base)
     experts = adapter.config.num_experts

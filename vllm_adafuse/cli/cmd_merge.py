@@ -6,7 +6,7 @@ import argparse
 
 from vllm_adafuse.cli.cmd_random import NUMBERS
 from vllm_adafuse.cli.common import ADAPTER_HELP, BASE_HELP, add_example, printable
-from vllm_adafuse.places import require_backbone
+from vllm_adafuse.format.places import require_backbone
 
 DESCRIPTION = """\
 Writes a checkpoint directory in which the named experts are part of the weights, always on and
@@ -46,7 +46,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Merges and prints what was merged, and the command that serves the result."""
     from vllm_adafuse.cli.common import open_adapter, usable
-    from vllm_adafuse.merge import Choice, merge
+    from vllm_adafuse.format.merge import Choice, merge
 
     opened = open_adapter(args.adapter, args.base)
     adapter = usable(args.adapter, opened)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from vllm_adafuse.cli.common import add_example, printable
 from vllm_adafuse.cli.parser import COUNT, value_of
-from vllm_adafuse.config import (
+from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.format.config import (
     LAYER_WISE,
     MIXES,
     PRE_GATED,
@@ -16,8 +17,7 @@ from vllm_adafuse.config import (
     ROUTER_SCOPES,
     ROUTER_WEIGHTS,
 )
-from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.places import output_problem, require_backbone
+from vllm_adafuse.format.places import output_problem, require_backbone
 
 DESCRIPTION = """\
 Writes an adapter for a backbone with random weights, so sized that its deltas matter. It makes
@@ -119,7 +119,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Writes the adapter, with a progress bar on stderr."""
     import torch
-    from vllm_adafuse.random_adapter import make_random_adapter
+    from vllm_adafuse.format.random_adapter import make_random_adapter
 
     out = Path(args.out)
     if problem := output_problem(out):

@@ -23,7 +23,7 @@ from vllm_adafuse.cli.tokens import RoutedToken, describe, first_choices, route_
 from vllm_adafuse.errors import AdapterError
 
 if TYPE_CHECKING:
-    from vllm_adafuse.adapter import Adapter
+    from vllm_adafuse.format.adapter import Adapter
 
 DESCRIPTION = """\
 Shows which experts each token of a text uses. AdaFuse decides once per token, from its embedding,
@@ -51,7 +51,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Routes the text, then prints it in colours or as JSON, and writes the page."""
-    from vllm_adafuse.backbone import require_safetensors
+    from vllm_adafuse.format.backbone import require_safetensors
 
     text = _read(args)
     opened = open_adapter(args.adapter, args.base)

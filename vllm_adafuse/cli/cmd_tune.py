@@ -10,7 +10,7 @@ import sys
 from vllm_adafuse.cli.cmd_random import INTEGERS
 from vllm_adafuse.cli.common import add_example, console, printable
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.places import require_backbone
+from vllm_adafuse.format.places import require_backbone
 
 DESCRIPTION = """\
 Measures how the kernels for small batches should cut the products of a backbone on this machine's
@@ -58,7 +58,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Tunes, shows a table, writes the file."""
     import torch
-    from vllm_adafuse.backbone import Backbone
+    from vllm_adafuse.format.backbone import Backbone
     from vllm_adafuse.kernels.configs import save_cuts, shape_key
     from vllm_adafuse.kernels.dispatch import MAX_TILE_TOKENS
     from vllm_adafuse.tuning import Plan, products_of
@@ -116,7 +116,7 @@ def has_accelerator() -> bool:
 
 def what_follows(base: str) -> tuple[str, int]:
     """The activation's name and the size of a head in a backbone's config."""
-    from vllm_adafuse.pretrained import read_config
+    from vllm_adafuse.format.pretrained import read_config
 
     config = read_config(base)
     # Gemma has both, and means the second.

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.places import find_local_backbone, require_backbone
-from vllm_adafuse.reading import where
+from vllm_adafuse.format.places import find_local_backbone, require_backbone
+from vllm_adafuse.format.reading import where
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from vllm_adafuse.adapter import Adapter
-    from vllm_adafuse.backbone import Backbone
+    from vllm_adafuse.format.adapter import Adapter
+    from vllm_adafuse.format.backbone import Backbone
 
 ADAPTER_HELP = "the directory with adapter_config.json and adapter_model.safetensors"
 BASE_HELP = (
@@ -54,8 +54,8 @@ def open_adapter(path: str, base: str | None, values: bool = False) -> Opened:
     Raises:
         AdapterError: `--base` is not here.
     """
-    from vllm_adafuse.adapter import check_adapter
-    from vllm_adafuse.backbone import Backbone
+    from vllm_adafuse.format.adapter import check_adapter
+    from vllm_adafuse.format.backbone import Backbone
 
     found = None if base is None else require_backbone(base, option="--base")
     note = f"backbone: {found}, from --base" if found else ""

@@ -25,7 +25,7 @@ from vllm_adafuse.cli import (
 from vllm_adafuse.cli.common import printable
 from vllm_adafuse.cli.parser import Parser, os_message
 from vllm_adafuse.errors import AdapterError, brief, is_panic
-from vllm_adafuse.keys import clip
+from vllm_adafuse.format.keys import clip
 
 EPILOG = """\
 examples, in the order of a first visit:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_adafuse.cli.common import printable
-from vllm_adafuse.pretrained import load_tokenizer
-from vllm_adafuse.vocabulary import require_rows
+from vllm_adafuse.format.pretrained import load_tokenizer
+from vllm_adafuse.format.vocabulary import require_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-    from vllm_adafuse.adapter import Adapter
+    from vllm_adafuse.format.adapter import Adapter
 
 # What stands for a token that adds no character of its own: the later bytes of one.
 CONTINUATION = "⋯"
@@ -51,7 +51,7 @@ def route_text(adapter: Adapter, base: Path, text: str) -> list[RoutedToken]:
         AdapterError: no usable tokenizer or weights in `base`.
     """
     import torch
-    from vllm_adafuse.routing import OfflineRouter
+    from vllm_adafuse.offline.routing import OfflineRouter
 
     tokenizer = load_tokenizer(base)
     pieces = _tokenize(tokenizer, text)

@@ -10,14 +10,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from vllm_adafuse.backbone import Backbone
-from vllm_adafuse.config import CONFIG_FILE, show
 from vllm_adafuse.convert.beside import take_modules
 from vllm_adafuse.convert.mixture import Linear, Mixture, Part
 from vllm_adafuse.convert.options import Options
 from vllm_adafuse.convert.peft_lora import read_lora
 from vllm_adafuse.convert.source import Source, read_json, refuse
-from vllm_adafuse.keys import is_int
+from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.format.config import CONFIG_FILE, show
+from vllm_adafuse.format.keys import is_int
 
 KIND = "Arrow"
 OPTIONS = ("gks",)

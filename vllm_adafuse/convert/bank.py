@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from vllm_adafuse.convert.mixture import Linear, Mixture, Part
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.tensor_file import machine_memory
+from vllm_adafuse.format.tensor_file import machine_memory
 
 MODEL = "model.layers."
 

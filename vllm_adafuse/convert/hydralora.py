@@ -6,12 +6,12 @@
 
 from __future__ import annotations
 
-from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.convert.loramoe import ROUTER, read_routes
 from vllm_adafuse.convert.mixture import Mixture
 from vllm_adafuse.convert.options import Options
 from vllm_adafuse.convert.peft_lora import LINEAR
 from vllm_adafuse.convert.source import Source
+from vllm_adafuse.format.backbone import Backbone
 
 KIND = "HydraLoRA"
 OPTIONS: tuple[str, ...] = ()

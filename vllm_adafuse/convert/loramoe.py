@@ -8,14 +8,14 @@ MoE-PEFT's dialect of it has the names of `moe_peft.py`, and a plain LoRA on att
 
 from __future__ import annotations
 
-from vllm_adafuse.backbone import Backbone
-from vllm_adafuse.config import CONFIG_FILE, MAX_EXPERTS, MAX_RANK
 from vllm_adafuse.convert import moe_peft
 from vllm_adafuse.convert.mixture import Linear, Mixture
 from vllm_adafuse.convert.options import Options
 from vllm_adafuse.convert.peft_config import check_complete, check_config
 from vllm_adafuse.convert.peft_lora import LINEAR, take_pair
 from vllm_adafuse.convert.source import Source
+from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.format.config import CONFIG_FILE, MAX_EXPERTS, MAX_RANK
 
 KIND = "LoRAMoE"
 OPTIONS: tuple[str, ...] = ()

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 
-from vllm_adafuse.backbone import Backbone
-from vllm_adafuse.config import CONFIG_FILE, MAX_EXPERTS, show
 from vllm_adafuse.convert import moe_peft
 from vllm_adafuse.convert.mixture import Mixture
 from vllm_adafuse.convert.options import Options
 from vllm_adafuse.convert.source import Source
-from vllm_adafuse.keys import is_positive
-from vllm_adafuse.pretrained import read_config
+from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.format.config import CONFIG_FILE, MAX_EXPERTS, show
+from vllm_adafuse.format.keys import is_positive
+from vllm_adafuse.format.pretrained import read_config
 
 KIND = "MixLoRA"
 OPTIONS = ("expert_lora",)

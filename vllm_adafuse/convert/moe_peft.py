@@ -9,13 +9,13 @@
 from __future__ import annotations
 
 import torch
-from vllm_adafuse.backbone import Backbone
-from vllm_adafuse.config import CONFIG_FILE, MAX_EXPERTS, MAX_RANK
 from vllm_adafuse.convert.mixture import Linear
 from vllm_adafuse.convert.peft_config import check_complete, check_config
 from vllm_adafuse.convert.peft_lora import take_pair
 from vllm_adafuse.convert.source import Source
-from vllm_adafuse.keys import is_int, show
+from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.format.config import CONFIG_FILE, MAX_EXPERTS, MAX_RANK
+from vllm_adafuse.format.keys import is_int, show
 
 _WHERE = r"\.(layers\.(\d+)\.(self_attn|mlp))\.(\w+)"
 

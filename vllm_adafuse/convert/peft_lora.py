@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vllm_adafuse.backbone import Backbone
-from vllm_adafuse.config import CONFIG_FILE, MAX_RANK, show
 from vllm_adafuse.convert.mixture import Linear, Mixture, Part
 from vllm_adafuse.convert.options import Options
 from vllm_adafuse.convert.patterns import first_matches
 from vllm_adafuse.convert.peft_config import check_complete, check_config, check_plain
 from vllm_adafuse.convert.source import Source
-from vllm_adafuse.keys import is_int, is_positive
+from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.format.config import CONFIG_FILE, MAX_RANK, show
+from vllm_adafuse.format.keys import is_int, is_positive
 
 KIND = "PEFT LoRA"
 OPTIONS: tuple[str, ...] = ()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vllm_adafuse.backbone import INDEX
-from vllm_adafuse.config import CONFIG_FILE
 from vllm_adafuse.convert.source import Source
-from vllm_adafuse.reading import MAX_INDEX_BYTES, FileProblem, read_json
+from vllm_adafuse.format.backbone import INDEX
+from vllm_adafuse.format.config import CONFIG_FILE
+from vllm_adafuse.format.reading import MAX_INDEX_BYTES, FileProblem, read_json
 
 _X_LORA = (
     "{where}: this is X-LoRA. Its router reads the last hidden state of a whole pass of the "

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_adafuse.backbone import Backbone
-from vllm_adafuse.config import BASE_HASH, CONFIG_FILE, parse_config, show, some
 from vllm_adafuse.convert import arrow, hydralora, loramoe, mixlora, mola, peft_lora
 from vllm_adafuse.convert.bank import to_format
 from vllm_adafuse.convert.beside import take_modules
@@ -17,8 +15,10 @@ from vllm_adafuse.convert.mixture import Mixture
 from vllm_adafuse.convert.options import Options
 from vllm_adafuse.convert.refused import refused_directory, refused_source
 from vllm_adafuse.convert.source import Source, refuse
-from vllm_adafuse.origin import known_hash
-from vllm_adafuse.places import (
+from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.format.config import BASE_HASH, CONFIG_FILE, parse_config, show, some
+from vllm_adafuse.format.origin import known_hash
+from vllm_adafuse.format.places import (
     adapter_problem,
     output_problem,
     require_backbone,
@@ -189,8 +189,8 @@ def _backbone(path: Path, base, named: Any, revision: Any = None) -> tuple[str, 
 
 def _write(path: Path, out: Path, raw: dict, tensors: dict, backbone: Backbone, written) -> None:
     """Writes and checks; nothing is left behind where that fails."""
-    from vllm_adafuse.adapter import load_adapter
-    from vllm_adafuse.random_adapter import write_adapter
+    from vllm_adafuse.format.adapter import load_adapter
+    from vllm_adafuse.format.random_adapter import write_adapter
 
     config, problems = parse_config(raw)
     if problems:

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vllm_adafuse.backbone import Backbone, require_safetensors
-from vllm_adafuse.config import BASE_HASH, CONFIG_FILE, ROUTER_INPUTS, parse_config, show
 from vllm_adafuse.convert.source import read_json
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.experts.loras import read_experts, stack_experts
@@ -17,9 +15,16 @@ from vllm_adafuse.experts.picture import check_suffix, write_report
 from vllm_adafuse.experts.router import PENALTIES, Features, fit_router, uniform_router
 from vllm_adafuse.experts.samples import read_samples
 from vllm_adafuse.experts.separability import Separability, measure
-from vllm_adafuse.origin import known_hash
-from vllm_adafuse.places import output_problem, require_backbone, revision_notes, written_name
-from vllm_adafuse.pretrained import load_tokenizer
+from vllm_adafuse.format.backbone import Backbone, require_safetensors
+from vllm_adafuse.format.config import BASE_HASH, CONFIG_FILE, ROUTER_INPUTS, parse_config, show
+from vllm_adafuse.format.origin import known_hash
+from vllm_adafuse.format.places import (
+    output_problem,
+    require_backbone,
+    revision_notes,
+    written_name,
+)
+from vllm_adafuse.format.pretrained import load_tokenizer
 
 ROUTERS = ("fit", "uniform")
 # A token often leaves the domain open: its likely experts together do better than one or two.
@@ -248,8 +253,8 @@ def _texts(telling: list[list[int]], base: Path) -> list[list[str]]:
 
 
 def _write(out: Path, raw: dict, tensors: dict, backbone: Backbone) -> None:
-    from vllm_adafuse.adapter import load_adapter
-    from vllm_adafuse.random_adapter import write_adapter
+    from vllm_adafuse.format.adapter import load_adapter
+    from vllm_adafuse.format.random_adapter import write_adapter
 
     config, problems = parse_config(raw)
     if problems:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from vllm_adafuse.backbone import Backbone
-from vllm_adafuse.config import show
 from vllm_adafuse.convert import peft_lora
 from vllm_adafuse.convert.bank import Bank, make_bank
 from vllm_adafuse.convert.beside import take_modules
@@ -14,8 +12,10 @@ from vllm_adafuse.convert.mixture import Linear, Part
 from vllm_adafuse.convert.refused import refused_source
 from vllm_adafuse.convert.source import Source
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.origin import known_hash
-from vllm_adafuse.places import find_local_backbone
+from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.format.config import show
+from vllm_adafuse.format.origin import known_hash
+from vllm_adafuse.format.places import find_local_backbone
 
 
 def read_experts(

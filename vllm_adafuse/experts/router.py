@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from vllm_adafuse.backbone import EMBEDDING, FIRST_NORM, Backbone, load_backbone_tensors
 from vllm_adafuse.experts.samples import Sample
+from vllm_adafuse.format.backbone import EMBEDDING, FIRST_NORM, Backbone, load_backbone_tensors
 
 # Of the squared norm of the weights, beside the mean loss of a token. Features have norm 1: a token
 # that makes up a share f of the text gets a logit of at most about f / penalty.

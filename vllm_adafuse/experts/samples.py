@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from vllm_adafuse.config import show
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.pretrained import load_tokenizer
-from vllm_adafuse.vocabulary import require_rows
+from vllm_adafuse.format.config import show
+from vllm_adafuse.format.pretrained import load_tokenizer
+from vllm_adafuse.format.vocabulary import require_rows
 
 WINDOW = 64  # tokens judged together
 VALIDATION = 0.1

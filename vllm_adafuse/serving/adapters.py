@@ -27,18 +27,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm_adafuse.adapter import Adapter, list_directory, load_adapter
-from vllm_adafuse.backbone import Backbone
-from vllm_adafuse.config import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, show
 from vllm_adafuse.convert import peft_lora
 from vllm_adafuse.convert.peft_config import check_modules_to_save
 from vllm_adafuse.convert.refused import refused_directory, refused_source
 from vllm_adafuse.convert.registry import FORMATS
 from vllm_adafuse.convert.source import PICKLE_FILE, Source, read_json
-from vllm_adafuse.digest import content_hash
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.reading import FileProblem, open_regular
-from vllm_adafuse.tensor_file import machine_memory
+from vllm_adafuse.format.adapter import Adapter, list_directory, load_adapter
+from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.format.config import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, show
+from vllm_adafuse.format.digest import content_hash
+from vllm_adafuse.format.reading import FileProblem, open_regular
+from vllm_adafuse.format.tensor_file import machine_memory
 
 MIXTURE, LORA = "mixture", "lora"
 VLLM_LORA = "--additional-config '{\"adafuse\": {\"lora\": \"vllm\"}}'"

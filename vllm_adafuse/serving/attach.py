@@ -9,13 +9,13 @@ from typing import Any
 from transformers import PretrainedConfig
 from vllm.logger import init_logger
 from vllm_adafuse import __version__
-from vllm_adafuse.adapter import check_adapter, load_adapter
-from vllm_adafuse.backbone import Backbone
-from vllm_adafuse.config import ADAPTER_KEY, CONTENT_KEY, FINGERPRINT_KEY, SECTION
-from vllm_adafuse.digest import content_hash, written_at
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.origin import origin_problem
-from vllm_adafuse.places import CONFIGS, backbone_problem, find_local_backbone
+from vllm_adafuse.format.adapter import check_adapter, load_adapter
+from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.format.config import ADAPTER_KEY, CONTENT_KEY, FINGERPRINT_KEY, SECTION
+from vllm_adafuse.format.digest import content_hash, written_at
+from vllm_adafuse.format.origin import origin_problem
+from vllm_adafuse.format.places import CONFIGS, backbone_problem, find_local_backbone
 from vllm_adafuse.serving.options import OVERRIDE, check_section, option, refuse
 
 # vLLM shows only what is logged below its own name.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vllm_adafuse.adapter import Adapter, check_adapter
-from vllm_adafuse.config import ADAPTER_KEY, FINGERPRINT_KEY
-from vllm_adafuse.digest import content_hash, file_identity
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.format.adapter import Adapter, check_adapter
+from vllm_adafuse.format.config import ADAPTER_KEY, FINGERPRINT_KEY
+from vllm_adafuse.format.digest import content_hash, file_identity
 
 
 def open_checked(section: dict[str, str]) -> Adapter:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 from vllm.config import VllmConfig
-from vllm_adafuse.architectures import ARCHITECTURES, PREFIX
-from vllm_adafuse.backbone import Backbone
-from vllm_adafuse.config import AdapterConfig, some
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.origin import backbone_hash, origin_problem
-from vllm_adafuse.places import find_local_backbone
+from vllm_adafuse.format.architectures import ARCHITECTURES, PREFIX
+from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.format.config import AdapterConfig, some
+from vllm_adafuse.format.origin import backbone_hash, origin_problem
+from vllm_adafuse.format.places import find_local_backbone
 from vllm_adafuse.serving import vllm_api
 from vllm_adafuse.serving.adapters import LORA, VLLM_LORA, OpenedAdapter, open_adapter, split_path
 from vllm_adafuse.serving.attach import say_origin

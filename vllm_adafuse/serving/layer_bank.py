@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
-from vllm_adafuse.adapter import Adapter
+from vllm_adafuse.format.adapter import Adapter
 from vllm_adafuse.kernels.layer_linear import layer_linear
 from vllm_adafuse.kernels.layer_sgmm import layer_sgmm
 from vllm_adafuse.kernels.low_product import low_product

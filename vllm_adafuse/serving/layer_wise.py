@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import torch
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase
-from vllm_adafuse.adapter import Adapter
-from vllm_adafuse.config import BLOCKS
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.format.adapter import Adapter
+from vllm_adafuse.format.config import BLOCKS
 from vllm_adafuse.kernels.ffn_down import ffn_down
 from vllm_adafuse.kernels.ffn_mix import ffn_mix
 from vllm_adafuse.kernels.low_product import low_product

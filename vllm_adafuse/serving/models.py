@@ -17,9 +17,9 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
-from vllm_adafuse.architectures import ARCHITECTURES, PREFIX, Architecture
 from vllm_adafuse.compat import release_workspaces
-from vllm_adafuse.config import CONTENT_KEY
+from vllm_adafuse.format.architectures import ARCHITECTURES, PREFIX, Architecture
+from vllm_adafuse.format.config import CONTENT_KEY
 from vllm_adafuse.serving import layer_wise, linear
 from vllm_adafuse.serving.attach import refuse_micro_batches
 from vllm_adafuse.serving.bank import ExpertBank, place_banks

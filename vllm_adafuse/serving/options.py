@@ -12,9 +12,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vllm_adafuse.architectures import PREFIX
-from vllm_adafuse.config import ADAPTER_KEY, CONTENT_KEY, FINGERPRINT_KEY, SECTION, show
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.format.architectures import PREFIX
+from vllm_adafuse.format.config import ADAPTER_KEY, CONTENT_KEY, FINGERPRINT_KEY, SECTION, show
 
 OVERRIDE = "adafuse_adapter"
 # Options under `adafuse` of --additional-config: values, the default first.

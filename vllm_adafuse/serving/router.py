@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm_adafuse.config import AdapterConfig
+from vllm_adafuse.format.config import AdapterConfig
 from vllm_adafuse.kernels.gate import gate
 from vllm_adafuse.kernels.gather_routes import gather_routes
 from vllm_adafuse.kernels.live_route import live_route

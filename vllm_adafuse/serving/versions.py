@@ -24,11 +24,11 @@ import msgspec
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
-from vllm_adafuse.adapter import list_directory
-from vllm_adafuse.architectures import ARCHITECTURES, PREFIX
-from vllm_adafuse.backbone import Backbone
-from vllm_adafuse.config import CONFIG_FILE
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.format.adapter import list_directory
+from vllm_adafuse.format.architectures import ARCHITECTURES, PREFIX
+from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.format.config import CONFIG_FILE
 from vllm_adafuse.serving.adapters import (
     LORA,
     OpenedAdapter,

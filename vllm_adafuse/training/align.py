@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from vllm_adafuse.adapter import load_adapter
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.layout import router_of
+from vllm_adafuse.format.adapter import load_adapter
+from vllm_adafuse.format.layout import router_of
 from vllm_adafuse.training.config import MixtureConfig
 from vllm_adafuse.training.model import AdaFuseModel
 
@@ -105,7 +105,7 @@ def router_gates(teacher: Any) -> dict[str, torch.Tensor]:
     """Gates [T, E_l] of a teacher's last call, by the linear or block that has the router.
 
     Args:
-        teacher: of `vllm_adafuse.reference.load`, or a layer-wise `AdaFuseModel`.
+        teacher: of `vllm_adafuse.offline.reference.load`, or a layer-wise `AdaFuseModel`.
     """
     if isinstance(teacher, AdaFuseModel):
         return {

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vllm_adafuse.config import MAX_EXPERTS, ROUTER_INPUTS, ROUTER_WEIGHTS, show
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.format.config import MAX_EXPERTS, ROUTER_INPUTS, ROUTER_WEIGHTS, show
 
 ROUTINGS = ("pre_gated", "layer_wise")
 SCOPES = ("linear", "block")

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from vllm_adafuse import reference
-from vllm_adafuse.adapter import Adapter
-from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.pretrained import load_tokenizer
+from vllm_adafuse.format.adapter import Adapter
+from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.format.pretrained import load_tokenizer
+from vllm_adafuse.format.vocabulary import require_rows
+from vllm_adafuse.offline import reference
 from vllm_adafuse.training.data import Blocks, read_jsonl, split
 from vllm_adafuse.training.distill import DistillOptions, distill, make_student, mean_kl
 from vllm_adafuse.training.evaluate import next_token_scores
 from vllm_adafuse.training.health import NotFinite
 from vllm_adafuse.training.run import load_backbone, named
-from vllm_adafuse.vocabulary import require_rows
 
 
 @dataclass(frozen=True)

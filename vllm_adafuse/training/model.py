@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.training import storage
 from vllm_adafuse.training.config import MixtureConfig
 from vllm_adafuse.training.health import check_loss

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.training.config import MixtureConfig
 from vllm_adafuse.training.layers import Router
 

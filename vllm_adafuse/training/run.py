@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.pretrained import check_checkpoint, load_tokenizer, read_config
+from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.format.pretrained import check_checkpoint, load_tokenizer, read_config
+from vllm_adafuse.format.vocabulary import require_rows
 from vllm_adafuse.training.config import MixtureConfig
 from vllm_adafuse.training.data import Blocks, Example, places, read_jsonl, split
 from vllm_adafuse.training.evaluate import next_token_scores
@@ -24,7 +25,6 @@ from vllm_adafuse.training.health import NotFinite
 from vllm_adafuse.training.model import AdaFuseModel
 from vllm_adafuse.training.resume import WEIGHTS, digest, find_checkpoint, make_recorder
 from vllm_adafuse.training.watch import count_experts, watch
-from vllm_adafuse.vocabulary import require_rows
 
 logger = logging.getLogger(__name__)
 LOADS = ("full", "8bit", "4bit")

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from vllm_adafuse.adapter import load_adapter
-from vllm_adafuse.backbone import EMBEDDING, FIRST_NORM
-from vllm_adafuse.config import BASE_HASH, WEIGHTS_FILE, parse_config
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.origin import tensors_hash
-from vllm_adafuse.random_adapter import write_adapter
+from vllm_adafuse.format.adapter import load_adapter
+from vllm_adafuse.format.backbone import EMBEDDING, FIRST_NORM
+from vllm_adafuse.format.config import BASE_HASH, WEIGHTS_FILE, parse_config
+from vllm_adafuse.format.origin import tensors_hash
+from vllm_adafuse.format.random_adapter import write_adapter
 from vllm_adafuse.training.config import MixtureConfig
 
 if TYPE_CHECKING:

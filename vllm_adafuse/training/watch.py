@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm_adafuse.files import open_weights
+from vllm_adafuse.format.files import open_weights
 from vllm_adafuse.training.health import check_gradients, check_weights
 
 if TYPE_CHECKING:

@@ -20,20 +20,20 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from vllm_adafuse.adapter import DTYPES, Adapter, load_adapter
-from vllm_adafuse.backbone import (
+from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.format.adapter import DTYPES, Adapter, load_adapter
+from vllm_adafuse.format.backbone import (
     INDEX,
     Backbone,
     full_name,
     read_weight_map,
     require_safetensors,
 )
-from vllm_adafuse.compose import backbone_files
-from vllm_adafuse.config import SECTION, show, some
-from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.reading import FileProblem, read_object
-from vllm_adafuse.tensor_file import TensorFile
-from vllm_adafuse.tree import check_out
+from vllm_adafuse.format.compose import backbone_files
+from vllm_adafuse.format.config import SECTION, show, some
+from vllm_adafuse.format.reading import FileProblem, read_object
+from vllm_adafuse.format.tensor_file import TensorFile
+from vllm_adafuse.format.tree import check_out
 
 WEIGHTS = "model.safetensors"
 # Weights of other kinds, which would say something else than what is written.

@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 import torch
-from vllm_adafuse.adapter import open_weights
-from vllm_adafuse.config import CONFIG_FILE, WEIGHTS_FILE
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.reading import read_object, reason, where
+from vllm_adafuse.format.adapter import open_weights
+from vllm_adafuse.format.config import CONFIG_FILE, WEIGHTS_FILE
+from vllm_adafuse.format.reading import read_object, reason, where
 
 # Says where another directory lies, not what this one holds.
 _PLACES = ("base_model_name_or_path",)

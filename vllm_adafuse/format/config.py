@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_adafuse.keys import (
+from vllm_adafuse.format.keys import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     Keys,

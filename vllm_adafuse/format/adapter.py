@@ -15,21 +15,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from vllm_adafuse.backbone import Backbone
-from vllm_adafuse.config import CONFIG_FILE, FOREIGN, WEIGHTS_FILE, AdapterConfig, parse_config, show
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.keys import clip_all
-from vllm_adafuse.layout import (
+from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.format.config import (
+    CONFIG_FILE,
+    FOREIGN,
+    WEIGHTS_FILE,
+    AdapterConfig,
+    parse_config,
+    show,
+)
+from vllm_adafuse.format.keys import clip_all
+from vllm_adafuse.format.layout import (
     Alike,
     TensorInfo,
     check_targets,
     check_tensors,
     router_of,
 )
-from vllm_adafuse.places import adapter_problem
-from vllm_adafuse.reading import FileProblem, read_json, reason, where
-from vllm_adafuse.tensor_file import TensorFile, machine_memory
-from vllm_adafuse.values import check_values
+from vllm_adafuse.format.places import adapter_problem
+from vllm_adafuse.format.reading import FileProblem, read_json, reason, where
+from vllm_adafuse.format.tensor_file import TensorFile, machine_memory
+from vllm_adafuse.format.values import check_values
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")

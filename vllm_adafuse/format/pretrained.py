@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_adafuse.architectures import ARCHITECTURES, find_architecture
 from vllm_adafuse.errors import AdapterError, brief, is_panic
-from vllm_adafuse.keys import CONFIG_FILE, show
-from vllm_adafuse.reading import FileProblem, open_regular, read_object, where
+from vllm_adafuse.format.architectures import ARCHITECTURES, find_architecture
+from vllm_adafuse.format.keys import CONFIG_FILE, show
+from vllm_adafuse.format.reading import FileProblem, open_regular, read_object, where
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -89,7 +89,7 @@ def check_checkpoint(path: str | Path) -> None:
     Raises:
         AdapterError: as `read_config`, or for a file.
     """
-    from vllm_adafuse.tensor_file import TensorFile
+    from vllm_adafuse.format.tensor_file import TensorFile
 
     root = Path(path)
     if not root.is_dir():

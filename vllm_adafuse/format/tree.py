@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.places import output_problem
-from vllm_adafuse.reading import FileProblem, open_regular
+from vllm_adafuse.format.places import output_problem
+from vllm_adafuse.format.reading import FileProblem, open_regular
 
 # What programs note about this copy of a checkpoint: git, and Hugging Face's download.
 NOT_ITS_OWN = (".git", ".cache")

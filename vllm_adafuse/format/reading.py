@@ -1,7 +1,7 @@
 """Files that a stranger wrote, opened and read where they can do no harm.
 
 Every JSON file of an adapter, of another library's adapter and of a backbone comes through
-`read_json`, every safetensors file through `vllm_adafuse.tensor_file`. Both refuse what is no
+`read_json`, every safetensors file through `vllm_adafuse.format.tensor_file`. Both refuse what is no
 regular file, and take no more memory than their limits say.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.keys import clip, show, some
+from vllm_adafuse.format.keys import clip, show, some
 
 # The largest configs that people have are some ten KiB, the largest indices of dense models some
 # hundred.

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from vllm_adafuse.backbone import Backbone
-from vllm_adafuse.config import (
+from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.format.config import (
     CONFIG_FILE,
     LAYER_WISE,
     VERSION_2,
@@ -20,9 +21,8 @@ from vllm_adafuse.config import (
     AdapterConfig,
     parse_config,
 )
-from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.files import save_tensors
-from vllm_adafuse.layout import router_of
+from vllm_adafuse.format.files import save_tensors
+from vllm_adafuse.format.layout import router_of
 
 
 def write_adapter(

@@ -15,13 +15,13 @@ import shutil
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
-from vllm_adafuse.adapter import load_adapter
-from vllm_adafuse.backbone import Backbone
-from vllm_adafuse.config import ADAPTER_KEY, CONFIG_FILE, SECTION, WEIGHTS_FILE
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.places import CONFIGS
-from vllm_adafuse.reading import read_object
-from vllm_adafuse.tree import check_out, tree_files
+from vllm_adafuse.format.adapter import load_adapter
+from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.format.config import ADAPTER_KEY, CONFIG_FILE, SECTION, WEIGHTS_FILE
+from vllm_adafuse.format.places import CONFIGS
+from vllm_adafuse.format.reading import read_object
+from vllm_adafuse.format.tree import check_out, tree_files
 
 ADAPTER_DIR = "adafuse"
 _CHUNK = 16 << 20

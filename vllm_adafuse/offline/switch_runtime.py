@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm_adafuse.adapter import Adapter, load_adapter
-from vllm_adafuse.architectures import find_architecture
-from vllm_adafuse.backbone import Backbone
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.format.adapter import Adapter, load_adapter
+from vllm_adafuse.format.architectures import find_architecture
+from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.format.merge import refuse_quantised
+from vllm_adafuse.format.pretrained import check_checkpoint, read_config
 from vllm_adafuse.kernels.gate import gate
 from vllm_adafuse.kernels.switch import FIELDS, SwitchBlocks, SwitchPlan, switch
-from vllm_adafuse.merge import refuse_quantised
-from vllm_adafuse.pretrained import check_checkpoint, read_config
-from vllm_adafuse.routing import OfflineRouter
+from vllm_adafuse.offline.routing import OfflineRouter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

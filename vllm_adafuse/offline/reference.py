@@ -215,7 +215,7 @@ def generate(
         input_ids: [1, T] prompt.
         mode: "mixture", this module's hooks; or "switch", AdaFuse's fused switch: experts merged
             into the weights anew for every token, as fast as the bare backbone but for one launch
-            (`vllm_adafuse.switch_runtime.SwitchRuntime`, which can be kept for more prompts).
+            (`vllm_adafuse.offline.switch_runtime.SwitchRuntime`, which can be kept for more prompts).
         model_options: for `AutoModelForCausalLM.from_pretrained`, such as dtype or device_map.
         **kwargs: of transformers' `generate`: max_new_tokens, do_sample, streamer, …
 
@@ -227,7 +227,7 @@ def generate(
         AdapterError: "switch" cannot serve this adapter or backbone.
     """
     if mode == "switch":
-        from vllm_adafuse.switch_runtime import SwitchRuntime
+        from vllm_adafuse.offline.switch_runtime import SwitchRuntime
 
         runtime = SwitchRuntime.load(base, adapter, **model_options or {})
         return runtime.generate(input_ids, **kwargs)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 
 import torch
-from vllm_adafuse.adapter import Adapter, open_weights
-from vllm_adafuse.config import CONFIG_FILE, WEIGHTS_FILE, show, some
-from vllm_adafuse.tensor_file import TORCH_DTYPES, TensorFile
-from vllm_adafuse.values import one_thread
+from vllm_adafuse.format.adapter import Adapter, open_weights
+from vllm_adafuse.format.config import CONFIG_FILE, WEIGHTS_FILE, show, some
+from vllm_adafuse.format.tensor_file import TORCH_DTYPES, TensorFile
+from vllm_adafuse.format.values import one_thread
 
 _FLOAT32 = torch.finfo(torch.float32).max
 

@@ -11,10 +11,10 @@ import json
 from collections.abc import Callable
 
 import torch
-from vllm_adafuse.backbone import EMBEDDING, FIRST_NORM, load_backbone_tensors
-from vllm_adafuse.config import BASE_HASH, CONFIG_FILE, AdapterConfig
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.values import one_thread
+from vllm_adafuse.format.backbone import EMBEDDING, FIRST_NORM, load_backbone_tensors
+from vllm_adafuse.format.config import BASE_HASH, CONFIG_FILE, AdapterConfig
+from vllm_adafuse.format.values import one_thread
 
 # Rows hashed at once.
 _ROWS = 4096

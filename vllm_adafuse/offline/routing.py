@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 
 import torch
-from vllm_adafuse.adapter import Adapter
-from vllm_adafuse.backbone import EMBEDDING, FIRST_NORM, Backbone, load_backbone_tensors
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.format.adapter import Adapter
+from vllm_adafuse.format.backbone import EMBEDDING, FIRST_NORM, Backbone, load_backbone_tensors
 from vllm_adafuse.kernels.gate import gate
 
 # Rows routed at once: bounds the float64 copy of their embeddings.
@@ -119,7 +119,7 @@ def _refuse_context(adapter: Adapter) -> None:
         f"adapter {adapter.path}",
         [
             f"{where}, so a token's experts hang on the tokens before it and no table of the "
-            "vocabulary exists; run the model by vllm_adafuse.reference.load and look into "
+            "vocabulary exists; run the model by vllm_adafuse.offline.reference.load and look into "
             "model.adafuse.gates"
         ],
     )
