@@ -17,6 +17,7 @@ from vllm_adafuse.cli.colors import hue, level, terminal_style
 from vllm_adafuse.format.adapter import load_adapter
 from vllm_adafuse.format.random_adapter import make_random_adapter
 from vllm_adafuse.offline.routing import OfflineRouter, vocabulary_routes
+from vllm_adafuse.text import printable
 from vllm_adafuse.tiny import real_prompts
 
 # inspect
@@ -126,7 +127,7 @@ def test_route_keeps_an_expert_and_its_share_on_one_line(adapter, capsys, monkey
     code, out, _ = run(capsys, "route", adapter, "--text", " ".join(real_prompts(4)))
     assert code == 0
     legend = out[out.index("first expert:") :].split("\n\n")[0]
-    names = [common.printable(name) for name in load_adapter(adapter).config.expert_names]
+    names = [printable(name) for name in load_adapter(adapter).config.expert_names]
     told = sum(len(re.findall(rf" {re.escape(name)}  +[\d.]+ %", legend)) for name in names)
     assert told == legend.count("%") >= 3
     assert all(len(line.rstrip()) <= int(columns) for line in legend.splitlines())

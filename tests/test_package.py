@@ -73,6 +73,17 @@ def test_register_twice_imports_no_model_and_touches_no_device():
     ]
 
 
+def test_the_format_imports_neither_vllm_nor_triton():
+    out = run_python(
+        "import importlib, pkgutil, sys, vllm_adafuse.format as package\n"
+        "names = [m.name for m in pkgutil.walk_packages(package.__path__, package.__name__ + '.')]\n"
+        "for name in names: importlib.import_module(name)\n"
+        "print(len(names), sorted({n.split('.')[0] for n in sys.modules} & {'vllm', 'triton'}))"
+    )
+    modules = len([*(ROOT / "vllm_adafuse" / "format").glob("*.py")]) - 1
+    assert out.split() == [str(modules), "[]"]
+
+
 def test_every_op_has_a_test_file():
     ops = {path.stem for path in (ROOT / "kernels").glob("*.py")} - NOT_OPS
     lacking = [op for op in sorted(ops) if not (ROOT / "tests" / f"test_{op}.py").is_file()]

@@ -1,4 +1,5 @@
-"""What the tree promises its readers, held by its syntax: few arguments, one place for limits."""
+"""What the tree promises its readers, held by its syntax: few arguments, one place for limits,
+imports that point down."""
 
 import ast
 from collections.abc import Iterator
@@ -17,6 +18,22 @@ LONG = {
     "kernels/route_layer.py": {"_fake", "route", "route_layer", "_run"},
     "vllm_adafuse/format/random_adapter.py": {"make_random_adapter"},
     "vllm_adafuse/training/distill_run.py": {"distil_files"},
+}
+# Which of our packages each may import, besides itself and the leaves `errors` and `text`. What is
+# not named here (commands, demo, benchmarks' helpers) stands above and may import all.
+BELOW = {
+    "errors": set(),
+    "text": set(),
+    "format": set(),
+    "kernels": set(),
+    "convert": {"format"},
+    "offline": {"format", "kernels"},
+    "experts": {"format", "convert"},
+    "training": {"format", "offline"},
+    "explain": {"format", "kernels"},
+    "tuning": {"format", "kernels"},
+    "serving": {"format", "kernels", "convert", "compat"},
+    "patches": {"format", "serving"},
 }
 # Numbers of tokens by these names; what `len(x)` or `x.shape[0]` is compared with, too.
 TOKENS = {"tokens", "num_tokens"}
@@ -77,11 +94,43 @@ def test_limits_on_tokens_stand_in_dispatch(folder):
     assert found == {}
 
 
-def test_both_are_seen():
+def ours(name: str) -> str:
+    """The package, or module on top, of ours that a file or an imported module belongs to."""
+    parts = name.removesuffix(".py").replace("/", ".").split(".")
+    return parts[1] if parts[0] == "vllm_adafuse" and len(parts) > 1 else parts[0]
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """The packages of ours that a file imports, at its top or later."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "vllm_adafuse":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vllm_adafuse."):
+            found.add(ours(node.module))
+        elif isinstance(node, ast.Import):
+            found |= {ours(a.name) for a in node.names if a.name.startswith("vllm_adafuse.")}
+    return found - {"__version__"}
+
+
+def test_imports_point_down():
+    wrong = {
+        name: upward
+        for name, tree in trees("kernels", "patches", "vllm_adafuse")
+        if ours(name) in BELOW
+        and (upward := imported(tree) - BELOW[ours(name)] - {ours(name), "errors", "text"})
+    }
+    assert wrong == {}
+
+
+def test_faults_are_seen():
     tree = ast.parse(
         "def f(a, b, c, d, e, f, g, h, i, *, j=1): return 1 if tokens > 64 else 0\n"
         "@triton.jit\ndef k(a, b, c, d, e, f, g, h, i): return n_tokens > 4\n"
         "def few(x): return 64 <= x.shape[0] or tokens > LIMIT or 1 <= tokens\n"
     )
+    assert imported(ast.parse("from vllm_adafuse.serving.bank import x")) == {"serving"}
+    assert imported(ast.parse("from vllm_adafuse import tuning, __version__")) == {"tuning"}
+    assert imported(ast.parse("def f():\n    import vllm_adafuse.cli.tokens")) == {"cli"}
     assert long_functions(tree) == {"f"}
     assert literal_limits(tree) == ["1: tokens > 64", "4: 64 <= x.shape[0]"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_adafuse.format.keys import clip, clip_all
+from vllm_adafuse.text import clip, clip_all
 
 
 class AdapterError(ValueError):

@@ -8,15 +8,9 @@ import os
 import sys
 from typing import Any
 
-from vllm_adafuse.cli.common import (
-    ADAPTER_HELP,
-    BASE_HELP,
-    Opened,
-    add_example,
-    open_adapter,
-    printable,
-)
+from vllm_adafuse.cli.common import ADAPTER_HELP, BASE_HELP, Opened, add_example, open_adapter
 from vllm_adafuse.format.config import BASE_HASH
+from vllm_adafuse.text import printable
 
 DESCRIPTION = """\
 Checks an adapter directory as serving does, and lists every problem, one per line: keys of

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from vllm_adafuse.cli.common import ADAPTER_HELP, add_example, printable
+from vllm_adafuse.cli.common import ADAPTER_HELP, add_example
 from vllm_adafuse.format.places import require_backbone
+from vllm_adafuse.text import printable
 
 DESCRIPTION = """\
 Makes a checkpoint directory of a backbone with an adapter, which `vllm serve` takes as it is.

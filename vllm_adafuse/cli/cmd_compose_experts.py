@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vllm_adafuse.cli.common import add_example, printable
+from vllm_adafuse.cli.common import add_example
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.config import ROUTER_INPUTS
+from vllm_adafuse.text import printable
 
 DESCRIPTION = """\
 Makes one adapter of several plain PEFT LoRAs: each becomes an expert, and a router at the model's

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from vllm_adafuse.cli.common import add_example, printable
+from vllm_adafuse.cli.common import add_example
 from vllm_adafuse.cli.parser import value_of
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.text import printable
 
 DESCRIPTION = """\
 Converts a mixture of LoRA experts that another library saved: MixLoRA (pip's mixlora, MoE-PEFT),

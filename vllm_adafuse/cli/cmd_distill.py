@@ -5,18 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vllm_adafuse.cli.common import (
-    ADAPTER_HELP,
-    BASE_HELP,
-    add_example,
-    open_adapter,
-    printable,
-    usable,
-)
+from vllm_adafuse.cli.common import ADAPTER_HELP, BASE_HELP, add_example, open_adapter, usable
 from vllm_adafuse.cli.parser import COUNT
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.config import ROUTER_INPUTS
 from vllm_adafuse.format.places import output_problem
+from vllm_adafuse.text import printable
 
 DESCRIPTION = """\
 Makes a pre-gated adapter of one that has a router in every layer. The experts are kept; those of

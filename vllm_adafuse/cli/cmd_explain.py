@@ -6,9 +6,10 @@ import argparse
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from vllm_adafuse.cli.common import add_example, open_adapter, printable, usable
+from vllm_adafuse.cli.common import add_example, open_adapter, usable
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.places import require_backbone
+from vllm_adafuse.text import printable
 
 if TYPE_CHECKING:
     from vllm_adafuse.explain import Line

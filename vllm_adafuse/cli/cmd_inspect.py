@@ -16,13 +16,13 @@ from vllm_adafuse.cli.common import (
     console,
     human_bytes,
     open_adapter,
-    printable,
     ranges,
     share,
     usable,
 )
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.config import BASE_HASH
+from vllm_adafuse.text import printable
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 
 from vllm_adafuse.cli.cmd_random import NUMBERS
-from vllm_adafuse.cli.common import ADAPTER_HELP, BASE_HELP, add_example, printable
+from vllm_adafuse.cli.common import ADAPTER_HELP, BASE_HELP, add_example
 from vllm_adafuse.format.places import require_backbone
+from vllm_adafuse.text import printable
 
 DESCRIPTION = """\
 Writes a checkpoint directory in which the named experts are part of the weights, always on and

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vllm_adafuse.cli.common import add_example, printable
+from vllm_adafuse.cli.common import add_example
 from vllm_adafuse.cli.parser import COUNT, value_of
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.config import (
@@ -18,6 +18,7 @@ from vllm_adafuse.format.config import (
     ROUTER_WEIGHTS,
 )
 from vllm_adafuse.format.places import output_problem, require_backbone
+from vllm_adafuse.text import printable
 
 DESCRIPTION = """\
 Writes an adapter for a backbone with random weights, so sized that its deltas matter. It makes

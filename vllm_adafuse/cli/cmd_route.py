@@ -15,12 +15,12 @@ from vllm_adafuse.cli.common import (
     add_example,
     console,
     open_adapter,
-    printable,
     share,
     usable,
 )
-from vllm_adafuse.cli.tokens import RoutedToken, describe, first_choices, route_text, visible
+from vllm_adafuse.cli.tokens import RoutedToken, describe, first_choices, route_text
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.text import printable, visible
 
 if TYPE_CHECKING:
     from vllm_adafuse.format.adapter import Adapter

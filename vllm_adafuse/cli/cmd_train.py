@@ -6,10 +6,11 @@ import argparse
 from pathlib import Path
 
 from vllm_adafuse.cli.cmd_random import LAYERS, names
-from vllm_adafuse.cli.common import add_example, printable, share
+from vllm_adafuse.cli.common import add_example, share
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.config import ROUTER_INPUTS, ROUTER_WEIGHTS
 from vllm_adafuse.format.places import output_problem, require_backbone
+from vllm_adafuse.text import printable
 
 DESCRIPTION = """\
 Trains a mixture of LoRA experts and its router on your texts; the backbone stays as it is.

@@ -8,9 +8,10 @@ import shlex
 import sys
 
 from vllm_adafuse.cli.cmd_random import INTEGERS
-from vllm_adafuse.cli.common import add_example, console, printable
+from vllm_adafuse.cli.common import add_example, console
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.places import require_backbone
+from vllm_adafuse.text import printable
 
 DESCRIPTION = """\
 Measures how the kernels for small batches should cut the products of a backbone on this machine's

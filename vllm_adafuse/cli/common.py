@@ -1,9 +1,8 @@
-"""What the subcommands share: the backbone to look at, and text that is safe to print."""
+"""What the subcommands share: the backbone to look at, and how numbers are written."""
 
 from __future__ import annotations
 
 import argparse
-import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,14 +96,6 @@ def add_example(parser: argparse.ArgumentParser, example: str) -> None:
     """Puts an example under a subcommand's help."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = f"example:\n{example}"
-
-
-def printable(text: str) -> str:
-    """One line without control characters: names in an adapter are written by strangers."""
-    return "".join(
-        repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c
-        for c in text
-    )
 
 
 def console() -> Console:

@@ -22,10 +22,9 @@ from vllm_adafuse.cli import (
     cmd_train,
     cmd_tune,
 )
-from vllm_adafuse.cli.common import printable
 from vllm_adafuse.cli.parser import Parser, os_message
 from vllm_adafuse.errors import AdapterError, brief, is_panic
-from vllm_adafuse.format.keys import clip
+from vllm_adafuse.text import clip, printable
 
 EPILOG = """\
 examples, in the order of a first visit:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from html import escape
 
 from vllm_adafuse.cli.colors import hue, level
-from vllm_adafuse.cli.common import printable, share
-from vllm_adafuse.cli.tokens import RoutedToken, describe, first_choices, visible
+from vllm_adafuse.cli.common import share
+from vllm_adafuse.cli.tokens import RoutedToken, describe, first_choices
+from vllm_adafuse.text import printable, visible
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1a1a1a; --soft: #666; --line: #ddd;

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_adafuse.cli.common import printable
 from vllm_adafuse.format.pretrained import load_tokenizer
 from vllm_adafuse.format.vocabulary import require_rows
+from vllm_adafuse.text import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,18 +84,6 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, 
 def first_choices(tokens: list[RoutedToken]) -> dict[int, int]:
     """Expert -> tokens whose first expert it is, by index."""
     return dict(sorted(Counter(token.first for token in tokens).items()))
-
-
-def visible(text: str, breaks: bool = False) -> str:
-    """The text with its white space made visible.
-
-    Args:
-        text: a token's text.
-        breaks: also break the line after each newline's sign.
-    """
-    newline = "↵\n" if breaks else "↵"
-    signs = {" ": "·", "\n": newline, "\t": "→"}
-    return "".join(signs.get(c) or printable(c) for c in text)
 
 
 def describe(token: RoutedToken, names: tuple[str, ...]) -> str:

@@ -16,8 +16,9 @@ from vllm_adafuse.convert.options import Options
 from vllm_adafuse.convert.peft_lora import read_lora
 from vllm_adafuse.convert.source import Source, read_json, refuse
 from vllm_adafuse.format.backbone import Backbone
-from vllm_adafuse.format.config import CONFIG_FILE, show
+from vllm_adafuse.format.config import CONFIG_FILE
 from vllm_adafuse.format.keys import is_int
+from vllm_adafuse.text import show
 
 KIND = "Arrow"
 OPTIONS = ("gks",)

@@ -13,7 +13,7 @@ from vllm_adafuse.convert.peft_config import WAY_OUT, check_modules_to_save
 from vllm_adafuse.convert.source import Source
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.backbone import EMBEDDING, Backbone, read_backbone_tensors
-from vllm_adafuse.format.config import some
+from vllm_adafuse.text import some
 
 _HEAD = "lm_head.weight"
 _MODULE = re.compile(r"(?!.*\.lora_)((?:model|lm_head)\.(?:.*\.)?(?:weight|bias))")

@@ -13,9 +13,10 @@ from vllm_adafuse.convert.mixture import Mixture
 from vllm_adafuse.convert.options import Options
 from vllm_adafuse.convert.source import Source
 from vllm_adafuse.format.backbone import Backbone
-from vllm_adafuse.format.config import CONFIG_FILE, MAX_EXPERTS, show
+from vllm_adafuse.format.config import CONFIG_FILE, MAX_EXPERTS
 from vllm_adafuse.format.keys import is_positive
 from vllm_adafuse.format.pretrained import read_config
+from vllm_adafuse.text import show
 
 KIND = "MixLoRA"
 OPTIONS = ("expert_lora",)

@@ -15,7 +15,8 @@ from vllm_adafuse.convert.peft_lora import take_pair
 from vllm_adafuse.convert.source import Source
 from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.format.config import CONFIG_FILE, MAX_EXPERTS, MAX_RANK
-from vllm_adafuse.format.keys import is_int, show
+from vllm_adafuse.format.keys import is_int
+from vllm_adafuse.text import show
 
 _WHERE = r"\.(layers\.(\d+)\.(self_attn|mlp))\.(\w+)"
 

@@ -15,8 +15,9 @@ from vllm_adafuse.convert.peft_config import check_complete, check_config
 from vllm_adafuse.convert.peft_lora import LINEAR, take_pair
 from vllm_adafuse.convert.source import Source
 from vllm_adafuse.format.backbone import Backbone
-from vllm_adafuse.format.config import CONFIG_FILE, MAX_EXPERTS, MAX_RANK, show
+from vllm_adafuse.format.config import CONFIG_FILE, MAX_EXPERTS, MAX_RANK
 from vllm_adafuse.format.keys import is_int
+from vllm_adafuse.text import show
 
 KIND = "MoLA"
 OPTIONS = ("top_k",)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from vllm_adafuse.format.keys import clip
+from vllm_adafuse.text import clip
 
 SECONDS, MEMORY = 1, 256 << 20
 _CHILD = f"""\

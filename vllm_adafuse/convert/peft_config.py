@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from vllm_adafuse.convert.source import Source, refuse
 from vllm_adafuse.format.backbone import Backbone
-from vllm_adafuse.format.config import CONFIG_FILE, show, some
+from vllm_adafuse.format.config import CONFIG_FILE
+from vllm_adafuse.text import show, some
 
 # The tensors, or code beside this table, do what the key says.
 FOLLOWED = frozenset(

@@ -15,8 +15,9 @@ from vllm_adafuse.convert.patterns import first_matches
 from vllm_adafuse.convert.peft_config import check_complete, check_config, check_plain
 from vllm_adafuse.convert.source import Source
 from vllm_adafuse.format.backbone import Backbone
-from vllm_adafuse.format.config import CONFIG_FILE, MAX_RANK, show
+from vllm_adafuse.format.config import CONFIG_FILE, MAX_RANK
 from vllm_adafuse.format.keys import is_int, is_positive
+from vllm_adafuse.text import show
 
 KIND = "PEFT LoRA"
 OPTIONS: tuple[str, ...] = ()

@@ -16,7 +16,7 @@ from vllm_adafuse.convert.options import Options
 from vllm_adafuse.convert.refused import refused_directory, refused_source
 from vllm_adafuse.convert.source import Source, refuse
 from vllm_adafuse.format.backbone import Backbone
-from vllm_adafuse.format.config import BASE_HASH, CONFIG_FILE, parse_config, show, some
+from vllm_adafuse.format.config import BASE_HASH, CONFIG_FILE, parse_config
 from vllm_adafuse.format.origin import known_hash
 from vllm_adafuse.format.places import (
     adapter_problem,
@@ -25,6 +25,7 @@ from vllm_adafuse.format.places import (
     revision_notes,
     written_name,
 )
+from vllm_adafuse.text import show, some
 
 # In the order in which they are asked: a plain LoRA's names are part of HydraLoRA's.
 FORMATS = (mixlora, mola, loramoe, hydralora, peft_lora)

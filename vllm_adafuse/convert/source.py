@@ -14,10 +14,11 @@ from vllm_adafuse.convert.names import of_decoder, unwrapped
 from vllm_adafuse.convert.unpickle import unpickle
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.adapter import DTYPES
-from vllm_adafuse.format.config import CONFIG_FILE, MAX_RANK, WEIGHTS_FILE, show, some
+from vllm_adafuse.format.config import CONFIG_FILE, MAX_RANK, WEIGHTS_FILE
 from vllm_adafuse.format.places import adapter_problem
 from vllm_adafuse.format.reading import FileProblem, open_regular, read_object, where
 from vllm_adafuse.format.tensor_file import TensorFile, machine_memory
+from vllm_adafuse.text import show, some
 
 PICKLE_FILE = "adapter_model.bin"
 MAX_NAME = 1000  # characters of a tensor's name

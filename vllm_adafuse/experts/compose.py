@@ -16,7 +16,7 @@ from vllm_adafuse.experts.router import PENALTIES, Features, fit_router, uniform
 from vllm_adafuse.experts.samples import read_samples
 from vllm_adafuse.experts.separability import Separability, measure
 from vllm_adafuse.format.backbone import Backbone, require_safetensors
-from vllm_adafuse.format.config import BASE_HASH, CONFIG_FILE, ROUTER_INPUTS, parse_config, show
+from vllm_adafuse.format.config import BASE_HASH, CONFIG_FILE, ROUTER_INPUTS, parse_config
 from vllm_adafuse.format.origin import known_hash
 from vllm_adafuse.format.places import (
     output_problem,
@@ -25,6 +25,7 @@ from vllm_adafuse.format.places import (
     written_name,
 )
 from vllm_adafuse.format.pretrained import load_tokenizer
+from vllm_adafuse.text import show, visible
 
 ROUTERS = ("fit", "uniform")
 # A token often leaves the domain open: its likely experts together do better than one or two.
@@ -246,8 +247,6 @@ def _backbone(loras, base, notes: list[str]) -> tuple[str, Path, Backbone]:
 
 
 def _texts(telling: list[list[int]], base: Path) -> list[list[str]]:
-    from vllm_adafuse.cli.tokens import visible
-
     tokenizer = load_tokenizer(base)
     return [[visible(tokenizer.decode([token])) for token in ids] for ids in telling]
 

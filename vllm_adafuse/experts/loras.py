@@ -13,9 +13,9 @@ from vllm_adafuse.convert.refused import refused_source
 from vllm_adafuse.convert.source import Source
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.backbone import Backbone
-from vllm_adafuse.format.config import show
 from vllm_adafuse.format.origin import known_hash
 from vllm_adafuse.format.places import find_local_backbone
+from vllm_adafuse.text import show
 
 
 def read_experts(

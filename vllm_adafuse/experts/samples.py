@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.format.config import show
 from vllm_adafuse.format.pretrained import load_tokenizer
 from vllm_adafuse.format.vocabulary import require_rows
+from vllm_adafuse.text import show
 
 WINDOW = 64  # tokens judged together
 VALIDATION = 0.1

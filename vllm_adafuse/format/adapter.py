@@ -23,9 +23,7 @@ from vllm_adafuse.format.config import (
     WEIGHTS_FILE,
     AdapterConfig,
     parse_config,
-    show,
 )
-from vllm_adafuse.format.keys import clip_all
 from vllm_adafuse.format.layout import (
     Alike,
     TensorInfo,
@@ -37,6 +35,7 @@ from vllm_adafuse.format.places import adapter_problem
 from vllm_adafuse.format.reading import FileProblem, read_json, reason, where
 from vllm_adafuse.format.tensor_file import TensorFile, machine_memory
 from vllm_adafuse.format.values import check_values
+from vllm_adafuse.text import clip_all, show
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from vllm_adafuse.errors import AdapterError, brief
 from vllm_adafuse.format.architectures import PREFIX, Architecture, find_architecture
-from vllm_adafuse.format.keys import show, some
 from vllm_adafuse.format.places import backbone_problem, find_local_backbone
 from vllm_adafuse.format.pretrained import check_sizes, plain_config, read_config
 from vllm_adafuse.format.reading import MAX_INDEX_BYTES, FileProblem, read_object, where
 from vllm_adafuse.format.tensor_file import TensorFile
+from vllm_adafuse.text import show, some
 
 EMBEDDING = "model.embed_tokens.weight"
 FIRST_NORM = "model.layers.0.input_layernorm.weight"

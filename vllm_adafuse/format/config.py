@@ -16,10 +16,9 @@ from vllm_adafuse.format.keys import (
     is_names,
     is_number,
     is_positive,
-    show,
-    some,
     unnest,
 )
+from vllm_adafuse.text import show, some
 
 __all__ = ["AdapterConfig", "CONFIG_FILE", "WEIGHTS_FILE", "parse_config", "show", "some"]
 # The newest that is read. A config says 1 as long as it uses nothing of 2.

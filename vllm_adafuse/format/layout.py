@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.format.config import AdapterConfig
-from vllm_adafuse.format.keys import CONFIG_FILE, WEIGHTS_FILE, show, some
+from vllm_adafuse.format.keys import CONFIG_FILE, WEIGHTS_FILE
+from vllm_adafuse.text import show, some
 
 _LAYER = r"model\.layers\.(?P<layer>0|[1-9]\d{0,5})\.(?P<block>self_attn|mlp)"
 _LORA = re.compile(

@@ -30,10 +30,11 @@ from vllm_adafuse.format.backbone import (
     require_safetensors,
 )
 from vllm_adafuse.format.compose import backbone_files
-from vllm_adafuse.format.config import SECTION, show, some
+from vllm_adafuse.format.config import SECTION
 from vllm_adafuse.format.reading import FileProblem, read_object
 from vllm_adafuse.format.tensor_file import TensorFile
 from vllm_adafuse.format.tree import check_out
+from vllm_adafuse.text import show, some
 
 WEIGHTS = "model.safetensors"
 # Weights of other kinds, which would say something else than what is written.

@@ -10,9 +10,10 @@ import math
 
 import torch
 from vllm_adafuse.format.adapter import Adapter, open_weights
-from vllm_adafuse.format.config import CONFIG_FILE, WEIGHTS_FILE, show, some
+from vllm_adafuse.format.config import CONFIG_FILE, WEIGHTS_FILE
 from vllm_adafuse.format.tensor_file import TORCH_DTYPES, TensorFile
 from vllm_adafuse.format.values import one_thread
+from vllm_adafuse.text import show, some
 
 _FLOAT32 = torch.finfo(torch.float32).max
 

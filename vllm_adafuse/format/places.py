@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.format.keys import CONFIG_FILE, WEIGHTS_FILE, some
+from vllm_adafuse.format.keys import CONFIG_FILE, WEIGHTS_FILE
+from vllm_adafuse.text import some
 
 MODEL_CONFIG = "config.json"
 MISTRALS_CONFIG = "params.json"

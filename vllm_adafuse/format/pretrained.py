@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_adafuse.errors import AdapterError, brief, is_panic
 from vllm_adafuse.format.architectures import ARCHITECTURES, find_architecture
-from vllm_adafuse.format.keys import CONFIG_FILE, show
+from vllm_adafuse.format.keys import CONFIG_FILE
 from vllm_adafuse.format.reading import FileProblem, open_regular, read_object, where
+from vllm_adafuse.text import show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.format.keys import clip, show, some
+from vllm_adafuse.text import clip, show, some
 
 # The largest configs that people have are some ten KiB, the largest indices of dense models some
 # hundred.

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from vllm_adafuse.format.keys import show, some
 from vllm_adafuse.format.reading import FileProblem, open_regular, parse_json, reason, where
+from vllm_adafuse.text import show, some
 
 # 64 experts in all linears of 32 layers are 28 672 tensors, a header of 4 MB. Parsed it may take
 # fifteen times its size.

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from vllm_adafuse.format.config import WEIGHTS_FILE, AdapterConfig, show, some
+from vllm_adafuse.format.config import WEIGHTS_FILE, AdapterConfig
 from vllm_adafuse.format.layout import past_ranks
 from vllm_adafuse.format.reading import FileProblem
 from vllm_adafuse.format.tensor_file import TORCH_DTYPES, Entry, TensorFile
+from vllm_adafuse.text import show, some
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.format.keys import show
+from vllm_adafuse.text import show
 
 if TYPE_CHECKING:
     from pathlib import Path

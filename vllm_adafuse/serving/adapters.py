@@ -35,10 +35,11 @@ from vllm_adafuse.convert.source import PICKLE_FILE, Source, read_json
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.adapter import Adapter, list_directory, load_adapter
 from vllm_adafuse.format.backbone import Backbone
-from vllm_adafuse.format.config import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, show
+from vllm_adafuse.format.config import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig
 from vllm_adafuse.format.digest import content_hash
 from vllm_adafuse.format.reading import FileProblem, open_regular
 from vllm_adafuse.format.tensor_file import machine_memory
+from vllm_adafuse.text import show
 
 MIXTURE, LORA = "mixture", "lora"
 VLLM_LORA = "--additional-config '{\"adafuse\": {\"lora\": \"vllm\"}}'"

@@ -12,7 +12,7 @@ from vllm.config import VllmConfig
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.architectures import ARCHITECTURES, PREFIX
 from vllm_adafuse.format.backbone import Backbone
-from vllm_adafuse.format.config import AdapterConfig, some
+from vllm_adafuse.format.config import AdapterConfig
 from vllm_adafuse.format.origin import backbone_hash, origin_problem
 from vllm_adafuse.format.places import find_local_backbone
 from vllm_adafuse.serving import vllm_api
@@ -23,6 +23,7 @@ from vllm_adafuse.serving.page_bank import Packed, Packer, PageBank, sizes_of
 from vllm_adafuse.serving.page_step import PageStep
 from vllm_adafuse.serving.pool import Place, Size, pages_of_rank
 from vllm_adafuse.serving.router import Router
+from vllm_adafuse.text import some
 
 
 @dataclass

@@ -14,7 +14,8 @@ from typing import Any
 
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.architectures import PREFIX
-from vllm_adafuse.format.config import ADAPTER_KEY, CONTENT_KEY, FINGERPRINT_KEY, SECTION, show
+from vllm_adafuse.format.config import ADAPTER_KEY, CONTENT_KEY, FINGERPRINT_KEY, SECTION
+from vllm_adafuse.text import show
 
 OVERRIDE = "adafuse_adapter"
 # Options under `adafuse` of --additional-config: values, the default first.

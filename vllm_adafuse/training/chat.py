@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from vllm_adafuse.format.keys import clip, show
+from vllm_adafuse.text import clip, show
 from vllm_adafuse.training.forms import Talk
 from vllm_adafuse.training.jsonl import Bad
 from vllm_adafuse.training.labels import Span, Tokens

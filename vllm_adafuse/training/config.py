@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.format.config import MAX_EXPERTS, ROUTER_INPUTS, ROUTER_WEIGHTS, show
+from vllm_adafuse.format.config import MAX_EXPERTS, ROUTER_INPUTS, ROUTER_WEIGHTS
+from vllm_adafuse.text import show
 
 ROUTINGS = ("pre_gated", "layer_wise")
 SCOPES = ("linear", "block")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn.functional import kl_div, log_softmax
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.format.config import show
+from vllm_adafuse.text import show
 from vllm_adafuse.training.align import (
     by_token,
     fit_router,

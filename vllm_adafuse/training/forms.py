@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_adafuse.format.keys import show
+from vllm_adafuse.text import show
 from vllm_adafuse.training.jsonl import SHAPES, Bad
 
 # The keys that tell a form, and those that may stand beside them and mean something.

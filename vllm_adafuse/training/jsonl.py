@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.format.keys import show, some
 from vllm_adafuse.format.reading import FileProblem, open_regular, parse_json
+from vllm_adafuse.text import show, some
 
 # What a file that is no text begins with, and what to do.
 MAGIC = {

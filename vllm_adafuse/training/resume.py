@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.format.keys import show
 from vllm_adafuse.format.reading import FileProblem, read_json
+from vllm_adafuse.text import show
 
 RECORD = "adafuse_run.json"  # in every checkpoint: what run it is of
 STATE, WEIGHTS = "trainer_state.json", "model.safetensors"
