@@ -16,6 +16,30 @@ import torch
 from vllm_adafuse.kernels.registry import register_op
 
 
+def normed(
+    hidden: torch.Tensor, norm_weight: torch.Tensor | None, norm_eps: float
+) -> torch.Tensor:
+    """What a router reads of embeddings [T, H], in float32; see `gate`."""
+    u = hidden.float()
+    if norm_weight is not None:
+        u = u * torch.rsqrt(u.square().mean(-1, keepdim=True) + norm_eps) * norm_weight
+    return u
+
+
+def choose(
+    logits: torch.Tensor, scales: torch.Tensor, top_k: int, softmax_first: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Expert ids and weights [T, k] of logits [T, E] that the temperature has divided."""
+    # A stable sort, because topk promises no order among equals.
+    ordered, order = torch.sort(logits, dim=-1, descending=True, stable=True)
+    chosen, experts = ordered[:, :top_k], order[:, :top_k]
+    if softmax_first:
+        weights = torch.softmax(logits, dim=-1).gather(-1, experts)
+    else:
+        weights = torch.softmax(chosen, dim=-1)
+    return experts.int(), weights * scales[experts]
+
+
 def gate_torch(
     hidden: torch.Tensor,
     router_weight: torch.Tensor,
@@ -27,21 +51,11 @@ def gate_torch(
     top_k: int,
     softmax_first: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    u = hidden.float()
-    if norm_weight is not None:
-        u = u * torch.rsqrt(u.square().mean(-1, keepdim=True) + norm_eps) * norm_weight
+    u = normed(hidden, norm_weight, norm_eps)
     logits = (u.double() @ router_weight.double().t()).float()
     if router_bias is not None:
         logits = logits + router_bias
-    logits = logits / temperature
-    # A stable sort, because topk promises no order among equals.
-    ordered, order = torch.sort(logits, dim=-1, descending=True, stable=True)
-    chosen, experts = ordered[:, :top_k], order[:, :top_k]
-    if softmax_first:
-        weights = torch.softmax(logits, dim=-1).gather(-1, experts)
-    else:
-        weights = torch.softmax(chosen, dim=-1)
-    return experts.int(), weights * scales[experts]
+    return choose(logits / temperature, scales, top_k, softmax_first)
 
 
 def _fake(hidden, router_weight, router_bias, norm_weight, scales, norm_eps, temperature, top_k, _):

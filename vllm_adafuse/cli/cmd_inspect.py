@@ -67,6 +67,8 @@ def _report(adapter: Adapter, opened: Opened) -> dict[str, Any]:
 
     config = adapter.config
     in_context = config.layer_wise or config.router_layer > 0
+    # Two numbers for each expert, or an expert and its weight for each of k.
+    columns = config.num_experts if config.router_context else config.top_k
     shares, why_not = None, None
     if opened.base is None:
         why_not = opened.note
@@ -103,7 +105,7 @@ def _report(adapter: Adapter, opened: Opened) -> dict[str, Any]:
         "modules": _modules(adapter),
         "bytes": sum(info.nbytes for info in adapter.tensors.values()),
         "vocab_size": vocab_size,
-        "passport_bytes": 0 if in_context else vocab_size and vocab_size * config.top_k * 8,
+        "passport_bytes": 0 if in_context else vocab_size and vocab_size * columns * 8,
     }
 
 
@@ -117,7 +119,13 @@ def _router(adapter: Adapter) -> dict[str, Any]:
         "bias": any(name.endswith("router.bias") for name in adapter.tensors),
     }
     if not config.layer_wise:
-        return {**common, "input": config.router_input, "layer": config.router_layer}
+        past = {"context": config.router_context, "context_scale": config.context_scale}
+        return {
+            **common,
+            "input": config.router_input,
+            "layer": config.router_layer,
+            **(past if config.router_context else {}),
+        }
     rows = [adapter.tensors[f"{owner}.router.weight"].shape[0] for owner in adapter.routers]
     return {
         **common,
@@ -184,6 +192,8 @@ def _show(report: dict[str, Any]) -> None:
         reads = f"one per {router['scope']}, {router['routers']} in all"
     elif router["layer"]:
         reads += f" at layer {router['layer']}"
+    elif router.get("context"):
+        reads += f" and the {router['context']} of the past, scale {router['context_scale']:g}"
     out.print(
         f"{report['num_experts']} experts, top-{top_k}; router: {reads}, "
         f"weights {router['weights']}, temperature {router['temperature']:g}, {bias} bias"
@@ -193,12 +203,13 @@ def _show(report: dict[str, Any]) -> None:
     _show_experts(out, report)
     _show_modules(out, report)
     passports = report["passport_bytes"]
+    columns = report["num_experts"] if router.get("context") else report["top_k"]
     if passports == 0:
         size = "none: routes hang on context"
     elif passports is None:
-        size = f"vocabulary x {report['top_k']} x 8 bytes"
+        size = f"vocabulary x {columns} x 8 bytes"
     else:
-        size = f"{human_bytes(passports)} ({report['vocab_size']} x {report['top_k']} x 8 bytes)"
+        size = f"{human_bytes(passports)} ({report['vocab_size']} x {columns} x 8 bytes)"
     out.print(f"tensors {human_bytes(report['bytes'])}, passports when served {size}")
 
 

@@ -17,6 +17,7 @@ from vllm_adafuse.format.config import (
     ROUTER_SCOPES,
     ROUTER_WEIGHTS,
 )
+from vllm_adafuse.format.context_keys import CONTEXTS
 from vllm_adafuse.format.places import output_problem, require_backbone
 from vllm_adafuse.text import printable
 
@@ -99,6 +100,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--use-rslora", action="store_true", help="scale by alpha / sqrt(r) instead of alpha / r")
     add("--router-bias", action="store_true", help="also write router.bias")
     add("--router-layer", type=int, metavar="M", help="the router reads what enters layer M")
+    add("--router-context", choices=CONTEXTS, help="the router sees the request's past too")
+    add("--router-context-scale", type=float, metavar="S",
+        help="of what the past says (default 1)")  # fmt: skip
     group = parser.add_argument_group("layer-wise routing")
     group.add_argument("--routing", choices=(PRE_GATED, LAYER_WISE), default=PRE_GATED,
                        help="layer_wise: routers inside the layers")  # fmt: skip
@@ -128,8 +132,8 @@ def run(args: argparse.Namespace) -> int:
     alphas = args.lora_alpha
     options = {
         key: getattr(args, key)
-        for key in ("router_layer", "router_scope", "router_logits", "mix", "always_r",
-                    "always_alpha")
+        for key in ("router_layer", "router_context", "router_context_scale", "router_scope", "router_logits",
+                    "mix", "always_r", "always_alpha")
         if getattr(args, key) is not None
     }  # fmt: skip
     if args.shared_A:

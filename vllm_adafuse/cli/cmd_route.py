@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from vllm_adafuse.format.adapter import Adapter
 
 DESCRIPTION = """\
-Shows which experts each token of a text uses. AdaFuse decides once per token, from its embedding,
-so this needs the backbone's tokenizer, embedding and first norm, and no GPU. Adapters whose routers
-read hidden states of later layers decide by context, and are refused. Weights are the router's,
-before LoRA's scale alpha / r. In the text, · is a space, ↵ a newline, → a tab.
+Shows which experts each token of a text uses. AdaFuse decides once per token, from its embedding
+and, with `router.context`, from those of the tokens before it, so this needs the backbone's
+tokenizer, embedding and first norm, and no GPU. Adapters whose routers read hidden states of later
+layers are refused. Weights are the router's, before LoRA's scale alpha / r. In the text, · is a
+space, ↵ a newline, → a tab.
 """
 
 

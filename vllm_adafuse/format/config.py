@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_adafuse.format.context_keys import CONTEXT_KEY, SCALE_KEY, context_json, parse_context
 from vllm_adafuse.format.keys import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -49,7 +50,7 @@ REQUIRED = (
     "lora_alpha",
     "target_modules",
 )
-_PRE_GATED_ONLY = ("router.input", "router.layer")
+_PRE_GATED_ONLY = ("router.input", "router.layer", CONTEXT_KEY, SCALE_KEY)
 _LAYER_WISE_ONLY = (
     "router.scope",
     "router.logits",
@@ -58,7 +59,7 @@ _LAYER_WISE_ONLY = (
     "always_r",
     "always_alpha",
 )
-VERSION_2 = ("router.layer", *_LAYER_WISE_ONLY)
+VERSION_2 = ("router.layer", CONTEXT_KEY, SCALE_KEY, *_LAYER_WISE_ONLY)
 OPTIONAL = (
     "use_rslora",
     "routing",
@@ -89,6 +90,8 @@ class AdapterConfig:
         expert_names: unique names, shown to people.
         routing: PRE_GATED, one decision per token; or LAYER_WISE.
         router_layer: the router reads what enters this layer (pre-gated).
+        router_context: "" or one of CONTEXTS: the router sees the request's past too (pre-gated).
+        context_scale: of what the past says.
         router_scope: what has a router of its own, one of ROUTER_SCOPES (layer-wise, as below).
         router_logits: one of ROUTER_LOGITS.
         top_k_blocks: k of the blocks, in the order of BLOCKS, where they differ.
@@ -113,6 +116,8 @@ class AdapterConfig:
     expert_names: tuple[str, ...] = ()
     routing: str = PRE_GATED
     router_layer: int = 0
+    router_context: str = ""
+    context_scale: float = 1.0
     router_scope: str = "linear"
     router_logits: str = "linear"
     top_k_blocks: tuple[int, ...] = ()
@@ -131,7 +136,7 @@ class AdapterConfig:
     @property
     def format_version(self) -> int:
         """The oldest version of the format that can say this."""
-        return 2 if self.layer_wise or self.router_layer else 1
+        return 2 if self.layer_wise or self.router_layer or self.router_context else 1
 
     @property
     def rank(self) -> int:
@@ -191,6 +196,7 @@ class AdapterConfig:
             "always_alpha": self.always_alpha,
             "expert_names": list(self.expert_names),
             BASE_HASH: self.base_hash,
+            **context_json(self.router_context, self.context_scale),
         }
         absent = set(_PRE_GATED_ONLY if self.layer_wise else _LAYER_WISE_ONLY)
         absent |= set() if self.router_layer else {"router.layer"}
@@ -352,6 +358,7 @@ def parse_config(raw: Any) -> tuple[AdapterConfig | None, list[str]]:
         "router.temperature", 1.0, is_positive, "a finite number above 0"
     )
     base_hash = keys.get(BASE_HASH, "", is_hash, "64 hexadecimal digits, in lower case")
+    context = parse_context(keys, layer_wise, router_layer)
     layered = _parse_layer_wise(keys, ranks) if layer_wise else {}
     names = keys.get(
         "expert_names",
@@ -382,6 +389,7 @@ def parse_config(raw: Any) -> tuple[AdapterConfig | None, list[str]]:
         base_hash=base_hash,
         routing=LAYER_WISE if layer_wise else PRE_GATED,
         router_layer=router_layer,
+        **context,
         **top_k,
         **layered,
     )

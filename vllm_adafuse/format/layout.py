@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.format.config import AdapterConfig
+from vllm_adafuse.format.context_keys import CONTEXT_KEY, CONTEXT_WEIGHT
 from vllm_adafuse.format.keys import CONFIG_FILE, WEIGHTS_FILE
 from vllm_adafuse.text import show, some
 
@@ -20,7 +21,7 @@ _LORA = re.compile(
 _ROUTER = re.compile(
     rf"(?P<owner>{_LAYER}(?:\.(?P<module>\w{{1,64}}))?)\.router\.(?P<kind>weight|bias)", re.ASCII
 )
-ENTRANCE_ROUTER = ("router.weight", "router.bias")
+ENTRANCE_ROUTER = ("router.weight", "router.bias", CONTEXT_WEIGHT)
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class _Checker:
     def known(self) -> str:
         if not self.layer_wise:
             return (
-                "router.weight, router.bias or "
+                f"router.weight, router.bias, {CONTEXT_WEIGHT} or "
                 "model.layers.{i}.{self_attn or mlp}.{module}.lora_A / lora_B"
             )
         linear, block = "model.layers.{i}.{self_attn or mlp}.{module}", "model.layers.{i}.{block}"
@@ -178,6 +179,21 @@ class _Checker:
             )
         if "router.bias" in self.tensors:
             self.expect("router.bias", self.experts)
+        reads_past = bool(self.config and self.config.router_context)
+        if CONTEXT_WEIGHT in self.tensors:
+            self.expect(CONTEXT_WEIGHT, self.experts, self.hidden)
+            if self.config and not reads_past:
+                self.alike.add(
+                    CONTEXT_WEIGHT,
+                    f"says what the past is worth, expected `{CONTEXT_KEY}` in {CONFIG_FILE}; set "
+                    "it or leave the tensor out",
+                )
+        elif reads_past:
+            self.problems.append(
+                f"{WEIGHTS_FILE}: tensor {CONTEXT_WEIGHT} is missing, expected "
+                f"[{self.experts}, {self.hidden}] because `{CONTEXT_KEY}` is "
+                f"{show(self.config.router_context)}; save it with the experts or leave the key out"
+            )
 
     def sizes(self, name: str, match: re.Match) -> tuple[int | str, int | str]:
         """(in, out) of a tensor's linear, after a check that the backbone has it."""

@@ -21,6 +21,7 @@ from vllm_adafuse.format.config import (
     AdapterConfig,
     parse_config,
 )
+from vllm_adafuse.format.context_keys import CONTEXT_WEIGHT
 from vllm_adafuse.format.files import save_tensors
 from vllm_adafuse.format.layout import router_of
 
@@ -140,6 +141,9 @@ def make_random_adapter(
     weights = _Weights(torch.Generator().manual_seed(seed), dtype, router_bias)
     if not config.layer_wise:
         weights.router("", num_experts, backbone.hidden_size)
+        if config.router_context:
+            shape = num_experts, backbone.hidden_size
+            weights.tensors[CONTEXT_WEIGHT] = weights.normal(*shape, scale=shape[1] ** -0.5)
     names = [
         name
         for name in backbone.linears

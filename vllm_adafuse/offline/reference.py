@@ -18,6 +18,51 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+class _Past:
+    """What a router with `router.context` was told of a batch of sequences; it lies in their cache
+    of keys and values, so that each conversation has its own.
+
+    Attributes:
+        sums: [batch, 1, E] float64, what the router says of their tokens, added up; or 0.
+        counts: [batch, 1] float64, their tokens without padding; or 0.
+        tokens: those in the cache, padding included.
+    """
+
+    def __init__(self):
+        self.sums: Any = 0.0
+        self.counts: Any = 0.0
+        self.tokens = 0
+
+    @classmethod
+    def of(cls, cache: Any) -> _Past:
+        """Of the sequences in a cache; of none without one.
+
+        Raises:
+            ValueError: the cache holds tokens that the router has not seen in it.
+        """
+        held = 0 if cache is None else int(cache.get_seq_length())
+        past = getattr(cache, "adafuse_past", None) if held else None
+        told = past.tokens if past else 0
+        if held != told:
+            raise ValueError(
+                f"the cache holds {held} tokens, of which the router was told {told}: with "
+                "`router.context` a cache must be this model's own and not be cut; call it "
+                "without past_key_values"
+            )
+        if past is None:
+            past = cls()
+            if cache is not None:
+                cache.adafuse_past = past
+                reorder = cache.reorder_cache
+
+                def reorder_cache(order: torch.Tensor) -> None:  # of a beam search
+                    reorder(order)
+                    past.sums, past.counts = past.sums[order], past.counts[order]
+
+                cache.reorder_cache = reorder_cache
+        return past
+
+
 class _Reference(torch.nn.Module):
     """Hooks on one model: routers decide the gates, adapted linears use them."""
 
@@ -37,6 +82,7 @@ class _Reference(torch.nn.Module):
         self.tensors = load_file(adapter / "adapter_model.safetensors", device=str(model.device))
         # Pre-gated: [..., E]. Layer-wise: the same by the name of the router's linear or block.
         self.gates: Any = None
+        self.attention_mask: torch.Tensor | None = None
         self.model = [model]  # in a list: not a submodule
         self.modules_by_name = dict(model.named_modules())
         if config.get("routing", "pre_gated") == "layer_wise":
@@ -56,10 +102,17 @@ class _Reference(torch.nn.Module):
 
     def _decide(self, u: torch.Tensor, router: str, top_k: int) -> torch.Tensor:
         """Gates [..., E] of what a router reads, u [..., in]; "" is the router at the entrance."""
-        weight = self.tensors[f"{router}router.weight"].float()
-        z = u.float() @ weight.T
+        return self._gates(self._logits(u.float(), router), top_k)
+
+    def _logits(self, u: torch.Tensor, router: str) -> torch.Tensor:
+        """W u + b in the dtype of u."""
+        z = u @ self.tensors[f"{router}router.weight"].to(u.dtype).T
         if f"{router}router.bias" in self.tensors:
-            z = z + self.tensors[f"{router}router.bias"].float()
+            z = z + self.tensors[f"{router}router.bias"].to(u.dtype)
+        return z
+
+    def _gates(self, z: torch.Tensor, top_k: int) -> torch.Tensor:
+        """Gates of logits [..., E]."""
         if self.config.get("router.logits", "linear") == "abs":
             z = z.abs()
         z = z / self.config.get("router.temperature", 1.0)
@@ -70,6 +123,23 @@ class _Reference(torch.nn.Module):
         else:
             weights = torch.gather(torch.softmax(z, dim=-1), -1, chosen)
         return torch.zeros_like(z).scatter(-1, chosen, weights)
+
+    def _decide_by_past(self, u: torch.Tensor, cache: Any) -> torch.Tensor:
+        """Gates [batch, T, E] of what the router reads, u [batch, T, hidden], and of its mean over
+        each sequence so far: in float64, where padding counts for nothing."""
+        told, seen, mask = _Past.of(cache), u.double(), self.attention_mask
+        if mask is not None and mask.dim() != 2:
+            raise ValueError(
+                f"attention_mask has {mask.dim()} dimensions, expected [batch, length]: a router "
+                "with `router.context` counts the tokens that it leaves in"
+            )
+        real = torch.ones_like(seen[..., 0]) if mask is None else mask[:, -u.shape[1] :].double()
+        said = seen @ self.tensors["router.context.weight"].double().T * real[..., None]
+        sums, counts = told.sums + said.cumsum(1), told.counts + real.cumsum(1)
+        told.sums, told.counts, told.tokens = sums[:, -1:], counts[:, -1:], told.tokens + u.shape[1]
+        mean = sums / counts.clamp(min=1)[..., None]
+        z = self._logits(seen, "") + self.config.get("router.context_scale", 1.0) * mean
+        return self._gates(z, self.config["top_k"]).float()
 
     def _delta(self, x: torch.Tensor, expert: int, pair: tuple) -> torch.Tensor:
         """s_e B_e A_e x; a shared A has one entry."""
@@ -91,7 +161,15 @@ class _Reference(torch.nn.Module):
             e = args[0] if args else kwargs["hidden_states"]
             first_norm = self.config.get("router.input", "first_norm") == "first_norm"
             u = layer.input_layernorm(e.float()) if first_norm else e.float()
-            self.gates = self._decide(u, "", self.config["top_k"])
+            if self.config.get("router.context"):
+                self.gates = self._decide_by_past(u, kwargs.get("past_key_values"))
+            else:
+                self.gates = self._decide(u, "", self.config["top_k"])
+
+        def keep_mask(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            self.attention_mask = kwargs.get("attention_mask")  # layers get another form of it
+
+        self.model[0].model.register_forward_pre_hook(keep_mask, with_kwargs=True)
 
         layer.register_forward_pre_hook(decide, with_kwargs=True)
         for name in self._names("lora"):

@@ -9,6 +9,8 @@ import torch
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.adapter import Adapter
 from vllm_adafuse.format.backbone import EMBEDDING, FIRST_NORM, Backbone, load_backbone_tensors
+from vllm_adafuse.format.context_keys import CONTEXT_KEY, CONTEXT_WEIGHT
+from vllm_adafuse.kernels.context_routes import choose_by_past, context_rows
 from vllm_adafuse.kernels.gate import gate
 
 # Rows routed at once: bounds the float64 copy of their embeddings.
@@ -32,7 +34,7 @@ class OfflineRouter:
     """
 
     def __init__(self, adapter: Adapter, base: str | Path, tool: str = "route"):
-        _refuse_context(adapter)
+        _refuse_later_layers(adapter)
         backbone = Backbone.from_path(str(base))
         self.base = base
         self.config, self.norm_eps = adapter.config, backbone.norm_eps
@@ -50,6 +52,8 @@ class OfflineRouter:
             self.weight = read("router.weight").float()
             has_bias = "router.bias" in adapter.tensors
             self.bias = read("router.bias").float() if has_bias else None
+            past = self.config.router_context
+            self.context_weight = read(CONTEXT_WEIGHT).float() if past else None
         if self.weight.shape[1] != backbone.hidden_size:
             raise AdapterError(
                 f"adapter {adapter.path}",
@@ -68,7 +72,7 @@ class OfflineRouter:
         """The experts of tokens and their plain gates (without LoRA's scale).
 
         Args:
-            token_ids: [T] integers.
+            token_ids: [T] integers; with `router.context` a request's from its first on.
 
         Returns:
             Expert ids [T, k] int32 by falling logit, gates [T, k] float32.
@@ -85,17 +89,36 @@ class OfflineRouter:
                     f"{self.vocab_size}; take the tokenizer that belongs to this backbone"
                 ],
             )
-        parts = [self._routes(chunk) for chunk in token_ids.split(CHUNK)]
-        ids, gates = zip(*parts)
-        return torch.cat(ids), torch.cat(gates)
+        one_by_one = self.context_weight is None
+        route = self._routes if one_by_one else self._context_rows
+        parts = [route(chunk) for chunk in token_ids.split(CHUNK)]
+        first, second = (torch.cat(tensors) for tensors in zip(*parts))
+        if one_by_one:
+            return first, second
+        config = self.config
+        return choose_by_past(
+            first, second, torch.ones(config.num_experts), config.top_k,
+            config.router_weights == "softmax_topk",
+        )  # fmt: skip
 
-    def _routes(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _context_rows(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the router says of tokens [T], and what it says of them as the past: [T, E]."""
+        return context_rows(
+            self._embed(token_ids), self.weight, self.bias, self.context_weight, self.norm_weight,
+            norm_eps=self.norm_eps, temperature=self.config.temperature,
+            scale=self.config.context_scale,
+        )  # fmt: skip
+
+    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         embeddings = self.embedding[token_ids]
         if self.scaled_embedding:
             factor = math.sqrt(embeddings.shape[-1])
             embeddings = embeddings * torch.tensor(factor, dtype=embeddings.dtype)
+        return embeddings
+
+    def _routes(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return gate(
-            embeddings,
+            self._embed(token_ids),
             self.weight,
             self.bias,
             self.norm_weight,
@@ -107,7 +130,7 @@ class OfflineRouter:
         )
 
 
-def _refuse_context(adapter: Adapter) -> None:
+def _refuse_later_layers(adapter: Adapter) -> None:
     """Raises AdapterError where a token's route is no function of its id."""
     config = adapter.config
     if not (config.layer_wise or config.router_layer):
@@ -125,6 +148,18 @@ def _refuse_context(adapter: Adapter) -> None:
     )
 
 
+def refuse_context(adapter: Adapter, way_out: str) -> None:
+    """Raises AdapterError where the router sees a request's past (`router.context`)."""
+    if context := adapter.config.router_context:
+        raise AdapterError(
+            f"adapter {adapter.path}",
+            [
+                f"`{CONTEXT_KEY}` is {context}, so a token's experts hang on the tokens before it: "
+                f"{way_out}"
+            ],
+        )
+
+
 def vocabulary_routes(adapter: Adapter, base: str | Path) -> tuple[torch.Tensor, torch.Tensor]:
     """The passports of a whole vocabulary, with plain gates.
 
@@ -138,6 +173,7 @@ def vocabulary_routes(adapter: Adapter, base: str | Path) -> tuple[torch.Tensor,
     Raises:
         AdapterError: as `OfflineRouter`.
     """
+    refuse_context(adapter, "look at those of a text with: vllm-adafuse route")
     router = OfflineRouter(adapter, base, "inspect")
     return router.routes(torch.arange(router.vocab_size))
 

@@ -28,7 +28,7 @@ from vllm_adafuse.format.merge import refuse_quantised
 from vllm_adafuse.format.pretrained import check_checkpoint, read_config
 from vllm_adafuse.kernels.gate import gate
 from vllm_adafuse.kernels.switch import FIELDS, SwitchBlocks, SwitchPlan, switch
-from vllm_adafuse.offline.routing import OfflineRouter
+from vllm_adafuse.offline.routing import OfflineRouter, refuse_context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -171,6 +171,7 @@ class SwitchRuntime:
         backbone = Backbone.from_path(str(base))
         checked = load_adapter(adapter, backbone)
         _refuse_layer_wise(checked)
+        refuse_context(checked, "the fused switch merges by token id alone; use mode='mixture'")
         check_checkpoint(base)
         refuse_quantised(str(base), read_config(str(base)).to_dict())
         # Transformers' other attentions leave out Gemma-2's softcap.

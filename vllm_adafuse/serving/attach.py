@@ -12,7 +12,14 @@ from vllm_adafuse import __version__
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.adapter import check_adapter, load_adapter
 from vllm_adafuse.format.backbone import Backbone
-from vllm_adafuse.format.config import ADAPTER_KEY, CONTENT_KEY, FINGERPRINT_KEY, SECTION
+from vllm_adafuse.format.config import (
+    ADAPTER_KEY,
+    CONTENT_KEY,
+    FINGERPRINT_KEY,
+    SECTION,
+    AdapterConfig,
+)
+from vllm_adafuse.format.context_keys import CONTEXT_KEY
 from vllm_adafuse.format.digest import content_hash, written_at
 from vllm_adafuse.format.origin import origin_problem
 from vllm_adafuse.format.places import CONFIGS, backbone_problem, find_local_backbone
@@ -41,6 +48,7 @@ def attach_adapter(hf_config: Any, model: str) -> None:
     refuse(check_section(getattr(hf_config, SECTION, None)))
     backbone = Backbone.from_hf_config(hf_config, model)
     adapter = load_adapter(path, backbone)
+    refuse_context(adapter.config, f"adapter {adapter.path}")
     hf_config.architectures = [backbone.adafuse_name]
     hf_config.adafuse = {
         ADAPTER_KEY: str(adapter.path),
@@ -52,6 +60,18 @@ def attach_adapter(hf_config: Any, model: str) -> None:
         __version__, adapter.path.name, adapter.path, written_at(adapter.path), content,
         model, backbone.adafuse_name,
     )  # fmt: skip
+
+
+def refuse_context(config: AdapterConfig, subject: str) -> None:
+    """Raises AdapterError for a router that sees a request's past."""
+    if config.router_context:
+        raise AdapterError(
+            subject,
+            [
+                f"`{CONTEXT_KEY}` is {config.router_context}, which is not served yet; "
+                "vllm_adafuse.offline.reference.load runs it, and vllm-adafuse route shows its routes"
+            ],
+        )
 
 
 def check_engine(vllm_config: Any) -> None:

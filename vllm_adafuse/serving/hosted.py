@@ -17,7 +17,7 @@ from vllm_adafuse.format.origin import backbone_hash, origin_problem
 from vllm_adafuse.format.places import find_local_backbone
 from vllm_adafuse.serving import vllm_api
 from vllm_adafuse.serving.adapters import LORA, VLLM_LORA, OpenedAdapter, open_adapter, split_path
-from vllm_adafuse.serving.attach import say_origin
+from vllm_adafuse.serving.attach import refuse_context, say_origin
 from vllm_adafuse.serving.options import option
 from vllm_adafuse.serving.page_bank import Packed, Packer, PageBank, sizes_of
 from vllm_adafuse.serving.page_step import PageStep
@@ -150,6 +150,7 @@ class Loader:
                     f"backbone's has {size[0]} and {size[1]}; serve it on its own backbone"
                 )
         if opened.config is not None:
+            refuse_context(opened.config, f"adapter {opened.path}")
             problems += self._mixture_misfits(opened.config)
             place = find_local_backbone(self.model_config.model, self.model_config.revision)
             origin = origin_problem(

@@ -10,6 +10,7 @@ from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.adapter import load_adapter
 from vllm_adafuse.format.backbone import EMBEDDING, FIRST_NORM
 from vllm_adafuse.format.config import BASE_HASH, WEIGHTS_FILE, parse_config
+from vllm_adafuse.format.context_keys import CONTEXT_KEY
 from vllm_adafuse.format.origin import tensors_hash
 from vllm_adafuse.format.random_adapter import write_adapter
 from vllm_adafuse.training.config import MixtureConfig
@@ -119,6 +120,8 @@ def read(
         problems.append("its `router.logits` or `mix` is not linear, which is not trained")
     if raw.get("shared_A") or any(".always_" in name for name in tensors):
         problems.append("it has parts that serve all experts (shared_A, always_A), not trained")
+    if saved.router_context:
+        problems.append(f"its `{CONTEXT_KEY}` is {saved.router_context}, which is not trained yet")
     if not isinstance(raw["top_k"], int):
         problems.append("its `top_k` differs from layer to layer; one k is trained")
     experts = raw["num_experts"]
