@@ -5,7 +5,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test setup clean check-python
+.PHONY: help demo test lint setup clean check-python
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -27,6 +27,7 @@ QUIET := 2> >(grep -v "is neither a file nor a directory" >&2 || true)
 help:
 	@echo "make demo    serve a small adapted model, offline and over the API (first run: minutes)"
 	@echo "make test    run the tests; PYTEST_ARGS='-k routing -x' is passed on to pytest"
+	@echo "make lint    ruff and mypy, of the versions that pyproject.toml pins"
 	@echo "make setup   only make the environment in .venv (PYTHON=python3.11 chooses the interpreter)"
 	@echo "make clean   remove .venv, demo/ and caches"
 
@@ -38,8 +39,19 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/pytest -q $(if $(GPU),,-n $(WORKERS) --dist loadfile --no-loadscope-reorder) $(PYTEST_ARGS)
 
+# An environment of its own: neither needs torch, so that it is there in seconds.
+lint: .lint/.installed
+	.lint/bin/ruff check .
+	.lint/bin/mypy
+
+.lint/.installed: pyproject.toml | check-python
+	@test -x .lint/bin/pip || $(PYTHON) -m venv .lint
+	@.lint/bin/python -m pip --disable-pip-version-check install -q \
+		$$(sed -n 's/^lint = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",') $(QUIET)
+	@touch $@
+
 clean:
-	rm -rf .venv demo build *.egg-info .pytest_cache
+	rm -rf .venv .lint demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 check-python:

@@ -83,7 +83,7 @@ SECTIONS = {
     "kernels": ("Projections", kernels_section),
 }
 
-# Of docs/paper.md, timeline.md, quality.md and many-adapters.md, or told of in the pages on training.
+# Of docs/paper.md, timeline.md, quality.md, many-adapters.md, or told of in the pages on training.
 ON_OTHER_PAGES = (
     "paper", "switch", "layer_linear", "timeline", "quality", "compose-experts", "training", "lora",
 )  # fmt: skip

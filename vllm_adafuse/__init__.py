@@ -1,3 +1,3 @@
 """Dynamic adapters, mixtures of LoRA experts routed per token, served by vLLM."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

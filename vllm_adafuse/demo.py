@@ -34,7 +34,7 @@ from vllm_adafuse.server import Server, running_server, vllm_serve
 from vllm_adafuse.tiny import make_tiny_backbone, real_prompts
 
 COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_magenta")
-BACKBONE = {"vocab_size": 4001, "hidden_size": 256, "intermediate_size": 512}
+BACKBONE: dict[str, Any] = {"vocab_size": 4001, "hidden_size": 256, "intermediate_size": 512}
 TRAINED = Path(__file__).with_name("demo_model")
 CODE_AND_PROSE = """\
 def area(width, height):
@@ -64,7 +64,7 @@ class Options:
 
     @property
     def trained(self) -> bool:
-        """Whether the trained pair is used: an installed package does not carry it."""
+        """Whether the trained pair is used: an installed package may lack it."""
         return self.weights == "trained" and TRAINED.is_dir()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -35,7 +36,7 @@ def clip_all(problems: list[str], most: int = 1000, lines: int = 25) -> list[str
     return short
 
 
-def some(names: list[str]) -> str:
+def some(names: Sequence[str]) -> str:
     """The first names of a list that may be long; "a, b, c and 12 more"."""
     listed = [show(name)[1:-1] for name in names[:3]]
     return ", ".join(listed) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -38,7 +38,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--base", help=BASE_HELP)
     add("--data", required=True, action="append", metavar="FILE.jsonl", help="texts")
     add("--output", required=True, metavar="DIR", help="the adapter directory to make")
-    add("--top-k", type=COUNT, metavar="K", help="experts per token (default: the teacher's largest)")
+    add("--top-k", type=COUNT, metavar="K", help="experts per token (the teacher's largest)")
     add("--router-layer", type=int, default=0, metavar="M",
         help="decide on entering layer M, which sees context if M > 0; the teacher's experts below "
         "M are left out (default 0)")  # fmt: skip

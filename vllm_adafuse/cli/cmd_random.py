@@ -85,7 +85,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("out", metavar="OUT", help="the adapter directory to make")
     add = parser.add_argument
     add("--num-experts", type=COUNT, default=8, metavar="E", help="experts (default 8)")
-    add("--top-k", type=value_of(experts_per_token, "2, self_attn=1,mlp=2 or 1,2,2"), default=2, metavar="K",
+    many = value_of(experts_per_token, "2, self_attn=1,mlp=2 or 1,2,2")
+    add("--top-k", type=many, default=2, metavar="K",
         help="experts per token (default 2); layer-wise also self_attn=1,mlp=2 or one per layer: "
         "1,2,2,…")  # fmt: skip
     add("--r", type=INTEGERS, default=[16], metavar="R", help="rank, or E ranks: 4,8,16,16")
@@ -132,8 +133,8 @@ def run(args: argparse.Namespace) -> int:
     alphas = args.lora_alpha
     options = {
         key: getattr(args, key)
-        for key in ("router_layer", "router_context", "router_context_scale", "router_scope", "router_logits",
-                    "mix", "always_r", "always_alpha")
+        for key in ("router_layer", "router_context", "router_context_scale", "router_scope",
+                    "router_logits", "mix", "always_r", "always_alpha")
         if getattr(args, key) is not None
     }  # fmt: skip
     if args.shared_A:

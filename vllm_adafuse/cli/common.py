@@ -68,8 +68,8 @@ def open_adapter(path: str, base: str | None, values: bool = False) -> Opened:
         note = f"backbone: {found}, named by the adapter"
         if found is None:
             note = (
-                f"the backbone {where(name)} is not on this machine: shapes were not checked against a "
-                "backbone; give its directory with --base"
+                f"the backbone {where(name)} is not on this machine: shapes were not checked "
+                "against a backbone; give its directory with --base"
             )
     backbone, backbone_problems = None, []
     if found is not None:

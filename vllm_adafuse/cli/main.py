@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -84,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, or 1 after one message on stderr. Wrong usage leaves with exit code 2 (SystemExit).
     """
     for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 shows escapes
-        stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(argv)
     try:
         code = args.run(args)

@@ -1,4 +1,4 @@
-"""Arguments that are wrong: one line of usage, one of what is wrong, and what may have been meant."""
+"""Wrong arguments: one line of usage, one of what is wrong, and what may have been meant."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
         """What must be given, on one line; the options are left to --help."""
         named = [a for a in self._actions if a.option_strings and a.required]
         placed = [a for a in self._actions if not a.option_strings]
-        words = [a.metavar or a.dest.upper() for a in placed]
+        words = [str(a.metavar or a.dest.upper()) for a in placed]
         words = [f"{w} …" if a.nargs in ("+", "A...") else w for a, w in zip(placed, words)]
         words += [
             f"({' | '.join(f'{a.option_strings[0]} {a.metavar or a.dest.upper()}' for a in group)})"
@@ -44,7 +44,9 @@ class Parser(argparse.ArgumentParser):
         more = f"; {self.prog} --help says more"
         self.exit(2, f"{self.prog}: error: {_plain(message)}{more}\n")
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_known_args(  # type: ignore[override]  # argparse's own is overloaded
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
         """Looks for mistyped options first: argparse would name what it misses instead of them."""
         given = list(sys.argv[1:] if args is None else args)
         outer = self._subparsers is not None

@@ -61,8 +61,8 @@ def read_linears(
     return linears
 
 
-def take_router(source: Source, name: str, size_in: int) -> torch.Tensor:
-    """A router's weight [num_experts, in]."""
+def take_router(source: Source, name: str, size_in: int | str) -> torch.Tensor:
+    """A router's weight [num_experts, in]; "in" where the backbone has no such linear."""
     experts = source.config.get("num_experts")
     why = f"num_experts is {show(experts)} in {CONFIG_FILE}"
     return source.take(name, (experts if is_int(1, MAX_EXPERTS)(experts) else "E", size_in), why)

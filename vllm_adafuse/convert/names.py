@@ -2,7 +2,7 @@
 
     base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight               PEFT
     base_model.model.layers.0.…                                                  of an AutoModel
-    base_model.model.model.language_model.layers.0.…                             of a multi-modal one
+    base_model.model.model.language_model.layers.0.…                            of a multi-modal one
     _orig_mod.…, module.…, …._fsdp_wrapped_module.…, …._checkpoint_wrapped_module.…
     ….lora_A.sql.weight                                                          an adapter's name
 """

@@ -8,6 +8,7 @@ takes LoRAs as they are read it too.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from vllm_adafuse.convert.mixture import Linear, Mixture, Part
 from vllm_adafuse.convert.options import Options
@@ -104,7 +105,7 @@ def take_pair(
 
 def _by_pattern(
     source: Source, key: str, accept: Callable, modules: list[str], default: float
-) -> list[float]:
+) -> list[Any]:
     """PEFT's rule for each module: the first pattern that matches the end of its name."""
     given = source.config.get(key) or {}
     try:

@@ -168,7 +168,7 @@ class Source:
         """A positive number of the config."""
         return self._number(key, None, (int, float), float("inf"), "a positive number")
 
-    def _number(self, key: str, default, kind: type | tuple, most: float, expected: str) -> Any:
+    def _number(self, key: str, default: Any, kind: Any, most: float, expected: str) -> Any:
         value = self.config.get(key)
         if value is None and default is not None:
             return default

@@ -135,11 +135,11 @@ def compose_experts(
         require_safetensors(str(found_base), "compose-experts")
     with tqdm(total=3 + len(PENALTIES) + 1, desc="read text", disable=not progress) as bar:
         if samples:
-            texts = read_samples(
+            by_name = read_samples(
                 {name: [Path(p) for p in samples[name]] for name in names}, found_base,
                 backbone.vocab_size, options.held_out,
             )  # fmt: skip
-            texts = [texts[name] for name in names]
+            texts = [by_name[name] for name in names]
         bar.set_description("read LoRAs")
         paths = {name: Path(path) for name, path in loras.items()}
         bank = stack_experts(read_experts(paths, backbone, notes, mixed_backbones))

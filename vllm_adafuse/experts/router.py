@@ -76,7 +76,7 @@ class Features:
 def fit_router(
     samples: list[Sample],
     features: Features,
-    step: Callable[[], None] = lambda: None,
+    step: Callable[[], object] = lambda: None,
 ) -> Router:
     """Fits p(domain | token) with every domain equally likely beforehand.
 

@@ -54,7 +54,8 @@ def read_samples(
             try:
                 text = Path(path).read_text("utf-8")
             except (OSError, UnicodeDecodeError) as e:
-                problems.append(f"sample {path}: cannot be read as UTF-8 text ({getattr(e, 'strerror', None) or e})")
+                why = getattr(e, "strerror", None) or e
+                problems.append(f"sample {path}: cannot be read as UTF-8 text ({why})")
                 continue
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             require_rows(ids, rows, tokenizer, base)

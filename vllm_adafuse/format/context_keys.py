@@ -1,4 +1,4 @@
-"""The keys of a router that sees a request's past (format version 2): `router.context` and its scale."""
+"""Keys of a router that sees a request's past (format version 2): `router.context`, its scale."""
 
 from __future__ import annotations
 

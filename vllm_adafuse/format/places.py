@@ -189,8 +189,8 @@ def _directory_without_config(root: Path, wanted: str) -> str:
         )
     if (root / MISTRALS_CONFIG).is_file():
         return (
-            f"{root}: is in Mistral's own format ({MISTRALS_CONFIG}) alone, {wanted}; get the Hugging "
-            "Face files of it too"
+            f"{root}: is in Mistral's own format ({MISTRALS_CONFIG}) alone, {wanted}; get the "
+            "Hugging Face files of it too"
         )
     if found := _below(root, MODEL_CONFIG):
         return f"{root}: {MODEL_CONFIG} is missing here, but {_listed(root, found)}"

@@ -1,8 +1,8 @@
 """Files that a stranger wrote, opened and read where they can do no harm.
 
 Every JSON file of an adapter, of another library's adapter and of a backbone comes through
-`read_json`, every safetensors file through `vllm_adafuse.format.tensor_file`. Both refuse what is no
-regular file, and take no more memory than their limits say.
+`read_json`, every safetensors file through `vllm_adafuse.format.tensor_file`. Both refuse what is
+no regular file, and take no more memory than their limits say.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from io import BufferedReader
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.text import clip, show, some
@@ -45,7 +46,7 @@ def reason(e: Exception) -> str:
     return clip(getattr(e, "strerror", None) or str(e), 200)
 
 
-def open_regular(file: Path, missing: str = "missing") -> BinaryIO:
+def open_regular(file: Path, missing: str = "missing") -> BufferedReader:
     """Opens a file to read, if it is one: a pipe or a device could block, or never end.
 
     Args:
@@ -211,7 +212,8 @@ def _oddities(value: Any) -> Iterator[tuple[list, Any]]:
             if isinstance(key, str) and not _is_text(key):
                 yield keys[1:], key
             if isinstance(found, (dict, list)) and len(levels) <= MAX_DEPTH:
-                levels.append(iter(found.items() if isinstance(found, dict) else enumerate(found)))
+                inside: Iterable = found.items() if isinstance(found, dict) else enumerate(found)
+                levels.append(iter(inside))
                 keys.append(None)
                 break
             if (

@@ -1,4 +1,4 @@
-"""Tokens of a tokenizer that a backbone has no row for: added to it, and the backbone not resized."""
+"""Tokens that a backbone has no row for: added to its tokenizer, and the backbone not resized."""
 
 from __future__ import annotations
 

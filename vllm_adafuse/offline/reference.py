@@ -241,7 +241,8 @@ class _Reference(torch.nn.Module):
             y = getattr(mlp, leaf)(u).float()
             return y + self._delta(u, expert, pairs[leaf]) if leaf in pairs else y
 
-        gates, mixed, delta = self.gates[block], 0.0, 0.0
+        gates = self.gates[block]
+        mixed = delta = u.new_zeros(())
         for expert in range(gates.shape[-1]):
             if hasattr(mlp, "gate_up_proj"):
                 gate, up = up_to("gate_up_proj", expert).chunk(2, -1)
@@ -293,7 +294,7 @@ def generate(
         input_ids: [1, T] prompt.
         mode: "mixture", this module's hooks; or "switch", AdaFuse's fused switch: experts merged
             into the weights anew for every token, as fast as the bare backbone but for one launch
-            (`vllm_adafuse.offline.switch_runtime.SwitchRuntime`, which can be kept for more prompts).
+            (`offline.switch_runtime.SwitchRuntime`, which can be kept for more prompts).
         model_options: for `AutoModelForCausalLM.from_pretrained`, such as dtype or device_map.
         **kwargs: of transformers' `generate`: max_new_tokens, do_sample, streamer, …
 

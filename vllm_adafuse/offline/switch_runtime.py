@@ -17,7 +17,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from vllm_adafuse.errors import AdapterError
@@ -136,7 +136,9 @@ class SwitchRuntime:
         self._merged: torch.Tensor | None = None
         self._hooks: list[Any] = []
         self._is_merged = False
-        first, second = routes
+        first, second = cast("tuple[Any, Any]", routes)
+        entrance: Any
+        decide: Callable
         self.passports: tuple[torch.Tensor, torch.Tensor] | None = None
         if isinstance(first, int):
             self._router, entrance, decide = second, model.model.layers[first], self._at_layer
@@ -238,12 +240,12 @@ class SwitchRuntime:
                 "its id, so prompts given as embeddings need mode='mixture'"
             )
         if ids.numel() > 1:
-            self._follow(*self.passports, ids)
+            self._follow(self.passports, ids)
             return
         # A copy: the caller may write the next token into the same memory; and a slice of a
         # longer sequence has another alignment at every step, which Triton compiles anew.
         row = ids.reshape(1).clone()
-        self._follow(*self.passports, row)
+        self._follow(self.passports, row)
         self._merged = row
 
     def _at_layer(self, layer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -251,10 +253,12 @@ class SwitchRuntime:
         hidden = args[0] if args else kwargs["hidden_states"]
         expert_ids, weights = self._router(hidden.flatten(0, -2))
         rows = torch.arange(len(expert_ids), device=hidden.device).view(hidden.shape[:-1])
-        self._follow(expert_ids, weights, rows)
+        self._follow((expert_ids, weights), rows)
 
-    def _follow(self, expert_ids: torch.Tensor, weights: torch.Tensor, rows: torch.Tensor) -> None:
-        """One row of the routes [N, k] is merged; several make gates for the mixture."""
+    def _follow(self, routes: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor) -> None:
+        """One row of the routes, ids and weights [N, k], is merged; several make gates for the
+        mixture."""
+        expert_ids, weights = routes
         if rows.numel() == 1:
             row = rows.reshape(1)
             self._switch(self.plan, expert_ids, weights, row, self._merged)

@@ -69,7 +69,8 @@ def refuse_context(config: AdapterConfig, subject: str) -> None:
             subject,
             [
                 f"`{CONTEXT_KEY}` is {config.router_context}, which is not served yet; "
-                "vllm_adafuse.offline.reference.load runs it, and vllm-adafuse route shows its routes"
+                "vllm_adafuse.offline.reference.load runs it, and vllm-adafuse route "
+                "shows its routes"
             ],
         )
 

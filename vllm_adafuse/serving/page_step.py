@@ -1,4 +1,4 @@
-"""The buffers of a step whose requests name their adapters: written before it, read by all layers."""
+"""Buffers of a step whose requests name their adapters: written before it, read by all layers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class PageStep(Step):
         self.cold = current_platform.is_cuda_alike()
 
     def warm_up(self, model: torch.nn.Module) -> None:
-        """Has all kernels compiled that steps with adapters launch, in the model's first forward."""
+        """Has all kernels compiled that steps with adapters launch, in a model's first forward."""
         active, ids = bool(self.active.item()), torch.zeros_like(self.slots)
         self.active.fill_(True)
         warm_up(model, len(ids), lambda tokens: self.route(ids[:tokens]))

@@ -1,8 +1,8 @@
 """Which adapters lie in the pool of pages, and where: bookkeeping on the host, no tensors.
 
-A page holds 16 ranks of every adapted projection. The adapters of a step must lie in the pool all at
-once; those used least recently make room. Every rank of tensor parallelism decides the same, since
-all see the same requests in the same order.
+A page holds 16 ranks of every adapted projection. The adapters of a step must lie in the pool all
+at once; those used least recently make room. Every rank of tensor parallelism decides the same,
+since all see the same requests in the same order.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def pages_of_rank(rank: int) -> int:
 
 
 def pool_size(max_loras: int, max_lora_rank: int) -> Size:
-    """What vLLM's options --max-loras and --max-lora-rank ask for: each adapter's in whole pages."""
+    """What vLLM's --max-loras and --max-lora-rank ask for: each adapter's in whole pages."""
     columns = min(MAX_COLUMNS, max(MIN_COLUMNS, COLUMNS_PER_ADAPTER * max_loras))
     return Size(max_loras * pages_of_rank(max_lora_rank), columns)
 

@@ -141,7 +141,7 @@ def find_directory(lora_path: str) -> Path:
 
 def _state_of(path: Path) -> list[tuple[int, ...]]:
     """What tells that files have changed, without reading them."""
-    state = []
+    state: list[tuple[int, ...]] = []
     for file in (path / CONFIG_FILE, weights_file(path)):
         try:
             found = file.stat()

@@ -141,7 +141,7 @@ def student_of(
     teacher = adapter.config
     if not teacher.layer_wise:
         raise AdapterError(f"adapter {path}", ["it is pre-gated already; serve it as it is"])
-    changes = {"top_k": teacher.top_k, "router_weights": teacher.router_weights} | changes
+    changes = {"top_k": teacher.top_k, "router_weights": teacher.router_weights, **changes}
     if teacher.always_r and changes["router_weights"] == "softmax_topk":
         raise AdapterError(
             f"adapter {path}",
@@ -157,7 +157,7 @@ def student_of(
     linears = [n for n in linears if int(n.split(".")[2]) >= first]
     config = MixtureConfig(
         num_experts=experts, r=rank, lora_alpha=float(rank), expert_names=teacher.expert_names,
-        target_modules=sorted({n.rsplit(".", 1)[1] for n in linears}), **changes,
+        target_modules=tuple(sorted({n.rsplit(".", 1)[1] for n in linears})), **changes,
     )  # fmt: skip
     student = AdaFuseModel(backbone, config, linears=linears)
     state = student.state_dict()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -131,8 +131,8 @@ class _Written:
         for i, (given, message) in enumerate(zip(self.talk.messages, self.messages)):
             for key in given.keys() - set(MESSAGE_KEYS):
                 if self.write(self._with(i, message | {key: given[key]})) != self.text:
-                    raise Bad(f"{self.name(i)}: the chat template writes `{show(key)[1:-1]}`, which "
-                              "servers do not hand to it; leave the key out")  # fmt: skip
+                    raise Bad(f"{self.name(i)}: the chat template writes `{show(key)[1:-1]}`, "
+                              "which servers do not hand to it; leave the key out")  # fmt: skip
         last = self.messages[-1]
         if "reasoning" in last:
             bare = {k: v for k, v in last.items() if not k.startswith("reasoning")}
@@ -335,7 +335,7 @@ class _Written:
 
 
 def _insertions(message: dict[str, Any], mark: str) -> Iterator[Callable[[], dict[str, Any]]]:
-    """Ways to put a mark into a message's own words: at their end, in the middle, at their start."""
+    """Ways to put a mark into a message's own words: at their end, in the middle, at the start."""
     if calls := message.get("tool_calls"):
         *others, last = calls
         function = last["function"] | {"name": last["function"]["name"] + mark}
@@ -348,7 +348,7 @@ def _insertions(message: dict[str, Any], mark: str) -> Iterator[Callable[[], dic
     for at in dict.fromkeys((end, end // 2, 0)):
         made = text[:at] + mark + text[at:]
         whole = [*parts[:-1], parts[-1] | {"text": made}] if parts else made
-        yield lambda whole=whole: message | {"content": whole}
+        yield partial(message.__or__, {"content": whole})
 
 
 def _common(a: str, b: str) -> int:

@@ -88,8 +88,8 @@ def _example(value: dict[str, Any], tokenizer: PreTrainedTokenizerBase, source: 
     # Apart, as a server tokenizes a prompt before it knows the completion.
     prompt = tokenizer(form.prompt)["input_ids"]
     completion = tokenizer(form.completion, add_special_tokens=False)["input_ids"]
-    learn = (False,) * len(prompt) + (True,) * (len(completion) + len(end))
-    return Example(tuple(prompt + completion + end), learn, source)
+    labels = (False,) * len(prompt) + (True,) * (len(completion) + len(end))
+    return Example(tuple(prompt + completion + end), labels, source)
 
 
 def places(sources: Iterable[str], most: int = 12) -> str:

@@ -140,7 +140,7 @@ def distil_files(
     student.save_pretrained(output)
     after, after_kl = scores(student)
     return DistillReport(
-        tokens=after["tokens"],
+        tokens=int(after["tokens"]),
         teacher=next_token_scores(model, DataLoader(judged, batch_size)),
         start=start,
         student=after,

@@ -21,7 +21,9 @@ FORMS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("conversations",): ("tools", "system"),
     ("instruction", "output"): ("input", "system"),
 }
-_WEIGHT = "lines and tokens count alike; leave the line out, or give a reply `weight` 0 in `messages`"
+_WEIGHT = (
+    "lines and tokens count alike; leave the line out, or give a reply `weight` 0 in `messages`"
+)
 _TEXT = "only text is learnt; leave the line out"
 _TEMPLATE = "a server would have to be told the same; write the text yourself as `text`"
 # Beside any form: key -> the way out.
@@ -124,8 +126,8 @@ def understand(value: dict[str, Any], chat: bool) -> Text | Pair | Talk:
     if form == ("instruction", "output"):
         return _alpaca(value, chat)
     if not chat and isinstance(value[form[0]], list):
-        raise Bad(f"`{form[0]}` needs a tokenizer with a chat template, and this one has none; write "
-                  "the text yourself as `text`, or as `prompt` and `completion`")  # fmt: skip
+        raise Bad(f"`{form[0]}` needs a tokenizer with a chat template, and this one has none; "
+                  "write the text yourself as `text`, or as `prompt` and `completion`")  # fmt: skip
     if form == ("prompt", "completion"):
         if not isinstance(value["prompt"], list):
             if not _empty(value.get("tools")):

@@ -1,4 +1,4 @@
-"""Files of JSON objects, read with errors that name the line: one a line, over several, or a list."""
+"""Files of JSON objects, one a line, over several, or a list; errors name the line."""
 
 from __future__ import annotations
 
@@ -123,6 +123,8 @@ def _stream(content: bytes) -> Iterator[tuple[int, dict[str, Any] | Bad]]:
     try:
         text = _decode(content)
     except Bad as e:
+        if not isinstance(e.__cause__, UnicodeDecodeError):
+            raise
         yield 1 + content.count(b"\n", 0, e.__cause__.start), e
         return
     at, line, counted, inside, decoder = 0, 1, 0, False, json.JSONDecoder()

@@ -67,8 +67,8 @@ class Tokens:
                 spans += [(a + first, a + last) for first, last in at]
             if self.tokenizer.decode(ids) != self.tokenizer.decode(self.ids):
                 raise Bad(
-                    "a token stands both in a reply and before or behind it, and the tokenizer does "
-                    "not part it; write the text yourself as `prompt` and `completion`"
+                    "a token stands both in a reply and before or behind it, and the tokenizer "
+                    "does not part it; write the text yourself as `prompt` and `completion`"
                 )
         on, left = [], list(reversed(learn))
         for first, _ in spans:

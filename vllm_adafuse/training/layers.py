@@ -37,7 +37,10 @@ class Router(nn.Module):
         if experts == 1:  # its weight is 1 whatever the router says: no gradient
             self.requires_grad_(False)
         self.config, self.temperature = config, config.temperature
-        self.gates = self.logits = self.chosen = None
+        # Before the first decision there are none.
+        self.gates: torch.Tensor = None
+        self.logits: torch.Tensor = None
+        self.chosen: torch.Tensor = None
 
     def forward(self, u: torch.Tensor) -> torch.Tensor:
         """Decides.

@@ -11,7 +11,7 @@ from vllm_adafuse.training.layers import Router
 
 def at_least_one(items: torch.Tensor | int) -> torch.Tensor | int:
     """A number of labels to divide by: 1 where there are none."""
-    return items.clamp(min=1) if torch.is_tensor(items) else max(1, items)
+    return items.clamp(min=1) if isinstance(items, torch.Tensor) else max(1, items)
 
 
 def routing_losses(

@@ -297,9 +297,9 @@ def train(options: TrainOptions) -> TrainReport:
     if found and found.step >= total and not found.recorded:
         raise AdapterError(
             f"checkpoint {found.path}",
-            [f"it is at step {found.step} already, and these texts and options end at step {total}: "
-             "nothing would be trained; raise --steps or --epochs, or leave out --resume and name "
-             "another --output to start anew"],
+            [f"it is at step {found.step} already, and these texts and options end at step "
+             f"{total}: nothing would be trained; raise --steps or --epochs, or leave out "
+             "--resume and name another --output to start anew"],
         )  # fmt: skip
     if found and first:
         for said in found.notes:

@@ -137,7 +137,7 @@ def read(
         lora_alpha=saved.alphas[0],
         use_rslora=saved.use_rslora,
         target_modules=saved.target_modules,
-        layers=sorted({int(name.split(".")[2]) for name in adapter.projections}),
+        layers=tuple(sorted({int(name.split(".")[2]) for name in adapter.projections})),
         routing="layer_wise" if layer_wise else "pre_gated",
         router_scope=raw.get("router.scope", "linear"),
         router_input=raw.get("router.input", "first_norm"),
