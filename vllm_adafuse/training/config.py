@@ -8,10 +8,13 @@ from typing import Any
 
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.config import MAX_EXPERTS, ROUTER_INPUTS, ROUTER_WEIGHTS
+from vllm_adafuse.format.context_keys import CONTEXTS, context_json
 from vllm_adafuse.text import show
 
 ROUTINGS = ("pre_gated", "layer_wise")
 SCOPES = ("linear", "block")
+# Of `router.context`: with 1 a router learns slowly to listen to the past.
+CONTEXT_SCALE = 4.0
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,9 @@ class MixtureConfig:
         router_input: of pre-gated routing: the router reads the state that enters layer
             `router_layer` as it is ("embedding") or after that layer's norm ("first_norm").
         router_layer: m; with m > 0 the decision sees context, and layers below m stay plain.
+        router_context: "mean": the router also sees the mean of what `context_scale` times a second
+            matrix says of the tokens so far (pre-gated, at the entrance); or "".
+        context_scale: how much that counts.
         router_weights: "topk_softmax" or "softmax_topk", see docs/format.md.
         router_bias: give routers a bias.
         temperature: divides the logits; the value that is saved and served.
@@ -57,6 +63,8 @@ class MixtureConfig:
     router_scope: str = "linear"
     router_input: str = "first_norm"
     router_layer: int = 0
+    router_context: str = ""
+    context_scale: float = CONTEXT_SCALE
     router_weights: str = "topk_softmax"
     router_bias: bool = False
     temperature: float = 1.0
@@ -112,6 +120,13 @@ class MixtureConfig:
                 "`router_layer` belongs to pre-gated routing; layer-wise routers read their own "
                 "layer, leave it out"
             )
+        check("router_context", self.router_context in ("", *CONTEXTS), f"one of {CONTEXTS} or ''")
+        check("context_scale", number("context_scale", 1e-6), "a number above 0")
+        if self.router_context and (self.router_layer or self.routing == "layer_wise"):
+            problems.append(
+                "`router_context` belongs to a router at the entrance; later layers have seen the "
+                "past already, leave it out"
+            )
         check("temperature", number("temperature", 1e-6), "a number above 0")
         start = self.temperature_start is None or number("temperature_start", 1e-6)
         check("temperature_start", start, "a number above 0, or None")
@@ -149,9 +164,10 @@ class MixtureConfig:
             base_model: base_model_name_or_path.
             targets: leaf names of the adapted linears.
         """
+        later = self.routing == "layer_wise" or self.router_layer
         raw = {
             "peft_type": "ADAFUSE",
-            "format_version": 2 if self.routing == "layer_wise" or self.router_layer else 1,
+            "format_version": 2 if later or self.router_context else 1,
             "base_model_name_or_path": base_model,
             "num_experts": self.num_experts,
             "top_k": self.top_k,
@@ -169,6 +185,7 @@ class MixtureConfig:
             raw["router.input"] = self.router_input
         if self.router_layer:
             raw["router.layer"] = self.router_layer
+        raw |= context_json(self.router_context, float(self.context_scale))
         if self.expert_names:
             raw["expert_names"] = list(self.expert_names)
         return raw

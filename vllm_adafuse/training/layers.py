@@ -21,6 +21,8 @@ class Router(nn.Module):
     Attributes:
         weight: float32 [P, E, in].
         bias: float32 [P, E], or None.
+        context: float32 [E, in] of a router that sees the past (P is 1), or None.
+        mask: [batch, length] of the forward under way, 0 for padding, or None: all are tokens.
         gates: float32 [..., P, E], the last decision: weight times LoRA's scale, zero for
             experts that are not chosen.
         logits: float32 [..., P, E] of the last decision, divided by the temperature.
@@ -34,6 +36,10 @@ class Router(nn.Module):
         weight = torch.randn(parts, experts, size_in, generator=generator)
         self.weight = nn.Parameter(weight * (config.router_init * size_in**-0.5))
         self.bias = nn.Parameter(torch.zeros(parts, experts)) if config.router_bias else None
+        self.context = self.mask = None
+        if config.router_context:
+            past = torch.randn(experts, size_in, generator=generator)
+            self.context = nn.Parameter(past * (config.router_init * size_in**-0.5))
         if experts == 1:  # its weight is 1 whatever the router says: no gradient
             self.requires_grad_(False)
         self.config, self.temperature = config, config.temperature
@@ -61,6 +67,8 @@ class Router(nn.Module):
             z = z.view(*u.shape[:-1], parts, experts)
             if self.bias is not None:
                 z = z + self.bias
+            if self.context is not None:
+                z = z + config.context_scale * self._mean(linear(u, self.context)).unsqueeze(-2)
             z = z / (self.temperature if self.training else config.temperature)
             # Stable, so that of equal logits the lower expert wins, as the format says.
             chosen = torch.sort(z, dim=-1, descending=True, stable=True).indices
@@ -76,6 +84,12 @@ class Router(nn.Module):
             self.logits, self.chosen = z, chosen
             self.gates = torch.zeros_like(z).scatter(-1, chosen, weights * config.scale)
         return self.gates
+
+    def _mean(self, said: torch.Tensor) -> torch.Tensor:
+        """The mean of [batch, length, E] over each sequence so far."""
+        real = torch.ones_like(said[..., :1]) if self.mask is None else self.mask[..., None]
+        counts = real.to(said.dtype).cumsum(1).clamp(min=1)
+        return (said * real).cumsum(1) / counts
 
 
 class ExpertGroup(nn.Module):

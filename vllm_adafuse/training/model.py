@@ -17,7 +17,7 @@ from vllm_adafuse.training.config import MixtureConfig
 from vllm_adafuse.training.health import check_loss
 from vllm_adafuse.training.layers import ExpertGroup, Router
 from vllm_adafuse.training.losses import at_least_one, routing_losses
-from vllm_adafuse.training.placing import Decide, adapted, by_input
+from vllm_adafuse.training.placing import Decide, TellPadding, adapted, by_input
 
 
 class AdaFuseModel(nn.Module):
@@ -82,6 +82,8 @@ class AdaFuseModel(nn.Module):
             self.router_names.append(("router", shared, 0))
             layer = layers[config.router_layer]
             layer.register_forward_pre_hook(Decide(shared, self._first_norm), with_kwargs=True)
+            if config.router_context:
+                backbone.model.register_forward_pre_hook(TellPadding(shared), with_kwargs=True)
         blocks: dict[str, Router] = {}
         for members in by_input(names):
             block = members[0].rsplit(".", 1)[0]
@@ -216,6 +218,8 @@ class AdaFuseModel(nn.Module):
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The backbone's `generate`, with the experts."""
+        if self.mixture.router_context:  # the router keeps nothing of what is in a cache
+            kwargs["use_cache"] = False
         return self.backbone.generate(*args, **kwargs)
 
     @contextmanager

@@ -22,7 +22,30 @@ class Decide:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
+        cache = kwargs.get("past_key_values")
+        if self.router.context is not None and cache is not None and cache.get_seq_length():
+            raise ValueError(
+                "a router with `router_context` is trained on whole sequences and keeps nothing of "
+                "those in a cache: pass use_cache=False, or save the adapter and load it by "
+                "vllm_adafuse.offline.reference"
+            )
         self.router(hidden if self.read is None else self.read(hidden))
+
+
+class TellPadding:
+    """A pre-hook on the decoder that tells a router which tokens of the batch are none."""
+
+    def __init__(self, router: Router):
+        self.router = router
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() != 2:
+            raise ValueError(
+                f"attention_mask has {mask.dim()} dimensions, expected [batch, length]: a router "
+                "with `router_context` counts the tokens that it leaves in"
+            )
+        self.router.mask = mask
 
 
 def adapted(config: MixtureConfig, shape: Backbone) -> list[str]:

@@ -10,7 +10,6 @@ from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.adapter import load_adapter
 from vllm_adafuse.format.backbone import EMBEDDING, FIRST_NORM
 from vllm_adafuse.format.config import BASE_HASH, WEIGHTS_FILE, parse_config
-from vllm_adafuse.format.context_keys import CONTEXT_KEY
 from vllm_adafuse.format.origin import tensors_hash
 from vllm_adafuse.format.random_adapter import write_adapter
 from vllm_adafuse.training.config import MixtureConfig
@@ -33,6 +32,8 @@ def _views(model: AdaFuseModel) -> dict[str, torch.Tensor]:
         views[f"{name}.weight"] = router.weight[part]
         if router.bias is not None:
             views[f"{name}.bias"] = router.bias[part]
+        if router.context is not None:
+            views[f"{name}.context.weight"] = router.context
     for group in model.groups:
         for part, name in enumerate(group.names):
             views[f"{name}.lora_A"] = group.A[part]
@@ -120,8 +121,6 @@ def read(
         problems.append("its `router.logits` or `mix` is not linear, which is not trained")
     if raw.get("shared_A") or any(".always_" in name for name in tensors):
         problems.append("it has parts that serve all experts (shared_A, always_A), not trained")
-    if saved.router_context:
-        problems.append(f"its `{CONTEXT_KEY}` is {saved.router_context}, which is not trained yet")
     if not isinstance(raw["top_k"], int):
         problems.append("its `top_k` differs from layer to layer; one k is trained")
     experts = raw["num_experts"]
@@ -142,6 +141,8 @@ def read(
         router_scope=raw.get("router.scope", "linear"),
         router_input=raw.get("router.input", "first_norm"),
         router_layer=raw.get("router.layer", 0),
+        router_context=saved.router_context,
+        context_scale=saved.context_scale,
         router_weights=raw["router.weights"],
         router_bias=any(name.endswith("router.bias") for name in tensors),
         temperature=raw["router.temperature"],
