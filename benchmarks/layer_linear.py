@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from vllm_adafuse.cli.cmd_random import integers
 from vllm_adafuse.kernels.layer_linear import layer_linear
+from vllm_adafuse.kernels.layer_operands import LayerGate, LayerGates, LayerProjection
 from vllm_adafuse.kernels.layer_sgmm import layer_sgmm
 from vllm_adafuse.kernels.low_product import low_product
 from vllm_adafuse.kernels.registry import matmul_f32
-from vllm_adafuse.kernels.route_layer import LayerGate
 from vllm_adafuse.tuning import Product, time_us
 
 from benchmarks import record
@@ -62,15 +62,17 @@ def measure_one(p: Product, tokens: int, options: Options) -> dict:
 
     copies = max(1, -(-READ // (rows * p.size_in * dtype.itemsize)))
     x = normal(tokens, p.size_in)
-    layers = [
-        (normal(rows, p.size_in, scale=p.size_in**-0.5), normal(out, e, options.r))
-        for _ in range(copies)
-    ]
     gate = LayerGate(options.top_k, (e,) * count)
-    scales = torch.ones(e, device="cuda")
-    bias = torch.zeros(count, e, device="cuda")
+    scales, bias = torch.ones(e, device="cuda"), torch.zeros(count, e, device="cuda")
+    layers = [
+        LayerProjection(
+            gate, tuple(p.widths), tuple(parts), scales, normal(out, e, options.r), bias, logits,
+            normal(rows, p.size_in, scale=p.size_in**-0.5), epilogue=activation,
+        )
+        for _ in range(copies)
+    ]  # fmt: skip
     gates = torch.zeros(tokens, count, e, device="cuda")
-    present = torch.zeros(1, dtype=torch.int64, device="cuda")
+    decided = LayerGates(gates, torch.zeros(1, dtype=torch.int64, device="cuda"))
 
     @torch.compile(dynamic=False)
     def act(y: torch.Tensor) -> torch.Tensor:
@@ -78,32 +80,26 @@ def measure_one(p: Product, tokens: int, options: Options) -> dict:
         return F.silu(first) * second
 
     def bare() -> None:
-        for joint, _ in layers:
-            y = F.linear(x, joint[:out])
+        for layer in layers:
+            y = F.linear(x, layer.fused_weight[:out])
             if activation:
                 act(y)
 
     def joined() -> None:
-        for joint, b in layers:
-            layer_linear(
-                x, joint, columns, logits, None, bias, scales, gates, present, b, parts,
-                p.widths, activation, gate,
-            )  # fmt: skip
+        for layer in layers:
+            layer_linear(x, layer, decided)
 
     def apart() -> None:
-        for joint, b in layers:
-            y = F.linear(x, joint[:out])
-            low = low_product(x, joint[out : out + columns + logits])
-            layer_sgmm(
-                y, low[:, :columns], low[:, columns:], bias, scales, gates, present, b, parts,
-                p.widths, gate,
-            )  # fmt: skip
+        for layer in layers:
+            y = F.linear(x, layer.fused_weight[:out])
+            low = low_product(x, layer.fused_weight[out : out + columns + logits])
+            layer_sgmm(y, low[:, :columns], low[:, columns:], layer, decided)
             if activation:
                 act(y)
 
     def product() -> None:
-        for joint, _ in layers:
-            matmul_f32(x, joint.t())
+        for layer in layers:
+            matmul_f32(x, layer.fused_weight.t())
 
     row = {"projection": p.name, "tokens": tokens, "unit": "us"}
     for function in (bare, joined, apart, product):

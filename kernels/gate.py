@@ -12,6 +12,8 @@ many tokens stand in the batch, so that a live route equals the token's passport
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from vllm_adafuse.kernels.registry import register_op
 
@@ -40,67 +42,75 @@ def choose(
     return experts.int(), weights * scales[experts]
 
 
-def gate_torch(
-    hidden: torch.Tensor,
-    router_weight: torch.Tensor,
-    router_bias: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    scales: torch.Tensor,
-    norm_eps: float,
-    temperature: float,
-    top_k: int,
-    softmax_first: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    u = normed(hidden, norm_weight, norm_eps)
-    logits = (u.double() @ router_weight.double().t()).float()
-    if router_bias is not None:
-        logits = logits + router_bias
-    return choose(logits / temperature, scales, top_k, softmax_first)
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """A router and how its logits become gates.
 
-
-def _fake(hidden, router_weight, router_bias, norm_weight, scales, norm_eps, temperature, top_k, _):
-    shape = (hidden.shape[0], top_k)
-    return hidden.new_empty(shape, dtype=torch.int32), hidden.new_empty(shape, dtype=torch.float32)
-
-
-_op = register_op(
-    "gate(Tensor hidden, Tensor router_weight, Tensor? router_bias, Tensor? norm_weight, "
-    "Tensor scales, float norm_eps, float temperature, int top_k, bool softmax_first) "
-    "-> (Tensor, Tensor)",
-    gate_torch,
-    _fake,
-)
-
-
-def gate(
-    hidden: torch.Tensor,
-    router_weight: torch.Tensor,
-    router_bias: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    scales: torch.Tensor,
-    *,
-    norm_eps: float,
-    temperature: float,
-    top_k: int,
-    softmax_first: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Routes tokens by their embeddings.
-
-    Args:
-        hidden: [T, H], any float dtype: embeddings as they enter the first layer.
-        router_weight: [E, H] float32.
-        router_bias: [E] float32, or None.
-        norm_weight: [H] float32 factors of layer 0's RMSNorm, or None to route on e itself.
+    Attributes:
+        weight: [E, H] float32.
+        bias: [E] float32, or None.
+        norm_weight: [H] float32 factors of the layer's RMSNorm, or None to route on e itself.
         scales: [E] float32, multiplied into the weights (LoRA's alpha / r; ones for plain gates).
         norm_eps: epsilon of the norm.
         temperature: logits are divided by it.
         top_k: k.
         softmax_first: softmax over all E before the choice, not renormalised after it.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    norm_weight: torch.Tensor | None
+    scales: torch.Tensor
+    norm_eps: float
+    temperature: float
+    top_k: int
+    softmax_first: bool
+
+    @property
+    def tensors(self) -> list[torch.Tensor | None]:
+        """As ops take them."""
+        return [self.weight, self.bias, self.norm_weight, self.scales]
+
+    @property
+    def numbers(self) -> tuple[float, float, int, bool]:
+        """As ops take them."""
+        return self.norm_eps, self.temperature, self.top_k, self.softmax_first
+
+
+def gate_torch(hidden: torch.Tensor, router: Gate) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `gate`."""
+    u = normed(hidden, router.norm_weight, router.norm_eps)
+    logits = (u.double() @ router.weight.double().t()).float()
+    if router.bias is not None:
+        logits = logits + router.bias
+    return choose(logits / router.temperature, router.scales, router.top_k, router.softmax_first)
+
+
+def _run(hidden, tensors, norm_eps, temperature, top_k, softmax_first):
+    return gate_torch(hidden, Gate(*tensors, norm_eps, temperature, top_k, softmax_first))
+
+
+def _fake(hidden, tensors, norm_eps, temperature, top_k, softmax_first):
+    shape = (hidden.shape[0], top_k)
+    return hidden.new_empty(shape, dtype=torch.int32), hidden.new_empty(shape, dtype=torch.float32)
+
+
+_op = register_op(
+    "gate(Tensor hidden, Tensor?[] router, float norm_eps, float temperature, int top_k, "
+    "bool softmax_first) -> (Tensor, Tensor)",
+    _run,
+    _fake,
+)
+
+
+def gate(hidden: torch.Tensor, router: Gate) -> tuple[torch.Tensor, torch.Tensor]:
+    """Routes tokens by their embeddings.
+
+    Args:
+        hidden: [T, H], any float dtype: embeddings as they enter the layer.
+        router: that decides.
 
     Returns:
         Expert ids [T, k] int32, by falling logit, and their weights [T, k] float32.
     """
-    return _op(
-        hidden, router_weight, router_bias, norm_weight, scales,
-        norm_eps, temperature, top_k, softmax_first,
-    )  # fmt: skip
+    return _op(hidden, router.tensors, *router.numbers)

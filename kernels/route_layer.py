@@ -13,70 +13,19 @@ MoLA, MixLoRA, HydraLoRA, LoRAMoE and Arrow route.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from vllm_adafuse.kernels.dispatch import MAX_LAYER_PRESENT_TOKENS, MAX_SMALL_ROUTE_TOKENS
 from vllm_adafuse.kernels.launch import launch, overlap
+from vllm_adafuse.kernels.layer_operands import LayerGate, LayerGates, LayerProjection
 from vllm_adafuse.kernels.plans import on_hopper
-from vllm_adafuse.kernels.registry import register_op
 
 # The i-th part of a router is larger than its due by this factor to the power i, so that float16
 # does not lose it below its normal numbers.
 SPLIT_FACTOR = 2048.0
 # Experts that a signed word has bits for.
 _MAX_BITS = 63
-
-
-@dataclass(frozen=True)
-class LayerGate:
-    """How a projection's logits become gates.
-
-    Attributes:
-        top_k: k.
-        experts: rows of each router: one entry for all parts together, or one a part (0 for a
-            part without experts). Empty: the gates are those of another projection.
-        always: experts past the routers' that are always on.
-        softmax_first: softmax over all experts before the choice, not renormalised.
-        absolute: |z| instead of z.
-        temperature: logits are divided by it.
-        shared: one A serves all experts but those always on.
-        plain: s gets the scale alone, and only of chosen experts: the gates come in later.
-
-    Raises:
-        ValueError: numbers that do not fit together.
-    """
-
-    top_k: int
-    experts: tuple[int, ...] = ()
-    always: int = 0
-    softmax_first: bool = False
-    absolute: bool = False
-    temperature: float = 1.0
-    shared: bool = False
-    plain: bool = False
-
-    def __post_init__(self):
-        if self.top_k < 0 or self.always < 0 or not self.temperature > 0:
-            raise ValueError(f"{self}: k and always are 0 or more, the temperature above 0")
-        if any(0 < count < self.top_k for count in self.experts):
-            raise ValueError(f"{self}: a router has fewer experts than k")
-
-    @property
-    def arguments(self) -> tuple:
-        """For the ops, in the order of `GATE_SCHEMA`."""
-        return (
-            self.top_k, list(self.experts), self.always, self.softmax_first, self.absolute,
-            self.temperature, self.shared, self.plain,
-        )  # fmt: skip
-
-
-GATE_SCHEMA = (
-    "int top_k, int[] experts, int always, bool softmax_first, bool absolute, "
-    "float temperature, bool shared, bool plain"
-)
 
 
 def split_router(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -128,8 +77,15 @@ def _all_present(gates: torch.Tensor, always: int) -> torch.Tensor | int:
     return bits + (((1 << always) - 1) << experts)
 
 
-def route_layer_torch(low, logits, bias, scales, gates, present, s, gate: LayerGate) -> None:
-    """The reference; see `route_layer`. low [T, P EA R], s [T, P, E' R] is written."""
+def route_layer_torch(
+    low: torch.Tensor,
+    logits: torch.Tensor | None,
+    p: LayerProjection,
+    layer: LayerGates,
+    s: torch.Tensor,
+) -> None:
+    """The reference; see `route_layer`. s [T, P, E' R] is written."""
+    gate, scales, bias, gates, present = p.rule, p.scales, p.router_bias, layer.gates, layer.present
     tokens, experts, every = s.shape[0], gates.shape[-1], scales.shape[0]
     own = gates[:tokens]
     if logits is not None and experts:
@@ -282,8 +238,15 @@ def _route_layer_kernel(
             tl.store(s_at, s.to(s_ptr.dtype.element_ty), mask=within)
 
 
-def route_layer_triton(low, logits, bias, scales, gates, present, s, gate: LayerGate) -> None:
-    """One launch; see `route_layer`."""
+def route_layer_triton(
+    low: torch.Tensor,
+    logits: torch.Tensor | None,
+    p: LayerProjection,
+    layer: LayerGates,
+    s: torch.Tensor,
+) -> None:
+    """One launch; see `route_layer`. s [T, P, E' R] is written."""
+    gate, scales, bias, gates, present = p.rule, p.scales, p.router_bias, layer.gates, layer.present
     tokens, parts, _ = s.shape
     (_, routers, experts), every = gates.shape, scales.shape[0]
     block_e = max(2, triton.next_power_of_2(every))
@@ -310,44 +273,12 @@ def route_layer_triton(low, logits, bias, scales, gates, present, s, gate: Layer
     )  # fmt: skip
 
 
-def route(low, logits, bias, scales, gates, present, parts, rank, dtype, gate: LayerGate):
-    """s for `expand`, by the kernel that the device has; arguments as `route_layer`."""
-    s = low.new_empty(low.shape[0], parts, scales.shape[0] * rank, dtype=dtype)
-    run = route_layer_triton if low.is_cuda else route_layer_torch
-    run(low, logits, bias, scales, gates, present, s, gate)
-    return s
-
-
-def _run(low, logits, bias, scales, gates, present, parts, rank, like, *gate):
-    gate = LayerGate(gate[0], tuple(gate[1]), *gate[2:])
-    return route(low, logits, bias, scales, gates, present, parts, rank, like.dtype, gate)
-
-
-def _fake(low, logits, bias, scales, gates, present, parts, rank, like, *gate):
-    return like.new_empty(low.shape[0], parts, scales.shape[0] * rank)
-
-
-# Gates and `present` are changed too, and read by later ops of the block. Those come later by the
-# data that they read, so torch need not know: it would copy the buffers in every piece of a graph.
-_op = register_op(
-    "route_layer(Tensor low, Tensor? logits, Tensor? bias, Tensor scales, Tensor gates, "
-    f"Tensor present, int parts, int rank, Tensor like, {GATE_SCHEMA}) -> Tensor",
-    _run,
-    _fake,
-)
-
-
 def route_layer(
     low: torch.Tensor,
     logits: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    scales: torch.Tensor,
-    gates: torch.Tensor,
-    present: torch.Tensor,
-    parts: int,
-    rank: int,
-    like: torch.Tensor,
-    gate: LayerGate,
+    p: LayerProjection,
+    layer: LayerGates,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """Decides for T tokens, and weights what they are in rank space.
 
@@ -356,18 +287,14 @@ def route_layer(
             shared.
         logits: [T, S routers E] float32, rows contiguous, of a router in S parts (see
             `split_router`); None: the gates are read.
-        bias: [routers, E] float32, or None.
-        scales: [E'] float32, LoRA's scales; of experts always on too.
-        gates: [N, routers, E] float32, N >= T: plain gates, written (or read).
-        present: [1] int64, written: a bit for each expert with a gate (all in longer steps).
-        parts: P; where it is 0 nothing hangs on the result, and a compiler may leave the op out.
-        rank: R.
-        like: has the dtype of s.
-        gate: the rule.
+        p: the projection.
+        layer: written (or read).
+        dtype: of s.
 
     Returns:
-        s: [T, P, E' R].
+        s: [T, P, E' R]; where P is 0 nothing hangs on it.
     """
-    return _op(
-        low, logits, bias, scales, gates, present, parts, rank, like, *gate.arguments
-    )
+    s = low.new_empty(low.shape[0], p.linears, p.scales.shape[0] * p.rank, dtype=dtype)
+    run = route_layer_triton if low.is_cuda else route_layer_torch
+    run(low, logits, p, layer, s)
+    return s

@@ -38,13 +38,13 @@ from vllm_adafuse.kernels.ffn_mix import ffn_mix
 from vllm_adafuse.kernels.gather_routes import gather_routes
 from vllm_adafuse.kernels.kv_slots import KVSlots
 from vllm_adafuse.kernels.layer_linear import layer_linear
+from vllm_adafuse.kernels.layer_operands import LayerGate, LayerGates, LayerProjection
 from vllm_adafuse.kernels.layer_sgmm import layer_sgmm
 from vllm_adafuse.kernels.linear import linear
 from vllm_adafuse.kernels.linear_norm import linear_norm
 from vllm_adafuse.kernels.operands import Norm, Projection, Step, stays_in_place
 from vllm_adafuse.kernels.plans import Device, Shape
 from vllm_adafuse.kernels.registry import IMPLEMENTATIONS
-from vllm_adafuse.kernels.route_layer import LayerGate
 from vllm_adafuse.kernels.sgmm import sgmm
 from vllm_adafuse.kernels.spread_routes import spread_routes
 from vllm_adafuse.kernels.workspace import Workspace
@@ -230,29 +230,32 @@ def layer_wise(experts=8, rank=16):
     """tokens -> the launches of projections that are routed in their layers."""
     f32 = torch.float32
     scales, present = empty(experts, dtype=f32), empty(1, dtype=torch.int64)
-    widths, parts, columns = [4096, 1024, 1024], [0, 1, 2], 3 * experts * rank
-    gates, block = empty(MOST, 3, experts, dtype=f32), empty(MOST, 1, experts, dtype=f32)
+    widths, parts, columns = (4096, 1024, 1024), (0, 1, 2), 3 * experts * rank
+    own, block = (LayerGates(empty(MOST, n, experts, dtype=f32), present) for n in (3, 1))
     rule, of_block = LayerGate(2, (experts,) * 3), LayerGate(2, (experts,), plain=True)
 
     def run(tokens: int, alone: bool = False) -> None:
         x, b = empty(tokens, 4096), empty(sum(widths), experts, rank)
-        joint = empty(sum(widths) + columns + 3 * experts + 8, 4096)
-        shared = None, scales, gates, present, b, parts, widths
-        layer_linear(x, joint, columns, 3 * experts, None, *shared, "", rule)
+        fused = empty(sum(widths) + columns + 3 * experts + 8, 4096)
+        qkv = LayerProjection(rule, widths, parts, scales, b, None, 3 * experts, fused)
+        layer_linear(x, qkv, own)
         low, z = empty(tokens, columns, dtype=f32), empty(tokens, 3 * experts, dtype=f32)
-        layer_sgmm(empty(tokens, sum(widths)), low, z, *shared, rule)
-        layer_sgmm(empty(tokens, 4096), low[:, : columns // 3], z[:, :experts], None, scales, block,
-                   present, b[:4096], [0], [4096], of_block)  # fmt: skip
+        layer_sgmm(empty(tokens, sum(widths)), low, z, qkv, own)
+        one = LayerProjection(of_block, (4096,), (0,), scales, b[:4096])
+        layer_sgmm(empty(tokens, 4096), low[:, : columns // 3], z[:, :experts], one, block)
         both = empty(tokens, 2 * 11008 + 2 * experts * rank)
         up = empty(2 * 11008, experts, rank)
-        joint = empty(2 * 11008 + 2 * experts * rank + 16, 4096)
-        layer_linear(x, joint, 2 * experts * rank, experts, None, None, scales, block, present, up,
-                     [0, 1], [11008] * 2, "silu", LayerGate(2, (experts,)))  # fmt: skip
-        ffn_mix(both, block, up, [0, 1], 11008, 2, "silu")
+        fused = empty(2 * 11008 + 2 * experts * rank + 16, 4096)
+        layer_linear(x, LayerProjection(
+            LayerGate(2, (experts,)), (11008,) * 2, (0, 1), scales, up, None, experts, fused,
+            epilogue="silu",
+        ), block)  # fmt: skip
+        ffn_mix(both, block.gates, up, [0, 1], 11008, 2, "silu")
         low = empty(3 * tokens, experts * rank, dtype=f32)
         ffn_down(
-            empty(tokens, 4096), low, block, scales, present, empty(4096, experts, rank), 0, False
-        )
+            empty(tokens, 4096), low, block.gates, scales, present, empty(4096, experts, rank), 0,
+            False,
+        )  # fmt: skip
 
     return run
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from ops import DEVICE, error
-from vllm_adafuse.kernels.gate import gate
+from vllm_adafuse.kernels.gate import Gate, gate
 
 
 def inputs(tokens=6, hidden=32, experts=5, dtype=torch.float32, seed=0):
@@ -38,7 +38,7 @@ def truth(hidden, weight, bias, norm, scales, eps, temperature, top_k, softmax_f
 def test_equals_the_formula(softmax_first, top_k, dtype):
     tensors = inputs(dtype=dtype)
     options = {"norm_eps": 1e-5, "temperature": 0.7, "top_k": top_k, "softmax_first": softmax_first}
-    ids, weights = gate(*tensors, **options)
+    ids, weights = gate(tensors[0], Gate(*tensors[1:], **options))
     want_ids, want = truth(*tensors, *options.values())
     assert ids.dtype == torch.int32 and ids.cpu().numpy().tolist() == want_ids.tolist()
     np.testing.assert_allclose(weights.cpu().numpy(), want, rtol=1e-5)
@@ -48,7 +48,7 @@ def test_ties_go_to_the_lower_expert():
     hidden, weight, _, _, scales = inputs(experts=8)
     weight[:] = weight[0]
     options = {"norm_eps": 0.0, "temperature": 1.0, "top_k": 3, "softmax_first": False}
-    ids, weights = gate(hidden, weight, None, None, scales, **options)
+    ids, weights = gate(hidden, Gate(weight, None, None, scales, **options))
     assert ids.tolist() == [[0, 1, 2]] * 6
     assert torch.allclose(weights, scales[:3].expand(6, 3) / 3)
 
@@ -60,9 +60,10 @@ def test_a_row_does_not_depend_on_the_batch():
     weight[:, 0], weight[:, 63] = 3, -3
     tensors = weight, bias, None, scales
     options = {"norm_eps": 1e-6, "temperature": 1.0, "top_k": 2, "softmax_first": True}
-    ids, weights = gate(hidden, *tensors, **options)
+    router = Gate(*tensors, **options)
+    ids, weights = gate(hidden, router)
     for row in range(0, 300, 37):
-        one_ids, one_weights = gate(hidden[row : row + 1], *tensors, **options)
+        one_ids, one_weights = gate(hidden[row : row + 1], router)
         assert torch.equal(one_ids[0], ids[row])
         torch.testing.assert_close(one_weights[0], weights[row], rtol=1e-6, atol=0)
     exact = (hidden.double() @ weight.double().T + bias.double()).softmax(-1).topk(2)

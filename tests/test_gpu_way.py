@@ -128,9 +128,9 @@ def test_deltas_beside_a_product_of_another():
 
 @pytest.mark.parametrize("name", test_layer_sgmm.CASES)
 def test_layer_wise(name):
-    arguments, gate, expected = problem(name, True)
+    *arguments, expected = problem(name, True)
     with computing() as names:
-        found = layer_linear(*arguments, "", gate)
+        found = layer_linear(*arguments)
     assert names and error(found, expected) <= 1e-5
     with computing() as names:
         x, *rest = test_layer_sgmm.make(name)

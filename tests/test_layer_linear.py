@@ -1,16 +1,19 @@
 """A projection routed inside its layer, in one op, against float64; and the GPU's way by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from ops import DEVICE, error
 from test_layer_sgmm import CASES, make, truth
 from vllm_adafuse.kernels.expand import expand_weighted_triton
 from vllm_adafuse.kernels.layer_linear import layer_linear
+from vllm_adafuse.kernels.layer_operands import LayerGate, LayerGates, LayerProjection
 from vllm_adafuse.kernels.pairs import activate_torch
-from vllm_adafuse.kernels.route_layer import LayerGate, route_layer_triton
+from vllm_adafuse.kernels.route_layer import route_layer_triton
 
 
-def problem(name, bias, dtype=torch.float32):
+def problem(name, bias, activation=""):
     x, lora_a, routers, lora_b, scales, gate, parts, widths = make(name)
     g = torch.Generator().manual_seed(1)
     size_in = x.shape[1]
@@ -24,32 +27,30 @@ def problem(name, bias, dtype=torch.float32):
         x, lora_a, routers, lora_b, scales, gate, parts, widths
     )
     y = y + bias.double().cpu() if bias is not None else y
-    logits = routers[..., 0].numel()
-    arguments = (
-        x, rows, lora_a[..., 0].numel(), logits, bias, None, scales, gates.to(DEVICE), present,
-        lora_b, parts, widths,
+    p = LayerProjection(
+        gate, tuple(widths), tuple(parts), scales, lora_b, None, routers[..., 0].numel(), rows, bias,
+        activation,
     )  # fmt: skip
-    return arguments, gate, y
+    return x, p, LayerGates(gates.to(DEVICE), present), y
 
 
-def by_triton(x, joint, columns, logits, bias, router_bias, scales, gates, present, lora_b, parts,
-              widths, activation, gate):  # fmt: skip
+def by_triton(x, p, layer):
     """What the op does on a GPU for a few tokens."""
-    out = sum(widths)
-    y, low, z = (x @ joint.t())[:, : out + columns + logits].tensor_split((out, out + columns), 1)
-    count = max(parts) + 1
-    s = x.new_empty(len(x), count, lora_b.shape[1] * lora_b.shape[2])
-    z = z if logits else None
-    route_layer_triton(low, z, router_bias, scales, gates, present, s, gate)
-    return expand_weighted_triton(y, s, bias, lora_b, present, parts, widths, activation)
+    ends = p.size_out, p.size_out + p.columns
+    y, low, z = (x @ p.fused_weight.t())[:, : ends[1] + p.logits].tensor_split(ends, 1)
+    s = x.new_empty(len(x), p.linears, p.lora_b[0].numel())
+    route_layer_triton(low, z if p.logits else None, p, layer, s)
+    return expand_weighted_triton(
+        y, s, p.bias, p.lora_b, layer.present, p.adapted, p.widths, p.epilogue
+    )
 
 
 @pytest.mark.parametrize("run", [layer_linear, by_triton])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_equals_float64(name, bias, run):
-    arguments, gate, expected = problem(name, bias)
-    out = run(*arguments, "", gate)
+    *arguments, expected = problem(name, bias)
+    out = run(*arguments)
     assert out.dtype == torch.float32 and error(out.cpu(), expected) <= 1e-5
 
 
@@ -57,22 +58,19 @@ def test_equals_float64(name, bias, run):
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("name", ["packed", "gate-up", "gate-alone"])
 def test_with_the_activation_of_gate_up(name, activation, run):
-    arguments, gate, expected = problem(name, True)
-    out = run(*arguments, activation, gate)
+    *arguments, expected = problem(name, True, activation)
+    out = run(*arguments)
     assert error(out.cpu(), activate_torch(expected, activation)) <= 1e-5
 
 
 def test_half_precision_keeps_the_choices():
     """Gates are as good as the logits of float16's own numbers allow: no rounding in between."""
-    arguments, gate, _ = problem("qkv", False)
-    x, joint, columns, count, bias, _, scales, gates, present, lora_b, parts, widths = arguments
-    joint = joint[: sum(widths) + columns + count]
-    x, joint, lora_b = x.half(), joint.half(), lora_b.half()
-    layer_linear(
-        x, joint, columns, count, bias, None, scales, gates, present, lora_b, parts, widths, "",
-        gate,
-    )
-    logits = x.double() @ joint[sum(widths) + columns :].double().T
+    x, p, layer, _ = problem("qkv", False)
+    first = p.size_out + p.columns
+    rows = p.fused_weight[: first + p.logits].half()
+    x, p = x.half(), replace(p, fused_weight=rows, lora_b=p.lora_b.half())
+    layer_linear(x, p, layer)
+    logits, gates = x.double() @ rows[first:].double().T, layer.gates
     for t, row in enumerate(logits.view(len(x), 3, 4)):
         for router, z in enumerate(row):
             weights, chosen = z.topk(2)
@@ -98,10 +96,9 @@ def test_every_path_decides_as_float64_in_bfloat16(tokens):
     gates = torch.zeros(tokens, 3, experts, device=DEVICE)
     present = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     gate = LayerGate(1, (experts,) * 3, always, absolute=True, shared=True)
-    y = layer_linear(
-        x, joint, 3 * (1 + always) * rank, 3 * experts, None, None, scales, gates, present, b,
-        [0, 1, 2], widths, "", gate,
-    )  # fmt: skip
+    p = LayerProjection(gate, tuple(widths), (0, 1, 2), scales, b, None, 3 * experts, joint)
+    assert p.columns == 3 * (1 + always) * rank
+    y = layer_linear(x, p, LayerGates(gates, present))
     x, weight, a, routers, b = (t.double() for t in (x, weight, a, routers, b))
     z = torch.einsum("ti,pei->tpe", x, routers).abs()
     (best, second), chosen = z.topk(2).values.unbind(-1), z.argmax(-1)
@@ -117,21 +114,3 @@ def test_every_path_decides_as_float64_in_bfloat16(tokens):
     exact = x @ weight.T + torch.cat(delta, -1)
     # s and the sum, rounded once each; W x as well where cuBLAS rounds it.
     assert error(y, exact) <= 2 * error(exact.bfloat16(), exact)
-
-
-def test_inside_torch_compile():
-    (x, *rest), gate, expected = problem("qkv", True)
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def f(x):
-        return layer_linear(x * 1.0, *rest, "", gate) * 1.0
-
-    assert error(f(x).cpu(), expected) <= 1e-5
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="checks the schema and fakes once")
-def test_schema_and_fake():
-    arguments, gate, _ = problem("qkv", True)
-    op = torch.ops.vllm_adafuse.layer_linear.default
-    op(*arguments, "", *gate.arguments)  # torch does not know that gates change
-    torch.library.opcheck(op, (*arguments, "", *gate.arguments))

@@ -6,9 +6,10 @@ import pytest
 import torch
 from ops import DEVICE, error
 from vllm_adafuse.kernels.expand import expand_triton
+from vllm_adafuse.kernels.layer_operands import LayerGate, LayerGates, LayerProjection
 from vllm_adafuse.kernels.layer_sgmm import layer_sgmm
 from vllm_adafuse.kernels.low_product import low_product
-from vllm_adafuse.kernels.route_layer import LayerGate, route_layer_triton
+from vllm_adafuse.kernels.route_layer import route_layer_triton
 
 # tokens, in, widths, parts, experts of each router, always, rank, gate
 CASES = {
@@ -80,13 +81,14 @@ def run(y, x, lora_a, routers, lora_b, scales, gate, parts, widths, triton=False
     logits = low[:, columns:] if gate.experts else None
     gates = torch.full((len(x) + 1, max(1, len(gate.experts)), experts), -1.0, device=DEVICE)
     present = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    low = low[:, :columns]
+    low, layer = low[:, :columns], LayerGates(gates, present)
+    p = LayerProjection(gate, tuple(widths), tuple(parts), scales, lora_b)
     if triton:
         s = y.new_empty(len(x), lora_a.shape[0], lora_a.shape[1] * lora_a.shape[2])
-        route_layer_triton(low, logits, None, scales, gates, present, s, gate)
+        route_layer_triton(low, logits, p, layer, s)
         expand_triton(y, s, lora_b, present, parts, widths)
     else:
-        layer_sgmm(y, low, logits, None, scales, gates, present, lora_b, parts, widths, gate)
+        layer_sgmm(y, low, logits, p, layer)
 
 
 @pytest.mark.parametrize("triton", [False, True])
@@ -102,30 +104,3 @@ def test_equals_float64(name, triton):
     for column, (width, part) in zip((0, 77, 117), zip(rest[-1], rest[-2])):
         if part < 0:
             assert not found[:, column : column + width].any()
-
-
-def test_inside_torch_compile():
-    x, *rest = make("qkv")
-    y = torch.randn(len(x), sum(rest[-1])).to(DEVICE)
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def f(y):
-        out = y * 1.0
-        run(out, x, *rest)
-        return out
-
-    assert error(f(y).double().cpu() - y.double().cpu(), truth(x, *rest)) <= 1e-5
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="checks the schema and fakes once")
-def test_schema_and_fake():
-    x, lora_a, routers, lora_b, scales, gate, parts, widths = make("qkv")
-    low = torch.randn(5, lora_a[..., 0].numel())
-    arguments = (
-        torch.randn(5, sum(widths)), low, torch.randn(5, 12), None, scales,
-        torch.zeros(6, 3, 4), torch.zeros(1, dtype=torch.int64), lora_b, parts, widths,
-        *gate.arguments,
-    )  # fmt: skip
-    op = torch.ops.vllm_adafuse.layer_sgmm.default
-    op(*arguments)  # torch does not know that gates change: they have changed already
-    torch.library.opcheck(op, arguments)

@@ -11,7 +11,7 @@ from vllm_adafuse.format.architectures import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LINES, MAX_REPOSITORY_BYTES = 400, 8 << 20
-NOT_OPS = {"blocks", "configs", "deltas", "early", "operands", "pairs", "plans", "workspace"}
+NOT_OPS = {"blocks", "configs", "deltas", "early", "layer_operands", "operands", "pairs", "plans", "workspace"}
 NOT_OPS |= {"__init__", "registry", "tma_steps", "whole"}
 
 

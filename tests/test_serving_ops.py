@@ -4,10 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from ops import DEVICE, OneBank, delta_truth, error, linear_truth, make_problem
+from test_layer_linear import problem as layer_problem
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import ForwardContext, override_forward_context
 from vllm_adafuse.kernels.operands import Norm
+from vllm_adafuse.kernels.pairs import activate_torch
 from vllm_adafuse.serving import ops
 
 LAYER = "model.layers.0.mlp.down_proj.adafuse"
@@ -46,6 +49,42 @@ def test_schemas_and_fakes(activation):
     torch.library.opcheck(ops.projection_norm, arguments)
     assert error(ops.projection_norm(*arguments)[1], linear_truth(q)) <= 1e-5
     assert bank.projection.norm.eps == 1e-5
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="checks the schemas and fakes once")
+@pytest.mark.parametrize("name, activation", [("no-k", ""), ("gate-up", "silu")])
+def test_schemas_and_fakes_of_layer_wise_ops(name, activation):
+    x, p, layer, expected = layer_problem(name, True, activation)
+    bank = OneBank(p, layer, LAYER)
+    ops.make_known(bank)
+    found = ops.layer_projection(x, layer.gates, LAYER)  # torch does not know that gates change
+    wanted = activate_torch(expected, activation) if activation else expected
+    assert error(found, wanted) <= 1e-5
+    torch.library.opcheck(ops.layer_projection, (x, layer.gates, LAYER))
+    low = x @ p.fused_weight[p.size_out :].T
+    low, logits = low[:, : p.columns].contiguous(), low[:, p.columns :][:, : p.logits].contiguous()
+    decided = low, logits, layer.gates, LAYER
+    assert ops.layer_route(x, *decided).shape == (len(x), p.linears, p.lora_b[0].numel())
+    torch.library.opcheck(ops.layer_route, (x, *decided))
+    torch.library.opcheck(ops.layer_deltas, (x.new_zeros(len(x), p.size_out), *decided))
+    assert bank.step is layer
+
+
+def test_layer_wise_ops_inside_torch_compile():
+    x, p, layer, expected = layer_problem("qkv", False)
+    bank = OneBank(p, layer, LAYER)
+    ops.make_known(bank)
+    w, *rows = p.fused_weight.split([p.size_out, p.columns, p.logits, 3])
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def f(x):
+        y = F.linear(x * 1.0, w)
+        ops.layer_deltas(y, x @ rows[0].T, x @ rows[1].T, layer.gates, LAYER)
+        return ops.layer_projection(x * 1.0, layer.gates, LAYER) * 1.0, y
+
+    for found in f(x):
+        assert error(found, expected.to(found.device)) <= 1e-5
+    assert bank.layer_name == LAYER
 
 
 @pytest.mark.parametrize("tokens", [4, 65, 300])

@@ -77,13 +77,15 @@ def run(args: argparse.Namespace) -> int:
     from vllm_adafuse.training.distill import DistillOptions
     from vllm_adafuse.training.distill_run import distil_files
 
-    options = DistillOptions(args.steps, args.lr, args.expert_lr if args.tune_experts else 0.0)
+    options = DistillOptions(
+        args.steps, args.lr, args.expert_lr if args.tune_experts else 0.0,
+        length=args.length, batch_size=args.batch_size, held_out=args.held_out,
+    )  # fmt: skip
     changes = {"router_layer": args.router_layer, "router_input": args.router_input}
     if args.top_k is not None:
         changes["top_k"] = args.top_k
     report = distil_files(
         opened.adapter, opened.base, args.data, out, options,
-        length=args.length, batch_size=args.batch_size, held_out=args.held_out,
         dtype=args.dtype, seed=args.seed, quiet=args.quiet, **changes,
     )  # fmt: skip
     print(f"held out: {report.tokens} tokens")

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -48,30 +49,11 @@ def write_adapter(
     return path
 
 
-def make_random_adapter(
-    base: str | Path,
-    path: str | Path,
-    *,
-    num_experts: int = 8,
-    top_k: int | Mapping[str, int] | Sequence[int] = 2,
-    r: int | Sequence[int] = 16,
-    lora_alpha: float | Sequence[float] | None = None,
-    target_modules: Sequence[str] | None = None,
-    layers: Sequence[int] | None = None,
-    router_bias: bool = False,
-    layer_experts: Sequence[int] | None = None,
-    expert_modules: Sequence[str] | None = None,
-    always_modules: Sequence[str] | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    seed: int = 0,
-    progress: bool = False,
-    **options,
-) -> Path:
-    """Writes an adapter for a backbone with normal weights, so sized that deltas matter.
+@dataclass
+class RandomOptions:
+    """What adapter to make, beside the keys of its config.
 
-    Args:
-        base: the backbone's directory; only its config.json is read.
-        path: the directory to write.
+    Attributes:
         num_experts: E.
         top_k: k; layer-wise also per block or per layer.
         r: rank, or one per expert.
@@ -84,9 +66,33 @@ def make_random_adapter(
         always_modules: those that get a part that is always on; default all where `always_r`.
         dtype: of the tensors.
         seed: of the weights.
+    """
+
+    num_experts: int = 8
+    top_k: int | Mapping[str, int] | Sequence[int] = 2
+    r: int | Sequence[int] = 16
+    lora_alpha: float | Sequence[float] | None = None
+    target_modules: Sequence[str] | None = None
+    layers: Sequence[int] | None = None
+    router_bias: bool = False
+    layer_experts: Sequence[int] | None = None
+    expert_modules: Sequence[str] | None = None
+    always_modules: Sequence[str] | None = None
+    dtype: torch.dtype = torch.bfloat16
+    seed: int = 0
+
+
+def make_random_adapter(
+    base: str | Path, path: str | Path, *, progress: bool = False, **options: Any
+) -> Path:
+    """Writes an adapter for a backbone with normal weights, so sized that deltas matter.
+
+    Args:
+        base: the backbone's directory; only its config.json is read.
+        path: the directory to write.
         progress: show a progress bar.
-        **options: other keys of `adapter_config.json`, with `router_input` for `router.input`
-            and so on.
+        **options: those of `RandomOptions`, and other keys of `adapter_config.json`, with
+            `router_input` for `router.input` and so on.
 
     Returns:
         The directory.
@@ -94,17 +100,20 @@ def make_random_adapter(
     Raises:
         AdapterError: the options do not make a valid config, or a module or layer is not there.
     """
+    own = RandomOptions(**{f.name: options.pop(f.name) for f in fields(RandomOptions)
+                           if f.name in options})  # fmt: skip
     backbone = Backbone.from_path(str(base))
     depth = backbone.num_layers
-    ranks = [r] * num_experts if isinstance(r, int) else list(r)
-    alphas = lora_alpha if lora_alpha is not None else [2 * rank for rank in ranks]
-    targets = sorted(backbone.modules()) if target_modules is None else list(target_modules)
+    num_experts, targets = own.num_experts, own.target_modules
+    ranks = [own.r] * num_experts if isinstance(own.r, int) else list(own.r)
+    alphas = own.lora_alpha if own.lora_alpha is not None else [2 * rank for rank in ranks]
+    targets = sorted(backbone.modules()) if targets is None else list(targets)
     raw = {
         "peft_type": "ADAFUSE",
         "format_version": 1,
         "base_model_name_or_path": os.path.abspath(base) if Path(base).exists() else str(base),
         "num_experts": num_experts,
-        "top_k": top_k,
+        "top_k": own.top_k,
         "r": ranks,
         "lora_alpha": alphas,
         "target_modules": targets,
@@ -113,8 +122,8 @@ def make_random_adapter(
     if raw.keys() & set(VERSION_2) or raw.get("routing") == LAYER_WISE:
         raw["format_version"] = 2
     config, problems = parse_config(raw)
-    with_experts = targets if expert_modules is None else list(expert_modules)
-    with_always = targets if always_modules is None else list(always_modules)
+    with_experts = targets if own.expert_modules is None else list(own.expert_modules)
+    with_always = targets if own.always_modules is None else list(own.always_modules)
     problems += [
         f"target module {name} is not in {base}; it has {', '.join(sorted(backbone.modules()))}"
         for name in targets
@@ -125,11 +134,13 @@ def make_random_adapter(
         for name in dict.fromkeys([*with_experts, *with_always])
         if name not in targets
     ]
-    chosen = range(config.router_layer if config else 0, depth) if layers is None else layers
+    chosen = own.layers
+    if chosen is None:
+        chosen = range(config.router_layer if config else 0, depth)
     problems += [
         f"layer {i} is not in {base}; it has {depth} layers" for i in chosen if not 0 <= i < depth
     ]
-    counts = list(layer_experts or [num_experts] * depth)
+    counts = list(own.layer_experts or [num_experts] * depth)
     if len(counts) != depth or not all(0 < count <= num_experts for count in counts):
         problems.append(
             f"layer_experts is {counts}, expected {depth} numbers from 1 to {num_experts}, one for "
@@ -138,7 +149,7 @@ def make_random_adapter(
     if problems:
         raise AdapterError(f"random adapter {path}", problems)
 
-    weights = _Weights(torch.Generator().manual_seed(seed), dtype, router_bias)
+    weights = _Weights(torch.Generator().manual_seed(own.seed), own.dtype, own.router_bias)
     if not config.layer_wise:
         weights.router("", num_experts, backbone.hidden_size)
         if config.router_context:

@@ -11,7 +11,7 @@ from vllm_adafuse.format.adapter import Adapter
 from vllm_adafuse.format.backbone import EMBEDDING, FIRST_NORM, Backbone, load_backbone_tensors
 from vllm_adafuse.format.context_keys import CONTEXT_KEY, CONTEXT_WEIGHT
 from vllm_adafuse.kernels.context_routes import choose_by_past, context_rows
-from vllm_adafuse.kernels.gate import gate
+from vllm_adafuse.kernels.gate import Gate, gate
 
 # Rows routed at once: bounds the float64 copy of their embeddings.
 CHUNK = 4096
@@ -117,8 +117,7 @@ class OfflineRouter:
         return embeddings
 
     def _routes(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return gate(
-            self._embed(token_ids),
+        router = Gate(
             self.weight,
             self.bias,
             self.norm_weight,
@@ -128,6 +127,7 @@ class OfflineRouter:
             top_k=self.config.top_k,
             softmax_first=self.config.router_weights == "softmax_topk",
         )
+        return gate(self._embed(token_ids), router)
 
 
 def _refuse_later_layers(adapter: Adapter) -> None:

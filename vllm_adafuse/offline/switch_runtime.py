@@ -26,7 +26,7 @@ from vllm_adafuse.format.architectures import find_architecture
 from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.format.merge import refuse_quantised
 from vllm_adafuse.format.pretrained import check_checkpoint, read_config
-from vllm_adafuse.kernels.gate import gate
+from vllm_adafuse.kernels.gate import Gate, gate
 from vllm_adafuse.kernels.switch import FIELDS, SwitchBlocks, SwitchPlan, switch
 from vllm_adafuse.offline.routing import OfflineRouter, refuse_context
 
@@ -329,17 +329,17 @@ def live_router(adapter: Adapter, backbone: Backbone, model: PreTrainedModel) ->
     if config.router_input == "first_norm":
         norm = model.model.layers[config.router_layer].input_layernorm.weight.data.float()
         norm = norm + backbone.architecture.norm_offset
-    return functools.partial(
-        gate,
-        router_weight=weight,
-        router_bias=bias,
-        norm_weight=norm,
+    router = Gate(
+        weight,
+        bias,
+        norm,
         scales=torch.tensor(config.scales, device=model.device),
         norm_eps=backbone.norm_eps,
         temperature=config.temperature,
         top_k=config.top_k,
         softmax_first=config.router_weights == "softmax_topk",
     )
+    return functools.partial(gate, router=router)
 
 
 def _refuse_layer_wise(adapter: Adapter) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,11 +11,11 @@ import torch
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 from vllm_adafuse.format.adapter import Adapter
-from vllm_adafuse.kernels.layer_linear import layer_linear
-from vllm_adafuse.kernels.layer_sgmm import layer_sgmm
+from vllm_adafuse.kernels.layer_operands import LayerGate, LayerGates, LayerProjection
 from vllm_adafuse.kernels.low_product import low_product
-from vllm_adafuse.kernels.route_layer import LayerGate, split_router
-from vllm_adafuse.serving.bank import aligned, own_rows, slices_of
+from vllm_adafuse.kernels.route_layer import split_router
+from vllm_adafuse.serving import ops
+from vllm_adafuse.serving.bank import aligned, bias_of, own_rows, slices_of
 
 # Parts into which a float32 router is cut for rows of two-byte numbers, see `split_router`.
 ROUTER_SPLITS = 3
@@ -37,6 +38,11 @@ class Gates(torch.nn.Module):
         self.register_buffer("gates", gates, persistent=False)
         present = torch.zeros(1, dtype=torch.int64)
         self.register_buffer("present", present, persistent=False)
+
+    @property
+    def layer(self) -> LayerGates:
+        """As kernels take them."""
+        return LayerGates(self.gates, self.present)
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,9 @@ class LayerBank(torch.nn.Module):
         super().__init__()
         config, tensors = adapter.config, adapter.tensors
         self.config, self.dtype, self.epilogue = config, dtype, ""
+        self.layer_name = f"{place.layer.prefix}.adafuse"
+        # Asked when all is loaded; no module, which would be below this one then.
+        self._bias_of = functools.partial(bias_of, place.layer)
         adapted = {*adapter.projections, *adapter.always_on}
         self.slices = slices_of(
             place.layer, [name if name in adapted else None for name in place.linears]
@@ -227,24 +236,34 @@ class LayerBank(torch.nn.Module):
             logits = tensor_model_parallel_all_reduce(logits.contiguous())
         return low[:, : self.columns], logits
 
+    @functools.cached_property
+    def projection(self) -> LayerProjection:
+        """What kernels take; once all is loaded."""
+        return LayerProjection(
+            self.gate, tuple(self.slices.widths), tuple(self.slices.parts), self.scales, self.lora_b,
+            self.bias if self.routers else None, self.logits,
+            self.joint if self._rows_of_w else None, self._bias_of(), self.epilogue,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def step(self) -> LayerGates:
+        """The gates of its kind as kernels take them."""
+        return self.shared_gates.layer
+
     def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """y + delta, in place. x: [T, in], y: [T, out] of this rank."""
-        low, logits = self.low(x)
-        layer_sgmm(
-            y, low, logits, self.bias if self.routers else None, self.scales,
-            self.shared_gates.gates, self.shared_gates.present, self.lora_b,
-            self.slices.parts, self.slices.widths, self.gate,
-        )  # fmt: skip
+        ops.layer_deltas(y, *self.low(x), self.shared_gates.gates, self.layer_name)
         return y
+
+    def route(self, x: torch.Tensor) -> torch.Tensor:
+        """s [T, P, E' R] of x [T, in], see `route_layer`."""
+        return ops.layer_route(x, *self.low(x), self.shared_gates.gates, self.layer_name)
 
     def join(self, weight: torch.nn.Parameter) -> None:
         """Makes a weight [out, in] that is still to be loaded a view of the joint tensor."""
         weight.data = self.joint[: self._rows_of_w]
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """The projection, joined before, with its deltas and the activation that follows it."""
-        return layer_linear(
-            x, self.joint, self.columns, self.logits, bias, self.bias if self.routers else None,
-            self.scales, self.shared_gates.gates, self.shared_gates.present, self.lora_b,
-            self.slices.parts, self.slices.widths, self.epilogue, self.gate,
-        )  # fmt: skip
+        """The projection, joined before, with its deltas and the activation that follows it;
+        `projection` has this bias already."""
+        return ops.layer_projection(x, self.shared_gates.gates, self.layer_name)

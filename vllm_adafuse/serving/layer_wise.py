@@ -17,7 +17,6 @@ from vllm_adafuse.format.config import BLOCKS
 from vllm_adafuse.kernels.ffn_down import ffn_down
 from vllm_adafuse.kernels.ffn_mix import ffn_mix
 from vllm_adafuse.kernels.low_product import low_product
-from vllm_adafuse.kernels.route_layer import route_layer
 from vllm_adafuse.serving import linear
 from vllm_adafuse.serving.bank import place_banks
 from vllm_adafuse.serving.layer_bank import Gates, LayerBank, Place, is_cut
@@ -38,12 +37,7 @@ class FfnUpMethod(linear.AdaFuseLinearMethod):
         y = self.inner.apply(layer, x, bias)
         if not bank.slices.names:  # it only decides for the down projection
             return bank.add(x, y)
-        low, logits = bank.low(x)
-        s = route_layer(
-            low, logits, bank.bias, bank.scales, bank.shared_gates.gates,
-            bank.shared_gates.present, len(bank.slices.names), bank.rank, y, bank.gate,
-        )  # fmt: skip
-        return torch.cat([y, s.flatten(1)], -1)
+        return torch.cat([y, bank.route(x).flatten(1)], -1)
 
 
 class FfnActivation(torch.nn.Module):

@@ -61,6 +61,8 @@ class AdaFuseMixin:
                 max_tokens(vllm_config), vllm_config.model_config.dtype,
                 vllm_config.lora_config is None,
             )  # fmt: skip
+            for bank in self.adafuse_banks:
+                make_known(bank, vllm_config)
             self.adafuse_loading = loading
             return
         route = Route(max_tokens(vllm_config), adapter_config.top_k, adapter_config.num_experts)

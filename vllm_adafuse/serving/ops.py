@@ -8,26 +8,31 @@ writes all else that a step's projections read, and runs before them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm_adafuse.kernels.layer_linear import layer_linear
+from vllm_adafuse.kernels.layer_sgmm import layer_sgmm
 from vllm_adafuse.kernels.linear import linear, new_result
 from vllm_adafuse.kernels.linear_norm import linear_norm
 from vllm_adafuse.kernels.page_linear import page_linear
+from vllm_adafuse.kernels.pairs import result_width
 from vllm_adafuse.kernels.registry import register_op
+from vllm_adafuse.kernels.route_layer import route_layer
 from vllm_adafuse.kernels.sgmm import sgmm
 
 if TYPE_CHECKING:
     from vllm_adafuse.serving.bank import ExpertBank
+    from vllm_adafuse.serving.layer_bank import LayerBank
 
 # The last bank of each name, for parts of a model that are run by hand, outside of a forward.
-_latest: WeakValueDictionary[str, ExpertBank] = WeakValueDictionary()
+_latest: WeakValueDictionary[str, ExpertBank | LayerBank] = WeakValueDictionary()
 
 
-def make_known(bank: ExpertBank, vllm_config: VllmConfig | None = None) -> None:
+def make_known(bank: ExpertBank | LayerBank, vllm_config: VllmConfig | None = None) -> None:
     """Lets ops find a bank by its `layer_name` in forwards of an engine.
 
     Raises:
@@ -41,7 +46,7 @@ def make_known(bank: ExpertBank, vllm_config: VllmConfig | None = None) -> None:
         known[bank.layer_name] = bank
 
 
-def find(layer_name: str) -> ExpertBank:
+def find(layer_name: str) -> Any:
     """The bank of this name in the forward that runs.
 
     Raises:
@@ -104,6 +109,53 @@ def _page_deltas(y: torch.Tensor, x: torch.Tensor, gates: torch.Tensor, layer_na
         sgmm(y, x, bank.projection, bank.step)
 
 
+def _layer_projection(x: torch.Tensor, gates: torch.Tensor, layer_name: str) -> torch.Tensor:
+    bank = find(layer_name)
+    return layer_linear(x, bank.projection, bank.step)
+
+
+def _layer_projection_fake(x: torch.Tensor, gates: torch.Tensor, layer_name: str) -> torch.Tensor:
+    p = find(layer_name).projection
+    return x.new_empty(x.shape[0], result_width(p.widths, p.epilogue))
+
+
+def _layer_deltas(
+    y: torch.Tensor,
+    low: torch.Tensor,
+    logits: torch.Tensor | None,
+    gates: torch.Tensor,
+    layer_name: str,
+) -> None:
+    bank = find(layer_name)
+    layer_sgmm(y, low, logits, bank.projection, bank.step)
+
+
+def _layer_deltas_fake(*arguments) -> None:
+    return None
+
+
+def _layer_route(
+    x: torch.Tensor,
+    low: torch.Tensor,
+    logits: torch.Tensor | None,
+    gates: torch.Tensor,
+    layer_name: str,
+) -> torch.Tensor:
+    bank = find(layer_name)
+    return route_layer(low, logits, bank.projection, bank.step, x.dtype)
+
+
+def _layer_route_fake(
+    x: torch.Tensor,
+    low: torch.Tensor,
+    logits: torch.Tensor | None,
+    gates: torch.Tensor,
+    layer_name: str,
+) -> torch.Tensor:
+    p = find(layer_name).projection
+    return x.new_empty(x.shape[0], p.linears, p.scales.shape[0] * p.rank)
+
+
 _NAMED = "(Tensor x, Tensor gates, str layer_name) -> Tensor"
 _ADDED = "(Tensor(a!) y, Tensor x, Tensor gates, str layer_name) -> ()"
 
@@ -122,3 +174,18 @@ deltas = register_op(f"deltas{_ADDED}", _deltas, _deltas_fake)
 # when the op runs: a compiled model serves both kinds, a CUDA graph holds that of its capture.
 page_projection = register_op(f"page_projection{_NAMED}", _page_projection, _projection_fake)
 page_deltas = register_op(f"page_deltas{_ADDED}", _page_deltas, _deltas_fake)
+
+# Layer-wise. Gates change too, and are read by later ops of the block. Those come later by the data
+# that they read, so torch need not know: it would copy the buffers in every piece of a graph. The
+# routers' logits, sums over ranks where ranks hold parts of `in`, come from outside but for
+# `layer_projection`: see `layer_linear`, `layer_sgmm`, `route_layer`.
+_DECIDED = "Tensor low, Tensor? logits, Tensor gates, str layer_name"
+layer_projection = register_op(
+    f"layer_projection{_NAMED}", _layer_projection, _layer_projection_fake
+)
+layer_deltas = register_op(
+    f"layer_deltas(Tensor(a!) y, {_DECIDED}) -> ()", _layer_deltas, _layer_deltas_fake
+)
+layer_route = register_op(
+    f"layer_route(Tensor x, {_DECIDED}) -> Tensor", _layer_route, _layer_route_fake
+)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm_adafuse.format.config import AdapterConfig
-from vllm_adafuse.kernels.gate import gate
+from vllm_adafuse.kernels.gate import Gate, gate
 from vllm_adafuse.kernels.gather_routes import gather_routes
 from vllm_adafuse.kernels.live_route import live_route
 from vllm_adafuse.kernels.spread_routes import new_present, spread_routes
@@ -117,21 +117,17 @@ class Router(torch.nn.Module):
 
     def decide(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Routes of embeddings [T, H] as they enter layer 0: ids and weights [T, k]."""
-        return gate(embeddings, *self._tensors, **self._options)
+        return gate(embeddings, self._gate)
 
     @property
-    def _tensors(self) -> tuple:
-        norm = self.norm_weight if self.config.router_input == "first_norm" else None
-        return self.weight, self.bias, norm, self.scales
-
-    @property
-    def _options(self) -> dict:
-        return {
-            "norm_eps": self.norm_eps,
-            "temperature": self.config.temperature,
-            "top_k": self.config.top_k,
-            "softmax_first": self.config.router_weights == "softmax_topk",
-        }
+    def _gate(self) -> Gate:
+        config = self.config
+        return Gate(
+            self.weight, self.bias,
+            self.norm_weight if config.router_input == "first_norm" else None, self.scales,
+            self.norm_eps, config.temperature, config.top_k,
+            config.router_weights == "softmax_topk",
+        )  # fmt: skip
 
     def watch(self, layer: torch.nn.Module) -> None:
         """Routes every step as it enters a decoder layer.
@@ -153,9 +149,7 @@ class Router(torch.nn.Module):
     def enter(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
         """Writes the routes of hidden states [T, H], of which a part may stand in the residual."""
         route = self.route
-        live_route(
-            hidden, residual, *self._tensors, route.expert_ids, route.weights, **self._options
-        )
+        live_route(hidden, residual, self._gate, route.expert_ids, route.weights)
         route.spread(hidden.shape[0])
 
     def forward(self, input_ids: torch.Tensor | None, embeddings: torch.Tensor | None) -> None:

@@ -36,12 +36,17 @@ class DistillOptions:
         lr: peak learning rate of the router.
         expert_lr: of the experts; 0 keeps them as they are.
         warmup: share of the steps with a rising rate; then it falls to 0 by a cosine.
+        length, batch_size: of training on files: tokens of a block, and blocks per step.
+        held_out: share of files' lines to judge by, above 0: without it no loss can be stated.
     """
 
     steps: int = 500
     lr: float = 2e-3
     expert_lr: float = 0.0
     warmup: float = 0.05
+    length: int = 512
+    batch_size: int = 8
+    held_out: float = 0.05
 
     def __post_init__(self):
         problems = [
@@ -51,6 +56,8 @@ class DistillOptions:
                 ("lr", "a number above 0", self.lr > 0),
                 ("expert_lr", "0 or a positive number", self.expert_lr >= 0),
                 ("warmup", "a share from 0 to below 1", 0 <= self.warmup < 1),
+                ("held_out", "above 0 and below 1: without it no loss can be stated",
+                 0 < self.held_out < 1),
             )
             if not good
         ]

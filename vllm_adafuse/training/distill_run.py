@@ -56,9 +56,6 @@ def distil_files(
     output: str | Path,
     options: DistillOptions,
     *,
-    length: int = 512,
-    batch_size: int = 8,
-    held_out: float = 0.05,
     dtype: str = "auto",
     seed: int = 0,
     quiet: bool = False,
@@ -74,9 +71,6 @@ def distil_files(
         data: jsonl files.
         output: the adapter directory to write.
         options: of the training.
-        length: tokens of a block.
-        batch_size: blocks per step.
-        held_out: share of the lines to judge by, above 0.
         dtype: of the backbone.
         seed: of the order.
         quiet: no progress bar.
@@ -85,20 +79,12 @@ def distil_files(
     Raises:
         AdapterError: a teacher that is pre-gated, bad data or options.
     """
-    if not 0 < held_out < 1:
-        raise AdapterError(
-            "distilling options",
-            [
-                f"`held_out` is {held_out}, expected above 0 and below 1: without it no loss can "
-                "be stated"
-            ],
-        )
     if not teacher.config.layer_wise:
         raise AdapterError(
             f"adapter {teacher.path}", ["it is pre-gated already; serve it as it is"]
         )
     tokenizer = load_tokenizer(base)
-    examples, held = split(read_jsonl(data, tokenizer), held_out)
+    examples, held = split(read_jsonl(data, tokenizer), options.held_out)
     shapes = Backbone.from_path(str(base))
     shapes.require_head("distill")
     require_rows(
@@ -107,21 +93,21 @@ def distil_files(
     )  # fmt: skip
     pad = tokenizer.pad_token_id
     pad = (tokenizer.eos_token_id or 0) if pad is None else pad
-    judged = Blocks(held, length, True, pad)
+    judged = Blocks(held, options.length, True, pad)
     if not len(judged):
         raise AdapterError(
-            "held-out data", [f"no token with loss fits into {length} tokens; raise --length"]
+            "held-out data", [f"no token with loss fits into {options.length} tokens; raise --length"]
         )
-    blocks = Blocks(examples, length, True, pad, every=True)  # the KL needs no labels
+    blocks = Blocks(examples, options.length, True, pad, every=True)  # the KL needs no labels
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backbone = load_backbone(str(base), dtype=dtype).to(device)
     model = reference.load(base, teacher.path, dtype=backbone.dtype).to(device)
     generator = torch.Generator().manual_seed(seed)
-    batches = DataLoader(blocks.ids, batch_size, shuffle=True, generator=generator)
+    batches = DataLoader(blocks.ids, options.batch_size, shuffle=True, generator=generator)
     student = make_student(str(teacher.path), model, backbone, batches, seed=seed, **changes)
 
     def scores(of: Any) -> tuple[dict[str, float], float]:
-        held = DataLoader(judged, batch_size)
+        held = DataLoader(judged, options.batch_size)
         return next_token_scores(of, held), mean_kl(model, of, held)
 
     with student.disabled():
@@ -141,7 +127,7 @@ def distil_files(
     after, after_kl = scores(student)
     return DistillReport(
         tokens=int(after["tokens"]),
-        teacher=next_token_scores(model, DataLoader(judged, batch_size)),
+        teacher=next_token_scores(model, DataLoader(judged, options.batch_size)),
         start=start,
         student=after,
         backbone=bare,
