@@ -13,6 +13,8 @@ SHAPES = {
     "llama-3-8b": ("LlamaForCausalLM", 4096, 14336, 32, 32, 8, 128256),
     "mistral-7b": ("MistralForCausalLM", 4096, 14336, 32, 32, 8, 32000),
     "llama-2-13b": ("LlamaForCausalLM", 5120, 13824, 40, 40, 40, 32000),
+    "qwen2.5-7b": ("Qwen2ForCausalLM", 3584, 18944, 28, 28, 4, 152064),
+    "qwen3-8b": ("Qwen3ForCausalLM", 4096, 12288, 36, 32, 8, 151936),
     "qwen2.5-0.5b": ("Qwen2ForCausalLM", 896, 4864, 24, 14, 2, 151936),
     "tiny": ("LlamaForCausalLM", 128, 256, 2, 4, 2, 1000),
 }
