@@ -18,7 +18,7 @@ BELOW = {
     "kernels": set(),
     "convert": {"format"},
     "offline": {"format", "kernels"},
-    "experts": {"format", "convert"},
+    "experts": {"format", "convert", "training"},
     "training": {"format", "offline"},
     "explain": {"format", "kernels"},
     "tuning": {"format", "kernels"},

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vllm_adafuse.cli.common import add_example
+from vllm_adafuse.cli.common import add_example, share
+from vllm_adafuse.cli.parser import COUNT
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.config import ROUTER_INPUTS
+from vllm_adafuse.format.context_keys import CONTEXTS
 from vllm_adafuse.text import printable
 
 DESCRIPTION = """\
@@ -15,7 +17,10 @@ Makes one adapter of several plain PEFT LoRAs: each becomes an expert, and a rou
 entrance chooses among them for every token. Ranks, alphas, rsLoRA and adapted modules may differ
 from LoRA to LoRA; nothing is retrained.
 
-The router is fitted to text of each LoRA's domain (a few dozen pages are enough). It sees a token
+With --router-context mean the router also sees what a request has said so far. It is trained on any
+text like that of your requests (--data), without labels, while the LoRAs stay as they are.
+
+Else the router is fitted to text of each LoRA's domain (a few dozen pages are enough). It sees a token
 and not its neighbours, so it can only be as good as the domains' words differ: the report says how
 good that is, on the last part of every text, which is not fitted.
 """
@@ -24,6 +29,9 @@ EXAMPLE = """\
       --samples code=code.txt --samples law=law.txt --output ./adapter --report report.html
   vllm-adafuse route ./adapter --text "def court(appeal):"
   vllm serve ./Llama-2-7b-hf --hf-overrides '{"adafuse_adapter": "./adapter"}'
+
+  vllm-adafuse compose-experts code=./lora-code law=./lora-law --base ./Llama-2-7b-hf \\
+      --router-context mean --data requests.jsonl --data pages.txt --output ./adapter
 
 Without text, --router uniform gives every LoRA the weight 1 / N for every token, which is their
 plain average. docs/compose-experts.md has more."""
@@ -52,7 +60,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="UTF-8 text of an expert's domain; once or more for each",
     )  # fmt: skip
     add("--router", choices=("fit", "uniform"), default="fit", help="fit to the samples (default)")
-    add("--top-k", type=int, metavar="K", help="experts per token (default 4; uniform: all)")
+    add(
+        "--top-k", type=int, metavar="K",
+        help="experts per token (default 4; with the past 2; uniform: all)",
+    )  # fmt: skip
     add("--router-input", choices=ROUTER_INPUTS, default=ROUTER_INPUTS[0], help="what it reads")
     add(
         "--held-out", type=float, default=0.2, metavar="SHARE",
@@ -62,8 +73,68 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--mixed-backbones", action="store_true",
         help="take LoRAs that name different backbones, which are refused otherwise",
     )  # fmt: skip
+    past = parser.add_argument_group("a router that sees the past").add_argument
+    past("--router-context", choices=CONTEXTS, help="train one that sees the request so far")
+    past(
+        "--data", action="append", default=[], type=Path, metavar="FILE",
+        help="text to train it on, of any domain: jsonl as `train` takes it, or plain UTF-8; "
+        "--samples of some experts may stand beside it, as text with labels",
+    )  # fmt: skip
+    past("--router-from", type=Path, metavar="ADAPTER",
+         help="keep the rows of experts of the same name; only those of others are trained")  # fmt: skip
+    past("--router-context-scale", type=float, metavar="S",
+         help="how much the past counts (default 4)")  # fmt: skip
+    past("--steps", type=COUNT, metavar="N", help="of the optimizer (default 200)")
+    past("--length", type=COUNT, metavar="N", help="tokens of a block (default 512)")
+    past("--batch-size", type=COUNT, metavar="N", help="blocks of a step (default 16)")
+    past("--lr", type=float, help="peak learning rate (default 8 over the backbone's width)")
+    past("--seed", type=int, help="of fresh rows and of the order (default 0)")
+    past("--dtype", choices=("auto", "bfloat16", "float32"), help="of the backbone while training")
     add("--report", metavar="FILE", help="draw the report: .html or .png")
     parser.set_defaults(run=run)
+
+
+# Option -> field of ContextOptions.
+_OF_THE_PAST = {
+    "router_context_scale": "scale", "router_from": "router_from", "steps": "steps",
+    "length": "length", "batch_size": "batch_size", "lr": "lr", "seed": "seed", "dtype": "dtype",
+}  # fmt: skip
+
+
+def _context(args: argparse.Namespace):
+    """The options of a router that sees the past; None without one.
+
+    Raises:
+        ValueError: such options without it, or options that do not go with it.
+    """
+    from vllm_adafuse.experts.context import ContextOptions
+
+    given = {f: v for o, f in _OF_THE_PAST.items() if (v := getattr(args, o)) is not None}
+    if not args.router_context:
+        named = [f"--{o.replace('_', '-')}" for o in _OF_THE_PAST if getattr(args, o) is not None]
+        if named := [*named, *(["--data"] if args.data else [])]:
+            raise ValueError(f"{', '.join(named)}: expected --router-context mean beside it")
+        return None
+    if args.router != "fit":
+        raise ValueError(f"--router is {args.router}, expected none beside --router-context")
+    if args.report:
+        raise ValueError("--report draws what a router sees in single tokens; leave it out")
+    given["held_out"] = args.held_out
+    return ContextOptions(tuple(args.data), tuple(args.samples), **given)
+
+
+def _show_trained(trained, names: list[str]) -> None:
+    shares = ", ".join(f"{n} {share(part)}" for n, part in zip(names, trained.usage))
+    lines = [
+        f"held-out text: {trained.tokens} tokens with loss",
+        f"  perplexity {trained.before:.2f} -> {trained.after:.2f}",
+        f"  experts    {shares}",
+    ]
+    if trained.kept:
+        lines.append(f"rows kept as they were: {', '.join(trained.kept)}")
+    for line in lines:
+        print(printable(line))
+    print()
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,17 +148,20 @@ def run(args: argparse.Namespace) -> int:
     for name, file in args.samples:
         samples.setdefault(name, []).append(file)
     try:
-        options = RouterOptions(args.router, args.top_k, args.router_input, args.held_out)
+        context = _context(args)
+        options = RouterOptions(args.router, args.top_k, args.router_input, args.held_out, context)
     except ValueError as e:
         raise AdapterError("options", [str(e)]) from e
     made = compose_experts(
-        loras, args.output, args.base, samples, options, args.report, progress=True,
+        loras, args.output, args.base, {} if context else samples, options, args.report, progress=True,
         mixed_backbones=args.mixed_backbones,
     )  # fmt: skip
     if made.separability:
         for line in text_report(made.separability, made.telling).split("\n"):
             print(printable(line))
         print()
+    if made.trained:
+        _show_trained(made.trained, list(loras))
     for note in made.notes:
         print(printable(f"note: {note}"))
     if args.report:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vllm_adafuse.convert.source import read_json
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.experts.context import ContextOptions, ContextRouter, train_router
 from vllm_adafuse.experts.loras import read_experts, stack_experts
 from vllm_adafuse.experts.picture import check_suffix, write_report
 from vllm_adafuse.experts.router import PENALTIES, Features, fit_router, uniform_router
@@ -17,6 +18,7 @@ from vllm_adafuse.experts.samples import read_samples
 from vllm_adafuse.experts.separability import Separability, measure
 from vllm_adafuse.format.backbone import Backbone, require_safetensors
 from vllm_adafuse.format.config import BASE_HASH, CONFIG_FILE, ROUTER_INPUTS, parse_config
+from vllm_adafuse.format.context_keys import CONTEXT_WEIGHT, context_json
 from vllm_adafuse.format.origin import known_hash
 from vllm_adafuse.format.places import (
     output_problem,
@@ -30,6 +32,8 @@ from vllm_adafuse.text import show, visible
 ROUTERS = ("fit", "uniform")
 # A token often leaves the domain open: its likely experts together do better than one or two.
 TOP_K = 4
+# With the past it does not.
+CONTEXT_TOP_K = 2
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class RouterOptions:
             uniform router).
         router_input: what the router reads, as in the format.
         held_out: share of every sample's end that is not fitted.
+        context: how a router that sees the past is trained, instead of fitting one; or None.
 
     Raises:
         ValueError: a value that none of these can have.
@@ -51,6 +56,7 @@ class RouterOptions:
     top_k: int | None = None
     router_input: str = "first_norm"
     held_out: float = 0.2
+    context: ContextOptions | None = None
 
     def __post_init__(self):
         if self.router not in ROUTERS:
@@ -75,7 +81,7 @@ class RouterOptions:
             return experts
         if self.top_k is not None and not 1 <= self.top_k <= experts:
             raise ValueError(f"top_k is {self.top_k}, expected 1 to {experts}, the number of LoRAs")
-        return self.top_k or min(TOP_K, experts)
+        return self.top_k or min(CONTEXT_TOP_K if self.context else TOP_K, experts)
 
 
 @dataclass
@@ -86,12 +92,14 @@ class Composed:
         path: the adapter's directory.
         separability: on held-out text; None without samples.
         telling: texts of `separability.telling`.
+        trained: the router that sees the past; None without one.
         notes: what was assumed, one sentence each.
     """
 
     path: Path
     separability: Separability | None = None
     telling: list[list[str]] = field(default_factory=list)
+    trained: ContextRouter | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -105,7 +113,7 @@ def compose_experts(
     progress: bool = False,
     mixed_backbones: bool = False,
 ) -> Composed:
-    """Makes a pre-gated adapter (format version 1) whose experts are plain PEFT LoRAs.
+    """Makes a pre-gated adapter whose experts are plain PEFT LoRAs.
 
     Args:
         loras: expert's name -> directory of a LoRA, in the experts' order.
@@ -131,7 +139,7 @@ def compose_experts(
     names, notes = tuple(loras), []
     base_name, found_base, backbone = _backbone(loras, base, notes)
     fitted = options.router == "fit" and len(names) > 1
-    if samples:
+    if samples or options.context:
         require_safetensors(str(found_base), "compose-experts")
     with tqdm(total=3 + len(PENALTIES) + 1, desc="read text", disable=not progress) as bar:
         if samples:
@@ -150,6 +158,11 @@ def compose_experts(
             )
         bar.update()
         router, separability, telling = uniform_router(len(names), backbone.hidden_size), None, []
+        trained = None
+        if options.context:
+            trained = train_router(
+                found_base, bank, names, top_k, options.router_input, options.context, progress
+            )
         if samples:
             bar.set_description("fit router")
             features = Features(found_base, backbone, options.router_input)
@@ -173,19 +186,25 @@ def compose_experts(
             "expert_names": list(names),
             "x_composed_from": {
                 "loras": {name: os.path.basename(os.path.abspath(p)) for name, p in loras.items()},
-                "router": "fit" if fitted else "uniform",
+                "router": "context" if trained else "fit" if fitted else "uniform",
                 "penalty": router.penalty,
                 "separability": separability.to_json() if separability else None,
+                "held_out": trained.to_json() if trained else None,
                 "notes": notes,
             },
         }
         raw |= {BASE_HASH: base_hash} if (base_hash := known_hash(str(found_base))) else {}
         tensors = bank.tensors | {"router.weight": router.weight, "router.bias": router.bias}
+        if trained:
+            raw |= {"format_version": 2} | context_json("mean", options.context.scale)
+            tensors = bank.tensors | {
+                "router.weight": trained.weight, CONTEXT_WEIGHT: trained.context
+            }  # fmt: skip
         _write(out, raw, tensors, backbone)
         if report is not None:
             write_report(Path(report), separability, telling)
         bar.update(bar.total - bar.n)
-    return Composed(out, separability, telling, notes)
+    return Composed(out, separability, telling, trained, notes)
 
 
 def _check_arguments(loras, out: Path, samples, options: RouterOptions, report) -> int:
@@ -199,7 +218,14 @@ def _check_arguments(loras, out: Path, samples, options: RouterOptions, report) 
         problems.append(
             f"samples of {show(name)[1:-1]}: no such expert; there are {', '.join(loras)}"
         )
-    missing = [name for name in loras if name not in samples]
+    missing = [name for name in loras if name not in samples and not options.context]
+    if options.context and len(loras) == 1:
+        problems.append("one LoRA needs no router; leave out --router-context")
+    for name, _ in options.context.labelled if options.context else ():
+        if name not in loras:
+            problems.append(
+                f"samples of {show(name)[1:-1]}: no such expert; there are {', '.join(loras)}"
+            )
     if missing and (samples or (options.router == "fit" and len(loras) > 1)):
         problems.append(
             f"no samples of {', '.join(missing)}: the router is fitted to text of every domain; "
