@@ -12,11 +12,13 @@ def apply_patches() -> None:
         hf_config,
         lora_manager,
         lora_requests,
+        lora_scheduler,
         lora_server,
         reload,
     )
 
     for patch in (
-        hf_config, engine_args, fingerprint, lora_manager, lora_requests, lora_server, reload,
+        hf_config, engine_args, fingerprint, lora_manager, lora_requests, lora_scheduler,
+        lora_server, reload,
     ):  # fmt: skip
         patch.apply()

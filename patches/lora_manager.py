@@ -52,6 +52,7 @@ def wrap() -> None:
         vllm_api.check_supports_lora(model)
         self.lora_manager = AdapterManager(vllm_config, device)
         vllm_api.capture_one_kind_of_lora(self)
+        vllm_api.keep_adapters_on_reload(self)
         vllm_api.name_steps_by_request(self, self.lora_manager.name_step)
         return self.lora_manager.create_lora_manager(model, vllm_config)
 

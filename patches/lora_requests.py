@@ -26,7 +26,6 @@ def apply() -> None:
     when_imported("vllm.lora.request", _compare_versions)
     when_imported("vllm.v1.core.kv_cache_utils", _key_by_content)
     when_imported("vllm.v1.engine.input_processor", _stamp_in_input_processor)
-    when_imported("vllm.v1.engine.output_processor", _give_back_in_outputs)
     when_imported("vllm.v1.engine.llm_engine", _stamp_in_llm_engine)
     when_imported("vllm.v1.engine.async_llm", _stamp_in_async_llm)
 
@@ -147,26 +146,20 @@ def _stamp_in_input_processor() -> None:
     )
 
 
-def _give_back_in_outputs() -> None:
-    """`RequestOutput.lora_request` is what the user gave."""
-    from vllm.v1.engine.output_processor import OutputProcessor
-
-    def make(original):
-        def add_request(self, request, *args, **kwargs):
-            original(self, request, *args, **kwargs)
-            versions = getattr(self, "adafuse_versions", None)
-            state = self.request_states.get(request.request_id)
-            if versions is not None and state is not None and state.lora_request is not None:
-                state.lora_request = versions.users_request(state.lora_request)
-
-        return add_request
-
-    wrap(OutputProcessor, "add_request", ("self", "request", "prompt"), make)
-
-
 def _link(engine: Any):
+    """An engine's `Versions`, told of the requests that the engine has."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm_adafuse.serving.engine_loads import AsyncEngineLoads, EngineLoads
+    from vllm_adafuse.serving.holds import RequestStates
+
     versions = versions_of(engine)
-    engine.output_processor.adafuse_versions = versions
+    if versions is not None and not hasattr(engine, "adafuse_loads"):
+        kind = AsyncEngineLoads if isinstance(engine, AsyncLLM) else EngineLoads
+        engine.adafuse_loads = kind(engine.engine_core, versions.holds)
+        table = engine.output_processor
+        table.request_states = RequestStates(
+            versions.holds, versions.users_request, table.request_states
+        )
     return versions
 
 
@@ -174,20 +167,31 @@ def _stamp_in_llm_engine() -> None:
     from vllm.v1.engine.llm_engine import LLMEngine
 
     def make_add_request(original):
+        signature = inspect.signature(original)
+
         def add_request(self, *args, **kwargs):
-            _link(self)
-            return original(self, *args, **kwargs)  # by `process_inputs`
+            given = signature.bind(self, *args, **kwargs).arguments
+            request = _lora_of(given)
+            if request is None or (versions := _link(self)) is None:
+                return original(self, *args, **kwargs)
+            stamped = versions.stamp(request)
+            with versions.holds.held(stamped.lora_int_id):
+                if stamped.lora_int_id not in versions.holds.resident:
+                    self.adafuse_loads.load(stamped)
+                given["lora_request"] = versions.adopt(request, stamped)
+                return original(**given)
 
         return add_request
 
     def make_add(original):
         def add_lora(self, lora_request):
-            if (versions := versions_of(self)) is None:
+            if (versions := _link(self)) is None:
                 return original(self, lora_request)
             stamped = versions.stamp(lora_request)
-            added = original(self, stamped)
-            versions.adopt(lora_request, stamped)
-            return added
+            with versions.holds.held(stamped.lora_int_id):
+                self.adafuse_loads.load(stamped)
+                versions.adopt(lora_request, stamped)
+            return True
 
         return add_lora
 
@@ -204,27 +208,37 @@ def _stamp_in_async_llm() -> None:
 
         async def add_request(self, *args, **kwargs):
             given = signature.bind(self, *args, **kwargs).arguments
-            request = given.get("lora_request")
+            request = _lora_of(given)
             if request is None or (versions := _link(self)) is None:
                 return await original(self, *args, **kwargs)
             if (stamped := versions.known(request)) is None:
                 stamped = await asyncio.to_thread(versions.stamp, request)
-            given["lora_request"] = versions.adopt(request, stamped)
-            return await original(**given)
+            stamped = versions.current(stamped)
+            with versions.holds.held(stamped.lora_int_id):
+                if stamped.lora_int_id not in versions.holds.resident:
+                    await self.adafuse_loads.load_beside(stamped)
+                given["lora_request"] = versions.adopt(request, stamped)
+                return await original(**given)
 
         return add_request
 
     def make_add(original):
         async def add_lora(self, lora_request):
-            if (versions := versions_of(self)) is None:
+            if (versions := _link(self)) is None:
                 return await original(self, lora_request)
-            return await _add_lora(functools.partial(original, self), versions, lora_request)
+            return await _add_lora(self, versions, lora_request)
 
         return add_lora
 
     wrap(AsyncLLM, "add_request", ("self", "request_id", "prompt", "params"), make_add_request)
     wrap(AsyncLLM, "add_lora", ("self", "lora_request"), make_add)
     _translate_ids(AsyncLLM)
+
+
+def _lora_of(given: dict[str, Any]) -> Any:
+    """The LoRA request among an engine's arguments, of which the prompt may be a whole request."""
+    found = given.get("lora_request")
+    return found if found is not None else getattr(given.get("prompt"), "lora_request", None)
 
 
 def _translate_ids(engine: type) -> None:
@@ -234,7 +248,10 @@ def _translate_ids(engine: type) -> None:
         def remove_lora(self, lora_id):
             if (versions := versions_of(self)) is None:
                 return original(self, lora_id)
-            return _then([original(self, i) for i in versions.forget(lora_id)], any)
+            known = lora_id in versions.users_ids(versions.holds.resident)
+            gone = versions.forget(lora_id)
+            versions.holds.resident.difference_update(gone)
+            return _then([original(self, i) for i in gone], lambda found: known or any(found))
 
         return remove_lora
 
@@ -269,26 +286,24 @@ def _then(answers: list, change: Callable[[list], Any]) -> Any:
     return later()
 
 
-async def _add_lora(original: Callable, versions: Any, request: Any) -> bool:
-    """Asks the engine to load an adapter, once it has been checked in a thread."""
+async def _add_lora(engine: Any, versions: Any, request: Any) -> bool:
+    """Has the engine load an adapter, once it has been checked in a thread."""
     from vllm_adafuse.serving.versions import AdapterRefused, current_loading
 
     load = current_loading()
     try:
         stamped = await asyncio.to_thread(versions.stamp, request)
-        try:
-            added = await original(stamped)
-        except Exception as e:
-            # A worker's own refusal crosses processes as text.
-            if (refusal := AdapterRefused.from_text(str(e))) is None:
-                raise
-            raise refusal from e
+        if load:  # until the name stands for it
+            versions.holds.add(stamped.lora_int_id)
+            load.ends.append(lambda: versions.holds.drop(stamped.lora_int_id))
+        with versions.holds.held(stamped.lora_int_id):
+            await engine.adafuse_loads.load_beside(stamped)
+            if not load:
+                versions.adopt(request, stamped)
     except AdapterRefused as e:
         if load:
             load.refusal = e
         raise
     if load:
         load.stamped = stamped
-    else:
-        versions.adopt(request, stamped)
-    return added
+    return True

@@ -55,10 +55,10 @@ def _check() -> None:
         async def load_lora_adapter(self, request, *args, **kwargs):
             with loading() as load:
                 answer = await original(self, request, *args, **kwargs)
-            if load.stamped is not None:
-                # Requests from now on have this version; nothing has been awaited since it loaded.
-                self.lora_requests[request.lora_name] = load.stamped
-                versions_of(self.engine_client).adopt_name(load.stamped)
+                if load.stamped is not None:
+                    # Requests from now on have this version.
+                    self.lora_requests[request.lora_name] = load.stamped
+                    versions_of(self.engine_client).adopt_name(load.stamped)
             return response(load.refusal) if load.refusal else answer
 
         return load_lora_adapter
@@ -76,9 +76,9 @@ def _check() -> None:
                         f"adapter {lora_name}",
                         [f"a resolver cannot read it ({e!r}); mend its adapter_config.json"],
                     ))  # fmt: skip
-            if load.stamped is not None:
-                self.lora_requests[lora_name] = answer = load.stamped
-                versions_of(self.engine_client).adopt_name(load.stamped)
+                if load.stamped is not None:
+                    self.lora_requests[lora_name] = answer = load.stamped
+                    versions_of(self.engine_client).adopt_name(load.stamped)
             if load.refusal is not None and not isinstance(answer, LoRARequest):
                 return response(load.refusal)
             return answer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import torch
@@ -51,3 +52,9 @@ def ask(versions, name, user_id, path, **options):
     assert repr(request) == before, "the user's request was changed"
     assert not stamped.load_inplace and stamped.lora_name == name
     return stamped
+
+
+def add_to(manager, request) -> None:
+    """Asks a worker's manager for an adapter until it is there."""
+    while not manager.add_adapter(request):
+        time.sleep(0.001)

@@ -1,11 +1,14 @@
 """Requests that choose their adapter: mixtures, PEFT LoRAs and the base in one batch of an engine
 say what each says alone in plain transformers."""
 
+import os
 import shutil
+import threading
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import pytest
+import torch
 from engines import (
     assert_greedy_equals,
     assert_same_completions,
@@ -15,12 +18,15 @@ from engines import (
     load_reference,
     make_pair,
 )
-from loras import FEW, MODULES, PATTERNS, make_lora, manager_of
+from loras import FEW, MODULES, PATTERNS, add_to, make_lora, manager_of
 from transformers import AutoModelForCausalLM
 from vllm.lora.request import LoRARequest
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.random_adapter import make_random_adapter
+from vllm_adafuse.patches.lora_requests import versions_of
 from vllm_adafuse.serving.adapters import stamp_path
+from vllm_adafuse.serving.hosted import Loader
+from vllm_adafuse.serving.versions import AdapterRefused
 from vllm_adafuse.tiny import real_prompts
 
 PROMPTS = real_prompts(20)
@@ -88,7 +94,7 @@ def served(request, tmp_path_factory):
         references[name] = load_reference(base, root / name)
     for seed, (name, options) in enumerate(LORAS.items()):
         references[name] = make_lora(base, root / name, seed, **options)
-    names = [*MIXTURES, *LORAS, "huge", "lost"]
+    names = [*MIXTURES, *LORAS, "huge", "lost", "wide", "wider"]
     options = {"enable_lora": True, "max_loras": 4, "max_lora_rank": 128, "max_cpu_loras": 4}
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
@@ -125,7 +131,7 @@ def test_more_adapters_than_fit_come_and_go(served):
             served.check(names, served.generate(names, PROMPTS[:6]))
     manager = manager_of(served.llm)
     assert len(manager.hosted) == 4  # max_cpu_loras
-    assert set(manager.sizes) == {1, 2, 3, 4, 5, 6}
+    assert manager.pool.taken.within(manager.pool.size)
 
 
 def test_a_pinned_adapter_stays(served):
@@ -169,30 +175,70 @@ def test_a_worker_refuses_what_is_not_what_the_request_is_for(served):
     ):
         before = manager.list_adapters()
         with pytest.raises(AdapterError, match=message):
-            manager.add_adapter(LoRARequest("other", 77, path))
+            add_to(manager, LoRARequest("other", 77, path))
         assert manager.list_adapters() == before
 
 
 def test_an_adapter_that_does_not_fit_names_both_options(served):
     base = served.root / "base"
     make_random_adapter(base, served.root / "huge", num_experts=33, top_k=2, r=16)
-    with pytest.raises(AdapterError) as refused:
-        served.llm.llm_engine.add_lora(served.request("huge"))
-    message = str(refused.value)
-    # 33 pages, and the three largest that may stand beside them: 8, 7, 3.
-    for part in ("takes 33 pages", "need 51", "has 32", "--max-lora-rank", "--max-loras"):
-        assert part in message
-    assert "816 or more (it is 512)" in message
+    for ask in (
+        lambda: served.llm.llm_engine.add_lora(served.request("huge")),
+        lambda: served.generate(["huge"]),
+    ):
+        with pytest.raises(AdapterError) as refused:
+            ask()
+        message = str(refused.value)
+        for part in ("takes 33 pages", "pool has 32", "--max-lora-rank", "--max-loras"):
+            assert part in message
+        assert "528 or more (it is 512)" in message
     served.check(TOGETHER, served.generate(TOGETHER, PROMPTS[:5]))
 
 
-def test_an_adapter_whose_files_are_gone_says_nothing(served, caplog):
-    """Its tensors had to make room on the host; others are served on, and nobody gets the base."""
-    shutil.copytree(served.root / "third", served.root / "lost")
+def test_adapters_that_do_not_fit_together_take_turns(served):
+    """Each alone is as large as the pool, or nearly so."""
+    base, names = served.root / "base", ["wide", "wider", "few"]
+    for name, experts in (("wide", 31), ("wider", 32)):
+        if not (served.root / name).exists():
+            make_random_adapter(
+                base, served.root / name, num_experts=experts, top_k=2, r=16, seed=experts,
+                target_modules=["q_proj"], dtype=torch.float32,
+            )  # fmt: skip
+        served.references[name] = load_reference(base, served.root / name)
+    served.check(names, served.generate(names, PROMPTS[:9]))
+
+
+def test_an_adapter_whose_files_are_gone(served):
+    """Those that the worker has stay; what it had to give up is refused before a step needs it."""
+    if not (served.root / "lost").exists():
+        shutil.copytree(served.root / "third", served.root / "lost")
     served.references["lost"] = served.references["third"]
     served.check(["lost"], served.generate(["lost"], PROMPTS[:2]))
-    served.generate(["mix", "mix8", "few", "patterns"], PROMPTS[:4])
-    shutil.rmtree(served.root / "lost")
+    manager, others = manager_of(served.llm), ["mix", "mix8", "few", "patterns"]
+    os.rename(served.root / "lost", served.root / "moved")
+    served.generate(others, PROMPTS[:4])
+    assert len(manager.hosted) == 5  # --max-cpu-loras is 4
+    served.check(["lost", "few"], served.generate(["lost", "few"], PROMPTS[:4]))
+    os.rename(served.root / "moved", served.root / "lost")
+    served.llm.llm_engine.remove_lora(served.request("lost").lora_int_id)
+    served.generate(["lost"], PROMPTS[:1])
+    served.generate(others, PROMPTS[:4])
+    assert len(manager.hosted) == 4
+    os.rename(served.root / "lost", served.root / "moved")
+    with pytest.raises(AdapterRefused, match="no such directory"):
+        served.generate(["few", "lost", "base"], PROMPTS[:3])
+    assert not served.llm.llm_engine.has_unfinished_requests()
+    served.check(["few", "base"], served.generate(["few", "base"], PROMPTS[:4]))
+    os.rename(served.root / "moved", served.root / "lost")
+    served.check(["lost"], served.generate(["lost"], PROMPTS[:2]))
+
+
+def test_an_adapter_that_goes_while_its_requests_wait_says_nothing(served):
+    """Nobody could be told any more; others are served on, and nobody gets the base."""
+    path, manager = served.root / "lost", manager_of(served.llm)
+    served.generate(["lost"], PROMPTS[:1])
+    manager.remove_adapter(served.request("lost").lora_int_id)  # unknown to the front end
+    shutil.rmtree(path)
     outputs = served.generate(["lost", "few", "base"], PROMPTS[:9])
     served.check(["few"], outputs[1::3])
     served.check(["base"], outputs[2::3])
@@ -200,7 +246,48 @@ def test_an_adapter_whose_files_are_gone_says_nothing(served, caplog):
         tokens, logprobs = completion(output)
         assert set(tokens) == {0} and len(set(logprobs)) == 1  # all tokens are as likely
     # What such requests left in the KV cache must not serve later ones.
-    shutil.copytree(served.root / "third", served.root / "lost")
+    shutil.copytree(served.root / "third", path)
     with pytest.raises(AdapterError, match="load it under another name"):
         served.llm.llm_engine.add_lora(served.request("lost"))
-    assert set(completion(served.generate(["lost"], PROMPTS[:1])[0])[0]) == {0}
+    with pytest.raises(AdapterError, match="load it under another name"):
+        served.generate(["lost"], PROMPTS[:1])
+
+
+def test_steps_go_on_while_an_adapter_is_read(served, monkeypatch):
+    engine_, manager, read = served.llm.llm_engine, manager_of(served.llm), Loader.read
+    may_end, readers = threading.Event(), []
+
+    def slow_read(self, path):
+        readers.append(threading.current_thread())
+        assert may_end.wait(60)
+        return read(self, path)
+
+    monkeypatch.setattr(Loader, "read", slow_read)
+    engine_.remove_lora(served.request("third").lora_int_id)
+    stamped = versions_of(engine_).stamp(served.request("third"))
+    try:
+        engine_.add_request("runs", PROMPTS[0], greedy(6), lora_request=None)
+        done = []
+        while engine_.has_unfinished_requests():
+            assert not manager.add_adapter(stamped)
+            done += [output for output in engine_.step() if output.finished]
+    finally:
+        may_end.set()
+    served.check(["base"], done)
+    add_to(manager, stamped)
+    assert len(readers) == 1 and readers[0] is not threading.current_thread()
+    served.check(["third"], served.generate(["third"], PROMPTS[:2]))
+
+
+def test_an_adapter_is_on_its_pages_before_a_step_needs_it(served):
+    """Where there is room beside those of the steps that run."""
+    engine_, manager = served.llm.llm_engine, manager_of(served.llm)
+    served.generate(["few", "patterns"], PROMPTS[:2])
+    assert manager.active == {3, 4}
+    engine_.remove_lora(5), engine_.add_lora(served.request("third"))
+    assert 5 in manager.pool.placed and 5 not in manager.listed
+    assert {3, 4} <= manager.listed
+    place = manager.pool.placed[5]
+    assert manager.step.directory[0, list(place.pages)].tolist() == [-1] * len(place.pages)
+    served.check(["few", "third"], served.generate(["few", "third"], PROMPTS[:4]))
+    assert manager.pool.placed[5] == place

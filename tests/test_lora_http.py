@@ -24,12 +24,19 @@ class Core:
     """An engine that has what it was given; `fails` is raised instead."""
 
     def __init__(self):
-        self.asked, self.fails = [], None
+        self.asked, self.fails, self.removed = [], None, []
 
     async def add_lora_async(self, request):
         self.asked.append(request)
         if self.fails is not None:
             raise self.fails
+        return True
+
+    async def list_loras_async(self):
+        return {request.lora_int_id for request in self.asked} - {*self.removed}
+
+    async def remove_lora_async(self, adapter):
+        self.removed.append(adapter)
         return True
 
 
@@ -47,6 +54,7 @@ def make_models(lora="adafuse"):
     """The server's table of models, over an engine without a core."""
     client = AsyncLLM.__new__(AsyncLLM)
     client.engine_core = Core()
+    client.output_processor = SimpleNamespace(request_states={})
     client.input_processor = InputProcessor.__new__(InputProcessor)
     client.input_processor.vllm_config = SimpleNamespace(
         lora_config=SimpleNamespace(max_loras=2, max_lora_rank=16),
@@ -152,6 +160,49 @@ def test_resolvers_are_checked_too(models, good, live):
     assert answer.error.code == 400 and "Expecting value" in answer.error.message
     assert resolve("nobody", None).error.code == 404
     assert set(models.lora_requests) == {"found", "second"}
+
+
+def test_versions_that_nobody_needs_are_unloaded(models, good, live):
+    """Once the last request that has them has ended."""
+    from vllm_adafuse.patches.lora_requests import versions_of
+
+    core = models.engine_client.engine_core
+
+    async def run():
+        request = LoadLoRAAdapterRequest(lora_name="live", lora_path=str(live))
+        await models.load_lora_adapter(request)
+        first, states = models.lora_requests["live"], models.engine_client.output_processor
+        states.request_states["r"] = SimpleNamespace(lora_request=first)
+        shutil.rmtree(live), shutil.copytree(good[1], live)
+        request.load_inplace = True
+        await models.load_lora_adapter(request)
+        second = models.lora_requests["live"]
+        await asyncio.sleep(0.01)
+        assert core.removed == []
+        assert versions_of(models.engine_client).current(first) is first
+        states.request_states.pop("r")
+        await asyncio.sleep(0.01)
+        assert core.removed == [first.lora_int_id]
+        # One that was on its way here when the name changed.
+        assert versions_of(models.engine_client).current(first) is second
+        await models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name="live"))
+        await asyncio.sleep(0.01)
+        assert core.removed == [first.lora_int_id, second.lora_int_id]
+
+    asyncio.run(run())
+
+
+def test_a_load_is_asked_for_until_it_is_there(models, live):
+    core, answers = models.engine_client.engine_core, [False, False, True]
+    original = core.add_lora_async
+
+    async def add_lora_async(request):
+        await original(request)
+        return answers.pop(0)
+
+    core.add_lora_async = add_lora_async
+    assert "added" in load(models, live)
+    assert len(core.asked) == 3 and not answers
 
 
 def test_an_unloaded_name_makes_room(models, live):

@@ -12,6 +12,7 @@ from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.patches import lora_requests
 from vllm_adafuse.serving import versions as seam
 from vllm_adafuse.serving.adapters import split_path, stamp_path
+from vllm_adafuse.serving.pool import Size
 from vllm_adafuse.serving.versions import MAX_ID, AdapterAbsent, AdapterRefused, Versions, loading
 
 DIGESTS = [f"{i:064x}" for i in range(300)]
@@ -29,7 +30,7 @@ class Disk:
         if path not in self.contents:
             raise AdapterAbsent(f"adapter {path}", ["no such directory"])
         digest = DIGESTS[self.contents[path]]
-        return SimpleNamespace(digest=digest, kind="lora", ranks=(4,), path=path)
+        return SimpleNamespace(digest=digest, size=Size(1), path=path)
 
 
 def versions_on(disk):
@@ -40,7 +41,7 @@ def test_the_first_content_keeps_the_users_id_and_a_reload_gets_one_of_its_own()
     disk = Disk(p=1)
     versions = versions_on(disk)
     first = ask(versions, "a", 7, "p")
-    assert (first.lora_int_id, first.lora_path) == (7, stamp_path("p", DIGESTS[1]))
+    assert (first.lora_int_id, first.lora_path) == (7, stamp_path("p", DIGESTS[1], Size(1)))
     disk.contents["p"] = 2
     assert ask(versions, "a", 7, "p") is first  # vLLM reads files anew when it is told to
     second = ask(versions, "a", 7, "p", load_inplace=True)
@@ -95,7 +96,9 @@ def test_a_removed_adapter_is_read_again():
     ask(versions, "a", 7, "p")
     disk.contents["p"] = 2
     second = ask(versions, "a", 7, "p", load_inplace=True)
+    versions.holds.resident = {7, second.lora_int_id, 8}
     assert versions.forget(7) == [7, second.lora_int_id] and versions.latest(7) == 7
+    assert versions.users_ids([7, second.lora_int_id]) == set()
     disk.contents["p"] = 3
     third = ask(versions, "a", 7, "p")
     assert split_path(third.lora_path)[1] == DIGESTS[3]
@@ -117,11 +120,15 @@ def test_over_http_ids_are_of_name_and_content():
     for count in (1, 5):
         versions = versions_on(Disk(p=1, q=2))
         with loading():
-            ids.append([
-                versions.stamp(LoRARequest(name, count, path)).lora_int_id
+            stamped = [
+                versions.stamp(LoRARequest(name, count, path))
                 for name, path in (("a", "p"), ("a", "q"), ("b", "p"))
-            ])  # fmt: skip
+            ]
+            ids.append([request.lora_int_id for request in stamped])
     assert ids[0] == ids[1] and len(set(ids[0])) == 3 and 1 not in ids[0]
+    assert versions.users_ids(ids[0]) == set()  # names stand for none yet
+    for request in stamped[1:]:
+        versions.adopt_name(request)
     assert versions.users_ids(ids[0]) == set(ids[0])
 
 

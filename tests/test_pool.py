@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from vllm_adafuse.serving.pool import Pool, Size, misfits, most_at_once, pages_of_rank, pool_size
+from vllm_adafuse.serving.pool import Pool, Size, misfits, pages_of_rank, pool_size, total
 
 
 def test_sizes_in_whole_pages():
@@ -18,17 +18,20 @@ def test_sizes_in_whole_pages():
 def test_adapters_of_the_rank_that_the_option_names_fit_as_many_as_it_says(rank):
     """However small the rank: each takes whole pages."""
     own = Size(pages_of_rank(rank))
-    assert not misfits(own, [own] * 6, max_loras=3, max_lora_rank=rank)
-    [problem] = misfits(Size(own.pages + 1), [own] * 6, max_loras=3, max_lora_rank=rank)
+    assert total([own] * 3).within(pool_size(3, rank))
+    assert not misfits(Size(3 * own.pages), max_loras=3, max_lora_rank=rank)
+    [problem] = misfits(Size(3 * own.pages + 1), max_loras=3, max_lora_rank=rank)
+    assert f"takes {3 * own.pages + 1} pages of 16 ranks, and the pool has {3 * own.pages}" in problem
     assert f"of ranks in whole pages, is {16 * (3 * own.pages + 1)} or more" in problem
     assert f"(it is {16 * 3 * own.pages})" in problem
+    assert "--max-lora-rank" in problem and "--max-loras" in problem
 
 
-def test_what_the_largest_take_together():
-    sizes = [Size(3), Size(1, 2), Size(4, 1), Size(1)]
-    assert most_at_once(sizes, 2) == Size(7, 3)
-    assert most_at_once(sizes, 9) == Size(9, 3)
-    assert most_at_once([], 4) == Size(0)
+def test_too_many_experts_per_token():
+    assert not misfits(Size(1, 8), max_loras=1, max_lora_rank=16)
+    [problem] = misfits(Size(1, 9), max_loras=1, max_lora_rank=16)
+    assert "every token 9 experts" in problem and "8 columns" in problem
+    assert "raise --max-loras" in problem
 
 
 def test_the_one_used_least_recently_makes_room():

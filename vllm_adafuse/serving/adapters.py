@@ -5,7 +5,7 @@ worker reads with it.
 
 **How a version travels.** The front end sends an engine no `LoRARequest` of a user, but a copy with
 
-    lora_path     "<the user's path>#sha256=<digest>", see `stamp_path` and `split_path`
+    lora_path     "<the user's path>#sha256=<digest>&pages=<n>&columns=<n>", see `stamp_path`
     lora_int_id   one for each name and content, below 2**31
     load_inplace  False
 
@@ -17,6 +17,7 @@ so that a worker that has the id has the content. One that has not resolves the 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -39,6 +40,7 @@ from vllm_adafuse.format.config import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig
 from vllm_adafuse.format.digest import content_hash
 from vllm_adafuse.format.reading import FileProblem, open_regular
 from vllm_adafuse.format.tensor_file import machine_memory
+from vllm_adafuse.serving.pool import Size, pages_of_rank
 from vllm_adafuse.text import show
 
 MIXTURE, LORA = "mixture", "lora"
@@ -57,7 +59,12 @@ _REST = {
     r".*\.ia3_l\b.*": "belongs to IA3, expected plain LoRA",
     r".*\.bias": 'is a trained bias, expected an adapter of `bias` "none"',
 }
+_NO_SIZE = Size(0)
 _STAMP = "#sha256="
+_STAMPED = re.compile(
+    rf"(?P<path>.*){_STAMP}(?P<digest>[0-9a-f]{{64}})&pages=(?P<pages>\d+)&columns=(?P<columns>\d+)",
+    re.DOTALL,
+)
 _WAY_OUT = f"train without it, or let vLLM's own LoRA try it ({VLLM_LORA})"
 
 
@@ -113,6 +120,12 @@ class OpenedAdapter:
             for e in range(self.num_experts)
         ]
         return tuple(max(ranks, default=0) for ranks in by_expert)
+
+    @property
+    def size(self) -> Size:
+        """What it takes of the pool."""
+        columns = 0 if self.config is None else self.config.top_k
+        return Size(sum(map(pages_of_rank, self.ranks)), columns)
 
     def router(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """The entrance router, weight [E, hidden] and bias [E] or None, of the file's dtype; None
@@ -185,15 +198,36 @@ def open_adapter(path: str | Path, backbone: Backbone | None = None) -> OpenedAd
     return _open_lora(root, backbone)
 
 
-def stamp_path(path: str, digest: str) -> str:
-    """A path that says which content is meant."""
-    return f"{path}{_STAMP}{digest}"
+def stamp_path(path: str, digest: str, size: Size = _NO_SIZE) -> str:
+    """A path that says which content is meant, and what it takes of the pool."""
+    return f"{path}{_STAMP}{digest}&pages={size.pages}&columns={size.columns}"
 
 
 def split_path(path: str) -> tuple[str, str | None]:
     """(path, digest) of `stamp_path`; the digest of any other path is None."""
-    plain, stamp, digest = path.rpartition(_STAMP)
-    return (plain, digest) if stamp and re.fullmatch("[0-9a-f]{64}", digest) else (path, None)
+    found = _STAMPED.fullmatch(path)
+    return (found["path"], found["digest"]) if found else (path, None)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def size_in_path(path: str) -> Size:
+    """The size of `stamp_path`; nothing for any other path."""
+    found = _STAMPED.fullmatch(path)
+    return Size(int(found["pages"]), int(found["columns"])) if found else Size(0)
+
+
+def files_state(path: Path) -> tuple[tuple[int, ...], ...]:
+    """What tells that an adapter's files have changed, without reading them: of config and weights
+    size, time in ns, inode and device; zeros of a file that is not there."""
+    state: list[tuple[int, ...]] = []
+    for file in (path / CONFIG_FILE, weights_file(path)):
+        try:
+            found = file.stat()
+        except OSError:  # reading it will say why
+            state.append((0, 0, 0, 0))
+        else:
+            state.append((found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev))
+    return tuple(state)
 
 
 def content_digest(path: Path) -> str:

@@ -4,8 +4,10 @@ model that is there."""
 from __future__ import annotations
 
 import functools
+import os
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from vllm.config import VllmConfig
@@ -16,7 +18,14 @@ from vllm_adafuse.format.config import AdapterConfig
 from vllm_adafuse.format.origin import backbone_hash, origin_problem
 from vllm_adafuse.format.places import find_local_backbone
 from vllm_adafuse.serving import vllm_api
-from vllm_adafuse.serving.adapters import LORA, VLLM_LORA, OpenedAdapter, open_adapter, split_path
+from vllm_adafuse.serving.adapters import (
+    LORA,
+    VLLM_LORA,
+    OpenedAdapter,
+    files_state,
+    open_adapter,
+    split_path,
+)
 from vllm_adafuse.serving.attach import refuse_context, say_origin
 from vllm_adafuse.serving.options import option
 from vllm_adafuse.serving.page_bank import Packed, Packer, PageBank, sizes_of
@@ -39,6 +48,8 @@ class Hosted:
         router: of a mixture, weight [E, H] and bias [E] or None.
         passports: of a mixture, expert ids and weights [k, V].
         scale: of a LoRA, the weight of its pages.
+        path: the directory that it was read from.
+        files: `files_state` of it before it was read.
     """
 
     kind: str
@@ -49,6 +60,13 @@ class Hosted:
     router: tuple[torch.Tensor, torch.Tensor | None] | None = None
     passports: tuple[torch.Tensor, torch.Tensor] | None = None
     scale: float = 1.0
+    path: Path = Path()
+    files: tuple = ()
+
+    @property
+    def can_be_read_again(self) -> bool:
+        """Whether its files are still those that it was read from, as far as that can be seen."""
+        return files_state(self.path) == self.files
 
     @property
     def nbytes(self) -> int:
@@ -86,7 +104,9 @@ class Loader:
             AdapterError: it cannot be served on this model, or its content is another.
         """
         plain_path, digest = split_path(path)
-        opened = open_adapter(vllm_api.local_path(plain_path), self._checked_backbone())
+        directory = Path(os.path.abspath(vllm_api.local_path(plain_path)))
+        files = files_state(directory)
+        opened = open_adapter(directory, self._checked_backbone())
         problems = self._misfits(opened)
         if digest is not None and digest != opened.digest:
             problems = [
@@ -111,10 +131,9 @@ class Loader:
         for name, expert, a, b in opened.tensors():
             scale = opened.linears[name].scales[expert] / common if plain else 1.0
             packer.add(self._name(name), expert, a, b.float() * scale)
-        columns = 0 if plain else opened.config.top_k
         return Hosted(
-            opened.kind, Size(len(experts), columns), experts, packer.packed,
-            opened.config, opened.router(), scale=common,
+            opened.kind, opened.size, experts, packer.packed, opened.config, opened.router(),
+            scale=common, path=directory, files=files,
         )  # fmt: skip
 
     def _name(self, name: str) -> str:
@@ -202,7 +221,8 @@ class Loader:
         )
 
     def write(self, hosted: Hosted, place: Place, step: PageStep) -> None:
-        """Puts an adapter on its pages and its passports into their columns."""
+        """Puts an adapter on its pages and its passports into their columns, on the current
+        stream."""
         device = step.slots.device
         pages = torch.tensor(place.pages).to(device, non_blocking=True)
         for bank, packed in zip(self.banks, hosted.packed):

@@ -18,11 +18,13 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.serving import vllm_api
+from vllm_adafuse.serving.adapters import split_path
 from vllm_adafuse.serving.hosted import Hosted, Loader
 from vllm_adafuse.serving.page_bank import PageBank
 from vllm_adafuse.serving.page_step import LOST, NO_ADAPTER, PageStep, watch
 from vllm_adafuse.serving.paged_model import wrap_model
-from vllm_adafuse.serving.pool import PAGE_RANKS, Pool, Size, misfits, pool_size
+from vllm_adafuse.serving.pool import PAGE_RANKS, Place, Pool, Size, misfits, pool_size, total
+from vllm_adafuse.serving.reads import Reads, Uploads
 
 # vLLM shows only what is logged below its own name.
 logger = init_logger("vllm.adafuse")
@@ -43,13 +45,18 @@ class AdapterManager:
         self.pool = Pool(pool_size(self.max_loras, self.max_lora_rank))
         # Adapters whose tensors are on the host, the one used least recently first.
         self.hosted: OrderedDict[int, Hosted] = OrderedDict()
-        # What every adapter takes that a request may still name, on the host or not.
-        self.sizes: dict[int, Size] = {}
         self.lost: dict[int, str] = {}
+        # Of the last step with adapters, and those that steps know the pages of.
+        self.active: set[int] = set()
+        self.listed: set[int] = set()
+        # Those whose files are no longer what was read.
+        self.kept: set[int] = set()
         self.dummies: set[int] = set()
         self.step: PageStep
         self.banks: list[PageBank]
         self.loader: Loader
+        self.reads: Reads
+        self.uploads: Uploads
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: VllmConfig) -> Any:
         """Gives a loaded model's linears pages; returns the model.
@@ -59,6 +66,8 @@ class AdapterManager:
         """
         self.step, self.banks = wrap_model(model, vllm_config, self.pool.size, self.device)
         self.loader = Loader(model, vllm_config, self.banks)
+        self.reads = Reads(self.loader, self.device)
+        self.uploads = Uploads(self.loader, self.step, self.device)
         watch(model, self.step)
         pinned = getattr(model, "reload_adapter", None)  # of a mixture that is everybody's default
         model.reload_adapter = lambda: (pinned and pinned(), self.stamp_again())
@@ -75,11 +84,17 @@ class AdapterManager:
     # Adapters come and go.
 
     def add_adapter(self, request: Any) -> bool:
-        """Reads an adapter, unless it is there; returns whether it is there now.
+        """Reads an adapter beside the steps, unless it is there; returns whether it is there now.
+
+        Whoever sent a stamped request (`serving/adapters.py`) asks again until it is; an error is
+        raised when it is known. For others it is read at once.
 
         Raises:
             AdapterError: it cannot be served; what is there stays as it is.
         """
+        return self._add(request, wait=split_path(request.lora_path)[1] is None)
+
+    def _add(self, request: Any, wait: bool, in_step: bool = False) -> bool:
         adapter = request.lora_int_id
         if adapter in self.lost:
             raise AdapterError(
@@ -92,23 +107,30 @@ class AdapterManager:
         if adapter in self.hosted and not request.load_inplace:
             self.hosted.move_to_end(adapter)
             return True
+        read, everywhere = self.reads.start(adapter, request.lora_path), vllm_api.everywhere
+        # Ranks that read their own copies of the files go the same way.
+        if not everywhere(wait or read.done(), in_step):
+            return False
+        self.reads.forget(adapter)
         hosted, error = None, None
         try:
-            hosted = self.loader.read(request.lora_path)
-            self._check_fits(adapter, request.lora_name, hosted.size)
+            hosted = read.result()
+            if problems := misfits(hosted.size, self.max_loras, self.max_lora_rank):
+                raise AdapterError(f"adapter {request.lora_name}", problems)
         except AdapterError as e:
             error = e
-        # Ranks that read their own copies of the files go the same way.
-        if not vllm_api.everywhere(error is None):
+        if not everywhere(error is None, in_step):
             raise error or AdapterError(
                 f"adapter {request.lora_name}",
                 [f"{request.path}: another rank could not read it; its log says why"],
             )
         self.loader.stamp(hosted)
         self._release(adapter)
-        self.hosted[adapter], self.sizes[adapter] = hosted, hosted.size
+        self.hosted[adapter] = hosted
         self.hosted.move_to_end(adapter)
-        self._make_room_on_host({adapter})
+        self._make_room_on_host({adapter}, in_step)
+        if not in_step:
+            self._place_beside(adapter)
         logger.info(
             "AdaFuse: adapter %s (%s) is loaded: %s, %d pages, %d bytes on the host",
             request.lora_name, request.path, hosted.kind, hosted.size.pages, hosted.nbytes,
@@ -117,23 +139,19 @@ class AdapterManager:
 
     def stamp_again(self) -> None:
         """Makes the passports of all mixtures anew: the backbone's weights are others (see
-        patches/reload.py). Newer vLLM forgets all adapters besides, and reads them again."""
+        patches/reload.py)."""
         for adapter, hosted in self.hosted.items():
             self.loader.stamp(hosted)
             if (place := self.pool.placed.get(adapter)) is not None:
+                self.uploads.finish(adapter)
                 self.loader.write_passports(hosted, place, self.step)
-
-    def _check_fits(self, adapter: int, name: str, size: Size) -> None:
-        """Refuses what some batch of `max_loras` adapters could not be served with."""
-        others = [own for other, own in self.sizes.items() if other != adapter]
-        if problems := misfits(size, others, self.max_loras, self.max_lora_rank):
-            raise AdapterError(f"adapter {name}", problems)
 
     def remove_adapter(self, adapter: int) -> bool:
         """Forgets an adapter; returns whether it was there."""
         self._release(adapter)
+        self.reads.forget(adapter)
         self.pool.pinned.discard(adapter)
-        self.sizes.pop(adapter, None)
+        self.kept.discard(adapter)
         return self.hosted.pop(adapter, None) is not None
 
     def remove_all_adapters(self) -> None:
@@ -146,15 +164,15 @@ class AdapterManager:
             self.remove_adapter(adapter)
 
     def pin_adapter(self, adapter: int) -> bool:
-        """Keeps an adapter on the host and on the device, as long as steps can run so.
+        """Keeps an adapter on the host, and on the device as long as steps can run so.
 
         Raises:
             ValueError: it is not there.
         """
         if adapter not in self.hosted:
             raise ValueError(f"Pinning failed. LoRA {adapter} is not registered.")
-        self._place({adapter})
         self.pool.pinned.add(adapter)
+        self._place_beside(adapter)
         return True
 
     def list_adapters(self) -> set[int]:
@@ -187,61 +205,90 @@ class AdapterManager:
 
     def _ensure(self, requests: dict[int, Any]) -> set[int]:
         """Has the adapters of a step on the device; returns those that are."""
-        wanted = set()
+        self.active = requests.keys() - self.dummies - self.lost.keys()
+        wanted, taken = set(), Size(0)
         for adapter, request in requests.items():
-            if adapter in self.dummies or adapter in self.lost:
+            if adapter not in self.active:
                 continue
-            if adapter in self.hosted:
-                self.hosted.move_to_end(adapter)
-            elif not self._read_again(adapter, request):
-                continue
-            wanted.add(adapter)
-        self._make_room_on_host(wanted)
+            try:
+                self._add(request, wait=True, in_step=True)
+                taken += (size := self.hosted[adapter].size)
+                if not taken.within(self.pool.size):  # of an engine whose scheduler is not vLLM's
+                    raise AdapterError(f"adapter {request.lora_name}", [f"no room for {size}"])
+            except AdapterError as e:
+                self._lose(adapter, request, e)
+            else:
+                wanted.add(adapter)
         self._place(wanted)
         return wanted
 
-    def _read_again(self, adapter: int, request: Any) -> bool:
-        """Reads an adapter that a running request names. Nobody could be told of an error here, so
-        its requests say nothing from now on; others go on."""
-        try:
-            return self.add_adapter(request)
-        except AdapterError as e:
-            self.lost[adapter] = f"it could not be read when a request needed it ({e})"
-            logger.error(
-                "AdaFuse: requests of adapter %s get no sensible answer from now on, and no "
-                "other's: %s", request.lora_name, e,
-            )  # fmt: skip
-            return False
+    def _lose(self, adapter: int, request: Any, error: AdapterError) -> None:
+        """Gives up an adapter that a running request names. Nobody could be told of an error here,
+        so its requests say nothing from now on; others go on."""
+        self.lost[adapter] = f"it could not be read when a request needed it ({error})"
+        logger.error(
+            "AdaFuse: requests of adapter %s get no sensible answer from now on, and no "
+            "other's: %s", request.lora_name, error,
+        )  # fmt: skip
 
     def _place(self, wanted: set[int]) -> None:
-        """Puts adapters on the device, all at once."""
+        """Has the adapters of a step on the device, all at once."""
+        self._hold({adapter: self.hosted[adapter].size for adapter in sorted(wanted)})
+        self.active = wanted
+        for adapter in sorted(wanted - self.listed):
+            hosted = self.hosted[adapter]
+            self.uploads.finish(adapter)
+            self.step.list(self.pool.placed[adapter], hosted.experts, hosted.scale)
+            self.listed.add(adapter)
+
+    def _place_beside(self, adapter: int) -> None:
+        """Copies an adapter to the device while steps run, if there is room beside theirs; else it
+        is copied when a step needs it."""
+        wanted = {a: p.size for a, p in self.pool.placed.items() if a in self.active}
+        wanted[adapter] = self.hosted[adapter].size
+        if total(wanted.values()).within(self.pool.size):
+            self._hold(wanted)
+
+    def _hold(self, wanted: dict[int, Size]) -> None:
         before = dict(self.pool.placed)
-        new = self.pool.hold({adapter: self.hosted[adapter].size for adapter in sorted(wanted)})
+        new = self.pool.hold(wanted)
         for adapter in before.keys() - self.pool.placed.keys():
-            self.step.strike(before[adapter])
+            self._strike(adapter, before[adapter])
         for adapter in new:
-            place, hosted = self.pool.placed[adapter], self.hosted[adapter]
-            self.step.list(place, hosted.experts, hosted.scale)
-            self.loader.write(hosted, place, self.step)
+            place = self.pool.placed[adapter]
+            self.uploads.start(adapter, self.hosted[adapter], place)
             taken = self.pool.taken.pages
             logger.info(
                 "AdaFuse: adapter %d is on %d pages; of %d pages %d are taken, %d free", adapter,
                 len(place.pages), self.pool.size.pages, taken, self.pool.size.pages - taken,
             )  # fmt: skip
 
+    def _strike(self, adapter: int, place: Place) -> None:
+        if adapter in self.listed:
+            self.listed.remove(adapter)
+            self.step.strike(place)
+
     def _release(self, adapter: int) -> None:
         place = self.pool.placed.get(adapter)
         if place is not None:
             self.pool.release(adapter)
-            self.step.strike(place)
+            self._strike(adapter, place)
 
-    def _make_room_on_host(self, needed: set[int]) -> None:
-        """Forgets tensors of adapters used least recently, as --max-cpu-loras says; they are read
-        again when a request names them."""
-        keep = needed | self.pool.pinned
+    def _make_room_on_host(self, needed: set[int], in_step: bool) -> None:
+        """Forgets tensors of adapters used least recently, as --max-cpu-loras says, if they can be
+        read again when a request names them."""
+        keep = needed | self.pool.pinned | self.active | self.kept
         for adapter in [a for a in self.hosted if a not in keep]:
             if len(self.hosted) <= self.max_cpu_loras:
                 return
+            hosted = self.hosted[adapter]
+            if not vllm_api.everywhere(hosted.can_be_read_again, in_step):
+                logger.warning_once(
+                    "AdaFuse: the files of adapter %s have changed or are gone since it was read; "
+                    "it stays in memory, beyond --max-cpu-loras, until it is unloaded", hosted.path,
+                )  # fmt: skip
+                self.kept.add(adapter)
+                continue
             self._release(adapter)
             del self.hosted[adapter]
 

@@ -8,7 +8,7 @@ since all see the same requests in the same order.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 # Ranks of a page: the least that tensor cores take.
@@ -59,37 +59,31 @@ def pool_size(max_loras: int, max_lora_rank: int) -> Size:
     return Size(max_loras * pages_of_rank(max_lora_rank), columns)
 
 
-def most_at_once(sizes: list[Size], count: int) -> Size:
-    """A bound of what any `count` adapters of these sizes take together."""
-    pages = sorted((size.pages for size in sizes), reverse=True)[:count]
-    columns = sorted((size.columns for size in sizes), reverse=True)[:count]
-    return Size(sum(pages), sum(columns))
+def total(sizes: Iterable[Size]) -> Size:
+    """What adapters take together."""
+    return sum(sizes, Size(0))
 
 
-def misfits(size: Size, others: list[Size], max_loras: int, max_lora_rank: int) -> list[str]:
-    """Why an adapter cannot be served beside others, each with the way out; empty if it can.
+def misfits(size: Size, max_loras: int, max_lora_rank: int) -> list[str]:
+    """Why an adapter cannot lie in the pool even alone, each with the way out; empty if it can.
+    Beside others it waits for room, see `serving/waiting.py`.
 
     Args:
         size: of the adapter.
-        others: of those that a batch may have beside it.
-        max_loras: adapters of a batch.
-        max_lora_rank: vLLM's option; with `max_loras` it says how large the pool is.
+        max_loras: vLLM's option; with `max_lora_rank` it says how large the pool is.
+        max_lora_rank: likewise.
     """
-    needed, have = most_at_once([*others, size], max_loras), pool_size(max_loras, max_lora_rank)
-    problems = []
-    if needed.pages > have.pages:
+    have, problems = pool_size(max_loras, max_lora_rank), []
+    if size.pages > have.pages:
         problems.append(
-            f"takes {size.pages} pages of {PAGE_RANKS} ranks; with it a batch may need "
-            f"{needed.pages}, and the pool has {have.pages}: raise --max-lora-rank or "
-            f"--max-loras until their product, of ranks in whole pages, is "
-            f"{needed.pages * PAGE_RANKS} or more (it is {have.pages * PAGE_RANKS}), or unload "
-            "large adapters"
+            f"takes {size.pages} pages of {PAGE_RANKS} ranks, and the pool has {have.pages}: raise "
+            f"--max-lora-rank or --max-loras until their product, of ranks in whole pages, is "
+            f"{size.pages * PAGE_RANKS} or more (it is {have.pages * PAGE_RANKS})"
         )
-    if needed.columns > have.columns:
+    if size.columns > have.columns:
         problems.append(
-            f"gives every token {size.columns} experts; with it a batch may need passports of "
-            f"{needed.columns} columns, and {have.columns} are reserved: raise --max-loras, "
-            "or unload other mixtures"
+            f"gives every token {size.columns} experts, and passports of {have.columns} columns "
+            "are reserved: raise --max-loras"
         )
     return problems
 
@@ -112,7 +106,7 @@ class Pool:
 
     @property
     def taken(self) -> Size:
-        return sum((place.size for place in self.placed.values()), Size(0))
+        return total(place.size for place in self.placed.values())
 
     def hold(self, wanted: Mapping[int, Size]) -> list[int]:
         """Gives all of these adapters places; others make room where they must.
@@ -126,7 +120,7 @@ class Pool:
         Raises:
             ValueError: together they are larger than the pool; nothing has changed then.
         """
-        needed = sum(wanted.values(), Size(0))
+        needed = total(wanted.values())
         if not needed.within(self.size):
             raise ValueError(f"{needed} does not fit into {self.size}")
         new = [i for i in wanted if i not in self.placed]

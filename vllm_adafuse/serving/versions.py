@@ -16,9 +16,10 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import msgspec
 from vllm.config import VllmConfig
@@ -30,14 +31,14 @@ from vllm_adafuse.format.architectures import ARCHITECTURES, PREFIX
 from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.format.config import CONFIG_FILE
 from vllm_adafuse.serving.adapters import (
-    LORA,
     OpenedAdapter,
+    files_state,
     open_adapter,
     split_path,
     stamp_path,
-    weights_file,
 )
-from vllm_adafuse.serving.pool import Size, misfits, pages_of_rank
+from vllm_adafuse.serving.holds import Holds
+from vllm_adafuse.serving.pool import misfits
 
 # The engine keeps ids in int32.
 MAX_ID = 2**31 - 1
@@ -76,7 +77,7 @@ class Checks:
         self._model = vllm_config.model_config
         self._backbone: Backbone | None = None
         self._locks: defaultdict[Path, Lock] = defaultdict(Lock)
-        self._opened: dict[Path, tuple[list, int, OpenedAdapter]] = {}
+        self._opened: dict[Path, tuple[tuple, int, OpenedAdapter]] = {}
 
     def open(self, lora_path: str, again: bool = False) -> OpenedAdapter:
         """Finds, opens and checks an adapter. Takes as long as reading it the first time, then two
@@ -92,7 +93,7 @@ class Checks:
         """
         path = find_directory(lora_path)
         with self._locks[path]:
-            state, now = _state_of(path), time.time_ns()
+            state, now = files_state(path), time.time_ns()
             known, when, opened = self._opened.get(path, (None, 0, None))
             if not again and known == state and all(s[1] + SETTLED_NS < when for s in state):
                 return opened
@@ -139,19 +140,6 @@ def find_directory(lora_path: str) -> Path:
     return path
 
 
-def _state_of(path: Path) -> list[tuple[int, ...]]:
-    """What tells that files have changed, without reading them."""
-    state: list[tuple[int, ...]] = []
-    for file in (path / CONFIG_FILE, weights_file(path)):
-        try:
-            found = file.stat()
-        except OSError:  # reading it will say why
-            state.append((0, 0, 0, 0))
-        else:
-            state.append((found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev))
-    return state
-
-
 @dataclass
 class Loading:
     """One load over HTTP: vLLM's own code asks the engine in its midst.
@@ -160,11 +148,13 @@ class Loading:
         opened: what was checked before.
         stamped: what the engine has got.
         refusal: why it has not.
+        ends: are called when it is over.
     """
 
     opened: OpenedAdapter | None = None
     stamped: LoRARequest | None = None
     refusal: AdapterRefused | None = None
+    ends: list[Callable[[], Any]] = field(default_factory=list)
 
 
 _LOADING: ContextVar[Loading | None] = ContextVar("adafuse_loading", default=None)
@@ -174,11 +164,14 @@ _LOADING: ContextVar[Loading | None] = ContextVar("adafuse_loading", default=Non
 def loading() -> Iterator[Loading]:
     """Around a load by vLLM's server: its ids are numbers that it counts, so versions have ids of
     their content from the first on."""
-    token = _LOADING.set(Loading())
+    load = Loading()
+    token = _LOADING.set(load)
     try:
-        yield _LOADING.get()
+        yield load
     finally:
         _LOADING.reset(token)
+        for end in load.ends:
+            end()
 
 
 def current_loading() -> Loading | None:
@@ -189,18 +182,12 @@ def current_loading() -> Loading | None:
 @dataclass
 class _Content:
     """What an id of the engine stands for: whose (a name of the server's, or a user's id), which
-    content, what it takes of the pool, and the request as the user made it."""
+    content, and the request as the user made it and as the engine gets it."""
 
     whose: str | int
     digest: str
-    size: Size
     request: LoRARequest
-
-
-def size_of(opened: OpenedAdapter) -> Size:
-    """What an adapter takes of the pool."""
-    columns = 0 if opened.kind == LORA else opened.config.top_k
-    return Size(sum(map(pages_of_rank, opened.ranks)), columns)
+    stamped: LoRARequest
 
 
 class Versions:
@@ -210,13 +197,16 @@ class Versions:
         open_path: `(lora_path, again) -> OpenedAdapter`, see `Checks.open`.
         max_loras: vLLM's option.
         max_lora_rank: likewise.
+
+    Attributes:
+        holds: who needs which version.
     """
 
     def __init__(
         self, open_path: Callable[[str, bool], OpenedAdapter], max_loras: int, max_lora_rank: int
     ):
         self.open_path, self._options = open_path, (max_loras, max_lora_rank)
-        self._lock = Lock()
+        self.holds, self._lock = Holds(), Lock()
         self._contents: OrderedDict[int, _Content] = OrderedDict()
         # What a user's request stands for, by name, id and path.
         self._stamped: dict[tuple[str, int, str], LoRARequest] = {}
@@ -255,27 +245,22 @@ class Versions:
                     "request asks for; load it again"
                 ],
             )
-        whose, size = request.lora_name if load else request.lora_int_id, size_of(opened)
+        if problems := misfits(opened.size, *self._options):
+            raise AdapterRefused(f"adapter {opened.path}", problems)
+        whose = request.lora_name if load else request.lora_int_id
         with self._lock:
-            self._check_fits(whose, size, opened)
             engine_id = self._id_of(whose, opened.digest)
             stamped = msgspec.structs.replace(
                 request,
                 lora_int_id=engine_id,
-                lora_path=stamp_path(path, opened.digest),
+                lora_path=stamp_path(path, opened.digest, opened.size),
                 load_inplace=False,
             )
-            self._contents[engine_id] = _Content(whose, opened.digest, size, request)
+            self._contents[engine_id] = _Content(whose, opened.digest, request, stamped)
             self._contents.move_to_end(engine_id)
             while len(self._contents) > MAX_CONTENTS:
                 self._contents.popitem(last=False)
         return stamped
-
-    def _check_fits(self, whose: str | int, size: Size, opened: OpenedAdapter) -> None:
-        latest = {w: self._contents[i] for w, i in self._latest.items() if i in self._contents}
-        others = [content.size for other, content in latest.items() if other != whose]
-        if problems := misfits(size, others, *self._options):
-            raise AdapterRefused(f"adapter {opened.path}", problems)
 
     def adopt(self, request: LoRARequest, stamped: LoRARequest) -> LoRARequest:
         """From now on the user's request stands for this version; returns it."""
@@ -283,18 +268,38 @@ class Versions:
             path, _ = split_path(request.lora_path)
             with self._lock:
                 self._stamped[request.lora_name, request.lora_int_id, path] = stamped
-                self._latest[request.lora_int_id] = stamped.lora_int_id
+            self._stand(request.lora_int_id, stamped.lora_int_id)
         return stamped
 
     def adopt_name(self, stamped: LoRARequest) -> None:
         """From now on a name of the server's stands for this version."""
-        with self._lock:
-            self._latest[stamped.lora_name] = stamped.lora_int_id
+        self._stand(stamped.lora_name, stamped.lora_int_id)
 
     def forget_name(self, name: str) -> None:
         """A name of the server's stands for nothing now."""
+        self._stand(name, None)
+
+    def _stand(self, whose: str | int, engine_id: int | None) -> None:
+        """A name or a user's id stands for a version now, or for none."""
         with self._lock:
-            self._latest.pop(name, None)
+            before = self._latest.pop(whose, None)
+            if engine_id is not None:
+                self._latest[whose] = engine_id
+        if engine_id != before:
+            if engine_id is not None:
+                self.holds.add(engine_id)
+            if before is not None:
+                self.holds.drop(before)
+
+    def current(self, stamped: LoRARequest) -> LoRARequest:
+        """A request as it is, unless its version went while it was on its way here: then it has the
+        one that its name stands for now."""
+        engine_id = stamped.lora_int_id
+        if engine_id in self.holds.resident or self.holds.needed(engine_id):
+            return stamped
+        with self._lock:
+            content = self._contents.get(self._latest.get(stamped.lora_name, 0))
+        return content.stamped if content else stamped
 
     def _stands_for(self, engine_id: int, digest: str) -> bool:
         with self._lock:
@@ -330,18 +335,33 @@ class Versions:
     def users_ids(self, engine_ids: Iterable[int]) -> set[int]:
         """The user's ids of what the engine has; of several versions one."""
         found = {i: self._contents.get(i) for i in engine_ids}
-        return {c.whose if c and isinstance(c.whose, int) else i for i, c in found.items()}
+        return {
+            c.whose if c and isinstance(c.whose, int) else i
+            for i, c in found.items()
+            if c is None or c.whose in self._latest
+        }
 
     def latest(self, user_id: int) -> int:
         """The engine's id of the version that a user's id stands for."""
         return self._latest.get(user_id, user_id)
 
     def forget(self, user_id: int) -> list[int]:
-        """The engine's ids of all versions of a user's id, which stands for none of them now: its
-        files are read again when a request names it."""
+        """A user's id stands for nothing now: its files are read again when a request names it.
+
+        Returns:
+            The ids that the engine can do without at once. Those of requests that have not ended
+            are released when they have.
+        """
         with self._lock:
-            self._latest.pop(user_id, None)
             for key in [key for key in self._stamped if key[1] == user_id]:
                 del self._stamped[key]
-            found = [i for i, c in self._contents.items() if c.whose == user_id]
-        return found or [user_id]
+            latest = self._latest.pop(user_id, None)
+            found = {i for i in self.holds.resident if self._owner(i) == user_id}
+        if latest is not None:
+            self.holds.drop(latest, release=False)
+            found.add(latest)
+        return sorted(i for i in found or {user_id} if not self.holds.needed(i))
+
+    def _owner(self, engine_id: int) -> str | int | None:
+        content = self._contents.get(engine_id)
+        return content.whose if content else None

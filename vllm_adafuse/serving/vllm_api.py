@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
+from vllm.distributed import get_pp_group, get_tp_group
 from vllm_adafuse.serving.options import GRAPH, OPTIONS
 
 
@@ -30,6 +30,11 @@ def lora_option(vllm_config: VllmConfig) -> str:
             'or "vllm" (vLLM\'s own LoRA, as without this plugin)'
         )
     return value
+
+
+def serves_lora(vllm_config: VllmConfig) -> bool:
+    """Whether LoRA requests are ours."""
+    return vllm_config.lora_config is not None and lora_option(vllm_config) == "adafuse"
 
 
 def _section(vllm_config: VllmConfig) -> Mapping[str, Any]:
@@ -93,15 +98,20 @@ def local_path(path: str) -> str:
     return get_adapter_absolute_path(path)
 
 
-def everywhere(ok: bool) -> bool:
-    """Whether it is so on all ranks of tensor parallelism; to be asked on all of them."""
-    if get_tensor_model_parallel_world_size() == 1:
-        return ok
-    agreed = torch.tensor([int(ok)])
-    torch.distributed.all_reduce(
-        agreed, torch.distributed.ReduceOp.MIN, group=get_tp_group().cpu_group
-    )
-    return bool(agreed.item())
+def everywhere(ok: bool, in_step: bool = False) -> bool:
+    """Whether it is so on all ranks of an engine; to be asked on all of them.
+
+    Within a step only those of tensor parallelism are asked: another stage of a pipeline may wait
+    for what this one computes.
+    """
+    for group in (get_tp_group(),) if in_step else (get_tp_group(), get_pp_group()):
+        if group.world_size > 1:
+            agreed = torch.tensor([int(ok)])
+            torch.distributed.all_reduce(
+                agreed, torch.distributed.ReduceOp.MIN, group=group.cpu_group
+            )
+            ok = bool(agreed.item())
+    return ok
 
 
 def name_steps_by_request(
@@ -140,6 +150,13 @@ def name_steps_by_request(
         name(found, ids, num_scheduled_tokens)
 
     runner.set_active_loras = MethodType(set_active_loras, runner)
+
+
+def keep_adapters_on_reload(runner: Any) -> None:
+    """New weights of the backbone leave adapters as they are; newer vLLM would forget them all.
+    Passports are made anew (patches/reload.py)."""
+    if hasattr(runner, "reset_lora_state"):
+        runner.reset_lora_state = lambda: None
 
 
 def capture_one_kind_of_lora(runner: Any) -> None:
