@@ -31,16 +31,16 @@ def stock(
     return out
 
 
-def page_linear(x: torch.Tensor, p: Projection, step: Step, active: bool) -> torch.Tensor:
+def page_linear(x: torch.Tensor, p: Projection, step: Step, has_adapters: bool) -> torch.Tensor:
     """A projection of T tokens, with the deltas of the step's adapters if it has any.
 
     Args:
         x: [T, in]; rows contiguous.
         p: the projection, a page for an expert.
         step: the step's buffers; not looked at in steps without adapters.
-        active: the step has adapters.
+        has_adapters: the step has adapters.
 
     Returns:
         [T, out], or [T, out / 2] after an activation; contiguous.
     """
-    return linear(x, p, step) if active else stock(x, p.weight, p.bias, p.shape.activation)
+    return linear(x, p, step) if has_adapters else stock(x, p.weight, p.bias, p.shape.activation)

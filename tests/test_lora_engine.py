@@ -163,7 +163,7 @@ def test_steps_without_adapters_route_nothing(served, monkeypatch):
     monkeypatch.setattr(page_linear, "linear", fail)
     served.check(["base"], served.generate(["base"], PROMPTS[:2]))
     with pytest.raises(AssertionError, match="ran our kernels"):
-        manager_of(served.llm).step.active.fill_(True)
+        manager_of(served.llm).step.has_adapters.fill_(True)
         manager_of(served.llm).step.route(None)
 
 

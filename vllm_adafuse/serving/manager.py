@@ -158,7 +158,7 @@ class AdapterManager:
         """Forgets all adapters; behind dummy steps those of the steps alone."""
         if self.dummies:
             self.dummies.clear()
-            self.step.active.fill_(False)
+            self.step.has_adapters.fill_(False)
             return
         for adapter in [*self.hosted, *self.pool.placed]:
             self.remove_adapter(adapter)
@@ -194,7 +194,7 @@ class AdapterManager:
             ids: [R] the `lora_int_id` of each request of the batch, 0 for none.
             counts: [R] tokens of each.
         """
-        self.step.active.fill_(bool(requests))
+        self.step.has_adapters.fill_(bool(requests))
         if not requests:
             return
         slots = np.full(len(ids), NO_ADAPTER, dtype=np.int32)

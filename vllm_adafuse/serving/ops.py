@@ -100,12 +100,12 @@ def _deltas_fake(y: torch.Tensor, x: torch.Tensor, gates: torch.Tensor, layer_na
 
 def _page_projection(x: torch.Tensor, gates: torch.Tensor, layer_name: str) -> torch.Tensor:
     bank = find(layer_name)
-    return page_linear(x, bank.projection, bank.step, bool(bank.route.active.item()))
+    return page_linear(x, bank.projection, bank.step, bool(bank.route.has_adapters.item()))
 
 
 def _page_deltas(y: torch.Tensor, x: torch.Tensor, gates: torch.Tensor, layer_name: str) -> None:
     bank = find(layer_name)
-    if bank.route.active.item():  # else the step runs what vLLM runs
+    if bank.route.has_adapters.item():  # else the step runs what vLLM runs
         sgmm(y, x, bank.projection, bank.step)
 
 

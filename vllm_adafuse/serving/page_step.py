@@ -26,7 +26,7 @@ class PageStep(Step):
         vocab_size: V, the rows of the passports.
 
     Attributes:
-        active: [1] bool on the CPU, the step has adapters. Ops read it when they run: a compiled
+        has_adapters: [1] bool on the CPU, the step has adapters. Ops read it when they run: a compiled
             model serves both kinds of steps, a captured graph the kind of its capture.
         slots: [N] int32, of each token the slot of its adapter, NO_ADAPTER or LOST.
         directory: [3 + C, pages] int32, see `page_routes`.
@@ -36,7 +36,7 @@ class PageStep(Step):
     def __init__(self, rows: int, size: Size, vocab_size: int):
         super().__init__(rows, size.pages)
         # Not a buffer: those follow the model to its device.
-        self.active = torch.zeros(1, dtype=torch.bool, device="cpu")
+        self.has_adapters = torch.zeros(1, dtype=torch.bool, device="cpu")
         directory = torch.full((COLUMNS + size.columns, size.pages), -1, dtype=torch.int32)
         tables = size.columns, vocab_size
         for name, tensor in (
@@ -52,10 +52,10 @@ class PageStep(Step):
 
     def warm_up(self, model: torch.nn.Module) -> None:
         """Has all kernels compiled that steps with adapters launch, in a model's first forward."""
-        active, ids = bool(self.active.item()), torch.zeros_like(self.slots)
-        self.active.fill_(True)
+        has_adapters, ids = bool(self.has_adapters.item()), torch.zeros_like(self.slots)
+        self.has_adapters.fill_(True)
         warm_up(model, len(ids), lambda tokens: self.route(ids[:tokens]))
-        self.active.fill_(active)
+        self.has_adapters.fill_(has_adapters)
 
     def name(self, slots: np.ndarray, counts: np.ndarray) -> None:
         """Says whose the step's tokens are.
@@ -97,7 +97,7 @@ class PageStep(Step):
     def take_from(self, route: Route, tokens: int) -> None:
         """Leaves a mixture that is everybody's default to the requests that name no adapter: the
         others have no weights in its route."""
-        if self.active.item():
+        if self.has_adapters.item():
             named = self.slots[:tokens] != NO_ADAPTER
             route.gates[:tokens].masked_fill_(named[:, None], 0)
 
@@ -123,7 +123,7 @@ def _route(model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     if step.cold:
         step.cold = False
         step.warm_up(model)
-    if not step.active.item():
+    if not step.has_adapters.item():
         return
     token_ids = kwargs.get("input_ids", args[0] if args else None)
     if token_ids is None:  # plain LoRAs need none
@@ -138,7 +138,7 @@ def _silence(model: torch.nn.Module, args: tuple, output: Any) -> None:
     """Zeroes the hidden states of tokens whose adapter is lost: their logits say nothing, and no
     request gets the base model's words under an adapter's name."""
     step = model.adafuse_step
-    if not step.active.item():
+    if not step.has_adapters.item():
         return
     for hidden in output if isinstance(output, (tuple, list)) else [output]:
         if isinstance(hidden, torch.Tensor):

@@ -96,7 +96,8 @@ def distil_files(
     judged = Blocks(held, options.length, True, pad)
     if not len(judged):
         raise AdapterError(
-            "held-out data", [f"no token with loss fits into {options.length} tokens; raise --length"]
+            "held-out data",
+            [f"no token with loss fits into {options.length} tokens; raise --length"],
         )
     blocks = Blocks(examples, options.length, True, pad, every=True)  # the KL needs no labels
     device = "cuda" if torch.cuda.is_available() else "cpu"
