@@ -143,7 +143,7 @@ class Case:
             norm(y, self.residual, self.factors)
 
     def moved(self, options: Options) -> int:
-        """Bytes: W, the experts that are present, x and the result."""
+        """Bytes: W, the active experts, x and the result."""
         used, p = int(self.gates.any(0).sum()), self.p
         wide = p.widths[0] if p.name == "gate_up" else self.out
         experts = used * options.r * (len(self.parts) * p.size_in + self.out)

@@ -4,8 +4,8 @@
     gate           hidden states          -> routes   (live router; fills the passports once)
     gather_routes  token ids, passports   -> routes   (one gather per step)
     context_routes rows of the tables     -> routes that see a request's past (`router.context`)
-    spread_routes  routes                 -> gates, present experts, semaphores (once per step)
-    page_routes    ids, adapter of each   -> gates, present pages, semaphores, where requests choose
+    spread_routes  routes                 -> gates, active experts, semaphores (once per step)
+    page_routes    ids, adapter of each   -> gates, active pages, semaphores, where requests choose
     linear         x, [W; A], B, gates    -> the adapted projection, with what follows it: gate_up's
                                              activation, the rotary embedding of queries and keys
       decode_gemm    its kernel for few tokens

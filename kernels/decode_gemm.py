@@ -59,45 +59,45 @@ def workspace_sizes(lora_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
 
 @triton.jit
 def _columns(
-    start, present_ptr, seen, n_experts,
+    start, active_ptr, active, n_experts,
     PADDED: tl.constexpr, RANK: tl.constexpr, BLOCK_ER: tl.constexpr,
 ):  # fmt: skip
-    """A block of columns of B, and which of them are of experts that are present.
+    """A block of columns of B, and which of them are of active experts.
 
     PADDED: columns for each of those in the list, one after the other: a multiple of the 16 that
-    tensor cores take at once, so that a token's sums do not depend on who else is present. 0: no
+    tensor cores take at once, so that a token's sums do not depend on who else is active. 0: no
     list is kept to, and columns are those of B.
-    seen: how many experts are present; by columns of B, their bits.
+    active: how many experts are active; by columns of B, their bits.
     """
     columns = start + tl.arange(0, BLOCK_ER)
     if PADDED:
         place, ranks = columns // PADDED, columns % PADDED
-        used = place < seen
+        used = place < active
         if PADDED != RANK:
             used &= ranks < RANK
-        experts = tl.load(present_ptr + 2 + tl.minimum(place, n_experts - 1))
+        experts = tl.load(active_ptr + 2 + tl.minimum(place, n_experts - 1))
         columns = experts.to(tl.int32) * RANK + ranks
         if RANK % 8 == 0:  # so that loads are of 16 bytes
             columns = tl.max_contiguous(tl.multiple_of(columns, 8), 8)
     else:
         # Of a known rank, so that loads know how long their masks stay the same.
-        used = ((seen >> (columns // RANK)) & 1 != 0) & (columns < n_experts * RANK)
+        used = ((active >> (columns // RANK)) & 1 != 0) & (columns < n_experts * RANK)
     return columns, used
 
 
 @triton.jit
 def load_b(
-    b_at, start, present_ptr, seen, n_experts,
+    b_at, start, active_ptr, active, n_experts,
     PADDED: tl.constexpr, RANK: tl.constexpr, BLOCK_ER: tl.constexpr,
 ):  # fmt: skip
     """A block of columns of B [rows, columns]; see `_columns`."""
-    columns, used = _columns(start, present_ptr, seen, n_experts, PADDED, RANK, BLOCK_ER)
+    columns, used = _columns(start, active_ptr, active, n_experts, PADDED, RANK, BLOCK_ER)
     return tl.load(b_at + columns[None, :], mask=used[None, :], other=0.0)
 
 
 @triton.jit
 def add_delta(
-    acc, b_at, b, present_ptr, seen, s_ptr, counter_ptr, shrinks,
+    acc, b_at, b, active_ptr, active, s_ptr, counter_ptr, shrinks,
     n_tokens, part, n_parts, n_experts,
     WAITS: tl.constexpr, PADDED: tl.constexpr, RANK: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_ER: tl.constexpr,
@@ -110,21 +110,21 @@ def add_delta(
     tokens = tl.arange(0, BLOCK_T)
     here = tokens < n_tokens
     s_at = s_ptr + (tokens * n_parts + part)[None, :] * (n_experts * RANK)
-    if seen != 0:
+    if active != 0:
         if WAITS:
             wait_for_shrink(counter_ptr, shrinks)
         # One block without a list. Out of a loop Triton would keep b in shared memory all along.
         end = n_experts * RANK
         if PADDED:
-            end = seen.to(tl.int32) * PADDED
+            end = active.to(tl.int32) * PADDED
         for start in range(0, end, BLOCK_ER):
-            columns, used = _columns(start, present_ptr, seen, n_experts, PADDED, RANK, BLOCK_ER)
+            columns, used = _columns(start, active_ptr, active, n_experts, PADDED, RANK, BLOCK_ER)
             s = tl.load(
                 s_at + columns[:, None],
                 mask=here[None, :] & used[:, None], other=0.0, cache_modifier=".cg",
             )  # fmt: skip
             later = load_b(  # on its way during the product
-                b_at, start + BLOCK_ER, present_ptr, seen, n_experts, PADDED, RANK, BLOCK_ER
+                b_at, start + BLOCK_ER, active_ptr, active, n_experts, PADDED, RANK, BLOCK_ER
             )
             acc = tl.dot(b, s, acc, input_precision="ieee")
             b = later
@@ -134,7 +134,7 @@ def add_delta(
 @triton.jit(do_not_specialize=["n_tokens"])
 def _decode_gemm_kernel(
     x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, y_ptr, cos_sin_ptr,
-    gates_ptr, present_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
+    gates_ptr, active_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
     n_tokens, x_stride, y_stride, size_in, n_experts, n_parts, n_slots, slices,
     keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
@@ -151,7 +151,7 @@ def _decode_gemm_kernel(
         if PDL:  # launched before the kernel in front of it has ended
             tl.extra.cuda.gdc_wait()
         shrink_program(
-            pid, x_ptr, a_ptr, gates_ptr, present_ptr, s_ptr, partial_ptr, ticket_ptr,
+            pid, x_ptr, a_ptr, gates_ptr, active_ptr, s_ptr, partial_ptr, ticket_ptr,
             counter_ptr, n_tokens, x_stride, size_in, n_experts, RANK, n_parts, n_slots, slices,
             PADDED != 0, BLOCK_T, BLOCK_R, SHRINK_COLS, SHRINK_STAGES,
         )  # fmt: skip
@@ -197,21 +197,21 @@ def _decode_gemm_kernel(
         acc = tl.zeros([ROWS, BLOCK_T], dtype=tl.float32)
         acc_up = acc
         # B is asked for long before it is needed: at the end its latency would show.
-        seen = tl.load(present_ptr + (1 if PADDED else 0))
+        active = tl.load(active_ptr + (1 if PADDED else 0))
         slots, shrinks, size = n_slots, n_slots, n_experts * RANK
         if PADDED:
             of_expert = n_parts * ((RANK + BLOCK_R - 1) // BLOCK_R)
-            slots, shrinks = n_experts * of_expert, seen.to(tl.int32) * of_expert
+            slots, shrinks = n_experts * of_expert, active.to(tl.int32) * of_expert
         b_at = b_ptr + (rows - skipped).to(tl.int64)[:, None] * size
         b_up_at = b_at
         adds = (part >= 0) & (split == 0)
-        asked = tl.where(adds, seen, 0)
-        b = load_b(b_at, 0, present_ptr, asked, n_experts, PADDED, RANK, BLOCK_ER)
+        asked = tl.where(adds, active, 0)
+        b = load_b(b_at, 0, active_ptr, asked, n_experts, PADDED, RANK, BLOCK_ER)
         b_up = b
         if ACT != 0:
-            asked = tl.where(part_up >= 0, seen, 0)
+            asked = tl.where(part_up >= 0, active, 0)
             b_up_at = b_at + APART_B * size
-            b_up = load_b(b_up_at, 0, present_ptr, asked, n_experts, PADDED, RANK, BLOCK_ER)
+            b_up = load_b(b_up_at, 0, active_ptr, asked, n_experts, PADDED, RANK, BLOCK_ER)
         for start in tl.range(begin, end, COLS, num_stages=STAGES):
             k = start + tl.arange(0, COLS)
             cut = k < end
@@ -231,7 +231,7 @@ def _decode_gemm_kernel(
                 acc_up = tl.dot(w, x, acc_up, input_precision="ieee")
         if adds:
             acc = add_delta(
-                acc, b_at, b, present_ptr, seen, s_ptr, counter_ptr, shrinks,
+                acc, b_at, b, active_ptr, active, s_ptr, counter_ptr, shrinks,
                 n_tokens, part, n_parts, n_experts, True, PADDED, RANK, BLOCK_T, BLOCK_ER,
             )  # fmt: skip
         last = True
@@ -246,7 +246,7 @@ def _decode_gemm_kernel(
             if ACT != 0:
                 if part_up >= 0:
                     acc_up = add_delta(
-                        acc_up, b_up_at, b_up, present_ptr, seen, s_ptr, counter_ptr, shrinks,
+                        acc_up, b_up_at, b_up, active_ptr, active, s_ptr, counter_ptr, shrinks,
                         n_tokens, part_up, n_parts, n_experts,
                         ACT != 3 and PART0 < 0, PADDED, RANK, BLOCK_T, BLOCK_ER,
                     )  # fmt: skip
@@ -325,7 +325,7 @@ def decode_gemm_triton(
     launch(
         _decode_gemm_kernel, (grid.programs + count * tiles.split,),
         x, p.weight, p.bias, p.lora_a, p.lora_b, y, step.cos_sin,
-        step.gates, step.present, workspace.s(x.dtype, tokens, n_parts, experts * rank),
+        step.gates, step.active, workspace.s(x.dtype, tokens, n_parts, experts * rank),
         workspace.partial, workspace.tickets, p.semaphore,
         tokens, x.stride(0), y.stride(-2), size_in, experts, n_parts, grid.slots, grid.slices,
         *(kv_slots or NO_KV_SLOTS),

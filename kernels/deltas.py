@@ -73,7 +73,7 @@ def load_both(
 
 @triton.jit
 def add_deltas(
-    y, first_b, first_s, s_at, gates_ptr, present, b_at, rows, here, inside, n_experts,
+    y, first_b, first_s, s_at, gates_ptr, active_bits, b_at, rows, here, inside, n_experts,
     RANK: tl.constexpr, RAW: tl.constexpr, SKIP: tl.constexpr,
     EVEN: tl.constexpr, EVEN_K: tl.constexpr, ONE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -86,7 +86,7 @@ def add_deltas(
         chunk, first_rank = i // BLOCKS, i % BLOCKS * BLOCK_R
         here_too = True
         if SKIP:  # BLOCK_E is 1: is this expert there?
-            here_too = (present >> chunk) & 1 != 0
+            here_too = (active_bits >> chunk) & 1 != 0
         if here_too:
             b = load_ranks(
                 b_at, inside, first_rank, n_experts, chunk, RANK, EVEN, EVEN_K, BLOCK_E, BLOCK_R

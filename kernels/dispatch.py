@@ -48,7 +48,7 @@ MAX_STREAM_TOKENS = 32
 MAX_TILE_TOKENS = 128
 # Up to so many tokens tiles are not worth a measurement.
 MAX_UNTILED_TOKENS = 8
-# With more ranks over all experts 17 to 32 tokens are streamed: tiles would take absent experts
+# With more ranks over all experts 17 to 32 tokens are streamed: tiles would take inactive experts
 # along. (3010da1: 64 experts of rank 16, gate_up 72.5 us streamed, 84.9 tiled.)
 MAX_TILED_RANKS = 512
 # Rows of W, or pairs of them, with which whole tiles are programs enough: to add up slices of `in`
@@ -62,7 +62,7 @@ MAX_LOW_TILE_TOKENS = 64
 # Up to so many tokens the expand adds a bias at no cost; those of long steps have no place for it,
 # and cuBLAS adds it to W x (7fbd763).
 MAX_BIAS_TOKENS = 256
-# With fewer tokens most experts are absent, and the expand asks of each whether it is there
+# With fewer tokens most experts are inactive, and the expand asks of each whether it is active
 # (30098f8); longer steps than the second are all cut alike, and list no experts (439c8ee).
 MIN_DENSE_TOKENS = 8
 MAX_SHORT_TOKENS = 256
@@ -81,13 +81,13 @@ MAX_DENSE_NORM_RANKS = 1024
 MIN_FUSED_NORM_TOKENS = 8192
 # Over a quantised W: shrink by its own kernel; beyond, by one product over all experts (a24accf).
 MAX_SHRINK_TOKENS = 64
-# Up to so many tokens `present` tells the truth; longer steps touch all experts, and say so
+# Up to so many tokens `active` tells the truth; longer steps touch all experts, and say so
 # (a24accf). A layer's own router tells it to fewer: one program has them all (fc1d6c5).
-MAX_PRESENT_TOKENS = 256
-MAX_LAYER_PRESENT_TOKENS = 8
+MAX_ACTIVE_TOKENS = 256
+MAX_LAYER_ACTIVE_TOKENS = 8
 # Layer-wise: tokens of a program of `route_layer` change here (fc1d6c5); one product in float32 for
 # W, A and the routers would write and read too much beyond (b252aed). Where one product has all
-# experts its expand asks of none whether it is there, with few tokens either: then decision, deltas
+# experts its expand asks of none whether it is active, with few tokens either: then decision, deltas
 # and activation in one launch gain nothing (35af7a0: 2.2 us at qkv, -6.7 at gate_up, none a layer).
 MAX_SMALL_ROUTE_TOKENS = 512
 MAX_JOINT_TOKENS = 256
@@ -95,10 +95,10 @@ MAX_JOINT_TOKENS = 256
 WIDE_EXPAND_TOKENS = 4096, 8192
 
 TOKEN_LIMITS = (
-    MAX_FEWEST_TOKENS, MIN_DENSE_TOKENS, MAX_LAYER_PRESENT_TOKENS,
+    MAX_FEWEST_TOKENS, MIN_DENSE_TOKENS, MAX_LAYER_ACTIVE_TOKENS,
     MAX_STREAM_ONLY_TOKENS, MAX_STREAM_TOKENS, MAX_LOW_TILE_TOKENS, MAX_TILE_TOKENS,
     MAX_SHRINK_TOKENS,
-    MAX_BIAS_TOKENS, MAX_SHORT_TOKENS, MAX_PRESENT_TOKENS, MAX_JOINT_TOKENS, MAX_SMALL_ROUTE_TOKENS,
+    MAX_BIAS_TOKENS, MAX_SHORT_TOKENS, MAX_ACTIVE_TOKENS, MAX_JOINT_TOKENS, MAX_SMALL_ROUTE_TOKENS,
     MIN_WIDE_TOKENS, *WIDE_EXPAND_TOKENS, MIN_FUSED_NORM_TOKENS,
 )  # fmt: skip
 

@@ -4,7 +4,7 @@
 
 and at once what follows (pairs.py): gate_up's activation, the rotary embedding of q and k. The
 second half of SGMM (AdaFuse, arXiv 2603.11873, section 3). A program takes a tile of columns for a
-block of tokens and reads B of the experts that are present; sums run over experts in rising order,
+block of tokens and reads B of the active experts; sums run over experts in rising order,
 whoever else is in the batch. The additions ride on a pass over y that what follows needs anyway.
 """
 
@@ -38,7 +38,7 @@ from vllm_adafuse.kernels.whole import cdiv
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _expand_kernel(
-    y_ptr, bias_ptr, out_ptr, s_ptr, b_ptr, gates_ptr, present_ptr, cos_sin_ptr,
+    y_ptr, bias_ptr, out_ptr, s_ptr, b_ptr, gates_ptr, active_ptr, cos_sin_ptr,
     n_tokens, slice_stride, y_stride, out_stride, s_stride, n_experts,
     keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
@@ -156,15 +156,15 @@ def _expand_kernel(
                 s = weigh(sums, gates).to(s.dtype)
             elif RAW:
                 s, s_up = weigh(s, gates), weigh(s_up, gates)
-        present = -1
+        active_bits = -1
         if SKIP:  # it may come from the kernel before
-            present = tl.load(present_ptr)
+            active_bits = tl.load(active_ptr)
         y = y.to(tl.float32)
         if HAS_BIAS:
             bias_at = bias_ptr + offset + columns
             y += tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)[None, :]
         y = add_deltas(
-            y, b, s, s_at, gates_ptr, present, b_at, rows, rows_s, inside_b,
+            y, b, s, s_at, gates_ptr, active_bits, b_at, rows, rows_s, inside_b,
             n_experts, RANK, RAW, SKIP, EVEN_B, EVEN_K, ONE, BLOCK_T, BLOCK_E, BLOCK_R,
         )  # fmt: skip
         if ACT != 0:
@@ -172,7 +172,7 @@ def _expand_kernel(
             if HAS_BIAS:
                 up += tl.load(bias_at + APART, mask=inside, other=0.0).to(tl.float32)[None, :]
             up = add_deltas(
-                up, b_up, s_up, s_up_at, gates_ptr, present, b_at + APART_B * size, rows,
+                up, b_up, s_up, s_up_at, gates_ptr, active_bits, b_at + APART_B * size, rows,
                 rows_up, inside_up,
                 n_experts, RANK, RAW, SKIP, EVEN_B, EVEN_K, ONE, BLOCK_T, BLOCK_E, BLOCK_R,
             )  # fmt: skip
@@ -235,7 +235,7 @@ class _Read(NamedTuple):
     bias: torch.Tensor | None
     lora_b: torch.Tensor
     gates: torch.Tensor | None
-    present: torch.Tensor
+    active: torch.Tensor
     cos_sin: torch.Tensor | None = None
 
 
@@ -260,7 +260,7 @@ def _launch(
     ))  # fmt: skip
     kernel(
         (groups, cdiv(tokens, block_t)),
-        y, read.bias, out, s, read.lora_b, read.gates, read.present, read.cos_sin,
+        y, read.bias, out, s, read.lora_b, read.gates, read.active, read.cos_sin,
         tokens, y.stride(0), y.stride(-2), out.stride(0), s.stride(1 if sliced else 0), experts,
         *(kv_slots or NO_KV_SLOTS),
     )  # fmt: skip
@@ -299,7 +299,7 @@ def expand_triton(
     y: torch.Tensor,
     s: torch.Tensor,
     lora_b: torch.Tensor,
-    present: torch.Tensor,
+    active: torch.Tensor,
     parts: Sequence[int],
     widths: Sequence[int],
 ) -> None:
@@ -309,11 +309,11 @@ def expand_triton(
         y: [T, out], the projection's own output; rows contiguous.
         s: [T, P, E * R], dtype of y, from `shrink`.
         lora_b: [sum of the adapted widths, E, R] contiguous, dtype of y.
-        present: [1] int64, bit 0 for experts whose s is zero everywhere.
+        active: [1] int64, bit 0 for experts whose s is zero everywhere.
         parts: for each of up to three parts of y its index in s, -1 for one without experts.
         widths: columns of each part.
     """
-    _launch(y, y, s, _Read(None, lora_b, None, present), (parts, widths, 0))
+    _launch(y, y, s, _Read(None, lora_b, None, active), (parts, widths, 0))
 
 
 def expand_raw_triton(
@@ -347,7 +347,7 @@ def expand_raw_triton(
         result = y.new_empty(y.shape[1:])
     elif result is y and (act or bias is not None):
         result = torch.empty_like(y)
-    read = _Read(bias, p.lora_b, step.gates, step.present, step.cos_sin)
+    read = _Read(bias, p.lora_b, step.gates, step.active, step.cos_sin)
     _launch(y, result, s, read, (p.shape.adapted, widths, act), blocks, kv_slots)
     return result
 
@@ -357,7 +357,7 @@ def expand_weighted_triton(
     s: torch.Tensor,
     bias: torch.Tensor | None,
     lora_b: torch.Tensor,
-    present: torch.Tensor,
+    active: torch.Tensor,
     parts: Sequence[int],
     widths: Sequence[int],
     activation: str,
@@ -367,7 +367,7 @@ def expand_weighted_triton(
     Args:
         y: [T, out], W x.
         s: [T, P, E R], weighted, see `route_layer`.
-        bias, lora_b, present, parts, widths: as in `expand_raw_triton`.
+        bias, lora_b, active, parts, widths: as in `expand_raw_triton`.
         activation: "", or "silu" or "gelu_tanh" of gate and up.
 
     Returns:
@@ -377,7 +377,7 @@ def expand_weighted_triton(
     result = s.new_empty(y.shape[0], result_width(widths, activation))
     blocks = choose_expand(y.shape[0], act != 0, s.element_size())
     every = expert_blocks(*lora_b.shape[1:], False)["ONE"]
-    read = _Read(bias, lora_b, None, present)
+    read = _Read(bias, lora_b, None, active)
     _launch(y, result, s, read, (parts, widths, act), blocks, skip=not every)
     return result
 

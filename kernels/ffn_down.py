@@ -75,12 +75,12 @@ def s_of_slots_triton(low, gates, scales, tokens, rank, always, shared, dtype) -
     return s
 
 
-def _run(y, low, gates, scales, present, lora_b, always, shared) -> None:
+def _run(y, low, gates, scales, active, lora_b, always, shared) -> None:
     rank, width = lora_b.shape[2], y.shape[1]
     s_of_slots = s_of_slots_triton if y.is_cuda else s_of_slots_torch
     s = s_of_slots(low, gates, scales, y.shape[0], rank, always, shared, y.dtype)
     if y.is_cuda:
-        expand_triton(y, s, lora_b, present, [0], [width])
+        expand_triton(y, s, lora_b, active, [0], [width])
     else:
         expand_torch(y, s, lora_b, [0], [width])
 
@@ -90,7 +90,7 @@ def _fake(*arguments) -> None:
 
 
 _op = register_op(
-    "ffn_down(Tensor(a!) y, Tensor low, Tensor gates, Tensor scales, Tensor present, "
+    "ffn_down(Tensor(a!) y, Tensor low, Tensor gates, Tensor scales, Tensor active, "
     "Tensor lora_b, int always, bool shared) -> ()",
     _run,
     _fake,
@@ -102,7 +102,7 @@ def ffn_down(
     low: torch.Tensor,
     gates: torch.Tensor,
     scales: torch.Tensor,
-    present: torch.Tensor,
+    active: torch.Tensor,
     lora_b: torch.Tensor,
     always: int,
     shared: bool,
@@ -115,9 +115,9 @@ def ffn_down(
             A is shared, 1 + always.
         gates: [N, 1, E] float32, N >= T.
         scales: [E'] float32.
-        present: [1] int64, see `route_layer`.
+        active: [1] int64, see `route_layer`.
         lora_b: [out, E', R], dtype of y.
         always: experts past E that are always on.
         shared: one A serves all other experts.
     """
-    _op(y, low, gates, scales, present, lora_b, always, shared)
+    _op(y, low, gates, scales, active, lora_b, always, shared)

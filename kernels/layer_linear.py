@@ -44,7 +44,7 @@ def layer_linear(x: torch.Tensor, p: LayerProjection, layer: LayerGates) -> torc
     s = route_layer(low[:, : p.columns], logits, p, layer, x.dtype)
     if x.is_cuda:
         return expand_weighted_triton(
-            y, s, bias, p.lora_b, layer.present, p.adapted, p.widths, p.epilogue
+            y, s, bias, p.lora_b, layer.active, p.adapted, p.widths, p.epilogue
         )
     expand_torch(y, s, p.lora_b, p.adapted, p.widths)
     return activate_torch(y, p.epilogue) if p.epilogue else y

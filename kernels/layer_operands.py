@@ -50,11 +50,11 @@ class LayerGates:
 
     Attributes:
         gates: [N, routers, E] float32, N >= T: plain gates.
-        present: [1] int64, a bit for each expert with a gate (all in longer steps).
+        active: [1] int64, a bit for each expert with a gate (all in longer steps).
     """
 
     gates: torch.Tensor
-    present: torch.Tensor
+    active: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)

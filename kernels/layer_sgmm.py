@@ -32,6 +32,6 @@ def layer_sgmm(
     if not p.linears:
         return
     if y.is_cuda:
-        expand_triton(y, s, p.lora_b, layer.present, p.adapted, p.widths)
+        expand_triton(y, s, p.lora_b, layer.active, p.adapted, p.widths)
     else:
         expand_torch(y, s, p.lora_b, p.adapted, p.widths)

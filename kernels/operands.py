@@ -67,13 +67,13 @@ class Step:
 
     Attributes:
         gates: [N, E] float32, LoRA's scale included; rows past T are not read.
-        present: [2 + E] int64, the experts that the step needs, see `spread_routes`.
+        active: [2 + E] int64, the experts that the step needs, see `spread_routes`.
         workspace: what launches share.
         cos_sin: [N, D], cosines of each token's position, then sines; None without "rotary".
     """
 
     gates: torch.Tensor
-    present: torch.Tensor
+    active: torch.Tensor
     workspace: Workspace
     cos_sin: torch.Tensor | None = None
 

@@ -14,22 +14,22 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.dispatch import MAX_PRESENT_TOKENS
+from vllm_adafuse.kernels.dispatch import MAX_ACTIVE_TOKENS
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.registry import register_op
-from vllm_adafuse.kernels.spread_routes import list_present
+from vllm_adafuse.kernels.spread_routes import list_active
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 # Rows of `directory`; from COLUMNS on the columns of a slot.
 OWNER, EXPERT, TOP_K, SCALE, COLUMNS = range(5)
-# Pages of which `present` has bits; with more of them it says that all are there.
-MAX_PRESENT_BITS = 64
+# Pages of which `active` has bits; with more of them it says that all are there.
+MAX_ACTIVE_BITS = 64
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _page_routes_kernel(
     token_ptr, slots_ptr, directory_ptr, table_ids_ptr, table_weights_ptr,
-    gates_ptr, present_ptr, semaphores_ptr, n_tokens, vocab_size, n_pages, n_semaphores,
+    gates_ptr, active_ptr, semaphores_ptr, n_tokens, vocab_size, n_pages, n_semaphores,
     BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, ONE: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -63,41 +63,41 @@ def _page_routes_kernel(
         if ONE:
             used = tl.max((gates != 0.0).to(tl.int32), 0)
             place = count + tl.cumsum(used, 0)
-            tl.store(present_ptr + 1 + place, pages.to(tl.int64), mask=used != 0)
+            tl.store(active_ptr + 1 + place, pages.to(tl.int64), mask=used != 0)
             count += tl.sum(used, 0)
             if BITS:
                 bits += tl.sum(used.to(tl.int64) << pages.to(tl.int64), 0)
     if pid == 0:
         if ONE:
-            tl.store(present_ptr + 1, count.to(tl.int64))
+            tl.store(active_ptr + 1, count.to(tl.int64))
         if ONE and BITS:
-            tl.store(present_ptr, bits)
+            tl.store(active_ptr, bits)
         else:
-            tl.store(present_ptr, -1)
+            tl.store(active_ptr, -1)
         at = tl.arange(0, 256)
         for start in range(0, n_semaphores, 256):
             tl.store(semaphores_ptr + start + at, at * 0, mask=start + at < n_semaphores)
 
 
 def page_routes_triton(
-    token_ids, slots, directory, table_ids, table_weights, gates, present, semaphores
+    token_ids, slots, directory, table_ids, table_weights, gates, active, semaphores
 ) -> None:
     """One launch; see `page_routes`."""
     tokens, pages = token_ids.shape[0], gates.shape[1]
-    one = tokens <= MAX_PRESENT_TOKENS
+    one = tokens <= MAX_ACTIVE_TOKENS
     block_p = min(32, max(2, power_of_2(pages)))
     block = max(16, power_of_2(tokens)) if one else 64
     launch(
         _page_routes_kernel, (cdiv(tokens, block),),
-        token_ids, slots, directory, table_ids, table_weights, gates, present, semaphores,
+        token_ids, slots, directory, table_ids, table_weights, gates, active, semaphores,
         tokens, table_ids.shape[1], pages, semaphores.numel(),
-        BLOCK_T=block, BLOCK_P=block_p, ONE=one, BITS=pages <= MAX_PRESENT_BITS,
+        BLOCK_T=block, BLOCK_P=block_p, ONE=one, BITS=pages <= MAX_ACTIVE_BITS,
         num_warps=8 if block >= 128 else 4,
     )  # fmt: skip
 
 
 def page_routes_torch(
-    token_ids, slots, directory, table_ids, table_weights, gates, present, semaphores
+    token_ids, slots, directory, table_ids, table_weights, gates, active, semaphores
 ) -> None:
     """The reference; see `page_routes`."""
     tokens, (_, vocab_size) = token_ids.shape[0], table_ids.shape
@@ -113,10 +113,10 @@ def page_routes_torch(
         match = table_ids[column, ids][:, None] == directory[EXPERT]
         match &= own & (j < top_k)[:, None]
         rows += torch.where(match, table_weights[column, ids][:, None], 0.0)
-    if tokens <= MAX_PRESENT_TOKENS:
-        list_present((rows != 0).any(0), present)
-    if tokens > MAX_PRESENT_TOKENS or gates.shape[1] > MAX_PRESENT_BITS:
-        present[0] = -1
+    if tokens <= MAX_ACTIVE_TOKENS:
+        list_active((rows != 0).any(0), active)
+    if tokens > MAX_ACTIVE_TOKENS or gates.shape[1] > MAX_ACTIVE_BITS:
+        active[0] = -1
     semaphores.zero_()
 
 
@@ -131,7 +131,7 @@ def _fake(*arguments) -> None:
 
 _op = register_op(
     "page_routes(Tensor token_ids, Tensor slots, Tensor directory, Tensor table_ids, "
-    "Tensor table_weights, Tensor(a!) gates, Tensor(b!) present, Tensor(c!) semaphores) -> ()",
+    "Tensor table_weights, Tensor(a!) gates, Tensor(b!) active, Tensor(c!) semaphores) -> ()",
     _run,
     _fake,
 )
@@ -144,10 +144,10 @@ def page_routes(
     table_ids: torch.Tensor,
     table_weights: torch.Tensor,
     gates: torch.Tensor,
-    present: torch.Tensor,
+    active: torch.Tensor,
     semaphores: torch.Tensor,
 ) -> None:
-    """Writes the gates of T tokens, the pages present among them, and zeroes the semaphores.
+    """Writes the gates of T tokens, the active pages among them, and zeroes the semaphores.
 
     Args:
         token_ids: [T] int32 or int64; ids outside the vocabulary are clamped into it. Contiguous
@@ -159,7 +159,7 @@ def page_routes(
         table_ids: [C, V] int32, passports: experts of every token id.
         table_weights: [C, V] float32, LoRA's scale included.
         gates: [N, P] float32, its first T rows written.
-        present: [2 + P] int64, as `spread_routes` writes it; bits of up to 64 pages.
+        active: [2 + P] int64, as `spread_routes` writes it; bits of up to 64 pages.
         semaphores: int32 of any shape, zeroed.
     """
-    _op(token_ids, slots, directory, table_ids, table_weights, gates, present, semaphores)
+    _op(token_ids, slots, directory, table_ids, table_weights, gates, active, semaphores)

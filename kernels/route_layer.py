@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.dispatch import MAX_LAYER_PRESENT_TOKENS, MAX_SMALL_ROUTE_TOKENS
+from vllm_adafuse.kernels.dispatch import MAX_LAYER_ACTIVE_TOKENS, MAX_SMALL_ROUTE_TOKENS
 from vllm_adafuse.kernels.launch import launch, overlap
 from vllm_adafuse.kernels.layer_operands import LayerGate, LayerGates, LayerProjection
 from vllm_adafuse.kernels.plans import on_hopper
@@ -67,7 +67,7 @@ def _sum_splits(logits: torch.Tensor, routers: int, experts: int) -> torch.Tenso
     return total
 
 
-def _all_present(gates: torch.Tensor, always: int) -> torch.Tensor | int:
+def _active_bits(gates: torch.Tensor, always: int) -> torch.Tensor | int:
     """The word of the experts with a gate in [T, …, E], those always on included."""
     experts = gates.shape[-1]
     if experts + always > _MAX_BITS:
@@ -85,7 +85,7 @@ def route_layer_torch(
     s: torch.Tensor,
 ) -> None:
     """The reference; see `route_layer`. s [T, P, E' R] is written."""
-    gate, scales, bias, gates, present = p.rule, p.scales, p.router_bias, layer.gates, layer.present
+    gate, scales, bias, gates, active = p.rule, p.scales, p.router_bias, layer.gates, layer.active
     tokens, experts, every = s.shape[0], gates.shape[-1], scales.shape[0]
     own = gates[:tokens]
     if logits is not None and experts:
@@ -94,10 +94,10 @@ def route_layer_torch(
             z = z + bias
         for router, count in enumerate(gate.experts):
             own[:, router] = gates_torch(z[:, router], gate, count) if count else 0.0
-    if tokens <= MAX_LAYER_PRESENT_TOKENS:
-        present.fill_(_all_present(own, gate.always))
+    if tokens <= MAX_LAYER_ACTIVE_TOKENS:
+        active.fill_(_active_bits(own, gate.always))
     else:
-        present.fill_(-1)
+        active.fill_(-1)
     parts = s.shape[1]
     if not parts:
         return
@@ -167,7 +167,7 @@ def router_gates(
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _route_layer_kernel(
-    low_ptr, logits_ptr, bias_ptr, scales_ptr, gates_ptr, present_ptr, s_ptr,
+    low_ptr, logits_ptr, bias_ptr, scales_ptr, gates_ptr, active_ptr, s_ptr,
     n_tokens, low_stride, logits_stride, count0, count1, count2, temperature,
     ROUTERS: tl.constexpr, SPLITS: tl.constexpr, SPLIT_FACTOR: tl.constexpr,
     EXPERTS: tl.constexpr, EVERY: tl.constexpr, PARTS: tl.constexpr, RANK: tl.constexpr,
@@ -200,9 +200,9 @@ def _route_layer_kernel(
         if ONE:
             ids = columns.to(tl.int64)
             used = tl.where(columns >= EXPERTS, (columns < EVERY).to(tl.int64), used)
-            tl.store(present_ptr, tl.sum(used << ids, 0))
+            tl.store(active_ptr, tl.sum(used << ids, 0))
         else:
-            tl.store(present_ptr, -1)
+            tl.store(active_ptr, -1)
     # Columns of s read gates of other lanes.
     tl.debug_barrier()
     SIZE: tl.constexpr = EVERY * RANK
@@ -246,11 +246,11 @@ def route_layer_triton(
     s: torch.Tensor,
 ) -> None:
     """One launch; see `route_layer`. s [T, P, E' R] is written."""
-    gate, scales, bias, gates, present = p.rule, p.scales, p.router_bias, layer.gates, layer.present
+    gate, scales, bias, gates, active = p.rule, p.scales, p.router_bias, layer.gates, layer.active
     tokens, parts, _ = s.shape
     (_, routers, experts), every = gates.shape, scales.shape[0]
     block_e = max(2, triton.next_power_of_2(every))
-    one = tokens <= MAX_LAYER_PRESENT_TOKENS and every <= _MAX_BITS
+    one = tokens <= MAX_LAYER_ACTIVE_TOKENS and every <= _MAX_BITS
     # Many small programs: the work is short, and what counts is when the last of them ends.
     several = 2 if tokens <= MAX_SMALL_ROUTE_TOKENS else 8
     block_t = triton.next_power_of_2(tokens) if one else max(1, min(several, 4096 // block_e))
@@ -260,7 +260,7 @@ def route_layer_triton(
     splits = logits.shape[1] // (routers * experts) if logits is not None and experts else 0
     launch(
         _route_layer_kernel, (triton.cdiv(tokens, block_t),),
-        low, logits, bias, scales, gates, present, s,
+        low, logits, bias, scales, gates, active, s,
         tokens, low.stride(0), logits.stride(0) if logits is not None else 0,
         *counts, gate.temperature,
         ROUTERS=routers if experts else 0, SPLITS=splits, SPLIT_FACTOR=SPLIT_FACTOR,

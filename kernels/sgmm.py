@@ -30,13 +30,13 @@ def sgmm(y: torch.Tensor, x: torch.Tensor, p: Projection, step: Step) -> None:
         y: [T, out], the projection's own output, changed; rows contiguous.
         x: [T, in], its input, dtype of y; rows contiguous.
         p: the projection.
-        step: the step's buffers; of `present` the bits are read.
+        step: the step's buffers; of `active` the bits are read.
     """
     if not x.is_cuda:
         return sgmm_torch(y, x, p, step)
     if p.plans[x.shape[0]].kernel == SHRINK:
-        s = shrink_triton(x, p.lora_a, step.gates, step.present, step.workspace)
+        s = shrink_triton(x, p.lora_a, step.gates, step.active, step.workspace)
     else:
         s = shrink_torch(x, p.lora_a, step.gates)
-    expand_triton(y, s, p.lora_b, step.present, p.shape.adapted, p.shape.widths)
+    expand_triton(y, s, p.lora_b, step.active, p.shape.adapted, p.shape.widths)
     return None

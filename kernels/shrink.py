@@ -168,21 +168,21 @@ def _shrink_slice(
 
 @triton.jit
 def shrink_program(
-    pid, x_ptr, a_ptr, gates_ptr, present_ptr, s_ptr, partial_ptr, ticket_ptr,
+    pid, x_ptr, a_ptr, gates_ptr, active_ptr, s_ptr, partial_ptr, ticket_ptr,
     counter_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_parts, n_slots, slices,
     LISTED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_IN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The programs of a shrink: a slot for each part, expert and block of ranks, or for those of
-    the list of experts that are present, in turns if there are fewer slots."""
+    the list of active experts, in turns if there are fewer slots."""
     slot, split = pid // slices, pid % slices
     blocks = tl.cdiv(rank, BLOCK_R)
     if LISTED:
         of_expert = n_parts * blocks
         part, block = slot % of_expert // blocks, slot % blocks
-        count = tl.load(present_ptr + 1).to(tl.int32)
+        count = tl.load(active_ptr + 1).to(tl.int32)
         for i in range(slot // of_expert, count, n_slots // of_expert):
-            expert = tl.load(present_ptr + 2 + i).to(tl.int32)
+            expert = tl.load(active_ptr + 2 + i).to(tl.int32)
             _shrink_slice(
                 i * of_expert + slot % of_expert, part, expert, block, split, True,
                 x_ptr, a_ptr, gates_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
@@ -191,7 +191,7 @@ def shrink_program(
             )  # fmt: skip
     else:
         part, expert = slot // (n_experts * blocks), (slot // blocks) % n_experts
-        used = (tl.load(present_ptr) >> expert) & 1 != 0
+        used = (tl.load(active_ptr) >> expert) & 1 != 0
         # Of an expert that no token chose one program remains: it writes the zeros.
         if used | (split == 0):
             _shrink_slice(
@@ -204,7 +204,7 @@ def shrink_program(
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _shrink_kernel(
-    x_ptr, a_ptr, gates_ptr, present_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
+    x_ptr, a_ptr, gates_ptr, active_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
     n_tokens, x_stride, size_in, n_experts, rank, n_parts, slices,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_IN: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
@@ -212,7 +212,7 @@ def _shrink_kernel(
     if PDL:  # launched before the kernel in front of it has ended
         tl.extra.cuda.gdc_wait()
     shrink_program(
-        tl.program_id(0), x_ptr, a_ptr, gates_ptr, present_ptr, s_ptr, partial_ptr, ticket_ptr,
+        tl.program_id(0), x_ptr, a_ptr, gates_ptr, active_ptr, s_ptr, partial_ptr, ticket_ptr,
         counter_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_parts, 0, slices, False,
         BLOCK_T, BLOCK_R, BLOCK_IN, STAGES,
     )  # fmt: skip
@@ -258,7 +258,7 @@ def shrink_triton(
     x: torch.Tensor,
     lora_a: torch.Tensor,
     gates: torch.Tensor,
-    present: torch.Tensor,
+    active: torch.Tensor,
     workspace: Workspace,
 ) -> torch.Tensor:
     """Projects up to 64 tokens into the rank space of their experts, in one launch.
@@ -267,7 +267,7 @@ def shrink_triton(
         x: [T, in], the projection's input; rows contiguous.
         lora_a: [P, E, R, in] contiguous, dtype of x.
         gates: [N, E] float32, N >= T; rows past T are not read.
-        present: [1] int64, a bit for each expert with a gate in the first T rows.
+        active: [1] int64, a bit for each expert with a gate in the first T rows.
         workspace: of the device.
 
     Returns:
@@ -281,7 +281,7 @@ def shrink_triton(
     block_in = fit_cols(BLOCK_IN, grid.block_r, block_t, x.element_size())
     launch(
         _shrink_kernel, (grid.programs,),
-        x, lora_a, gates, present, s, workspace.partial, workspace.tickets, workspace.unread,
+        x, lora_a, gates, active, s, workspace.partial, workspace.tickets, workspace.unread,
         tokens, x.stride(0), size_in, experts, rank, parts, grid.slices,
         BLOCK_T=block_t, BLOCK_R=grid.block_r, BLOCK_IN=block_in,
         STAGES=SHRINK_STAGES, num_warps=4, num_stages=SHRINK_STAGES, **overlap(on_hopper(x)),

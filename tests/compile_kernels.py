@@ -35,7 +35,7 @@ POINTERS = {
     **dict.fromkeys("residual_ptr weight_ptr z_ptr cos_sin_ptr".split(), "*bf16"),
     **dict.fromkeys("gates_ptr partial_ptr weights_ptr".split(), "*fp32"),
     **dict.fromkeys("ticket_ptr counter_ptr semaphores_ptr ids_ptr places_ptr".split(), "*i32"),
-    **dict.fromkeys("present_ptr table_ptr row_ptr merged_ptr slots_ptr".split(), "*i64"),
+    **dict.fromkeys("active_ptr table_ptr row_ptr merged_ptr slots_ptr".split(), "*i64"),
     **dict.fromkeys(("keys_ptr", "values_ptr"), "*bf16"),
 }
 ALIGNED = ("residual_stride", "x_stride", "y_stride", "out_stride", "s_stride", "size_in", "rank")

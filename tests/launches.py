@@ -179,7 +179,7 @@ def one_decision(experts=8, rank=16, bias=False, dtype=torch.bfloat16, parts=(0,
     launches of a step with one decision for all layers; parts: of q, k, v."""
     top_k, i32, f32 = 2, torch.int32, torch.float32
     ids, weights = empty(MOST, top_k, dtype=i32), empty(MOST, top_k, dtype=f32)
-    gates, present = empty(MOST, experts, dtype=f32), empty(2 + experts, dtype=torch.int64)
+    gates, active = empty(MOST, experts, dtype=f32), empty(2 + experts, dtype=torch.int64)
     table, semaphores = empty(32000, top_k, dtype=i32), empty(9, 4, dtype=i32)
     table_weights = empty(32000, top_k, dtype=f32)
     workspace = Workspace.make(1 << 30, 1 << 30, 1 << 20, CPU)
@@ -205,8 +205,8 @@ def one_decision(experts=8, rank=16, bias=False, dtype=torch.bfloat16, parts=(0,
 
     def run(tokens: int, alone: bool = False) -> None:
         gather_routes(empty(tokens, dtype=i32), table, table_weights, ids, weights)
-        spread_routes(ids, weights, gates, present, semaphores, tokens)
-        step, turns = Step(gates, present, workspace), new(MOST, 128)
+        spread_routes(ids, weights, gates, active, semaphores, tokens)
+        step, turns = Step(gates, active, workspace), new(MOST, 128)
         for widths, act, of in (
             ([4096, 1024, 1024], "rotary", list(parts)),
             ([11008] * 2, "silu", [0, 1]),
@@ -229,9 +229,9 @@ def one_decision(experts=8, rank=16, bias=False, dtype=torch.bfloat16, parts=(0,
 def layer_wise(experts=8, rank=16):
     """tokens -> the launches of projections that are routed in their layers."""
     f32 = torch.float32
-    scales, present = empty(experts, dtype=f32), empty(1, dtype=torch.int64)
+    scales, active = empty(experts, dtype=f32), empty(1, dtype=torch.int64)
     widths, parts, columns = (4096, 1024, 1024), (0, 1, 2), 3 * experts * rank
-    own, block = (LayerGates(empty(MOST, n, experts, dtype=f32), present) for n in (3, 1))
+    own, block = (LayerGates(empty(MOST, n, experts, dtype=f32), active) for n in (3, 1))
     rule, of_block = LayerGate(2, (experts,) * 3), LayerGate(2, (experts,), plain=True)
 
     def run(tokens: int, alone: bool = False) -> None:
@@ -253,7 +253,7 @@ def layer_wise(experts=8, rank=16):
         ffn_mix(both, block.gates, up, [0, 1], 11008, 2, "silu")
         low = empty(3 * tokens, experts * rank, dtype=f32)
         ffn_down(
-            empty(tokens, 4096), low, block.gates, scales, present, empty(4096, experts, rank), 0,
+            empty(tokens, 4096), low, block.gates, scales, active, empty(4096, experts, rank), 0,
             False,
         )  # fmt: skip
 

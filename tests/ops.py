@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from vllm_adafuse.kernels.linear_norm import workspace_sizes
 from vllm_adafuse.kernels.operands import Projection, Step, stays_in_place
 from vllm_adafuse.kernels.plans import Shape
-from vllm_adafuse.kernels.spread_routes import list_present, new_present
+from vllm_adafuse.kernels.spread_routes import list_active, new_active
 from vllm_adafuse.kernels.workspace import Workspace
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,7 +26,7 @@ class Problem:
     lora_a: torch.Tensor
     lora_b: torch.Tensor
     gates: torch.Tensor
-    present: torch.Tensor
+    active: torch.Tensor
     workspace: Workspace
     parts: list[int]
     widths: list[int]
@@ -49,7 +49,7 @@ class Problem:
         )  # fmt: skip
 
     def step(self, cos_sin=None) -> Step:
-        return Step(self.gates, self.present, self.workspace, cos_sin)
+        return Step(self.gates, self.active, self.workspace, cos_sin)
 
     @property
     def s_shape(self) -> tuple[int, int, int]:
@@ -92,11 +92,11 @@ def bits(used: torch.Tensor) -> torch.Tensor:
     return (used.long() << torch.arange(len(used), device=used.device)).sum(0, keepdim=True)
 
 
-def present_of(used: torch.Tensor) -> torch.Tensor:
+def active_of(used: torch.Tensor) -> torch.Tensor:
     """[2 + E] int64, as `spread_routes` writes it for experts [E] that are used."""
-    present = new_present(len(used), used.device)
-    list_present(used, present)
-    return present
+    active = new_active(len(used), used.device)
+    list_active(used, active)
+    return active
 
 
 def make_problem(
@@ -128,7 +128,7 @@ def make_problem(
         lora_a=lora_a,
         lora_b=normal(adapted, experts, rank, scale=rank**-0.5),
         gates=torch.cat([gates, garbage]),
-        present=present_of((gates != 0).any(0)),
+        active=active_of((gates != 0).any(0)),
         workspace=workspace,
         parts=parts,
         widths=list(widths),

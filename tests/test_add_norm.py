@@ -106,7 +106,7 @@ def test_a_token_does_not_see_its_company(sums_of_sixteen):
     other.lora_b = p.lora_b
     for mine, theirs in ((both, both2), (residual, residual2), (p.gates, other.gates)):
         theirs[5] = mine[5]
-    other.present.fill_(-1)
+    other.active.fill_(-1)
     one = run(p, both, residual, weight)
     two = run(other, both2, residual2, weight)
     for a, b in zip(one, two):

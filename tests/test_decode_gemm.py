@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops import DEVICE, SHAPES, error, linear_truth, make_problem, present_of
+from ops import DEVICE, SHAPES, error, linear_truth, make_problem, active_of
 from vllm_adafuse.kernels.configs import GemmConfig
 from vllm_adafuse.kernels.decode_gemm import decode_gemm_triton
 from vllm_adafuse.kernels.dispatch import default_config
@@ -24,12 +24,12 @@ def test_equals_float64(name, tiles):
 
 @pytest.mark.parametrize("tokens,experts,top_k", [(1, 64, 2), (3, 40, 12), (20, 64, 5)])
 @pytest.mark.parametrize("rank", [4, 40])
-def test_those_present_of_many_experts(tokens, experts, top_k, rank):
+def test_active_ones_of_many_experts(tokens, experts, top_k, rank):
     """Fewer programs shrink than there are experts, and take them in turns; some take none."""
     p = make_problem(tokens, 96, [40, 50], experts, top_k, rank)
     truth, absent = linear_truth(p), p.gates[:tokens].sum(0) == 0
     p.lora_a[:, absent], p.lora_b[:, absent] = float("nan"), float("nan")
-    p.present[2 + p.present[1] :] = 1 << 40
+    p.active[2 + p.active[1] :] = 1 << 40
     for cut in (None, GemmConfig(16, 32, 2, slices=3)):
         assert error(run(p, tiles=cut), truth) <= 1e-5
 
@@ -80,10 +80,10 @@ def test_a_token_does_not_see_its_company(size_in, experts, rank, sums_of_sixtee
     for name in ("weight", "lora_a", "lora_b"):
         setattr(other, name, getattr(p, name))
     p.gates[:16] = p.gates[5]  # alone with each other in a list, and far apart among all
-    p.present = present_of(p.gates[5] != 0)
+    p.active = active_of(p.gates[5] != 0)
     for name in ("x", "gates"):
         getattr(other, name)[5] = getattr(p, name)[5]
-    other.present = present_of(torch.ones(experts, dtype=torch.bool, device=DEVICE))
+    other.active = active_of(torch.ones(experts, dtype=torch.bool, device=DEVICE))
     one, two = run(p), run(other)
     assert torch.equal(one[5], two[5]) and not torch.equal(one[4], two[4])
 
@@ -93,7 +93,7 @@ def test_rows_without_gates_are_the_bare_projection(sums_of_sixteen):
     p.gates[2] = 0
     bare = make_problem(4, 64, [64], 4, 2, 4)
     bare.gates[:4] = 0
-    bare.present.zero_()
+    bare.active.zero_()
     one, two = run(p), run(bare)
     assert torch.equal(one[2], two[2]) and not torch.equal(one[1], two[1])
 

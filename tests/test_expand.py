@@ -28,7 +28,7 @@ def by_torch(y, s, p):
 
 
 def by_triton(y, s, p):
-    expand_triton(y, s, p.lora_b, p.present, p.parts, p.widths)
+    expand_triton(y, s, p.lora_b, p.active, p.parts, p.widths)
 
 
 @pytest.mark.parametrize("run", [by_torch, by_triton])

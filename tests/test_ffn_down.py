@@ -29,12 +29,12 @@ def make(name, seed=0):
     scales = torch.rand(every, generator=g) + 0.5
     lora_b = torch.randn(out, every, rank, generator=g) * rank**-0.5
     y = torch.randn(tokens, out, generator=g)
-    present = torch.full((1,), -1)
-    tensors = (t.to(DEVICE) for t in (y, low, gates, scales, present, lora_b))
+    active = torch.full((1,), -1)
+    tensors = (t.to(DEVICE) for t in (y, low, gates, scales, active, lora_b))
     return *tensors, always, shared
 
 
-def truth(y, low, gates, scales, present, lora_b, always, shared):
+def truth(y, low, gates, scales, active, lora_b, always, shared):
     tokens, (_, every, rank) = len(y), lora_b.shape
     low = low.double().view(-1, tokens, low.shape[1] // rank, rank)
     delta, b = torch.zeros_like(y, dtype=torch.float64), lora_b.double()
@@ -48,11 +48,11 @@ def truth(y, low, gates, scales, present, lora_b, always, shared):
     return delta
 
 
-def by_triton(y, low, gates, scales, present, lora_b, always, shared):
+def by_triton(y, low, gates, scales, active, lora_b, always, shared):
     s = s_of_slots_triton(
         low, gates, scales, len(y), lora_b.shape[2], always, shared, torch.float32
     )
-    expand_triton(y, s, lora_b, present, [0], [y.shape[1]])
+    expand_triton(y, s, lora_b, active, [0], [y.shape[1]])
 
 
 BOTH = pytest.mark.parametrize("run", [ffn_down, by_triton])

@@ -60,7 +60,7 @@ def distances(outputs, base, adapter) -> tuple[float, float]:
     "architecture, mixture",
     [
         ("LlamaForCausalLM", {}),
-        ("LlamaForCausalLM", {"num_experts": 40}),  # a step goes through the list of those present
+        ("LlamaForCausalLM", {"num_experts": 40}),  # a step goes through the list of active experts
         ("Gemma2ForCausalLM", {}),
         ("Phi3ForCausalLM", {}),
     ],

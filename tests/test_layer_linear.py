@@ -22,7 +22,7 @@ def problem(name, bias, activation=""):
     unread = torch.full((3, size_in), 1e9, device=DEVICE)
     rows = torch.cat([weight, lora_a.view(-1, size_in), routers.view(-1, size_in), unread])
     gates = torch.full((len(x) + 1, max(1, len(gate.experts)), lora_a.shape[1] - gate.always), -1.0)
-    present = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    active = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     y = x.double().cpu() @ weight.double().cpu().T + truth(
         x, lora_a, routers, lora_b, scales, gate, parts, widths
     )
@@ -31,7 +31,7 @@ def problem(name, bias, activation=""):
         gate, tuple(widths), tuple(parts), scales, lora_b, None, routers[..., 0].numel(), rows, bias,
         activation,
     )  # fmt: skip
-    return x, p, LayerGates(gates.to(DEVICE), present), y
+    return x, p, LayerGates(gates.to(DEVICE), active), y
 
 
 def by_triton(x, p, layer):
@@ -41,7 +41,7 @@ def by_triton(x, p, layer):
     s = x.new_empty(len(x), p.linears, p.lora_b[0].numel())
     route_layer_triton(low, z if p.logits else None, p, layer, s)
     return expand_weighted_triton(
-        y, s, p.bias, p.lora_b, layer.present, p.adapted, p.widths, p.epilogue
+        y, s, p.bias, p.lora_b, layer.active, p.adapted, p.widths, p.epilogue
     )
 
 
@@ -94,11 +94,11 @@ def test_every_path_decides_as_float64_in_bfloat16(tokens):
     joint = torch.cat([weight, a.flatten(0, 2), routers.flatten(0, 1)])
     scales = torch.tensor([2.0] * experts + [1.0] * always, device=DEVICE)
     gates = torch.zeros(tokens, 3, experts, device=DEVICE)
-    present = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    active = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     gate = LayerGate(1, (experts,) * 3, always, absolute=True, shared=True)
     p = LayerProjection(gate, tuple(widths), (0, 1, 2), scales, b, None, 3 * experts, joint)
     assert p.columns == 3 * (1 + always) * rank
-    y = layer_linear(x, p, LayerGates(gates, present))
+    y = layer_linear(x, p, LayerGates(gates, active))
     x, weight, a, routers, b = (t.double() for t in (x, weight, a, routers, b))
     z = torch.einsum("ti,pei->tpe", x, routers).abs()
     (best, second), chosen = z.topk(2).values.unbind(-1), z.argmax(-1)

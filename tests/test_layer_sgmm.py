@@ -80,13 +80,13 @@ def run(y, x, lora_a, routers, lora_b, scales, gate, parts, widths, triton=False
     columns = lora_a[..., 0].numel()
     logits = low[:, columns:] if gate.experts else None
     gates = torch.full((len(x) + 1, max(1, len(gate.experts)), experts), -1.0, device=DEVICE)
-    present = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    low, layer = low[:, :columns], LayerGates(gates, present)
+    active = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    low, layer = low[:, :columns], LayerGates(gates, active)
     p = LayerProjection(gate, tuple(widths), tuple(parts), scales, lora_b)
     if triton:
         s = y.new_empty(len(x), lora_a.shape[0], lora_a.shape[1] * lora_a.shape[2])
         route_layer_triton(low, logits, p, layer, s)
-        expand_triton(y, s, lora_b, present, parts, widths)
+        expand_triton(y, s, lora_b, active, parts, widths)
     else:
         layer_sgmm(y, low, logits, p, layer)
 

@@ -83,8 +83,8 @@ def test_a_captured_graph_replays_with_other_routes():
     with torch.cuda.graph(graph):
         of.semaphore.zero_()
         out = linear(p.x, of, step)
-    for gates, present in ((other.gates, other.present), (p.gates.clone(), p.present.clone())):
-        p.gates.copy_(gates), p.present.copy_(present)
+    for gates, active in ((other.gates, other.active), (p.gates.clone(), p.active.clone())):
+        p.gates.copy_(gates), p.active.copy_(active)
         graph.replay()
         assert error(out, linear_truth(p)) <= 1e-5
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from vllm_adafuse.kernels.page_routes import page_routes, page_routes_torch, page_routes_triton
-from vllm_adafuse.kernels.spread_routes import new_present
+from vllm_adafuse.kernels.spread_routes import new_active
 
 VOCAB, COLUMNS = 50, 8
 
@@ -54,29 +54,29 @@ def expected(ids, slots, directory, table, weights):
 
 
 def outputs(rows: int, pages: int):
-    return torch.full((rows, pages), 7.0), new_present(pages), torch.ones(300, 4, dtype=torch.int32)
+    return torch.full((rows, pages), 7.0), new_active(pages), torch.ones(300, 4, dtype=torch.int32)
 
 
 @pytest.mark.parametrize("run", [page_routes_torch, page_routes_triton], ids=["torch", "triton"])
 @pytest.mark.parametrize("tokens, pages", [(1, 2), (7, 33), (40, 16), (60, 100), (300, 40)])
 def test_gates_of_each_token_are_its_adapters(run, tokens, pages):
     arguments = problem(tokens, pages)
-    gates, present, semaphores = outputs(tokens + 3, pages)
-    run(*arguments, gates, present, semaphores)
+    gates, active, semaphores = outputs(tokens + 3, pages)
+    run(*arguments, gates, active, semaphores)
     reference = expected(*arguments)
     torch.testing.assert_close(gates[:tokens], reference)
     assert (gates[tokens:] == 7).all() and (semaphores == 0).all()
     used = (reference != 0).any(0).nonzero()[:, 0].tolist()
     if tokens > 256:
-        assert present[0] == -1
+        assert active[0] == -1
         return
-    assert present[0] == (sum(1 << p for p in used) if pages <= 64 else -1)
-    assert present[1] == len(used) and present[2 : 2 + len(used)].tolist() == used
+    assert active[0] == (sum(1 << p for p in used) if pages <= 64 else -1)
+    assert active[1] == len(used) and active[2 : 2 + len(used)].tolist() == used
 
 
 def test_the_op_is_what_torch_compile_expects():
     arguments = (*problem(9, 12), *outputs(12, 12))
     torch.library.opcheck(torch.ops.vllm_adafuse.page_routes.default, arguments)
-    gates, present, semaphores = outputs(12, 12)
-    page_routes(*arguments[:5], gates, present, semaphores)
+    gates, active, semaphores = outputs(12, 12)
+    page_routes(*arguments[:5], gates, active, semaphores)
     torch.testing.assert_close(gates[:9], expected(*arguments[:5]))

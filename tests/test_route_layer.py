@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from ops import DEVICE, error
-from vllm_adafuse.kernels.dispatch import MAX_LAYER_PRESENT_TOKENS
+from vllm_adafuse.kernels.dispatch import MAX_LAYER_ACTIVE_TOKENS
 from vllm_adafuse.kernels.layer_operands import LayerGate, LayerGates, LayerProjection
 from vllm_adafuse.kernels.route_layer import (
     route_layer,
@@ -50,8 +50,8 @@ def make(name, seed=0):
     bias = normal(routers, experts)
     scales = normal(experts + always).abs() + 0.1
     gates = torch.full((tokens + 2, routers, experts), float("nan"), device=DEVICE)
-    present = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    return low, logits, bias, scales, gates, present, gate, parts, rank
+    active = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    return low, logits, bias, scales, gates, active, gate, parts, rank
 
 
 def truth(low, logits, bias, scales, gate, parts, rank):
@@ -90,18 +90,18 @@ def projection(scales, bias, gate, parts, rank) -> LayerProjection:
     return LayerProjection(gate, (1,) * parts, tuple(range(parts)), scales, lora_b, bias)
 
 
-def run_by(function, low, logits, bias, scales, gates, present, gate, parts, rank, dtype):
+def run_by(function, low, logits, bias, scales, gates, active, gate, parts, rank, dtype):
     s = low.new_empty(low.shape[0], parts, len(scales) * rank, dtype=dtype)
     p = projection(scales, bias, gate, parts, rank)
-    function(low, logits, p, LayerGates(gates, present), s)
+    function(low, logits, p, LayerGates(gates, active), s)
     return s
 
 
 @pytest.mark.parametrize("function", [route_layer_torch, route_layer_triton])
 @pytest.mark.parametrize("name", CASES)
 def test_equals_float64(name, function):
-    low, logits, bias, scales, gates, present, gate, parts, rank = make(name)
-    args = (low, logits, bias, scales, gates, present, gate, parts, rank)
+    low, logits, bias, scales, gates, active, gate, parts, rank = make(name)
+    args = (low, logits, bias, scales, gates, active, gate, parts, rank)
     s = run_by(function, *args, torch.float32).cpu()
     true_gates, true_s = truth(low.cpu(), logits.cpu(), bias.cpu(), scales.cpu(), gate, parts, rank)
     tokens = low.shape[0]
@@ -114,37 +114,37 @@ def test_equals_float64(name, function):
         assert error(s, true_s) <= 1e-6
         assert torch.equal(s != 0, true_s != 0)
     experts = gates.shape[2]
-    if tokens <= MAX_LAYER_PRESENT_TOKENS and len(scales) <= 63:
+    if tokens <= MAX_LAYER_ACTIVE_TOKENS and len(scales) <= 63:
         bits = sum(1 << e for e in range(experts) if true_gates[..., e].any())
         bits += sum(1 << (experts + i) for i in range(gate.always))
-        assert present.item() == bits
+        assert active.item() == bits
     else:
-        assert present.item() == -1
+        assert active.item() == -1
 
 
 @pytest.mark.parametrize("function", [route_layer_torch, route_layer_triton])
 @pytest.mark.parametrize("name", ["of-a-block", "always", "plain", "many-experts"])
 def test_gates_of_another_projection_are_read(name, function):
-    low, logits, bias, scales, gates, present, gate, parts, rank = make(name)
+    low, logits, bias, scales, gates, active, gate, parts, rank = make(name)
     first = run_by(
-        function, low, logits, bias, scales, gates, present, gate, parts, rank, torch.float32
+        function, low, logits, bias, scales, gates, active, gate, parts, rank, torch.float32
     )
     follower = LayerGate(gate.top_k, always=gate.always, plain=gate.plain, shared=gate.shared)
-    kept, present_before = gates.clone(), present.clone()
-    present.zero_()
-    args = (low, None, None, scales, gates, present, follower, parts, rank)
+    kept, active_before = gates.clone(), active.clone()
+    active.zero_()
+    args = (low, None, None, scales, gates, active, follower, parts, rank)
     assert torch.equal(run_by(function, *args, torch.float32), first)
     assert torch.equal(gates[: low.shape[0]], kept[: low.shape[0]])
-    assert torch.equal(present, present_before)
+    assert torch.equal(active, active_before)
 
 
 @pytest.mark.parametrize("function", [route_layer_torch, route_layer_triton])
 def test_ties_go_to_the_lower_expert(function):
-    low, logits, bias, scales, gates, present, gate, parts, rank = make("many-experts")
+    low, logits, bias, scales, gates, active, gate, parts, rank = make("many-experts")
     bias.zero_()
     logits.zero_()
     logits[:, [60, 7, 33]] = 1.5
-    run_by(function, low, logits, bias, scales, gates, present, gate, parts, rank, torch.float32)
+    run_by(function, low, logits, bias, scales, gates, active, gate, parts, rank, torch.float32)
     expected = sorted([7, 33, 60, 0, 1, 2, 3])
     for row in gates[: low.shape[0], 0]:
         assert row.nonzero()[:, 0].tolist() == expected
@@ -153,13 +153,13 @@ def test_ties_go_to_the_lower_expert(function):
 @pytest.mark.parametrize("function", [route_layer_torch, route_layer_triton])
 def test_what_was_not_chosen_may_be_anything(function):
     """Inf times a gate of zero would be NaN."""
-    low, logits, bias, scales, gates, present, gate, parts, rank = make("one-token")
+    low, logits, bias, scales, gates, active, gate, parts, rank = make("one-token")
     clean = run_by(
-        function, low, logits, bias, scales, gates, present, gate, parts, rank, torch.float32
+        function, low, logits, bias, scales, gates, active, gate, parts, rank, torch.float32
     )
     low[clean.flatten(1) == 0] = float("inf")
     again = run_by(
-        function, low, logits, bias, scales, gates, present, gate, parts, rank, torch.float32
+        function, low, logits, bias, scales, gates, active, gate, parts, rank, torch.float32
     )
     assert error(again, clean.double()) <= 1e-6 and torch.equal(again == 0, clean == 0)
 
@@ -188,9 +188,9 @@ def test_logits_of_a_split_router(function):
     logits = (x.double() @ parts.double().flatten(0, 1).T).float().to(DEVICE)
     gate = LayerGate(2, (4, 4))
     gates = torch.zeros(12, 2, 4, device=DEVICE)
-    present = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    active = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     low, scales = logits[:, :0], torch.ones(4, device=DEVICE)
-    run_by(function, low, logits, None, scales, gates, present, gate, 0, 1, torch.bfloat16)
+    run_by(function, low, logits, None, scales, gates, active, gate, 0, 1, torch.bfloat16)
     exact = (x.double() @ weight.double().T).view(12, 2, 4)
     for t in range(12):
         for router in range(2):
@@ -203,8 +203,8 @@ def test_logits_of_a_split_router(function):
     "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 )
 def test_half_precision_rounds_once(dtype, function):
-    low, logits, bias, scales, gates, present, gate, parts, rank = make("of-a-block")
-    args = (low, logits, bias, scales, gates, present, gate, parts, rank)
+    low, logits, bias, scales, gates, active, gate, parts, rank = make("of-a-block")
+    args = (low, logits, bias, scales, gates, active, gate, parts, rank)
     exact = run_by(route_layer_torch, *args, torch.float32).double()
     assert error(run_by(function, *args, dtype), exact) <= 1.01 * error(exact.to(dtype), exact)
 
@@ -217,8 +217,8 @@ def test_bad_numbers_are_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_by_the_kernel_of_the_device(dtype):
-    low, logits, bias, scales, gates, present, gate, parts, rank = make("odd")
+    low, logits, bias, scales, gates, active, gate, parts, rank = make("odd")
     p = projection(scales, bias, gate, parts, rank)
-    s = route_layer(low, logits, p, LayerGates(gates, present), dtype)
+    s = route_layer(low, logits, p, LayerGates(gates, active), dtype)
     expected = truth(low.cpu(), logits.cpu(), bias.cpu(), scales.cpu(), gate, parts, rank)[1]
     assert s.dtype == dtype and error(s.cpu(), expected) <= (1e-6 if dtype.itemsize > 2 else 1e-3)

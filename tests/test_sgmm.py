@@ -13,8 +13,8 @@ def by_torch(y, p):
 
 
 def by_triton(y, p):
-    s = shrink_triton(p.x, p.lora_a, p.gates, p.present, p.workspace)
-    expand_triton(y, s, p.lora_b, p.present, p.parts, p.widths)
+    s = shrink_triton(p.x, p.lora_a, p.gates, p.active, p.workspace)
+    expand_triton(y, s, p.lora_b, p.active, p.parts, p.widths)
 
 
 def outputs(p):

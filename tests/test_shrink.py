@@ -11,7 +11,7 @@ def by_torch(p):
 
 
 def by_triton(p):
-    return shrink_triton(p.x, p.lora_a, p.gates, p.present, p.workspace)
+    return shrink_triton(p.x, p.lora_a, p.gates, p.active, p.workspace)
 
 
 @pytest.mark.parametrize("run", [by_torch, by_triton])

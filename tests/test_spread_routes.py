@@ -1,9 +1,9 @@
-"""Routes to gates: the same weights at their experts' places, who is present, semaphores zero."""
+"""Routes to gates: the same weights at their experts' places, who is active, semaphores zero."""
 
 import pytest
 import torch
 from ops import DEVICE, bits
-from vllm_adafuse.kernels.dispatch import MAX_PRESENT_TOKENS
+from vllm_adafuse.kernels.dispatch import MAX_ACTIVE_TOKENS
 from vllm_adafuse.kernels.spread_routes import (
     spread_routes,
     spread_routes_torch,
@@ -22,26 +22,26 @@ def routes(tokens, experts, top_k):
 
 @pytest.mark.parametrize("run", [spread_routes, spread_routes_torch, spread_routes_triton])
 @pytest.mark.parametrize("experts,top_k", [(1, 1), (5, 2), (8, 8), (64, 3)])
-@pytest.mark.parametrize("tokens", [1, 37, MAX_PRESENT_TOKENS, MAX_PRESENT_TOKENS + 1])
-def test_gates_present_and_counters(run, tokens, experts, top_k):
+@pytest.mark.parametrize("tokens", [1, 37, MAX_ACTIVE_TOKENS, MAX_ACTIVE_TOKENS + 1])
+def test_gates_active_experts_and_semaphores(run, tokens, experts, top_k):
     if experts == 1:
         ids, weights = torch.zeros(tokens + 2, 1, dtype=torch.int32, device=DEVICE), None
         weights = torch.rand(tokens + 2, 1, device=DEVICE)
     else:
         ids, weights = routes(tokens, experts, top_k)
     gates = torch.full((tokens + 2, experts), 7.0, device=DEVICE)
-    present = torch.full((2 + experts,), 7, dtype=torch.int64, device=DEVICE)
+    active = torch.full((2 + experts,), 7, dtype=torch.int64, device=DEVICE)
     semaphores = torch.full((300, 4), 7, dtype=torch.int32, device=DEVICE)
-    run(ids, weights, gates, present, semaphores, tokens)
+    run(ids, weights, gates, active, semaphores, tokens)
     for t in range(tokens):
         for e in range(experts):
             chosen = (ids[t] == e).nonzero()
             assert gates[t, e] == (weights[t, chosen[0, 0]] if len(chosen) else 0)
     assert (gates[tokens:] == 7).all() and not semaphores.any()
     used = torch.tensor([e in ids[:tokens] for e in range(experts)], device=DEVICE)
-    if tokens > MAX_PRESENT_TOKENS:
-        assert present[0] == -1
+    if tokens > MAX_ACTIVE_TOKENS:
+        assert active[0] == -1
     else:
         chosen = used.nonzero()[:, 0].tolist()
         wanted = [bits(used).item(), len(chosen), *chosen]
-        assert present[: len(wanted)].tolist() == wanted
+        assert active[: len(wanted)].tolist() == wanted

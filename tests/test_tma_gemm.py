@@ -133,7 +133,7 @@ def test_a_token_does_not_see_its_company(sums_of_sixteen):
         setattr(other, name, getattr(p, name))
     for name in ("x", "gates"):
         getattr(other, name)[5] = getattr(p, name)[5]
-    other.present.fill_(-1)
+    other.active.fill_(-1)
     one, two = run(p), run(other)
     assert torch.equal(one[5], two[5]) and not torch.equal(one[4], two[4])
 
@@ -150,6 +150,6 @@ def test_rows_without_gates_are_the_bare_projection(sums_of_sixteen):
     p.gates[2] = 0
     bare = make_problem(4, 64, [64], 4, 2, 4)
     bare.gates[:4] = 0
-    bare.present.zero_()
+    bare.active.zero_()
     one, two = run(p), run(bare)
     assert torch.equal(one[2], two[2]) and not torch.equal(one[1], two[1])

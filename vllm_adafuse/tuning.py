@@ -31,7 +31,7 @@ from vllm_adafuse.kernels.operands import Norm, Projection, Step, stays_in_place
 from vllm_adafuse.kernels.pairs import can_rotate
 from vllm_adafuse.kernels.plans import Device, Shape
 from vllm_adafuse.kernels.shrink import MAX_SHARED
-from vllm_adafuse.kernels.spread_routes import new_present, spread_routes
+from vllm_adafuse.kernels.spread_routes import new_active, spread_routes
 from vllm_adafuse.kernels.tma_gemm import MIN_TOKENS
 from vllm_adafuse.kernels.workspace import Workspace
 
@@ -248,9 +248,9 @@ class Trial:
         order = torch.rand(tokens, self.experts, device=self.device).argsort(1)
         ids, weights = order[:, : self.top_k].int(), torch.rand(tokens, self.top_k).to(x.device)
         gates = torch.zeros(tokens, self.experts, device=self.device)
-        present = new_present(self.experts, self.device)
-        spread_routes(ids, weights, gates, present, self.semaphores, tokens)
-        return x, Step(gates, present, self.workspace, self.cos_sin)
+        active = new_active(self.experts, self.device)
+        spread_routes(ids, weights, gates, active, self.semaphores, tokens)
+        return x, Step(gates, active, self.workspace, self.cos_sin)
 
     def run(self, given: tuple[torch.Tensor, Step], cut: GemmConfig | None) -> None:
         """Runs the product, cut like this, on every copy of the weights, with what follows it and

@@ -46,7 +46,7 @@ KERNELS = [
     ),
     Mutant(
         "a list's shrinks are not counted", "kernels/decode_gemm.py",
-        "shrinks = n_experts * of_expert, seen.to(tl.int32) * of_expert",
+        "shrinks = n_experts * of_expert, active.to(tl.int32) * of_expert",
         "shrinks = n_experts * of_expert, 1", f"{WAITS}[list-whole-decode_gemm_triton]",
         "with many experts tiles wait for the first of them alone",
     ),

@@ -268,7 +268,7 @@ class ExpertBank(torch.nn.Module):
     def step(self) -> Step:
         """The step's buffers as kernels take them."""
         cos_sin = self.rotary.cos_sin if self.epilogue == "rotary" else None
-        return Step(self.route.gates, self.route.present, self.route.workspace, cos_sin)
+        return Step(self.route.gates, self.route.active, self.route.workspace, cos_sin)
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """y + delta, in place. x: [T, in], y: [T, out] of this rank."""

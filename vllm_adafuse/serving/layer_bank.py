@@ -29,20 +29,20 @@ class Gates(torch.nn.Module):
 
     Attributes:
         gates: [N, routers, E] float32, plain.
-        present: [1] int64, a bit for each expert with a gate.
+        active: [1] int64, a bit for each expert with a gate.
     """
 
     def __init__(self, rows: int, routers: int, experts: int):
         super().__init__()
         gates = torch.zeros(rows, routers, experts, dtype=torch.float32)
         self.register_buffer("gates", gates, persistent=False)
-        present = torch.zeros(1, dtype=torch.int64)
-        self.register_buffer("present", present, persistent=False)
+        active = torch.zeros(1, dtype=torch.int64)
+        self.register_buffer("active", active, persistent=False)
 
     @property
     def layer(self) -> LayerGates:
         """As kernels take them."""
-        return LayerGates(self.gates, self.present)
+        return LayerGates(self.gates, self.active)
 
 
 @dataclass(frozen=True)

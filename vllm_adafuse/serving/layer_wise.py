@@ -73,7 +73,7 @@ class FfnDownMethod(linear.AdaFuseLinearMethod):
         y = self.inner.apply(layer, x[0], bias)
         low = low_product(x.flatten(0, 1), bank.rows)
         ffn_down(
-            y, low, bank.shared_gates.gates, bank.scales, bank.shared_gates.present,
+            y, low, bank.shared_gates.gates, bank.scales, bank.shared_gates.active,
             bank.lora_b, bank.always, bank.gate.shared,
         )  # fmt: skip
         return y

@@ -91,7 +91,7 @@ class PageStep(Step):
         """Writes the gates of a step of T tokens, from their ids [T]."""
         page_routes(
             token_ids, self.slots, self.directory, self.table_ids, self.table_weights,
-            self.gates, self.present, self.semaphores,
+            self.gates, self.active, self.semaphores,
         )  # fmt: skip
 
     def take_from(self, route: Route, tokens: int) -> None:

@@ -11,7 +11,7 @@ from vllm_adafuse.format.config import AdapterConfig
 from vllm_adafuse.kernels.gate import Gate, gate
 from vllm_adafuse.kernels.gather_routes import gather_routes
 from vllm_adafuse.kernels.live_route import live_route
-from vllm_adafuse.kernels.spread_routes import new_present, spread_routes
+from vllm_adafuse.kernels.spread_routes import new_active, spread_routes
 from vllm_adafuse.kernels.workspace import Workspace
 
 # Rows whose routes are computed at once when the passports are stamped.
@@ -24,7 +24,7 @@ class Step(torch.nn.Module):
 
     Attributes:
         gates: [N, E] float32, each token's weights at their experts' places.
-        present: [2 + E] int64, the experts that the step needs, see `spread_routes`.
+        active: [2 + E] int64, the experts that the step needs, see `spread_routes`.
         semaphores: [projections, 4] int32, on which programs of one launch wait for each other.
         workspace: what all launches share.
     """
@@ -33,7 +33,7 @@ class Step(torch.nn.Module):
         super().__init__()
         gates = torch.zeros(rows, num_experts, dtype=torch.float32)
         self.register_buffer("gates", gates, persistent=False)
-        self.register_buffer("present", new_present(num_experts), persistent=False)
+        self.register_buffer("active", new_active(num_experts), persistent=False)
 
     def reserve(self, projections: int, sizes: Iterable[tuple[int, int, int]]) -> None:
         """Makes what depends on the projections.
@@ -71,7 +71,7 @@ class Route(Step):
     def spread(self, tokens: int) -> None:
         """Prepares what layers read, from the first `tokens` rows of ids and weights."""
         spread_routes(
-            self.expert_ids, self.weights, self.gates, self.present, self.semaphores, tokens
+            self.expert_ids, self.weights, self.gates, self.active, self.semaphores, tokens
         )
 
 
