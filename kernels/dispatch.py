@@ -62,7 +62,7 @@ MAX_LOW_TILE_TOKENS = 64
 # Up to so many tokens the expand adds a bias at no cost; those of long steps have no place for it,
 # and cuBLAS adds it to W x (7fbd763).
 MAX_BIAS_TOKENS = 256
-# With fewer tokens most experts are inactive, and the expand asks of each whether it is active
+# With fewer tokens most experts are inactive, and the expand asks if each is active
 # (30098f8); longer steps than the second are all cut alike, and list no experts (439c8ee).
 MIN_DENSE_TOKENS = 8
 MAX_SHORT_TOKENS = 256
@@ -87,8 +87,8 @@ MAX_ACTIVE_TOKENS = 256
 MAX_LAYER_ACTIVE_TOKENS = 8
 # Layer-wise: tokens of a program of `route_layer` change here (fc1d6c5); one product in float32 for
 # W, A and the routers would write and read too much beyond (b252aed). Where one product has all
-# experts its expand asks of none whether it is active, with few tokens either: then decision, deltas
-# and activation in one launch gain nothing (35af7a0: 2.2 us at qkv, -6.7 at gate_up, none a layer).
+# experts its expand does not ask which are active, with few tokens either: then decision, deltas and
+# activation in one launch gain nothing (35af7a0: 2.2 us at qkv, -6.7 at gate_up, none a layer).
 MAX_SMALL_ROUTE_TOKENS = 512
 MAX_JOINT_TOKENS = 256
 # Where `tma_expand` changes its cut: few tokens want more programs, many want short loops.

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops import DEVICE, SHAPES, error, linear_truth, make_problem, active_of
+from ops import DEVICE, SHAPES, active_of, error, linear_truth, make_problem
 from vllm_adafuse.kernels.configs import GemmConfig
 from vllm_adafuse.kernels.decode_gemm import decode_gemm_triton
 from vllm_adafuse.kernels.dispatch import default_config

@@ -192,13 +192,13 @@ ROUTING = [
     ),
     Mutant(
         "a router in float32", "kernels/gate.py",
-        "(u.double() @ router_weight.double().t()).float()", "u @ router_weight.t()",
+        "(u.double() @ router.weight.double().t()).float()", "u @ router.weight.t()",
         "tests/test_gate.py::test_a_row_does_not_depend_on_the_batch",
         "a live route is not the token's passport",
     ),
     Mutant(
         "no temperature", "kernels/gate.py",
-        "logits = logits / temperature", "logits = logits / 1.0",
+        "choose(logits / router.temperature,", "choose(logits,",
         "tests/test_gate.py::test_equals_the_formula", "weights of experts are too even or too odd",
     ),
     Mutant(

@@ -26,8 +26,8 @@ class PageStep(Step):
         vocab_size: V, the rows of the passports.
 
     Attributes:
-        has_adapters: [1] bool on the CPU, the step has adapters. Ops read it when they run: a compiled
-            model serves both kinds of steps, a captured graph the kind of its capture.
+        has_adapters: [1] bool on the CPU. Ops read it when they run: a compiled model serves both
+            kinds of steps, a captured graph the kind of its capture.
         slots: [N] int32, of each token the slot of its adapter, NO_ADAPTER or LOST.
         directory: [3 + C, pages] int32, see `page_routes`.
         table_ids, table_weights: [C, V] int32 and float32, the passports.
