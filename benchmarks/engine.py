@@ -70,11 +70,13 @@ def write_config(options: Options, path: Path) -> None:
 def _memory(worker) -> dict[str, int]:
     """Bytes on the device: all that is loaded, and of it experts and passports; then the peak of
     a step above it, and what is left for keys and values. 0 where vLLM does not count (CPU)."""
+    from vllm_adafuse.serving import wrap
+
     model = worker.get_model()
-    router = getattr(model, "adafuse_router", None)
+    router = wrap.router_of(model)
     return {
         "model_bytes": int(getattr(worker.model_runner, "model_memory_usage", 0)),
-        "bank_bytes": sum(bank.nbytes for bank in getattr(model, "adafuse_banks", ())),
+        "bank_bytes": sum(bank.nbytes for bank in wrap.banks_of(model)),
         "passport_bytes": router.passport_bytes if router is not None else 0,
         "step_bytes": int(getattr(worker, "peak_activation_memory", 0)),
         "cache_bytes": int(getattr(worker, "available_kv_cache_memory_bytes", 0)),

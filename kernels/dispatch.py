@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 from vllm_adafuse.kernels.configs import (
     BLOCK_ER,
@@ -369,3 +370,19 @@ def choose_norm(width: int, expand: bool, sliced: bool, itemsize: int) -> NormCo
     if itemsize > 2:
         return NormConfig(32, 32, 32, 8)
     return NormConfig(64, 64, 128, 8, 3)
+
+
+def token_counts(most: int) -> list[int]:
+    """Numbers of tokens up to `most`, one of each kind that kernels tell apart, falling.
+
+    Blocks are powers of two, and every limit stands at one: so those, their neighbours, and what
+    lies between.
+    """
+    powers = [1 << i for i in range(most.bit_length())]
+    near = {p + d for p in powers for d in (-1, 0, 1)} | {p * 3 // 2 for p in powers}
+    return sorted((n for n in near | {most} if 1 <= n <= most), reverse=True)
+
+
+def slowest_first(counts: Sequence[int]) -> list[int]:
+    """Numbers of tokens, first those whose kernels take the compiler longest."""
+    return sorted(counts, key=lambda tokens: tokens > MAX_TILE_TOKENS)

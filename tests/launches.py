@@ -33,6 +33,7 @@ import vllm_adafuse.kernels
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 from vllm_adafuse.kernels import add_norm, configs, dense_expand, dispatch, expand, launch
+from vllm_adafuse.kernels.dispatch import token_counts
 from vllm_adafuse.kernels.ffn_down import ffn_down
 from vllm_adafuse.kernels.ffn_mix import ffn_mix
 from vllm_adafuse.kernels.gather_routes import gather_routes
@@ -48,7 +49,6 @@ from vllm_adafuse.kernels.registry import IMPLEMENTATIONS
 from vllm_adafuse.kernels.sgmm import sgmm
 from vllm_adafuse.kernels.spread_routes import spread_routes
 from vllm_adafuse.kernels.workspace import Workspace
-from vllm_adafuse.serving.warm_up import token_counts
 
 ROOT = Path(__file__).parents[1]
 DIGESTS = ROOT / "tests" / "launches.json"

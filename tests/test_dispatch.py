@@ -6,9 +6,14 @@ import logging
 import pytest
 from vllm_adafuse.kernels import configs
 from vllm_adafuse.kernels.configs import GemmConfig, cuts_file, save_cuts, shape_key
-from vllm_adafuse.kernels.dispatch import TOKEN_LIMITS, default_config, find_config, gemm_config
+from vllm_adafuse.kernels.dispatch import (
+    TOKEN_LIMITS,
+    default_config,
+    find_config,
+    gemm_config,
+    token_counts,
+)
 from vllm_adafuse.kernels.plans import Device, Shape
-from vllm_adafuse.serving.warm_up import token_counts
 
 SHAPE = (4096, 11008, "silu", 2)
 GATE_UP = Shape(4096, (11008, 11008), (0, 1), 8, 16, 2, "silu")

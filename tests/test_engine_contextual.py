@@ -61,7 +61,7 @@ def test_two_pipeline_stages(tmp_path, monkeypatch):
 def test_a_layer_of_another_form_is_refused():
     from types import SimpleNamespace
 
-    from vllm_adafuse.serving.router import Router
+    from vllm_adafuse.serving.routes import Router
 
     class Layer(torch.nn.Module):
         def forward(self, hidden_states, positions):

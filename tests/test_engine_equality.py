@@ -65,26 +65,26 @@ FUSED = {
 def test_projections_fused_as_on_a_gpu(name, tmp_path, monkeypatch):
     """On a GPU a plain projection, its deltas and what follows are one or two ops: here too."""
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-    from vllm_adafuse.serving import linear
+    from vllm_adafuse.serving import projections, wrap
+    from vllm_adafuse.serving.wrap.linears import FusedLinearMethod
 
     def can_fuse(layer):
         return type(layer.quant_method) is UnquantizedLinearMethod
 
-    monkeypatch.setattr(linear, "can_fuse", can_fuse)
+    monkeypatch.setattr(projections, "can_fuse", can_fuse)
     # vLLM's CPU build packs weights for a product of its own.
     monkeypatch.setattr(
-        linear.FusedLinearMethod, "process_weights_after_loading", lambda self, layer: None
+        FusedLinearMethod, "process_weights_after_loading", lambda self, layer: None
     )
     architecture, options = CASES[name]
     base, adapter = make_pair(tmp_path, architecture, **options)
     # Compiled code checks sizes and strides of what ops return.
     with engine(base, adapter, enforce_eager=name != "qwen2") as llm:
         methods = llm.apply_model(
-            lambda model: [type(m.quant_method).__name__ for m in model.modules()
-                           if hasattr(m, "adafuse_bank")]
-        )[0]  # fmt: skip
+            lambda model: [type(m.quant_method).__name__ for _, m in wrap.adapted(model)]
+        )[0]
         names = llm.apply_model(lambda model: [type(m).__name__ for m in model.modules()])[0]
-        in_place = llm.apply_model(lambda model: [b.in_place for b in model.adafuse_banks])[0]
+        in_place = llm.apply_model(lambda model: [b.in_place for b in wrap.banks_of(model)])[0]
         outputs = llm.generate(real_prompts(20), greedy(), use_tqdm=False)
     assert set(methods) == {"FusedLinearMethod"}
     assert (names.count("FusedNorm"), names.count("Turned")) == FUSED[name]
@@ -95,9 +95,9 @@ def test_projections_fused_as_on_a_gpu(name, tmp_path, monkeypatch):
 
 def test_beside_vllms_own_lora_nothing_is_fused(tmp_path, monkeypatch):
     """LoRA adds to the output of gate_up before the activation, so that must stay outside."""
-    from vllm_adafuse.serving import linear
+    from vllm_adafuse.serving import projections
 
-    monkeypatch.setattr(linear, "can_fuse", lambda layer: True)
+    monkeypatch.setattr(projections, "can_fuse", lambda layer: True)
     base, adapter = make_pair(tmp_path)
     with engine(base, adapter, enable_lora=True, max_lora_rank=8) as llm:
         outputs = llm.generate(real_prompts(5), greedy(), use_tqdm=False)

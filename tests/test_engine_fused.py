@@ -9,19 +9,19 @@ from vllm_adafuse.explain import Model, shapes_of
 from vllm_adafuse.format.adapter import load_adapter
 from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.format.pretrained import read_config
-from vllm_adafuse.serving import linear
+from vllm_adafuse.serving import projections, wrap
 from vllm_adafuse.tiny import real_prompts
 
 
 def banks(model):
-    of = model.adafuse_banks
+    of = wrap.banks_of(model)
     return {bank.layer_name: (bank.shape, "projection" in vars(bank)) for bank in of}
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="every engine's are, there")
 def test_equals_the_reference(tmp_path, monkeypatch):
     plain = lambda layer: type(layer.quant_method) is UnquantizedLinearMethod  # noqa: E731
-    monkeypatch.setattr(linear, "can_fuse", plain)
+    monkeypatch.setattr(projections, "can_fuse", plain)
     base, adapter = make_pair(tmp_path)
     with engine(base, adapter) as llm:
         outputs = llm.generate(real_prompts(6), greedy(), use_tqdm=False)

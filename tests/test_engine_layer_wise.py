@@ -88,14 +88,15 @@ def test_equals_the_reference(name, tmp_path, monkeypatch):
 def test_projections_joined_as_on_a_gpu(tmp_path, monkeypatch):
     """On a GPU W, A and the routers are one tensor, and the activation is part of the op."""
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-    from vllm_adafuse.serving import linear
+    from vllm_adafuse.serving import projections, wrap
+    from vllm_adafuse.serving.wrap.linears import FusedLinearMethod
 
     monkeypatch.setattr(
-        linear, "can_fuse", lambda layer: type(layer.quant_method) is UnquantizedLinearMethod
+        projections, "can_fuse", lambda layer: type(layer.quant_method) is UnquantizedLinearMethod
     )
     # vLLM's CPU build packs weights for a product of its own.
     monkeypatch.setattr(
-        linear.FusedLinearMethod, "process_weights_after_loading", lambda self, layer: None
+        FusedLinearMethod, "process_weights_after_loading", lambda self, layer: None
     )
     options = {"always_r": 6, "always_alpha": 6}
     options |= {"always_modules": ["k_proj", "o_proj", "gate_proj"]}
@@ -104,9 +105,8 @@ def test_projections_joined_as_on_a_gpu(tmp_path, monkeypatch):
     pair = make_pair(tmp_path, "Qwen2ForCausalLM", routing="layer_wise", **options)
     with engine(*pair) as llm:
         methods = llm.apply_model(
-            lambda model: [type(m.quant_method).__name__ for m in model.modules()
-                           if hasattr(m, "adafuse_bank")]
-        )[0]  # fmt: skip
+            lambda model: [type(m.quant_method).__name__ for _, m in wrap.adapted(model)]
+        )[0]
         outputs = llm.generate(PROMPTS, greedy(), use_tqdm=False)
     assert methods == ["FusedLinearMethod"] * 12
     assert_greedy_equals(outputs, load_reference(*pair))
@@ -116,10 +116,10 @@ def test_beside_vllms_own_lora_whole_mlps_are_not_mixed(monkeypatch):
     from types import SimpleNamespace
 
     from vllm_adafuse.errors import AdapterError
-    from vllm_adafuse.serving import layer_wise
+    from vllm_adafuse.serving import layer_wise, projections
 
     place = SimpleNamespace(whole_ffn=True)
-    monkeypatch.setattr(layer_wise, "places", lambda *arguments: iter([place]))
+    monkeypatch.setattr(projections, "places", lambda *arguments: iter([place]))
     adapter = SimpleNamespace(path="mixlora")
     with pytest.raises(AdapterError, match="--enable-lora.*`mix` is ffn_output .mixlora."):
         layer_wise.wrap_layers(None, adapter, {}, 1, None, alone=False)

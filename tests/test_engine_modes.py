@@ -18,6 +18,7 @@ from engines import (
 )
 from safetensors.torch import load_file
 from vllm_adafuse.format.random_adapter import make_random_adapter
+from vllm_adafuse.serving import wrap
 from vllm_adafuse.tiny import real_prompts
 
 PROMPTS = real_prompts(8)
@@ -32,10 +33,10 @@ def test_dummy_backbone_still_loads_the_adapter(pair):
     base, adapter = pair
 
     def banks(model):
-        router = model.adafuse_router
+        router = wrap.router_of(model)
         loaded = {
             name: (bank.lora_a[part].clone(), bank.lora_b.clone())
-            for bank in model.adafuse_banks
+            for bank in wrap.banks_of(model)
             for part, name in enumerate(bank.names)
         }
         return loaded, router.weight.clone(), router.passport_ids.clone(), model.model.norm.weight

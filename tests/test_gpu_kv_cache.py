@@ -25,7 +25,8 @@ from engines import completion, greedy
 from test_gpu_engine import gpu_engine
 from test_gpu_kv_cache import PROMPTS, SINGLES
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
-from vllm_adafuse.serving import bank as banks
+from vllm_adafuse.serving import wrap
+from vllm_adafuse.serving.wrap import hooks
 
 ours, updates = json.loads(sys.argv[5]), []
 stock = FlashAttentionImpl.do_kv_cache_update
@@ -34,10 +35,10 @@ def counted(*arguments):
     return stock(*arguments)
 FlashAttentionImpl.do_kv_cache_update = counted
 if not ours:
-    banks.can_write = lambda attention: False
+    hooks.can_write = lambda attention: False
 
 def claims(model):
-    caches = [bank.cache for bank in model.adafuse_banks if bank.cache]
+    caches = [bank.cache for bank in wrap.banks_of(model) if bank.cache]
     return len(caches), sum(cache.claims for cache in caches)
 
 def answers(prompts):

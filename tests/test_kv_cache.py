@@ -15,8 +15,9 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
 from vllm_adafuse.kernels.linear import linear
 from vllm_adafuse.serving import kv_cache
-from vllm_adafuse.serving.kv_cache import LayerCache, can_write
+from vllm_adafuse.serving.kv_cache import can_write
 from vllm_adafuse.serving.ops import projection
+from vllm_adafuse.serving.wrap.hooks import take_cache
 
 NAME, HEADS, SIZE, TOKENS, BLOCK = "model.layers.0.self_attn.attn", 2, 32, 5, 16
 
@@ -129,7 +130,7 @@ LEFT = {
 @pytest.mark.parametrize("name", LEFT)
 def test_when_vllm_updates_the_cache(name):
     attention = make_attention()
-    cache, odd = LayerCache(attention), LEFT[name]
+    cache, odd = take_cache(attention), LEFT[name]
     if isinstance(odd, torch.Tensor):
         attention.kv_cache, odd = odd, {}
     with override_forward_context(make_context(attention, **odd)):
@@ -139,11 +140,11 @@ def test_when_vllm_updates_the_cache(name):
 
 
 def test_without_a_forward_nothing_is_claimed():
-    assert LayerCache(make_attention()).claim(TOKENS, torch.float32) is None
+    assert take_cache(make_attention()).claim(TOKENS, torch.float32) is None
 
 
 def test_another_models_layer_of_the_same_name_is_left_alone():
-    cache, other = LayerCache(make_attention()), make_attention()
+    cache, other = take_cache(make_attention()), make_attention()
     with override_forward_context(make_context(other)):
         assert cache.claim(TOKENS, torch.float32) is None
 
@@ -151,7 +152,7 @@ def test_another_models_layer_of_the_same_name_is_left_alone():
 @pytest.mark.parametrize("mode", [CUDAGraphMode.NONE, CUDAGraphMode.FULL])
 def test_a_claim_stands_for_one_update_of_its_forward(mode):
     attention = make_attention()
-    cache = LayerCache(attention)
+    cache = take_cache(attention)
     context = make_context(attention, cudagraph_runtime_mode=mode)
     with override_forward_context(context):
         pages = cache.claim(TOKENS, torch.float32)
@@ -166,7 +167,7 @@ def test_a_claim_stands_for_one_update_of_its_forward(mode):
 
 def test_a_claim_of_a_forward_that_broke_off_is_forgotten():
     attention = make_attention()
-    cache = LayerCache(attention)
+    cache = take_cache(attention)
     with override_forward_context(make_context(attention)):
         assert cache.claim(TOKENS, torch.float32)
     # A replayed piecewise graph: the projection is not run in Python, the update is.
@@ -177,7 +178,7 @@ def test_a_claim_of_a_forward_that_broke_off_is_forgotten():
 
 def test_a_cache_that_vllm_gives_up_is_not_kept():
     attention = make_attention()
-    cache = LayerCache(attention)
+    cache = take_cache(attention)
     with override_forward_context(make_context(attention)):
         assert cache.claim(TOKENS, torch.float32)
         update(attention)
@@ -189,7 +190,7 @@ def test_a_cache_that_vllm_gives_up_is_not_kept():
 
 def test_rehearsals_get_pages_of_the_same_kind_and_no_step_sees_them():
     attention = make_attention(kv_cache=torch.tensor([]))
-    cache = LayerCache(attention)
+    cache = take_cache(attention)
     with cache.rehearsal(7, torch.float16, torch.device(DEVICE)):
         pages = cache.claim(7, torch.float16)
     assert pages.keys.dtype == torch.float16 and (pages.slots == -1).all()
@@ -202,7 +203,7 @@ def test_rehearsals_get_pages_of_the_same_kind_and_no_step_sees_them():
 
 def test_a_step_of_the_op_writes_the_cache_that_vllm_would():
     attention = make_attention()
-    cache = LayerCache(attention)
+    cache = take_cache(attention)
     p = in_whole_numbers(make_problem(TOKENS, 48, [128, 64, 64], 4, 2, 4, bias=True))
     cos_sin = whole_turns(TOKENS, SIZE)
     mapping = torch.tensor([40, 3, -1, 17, 0], device=DEVICE)

@@ -72,12 +72,12 @@ class Served:
 def fuse_as_on_a_gpu(patch):
     """On a GPU a plain projection and its pages are one op: here too."""
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-    from vllm_adafuse.serving import linear
+    from vllm_adafuse.serving import projections
 
     def can_fuse(layer):
         return type(layer.quant_method) is UnquantizedLinearMethod
 
-    patch.setattr(linear, "can_fuse", can_fuse)
+    patch.setattr(projections, "can_fuse", can_fuse)
     # vLLM's CPU build packs weights for a product of its own.
     patch.setattr(
         UnquantizedLinearMethod, "process_weights_after_loading", lambda self, layer: None

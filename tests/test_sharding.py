@@ -10,7 +10,7 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
-from vllm_adafuse.serving.bank import own_rows, slices_of
+from vllm_adafuse.serving.projections import own_rows, slices_of
 
 HEADS, KV_HEADS, SIZE = 8, 2, 4
 

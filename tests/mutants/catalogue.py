@@ -155,25 +155,25 @@ DISPATCH = [
 
 SHARDING = [
     Mutant(
-        "key heads that are shared by ranks", "vllm_adafuse/serving/bank.py",
+        "key heads that are shared by ranks", "vllm_adafuse/serving/projections.py",
         "kv_rank = rank // layer.num_kv_head_replicas", "kv_rank = rank",
         "tests/test_sharding.py::test_heads[4]",
         "with more ranks than key heads, ranks hold other heads' experts, or none",
     ),
     Mutant(
-        "every rank has the first columns", "vllm_adafuse/serving/bank.py",
+        "every rank has the first columns", "vllm_adafuse/serving/projections.py",
         "Shard(full, rank * (full // size), full // size)", "Shard(full, 0, full // size)",
         "tests/test_sharding.py::test_columns_and_rows[2]",
         "gate_up of all ranks but the first has wrong experts",
     ),
     Mutant(
-        "every rank has the first inputs", "vllm_adafuse/serving/bank.py",
+        "every rank has the first inputs", "vllm_adafuse/serving/projections.py",
         "first = layer.tp_rank * size_in", "first = 0",
         "tests/test_sharding.py::test_columns_and_rows[2]",
         "A of o_proj and down_proj reads other ranks' inputs",
     ),
     Mutant(
-        "packed linears overlap", "vllm_adafuse/serving/bank.py",
+        "packed linears overlap", "vllm_adafuse/serving/projections.py",
         "start += shard.full", "start += shard.width", "tests/test_sharding.py::test_heads[2]",
         "Phi-3's k and v take rows of q",
     ),

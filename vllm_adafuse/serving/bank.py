@@ -5,131 +5,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
-from vllm.model_executor.layers.linear import (
-    ColumnParallelLinear,
-    LinearBase,
-    MergedColumnParallelLinear,
-    QKVParallelLinear,
-    ReplicatedLinear,
-    RowParallelLinear,
-)
+from vllm.model_executor.layers.linear import LinearBase
 from vllm_adafuse.kernels import linear, linear_norm
 from vllm_adafuse.kernels.operands import Norm, Projection, Step, stays_in_place
 from vllm_adafuse.kernels.plans import Shape
 from vllm_adafuse.serving import ops
-from vllm_adafuse.serving.kv_cache import LayerCache, can_write
-from vllm_adafuse.serving.router import Route
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One slice of a projection's output: columns [start, start + width) of `full`."""
-
-    full: int
-    start: int
-    width: int
-
-
-def output_shards(layer: LinearBase) -> list[Shard]:
-    """The slices of a projection's output that this rank computes, in their order in y.
-
-    Raises:
-        TypeError: a linear layer whose sharding is not known.
-    """
-    if isinstance(layer, (RowParallelLinear, ReplicatedLinear)):
-        return [Shard(layer.output_size, 0, layer.output_size)]
-    rank, size = layer.tp_rank, layer.tp_size
-    if isinstance(layer, QKVParallelLinear):
-        kv_rank = rank // layer.num_kv_head_replicas
-        heads = (
-            (layer.total_num_heads, layer.num_heads, layer.head_size, rank),
-            (layer.total_num_kv_heads, layer.num_kv_heads, layer.head_size, kv_rank),
-            (layer.total_num_kv_heads, layer.num_kv_heads, layer.v_head_size, kv_rank),
-        )
-        return [Shard(total * dim, at * own * dim, own * dim) for total, own, dim, at in heads]
-    if isinstance(layer, MergedColumnParallelLinear):
-        return [Shard(full, rank * (full // size), full // size) for full in layer.output_sizes]
-    if isinstance(layer, ColumnParallelLinear):
-        width = layer.output_size // size
-        return [Shard(layer.output_size, rank * width, width)]
-    raise TypeError(f"vllm-adafuse does not know how {type(layer).__name__} is sharded")
-
-
-@dataclass(frozen=True)
-class Slices:
-    """How the adapted Hugging Face linears lie in a projection of vLLM, on this rank.
-
-    Attributes:
-        names: full names of the adapted linears.
-        part_shards: of each, its slices of the output.
-        parts: for each slice of the output the index of its linear, -1 for none.
-        widths: columns of each slice.
-        size_in: inputs on this rank.
-        input_slice: which of the whole linear's inputs those are.
-    """
-
-    names: list[str]
-    part_shards: list[list[Shard]]
-    parts: list[int]
-    widths: list[int]
-    size_in: int
-    input_slice: slice
-
-    @property
-    def adapted(self) -> int:
-        """Columns that belong to an adapted linear."""
-        return sum(shard.width for group in self.part_shards for shard in group)
-
-
-def slices_of(layer: LinearBase, parts: Sequence[str | None]) -> Slices:
-    """The slices of a projection.
-
-    Args:
-        layer: vLLM's linear layer.
-        parts: full names of its Hugging Face linears in the order of their outputs, None for
-            one without an adapter.
-
-    Raises:
-        TypeError: see `output_shards`.
-        ValueError: the projection does not consist of so many linears.
-    """
-    shards = output_shards(layer)
-    # One Hugging Face linear may be all of a packed projection (Phi-3).
-    groups = [shards] if len(parts) == 1 else [[shard] for shard in shards]
-    if len(groups) != len(parts):
-        raise ValueError(f"{layer.prefix} has {len(groups)} parts, expected {list(parts)}")
-    part_shards, of_slices, widths = [], [], []
-    for name, group in zip(parts, groups):
-        of_slices += [len(part_shards) if name else -1] * len(group)
-        widths += [shard.width for shard in group]
-        if name:
-            part_shards.append(group)
-    size_in, first = layer.input_size, 0
-    if isinstance(layer, RowParallelLinear):
-        size_in = layer.input_size_per_partition
-        first = layer.tp_rank * size_in
-    return Slices(
-        [name for name in parts if name], part_shards, of_slices, widths,
-        size_in, slice(first, first + size_in),
-    )  # fmt: skip
-
-
-def own_rows(full: torch.Tensor, shards: Sequence[Shard]) -> torch.Tensor:
-    """This rank's rows of a whole linear's B [..., out, R], in the order of its slices."""
-    start, rows = 0, []
-    for shard in shards:
-        rows.append(full[..., start + shard.start : start + shard.start + shard.width, :])
-        start += shard.full
-    return torch.cat(rows, -2)
-
-
-def bias_of(layer: LinearBase) -> torch.Tensor | None:
-    """What vLLM hands a projection's method as bias."""
-    elsewhere = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
-    return None if layer.skip_bias_add or elsewhere else getattr(layer, "bias", None)
+from vllm_adafuse.serving.kv_cache import LayerCache
+from vllm_adafuse.serving.projections import bias_of, own_rows, slices_of
+from vllm_adafuse.serving.routes import Route
 
 
 def aligned(elements: int) -> int:
@@ -158,7 +43,7 @@ class ExpertBank(torch.nn.Module):
         rank: R, the largest rank.
         route: the step's static buffers.
         index: of the projection, its row in the route's semaphores.
-        joint: W and A are to stand in one tensor; `join` says which W.
+        joint: W and A are to stand in one tensor; see `wrap.linears.join`.
 
     Attributes:
         before_norm: `linear_norm` computes the projection together with the norm behind it.
@@ -275,16 +160,10 @@ class ExpertBank(torch.nn.Module):
         ops.deltas(y, x, self.route.gates, self.layer_name)
         return y
 
-    def share_cache(self, attention: torch.nn.Module | None) -> None:
-        """Lets the projection of q, k and v write its keys and values for this layer where it can.
-
-        They come from the projection as the layer wants them.
-        """
-        self.cache = LayerCache(attention) if can_write(attention) else None
-
-    def join(self, weight: torch.nn.Parameter) -> None:
-        """Makes a weight [out, in] that is still to be loaded a view of the joint tensor."""
-        weight.data = self.joint[: sum(self.widths)]
+    @property
+    def weight(self) -> torch.Tensor:
+        """The rows of the joint tensor that are W [out, in]."""
+        return self.joint[: self._rows_of_w]
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The projection, joined before, with its deltas and what follows it; `projection` has

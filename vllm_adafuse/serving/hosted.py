@@ -31,7 +31,7 @@ from vllm_adafuse.serving.options import option
 from vllm_adafuse.serving.page_bank import Packed, Packer, PageBank, sizes_of
 from vllm_adafuse.serving.page_step import PageStep
 from vllm_adafuse.serving.pool import Place, Size, pages_of_rank
-from vllm_adafuse.serving.router import Router
+from vllm_adafuse.serving.routes import Router
 from vllm_adafuse.text import some
 
 

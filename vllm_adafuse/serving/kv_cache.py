@@ -2,11 +2,12 @@
 that is certain to be right, or vLLM's own update, which is a launch more.
 
 vLLM's Attention calls `unified_kv_cache_update`, which hands the keys to the backend's
-`do_kv_cache_update`. A `LayerCache` stands in the place of that method. When the projection's op
-runs it claims the pages; when the update comes for the same forward, it finds that done. Both run
-in Python in an eager step and while a FULL graph is captured, whose replays repeat the projection
-alone. A PIECEWISE graph holds the projection and not the update, and no step's metadata is known at
-its capture: there nothing is claimed, and vLLM's update runs as it always does.
+`do_kv_cache_update`. `wrap.hooks.take_cache` puts a `LayerCache` in the place of that method. When
+the projection's op runs it claims the pages; when the update comes for the same forward, it finds
+that done. Both run in Python in an eager step and while a FULL graph is captured, whose replays
+repeat the projection alone. A PIECEWISE graph holds the projection and not the update, and no
+step's metadata is known at its capture: there nothing is claimed, and vLLM's update runs as it
+always does.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 from vllm_adafuse.kernels.kv_slots import KVSlots
+from vllm_adafuse.serving import vllm_api
 
 # As the model computes them: a cache of one of these has no scales.
 PLAIN_DTYPES = ("auto", "float16", "bfloat16")
@@ -47,7 +49,7 @@ def can_write(attention: Any) -> bool:
         and attention.attn_type == impl.attn_type == AttentionType.DECODER
         and attention.kv_sharing_target_layer_name is None
         and attention.kv_cache_dtype in PLAIN_DTYPES
-        and not getattr(attention, "calculate_kv_scales", False)  # until 0.31
+        and not vllm_api.finds_scales(attention)
         and attention.head_size == attention.head_size_v
         and impl.dcp_world_size == impl.pcp_world_size == 1
     )
@@ -69,7 +71,6 @@ class LayerCache:
     def __init__(self, attention: Attention):
         self.attention, self.name, self.claims = attention, attention.layer_name, 0
         self._stock_update = attention.impl.do_kv_cache_update
-        attention.impl.do_kv_cache_update = self._update
         self._written: Any = None  # the forward whose keys are in their pages
         self._rehearsed: KVSlots | None = None
 
@@ -121,7 +122,7 @@ class LayerCache:
         values = cache.as_strided(shape, strides, cache.storage_offset() + shape[3])
         return KVSlots(keys, values, slots, shape[1], *strides[:3])
 
-    def _update(self, *arguments: Any, **options: Any) -> None:
+    def update(self, *arguments: Any, **options: Any) -> None:
         """In the place of the backend's `do_kv_cache_update`, if the projection has not done it."""
         written, self._written = self._written, None
         if written is None or written is not get_forward_context():

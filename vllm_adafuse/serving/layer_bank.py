@@ -5,17 +5,22 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from vllm.distributed import tensor_model_parallel_all_reduce
-from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 from vllm_adafuse.format.adapter import Adapter
 from vllm_adafuse.kernels.layer_operands import LayerGate, LayerGates, LayerProjection
 from vllm_adafuse.kernels.low_product import low_product
 from vllm_adafuse.kernels.route_layer import split_router
 from vllm_adafuse.serving import ops
-from vllm_adafuse.serving.bank import aligned, bias_of, own_rows, slices_of
+from vllm_adafuse.serving.bank import aligned
+from vllm_adafuse.serving.projections import (
+    Place,
+    bias_of,
+    is_row_sharded,
+    own_rows,
+    slices_of,
+)
 
 # Parts into which a float32 router is cut for rows of two-byte numbers, see `split_router`.
 ROUTER_SPLITS = 3
@@ -45,35 +50,6 @@ class Gates(torch.nn.Module):
         return LayerGates(self.gates, self.active)
 
 
-@dataclass(frozen=True)
-class Place:
-    """One projection of vLLM in a layer-wise adapter.
-
-    Attributes:
-        layer: the projection.
-        linears: full names of its Hugging Face linears in the order of their outputs.
-        index, block: of the decoder layer, and "self_attn" or "mlp".
-        decides: it reads what its block reads, first of the block.
-        whole_ffn: it belongs to an MLP whose experts are mixed at its output.
-    """
-
-    layer: LinearBase
-    linears: tuple[str, ...]
-    index: int
-    block: str
-    decides: bool
-    whole_ffn: bool
-
-    @property
-    def block_name(self) -> str:
-        return f"model.layers.{self.index}.{self.block}"
-
-
-def is_cut(layer: LinearBase) -> bool:
-    """Whether ranks hold parts of a projection's input: logits are then sums over the ranks."""
-    return isinstance(layer, RowParallelLinear) and layer.tp_size > 1
-
-
 class LayerBank(torch.nn.Module):
     """A of the P adapted linears of a projection and, below it, its routers; B; as this rank of
     tensor parallelism holds them.
@@ -88,7 +64,7 @@ class LayerBank(torch.nn.Module):
         adapter: the adapter, checked.
         dtype: of the model.
         gates_of: (routers, E) -> the buffers to decide in.
-        joint: W is to stand before the rows in one tensor; `join` says which W.
+        joint: W is to stand before the rows in one tensor, see `wrap.linears.join`.
     """
 
     def __init__(
@@ -149,7 +125,7 @@ class LayerBank(torch.nn.Module):
             plain=place.whole_ffn and place.decides,
         )
         self.top_k = config.k_of(place.index, place.block)
-        self.reduces = bool(counts) and is_cut(place.layer)
+        self.reduces = bool(counts) and is_row_sharded(place.layer)
         self._rows_of_w = sum(self.slices.widths) if joint else 0
         self.shared_gates = gates_of(max(1, len(self.routers)), self.experts)
         # Not in the default dtype, which vLLM sets to the model's.
@@ -259,9 +235,10 @@ class LayerBank(torch.nn.Module):
         """s [T, P, E' R] of x [T, in], see `route_layer`."""
         return ops.layer_route(x, *self.low(x), self.shared_gates.gates, self.layer_name)
 
-    def join(self, weight: torch.nn.Parameter) -> None:
-        """Makes a weight [out, in] that is still to be loaded a view of the joint tensor."""
-        weight.data = self.joint[: self._rows_of_w]
+    @property
+    def weight(self) -> torch.Tensor:
+        """The rows of the joint tensor that are W [out, in]."""
+        return self.joint[: self._rows_of_w]
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The projection, joined before, with its deltas and the activation that follows it;

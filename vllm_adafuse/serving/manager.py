@@ -21,10 +21,12 @@ from vllm_adafuse.serving import vllm_api
 from vllm_adafuse.serving.adapters import split_path
 from vllm_adafuse.serving.hosted import Hosted, Loader
 from vllm_adafuse.serving.page_bank import PageBank
-from vllm_adafuse.serving.page_step import LOST, NO_ADAPTER, PageStep, watch
+from vllm_adafuse.serving.page_step import LOST, NO_ADAPTER, PageStep
 from vllm_adafuse.serving.paged_model import wrap_model
 from vllm_adafuse.serving.pool import PAGE_RANKS, Place, Pool, Size, misfits, pool_size, total
 from vllm_adafuse.serving.reads import Reads, Uploads
+from vllm_adafuse.serving.wrap.hooks import also_after_reloading
+from vllm_adafuse.serving.wrap.steps import watch
 
 # vLLM shows only what is logged below its own name.
 logger = init_logger("vllm.adafuse")
@@ -69,8 +71,7 @@ class AdapterManager:
         self.reads = Reads(self.loader, self.device)
         self.uploads = Uploads(self.loader, self.step, self.device)
         watch(model, self.step)
-        pinned = getattr(model, "reload_adapter", None)  # of a mixture that is everybody's default
-        model.reload_adapter = lambda: (pinned and pinned(), self.stamp_again())
+        also_after_reloading(model, self.stamp_again)
         pages = self.pool.size.pages
         logger.info(
             "AdaFuse: LoRA requests are served on a pool of %d pages of %d ranks in %d projections "

@@ -7,7 +7,7 @@ importing this module imports no model.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,22 +20,19 @@ from vllm.sequence import IntermediateTensors
 from vllm_adafuse.compat import release_workspaces
 from vllm_adafuse.format.architectures import ARCHITECTURES, PREFIX, Architecture
 from vllm_adafuse.format.config import CONTENT_KEY
-from vllm_adafuse.serving import layer_wise, linear
+from vllm_adafuse.serving import layer_wise, projections, vllm_api
 from vllm_adafuse.serving.attach import refuse_micro_batches
 from vllm_adafuse.serving.bank import ExpertBank, place_banks
 from vllm_adafuse.serving.content import Content, open_checked
-from vllm_adafuse.serving.norm import NormPlace, norms_behind
 from vllm_adafuse.serving.ops import make_known
-from vllm_adafuse.serving.paged_model import max_tokens
-from vllm_adafuse.serving.rotary import SharedRotary
-from vllm_adafuse.serving.router import AfterLoading, Route, Router
+from vllm_adafuse.serving.projections import NormPlace, norms_behind
+from vllm_adafuse.serving.routes import ROUTE_IDS, ROUTE_WEIGHTS, Route, Router, SharedRotary
 from vllm_adafuse.serving.warm_up import warm_up
+from vllm_adafuse.serving.wrap import linears
+from vllm_adafuse.serving.wrap.hooks import after_loading, pass_routes_on, route_at
 
 # vLLM shows only what is logged below its own name.
 logger = init_logger("vllm.adafuse")
-
-# Names under which routes travel to later pipeline stages.
-ROUTE_IDS, ROUTE_WEIGHTS = "adafuse_expert_ids", "adafuse_weights"
 
 
 class AdaFuseMixin:
@@ -50,41 +47,29 @@ class AdaFuseMixin:
         self.adafuse_adapter = open_checked(hf_config.adafuse)
         self.adafuse_content = Content(self.adafuse_adapter, hf_config.adafuse[CONTENT_KEY])
         adapter_config = self.adafuse_adapter.config
-        self.adafuse_rows = max_tokens(vllm_config)
+        self.adafuse_rows = vllm_api.max_tokens(vllm_config)
         self.adafuse_cold = current_platform.is_cuda_alike()
-        # The last module, so that its AfterLoading runs when all others are loaded.
-        loading = torch.nn.Module()
-        loading.quant_method = AfterLoading(self._load_adapter)
+        # The last module, so that it runs when all others are loaded.
+        loading = after_loading(self._load_adapter)
         if adapter_config.layer_wise:
             self.adafuse_banks = layer_wise.wrap_layers(
-                self.model, self.adafuse_adapter, self.packed_modules_mapping,
-                max_tokens(vllm_config), vllm_config.model_config.dtype,
+                self, self.adafuse_adapter, self.packed_modules_mapping,
+                self.adafuse_rows, vllm_config.model_config.dtype,
                 vllm_config.lora_config is None,
             )  # fmt: skip
             for bank in self.adafuse_banks:
                 make_known(bank, vllm_config)
             self.adafuse_loading = loading
             return
-        route = Route(max_tokens(vllm_config), adapter_config.top_k, adapter_config.num_experts)
+        route = Route(self.adafuse_rows, adapter_config.top_k, adapter_config.num_experts)
         dtype, alone = vllm_config.model_config.dtype, vllm_config.lora_config is None
         behind = norms_behind(self.model, vllm_config, self.architecture.residual_norms)
-        rotary = SharedRotary(max_tokens(vllm_config), self.architecture.rotary_follows)
+        rotary = SharedRotary(self.adafuse_rows, self.architecture.rotary_follows)
         self.adafuse_rotary = rotary
         self.adafuse_banks = self._wrap_projections(route, dtype, alone, behind)
         for bank in self.adafuse_banks:
             make_known(bank, vllm_config)
-        stock_factory = self.make_empty_intermediate_tensors
-
-        def make_empty_intermediate_tensors(
-            batch_size: int, dtype: torch.dtype, device: torch.device
-        ) -> IntermediateTensors:
-            tensors = stock_factory(batch_size, dtype, device)
-            shape = (batch_size, adapter_config.top_k)
-            tensors[ROUTE_IDS] = torch.zeros(shape, dtype=torch.int32, device=device)
-            tensors[ROUTE_WEIGHTS] = torch.zeros(shape, dtype=torch.float32, device=device)
-            return tensors
-
-        self.make_empty_intermediate_tensors = make_empty_intermediate_tensors
+        pass_routes_on(self, adapter_config.top_k)
         stamps = get_pp_group().is_first_rank and not adapter_config.router_layer
         self.adafuse_router = Router(
             adapter_config,
@@ -94,45 +79,30 @@ class AdaFuseMixin:
             hf_config.rms_norm_eps,
         )
         if adapter_config.router_layer and self._has_router:
-            self.adafuse_router.watch(self.model.layers[adapter_config.router_layer])
+            route_at(self.model.layers[adapter_config.router_layer], self.adafuse_router)
         self.adafuse_loading = loading
 
     def _wrap_projections(
         self, route: Route, dtype: torch.dtype, alone: bool, behind: dict[LinearBase, NormPlace]
     ) -> list[ExpertBank]:
         config = self.adafuse_adapter.config
-        found = list(self._adapted_projections())
-        fused = [alone and linear.can_fuse(layer) for layer, _, _ in found]
-        linear.release_weights(layer for (layer, _, _), fuse in zip(found, fused) if fuse)
+        adapted, packed = set(self.adafuse_adapter.projections), self.packed_modules_mapping
+        found = list(projections.adapted_linears(self, adapted, packed))
+        fused = [alone and projections.can_fuse(layer) for layer, _, _ in found]
+        linears.release_weights(layer for (layer, _, _), fuse in zip(found, fused) if fuse)
         banks = [
             ExpertBank(layer, parts, config.num_experts, config.rank, route, index, fuse)
             for index, ((layer, _, parts), fuse) in enumerate(zip(found, fused))
         ]
         place_banks(banks, dtype)
         for (layer, block, _), bank, fuse in zip(found, banks, fused):
-            linear.wrap_linear(layer, block, bank, fuse, behind.get(layer), self.adafuse_rotary)
+            linears.wrap_linear(layer, block, bank, fuse, behind.get(layer), self.adafuse_rotary)
         for layer, block, _ in found:
-            linear.keep_in_place(layer, block)
+            linears.keep_in_place(layer, block)
         # A pipeline stage may have no adapted layer, but still passes routes on.
         sizes = [(1, 1, 1), *(bank.workspace_sizes() for bank in banks)]
         route.reserve(max(1, len(banks)), sizes)
         return banks
-
-    def _adapted_projections(
-        self,
-    ) -> Iterator[tuple[LinearBase, torch.nn.Module, list[str | None]]]:
-        """This rank's projections with experts, their blocks, and their parts' full names."""
-        adapted, packed = set(self.adafuse_adapter.projections), self.packed_modules_mapping
-        for index in range(self.model.start_layer, self.model.end_layer):
-            layer = self.model.layers[index]
-            for name, module in list(layer.named_modules()):
-                if not isinstance(module, LinearBase):
-                    continue
-                block, _, leaf = name.rpartition(".")
-                names = [f"model.layers.{index}.{block}.{n}" for n in packed.get(leaf, [leaf])]
-                parts = [n if n in adapted else None for n in names]
-                if any(parts):
-                    yield module, layer.get_submodule(block), parts
 
     @property
     def _has_router(self) -> bool:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from vllm.model_executor.layers.linear import LinearBase
 from vllm_adafuse.serving import ops
-from vllm_adafuse.serving.bank import ExpertBank, own_rows
+from vllm_adafuse.serving.bank import ExpertBank
 from vllm_adafuse.serving.page_step import PageStep
 from vllm_adafuse.serving.pool import PAGE_RANKS
+from vllm_adafuse.serving.projections import own_rows
 
 
 class PageBank(ExpertBank):
@@ -50,11 +51,6 @@ class PageBank(ExpertBank):
         """The joined projection, with its deltas and what follows it. x: [..., in]."""
         y = ops.page_projection(_rows(x), self.route.gates, self.layer_name)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
-
-    def take(self, weight: torch.nn.Parameter) -> None:
-        """Makes a loaded weight [out, in] a view of the joint tensor."""
-        self.joint[: sum(self.widths)].copy_(weight)
-        self.join(weight)
 
     def write(self, pages: torch.Tensor, packed: Packed | None) -> None:
         """Puts an adapter's experts on their pages [n] int64; zeros where it has none here."""
@@ -135,22 +131,3 @@ def sizes_of(banks: Sequence[PageBank]) -> Mapping[str, tuple[int, int]]:
     return {name: size for bank in banks for name, size in zip(bank.names, bank.sizes)}
 
 
-def linears_of(
-    model: torch.nn.Module, packed: Mapping[str, Sequence[str]], prefixes: Sequence[str] | None
-) -> Iterator[tuple[LinearBase, torch.nn.Module, list[str]]]:
-    """The linears of a model, their blocks (attention, MLP), and the full names of the linears that
-    they consist of.
-
-    Args:
-        model: as vLLM built it.
-        packed: leaf name of a projection -> leaf names of its linears.
-        prefixes: only below one of these modules; None: everywhere.
-    """
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, LinearBase) or module.quant_method is None:
-            continue
-        if prefixes is not None and not name.startswith(tuple(f"{p}." for p in prefixes)):
-            continue
-        block, _, leaf = name.rpartition(".")
-        names = [f"{block}.{part}" if block else part for part in packed.get(leaf, [leaf])]
-        yield module, model.get_submodule(block), names

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from vllm.platforms import current_platform
 from vllm_adafuse.kernels.page_routes import COLUMNS, EXPERT, OWNER, SCALE, TOP_K, page_routes
 from vllm_adafuse.serving.pool import Place, Size
-from vllm_adafuse.serving.router import Route, Step
-from vllm_adafuse.serving.warm_up import warm_up
+from vllm_adafuse.serving.routes import Route, Step
 
 # Slots of tokens whose request has no adapter, and of those whose adapter is lost.
 NO_ADAPTER, LOST = -1, -2
@@ -49,13 +47,6 @@ class PageStep(Step):
         self._listed = np.full(directory.shape, -1, dtype=np.int32)
         self._named = 0
         self.cold = current_platform.is_cuda_alike()
-
-    def warm_up(self, model: torch.nn.Module) -> None:
-        """Has all kernels compiled that steps with adapters launch, in a model's first forward."""
-        has_adapters, ids = bool(self.has_adapters.item()), torch.zeros_like(self.slots)
-        self.has_adapters.fill_(True)
-        warm_up(model, len(ids), lambda tokens: self.route(ids[:tokens]))
-        self.has_adapters.fill_(has_adapters)
 
     def name(self, slots: np.ndarray, counts: np.ndarray) -> None:
         """Says whose the step's tokens are.
@@ -106,41 +97,3 @@ def _copy(target: torch.Tensor, source: np.ndarray) -> None:
     """To the device without waiting for it; the source may change at once."""
     host = torch.from_numpy(source.copy())
     target.copy_(host.pin_memory() if target.is_cuda else host, non_blocking=True)
-
-
-def watch(model: torch.nn.Module, step: PageStep) -> None:
-    """Has a model's steps routed before its forward, and those of lost adapters silenced behind it.
-
-    Both run outside what is compiled, and within what a CUDA graph captures whole.
-    """
-    model.adafuse_step = step
-    model.register_forward_pre_hook(_route, with_kwargs=True)
-    model.register_forward_hook(_silence)
-
-
-def _route(model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    step = model.adafuse_step
-    if step.cold:
-        step.cold = False
-        step.warm_up(model)
-    if not step.has_adapters.item():
-        return
-    token_ids = kwargs.get("input_ids", args[0] if args else None)
-    if token_ids is None:  # plain LoRAs need none
-        like = kwargs.get("inputs_embeds")
-        positions = kwargs.get("positions", args[1] if len(args) > 1 else None)
-        rows = like.shape[0] if like is not None else positions.shape[-1]
-        token_ids = torch.zeros(rows, dtype=torch.int32, device=step.slots.device)
-    step.route(token_ids)
-
-
-def _silence(model: torch.nn.Module, args: tuple, output: Any) -> None:
-    """Zeroes the hidden states of tokens whose adapter is lost: their logits say nothing, and no
-    request gets the base model's words under an adapter's name."""
-    step = model.adafuse_step
-    if not step.has_adapters.item():
-        return
-    for hidden in output if isinstance(output, (tuple, list)) else [output]:
-        if isinstance(hidden, torch.Tensor):
-            lost = step.slots[: hidden.shape[0]] == LOST
-            hidden.masked_fill_(lost[:, None], 0)

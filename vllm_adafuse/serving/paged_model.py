@@ -5,17 +5,15 @@ from __future__ import annotations
 import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.model_executor.layers.linear import LinearBase
-from vllm.platforms import current_platform
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.serving import linear, vllm_api
+from vllm_adafuse.serving import projections, vllm_api
 from vllm_adafuse.serving.adapters import VLLM_LORA
 from vllm_adafuse.serving.bank import place_banks
-from vllm_adafuse.serving.linear import AdaFuseLinearMethod, FusedLinearMethod, PagesOverMixture
 from vllm_adafuse.serving.ops import make_known
-from vllm_adafuse.serving.page_bank import PageBank, linears_of
+from vllm_adafuse.serving.page_bank import PageBank
 from vllm_adafuse.serving.page_step import PageStep
 from vllm_adafuse.serving.pool import Size
+from vllm_adafuse.serving.wrap.linears import wrap_pages
 
 # vLLM shows only what is logged below its own name.
 logger = init_logger("vllm.adafuse")
@@ -41,17 +39,18 @@ def wrap_model(
     _check_default(model)
     config = vllm_config.model_config
     with torch.device(device):
-        step = PageStep(max_tokens(vllm_config), size, config.get_vocab_size())
+        step = PageStep(vllm_api.max_tokens(vllm_config), size, config.get_vocab_size())
         banks, layers, left = [], [], []
-        targets = getattr(vllm_config.lora_config, "target_modules", None)
+        targets = vllm_api.lora_targets(vllm_config)
         packed = vllm_api.packed_modules(model)
-        for layer, block, parts in linears_of(model, packed, vllm_api.language_prefixes(model)):
+        below = vllm_api.language_prefixes(model)
+        for layer, block, parts in projections.linears_of(model, packed, below):
             names = {layer.prefix.rpartition(".")[2], layer.prefix, *parts}
             names |= {part.rpartition(".")[2] for part in parts}
             if targets is not None and names.isdisjoint(targets):
                 continue
             try:
-                fuse = linear.can_fuse(layer)
+                fuse = projections.can_fuse(layer)
                 bank = PageBank(layer, parts, size.pages, step, len(banks), fuse)
             except (TypeError, ValueError) as e:
                 left.append(f"{layer.prefix} ({e})")
@@ -71,7 +70,7 @@ def wrap_model(
             )
         for (layer, block), bank in zip(layers, banks):
             place_banks([bank], config.dtype)
-            wrap(layer, block, bank)
+            wrap_pages(layer, block, bank)
             make_known(bank, vllm_config)
         step.reserve(len(banks), [bank.workspace_sizes() for bank in banks])
     if left:
@@ -94,29 +93,3 @@ def _check_default(model: torch.nn.Module) -> None:
                 f"({VLLM_LORA})"
             ],
         )
-
-
-def wrap(layer: LinearBase, block: torch.nn.Module, bank: PageBank) -> None:
-    """Has a loaded linear add its pages' deltas; one of a joint bank gives up its own weight."""
-    if hasattr(layer, "adafuse_bank"):
-        layer.adafuse_pages = bank
-        layer.quant_method = PagesOverMixture(layer.quant_method)
-        return
-    layer.adafuse_bank = bank
-    if bank.is_joint:
-        bank.take(layer.weight)
-        if current_platform.is_cuda_alike():
-            torch.cuda.empty_cache()  # or the holes that weights leave would stay, one for each
-        activation = linear.take_activation(layer, block)
-        bank.epilogue = activation
-        layer.quant_method = FusedLinearMethod(layer.quant_method, activation)
-    else:
-        layer.quant_method = AdaFuseLinearMethod(layer.quant_method)
-    # Newer vLLM may hand an fp8 projection an input that is quantised already.
-    layer.requires_unquantized_input = True
-
-
-def max_tokens(vllm_config: VllmConfig) -> int:
-    """Rows that one step can have, captured graphs' padding included."""
-    sizes = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
-    return max(vllm_config.scheduler_config.max_num_batched_tokens, *sizes)

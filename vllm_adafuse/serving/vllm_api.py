@@ -5,6 +5,7 @@ Read against vLLM 0.26.0 and 0.32.0.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
 from typing import Any
@@ -89,6 +90,45 @@ def renamed(model: torch.nn.Module) -> Callable[[str], str]:
     if hasattr(mapper, "get_rename_mapper"):  # not in 0.26
         mapper = mapper.get_rename_mapper()
     return lambda name: mapper._map_name(name) or name
+
+
+def lora_targets(vllm_config: VllmConfig) -> Sequence[str] | None:
+    """Names of the linears that LoRA is restricted to, None for all."""
+    return getattr(vllm_config.lora_config, "target_modules", None)  # not in 0.26
+
+
+def max_tokens(vllm_config: VllmConfig) -> int:
+    """Rows that one step can have, captured graphs' padding included."""
+    sizes = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
+    return max(vllm_config.scheduler_config.max_num_batched_tokens, *sizes)
+
+
+# What decoder layers of all families take first.
+LAYER_TAKES = ("positions", "hidden_states", "residual")
+
+
+def check_layer(layer: torch.nn.Module) -> None:
+    """Raises RuntimeError unless a decoder layer takes (positions, hidden_states, residual), as
+    those of the tested versions do."""
+    taken = list(inspect.signature(layer.forward).parameters)[: len(LAYER_TAKES)]
+    if taken != list(LAYER_TAKES):
+        raise RuntimeError(
+            f"vllm-adafuse: {type(layer).__name__} of this vLLM takes {', '.join(taken)}, "
+            f"expected {', '.join(LAYER_TAKES)}; an adapter with `router.layer` cannot be "
+            "served here, use a version of vLLM that the README names"
+        )
+
+
+def loading_traits(method: Any) -> dict[str, Any]:
+    """What of a linear method tells vLLM's loaders how to load its weights; it has more names in
+    newer versions."""
+    names = "uses_meta_device", "supports_pre_processed_weights", "requires_device_loading"
+    return {name: getattr(method, name) for name in names if hasattr(method, name)}
+
+
+def finds_scales(attention: Any) -> bool:
+    """Whether an attention layer finds scales for its KV cache in its first steps."""
+    return getattr(attention, "calculate_kv_scales", False)  # until 0.31
 
 
 def local_path(path: str) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable
 
 import torch
-from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm_adafuse.format.config import AdapterConfig
 from vllm_adafuse.kernels.gate import Gate, gate
 from vllm_adafuse.kernels.gather_routes import gather_routes
@@ -16,6 +14,8 @@ from vllm_adafuse.kernels.workspace import Workspace
 
 # Rows whose routes are computed at once when the passports are stamped.
 PASSPORT_CHUNK = 1024
+# Names under which routes travel to later pipeline stages.
+ROUTE_IDS, ROUTE_WEIGHTS = "adafuse_expert_ids", "adafuse_weights"
 
 
 class Step(torch.nn.Module):
@@ -75,11 +75,49 @@ class Route(Step):
         )
 
 
+class SharedRotary(torch.nn.Module):
+    """The rotary embedding of all layers, and a step's cosines and sines in a static buffer.
+
+    Args:
+        rows: tokens of the largest step.
+        follows_qkv: in this family nothing comes between the projection and the embedding.
+
+    Attributes:
+        cos_sin: [rows, D], cosines of each token's position, then sines; once a table is adopted.
+    """
+
+    def __init__(self, rows: int, follows_qkv: bool):
+        super().__init__()
+        self.rows, self.follows_qkv = rows, follows_qkv
+        self.stock: torch.nn.Module | None = None
+
+    def adopt(self, rotary: torch.nn.Module) -> bool:
+        """Whether this embedding's table is the one that all layers share."""
+        if not self.follows_qkv:
+            return False
+        if self.stock is None:
+            self.stock = rotary
+            cache = rotary.cos_sin_cache
+            cos_sin = cache.new_zeros(self.rows, cache.shape[1])
+            self.register_buffer("cos_sin", cos_sin, persistent=False)
+        return self.stock is rotary
+
+    def forward(self, positions: torch.Tensor) -> None:
+        """Looks up the step's cosines and sines.
+
+        Args:
+            positions: [T] int64.
+        """
+        if self.stock is not None:
+            rows = self.cos_sin[: positions.shape[0]]
+            torch.index_select(self.stock.cos_sin_cache, 0, positions, out=rows)
+
+
 class Router(torch.nn.Module):
     """Fills a `Route`: from the passports for token ids, by the live router for embeddings.
 
     Where the adapter's router stands at a later layer (`router.layer`) there are no passports:
-    `watch` has it fill the route whenever a step enters that layer.
+    it fills the route whenever a step enters that layer (`wrap.hooks.route_at`).
 
     Args:
         config: the adapter's.
@@ -128,23 +166,6 @@ class Router(torch.nn.Module):
             self.norm_eps, config.temperature, config.top_k,
             config.router_weights == "softmax_topk",
         )  # fmt: skip
-
-    def watch(self, layer: torch.nn.Module) -> None:
-        """Routes every step as it enters a decoder layer.
-
-        Raises:
-            RuntimeError: the layer does not take (positions, hidden_states, residual), as those of
-                the tested versions of vLLM do.
-        """
-        taken = list(inspect.signature(layer.forward).parameters)[: len(_LAYER_TAKES)]
-        if taken != list(_LAYER_TAKES):
-            raise RuntimeError(
-                f"vllm-adafuse: {type(layer).__name__} of this vLLM takes {', '.join(taken)}, "
-                f"expected {', '.join(_LAYER_TAKES)}; an adapter with `router.layer` cannot be "
-                "served here, use a version of vLLM that the README names"
-            )
-        layer.adafuse_router = self
-        layer.register_forward_pre_hook(_route_at)
 
     def enter(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
         """Writes the routes of hidden states [T, H], of which a part may stand in the residual."""
@@ -210,35 +231,3 @@ class Router(torch.nn.Module):
             ids, weights = self.decide(embed(tokens))
             self.passport_ids[start:stop].copy_(ids)
             self.passport_weights[start:stop].copy_(weights)
-
-
-_LAYER_TAKES = ("positions", "hidden_states", "residual")
-
-
-def _route_at(layer: torch.nn.Module, args: tuple) -> None:
-    # Read from the layer, not from a closure: vLLM's compiled artefacts keep no closures.
-    _, hidden, residual = args[: len(_LAYER_TAKES)]
-    layer.adafuse_router.enter(hidden, residual)
-
-
-class AfterLoading(QuantizeMethodBase):
-    """Runs a function when vLLM has loaded the backbone's weights, by whatever loader.
-
-    Every loader, the dummy one too, ends by calling `process_weights_after_loading` of each
-    module's `quant_method`, in module order: the module that holds this comes last.
-    """
-
-    supports_pre_processed_weights = True
-    requires_device_loading = False
-
-    def __init__(self, function: Callable[[], None]):
-        self.function = function
-
-    def create_weights(self, layer: torch.nn.Module, *args, **kwargs) -> None:
-        raise NotImplementedError("AfterLoading holds no weights")
-
-    def apply(self, layer: torch.nn.Module, *args, **kwargs) -> torch.Tensor:
-        raise NotImplementedError("AfterLoading computes nothing")
-
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        self.function()

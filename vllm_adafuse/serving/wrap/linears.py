@@ -1,4 +1,4 @@
-"""The linear method that adds the experts' deltas to a projection's own output."""
+"""The linear methods that add the experts' deltas to a projection's own output."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from vllm import envs
-from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -15,9 +13,15 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.platforms import current_platform
 from vllm_adafuse.kernels.pairs import is_gate_up
+from vllm_adafuse.serving import vllm_api
 from vllm_adafuse.serving.bank import ExpertBank
-from vllm_adafuse.serving.norm import NormPlace
-from vllm_adafuse.serving.rotary import SharedRotary
+from vllm_adafuse.serving.layer_bank import LayerBank
+from vllm_adafuse.serving.page_bank import PageBank
+from vllm_adafuse.serving.projections import NormPlace
+from vllm_adafuse.serving.routes import SharedRotary
+from vllm_adafuse.serving.wrap import bank_of
+from vllm_adafuse.serving.wrap.blocks import put_norm, take_activation, take_rotary
+from vllm_adafuse.serving.wrap.hooks import take_cache
 
 
 class AdaFuseLinearMethod(LinearMethodBase):
@@ -30,13 +34,8 @@ class AdaFuseLinearMethod(LinearMethodBase):
     def __init__(self, inner: LinearMethodBase):
         self.inner = inner
         # Class attributes of the base hide `__getattr__`, and vLLM reads these of the method.
-        for name in (
-            "uses_meta_device",
-            "supports_pre_processed_weights",
-            "requires_device_loading",
-        ):
-            if hasattr(inner, name):
-                setattr(self, name, getattr(inner, name))
+        for name, value in vllm_api.loading_traits(inner).items():
+            setattr(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
         if name == "inner":  # not yet set, while unpickling
@@ -86,12 +85,6 @@ class FusedLinearMethod(AdaFuseLinearMethod):
         return layer.adafuse_bank.linear(x, bias)
 
 
-def can_fuse(layer: LinearBase) -> bool:
-    """Whether the projection is a plain product on a GPU, which vLLM leaves to cuBLAS."""
-    plain = type(layer.quant_method) is UnquantizedLinearMethod
-    return plain and current_platform.is_cuda_alike() and not envs.VLLM_BATCH_INVARIANT
-
-
 def release_weights(layers: Iterable[LinearBase]) -> None:
     """Gives back the memory of weights that are still to be loaded, before joint tensors take it.
 
@@ -104,29 +97,15 @@ def release_weights(layers: Iterable[LinearBase]) -> None:
         torch.cuda.empty_cache()
 
 
-def activation_of(block: torch.nn.Module) -> str:
-    """The name of an MLP's activation, where the kernels know it; "" otherwise."""
-    act = getattr(block, "act_fn", None)
-    if type(act) is SiluAndMul:
-        return "silu"
-    return "gelu_tanh" if type(act) is GeluAndMul and act.approximate == "tanh" else ""
+def join(layer: LinearBase, bank: ExpertBank | LayerBank) -> None:
+    """Makes a linear's weight [out, in], loaded or still to be, the first rows of the joint
+    tensor."""
+    layer.weight.data = bank.weight
 
 
-def _take_what_follows(layer: LinearBase, block: torch.nn.Module, rotary: SharedRotary) -> str:
-    """Takes out of a block what the kernels can do behind this projection: an activation's name,
-    "rotary", or "" for nothing."""
-    if rotary.take(layer, block):
-        return "rotary"
-    return take_activation(layer, block)
-
-
-def take_activation(layer: LinearBase, block: torch.nn.Module) -> str:
-    """Takes the activation of an MLP out of it, where the kernels know it; "" otherwise."""
-    name = activation_of(block)
-    if getattr(block, "gate_up_proj", None) is not layer or not name:
-        return ""
-    block.act_fn = torch.nn.Identity()
-    return name
+def take_plain_input(layer: LinearBase) -> None:
+    """Has a linear be given its input as it is: vLLM may hand an fp8 one a quantised input."""
+    layer.requires_unquantized_input = True
 
 
 def keep_in_place(layer: LinearBase, block: torch.nn.Module) -> None:
@@ -162,16 +141,36 @@ def wrap_linear(
     """
     layer.adafuse_bank = bank
     if fuse:
-        activation = _take_what_follows(layer, block, rotary)
-        bank.join(layer.weight)
+        turned = take_rotary(layer, block, rotary)
+        activation = "rotary" if turned else take_activation(layer, block)
+        join(layer, bank)
         bank.rotary, bank.epilogue = rotary, activation
-        if activation == "rotary":
-            bank.share_cache(getattr(block, "attn", None))
+        if turned:
+            bank.cache = take_cache(getattr(block, "attn", None))
         if behind is not None:
-            behind.put(bank)
+            put_norm(behind, bank)
             bank.before_norm, bank.epilogue = True, "norm"
         layer.quant_method = FusedLinearMethod(layer.quant_method, activation, behind is not None)
     else:
         layer.quant_method = AdaFuseLinearMethod(layer.quant_method)
-    # Newer vLLM may hand an fp8 projection an input that is quantised already.
-    layer.requires_unquantized_input = True
+    take_plain_input(layer)
+
+
+def wrap_pages(layer: LinearBase, block: torch.nn.Module, bank: PageBank) -> None:
+    """Has a loaded linear add its pages' deltas; one of a joint bank gives up its own weight."""
+    if bank_of(layer) is not None:
+        layer.adafuse_pages = bank
+        layer.quant_method = PagesOverMixture(layer.quant_method)
+        return
+    layer.adafuse_bank = bank
+    if bank.is_joint:
+        bank.weight.copy_(layer.weight)
+        join(layer, bank)
+        if current_platform.is_cuda_alike():
+            torch.cuda.empty_cache()  # or the holes that weights leave would stay, one for each
+        activation = take_activation(layer, block)
+        bank.epilogue = activation
+        layer.quant_method = FusedLinearMethod(layer.quant_method, activation)
+    else:
+        layer.quant_method = AdaFuseLinearMethod(layer.quant_method)
+    take_plain_input(layer)
