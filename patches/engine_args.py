@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import ValidationError
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.patches.on_import import when_imported
+from vllm_adafuse.serving import vllm_api
 
 _SEAM = "vllm.engine.arg_utils"
 _MARK = "_adafuse_wrapped"
@@ -41,9 +42,9 @@ def wrap() -> None:
     for name in _METHODS:
         original = getattr(EngineArgs, name, None)
         if original is None:
-            raise RuntimeError(
-                f"vllm-adafuse: EngineArgs of this vLLM has no {name}, so misspelt options could "
-                "be ignored in silence; use a vLLM from 0.26 to 0.33"
+            raise vllm_api.moved(
+                f"EngineArgs of this vLLM has no {name}, so misspelt options could be ignored in "
+                "silence"
             )
         if not getattr(original, _MARK, False):
             setattr(EngineArgs, name, _checked(original))

@@ -16,6 +16,7 @@ from typing import Any
 
 from vllm_adafuse.format.config import CONTENT_KEY, SECTION
 from vllm_adafuse.patches.on_import import when_imported
+from vllm_adafuse.serving import vllm_api
 
 _SEAM = "vllm.entrypoints.serve.utils.fingerprint"
 _MARK = "_adafuse_wrapped"
@@ -47,9 +48,9 @@ def wrap() -> None:
 def _seam(owner: Any, name: str) -> Any:
     found = getattr(owner, name, None)
     if found is None:
-        raise RuntimeError(
-            f"vllm-adafuse: {owner.__name__} of this vLLM has no {name}, so answers could not tell "
-            "which adapter made them; use a vLLM from 0.26 to 0.33"
+        raise vllm_api.moved(
+            f"{owner.__name__} of this vLLM has no {name}, so answers could not tell which adapter "
+            "made them"
         )
     return found
 

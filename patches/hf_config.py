@@ -13,6 +13,8 @@ from __future__ import annotations
 import functools
 import inspect
 
+from vllm_adafuse.serving import vllm_api
+
 _MARK = "_adafuse_wrapped"
 _CALLS = ("get_config(", "_apply_dict_overrides(")
 
@@ -30,10 +32,9 @@ def apply() -> None:
         return
     source = inspect.getsource(seam.ModelConfig.__post_init__)
     if original is None or any(call not in source for call in _CALLS):
-        raise RuntimeError(
-            "vllm-adafuse: vllm.config.model.ModelConfig no longer calls "
-            f"{' and '.join(_CALLS)}, so an adapter could be ignored in silence; use a vLLM "
-            "from 0.26 to 0.33"
+        raise vllm_api.moved(
+            "vllm.config.model.ModelConfig no longer calls "
+            f"{' and '.join(_CALLS)}, so an adapter could be ignored in silence"
         )
 
     parameters = inspect.signature(original)

@@ -13,6 +13,7 @@ import functools
 import inspect
 
 from vllm_adafuse.patches.on_import import when_imported
+from vllm_adafuse.serving import vllm_api
 
 _SEAM = "vllm.v1.worker.lora_model_runner_mixin"
 _MARK = "_adafuse_wrapped"
@@ -36,15 +37,14 @@ def wrap() -> None:
     if getattr(original, _MARK, False):
         return
     if original is None or list(inspect.signature(original).parameters) != _TAKES:
-        raise RuntimeError(
-            "vllm-adafuse: vLLM no longer makes its LoRA manager by "
+        raise vllm_api.moved(
+            "vLLM no longer makes its LoRA manager by "
             f"LoRAModelRunnerMixin.load_lora_model({', '.join(_TAKES[1:])}), so mixtures could "
-            "not be chosen per request; use a vLLM from 0.26 to 0.33"
+            "not be chosen per request"
         )
 
     @functools.wraps(original)
     def load_lora_model(self, model, vllm_config, device):
-        from vllm_adafuse.serving import vllm_api
         from vllm_adafuse.serving.manager import AdapterManager
 
         if vllm_api.lora_option(vllm_config) == "vllm":

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_adafuse.patches.on_import import when_imported
+from vllm_adafuse.serving import vllm_api
 
 _MARK = "_adafuse_wrapped"
 
@@ -47,9 +48,9 @@ def wrap(owner: Any, name: str, takes: tuple[str, ...], make: Callable) -> None:
         return
     found = list(inspect.signature(original).parameters) if callable(original) else None
     if found is None or tuple(found[: len(takes)]) != takes:
-        raise RuntimeError(
-            f"vllm-adafuse: vLLM's {owner.__name__}.{name} no longer takes ({', '.join(takes)}), "
-            "so a LoRA request could pass unchecked; use a vLLM from 0.26 to 0.33"
+        raise vllm_api.moved(
+            f"vLLM's {owner.__name__}.{name} no longer takes ({', '.join(takes)}), so a LoRA "
+            "request could pass unchecked"
         )
     wrapper = functools.wraps(original)(make(original))
     setattr(wrapper, _MARK, True)
@@ -66,10 +67,9 @@ def versions_of(owner: Any):
         return None  # a renderer's front end, without an engine
     if not hasattr(processor, "adafuse_versions"):
         from vllm_adafuse.serving.versions import Checks, Versions
-        from vllm_adafuse.serving.vllm_api import lora_option
 
         config, versions = processor.vllm_config, None
-        if (lora := config.lora_config) is not None and lora_option(config) == "adafuse":
+        if (lora := config.lora_config) is not None and vllm_api.lora_option(config) == "adafuse":
             versions = Versions(Checks(config).open, lora.max_loras, lora.max_lora_rank)
         processor.adafuse_versions = versions
     return processor.adafuse_versions

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from vllm_adafuse.patches.on_import import when_imported
+from vllm_adafuse.serving import vllm_api
 
 _SEAM = "vllm.v1.worker.gpu_worker"
 _MARK = "_adafuse_wrapped"
@@ -46,9 +47,9 @@ def wrap() -> None:
 def _wrap(owner: Any, name: str, after: Callable) -> None:
     original = getattr(owner, name, None)
     if original is None:
-        raise RuntimeError(
-            f"vllm-adafuse: {owner.__name__} of this vLLM has no {name}, so weights loaded into a "
-            "running engine would keep the routes of the old ones; use a vLLM from 0.26 to 0.33"
+        raise vllm_api.moved(
+            f"{owner.__name__} of this vLLM has no {name}, so weights loaded into a running engine "
+            "would keep the routes of the old ones"
         )
     if not getattr(original, _MARK, False):
         wrapped = after(original)

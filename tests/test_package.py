@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from vllm_adafuse.compat import BEFORE, MINIMUM
 from vllm_adafuse.format.architectures import ARCHITECTURES
+from vllm_adafuse.serving.vllm_api import BEFORE, MINIMUM
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LINES, MAX_REPOSITORY_BYTES = 400, 8 << 20
@@ -42,7 +42,7 @@ def test_a_top_level_kernels_is_not_ours():
     assert str(ROOT) not in out
 
 
-def test_pyproject_and_compat_name_the_same_vllm():
+def test_pyproject_and_vllm_api_name_the_same_vllm():
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     span = ">={}.{},<{}.{}".format(*MINIMUM, *BEFORE)

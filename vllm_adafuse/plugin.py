@@ -6,9 +6,9 @@ from __future__ import annotations
 def register() -> None:
     """Makes the AdaFuse architectures known to vLLM; imports no model and touches no device."""
     from vllm import ModelRegistry
-    from vllm_adafuse.compat import check_vllm_version
     from vllm_adafuse.format.architectures import ARCHITECTURES
     from vllm_adafuse.patches import apply_patches
+    from vllm_adafuse.serving.vllm_api import check_vllm_version
 
     check_vllm_version()
     known = ModelRegistry.models

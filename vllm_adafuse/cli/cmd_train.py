@@ -70,7 +70,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="decide on entering layer M, which sees context if M > 0; layers below stay plain "
         "(default 0: at the entrance, by the token alone)")  # fmt: skip
     add("--router-context", choices=CONTEXTS, default="",
-        help="mean: the router at the entrance also sees the mean of the request so far")  # fmt: skip
+        help="mean: the router at the entrance also sees the mean of the request so "
+        "far")  # fmt: skip
     add("--router-context-scale", dest="context_scale", type=float, default=4.0, metavar="S",
         help="how much that counts (default 4)")  # fmt: skip
     add("--routing", choices=("pre_gated", "layer_wise"), default="pre_gated",

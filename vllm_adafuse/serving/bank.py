@@ -46,12 +46,15 @@ class ExpertBank(torch.nn.Module):
         joint: W and A are to stand in one tensor; see `wrap.linears.join`.
 
     Attributes:
+        slices: how its linears lie in the projection.
         before_norm: `linear_norm` computes the projection together with the norm behind it.
         in_place: what follows gate_up may stay in its product's memory, see `linear`.
         cache: where the projection of q, k and v may write keys and values itself; or None.
         epilogue: what follows the projection in the same op, see `Shape`.
         layer_name: by which the ops find this bank.
     """
+
+    gate = None  # of layers that route themselves, see `LayerBank`
 
     def __init__(
         self,
@@ -71,7 +74,7 @@ class ExpertBank(torch.nn.Module):
         # Asked when all is loaded; no modules, which would be below this one then.
         self.bias_of = functools.partial(bias_of, layer)
         self.norm_of: Callable[[], Norm] | None = None
-        slices = slices_of(layer, parts)
+        self.slices = slices = slices_of(layer, parts)
         self.names, self.part_shards = slices.names, slices.part_shards
         self.parts, self.widths = slices.parts, slices.widths
         self.input_slice, size_in = slices.input_slice, slices.size_in

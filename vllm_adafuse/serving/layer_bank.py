@@ -67,6 +67,8 @@ class LayerBank(torch.nn.Module):
         joint: W is to stand before the rows in one tensor, see `wrap.linears.join`.
     """
 
+    cache = None  # keys and values are written by vLLM
+
     def __init__(
         self,
         place: Place,

@@ -17,7 +17,6 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
-from vllm_adafuse.compat import release_workspaces
 from vllm_adafuse.format.architectures import ARCHITECTURES, PREFIX, Architecture
 from vllm_adafuse.format.config import CONTENT_KEY
 from vllm_adafuse.serving import layer_wise, projections, vllm_api
@@ -151,7 +150,7 @@ class AdaFuseMixin:
             self.adafuse_router.stamp(
                 self.embed_input_ids, norm, self.architecture.norm_offset
             )
-            release_workspaces()
+            vllm_api.release_workspaces()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
         """vLLM's own; some trainers call it on a running engine, with a few tensors at a time."""

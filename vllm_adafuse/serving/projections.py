@@ -225,7 +225,7 @@ def places(
         if not index or block[0] not in BLOCKS:
             continue
         routed = block_name in adapter.routers
-        first = getattr(owner, _FIRST[block[0]], None) is layer
+        first = dict(owner.named_children()).get(_FIRST[block[0]]) is layer
         if adapted.intersection(linears) or (routed and first):
             whole = config.mix == "ffn_output" and block[0] == "mlp" and routed
             yield Place(layer, owner, tuple(linears), int(index), block[0], first, whole)

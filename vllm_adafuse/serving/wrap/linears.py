@@ -31,6 +31,8 @@ class AdaFuseLinearMethod(LinearMethodBase):
     all-reduce or gather, so the deltas of a sharded projection need no collective of their own.
     """
 
+    activation = ""  # what follows the projection and is done here too
+
     def __init__(self, inner: LinearMethodBase):
         self.inner = inner
         # Class attributes of the base hide `__getattr__`, and vLLM reads these of the method.

@@ -34,11 +34,12 @@ def _kind(layer: LinearBase) -> tuple:
     bank, method = bank_of(layer), layer.quant_method
     if bank is None:
         return ()
-    slices = getattr(bank, "slices", bank)
     shapes = tuple((name, b.dtype, *b.shape) for name, b in bank.named_buffers(recurse=False))
-    activation, bias = getattr(method, "activation", ""), bias_of(layer) is not None
-    gate, cache = getattr(bank, "gate", None), getattr(bank, "cache", None) is not None
-    return type(method), activation, bias, gate, cache, *slices.parts, *slices.widths, shapes
+    bias, cache, slices = bias_of(layer) is not None, bank.cache is not None, bank.slices
+    return (
+        type(method), method.activation, bias, bank.gate, cache, *slices.parts, *slices.widths,
+        shapes,
+    )  # fmt: skip
 
 
 def _apply(layer: LinearBase, x: torch.Tensor) -> torch.Tensor:
@@ -46,9 +47,9 @@ def _apply(layer: LinearBase, x: torch.Tensor) -> torch.Tensor:
 
 
 def _inputs(layer: LinearBase, tokens: int) -> torch.Tensor:
-    size = getattr(layer, "input_size_per_partition", layer.input_size)
-    like = bank_of(layer).lora_b
-    return torch.zeros(tokens, size, dtype=like.dtype, device=like.device)
+    bank = bank_of(layer)
+    like = bank.lora_b
+    return torch.zeros(tokens, bank.slices.size_in, dtype=like.dtype, device=like.device)
 
 
 class _Projection:
@@ -58,7 +59,7 @@ class _Projection:
         self.layer, self.norm = layer, norm
 
     def __call__(self, tokens: int) -> None:
-        x, cache = _inputs(self.layer, tokens), getattr(bank_of(self.layer), "cache", None)
+        x, cache = _inputs(self.layer, tokens), bank_of(self.layer).cache
         y = _apply(self.layer, x)
         if cache is not None:
             with cache.rehearsal(tokens, x.dtype, x.device):
