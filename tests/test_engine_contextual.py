@@ -61,11 +61,11 @@ def test_two_pipeline_stages(tmp_path, monkeypatch):
 def test_a_layer_of_another_form_is_refused():
     from types import SimpleNamespace
 
-    from vllm_adafuse.serving.routes import Router
+    from vllm_adafuse.serving.wrap.hooks import route_at
 
     class Layer(torch.nn.Module):
         def forward(self, hidden_states, positions):
             return hidden_states
 
     with pytest.raises(RuntimeError, match="Layer of this vLLM takes hidden_states, positions"):
-        Router.watch(SimpleNamespace(), Layer())
+        route_at(Layer(), SimpleNamespace())
