@@ -1,11 +1,13 @@
 """The package itself: names, version range, the plugin's manners, sizes of files."""
 
+import importlib
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import vllm_adafuse
 from vllm_adafuse.format.architectures import ARCHITECTURES
 from vllm_adafuse.serving.vllm_api import BEFORE, MINIMUM
 
@@ -71,6 +73,21 @@ def test_register_twice_imports_no_model_and_touches_no_device():
     assert out.split()[-2 * len(ARCHITECTURES) :] == [
         word for a in ARCHITECTURES.values() for word in (a.adafuse_name, "True")
     ]
+
+
+@pytest.mark.parametrize(
+    "old,new",
+    [
+        ("reference", "offline.reference"),
+        ("switch_runtime", "offline.switch_runtime"),
+        ("random_adapter", "format.random_adapter"),
+        ("digest", "format.digest"),
+    ],
+)
+def test_documented_names_of_modules_that_moved(old, new):
+    moved = importlib.import_module(f"vllm_adafuse.{new}")
+    assert importlib.import_module(f"vllm_adafuse.{old}") is moved
+    assert getattr(vllm_adafuse, old) is moved
 
 
 def test_the_format_imports_neither_vllm_nor_triton():
