@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -73,9 +74,11 @@ class Model:
 
 
 def shapes_of(
-    backbone: Backbone, model: Model, adapter: Adapter, ranks: int = 1
+    backbone: Backbone, model: Model, adapter: Adapter | SimpleNamespace, ranks: int = 1
 ) -> Iterator[tuple[int, str, Shape]]:
     """The adapted projections as vLLM packs and shards them: layer, name in it, shape.
+
+    Of an adapter `projections` are asked for, and its config's `num_experts` and `rank`.
 
     Raises:
         AdapterError: a width is not divisible by the ranks.

@@ -15,6 +15,7 @@ from vllm_adafuse.cli import (
     cmd_compose_experts,
     cmd_convert,
     cmd_distill,
+    cmd_doctor,
     cmd_explain,
     cmd_inspect,
     cmd_merge,
@@ -40,6 +41,7 @@ examples, in the order of a first visit:
   vllm-adafuse train --base BASE --data texts.jsonl --output adapter   train one
   vllm-adafuse tune BASE                         fit the kernels to this machine's GPU
   vllm-adafuse explain BASE adapter --tokens 40  which kernels serve a step of 40 tokens
+  vllm-adafuse doctor BASE adapter               what this machine would serve, and why not faster
 
 BASE is a checkpoint directory, or the name of one in the Hugging Face cache; nothing is
 downloaded. `vllm-adafuse COMMAND --help` says more.
@@ -70,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         cmd_distill,
         cmd_tune,
         cmd_explain,
+        cmd_doctor,
     ):
         command.add_parser(commands)
     return parser
