@@ -166,7 +166,7 @@ def _model(base, bank, names, top_k, router_input, options: ContextOptions) -> A
     config = MixtureConfig(
         num_experts=len(names), top_k=top_k, r=rank, lora_alpha=float(rank),
         router_input=router_input, router_context="mean", context_scale=options.scale,
-        seed=options.seed, target_modules=sorted({n.split(".")[-2] for n in bank.tensors}),
+        seed=options.seed, target_modules=tuple(sorted({n.split(".")[-2] for n in bank.tensors})),
     )  # fmt: skip
     linears = [name for name in linears if not name.endswith(".lora_B")]
     model = AdaFuseModel(backbone, config, str(base), linears)
@@ -202,7 +202,7 @@ def _read_blocks(
     for path, label in texts:
         for example in _examples(path, tokenizer):
             for at in range(0, len(example.ids), room):
-                ids, learn = (part[at : at + room] for part in (example.ids, example.learn))
+                ids, learn = example.ids[at : at + room], example.learn[at : at + room]
                 if len(begin) + len(ids) < 2 or not any(learn):
                     continue
                 lead = [] if ids[: len(begin)] == tuple(begin) else begin
@@ -303,10 +303,11 @@ def _label_loss(router, labels: torch.Tensor, batch: dict[str, torch.Tensor]) ->
 @torch.no_grad()
 def _usage(model: AdaFuseModel, judged: Blocks, batch_size: int) -> tuple[float, ...]:
     model.eval()
-    router, counts = model.all_routers[0], 0
+    router = model.all_routers[0]
+    counts = torch.zeros(router.weight.shape[1], dtype=torch.double, device=model.device)
     for batch in DataLoader(judged, batch_size):
         mask = batch["attention_mask"].to(model.device)
         model(input_ids=batch["input_ids"].to(model.device), attention_mask=mask)
         chosen = router.chosen[..., 0, :][mask > 0].flatten()
-        counts = counts + torch.bincount(chosen, minlength=router.weight.shape[1]).double()
+        counts += torch.bincount(chosen, minlength=len(counts))
     return tuple((counts / counts.sum()).tolist())
