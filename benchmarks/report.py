@@ -2,14 +2,14 @@
 
     python -m benchmarks.report
 
-The newest file of each benchmark, model and set of engines is shown; all files are listed with
-their commits.
+The newest file of each benchmark, model and set of engines is shown; all files that are kept are
+listed with their commits. A file that no page shows any more is deleted: git has it.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections import Counter
+import re
 from pathlib import Path
 
 from benchmarks import record
@@ -89,6 +89,16 @@ ON_OTHER_PAGES = (
 )  # fmt: skip
 
 
+def picture_name(result: Result, taken: set[str]) -> str:
+    """What a picture is of, so that a newer run of it takes its place; added to those taken."""
+    engines = [] if result.kind != "engine" else [e for e in result.engines if e != "stock"]
+    name = "-".join([result.kind, result.models, *engines])
+    if name in taken:
+        name += f"-{result.mixture}-{result.options.get('prompt', 0)}"
+    taken.add(name)
+    return re.sub(r"[^\w.]+", "-", name)
+
+
 def write_report(results: list[Result], docs: Path) -> Path:
     """Writes docs/benchmarks.md and its plots.
 
@@ -102,15 +112,12 @@ def write_report(results: list[Result], docs: Path) -> Path:
         if result.kind not in SECTIONS:
             raise ValueError(f"{result.path}: no section for benchmark {result.kind}")
     text = HEAD + required_section([r for r in results if r.kind == "engine"])
-    names: Counter[str] = Counter()
+    names: set[str] = set()
     for kind, (heading, section) in SECTIONS.items():
         own = [result for result in newest(results) if result.kind == kind]
         text += f"\n## {heading}\n" if own else ""
         for result in own:
-            name = f"{kind}-{result.models}".replace(", ", "-").replace(" ", "-")
-            names[name] += 1
-            name += f"-{names[name]}" if names[name] > 1 else ""
-            picture = docs / "plots" / f"{name}.svg"
+            picture = docs / "plots" / f"{picture_name(result, names)}.svg"
             text += f"\n{result.caption()}\n\n{section(result, picture)}"
     text += "\n## All result files\n\n"
     listed = [

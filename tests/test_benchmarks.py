@@ -136,7 +136,7 @@ def test_each_set_of_engines_has_a_table_and_groups_their_first(tmp_path):
     assert "| stock | 4.000 ms |" in text and "| stock | 5.000 ms |" in text
     assert "`lora` did not start: no room\n" in text
     assert "decode 8 x 128" in text and "prefill 16 x 1000" in text
-    assert (tmp_path / "plots" / "engine-llama-2-7b-2.svg").is_file()
+    assert (tmp_path / "plots" / "engine-llama-2-7b-adafuse-4-8-1.svg").is_file()
 
 
 def test_the_report_in_the_repository_is_that_of_its_result_files(tmp_path):
@@ -160,7 +160,7 @@ def test_the_newest_result_is_shown_and_all_are_listed(tmp_path):
     assert "| stock | 40 s | 123,456 |" in text and "tiny, 2 layers" in text
     assert "The run was cut off before prefill 16 x 1000." in text
     assert "c20260101-000000" in text and "`engine.py --a b`" in text
-    assert (tmp_path / "plots" / "engine-tiny-2-layers.svg").read_text().startswith("<?xml")
+    assert (tmp_path / "plots" / "engine-tiny-2-layers-adafuse.svg").read_text().startswith("<?xml")
 
 
 @pytest.mark.parametrize(
