@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import vllm_adafuse
-from vllm_adafuse.compat import BEFORE, DISTRIBUTIONS, MINIMUM
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.explain import Line, Model, explain, shapes_of
 from vllm_adafuse.format.backbone import Backbone
@@ -20,6 +19,7 @@ from vllm_adafuse.kernels.configs import cuts_of, shape_key
 from vllm_adafuse.kernels.plans import Device, Shape
 from vllm_adafuse.serving.adapters import LORA, OpenedAdapter, open_adapter
 from vllm_adafuse.serving.pool import PAGE_RANKS, Size, misfits, pool_size
+from vllm_adafuse.serving.vllm_api import BEFORE, DISTRIBUTIONS, MINIMUM
 
 PLUGIN, GROUP = "adafuse", "vllm.general_plugins"
 PACKAGES = ("torch", "triton", "transformers", "safetensors")
