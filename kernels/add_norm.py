@@ -6,7 +6,7 @@
 Second half of `linear_norm`. With EXPAND one program has all columns of a block of tokens: it
 writes z, sums its squares, and reads z again for the norm, so that the experts ride on a pass that
 the model makes anyway (AdaFuse, arXiv 2603.11873, section 3, for the deltas). Without it y holds
-the deltas, whole or as sums of slices of `in`, which are added up here.
+the deltas, whole or as split-K sums, which are added up here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vllm_adafuse.kernels.whole import cdiv
 def _add_norm_kernel(
     y_ptr, s_ptr, residual_ptr, weight_ptr, b_ptr, gates_ptr, z_ptr, out_ptr,
     n_tokens, y_stride, s_stride, residual_stride, n_experts, eps,
-    WIDTH: tl.constexpr, SPLIT: tl.constexpr, EXPAND: tl.constexpr, PDL: tl.constexpr,
+    WIDTH: tl.constexpr, SPLIT_K: tl.constexpr, EXPAND: tl.constexpr, PDL: tl.constexpr,
     RANK: tl.constexpr, SKIP: tl.constexpr, EVEN_K: tl.constexpr, ONE: tl.constexpr,
     BLOCK_T: tl.constexpr, COLS: tl.constexpr, NORM_COLS: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -70,7 +70,7 @@ def _add_norm_kernel(
             before = tl.load(residual_ptr + place, mask=mask, other=0.0)
         y_at = y_ptr + wide_rows[:, None] * y_stride + columns[None, :]
         z = tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
-        for _ in tl.static_range(1, SPLIT):
+        for _ in tl.static_range(1, SPLIT_K):
             y_at += n_tokens * y_stride
             z += tl.load(y_at, mask=mask, other=0.0)
         z += before.to(tl.float32)
@@ -123,7 +123,7 @@ def add_norm_triton(
     """One launch.
 
     Args:
-        y: [T, H], W x; or [split, T, H] contiguous, float32, to be added up. Rows contiguous.
+        y: [T, H], W x; or [split_k, T, H] contiguous, float32, to be added up. Rows contiguous.
         s: [T, E R], A x of all experts, not yet weighted; None if y holds the deltas.
         residual: [T, H]; rows contiguous.
         norm: of H columns.
@@ -140,9 +140,9 @@ def add_norm_triton(
     out = residual.new_empty(tokens, width)
     if z is None:
         z = torch.empty_like(out)
-    split = y.shape[0] if y.dim() == 3 else 0
+    split_k = y.shape[0] if y.dim() == 3 else 0
     block_t, kernel = _plan(
-        width, split, s is not None, experts, rank, residual.element_size(), blocks, on_hopper(y)
+        width, split_k, s is not None, experts, rank, residual.element_size(), blocks, on_hopper(y)
     )
     kernel(
         (cdiv(tokens, block_t),),
@@ -155,14 +155,14 @@ def add_norm_triton(
 
 @functools.cache
 def _plan(
-    width: int, split: int, expand: bool, experts: int, rank: int, itemsize: int,
+    width: int, split_k: int, expand: bool, experts: int, rank: int, itemsize: int,
     blocks: NormConfig | None, hopper: bool,
 ) -> tuple[int, Bound]:  # fmt: skip
     """Tokens of a program, and the kernel."""
-    cut = blocks or choose_norm(width, expand, split > 0, itemsize)
+    cut = blocks or choose_norm(width, expand, split_k > 0, itemsize)
     return cut.tokens, bind(
         _add_norm_kernel,
-        WIDTH=width, SPLIT=split, EXPAND=expand,
+        WIDTH=width, SPLIT_K=split_k, EXPAND=expand,
         BLOCK_T=cut.tokens, COLS=cut.columns, STAGES=cut.stages,
         NORM_COLS=cut.norm_columns if cut.columns < width else cut.columns,
         num_warps=cut.warps, **expert_blocks(experts, rank, False), **overlap(hopper),

@@ -2,7 +2,7 @@
 
 `vllm-adafuse tune` finds cuts of products of few tokens and leaves them in the user's cache
 directory, one JSON file for each kind of device; those of the devices that we had come with the
-package, in `cuts/`. A cut changes the speed of a product, and the last bits of its result. Which
+package, in `configs/`. A cut changes the speed of a product, and the last bits of its result. Which
 one a step takes is for `dispatch` to say.
 """
 
@@ -21,10 +21,12 @@ from vllm_adafuse.kernels.whole import power_of_2
 
 logger = logging.getLogger("vllm.adafuse")
 
-MAX_SPLIT = 4
+MAX_SPLIT_K = 4
 # Programs that share the shrink of one expert, at most.
-MAX_SLICES = 8
-VERSION = 4
+MAX_SHRINK_SPLIT_K = 8
+VERSION = 5
+# Keys of version 4, by which users have tuned files still, and what they are called now.
+_VERSION_4 = {"split": "split_k", "slices": "shrink_split_k"}
 # Ranks, of one expert or of several, that one product takes.
 BLOCK_ER = 128
 
@@ -36,22 +38,22 @@ class GemmConfig:
     Attributes:
         rows: of W in a tile, a power of two; with `tma` or one and a half of one.
         cols: elements of `in` in a step of the loop, a power of two.
-        split: programs that share a tile, each with a slice of `in`.
+        split_k: programs that share a tile, each with a slice of `in`.
         warps: of a program.
         stages: steps in flight.
         shrink_cols: elements of `in` in a step of the shrink, a power of two.
-        slices: programs that share the shrink of one expert, each with a slice of `in`.
+        shrink_split_k: programs that share the shrink of one expert, each with a slice of `in`.
         tma: whole tiles through the tensor memory accelerator (tma_gemm), not streamed
             (decode_gemm).
     """
 
     rows: int = 64
     cols: int = 128
-    split: int = 1
+    split_k: int = 1
     warps: int = 4
     stages: int = 3
     shrink_cols: int = 256
-    slices: int = 1
+    shrink_split_k: int = 1
     tma: bool = False
 
     def __post_init__(self):
@@ -63,10 +65,11 @@ class GemmConfig:
             value = getattr(self, name)
             if value < 1 or value & (value - 1):
                 raise ValueError(f"GemmConfig: {name} is {value}, expected a power of two")
-        if not 1 <= self.split <= MAX_SPLIT:
-            raise ValueError(f"GemmConfig: split is {self.split}, expected 1 to {MAX_SPLIT}")
-        if not 1 <= self.slices <= MAX_SLICES:
-            raise ValueError(f"GemmConfig: slices is {self.slices}, expected 1 to {MAX_SLICES}")
+        if not 1 <= self.split_k <= MAX_SPLIT_K:
+            raise ValueError(f"GemmConfig: split_k is {self.split_k}, expected 1 to {MAX_SPLIT_K}")
+        if not 1 <= self.shrink_split_k <= MAX_SHRINK_SPLIT_K:
+            found = f"shrink_split_k is {self.shrink_split_k}"
+            raise ValueError(f"GemmConfig: {found}, expected 1 to {MAX_SHRINK_SPLIT_K}")
 
     @property
     def pieces(self) -> tuple[int, int]:
@@ -150,7 +153,7 @@ def _file_name(device: str) -> str:
 
 def packaged_file(device: str) -> Path:
     """The cuts of a kind of device that come with the package, where there are any."""
-    return Path(__file__).parent / "cuts" / f"{_file_name(device)}.json"
+    return Path(__file__).parent / "configs" / f"{_file_name(device)}.json"
 
 
 Cuts = dict[str, dict[int, GemmConfig | None]]
@@ -172,7 +175,7 @@ def save_cuts(device: str, cuts: Cuts, how: dict[str, Any]) -> Path:
         "version": VERSION,
         "device": device,
         "how": how,
-        "cuts": {
+        "configs": {
             key: {str(t): cut and asdict(cut) for t, cut in sorted(by_tokens.items())}
             for key, by_tokens in sorted(known.items())
         },
@@ -189,17 +192,24 @@ def _read(path: Path) -> Cuts:
     """The cuts of a file; none, with a warning, if it cannot be used."""
     try:
         content = json.loads(path.read_text("utf-8"))
-        if content["version"] != VERSION:
+        if content["version"] not in (4, VERSION):
             raise ValueError(f"its version is {content['version']}, expected {VERSION}")
+        old = content["version"] == 4
         return {
-            key: {int(tokens): cut and GemmConfig(**cut) for tokens, cut in by_tokens.items()}
-            for key, by_tokens in content["cuts"].items()
+            key: {int(tokens): _config(of, old) for tokens, of in by_tokens.items()}
+            for key, by_tokens in content["cuts" if old else "configs"].items()
         }
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         logger.warning("%s is not used: %s; make it again with vllm-adafuse tune", path, e)
         return {}
+
+
+def _config(keys: dict[str, Any] | None, old: bool) -> GemmConfig | None:
+    if keys and old:
+        keys = {_VERSION_4.get(key, key): value for key, value in keys.items()}
+    return keys and GemmConfig(**keys)
 
 
 @functools.cache

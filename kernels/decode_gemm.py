@@ -20,7 +20,13 @@ from dataclasses import replace
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.configs import BLOCK_ER, MAX_SLICES, MAX_SPLIT, GemmConfig, block_er
+from vllm_adafuse.kernels.configs import (
+    BLOCK_ER,
+    MAX_SHRINK_SPLIT_K,
+    MAX_SPLIT_K,
+    GemmConfig,
+    block_er,
+)
 from vllm_adafuse.kernels.dispatch import MAX_SHRINK_TOKENS, MAX_STREAM_TOKENS, default_config
 from vllm_adafuse.kernels.early import prefetch
 from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, rows_in_pages, starts_of_head
@@ -39,8 +45,8 @@ from vllm_adafuse.kernels.shrink import (
     ShrinkGrid,
     fit_cols,
     last_sums,
+    range_of_k,
     shrink_program,
-    slice_of_in,
     wait_for_shrink,
 )
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
@@ -49,11 +55,11 @@ from vllm_adafuse.kernels.whole import cdiv, power_of_2
 def workspace_sizes(lora_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
     """Bytes of s, floats of partial sums and tickets that a projection of `rows` rows may need."""
     parts, experts, rank, _ = lora_a.shape
-    alone, within = ShrinkGrid.of(lora_a), ShrinkGrid.of(lora_a, MAX_SLICES)
+    alone, within = ShrinkGrid.of(lora_a), ShrinkGrid.of(lora_a, MAX_SHRINK_SPLIT_K)
     low = MAX_SHRINK_TOKENS * parts * experts * rank * lora_a.element_size()
     padded = rows + 3 * 64
     of_shrink = max(alone.programs * MAX_SHRINK_TOKENS, within.programs * MAX_STREAM_TOKENS)
-    sums = of_shrink * alone.block_r + MAX_SPLIT * padded * MAX_STREAM_TOKENS
+    sums = of_shrink * alone.block_r + MAX_SPLIT_K * padded * MAX_STREAM_TOKENS
     return low, sums, alone.slots + padded // 16
 
 
@@ -135,30 +141,30 @@ def add_delta(
 def _decode_gemm_kernel(
     x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, y_ptr, cos_sin_ptr,
     gates_ptr, active_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
-    n_tokens, x_stride, y_stride, size_in, n_experts, n_parts, n_slots, slices,
+    n_tokens, x_stride, y_stride, size_in, n_experts, n_parts, n_slots, shrink_split_k,
     keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
     PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
-    EVEN: tl.constexpr, SPLIT: tl.constexpr, LEAVE: tl.constexpr,
+    EVEN: tl.constexpr, SPLIT_K: tl.constexpr, LEAVE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_ER: tl.constexpr,
     RANK: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
     SHRINK_COLS: tl.constexpr, SHRINK_STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    pid, n_shrinks = tl.program_id(0), n_slots * slices
+    pid, n_shrinks = tl.program_id(0), n_slots * shrink_split_k
     if pid < n_shrinks:
         if PDL:  # launched before the kernel in front of it has ended
             tl.extra.cuda.gdc_wait()
         shrink_program(
             pid, x_ptr, a_ptr, gates_ptr, active_ptr, s_ptr, partial_ptr, ticket_ptr,
-            counter_ptr, n_tokens, x_stride, size_in, n_experts, RANK, n_parts, n_slots, slices,
-            PADDED != 0, BLOCK_T, BLOCK_R, SHRINK_COLS, SHRINK_STAGES,
+            counter_ptr, n_tokens, x_stride, size_in, n_experts, RANK, n_parts, n_slots,
+            shrink_split_k, PADDED != 0, BLOCK_T, BLOCK_R, SHRINK_COLS, SHRINK_STAGES,
         )  # fmt: skip
     else:
         # Which tile of which part, and which slice of `in`. With ACT rows come in pairs, and a tile
         # has both members: of gate and up, of first and second halves of heads.
-        tile, split = (pid - n_shrinks) // SPLIT, (pid - n_shrinks) % SPLIT
+        tile, pid_k = (pid - n_shrinks) // SPLIT_K, (pid - n_shrinks) % SPLIT_K
         TALL: tl.constexpr = ROWS * (2 if ACT == 3 else 1)
         PARTED: tl.constexpr = ACT == 0 or ACT == 3
         TILES0: tl.constexpr = (WIDTH0 + TALL - 1) // TALL
@@ -192,7 +198,7 @@ def _decode_gemm_kernel(
         in_pages, there = rows_in_pages(
             slots_ptr, tokens, here, block_size, block_stride, row_stride, PAGED
         )
-        begin, end = slice_of_in(size_in, split, SPLIT, COLS)
+        begin, end = range_of_k(size_in, pid_k, SPLIT_K, COLS)
         x_at = x_ptr + tokens[None, :] * x_stride
         acc = tl.zeros([ROWS, BLOCK_T], dtype=tl.float32)
         acc_up = acc
@@ -204,7 +210,7 @@ def _decode_gemm_kernel(
             slots, shrinks = n_experts * of_expert, active.to(tl.int32) * of_expert
         b_at = b_ptr + (rows - skipped).to(tl.int64)[:, None] * size
         b_up_at = b_at
-        adds = (part >= 0) & (split == 0)
+        adds = (part >= 0) & (pid_k == 0)
         asked = tl.where(adds, active, 0)
         b = load_b(b_at, 0, active_ptr, asked, n_experts, PADDED, RANK, BLOCK_ER)
         b_up = b
@@ -235,10 +241,10 @@ def _decode_gemm_kernel(
                 n_tokens, part, n_parts, n_experts, True, PADDED, RANK, BLOCK_T, BLOCK_ER,
             )  # fmt: skip
         last = True
-        if SPLIT > 1 and not LEAVE:
+        if SPLIT_K > 1 and not LEAVE:
             acc, last = last_sums(
-                acc, partial_ptr + slots * slices * (BLOCK_R * BLOCK_T), ticket_ptr + slots,
-                tile, split, SPLIT, ROWS, BLOCK_T,
+                acc, partial_ptr + slots * shrink_split_k * (BLOCK_R * BLOCK_T), ticket_ptr + slots,
+                tile, pid_k, SPLIT_K, ROWS, BLOCK_T,
             )  # fmt: skip
         if last:
             if HAS_BIAS:
@@ -254,7 +260,7 @@ def _decode_gemm_kernel(
                     acc_up += tl.load(bias_ptr + APART + rows).to(tl.float32)[:, None]
             y_at = y_ptr + tokens[None, :] * y_stride + (first + local_rows)[:, None]
             if LEAVE:
-                y_at += split * n_tokens * y_stride
+                y_at += pid_k * n_tokens * y_stride
             mask = (local_rows < width)[:, None] & here[None, :]
             if ACT == 3:
                 if first < WIDTH0 + WIDTH1:  # v is not turned
@@ -293,12 +299,12 @@ def decode_gemm_triton(
         p: the projection; its semaphore is zero, and of this launch alone until the next step.
         step: the step's buffers.
         tiles: how to cut, default `dispatch.default_config`.
-        out: where the result goes, [T, out] with contiguous rows, or [split, T, out] contiguous,
+        out: where the result goes, [T, out] with contiguous rows, or [split_k, T, out] contiguous,
             float32, to leave the sums of each slice of `in` unadded; default a new tensor.
         kv_slots: where k and v go with "rotary", whose columns of the result stay undefined then.
 
     Raises:
-        ValueError: slices of `in` before an activation or rotary embedding, which takes whole sums.
+        ValueError: split-K sums before an activation or rotary embedding, which takes whole sums.
     """
     (tokens, size_in), shape, workspace = x.shape, p.shape, step.workspace
     widths, parts, activation = shape.widths, shape.adapted, shape.activation
@@ -308,11 +314,11 @@ def decode_gemm_triton(
     rows = sum(members)
     if tiles is None:
         tiles = default_config(tokens, size_in, rows, activation, x.element_size())
-    if act and tiles.split > 1:
-        raise ValueError(f"decode_gemm: split is {tiles.split}, expected 1 before {activation}")
+    if act and tiles.split_k > 1:
+        raise ValueError(f"decode_gemm: split_k is {tiles.split_k}, expected 1 before {activation}")
     if half:
         tiles = replace(tiles, rows=min(tiles.rows, half))
-    grid = ShrinkGrid.of(p.lora_a, tiles.slices)
+    grid = ShrinkGrid.of(p.lora_a, tiles.shrink_split_k)
     padded = 0
     if experts * rank > BLOCK_ER:
         padded, grid = cdiv(rank, 16) * 16, grid.for_tokens(tokens, experts)
@@ -323,17 +329,17 @@ def decode_gemm_triton(
     y = x.new_empty(tokens, result_width(widths, activation)) if out is None else out
     leave = y.dim() == 3
     launch(
-        _decode_gemm_kernel, (grid.programs + count * tiles.split,),
+        _decode_gemm_kernel, (grid.programs + count * tiles.split_k,),
         x, p.weight, p.bias, p.lora_a, p.lora_b, y, step.cos_sin,
         step.gates, step.active, workspace.s(x.dtype, tokens, n_parts, experts * rank),
         workspace.partial, workspace.tickets, p.semaphore,
-        tokens, x.stride(0), y.stride(-2), size_in, experts, n_parts, grid.slots, grid.slices,
+        tokens, x.stride(0), y.stride(-2), size_in, experts, n_parts, grid.slots, grid.split_k,
         *(kv_slots or NO_KV_SLOTS),
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         PART0=parts[0], PART1=parts[1], PART2=parts[2],
         HAS_BIAS=p.bias is not None, ACT=act, HALF=half, PAGED=kv_slots is not None,
-        EVEN=size_in % (tiles.cols * tiles.split) == 0,
-        SPLIT=tiles.split, LEAVE=leave, BLOCK_T=block_t, BLOCK_R=grid.block_r,
+        EVEN=size_in % (tiles.cols * tiles.split_k) == 0,
+        SPLIT_K=tiles.split_k, LEAVE=leave, BLOCK_T=block_t, BLOCK_R=grid.block_r,
         BLOCK_ER=block_er(experts * rank),
         RANK=rank, PADDED=padded, ROWS=tiles.rows, COLS=tiles.cols, STAGES=tiles.stages,
         SHRINK_COLS=shrink_cols, SHRINK_STAGES=SHRINK_STAGES,

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from vllm_adafuse.kernels.configs import (
     BLOCK_ER,
-    MAX_SPLIT,
+    MAX_SPLIT_K,
     ExpandConfig,
     GemmConfig,
     NormConfig,
@@ -52,7 +52,7 @@ MAX_UNTILED_TOKENS = 8
 # With more ranks over all experts 17 to 32 tokens are streamed: tiles would take inactive experts
 # along. (3010da1: 64 experts of rank 16, gate_up 72.5 us streamed, 84.9 tiled.)
 MAX_TILED_RANKS = 512
-# Rows of W, or pairs of them, with which whole tiles are programs enough: to add up slices of `in`
+# Rows of W, or pairs of them, with which whole tiles are programs enough: to add up split-K sums
 # within the kernel costs more than it gains (87f739b). Tiles that keep a large GPU busy (b1bfbb7).
 MIN_TILED_ROWS = 3072
 MIN_TILES = 90
@@ -88,8 +88,8 @@ MAX_ACTIVE_TOKENS = 256
 MAX_LAYER_ACTIVE_TOKENS = 8
 # Layer-wise: tokens of a program of `route_layer` change here (fc1d6c5); one product in float32 for
 # W, A and the routers would write and read too much beyond (b252aed). Where one product has all
-# experts its expand does not ask which are active, with few tokens either: then decision, deltas and
-# activation in one launch gain nothing (35af7a0: 2.2 us at qkv, -6.7 at gate_up, none a layer).
+# experts its expand does not ask which are active, with few tokens either: then decision, deltas
+# and activation in one launch gain nothing (35af7a0: 2.2 us at qkv, -6.7 at gate_up, none a layer).
 MAX_SMALL_ROUTE_TOKENS = 512
 MAX_JOINT_TOKENS = 256
 # Where `tma_expand` changes its cut: few tokens want more programs, many want short loops.
@@ -138,7 +138,7 @@ def plans_of(shape: Shape, device: Device) -> Plans:
 
 def config_plan(shape: Shape, config: GemmConfig) -> Plan:
     """With a kernel of ours, cut like this."""
-    split_k = config.split if shape.epilogue == "norm" else 1
+    split_k = config.split_k if shape.epilogue == "norm" else 1
     return Plan(TMA_GEMM if config.tma else DECODE_GEMM, config, split_k, True)
 
 
@@ -146,8 +146,8 @@ def config_plan(shape: Shape, config: GemmConfig) -> Plan:
 def cublas_plan(shape: Shape, num_tokens: int, device: Device) -> Plan:
     """With cuBLAS, whatever the number of tokens."""
     s, norm = shape, shape.epilogue == "norm"
-    if norm and slices_of_product(s, num_tokens) > 1:
-        return Plan(CUBLAS, None, slices_of_product(s, num_tokens), True, EXPAND)
+    if norm and product_split_k(s, num_tokens) > 1:
+        return Plan(CUBLAS, None, product_split_k(s, num_tokens), True, EXPAND)
     # Rows of the result begin at multiples of 16 bytes, which cuBLAS's best kernels need.
     aligned = s.fused_rows * s.itemsize % 16 == 0
     one_gemm = aligned and (not s.has_bias or num_tokens <= MAX_BIAS_TOKENS)
@@ -192,7 +192,7 @@ def find_config(
         tokens: of the step, a power of two: all numbers up to it are cut alike.
         size_in: elements of `in`.
         rows: of W; of one member where rows come in pairs (gate of gate_up, half heads of qkv).
-        follows: "", "silu", "gelu_tanh", "rotary", or "norm", which adds up slices of `in`.
+        follows: "", "silu", "gelu_tanh", "rotary", or "norm", which adds up split-K sums.
         itemsize: bytes of an element.
         tma: `can_tile`.
     """
@@ -234,11 +234,11 @@ def _tiled(tokens: int, size_in: int, rows: int, follows: str, itemsize: int) ->
         if tokens > MAX_LOW_TILE_TOKENS:
             return None
         if itemsize > 2:
-            return GemmConfig(32, 32, min(MAX_SPLIT, max(1, cdiv(128, cdiv(rows, 32)))), tma=True)
+            return GemmConfig(32, 32, min(MAX_SPLIT_K, max(1, cdiv(128, cdiv(rows, 32)))), tma=True)
         if size_in <= 8192:
-            return GemmConfig(64, 128, 1, 4, 5, slices=2, tma=True)
-        split = min(MAX_SPLIT, max(1, 112 // cdiv(rows, 96)))
-        return GemmConfig(96, 128, split, 4, 5, slices=4, tma=True)
+            return GemmConfig(64, 128, 1, 4, 5, shrink_split_k=2, tma=True)
+        split_k = min(MAX_SPLIT_K, max(1, 112 // cdiv(rows, 96)))
+        return GemmConfig(96, 128, split_k, 4, 5, shrink_split_k=4, tma=True)
     pairs = bool(follows)
     if rows < (MIN_TILED_ROWS if pairs else 2 * MIN_TILED_ROWS):
         return None
@@ -249,10 +249,10 @@ def _tiled(tokens: int, size_in: int, rows: int, follows: str, itemsize: int) ->
     if follows in ("", "rotary"):
         if cdiv(rows, 64) < MIN_TILES:
             stages = 5 if tokens <= MAX_LOW_TILE_TOKENS else 4
-            return GemmConfig(32, 128, 1, 4, stages, slices=2, tma=True)
+            return GemmConfig(32, 128, 1, 4, stages, shrink_split_k=2, tma=True)
         if tokens <= MAX_LOW_TILE_TOKENS:
-            return GemmConfig(64, 128, 1, 4, 4, slices=2, tma=True)
-        return GemmConfig(64, 64, 1, 8, 6, slices=2, tma=True)
+            return GemmConfig(64, 128, 1, 4, 4, shrink_split_k=2, tma=True)
+        return GemmConfig(64, 64, 1, 8, 6, shrink_split_k=2, tma=True)
     # One tile to a processor, of 132, some of which have the shrink: a second round costs as
     # much as the first.
     one_round = cdiv(rows, 96) <= 116
@@ -261,7 +261,7 @@ def _tiled(tokens: int, size_in: int, rows: int, follows: str, itemsize: int) ->
     else:
         tall = not one_round and cdiv(rows, 128) <= 116
         cut = (128, 64, 1, 8, 4) if tall else (96, 64, 1, 8, 5)
-    return GemmConfig(*cut, slices=2, tma=True)
+    return GemmConfig(*cut, shrink_split_k=2, tma=True)
 
 
 def _streamed(tokens: int, rows: int, follows: str, itemsize: int, roomy: bool) -> GemmConfig:
@@ -279,16 +279,17 @@ def _streamed(tokens: int, rows: int, follows: str, itemsize: int, roomy: bool) 
         return GemmConfig(height, cols if few else cols // 2, 1, 4, 3 if few else 4)
     # Programs that fill a second round of 132 processors by a fifth alone wait for that fifth.
     tiles = cdiv(rows, height)
-    split = min(most, cdiv(190, tiles))
+    split_k = min(most, cdiv(190, tiles))
     few_norm = tokens <= MAX_FEWEST_TOKENS and follows == "norm"
-    if few_norm and split > 1 and roomy and 2 * tiles <= 132:
+    if few_norm and split_k > 1 and roomy and 2 * tiles <= 132:
         return GemmConfig(height, cols, 2, 4, 6, 512, 2)
-    slices = 1 if split == 1 else 2 if few else 3
+    shrink_split_k = 1 if split_k == 1 else 2 if few else 3
     stages = 3 if few and follows == "norm" else 4
-    return GemmConfig(height, cols, split, 4, stages, 512 if few and split > 1 else 256, slices)
+    shrink_cols = 512 if few and split_k > 1 else 256
+    return GemmConfig(height, cols, split_k, 4, stages, shrink_cols, shrink_split_k)
 
 
-def slices_of_product(shape: Shape, num_tokens: int) -> int:
+def product_split_k(shape: Shape, num_tokens: int) -> int:
     """Slices of `in` for cuBLAS before a norm, in short steps where one product of the expand has
     all experts. Two, where whole tiles of W leave half of the processors idle, or `in` is long
     (measured at 87f739b: o at 96 tokens, down at 64 to 256)."""
@@ -362,11 +363,11 @@ def choose_wide(tokens: int, width: int, activation: str) -> ExpandConfig:
 
 
 @functools.cache
-def choose_norm(width: int, expand: bool, sliced: bool, itemsize: int) -> NormConfig:
+def choose_norm(width: int, expand: bool, is_split: bool, itemsize: int) -> NormConfig:
     """How `add_norm` is cut. Found on an H200 at the shapes of Llama-2-7B."""
     whole = power_of_2(width)
     if not expand:
-        return NormConfig(1, whole, whole, 8 if sliced or whole > 4096 else 4)
+        return NormConfig(1, whole, whole, 8 if is_split or whole > 4096 else 4)
     if itemsize > 2:
         return NormConfig(32, 32, 32, 8)
     return NormConfig(64, 64, 128, 8, 3)

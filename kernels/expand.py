@@ -39,12 +39,12 @@ from vllm_adafuse.kernels.whole import cdiv
 @triton.jit(do_not_specialize=["n_tokens"])
 def _expand_kernel(
     y_ptr, bias_ptr, out_ptr, s_ptr, b_ptr, gates_ptr, active_ptr, cos_sin_ptr,
-    n_tokens, slice_stride, y_stride, out_stride, s_stride, n_experts,
+    n_tokens, split_stride, y_stride, out_stride, s_stride, n_experts,
     keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
     PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
-    RAW: tl.constexpr, SKIP: tl.constexpr, ALL: tl.constexpr, SPLIT: tl.constexpr,
+    RAW: tl.constexpr, SKIP: tl.constexpr, ALL: tl.constexpr, SPLIT_K: tl.constexpr,
     RANK: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr, ONE: tl.constexpr,
     EVERY_PART: tl.constexpr, PDL: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr,
@@ -135,10 +135,10 @@ def _expand_kernel(
         if PDL and LOOP == 1:
             tl.extra.cuda.gdc_wait()
         y = tl.load(y_at, mask=mask, other=0.0)
-        if SPLIT > 1:
+        if SPLIT_K > 1:
             y = y.to(tl.float32)
-        for slice_ in tl.static_range(1, SPLIT):
-            y += tl.load(y_at + slice_ * slice_stride, mask=mask, other=0.0)
+        for k in tl.static_range(1, SPLIT_K):
+            y += tl.load(y_at + k * split_stride, mask=mask, other=0.0)
         up = y
         if ACT != 0:
             up = tl.load(y_at + APART, mask=mask, other=0.0)
@@ -146,11 +146,11 @@ def _expand_kernel(
             s, s_up = load_both(
                 s_at, s_up_at, rows_s, rows_up, n_experts, ACT, RANK, EVEN_K, BLOCK_E, BLOCK_R
             )
-            if SPLIT > 1:
+            if SPLIT_K > 1:
                 sums = s.to(tl.float32)
-                for slice_ in tl.static_range(1, SPLIT):
+                for k in tl.static_range(1, SPLIT_K):
                     sums += load_ranks(
-                        s_at + slice_ * slice_stride, rows_s, 0, n_experts, 0,
+                        s_at + k * split_stride, rows_s, 0, n_experts, 0,
                         RANK, False, EVEN_K, BLOCK_E, BLOCK_R,
                     )  # fmt: skip
                 s = weigh(sums, gates).to(s.dtype)
@@ -207,7 +207,7 @@ class _Key(NamedTuple):
         blocks: how to cut, None for the default.
         hopper, has_bias, paged: the device is one, there is a bias, there are KV slots.
         raw: s is not yet weighted.
-        split: slices of `in` to add up, 0 for none.
+        split_k: split-K sums to add up, 0 for none.
         skip: with few tokens, each expert is asked whether it is there.
     """
 
@@ -225,7 +225,7 @@ class _Key(NamedTuple):
     has_bias: bool
     paged: bool
     raw: bool
-    split: int
+    split_k: int
     skip: bool
 
 
@@ -250,18 +250,18 @@ def _launch(
     skip: bool = True,
 ) -> None:
     """One launch; slices: parts, widths, and the index of what follows."""
-    (parts, widths, act), sliced = slices, y.dim() == 3
+    (parts, widths, act), is_split = slices, y.dim() == 3
     tokens, (_, experts, rank) = y.shape[-2], read.lora_b.shape
     groups, block_t, kernel = _plan(_Key(
         min(tokens, MAX_SHORT_TOKENS + 1), tuple(widths), tuple(parts),
         read.cos_sin.shape[1] // 2 if act == ROTARY else 0, act, out is not y,
         experts, rank, y.element_size(), blocks, on_hopper(y), read.bias is not None,
-        kv_slots is not None, read.gates is not None, y.shape[0] if sliced else 0, skip,
+        kv_slots is not None, read.gates is not None, y.shape[0] if is_split else 0, skip,
     ))  # fmt: skip
     kernel(
         (groups, cdiv(tokens, block_t)),
         y, read.bias, out, s, read.lora_b, read.gates, read.active, read.cos_sin,
-        tokens, y.stride(0), y.stride(-2), out.stride(0), s.stride(1 if sliced else 0), experts,
+        tokens, y.stride(0), y.stride(-2), out.stride(0), s.stride(1 if is_split else 0), experts,
         *(kv_slots or NO_KV_SLOTS),
     )  # fmt: skip
 
@@ -270,7 +270,7 @@ def _launch(
 def _plan(key: _Key) -> tuple[int, int, Bound]:
     """Groups of tiles, tokens of a tile, and the kernel."""
     tokens, widths, parts, half, act, every, experts, rank, itemsize, blocks, *flags = key
-    hopper, has_bias, paged, raw, split, skip = flags
+    hopper, has_bias, paged, raw, split_k, skip = flags
     if blocks is None:
         blocks = choose_expand(tokens, act != 0, itemsize)
     columns = min(blocks.columns, half) if act == ROTARY else blocks.columns
@@ -284,7 +284,7 @@ def _plan(key: _Key) -> tuple[int, int, Bound]:
     widths, parts = (*widths, 0, 0)[:3], (*parts, -1, -1)[:3]
     return sum(cdiv(w, span) for w in tiled), blocks.tokens, bind(
         _expand_kernel,
-        HAS_BIAS=has_bias, PAGED=paged, RAW=raw, SPLIT=split,
+        HAS_BIAS=has_bias, PAGED=paged, RAW=raw, SPLIT_K=split_k,
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         PART0=parts[0], PART1=parts[1], PART2=parts[2],
         ACT=act, HALF=half, ALL=every,
@@ -329,9 +329,9 @@ def expand_raw_triton(
 
     Args:
         y: [T, out], W x; overwritten where no activation follows and no bias is added, and with
-            `strided_out`. Or sums of slices of `in` [split, T, out], where one product has all
+            `strided_out`. Or split-K sums [split_k, T, out], where one product has all
             experts and no activation follows.
-        s: [T, S E R], A x of all experts, not yet weighted; or [split, T, S E R], as y.
+        s: [T, S E R], A x of all experts, not yet weighted; or [split_k, T, S E R], as y.
         bias: [out], or None: what of the projection's is still to be added.
         p: the projection.
         step: the step's buffers.

@@ -119,14 +119,16 @@ def one_launch(
     return launch(x, p, step, config, out, kv_slots)
 
 
-def sliced_product(x: torch.Tensor, p: Projection, split: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slices of W x and A x, [split, T, …] each, by one cuBLAS GEMM for all slices of `in`:
+def split_k_product(
+    x: torch.Tensor, p: Projection, split_k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slices of W x and A x, [split_k, T, …] each, by one cuBLAS GEMM for all slices of `in`:
     programs enough where one for the whole would have few. Slices are rounded as the whole would
     be, which costs the sum no more than that.
     """
     joint, out = p.fused_weight, p.shape.size_out
-    of_x = x.view(x.shape[0], split, -1).transpose(0, 1)
-    of_rows = joint.view(joint.shape[0], split, -1).permute(1, 2, 0)
+    of_x = x.view(x.shape[0], split_k, -1).transpose(0, 1)
+    of_rows = joint.view(joint.shape[0], split_k, -1).permute(1, 2, 0)
     y, s = torch.split_with_sizes(torch.bmm(of_x, of_rows), (out, joint.shape[0] - out), 2)
     return y, s
 

@@ -4,8 +4,8 @@
     out[t] = z[t] / sqrt(mean(z[t]²) + eps) * weight
 
 for o_proj and down_proj, whose outputs go that way in most decoders. W and A stand in one tensor,
-[W; A]. With few tokens one launch streams or tiles W, adds the deltas, and leaves sums of slices of
-`in`, which the norm adds up: so a product with few rows gets programs enough, and none waits for
+[W; A]. With few tokens one launch streams or tiles W, adds the deltas, and leaves split-K
+sums, which the norm adds up: so a product with few rows gets programs enough, and none waits for
 the last of them. Longer steps take cuBLAS GEMMs; up to some thousands of tokens an
 expand adds the deltas before the norm, beyond that the norm does (add_norm.py), or if they
 have many ranks cuBLAS (dense_expand.py). SGMM (AdaFuse, arXiv 2603.11873, section 3)
@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from vllm_adafuse.kernels import linear
 from vllm_adafuse.kernels.add_norm import add_norm_torch, add_norm_triton
-from vllm_adafuse.kernels.configs import MAX_SPLIT, GemmConfig
+from vllm_adafuse.kernels.configs import MAX_SPLIT_K, GemmConfig
 from vllm_adafuse.kernels.dense_expand import dense_expand_triton
 from vllm_adafuse.kernels.dispatch import MAX_TILE_TOKENS
 from vllm_adafuse.kernels.linear import (
@@ -25,7 +25,7 @@ from vllm_adafuse.kernels.linear import (
     joint_product,
     linear_torch,
     one_launch,
-    sliced_product,
+    split_k_product,
 )
 from vllm_adafuse.kernels.operands import Projection, Step
 from vllm_adafuse.kernels.plans import ADD_NORM, NONE, Plan
@@ -34,20 +34,20 @@ from vllm_adafuse.kernels.plans import ADD_NORM, NONE, Plan
 def workspace_sizes(lora_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
     """Bytes of s, floats of partial sums and tickets that a projection of `rows` rows may need."""
     low, floats, tickets = linear.workspace_sizes(lora_a, rows)
-    return low, floats + MAX_SPLIT * MAX_TILE_TOKENS * rows, tickets
+    return low, floats + MAX_SPLIT_K * MAX_TILE_TOKENS * rows, tickets
 
 
-def slices_triton(x: torch.Tensor, p: Projection, step: Step, config: GemmConfig) -> torch.Tensor:
-    """The projection of few tokens in one launch, slices of `in` unadded.
+def split_k_triton(x: torch.Tensor, p: Projection, step: Step, config: GemmConfig) -> torch.Tensor:
+    """The projection of few tokens in one launch, split-K sums unadded.
 
     Args:
-        config: into `config.split` slices.
+        config: how it is cut.
 
     Returns:
-        [split, T, out] float32 in the workspace, whose sum over slices is the projection.
+        [split_k, T, out] float32 in the workspace, whose sum over split_k is the projection.
     """
-    slices = step.workspace.slices(config.split, x.shape[0], p.shape.size_out)
-    return one_launch(x, p, step, config, slices)
+    sums = step.workspace.split_sums(config.split_k, x.shape[0], p.shape.size_out)
+    return one_launch(x, p, step, config, sums)
 
 
 def linear_norm_torch(
@@ -82,9 +82,9 @@ def linear_norm_triton(
     """`linear_norm` on a GPU, by a plan."""
     behind = residual, p.norm, p.lora_b, step.gates
     if way.config:
-        return add_norm_triton(slices_triton(x, p, step, way.config), None, *behind)
+        return add_norm_triton(split_k_triton(x, p, step, way.config), None, *behind)
     if way.split_k > 1:
-        y, s = sliced_product(x, p, way.split_k)
+        y, s = split_k_product(x, p, way.split_k)
     else:
         y, s, _ = joint_product(x, p, way.one_gemm)
     if way.expand == ADD_NORM:

@@ -116,7 +116,7 @@ class Plan:
     Attributes:
         kernel: of W and A; SHRINK or CUBLAS of A alone where W is quantised.
         config: its cut; None for cuBLAS.
-        split_k: slices of `in` that the norm adds up.
+        split_k: slices of `in`, whose sums the norm adds up.
         one_gemm: cuBLAS takes W and A together.
         expand: what adds the deltas, and goes on to the epilogue.
         dense_from: the first expert that cuBLAS adds before that; None: it adds none.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.configs import MAX_SLICES
+from vllm_adafuse.kernels.configs import MAX_SHRINK_SPLIT_K
 from vllm_adafuse.kernels.launch import launch, overlap
 from vllm_adafuse.kernels.plans import on_hopper
 from vllm_adafuse.kernels.registry import matmul_f32
@@ -34,10 +34,10 @@ _FEW_PROGRAMS = 24
 
 
 @triton.jit
-def slice_of_in(size_in, slice_, slices, COLS: tl.constexpr):
+def range_of_k(size_in, pid_k, split_k, COLS: tl.constexpr):
     """Where a slice of `in` begins and ends, in whole steps of COLS."""
-    size = tl.cdiv(tl.cdiv(size_in, slices), COLS) * COLS
-    begin = slice_ * size
+    size = tl.cdiv(tl.cdiv(size_in, split_k), COLS) * COLS
+    begin = pid_k * size
     return begin, tl.minimum(begin + size, size_in)
 
 
@@ -80,19 +80,19 @@ def fence():
 
 
 @triton.jit
-def leave_sums(acc, partial_ptr, slot, split, splits,
+def leave_sums(acc, partial_ptr, slot, pid_k, split_k,
                ROWS: tl.constexpr, BLOCK_T: tl.constexpr):  # fmt: skip
     """Writes a program's sums [ROWS, T] where the last of its slot finds them."""
     at = tl.arange(0, ROWS)[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
-    place = partial_ptr + (slot * splits + split) * (ROWS * BLOCK_T) + at
+    place = partial_ptr + (slot * split_k + pid_k) * (ROWS * BLOCK_T) + at
     tl.store(place, acc, cache_modifier=".cg")
 
 
 @triton.jit
-def is_last(ticket_ptr, splits):
+def is_last(ticket_ptr, split_k):
     """Whether this program is the last of those that share a ticket; what they left is there."""
     tl.debug_barrier()
-    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == splits - 1
+    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == split_k - 1
     tl.debug_barrier()
     if last:
         tl.store(ticket_ptr, 0)  # as the next launch expects it
@@ -100,31 +100,31 @@ def is_last(ticket_ptr, splits):
 
 
 @triton.jit
-def all_sums(partial_ptr, slot, splits, ROWS: tl.constexpr, BLOCK_T: tl.constexpr):
+def all_sums(partial_ptr, slot, split_k, ROWS: tl.constexpr, BLOCK_T: tl.constexpr):
     """The sums that all programs of a slot left, added in their order."""
     at = tl.arange(0, ROWS)[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
-    base = partial_ptr + slot * splits * (ROWS * BLOCK_T) + at
+    base = partial_ptr + slot * split_k * (ROWS * BLOCK_T) + at
     acc = tl.zeros([ROWS, BLOCK_T], dtype=tl.float32)
-    for other in range(splits):
+    for other in range(split_k):
         acc += tl.load(base + other * (ROWS * BLOCK_T), cache_modifier=".cg")
     return acc
 
 
 @triton.jit
-def last_sums(acc, partial_ptr, ticket_ptr, slot, split, splits,
+def last_sums(acc, partial_ptr, ticket_ptr, slot, pid_k, split_k,
               ROWS: tl.constexpr, BLOCK_T: tl.constexpr):  # fmt: skip
     """Leaves a program's sums [ROWS, T]; the last of its slot gets all, added in their order."""
-    leave_sums(acc, partial_ptr, slot, split, splits, ROWS, BLOCK_T)
-    last = is_last(ticket_ptr + slot, splits)
+    leave_sums(acc, partial_ptr, slot, pid_k, split_k, ROWS, BLOCK_T)
+    last = is_last(ticket_ptr + slot, split_k)
     if last:
-        acc = all_sums(partial_ptr, slot, splits, ROWS, BLOCK_T)
+        acc = all_sums(partial_ptr, slot, split_k, ROWS, BLOCK_T)
     return acc, last
 
 
 @triton.jit
 def _shrink_slice(
-    slot, part, expert, block, split, used, x_ptr, a_ptr, gates_ptr, s_ptr, partial_ptr, ticket_ptr,
-    counter_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_parts, slices,
+    slot, part, expert, block, pid_k, used, x_ptr, a_ptr, gates_ptr, s_ptr, partial_ptr, ticket_ptr,
+    counter_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_parts, split_k,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_IN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A slice of `in` for one block of ranks of one expert of one part: s [T, BLOCK_R].
@@ -138,7 +138,7 @@ def _shrink_slice(
     last = True
     if used:
         a_rows = ((part * n_experts + expert) * rank + ranks).to(tl.int64) * size_in
-        begin, end = slice_of_in(size_in, split, slices, BLOCK_IN)
+        begin, end = range_of_k(size_in, pid_k, split_k, BLOCK_IN)
         for start in tl.range(begin, end, BLOCK_IN, num_stages=STAGES):
             k = start + tl.arange(0, BLOCK_IN)
             inside = k < end
@@ -151,9 +151,9 @@ def _shrink_slice(
                 mask=here[None, :] & inside[:, None], other=0.0,
             )  # fmt: skip
             sums = tl.dot(a, x, sums, input_precision="ieee")
-        if slices > 1:
+        if split_k > 1:
             sums, last = last_sums(
-                sums, partial_ptr, ticket_ptr, slot, split, slices, BLOCK_R, BLOCK_T
+                sums, partial_ptr, ticket_ptr, slot, pid_k, split_k, BLOCK_R, BLOCK_T
             )
     if last:
         gates = tl.load(gates_ptr + rows * n_experts + expert, mask=here, other=0.0)
@@ -169,13 +169,13 @@ def _shrink_slice(
 @triton.jit
 def shrink_program(
     pid, x_ptr, a_ptr, gates_ptr, active_ptr, s_ptr, partial_ptr, ticket_ptr,
-    counter_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_parts, n_slots, slices,
+    counter_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_parts, n_slots, split_k,
     LISTED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_IN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The programs of a shrink: a slot for each part, expert and block of ranks, or for those of
     the list of active experts, in turns if there are fewer slots."""
-    slot, split = pid // slices, pid % slices
+    slot, pid_k = pid // split_k, pid % split_k
     blocks = tl.cdiv(rank, BLOCK_R)
     if LISTED:
         of_expert = n_parts * blocks
@@ -184,20 +184,20 @@ def shrink_program(
         for i in range(slot // of_expert, count, n_slots // of_expert):
             expert = tl.load(active_ptr + 2 + i).to(tl.int32)
             _shrink_slice(
-                i * of_expert + slot % of_expert, part, expert, block, split, True,
+                i * of_expert + slot % of_expert, part, expert, block, pid_k, True,
                 x_ptr, a_ptr, gates_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
-                n_tokens, x_stride, size_in, n_experts, rank, n_parts, slices,
+                n_tokens, x_stride, size_in, n_experts, rank, n_parts, split_k,
                 BLOCK_T, BLOCK_R, BLOCK_IN, STAGES,
             )  # fmt: skip
     else:
         part, expert = slot // (n_experts * blocks), (slot // blocks) % n_experts
         used = (tl.load(active_ptr) >> expert) & 1 != 0
         # Of an expert that no token chose one program remains: it writes the zeros.
-        if used | (split == 0):
+        if used | (pid_k == 0):
             _shrink_slice(
-                slot, part, expert, slot % blocks, split, used,
+                slot, part, expert, slot % blocks, pid_k, used,
                 x_ptr, a_ptr, gates_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
-                n_tokens, x_stride, size_in, n_experts, rank, n_parts, slices,
+                n_tokens, x_stride, size_in, n_experts, rank, n_parts, split_k,
                 BLOCK_T, BLOCK_R, BLOCK_IN, STAGES,
             )  # fmt: skip
 
@@ -205,7 +205,7 @@ def shrink_program(
 @triton.jit(do_not_specialize=["n_tokens"])
 def _shrink_kernel(
     x_ptr, a_ptr, gates_ptr, active_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
-    n_tokens, x_stride, size_in, n_experts, rank, n_parts, slices,
+    n_tokens, x_stride, size_in, n_experts, rank, n_parts, split_k,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_IN: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -213,38 +213,38 @@ def _shrink_kernel(
         tl.extra.cuda.gdc_wait()
     shrink_program(
         tl.program_id(0), x_ptr, a_ptr, gates_ptr, active_ptr, s_ptr, partial_ptr, ticket_ptr,
-        counter_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_parts, 0, slices, False,
+        counter_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_parts, 0, split_k, False,
         BLOCK_T, BLOCK_R, BLOCK_IN, STAGES,
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ShrinkGrid:
-    """How the programs of a bank's shrink are cut: slots, of so many slices each."""
+    """How the programs of a bank's shrink are cut: slots, each of `split_k` programs."""
 
     block_r: int
-    slices: int
+    split_k: int
     slots: int
 
     @classmethod
-    def of(cls, lora_a: torch.Tensor, slices: int = 0) -> ShrinkGrid:
-        """For a bank, in so many slices of `in`; 0: a sane number."""
+    def of(cls, lora_a: torch.Tensor, split_k: int = 0) -> ShrinkGrid:
+        """For an A, in so many slices of `in`; 0: a sane number."""
         parts, experts, rank, size_in = lora_a.shape
         block_r = min(32, max(16, power_of_2(rank)))
         slots = parts * experts * cdiv(rank, block_r)
-        alone = max(1, min(MAX_SLICES, size_in // _SLICE, _PROGRAMS // slots))
-        return cls(block_r, slices or alone, slots)
+        alone = max(1, min(MAX_SHRINK_SPLIT_K, size_in // _SLICE, _PROGRAMS // slots))
+        return cls(block_r, split_k or alone, slots)
 
     def for_tokens(self, tokens: int, experts: int) -> ShrinkGrid:
         """With slots for two experts of each token, as far as there are so many: the tiles that
         follow share processors with slots, and with empty ones, too."""
         of_expert = self.slots // experts
-        most = max(2 * power_of_2(tokens), _FEW_PROGRAMS // (of_expert * self.slices))
+        most = max(2 * power_of_2(tokens), _FEW_PROGRAMS // (of_expert * self.split_k))
         return replace(self, slots=of_expert * min(experts, most))
 
     @property
     def programs(self) -> int:
-        return self.slots * self.slices
+        return self.slots * self.split_k
 
 
 def fit_cols(wanted: int, block_r: int, block_t: int, itemsize: int) -> int:
@@ -282,7 +282,7 @@ def shrink_triton(
     launch(
         _shrink_kernel, (grid.programs,),
         x, lora_a, gates, active, s, workspace.partial, workspace.tickets, workspace.unread,
-        tokens, x.stride(0), size_in, experts, rank, parts, grid.slices,
+        tokens, x.stride(0), size_in, experts, rank, parts, grid.split_k,
         BLOCK_T=block_t, BLOCK_R=grid.block_r, BLOCK_IN=block_in,
         STAGES=SHRINK_STAGES, num_warps=4, num_stages=SHRINK_STAGES, **overlap(on_hopper(x)),
     )  # fmt: skip

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
-from vllm_adafuse.kernels.configs import MAX_SLICES, GemmConfig
+from vllm_adafuse.kernels.configs import MAX_SHRINK_SPLIT_K, GemmConfig
 from vllm_adafuse.kernels.dispatch import MAX_TILE_TOKENS, default_config
 from vllm_adafuse.kernels.early import prefetch_pairs
 from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, rows_in_pages, starts_of_head
@@ -45,7 +45,7 @@ from vllm_adafuse.kernels.shrink import (
     fence,
     is_last,
     leave_sums,
-    slice_of_in,
+    range_of_k,
     wait_for_shrink,
 )
 from vllm_adafuse.kernels.tma_steps import apart, loop_over
@@ -61,31 +61,31 @@ def workspace_sizes(lora_a: torch.Tensor) -> tuple[int, int, int]:
     ranks = lora_a.numel() // lora_a.shape[-1]
     low = MAX_TILE_TOKENS * ranks * lora_a.element_size()
     tiles = cdiv(ranks, SHRINK_ROWS)
-    return low, MAX_SLICES * tiles * SHRINK_ROWS * MAX_TILE_TOKENS, tiles
+    return low, MAX_SHRINK_SPLIT_K * tiles * SHRINK_ROWS * MAX_TILE_TOKENS, tiles
 
 
 @triton.jit
 def _shrink_tile(
     pid, x_desc, a_desc, gates_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
     n_tokens, size_in,
-    RANKS: tl.constexpr, RANK: tl.constexpr, EXPERTS: tl.constexpr, SLICES: tl.constexpr,
+    RANKS: tl.constexpr, RANK: tl.constexpr, EXPERTS: tl.constexpr, SHRINK_SPLIT_K: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, SHRINK_ROWS: tl.constexpr,
     COLS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A slice of `in` for one tile of A; whoever is the last of its tile leaves s [T, ranks]."""
-    tile, slice_ = pid // SLICES, pid % SLICES
-    begin, end = slice_of_in(size_in, slice_, SLICES, COLS)
+    tile, pid_k = pid // SHRINK_SPLIT_K, pid % SHRINK_SPLIT_K
+    begin, end = range_of_k(size_in, pid_k, SHRINK_SPLIT_K, COLS)
     sums = tl.zeros([BLOCK_T, SHRINK_ROWS], dtype=tl.float32)
     for start in tl.range(begin, end, COLS, num_stages=STAGES):
         a = a_desc.load([tile * SHRINK_ROWS, start])
         sums = tl.dot(x_desc.load([0, start]), a.T, sums, input_precision="ieee")
     last = True
-    if SLICES > 1:
-        leave_sums(sums, partial_ptr, tile, slice_, SLICES, BLOCK_T, SHRINK_ROWS)
-        last = is_last(ticket_ptr + tile, SLICES)
+    if SHRINK_SPLIT_K > 1:
+        leave_sums(sums, partial_ptr, tile, pid_k, SHRINK_SPLIT_K, BLOCK_T, SHRINK_ROWS)
+        last = is_last(ticket_ptr + tile, SHRINK_SPLIT_K)
     if last:
-        if SLICES > 1:
-            sums = all_sums(partial_ptr, tile, SLICES, BLOCK_T, SHRINK_ROWS)
+        if SHRINK_SPLIT_K > 1:
+            sums = all_sums(partial_ptr, tile, SHRINK_SPLIT_K, BLOCK_T, SHRINK_ROWS)
         tokens, ranks = tl.arange(0, BLOCK_T), tile * SHRINK_ROWS + tl.arange(0, SHRINK_ROWS)
         here, experts = tokens < n_tokens, tl.arange(0, BLOCK_E)
         # Spread over ranks by a product with ones: to gather would be a load per element.
@@ -118,7 +118,7 @@ def _columns(local, width, ACT: tl.constexpr, HALF: tl.constexpr, ROWS: tl.const
 
 @triton.jit
 def _finish(
-    y, up, local, slice_, bias_ptr, y_ptr, cos_sin_ptr, n_tokens, y_stride, number, first, width,
+    y, up, local, pid_k, bias_ptr, y_ptr, cos_sin_ptr, n_tokens, y_stride, number, first, width,
     in_pages, there, keys_ptr, values_ptr, head_stride,
     APART: tl.constexpr, TURNED: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
@@ -133,7 +133,7 @@ def _finish(
         y += tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)[None, :]
         if ACT != 0:
             up += tl.load(bias_at + APART, mask=inside, other=0.0).to(tl.float32)[None, :]
-    y_at = y_ptr + slice_ * n_tokens * y_stride
+    y_at = y_ptr + pid_k * n_tokens * y_stride
     y_at += tokens[:, None] * y_stride + (first + columns)[None, :]
     mask = here[:, None] & inside[None, :]
     if ACT == 3:
@@ -163,7 +163,7 @@ def _tma_gemm_kernel(
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
     PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
-    SPLIT: tl.constexpr, SLICES: tl.constexpr, RANK: tl.constexpr, EXPERTS: tl.constexpr,
+    SPLIT_K: tl.constexpr, SHRINK_SPLIT_K: tl.constexpr, RANK: tl.constexpr, EXPERTS: tl.constexpr,
     RANKS: tl.constexpr, SHRINK_ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr, MORE: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
@@ -171,18 +171,18 @@ def _tma_gemm_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0)
     SHRINK_TILES: tl.constexpr = (RANKS + SHRINK_ROWS - 1) // SHRINK_ROWS
-    SHRINKS: tl.constexpr = SHRINK_TILES * SLICES
+    SHRINKS: tl.constexpr = SHRINK_TILES * SHRINK_SPLIT_K
     if pid < SHRINKS:
         if PDL:  # launched before the kernel in front of it has ended
             tl.extra.cuda.gdc_wait()
         _shrink_tile(
             pid, x_desc, a_desc, gates_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
-            n_tokens, size_in, RANKS, RANK, EXPERTS, SLICES,
+            n_tokens, size_in, RANKS, RANK, EXPERTS, SHRINK_SPLIT_K,
             BLOCK_T, BLOCK_E, SHRINK_ROWS, COLS, STAGES, PDL,
         )  # fmt: skip
     else:
         # Which tile of which part, and which slice of `in`. With ACT a tile has both members.
-        tile, slice_ = (pid - SHRINKS) // SPLIT, (pid - SHRINKS) % SPLIT
+        tile, pid_k = (pid - SHRINKS) // SPLIT_K, (pid - SHRINKS) % SPLIT_K
         TALL: tl.constexpr = ROWS + MORE
         WIDE: tl.constexpr = TALL * (2 if ACT == 3 else 1)
         TILES0: tl.constexpr = (WIDTH0 + WIDE - 1) // WIDE
@@ -228,8 +228,8 @@ def _tma_gemm_kernel(
         OF_UP: tl.constexpr = OF_PART if GATED and PART1 >= 0 else 0
         of_in = tl.cdiv(size_in, COLS)
         steps = of_in + (OF_GATE + OF_UP if GATED else tl.where(part >= 0, OF_PART, 0))
-        size = tl.cdiv(steps, SPLIT)
-        begin, end = slice_ * size, tl.minimum(slice_ * size + size, steps)
+        size = tl.cdiv(steps, SPLIT_K)
+        begin, end = pid_k * size, tl.minimum(pid_k * size + size, steps)
         acc = tl.zeros([BLOCK_T, MEMBERS * ROWS], dtype=tl.float32)
         more = tl.zeros([BLOCK_T, MEMBERS * MORE if MORE else 16], dtype=tl.float32)
         # s must be there before the loop asks for it, as many steps ahead as there are stages.
@@ -254,14 +254,14 @@ def _tma_gemm_kernel(
         )  # fmt: skip
         y, up = apart(acc, ACT, BLOCK_T, ROWS)
         _finish(
-            y, up, local, slice_, bias_ptr, y_ptr, cos_sin_ptr, n_tokens, y_stride, number, first,
+            y, up, local, pid_k, bias_ptr, y_ptr, cos_sin_ptr, n_tokens, y_stride, number, first,
             width, in_pages, there, keys_ptr, values_ptr, head_stride, APART, WIDTH0 + WIDTH1,
             HAS_BIAS, ACT, HALF, PAGED, BLOCK_T, ROWS,
         )  # fmt: skip
         if MORE:
             more_y, more_up = apart(more, ACT, BLOCK_T, MORE)
             _finish(
-                more_y, more_up, local + ROWS, slice_, bias_ptr, y_ptr, cos_sin_ptr, n_tokens,
+                more_y, more_up, local + ROWS, pid_k, bias_ptr, y_ptr, cos_sin_ptr, n_tokens,
                 y_stride, number, first, width, in_pages, there, keys_ptr, values_ptr, head_stride,
                 APART, WIDTH0 + WIDTH1, HAS_BIAS, ACT, HALF, PAGED, BLOCK_T, MORE,
             )  # fmt: skip
@@ -293,8 +293,8 @@ def tma_gemm_triton(
             launch alone until the next step.
         step: the step's buffers.
         tiles: how to cut, default `dispatch.default_config`; `shrink_cols` is not used, and
-            `split` only with slices in `out`.
-        out: where the result goes, [T, out] with contiguous rows, or [split, T, out] contiguous,
+            `split_k` only with split-K sums in `out`.
+        out: where the result goes, [T, out] with contiguous rows, or [split_k, T, out] contiguous,
             float32, to leave the sums of each slice of `in` unadded; default a new tensor.
         kv_slots: where k and v go with "rotary", whose columns of the result stay undefined then.
     """
@@ -312,10 +312,10 @@ def tma_gemm_triton(
     rows, more = cut.pieces
     block_t = max(MIN_TOKENS, power_of_2(tokens))
     count = sum(cdiv(w, cut.rows) for w in members)
-    shrinks = cdiv(lora_a.shape[0], SHRINK_ROWS) * cut.slices
+    shrinks = cdiv(lora_a.shape[0], SHRINK_ROWS) * cut.shrink_split_k
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
     y = x.new_empty(tokens, result_width(widths, activation)) if out is None else out
-    split = cut.split if y.dim() == 3 else 1
+    split_k = cut.split_k if y.dim() == 3 else 1
     # W as members, rows of each, and `in`: boxes of pairs have two members. B likewise, but for
     # gate_up, each of whose members is by itself.
     pair, pieces = 2 if act else 1, (rows, more or rows)
@@ -326,7 +326,7 @@ def tma_gemm_triton(
     b_boxes = [_boxes(part, half or part.shape[0], pair, pieces, cut.cols) for part in of_b]
     up_boxes = b_boxes[1] if len(of_b) > 1 else [None, None]
     launch(
-        _tma_gemm_kernel, (shrinks + count * split,),
+        _tma_gemm_kernel, (shrinks + count * split_k,),
         TensorDescriptor(x, list(x.shape), list(x.stride()), [block_t, cut.cols]), *w_boxes,
         TensorDescriptor(lora_a, list(lora_a.shape), [size_in, 1], [SHRINK_ROWS, cut.cols]),
         TensorDescriptor(s, [tokens, ranks], [ranks, 1], [block_t, cut.cols]),
@@ -336,7 +336,7 @@ def tma_gemm_triton(
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         PART0=parts[0], PART1=parts[1], PART2=parts[2],
         HAS_BIAS=p.bias is not None, ACT=act, HALF=half, PAGED=kv_slots is not None,
-        SPLIT=split, SLICES=cut.slices, RANK=rank, EXPERTS=experts,
+        SPLIT_K=split_k, SHRINK_SPLIT_K=cut.shrink_split_k, RANK=rank, EXPERTS=experts,
         RANKS=ranks, SHRINK_ROWS=SHRINK_ROWS,
         BLOCK_T=block_t, BLOCK_E=max(16, power_of_2(experts)),
         ROWS=rows, MORE=more, COLS=cut.cols, STAGES=cut.stages, WAITS=waits_in_loops(x),

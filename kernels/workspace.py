@@ -43,13 +43,13 @@ class Workspace(NamedTuple):
             raise ValueError(f"workspace has {self.low.numel()} bytes for s, {shape} needs more")
         return self.low[: count * dtype.itemsize].view(dtype).view(shape)
 
-    def slices(self, split: int, tokens: int, width: int) -> torch.Tensor:
-        """[split, tokens, width] float32 at the end of `partial`, beside what a launch sums there.
+    def split_sums(self, split_k: int, tokens: int, width: int) -> torch.Tensor:
+        """[split_k, tokens, width] float32 at the end of `partial`, beside a launch's own sums.
 
         Raises:
             ValueError: it was made too small.
         """
-        count = split * tokens * width
+        count = split_k * tokens * width
         if count > self.partial.numel():
             raise ValueError(f"workspace has {self.partial.numel()} sums, {count} are to be left")
-        return self.partial[-count:].view(split, tokens, width)
+        return self.partial[-count:].view(split_k, tokens, width)

@@ -39,7 +39,7 @@ POINTERS = {
     **dict.fromkeys(("keys_ptr", "values_ptr"), "*bf16"),
 }
 ALIGNED = ("residual_stride", "x_stride", "y_stride", "out_stride", "s_stride", "size_in", "rank")
-ALIGNED += "slice_stride", "block_size", "block_stride", "row_stride", "head_stride"
+ALIGNED += "split_stride", "block_size", "block_stride", "row_stride", "head_stride"
 NO_KV_SLOTS = dict.fromkeys(("keys_ptr", "values_ptr", "slots_ptr", *ALIGNED[-4:]))
 NO_KV_SLOTS |= {"PAGED": False}
 
@@ -130,7 +130,7 @@ def main() -> None:
             cut = dispatch.default_config(tokens, 4096, size_out, act, 2, tokens == 16)
             constants = shape | {
                 "EVEN": True,
-                "SPLIT": cut.split, "LEAVE": False,
+                "SPLIT_K": cut.split_k, "LEAVE": False,
                 "BLOCK_T": tokens, "BLOCK_R": 16, "BLOCK_ER": 128, "RANK": 16,
                 "ROWS": cut.rows, "COLS": cut.cols, "SHRINK_COLS": cut.shrink_cols,
                 "SHRINK_STAGES": shrink.SHRINK_STAGES, "PDL": True,
@@ -146,7 +146,7 @@ def main() -> None:
             cut = cut or configs.GemmConfig(64, 64, stages=3)
             tall, more = cut.pieces
             constants = shape | {
-                "SPLIT": 1, "SLICES": cut.slices, "RANK": 16, "EXPERTS": 8,
+                "SPLIT_K": 1, "SHRINK_SPLIT_K": cut.shrink_split_k, "RANK": 16, "EXPERTS": 8,
                 "RANKS": 128 * (2 if act == "silu" else 3), "SHRINK_ROWS": tma_gemm.SHRINK_ROWS,
                 "BLOCK_T": tokens, "BLOCK_E": 16,
                 "ROWS": tall, "MORE": more, "COLS": cut.cols, "STAGES": cut.stages,
@@ -177,12 +177,12 @@ def main() -> None:
             constants = shape | configs.expert_blocks(8, 16, False) | {
                 "RAW": True, "ALL": True, "EVERY_PART": True, "EVEN": True,
                 "BLOCK_T": cut.tokens, "BLOCK_OUT": columns,
-                "LOOP": cut.loop, "STAGES": cut.stages, "PDL": True, "SPLIT": 0,
+                "LOOP": cut.loop, "STAGES": cut.stages, "PDL": True, "SPLIT_K": 0,
             }  # fmt: skip
             name = f"expand act={number} tokens={tokens}"
             rows.append(build(name, expand._expand_kernel, constants, cut.warps, 2))
             if tokens == 128 and not act:
-                name, constants = f"{name}, slices", constants | {"SPLIT": 2}
+                name, constants = f"{name}, slices", constants | {"SPLIT_K": 2}
                 rows.append(build(name, expand._expand_kernel, constants, cut.warps, 2))
         widths = [shape[f"WIDTH{i}"] for i in range(3) if shape[f"WIDTH{i}"]]
         for tokens, experts in ((2048, 8), (16000, 8), (16000, 16)):
@@ -202,7 +202,7 @@ def main() -> None:
         cut = dispatch.choose_norm(4096, expands, split > 0, 2)
         POINTERS["y_ptr"] = "*fp32" if split else "*bf16"
         constants = configs.expert_blocks(8, 16, False) | {
-            "WIDTH": 4096, "SPLIT": split, "EXPAND": expands, "PDL": True, "STAGES": cut.stages,
+            "WIDTH": 4096, "SPLIT_K": split, "EXPAND": expands, "PDL": True, "STAGES": cut.stages,
             "BLOCK_T": cut.tokens, "COLS": cut.columns, "NORM_COLS": cut.norm_columns,
         }  # fmt: skip
         constants |= {} if expands else {"s_ptr": None}

@@ -30,7 +30,7 @@ def test_active_ones_of_many_experts(tokens, experts, top_k, rank):
     truth, absent = linear_truth(p), p.gates[:tokens].sum(0) == 0
     p.lora_a[:, absent], p.lora_b[:, absent] = float("nan"), float("nan")
     p.active[2 + p.active[1] :] = 1 << 40
-    for cut in (None, GemmConfig(16, 32, 2, slices=3)):
+    for cut in (None, GemmConfig(16, 32, 2, shrink_split_k=3)):
         assert error(run(p, tiles=cut), truth) <= 1e-5
 
 
@@ -46,7 +46,7 @@ def test_gate_up_with_its_activation(parts, activation):
     p = make_problem(5, 96, [70, 70], 3, 2, 4, parts=parts, bias=True)
     out = run(p, activation, GemmConfig(32, 32))
     assert error(out, linear_truth(p, activation)) <= 1e-5
-    with pytest.raises(ValueError, match="split is 2, expected 1 before"):
+    with pytest.raises(ValueError, match="split_k is 2, expected 1 before"):
         run(p, activation, GemmConfig(32, 32, 2))
 
 

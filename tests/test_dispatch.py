@@ -60,18 +60,31 @@ def test_a_second_run_keeps_other_shapes():
     save_cuts(DEVICE, {"a": {1: GemmConfig(16)}, "b": {1: GemmConfig(16)}}, {})
     save_cuts(DEVICE, {"a": {1: GemmConfig(32), 8: GemmConfig(64)}}, {"command": "again"})
     content = json.loads(cuts_file(DEVICE).read_text())
-    assert content["cuts"]["a"].keys() == {"1", "8"} and content["cuts"]["a"]["1"]["rows"] == 32
-    assert content["cuts"]["b"]["1"]["rows"] == 16 and content["how"] == {"command": "again"}
+    assert content["configs"]["a"].keys() == {"1", "8"} and content["configs"]["a"]["1"]["rows"] == 32
+    assert content["configs"]["b"]["1"]["rows"] == 16 and content["how"] == {"command": "again"}
+
+
+def test_files_of_version_4_are_read_and_kept():
+    path = cuts_file(DEVICE)
+    path.parent.mkdir(parents=True)
+    old = {"rows": 32, "cols": 64, "split": 3, "warps": 8, "stages": 2, "slices": 5, "tma": False}
+    path.write_text(json.dumps({"version": 4, "cuts": {"a": {"1": old, "64": None}}}))
+    read = GemmConfig(32, 64, 3, 8, 2, shrink_split_k=5)
+    assert configs._read(path) == {"a": {1: read, 64: None}}
+    save_cuts(DEVICE, {"a": {8: GemmConfig(16)}}, {})
+    content = json.loads(path.read_text())
+    assert content["version"] == 5 and content["configs"]["a"]["1"]["split_k"] == 3
+    assert configs._read(path) == {"a": {1: read, 8: GemmConfig(16), 64: None}}
 
 
 @pytest.mark.parametrize(
     "text,said",
     [
         ("{", "Expecting"),
-        ('{"version": 9, "cuts": {}}', "its version is 9, expected 4"),
-        ('{"version": 4}', "cuts"),
-        ('{"version": 4, "cuts": {"a": {"1": {"rows": 48}}}}', "rows is 48"),
-        ('{"version": 4, "cuts": {"a": {"1": {"heads": 8}}}}', "heads"),
+        ('{"version": 9, "configs": {}}', "its version is 9, expected 5"),
+        ('{"version": 5, "cuts": {}}', "configs"),
+        ('{"version": 5, "configs": {"a": {"1": {"rows": 48}}}}', "rows is 48"),
+        ('{"version": 5, "configs": {"a": {"1": {"heads": 8}}}}', "heads"),
         ("[]", "list"),
     ],
 )
@@ -93,8 +106,8 @@ def test_tokens_up_to_a_power_of_two_are_cut_alike():
 def test_a_bad_cut_is_refused():
     with pytest.raises(ValueError, match="rows is 48, expected a power of two"):
         GemmConfig(48)
-    with pytest.raises(ValueError, match="split is 9"):
-        GemmConfig(split=9)
+    with pytest.raises(ValueError, match="split_k is 9"):
+        GemmConfig(split_k=9)
 
 
 @pytest.mark.parametrize("rows,height", [(11008, 96), (14336, 128), (13824, 128), (18944, 96)])

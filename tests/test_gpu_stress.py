@@ -18,13 +18,13 @@ CASES = {
     "stream": ("stream", 1, [1, 1, 1], "", 8, 16, None, 0),
     "stream-list": ("stream", 16, [4], "", 40, 16, None, 0),
     "stream-gate-up": ("stream", 8, [4, 4], "silu", 8, 16, None, 0),
-    "stream-sliced": ("stream", 8, [4], "", 8, 16, GemmConfig(64, 128, 3, slices=3), 0),
-    "stream-slices-left": ("stream", 32, [4], "", 8, 64, GemmConfig(64, 64, 2, slices=2), 2),
+    "stream-is_split": ("stream", 8, [4], "", 8, 16, GemmConfig(64, 128, 3, shrink_split_k=3), 0),
+    "stream-slices-left": ("stream", 32, [4], "", 8, 64, GemmConfig(64, 64, 2, shrink_split_k=2), 2),
     "tile": ("tile", 40, [8], "", 8, 16, None, 0),
     "tile-gate-up": ("tile", 100, [8, 8], "silu", 8, 16, None, 0),
     "tile-many-ranks": ("tile", 24, [4], "", 40, 16, GemmConfig(32, 128, stages=4, tma=True), 0),
     "tile-slices-left": (
-        "tile", 64, [4], "", 8, 16, GemmConfig(64, 128, 2, 4, 4, slices=2, tma=True), 2
+        "tile", 64, [4], "", 8, 16, GemmConfig(64, 128, 2, 4, 4, shrink_split_k=2, tma=True), 2
     ),
 }  # fmt: skip
 

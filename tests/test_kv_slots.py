@@ -59,7 +59,7 @@ def by_stream(p, cos_sin, pages):
 
 
 def by_tiles(p, cos_sin, pages):
-    of, cut = p.projection("rotary", cos_sin), GemmConfig(16, 32, slices=2)
+    of, cut = p.projection("rotary", cos_sin), GemmConfig(16, 32, shrink_split_k=2)
     return tma_gemm_triton(p.x, of, p.step(cos_sin), cut, kv_slots=pages)
 
 

@@ -111,7 +111,7 @@ def test_every_path_leaves_the_layout_that_the_fake_tells(
     # Paths of a GPU; streamed and tiled, and the joint product.
     cuts = [None]
     if tokens <= 32:
-        cuts += [GemmConfig(16, 32), GemmConfig(16, 32, 1, 4, 2, slices=2, tma=True)]
+        cuts += [GemmConfig(16, 32), GemmConfig(16, 32, 1, 4, 2, shrink_split_k=2, tma=True)]
     for cut in cuts:
         way = config_plan(of.shape, cut) if cut else cublas_plan(of.shape, tokens, Device("cpu"))
         of.semaphore.zero_()

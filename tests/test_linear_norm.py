@@ -7,11 +7,11 @@ from vllm_adafuse.kernels import dispatch, linear
 from vllm_adafuse.kernels import linear_norm as module
 from vllm_adafuse.kernels.configs import GemmConfig
 from vllm_adafuse.kernels.dispatch import cublas_plan
-from vllm_adafuse.kernels.linear import sliced_product
+from vllm_adafuse.kernels.linear import split_k_product
 from vllm_adafuse.kernels.linear_norm import (
     linear_norm,
     linear_norm_triton,
-    slices_triton,
+    split_k_triton,
 )
 from vllm_adafuse.kernels.operands import Norm
 from vllm_adafuse.kernels.plans import Device, Shape
@@ -52,7 +52,7 @@ def test_equals_float64(tokens):
 def test_slices_are_left_unadded(tokens, tma, split):
     p, *_ = make(tokens, 200, 72)
     cut = GemmConfig(16, 32, split, 4, 2, 32, 2, tma)
-    slices = slices_triton(p.x, p.projection("norm"), p.step(), cut)
+    slices = split_k_triton(p.x, p.projection("norm"), p.step(), cut)
     assert slices.shape == (split, tokens, 72) and slices.dtype == torch.float32
     assert error(slices.sum(0), p.x.double() @ p.weight.double().T + delta_truth(p)) <= 1e-5
     assert split == 1 or error(slices[0], slices.sum(0).double()) > 0.1
@@ -77,10 +77,10 @@ def test_cublas_takes_slices_where_programs_are_few():
 
 
 @pytest.mark.parametrize("split", [1, 2, 4])
-def test_a_sliced_product(split):
+def test_a_split_k_product(split):
     p, *_ = make(40, 96, 72)
     padded = torch.cat([p.x, p.x], 1)[:, :96]  # rows with gaps
-    y, s = sliced_product(padded, p.projection("norm"), split)
+    y, s = split_k_product(padded, p.projection("norm"), split)
     assert y.shape == (split, 40, 72) and s.shape == (split, 40, 32)
     assert error(y.sum(0), p.x.double() @ p.weight.double().T) <= 1e-5
     assert error(s.sum(0), p.x.double() @ p.lora_a.flatten(0, 2).double().T) <= 1e-5

@@ -25,7 +25,7 @@ def test_equals_float64_and_is_zero_where_not_chosen(name, run):
 
 def test_a_second_launch_finds_its_tickets_at_zero():
     p = in_whole_numbers(make_problem(3, 8192, [32], 3, 1, 20))
-    assert ShrinkGrid.of(p.lora_a).slices == 8
+    assert ShrinkGrid.of(p.lora_a).split_k == 8
     for _ in range(2):
         p.workspace.low.fill_(255)
         assert torch.equal(by_triton(p).double(), shrink_truth(p))
@@ -34,12 +34,12 @@ def test_a_second_launch_finds_its_tickets_at_zero():
 
 def test_the_cut_depends_on_the_bank_alone():
     a = torch.empty(3, 8, 16, 11008, device="meta")
-    assert ShrinkGrid.of(a) == ShrinkGrid(block_r=16, slices=8, slots=24)
-    assert ShrinkGrid.of(a, 2) == ShrinkGrid(block_r=16, slices=2, slots=24)
+    assert ShrinkGrid.of(a) == ShrinkGrid(block_r=16, split_k=8, slots=24)
+    assert ShrinkGrid.of(a, 2) == ShrinkGrid(block_r=16, split_k=2, slots=24)
     a = torch.empty(3, 64, 64, 4096, device="meta")
-    assert ShrinkGrid.of(a) == ShrinkGrid(block_r=32, slices=2, slots=384)
+    assert ShrinkGrid.of(a) == ShrinkGrid(block_r=32, split_k=2, slots=384)
     a = torch.empty(1, 64, 100, 64, device="meta")
-    assert ShrinkGrid.of(a) == ShrinkGrid(block_r=32, slices=1, slots=256)
+    assert ShrinkGrid.of(a) == ShrinkGrid(block_r=32, split_k=1, slots=256)
 
 
 def test_experts_not_chosen_are_not_read():

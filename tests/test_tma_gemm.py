@@ -10,7 +10,7 @@ from vllm_adafuse.kernels.pairs import rotate_torch
 from vllm_adafuse.kernels.plans import Device, Shape
 from vllm_adafuse.kernels.tma_gemm import tma_gemm_triton
 
-CUTS = [GemmConfig(32, 64), GemmConfig(48, 32, slices=3, tma=True), GemmConfig(64, 16, slices=4)]
+CUTS = [GemmConfig(32, 64), GemmConfig(48, 32, shrink_split_k=3, tma=True), GemmConfig(64, 16, shrink_split_k=4)]
 
 
 def in_eights(tokens, size_in, widths, experts, top_k, rank):
@@ -41,8 +41,8 @@ def test_equals_float64(name, tiles):
 def test_slices_are_left_unadded(name, split):
     p = make_problem(*SHAPES[name])
     tokens, out = p.x.shape[0], sum(p.widths)
-    slices = p.workspace.slices(split, tokens, out)
-    run(p, tiles=GemmConfig(16, 32, split, slices=2), out=slices)
+    slices = p.workspace.split_sums(split, tokens, out)
+    run(p, tiles=GemmConfig(16, 32, split, shrink_split_k=2), out=slices)
     assert error(slices.sum(0), linear_truth(p)) <= 1e-5
     assert split == 1 or error(slices[0], slices.sum(0).double()) > 0.1
 
@@ -50,7 +50,7 @@ def test_slices_are_left_unadded(name, split):
 @pytest.mark.parametrize("parts", [[0, -1, 1], [-1, 0, -1], [0, 0, 0], [-1, -1, 0]])
 def test_parts_without_experts(parts):
     p = make_problem(4, 64, [40, 50, 30], 4, 2, 4, parts=parts, bias=True)
-    assert error(run(p, tiles=GemmConfig(16, 32, slices=2)), linear_truth(p)) <= 1e-5
+    assert error(run(p, tiles=GemmConfig(16, 32, shrink_split_k=2)), linear_truth(p)) <= 1e-5
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
@@ -83,7 +83,7 @@ def test_half_precision_is_no_worse_than_plain_torch(name, dtype):
 
 
 SMALL, ODD = (GemmConfig(rows, 32, tma=True) for rows in (32, 48))
-LARGE = GemmConfig(96, 64, 1, 8, 4, slices=2, tma=True)
+LARGE = GemmConfig(96, 64, 1, 8, 4, shrink_split_k=2, tma=True)
 
 
 @pytest.mark.parametrize(
@@ -120,8 +120,8 @@ def test_ranks_are_steps_of_the_loop(
 @pytest.mark.parametrize("size_in", [96, 384])
 def test_slices_in_half_precision(split, size_in):
     p = make_problem(40, size_in, [64, 70], 4, 2, 16, dtype=torch.float16)
-    slices = p.workspace.slices(split, 40, 134)
-    run(p, tiles=GemmConfig(32, 32, split, slices=2, tma=True), out=slices)
+    slices = p.workspace.split_sums(split, 40, 134)
+    run(p, tiles=GemmConfig(32, 32, split, shrink_split_k=2, tma=True), out=slices)
     truth, plain = linear_truth(p), linear_truth(p, dtype=torch.float16)
     assert error(slices.sum(0), truth) <= 1.2 * error(plain, truth)
 

@@ -63,7 +63,7 @@ def test_candidates_are_many_but_not_too_many_and_begin_with_the_default(product
     assert len(cuts) >= (5 if tma or tokens <= 32 else 1)
     assert tokens <= 32 or None in cuts
     assert all(cut is None or serves(cut, tokens, tma) for cut in cuts)
-    assert product.norm or not product.activation or all(c is None or c.split == 1 for c in cuts)
+    assert product.norm or not product.activation or all(c is None or c.split_k == 1 for c in cuts)
 
 
 def test_products_stand_before_norms_or_behind_them():
@@ -130,8 +130,8 @@ def test_the_command_writes_what_it_found(base, tmp_path, monkeypatch, capsys):
     assert "gate_up" in out and "tiles-Test-GPU.json" in out and "32 x 64" in out
     config = AutoConfig.from_pretrained(base)
     key = f"{config.hidden_size}x{config.intermediate_size} silu 2"
-    assert content["cuts"][key]["16"]["rows"] == 32 and content["cuts"][key]["64"] is None
-    assert f"{config.intermediate_size}x{config.hidden_size} norm 2" in content["cuts"]
+    assert content["configs"][key]["16"]["rows"] == 32 and content["configs"][key]["64"] is None
+    assert f"{config.intermediate_size}x{config.hidden_size} norm 2" in content["configs"]
     assert content["how"]["us"]["down 1"] == [6.0, 5.0]
 
 

@@ -19,14 +19,14 @@ SHAPES = {  # (tokens, in, widths, experts, k, rank), parts, activation
 # Slices of W x are for products that nothing follows.
 CUTS = {
     "whole": GemmConfig(32, 32),
-    "sliced-shrink": GemmConfig(16, 32, slices=2, shrink_cols=16),
-    "sliced": GemmConfig(16, 32, 2, slices=2, shrink_cols=16),
+    "is_split-shrink": GemmConfig(16, 32, shrink_split_k=2, shrink_cols=16),
+    "is_split": GemmConfig(16, 32, 2, shrink_split_k=2, shrink_cols=16),
 }
 
 
 @pytest.mark.parametrize("run", [decode_gemm_triton, tma_gemm_triton])
 @pytest.mark.parametrize(
-    "name, cut", [(n, c) for n in SHAPES for c in CUTS if c != "sliced" or not SHAPES[n][2]]
+    "name, cut", [(n, c) for n in SHAPES for c in CUTS if c != "is_split" or not SHAPES[n][2]]
 )
 def test_tiles_wait_for_all_of_the_shrink(name, run, cut, all_at_once):
     """s is NaN until it is written, so a tile that goes on too early says so."""

@@ -157,21 +157,21 @@ def _streamed(
 ) -> Iterator[GemmConfig]:
     pairs, block_t = follows not in ("", "norm"), max(16, triton.next_power_of_2(tokens))
     two = 2 if pairs else 1
-    for rows, cols, stages, split in itertools.product(
+    for rows, cols, stages, split_k in itertools.product(
         (16, 32, 64) if tokens <= MAX_STREAM_ONLY_TOKENS else (32, 64), (64, 128), (3, 4, 6),
         (1,) if pairs else (1, 2, 3, 4),
     ):  # fmt: skip
         shared = (stages - 1) * (rows * two + block_t) * cols * itemsize
-        programs = triton.cdiv(rows_of_w, rows) * split
+        programs = triton.cdiv(rows_of_w, rows) * split_k
         per_step = rows * two * cols
         if shared > MAX_SHARED or not 90 <= programs <= 600:
             continue
-        if not 4096 <= per_step <= 16384 or size_in < cols * split * stages:
+        if not 4096 <= per_step <= 16384 or size_in < cols * split_k * stages:
             continue
         warps, few = 8 if per_step * block_t >= 1 << 19 else 4, tokens <= MAX_STREAM_ONLY_TOKENS
-        slices = 1 if split == 1 else 2 if few else 3
-        shrink_cols = 512 if few and split > 1 else 256
-        yield GemmConfig(rows, cols, split, warps, stages, shrink_cols, slices)
+        shrink_split_k = 1 if split_k == 1 else 2 if few else 3
+        shrink_cols = 512 if few and split_k > 1 else 256
+        yield GemmConfig(rows, cols, split_k, warps, stages, shrink_cols, shrink_split_k)
 
 
 def _tiled(
@@ -182,16 +182,16 @@ def _tiled(
     norm = follows == "norm"
     # The shrink should end long before the product: in short slices where that is cut, too.
     slices_of = (4, 8) if norm and many else (2, 4) if many else (4 if size_in > 8192 else 2,)
-    for rows, cols, stages, split, warps, slices in itertools.product(
+    for rows, cols, stages, split_k, warps, shrink_split_k in itertools.product(
         (32, 64) if follows == "rotary" else (64, 96, 128), (64, 128),
         (4, 5, 6) if norm else (3, 4, 5, 6), (1, 2, 3) if norm else (1,),
         (4, 8) if pairs else (4,), slices_of,
     ):  # fmt: skip
         shared = stages * (rows * two + block_t) * cols * itemsize
-        programs = triton.cdiv(rows_of_w, rows) * split
+        programs = triton.cdiv(rows_of_w, rows) * split_k
         sums = rows * two * block_t // (32 * warps)  # registers of a thread
         if shared <= MAX_TILE_SHARED and 60 <= programs <= 400 and sums <= 128:
-            yield GemmConfig(rows, cols, split, warps, stages, 256, slices, True)
+            yield GemmConfig(rows, cols, split_k, warps, stages, 256, shrink_split_k, True)
 
 
 class Trial:

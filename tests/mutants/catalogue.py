@@ -63,7 +63,7 @@ KERNELS = [
     ),
     Mutant(
         "a slice is not added", "kernels/shrink.py",
-        "for other in range(splits):", "for other in range(1, splits):",
+        "for other in range(split_k):", "for other in range(1, split_k):",
         "tests/test_shrink.py::test_equals_float64_and_is_zero_where_not_chosen[slices-by_triton]",
         "s lacks a part of `in`",
     ),
@@ -100,8 +100,8 @@ KERNELS = [
         "an infinity of one request becomes NaN in others",
     ),
     Mutant(
-        "an expert's norm without slices", "kernels/add_norm.py",
-        "for _ in tl.static_range(1, SPLIT):", "for _ in tl.static_range(2, SPLIT):",
+        "a norm without half of the split-K sums", "kernels/add_norm.py",
+        "for _ in tl.static_range(1, SPLIT_K):", "for _ in tl.static_range(2, SPLIT_K):",
         "tests/test_add_norm.py::test_slices_are_added[2-default]",
         "half of a product is missing in front of a norm",
     ),
@@ -116,7 +116,7 @@ KERNELS = [
 
 DISPATCH = [
     Mutant(
-        "slices without experts", "kernels/linear_norm.py",
+        "split-K sums without experts", "kernels/linear_norm.py",
         "    if way.expand == ADD_NORM:",
         "    if way.split_k > 1:\n        s.zero_()\n    if way.expand == ADD_NORM:",
         f"{GPU_WAY}projection_and_norm[long]",

@@ -86,9 +86,9 @@ def cells_of(line: Line) -> tuple[str, ...]:
     """A row of the table."""
     found, cut = line.plan, "-"
     if c := found.config:
-        cut = f"{c.rows}x{c.cols}, {c.split} split, {c.warps} warps, {c.stages} stages"
+        cut = f"{c.rows}x{c.cols}, split_k {c.split_k}, {c.warps} warps, {c.stages} stages"
     elif found.split_k > 1:
-        cut = f"{found.split_k} slices"
+        cut = f"split_k {found.split_k}"
     kernel = found.kernel + (" of A, W by vLLM" if not line.shape.fused else "")
     if line.shape.fused and found.config is None and not found.one_gemm:
         kernel += " twice"

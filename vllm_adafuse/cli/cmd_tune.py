@@ -152,7 +152,7 @@ def show(outcomes: list, device: str) -> None:
         best, cut = outcome.best
         how = "cuBLAS"
         if cut:
-            how = f"{cut.rows} x {cut.cols}, split {cut.split}, {cut.warps} warps, "
+            how = f"{cut.rows} x {cut.cols}, split_k {cut.split_k}, {cut.warps} warps, "
             how += f"{cut.stages} stages"
             how += ", tma" * cut.tma
         row = (outcome.product.name, str(outcome.tokens), f"{outcome.default:.1f}", f"{best:.1f}")
