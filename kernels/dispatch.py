@@ -91,7 +91,7 @@ MAX_LAYER_ACTIVE_TOKENS = 8
 # experts its expand does not ask which are active, with few tokens either: then decision, deltas
 # and activation in one launch gain nothing (35af7a0: 2.2 us at qkv, -6.7 at gate_up, none a layer).
 MAX_SMALL_ROUTE_TOKENS = 512
-MAX_JOINT_TOKENS = 256
+MAX_LAYER_FUSED_TOKENS = 256
 # Where `tma_expand` changes its cut: few tokens want more programs, many want short loops.
 WIDE_EXPAND_TOKENS = 4096, 8192
 
@@ -99,8 +99,8 @@ TOKEN_LIMITS = (
     MAX_FEWEST_TOKENS, MIN_DENSE_TOKENS, MAX_LAYER_ACTIVE_TOKENS,
     MAX_STREAM_ONLY_TOKENS, MAX_STREAM_TOKENS, MAX_LOW_TILE_TOKENS, MAX_TILE_TOKENS,
     MAX_SHRINK_TOKENS,
-    MAX_BIAS_TOKENS, MAX_SHORT_TOKENS, MAX_ACTIVE_TOKENS, MAX_JOINT_TOKENS, MAX_SMALL_ROUTE_TOKENS,
-    MIN_WIDE_TOKENS, *WIDE_EXPAND_TOKENS, MIN_FUSED_NORM_TOKENS,
+    MAX_BIAS_TOKENS, MAX_SHORT_TOKENS, MAX_ACTIVE_TOKENS, MAX_LAYER_FUSED_TOKENS,
+    MAX_SMALL_ROUTE_TOKENS, MIN_WIDE_TOKENS, *WIDE_EXPAND_TOKENS, MIN_FUSED_NORM_TOKENS,
 )  # fmt: skip
 
 

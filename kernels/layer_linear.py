@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from vllm_adafuse.kernels.dispatch import MAX_JOINT_TOKENS
+from vllm_adafuse.kernels.dispatch import MAX_LAYER_FUSED_TOKENS
 from vllm_adafuse.kernels.expand import expand_torch, expand_weighted_triton
 from vllm_adafuse.kernels.layer_operands import LayerGates, LayerProjection
 from vllm_adafuse.kernels.pairs import activate_torch
@@ -33,7 +33,7 @@ def layer_linear(x: torch.Tensor, p: LayerProjection, layer: LayerGates) -> torc
         [T, out], or [T, out / 2] after an activation.
     """
     out, bias = p.size_out, p.bias
-    if x.is_cuda and x.shape[0] <= MAX_JOINT_TOKENS:
+    if x.is_cuda and x.shape[0] <= MAX_LAYER_FUSED_TOKENS:
         both = matmul_f32(x, p.fused_weight.t())
         y, low = both[:, :out], both[:, out:]
     else:

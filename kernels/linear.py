@@ -84,7 +84,7 @@ def linear_triton(
     if way.config:
         out = new_result(x, p.shape, p.strided_out)
         return one_launch(x, p, step, way.config, out, kv_slots)
-    y, s, bias = joint_product(x, p, way.one_gemm)
+    y, s, bias = fused_product(x, p, way.one_gemm)
     return expand_long(y, s, bias, p, step, way, kv_slots)
 
 
@@ -126,14 +126,14 @@ def split_k_product(
     programs enough where one for the whole would have few. Slices are rounded as the whole would
     be, which costs the sum no more than that.
     """
-    joint, out = p.fused_weight, p.shape.size_out
+    fused, out = p.fused_weight, p.shape.size_out
     of_x = x.view(x.shape[0], split_k, -1).transpose(0, 1)
-    of_rows = joint.view(joint.shape[0], split_k, -1).permute(1, 2, 0)
-    y, s = torch.split_with_sizes(torch.bmm(of_x, of_rows), (out, joint.shape[0] - out), 2)
+    of_rows = fused.view(fused.shape[0], split_k, -1).permute(1, 2, 0)
+    y, s = torch.split_with_sizes(torch.bmm(of_x, of_rows), (out, fused.shape[0] - out), 2)
     return y, s
 
 
-def joint_product(
+def fused_product(
     x: torch.Tensor, p: Projection, one_gemm: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """W x and A x by cuBLAS, and the bias if it is still to be added.

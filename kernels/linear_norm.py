@@ -22,7 +22,7 @@ from vllm_adafuse.kernels.dense_expand import dense_expand_triton
 from vllm_adafuse.kernels.dispatch import MAX_TILE_TOKENS
 from vllm_adafuse.kernels.linear import (
     expand_long,
-    joint_product,
+    fused_product,
     linear_torch,
     one_launch,
     split_k_product,
@@ -86,7 +86,7 @@ def linear_norm_triton(
     if way.split_k > 1:
         y, s = split_k_product(x, p, way.split_k)
     else:
-        y, s, _ = joint_product(x, p, way.one_gemm)
+        y, s, _ = fused_product(x, p, way.one_gemm)
     if way.expand == ADD_NORM:
         return add_norm_triton(y, s, *behind)
     if way.expand == NONE:

@@ -301,9 +301,9 @@ def tma_gemm_triton(
     (tokens, size_in), shape, workspace = x.shape, p.shape, step.workspace
     widths, parts, activation = shape.widths, shape.adapted, shape.activation
     act, half = ACTIVATIONS.index(activation), shape.head_dim // 2
-    experts, rank, joint = shape.num_experts, shape.rank, p.fused_weight
+    experts, rank, fused = shape.num_experts, shape.rank, p.fused_weight
     size_out = sum(widths)
-    lora_a = joint[size_out:]
+    lora_a = fused[size_out:]
     members = tiled_widths(widths, activation)
     key = tokens, size_in, sum(members), activation, x.element_size()
     cut = tiles or default_config(*key, tma=True) or GemmConfig(64, 64, stages=3)
@@ -322,7 +322,7 @@ def tma_gemm_triton(
     tall, ranks = half or (widths[0] if act else size_out), lora_a.shape[0]
     s, b = workspace.s(x.dtype, tokens, ranks), p.lora_b.flatten(1)
     of_b = [b[: widths[0]], b[-widths[0] :]] if is_gate_up(activation) else [b]
-    w_boxes = _boxes(joint[:size_out], tall, pair, pieces, cut.cols)
+    w_boxes = _boxes(fused[:size_out], tall, pair, pieces, cut.cols)
     b_boxes = [_boxes(part, half or part.shape[0], pair, pieces, cut.cols) for part in of_b]
     up_boxes = b_boxes[1] if len(of_b) > 1 else [None, None]
     launch(
@@ -330,7 +330,7 @@ def tma_gemm_triton(
         TensorDescriptor(x, list(x.shape), list(x.stride()), [block_t, cut.cols]), *w_boxes,
         TensorDescriptor(lora_a, list(lora_a.shape), [size_in, 1], [SHRINK_ROWS, cut.cols]),
         TensorDescriptor(s, [tokens, ranks], [ranks, 1], [block_t, cut.cols]),
-        *b_boxes[0], *up_boxes, joint, p.bias, y, step.cos_sin, step.gates, s,
+        *b_boxes[0], *up_boxes, fused, p.bias, y, step.cos_sin, step.gates, s,
         workspace.partial, workspace.tickets, p.semaphore,
         tokens, y.stride(-2), size_in, *(kv_slots or NO_KV_SLOTS),
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],

@@ -195,10 +195,10 @@ def one_decision(experts=8, rank=16, bias=False, dtype=torch.bfloat16, parts=(0,
             size_in, tuple(widths), tuple(of), experts, rank, dtype.itemsize, epilogue,
             128 if epilogue == "rotary" else 0, has_bias, fused,
         )  # fmt: skip
-        joint = new(shape.fused_rows, size_in)
+        fused_weight = new(shape.fused_rows, size_in)
         return Projection(
-            shape, joint[sum(widths) :].view(-1, experts, rank, size_in),
-            new(adapted, experts, rank), joint if fused else None,
+            shape, fused_weight[sum(widths) :].view(-1, experts, rank, size_in),
+            new(adapted, experts, rank), fused_weight if fused else None,
             new(sum(widths)) if has_bias else None, Norm(new(4096), 1e-5), semaphores[0],
             stays_in_place(shape),
         )  # fmt: skip

@@ -40,11 +40,11 @@ class Problem:
             self.x.element_size(), epilogue, cos_sin.shape[1] if epilogue == "rotary" else 0,
             self.bias is not None, fused,
         )  # fmt: skip
-        joint = joint_of(self) if fused else None
-        lora_a = joint[len(self.weight) :].view_as(self.lora_a) if fused else self.lora_a
+        fused_weight = fused_weight_of(self) if fused else None
+        lora_a = fused_weight[len(self.weight) :].view_as(self.lora_a) if fused else self.lora_a
         semaphore = torch.zeros(4, dtype=torch.int32, device=self.x.device)
         return Projection(
-            shape, lora_a, self.lora_b, joint, self.bias, norm, semaphore,
+            shape, lora_a, self.lora_b, fused_weight, self.bias, norm, semaphore,
             in_place and stays_in_place(shape),
         )  # fmt: skip
 
@@ -206,14 +206,14 @@ def plain_delta(p: Problem) -> torch.Tensor:
     return delta
 
 
-def joint_of(p: Problem) -> torch.Tensor:
+def fused_weight_of(p: Problem) -> torch.Tensor:
     """[W; A]."""
     return torch.cat([p.weight, p.lora_a.flatten(0, 2)])
 
 
-def from_joint(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+def from_fused(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """W x and A x as `linear` has them: views of the one product that it makes."""
-    both, out = (p.x.double() @ joint_of(p).double().T).to(p.x.dtype), len(p.weight)
+    both, out = (p.x.double() @ fused_weight_of(p).double().T).to(p.x.dtype), len(p.weight)
     return both[:, :out], both[:, out:]
 
 
@@ -223,14 +223,14 @@ def hide_from_others(p: Problem, s: torch.Tensor) -> None:
     s[~chosen.flatten(1)] = float("inf")
 
 
-def twice_from_joint(
+def twice_from_fused(
     p: Problem, run: Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """What an expand leaves in place and in a tensor of its own, and whether the first is in y.
 
     run: (W x, A x, in_place) -> the result; both of the one product that `linear` makes.
     """
-    y, s = from_joint(p)
+    y, s = from_fused(p)
     apart = run(y, s, False)
     found = run(y, s, True)
     in_y = found.data_ptr() == y.data_ptr() and found.stride() == y.stride()

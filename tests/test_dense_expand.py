@@ -5,10 +5,10 @@ import torch
 from ops import (
     delta_truth,
     error,
-    from_joint,
+    from_fused,
+    fused_weight_of,
     hide_from_others,
     in_whole_numbers,
-    joint_of,
     make_problem,
     plain_delta,
 )
@@ -45,7 +45,7 @@ def run(p, y, s, first):
 @pytest.mark.parametrize("name", SHAPES)
 def test_equals_float64(name):
     p, first = make(name)
-    y, s = from_joint(p)
+    y, s = from_fused(p)
     before, raw = y.double(), s.clone().unflatten(1, (-1, *p.lora_b.shape[1:]))
     run(p, y, s, first)
     assert error(y, before + delta_truth(only_from(p, first))) <= 1e-5
@@ -57,7 +57,7 @@ def test_equals_float64(name):
 def test_what_others_see_of_an_expert_does_not_matter(name):
     p, first = make(name)
     p = in_whole_numbers(p)
-    y, s = from_joint(p)
+    y, s = from_fused(p)
     apart, broken = y.clone(), s.clone()
     run(p, apart, s, first)
     hide_from_others(p, broken)
@@ -69,7 +69,7 @@ def test_what_others_see_of_an_expert_does_not_matter(name):
 
 def test_parts_without_experts_stay():
     p, first = make("holes")
-    y, s = from_joint(p)
+    y, s = from_fused(p)
     before = y.clone()
     run(p, y, s, first)
     assert torch.equal(y[:, 24:64], before[:, 24:64])
@@ -95,7 +95,7 @@ def test_half_precision_is_no_worse_than_plain_torch(name, dtype):
 @pytest.mark.parametrize("first", [0, 8])
 def test_a_long_batch_in_half_precision(experts, first):
     p = make_problem(2000, 512, [1024, 512, 512], experts, 2, 16, dtype=torch.bfloat16)
-    both = p.x @ joint_of(p).T
+    both = p.x @ fused_weight_of(p).T
     y, s = both.split([2048, both.shape[1] - 2048], 1)
     before = y.clone()
     run(p, y, s, first)

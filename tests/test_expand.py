@@ -7,12 +7,12 @@ import torch
 from ops import (
     delta_truth,
     error,
-    from_joint,
+    from_fused,
     hide_from_others,
     linear_truth,
     make_problem,
     shrink_truth,
-    twice_from_joint,
+    twice_from_fused,
 )
 from vllm_adafuse.kernels.configs import ExpandConfig
 from vllm_adafuse.kernels.expand import (
@@ -50,9 +50,9 @@ def test_from_raw_sums_equals_float64(tokens, parts, activation):
     p = make_problem(tokens, 48, [140, 140], 3, 2, 4, parts=parts)
     y = 3 * torch.randn(tokens, 280, device=p.x.device)
     raw = torch.einsum("peri,ti->tper", p.lora_a.double(), p.x.double()).flatten(1).float()
-    joint, bias = torch.cat([y, raw], 1), torch.randn(280, device=y.device)
+    whole, bias = torch.cat([y, raw], 1), torch.randn(280, device=y.device)
     of = p.projection(activation)
-    out = expand_raw_triton(joint[:, :280], joint[:, 280:], bias, of, p.step())
+    out = expand_raw_triton(whole[:, :280], whole[:, 280:], bias, of, p.step())
     truth = y.double() + bias.double() + delta_truth(p)
     assert error(out, activate_torch(truth, activation) if activation else truth) <= 1e-5
 
@@ -60,7 +60,7 @@ def test_from_raw_sums_equals_float64(tokens, parts, activation):
 @pytest.mark.parametrize("shape", [(5, 48, [40, 40], 3, 1, 4), (70, 48, [64], 20, 2, 16)])
 def test_what_others_see_of_an_expert_does_not_matter(shape):
     p = make_problem(*shape)
-    y, s = from_joint(p)
+    y, s = from_fused(p)
     hide_from_others(p, s)
     out = expand_raw_triton(y, s, None, p.projection(), p.step())
     assert error(out, linear_truth(p)) <= 1e-5
@@ -74,11 +74,11 @@ def test_slices_are_added(tokens, split):
     parts_of_x = torch.rand(split, tokens, 48, device=p.x.device)
     parts_of_x *= p.x / parts_of_x.sum(0)
     raw = torch.einsum("peri,kti->ktper", p.lora_a.double(), parts_of_x.double())
-    joint = torch.cat([y, raw.flatten(2).float()], 2)
-    before = joint.clone()
-    out = expand_raw_triton(joint[..., :140], joint[..., 140:], None, p.projection(), p.step())
+    whole = torch.cat([y, raw.flatten(2).float()], 2)
+    before = whole.clone()
+    out = expand_raw_triton(whole[..., :140], whole[..., 140:], None, p.projection(), p.step())
     assert error(out, y.double().sum(0) + delta_truth(p)) <= 1e-5
-    assert out.is_contiguous() and torch.equal(joint, before)
+    assert out.is_contiguous() and torch.equal(whole, before)
 
 
 @pytest.mark.parametrize("width", [140, 128])
@@ -87,7 +87,7 @@ def test_slices_are_added(tokens, split):
 def test_an_activation_in_place(parts, bias, width):
     p = make_problem(70, 48, [width, width], 3, 2, 4, parts=parts, bias=bias)
     of, step, blocks = p.projection("silu"), p.step(), ExpandConfig(32, 16, 4, 4, 2)
-    out, apart, in_y = twice_from_joint(p, lambda y, s, in_place: expand_raw_triton(
+    out, apart, in_y = twice_from_fused(p, lambda y, s, in_place: expand_raw_triton(
         y, s, p.bias, replace(of, strided_out=in_place), step, blocks
     ))  # fmt: skip
     want = linear_truth(p, "silu")

@@ -28,8 +28,8 @@ def problem(name, bias, activation=""):
     )
     y = y + bias.double().cpu() if bias is not None else y
     p = LayerProjection(
-        gate, tuple(widths), tuple(parts), scales, lora_b, None, routers[..., 0].numel(), rows, bias,
-        activation,
+        gate, tuple(widths), tuple(parts), scales, lora_b, None, routers[..., 0].numel(), rows,
+        bias, activation,
     )  # fmt: skip
     return x, p, LayerGates(gates.to(DEVICE), active), y
 
@@ -91,12 +91,12 @@ def test_every_path_decides_as_float64_in_bfloat16(tokens):
     x, weight = normal(tokens, size_in, scale=1), normal(sum(widths), size_in, scale=1 / 16)
     a = normal(3, 1 + always, rank, size_in, scale=1 / 16)
     routers, b = normal(3, experts, size_in, scale=1 / 16), normal(512, 6, rank, scale=0.1)
-    joint = torch.cat([weight, a.flatten(0, 2), routers.flatten(0, 1)])
+    fused = torch.cat([weight, a.flatten(0, 2), routers.flatten(0, 1)])
     scales = torch.tensor([2.0] * experts + [1.0] * always, device=DEVICE)
     gates = torch.zeros(tokens, 3, experts, device=DEVICE)
     active = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     gate = LayerGate(1, (experts,) * 3, always, absolute=True, shared=True)
-    p = LayerProjection(gate, tuple(widths), (0, 1, 2), scales, b, None, 3 * experts, joint)
+    p = LayerProjection(gate, tuple(widths), (0, 1, 2), scales, b, None, 3 * experts, fused)
     assert p.columns == 3 * (1 + always) * rank
     y = layer_linear(x, p, LayerGates(gates, active))
     x, weight, a, routers, b = (t.double() for t in (x, weight, a, routers, b))

@@ -9,7 +9,7 @@ from vllm_adafuse.kernels.linear import linear, linear_triton, new_result
 from vllm_adafuse.kernels.pairs import rotate_torch
 from vllm_adafuse.kernels.plans import DECODE_GEMM, TMA_GEMM, Device, Shape
 
-# On a GPU: the streaming kernel, the tiled one, and the joint product with two kinds of expand.
+# On a GPU: the streaming kernel, the tiled one, and the fused product with two kinds of expand.
 TOKENS = [1, 32, 33, 100]
 LONG = [300, 2500]
 
@@ -108,7 +108,7 @@ def test_every_path_leaves_the_layout_that_the_fake_tells(
     assert out.shape == fake.shape and out.stride() == fake.stride() == (stride, 1)
     truth = linear_truth(p, activation)
     assert error(out, truth) <= 1e-5
-    # Paths of a GPU; streamed and tiled, and the joint product.
+    # Paths of a GPU; streamed and tiled, and the fused product.
     cuts = [None]
     if tokens <= 32:
         cuts += [GemmConfig(16, 32), GemmConfig(16, 32, 1, 4, 2, shrink_split_k=2, tma=True)]

@@ -110,7 +110,7 @@ def test_one_batch_of_base_mixtures_and_loras(served):
     said = [[completion(o)[0] for o in served.generate([name], PROMPTS[:4])] for name in TOGETHER]
     assert all(said.count(one) == 1 for one in said)  # every adapter matters
     manager = manager_of(served.llm)
-    assert {bank.is_joint for bank in manager.banks} == {served.fused}
+    assert {bank.is_fused for bank in manager.banks} == {served.fused}
     assert manager.list_adapters() == {1, 2, 3, 4}
     # Ranks 4, 20, 33, 8 of mix; eight experts; rank 8; rank 40.
     assert manager.pool.taken.pages == 7 + 8 + 1 + 3

@@ -7,12 +7,12 @@ import torch
 from ops import (
     DEVICE,
     error,
-    from_joint,
+    from_fused,
     hide_from_others,
     in_whole_numbers,
     linear_truth,
     make_problem,
-    twice_from_joint,
+    twice_from_fused,
     whole_turns,
 )
 from vllm_adafuse.kernels.configs import BLOCK_ER, ExpandConfig
@@ -87,9 +87,9 @@ def test_experts_beyond_one_product_are_added_before(name):
         whole = replace(p.projection(activation, cos_sin), strided_out=in_place)
         return expand_long(y, s, None, whole, p.step(cos_sin), way)
 
-    assert error(long(*from_joint(p), False), want) <= 1e-5
+    assert error(long(*from_fused(p), False), want) <= 1e-5
     if is_gate_up(activation):
-        y, s = from_joint(p)
+        y, s = from_fused(p)
         out = long(y, s, True)
         assert out.data_ptr() == y.data_ptr() and error(out, want) <= 1e-5
 
@@ -111,7 +111,7 @@ def test_one_product_has_the_first_experts_alone(name):
 def test_what_others_see_of_an_expert_does_not_matter(name):
     *shape, activation = SHAPES[name]
     p = make_problem(*shape)
-    y, s = from_joint(p)
+    y, s = from_fused(p)
     hide_from_others(p, s)
     found = tma_expand_triton(y, s, p.projection(activation), p.step())
     assert error(found, linear_truth(p, activation)) <= 1e-5
@@ -144,7 +144,7 @@ def test_rows_of_a_joint_product_come_back_contiguous(name):
     if activation == "rotary":
         cos_sin = torch.randn(50, 64, device=DEVICE)
         want = rotate_torch(want, cos_sin.double(), p.widths[0] + p.widths[1])
-    y, s = from_joint(p)
+    y, s = from_fused(p)
     found = tma_expand_triton(y, s, p.projection(activation, cos_sin), p.step(cos_sin))
     assert found.is_contiguous() and error(found, want) <= 1e-5
 
@@ -154,7 +154,7 @@ def test_an_activation_in_place(name):
     *shape, activation = SHAPES[name]
     p = make_problem(*shape)
     of, step, blocks = p.projection(activation), p.step(), ExpandConfig(16, 32, 2, 4, 2)
-    out, apart, in_y = twice_from_joint(p, lambda y, s, in_place: tma_expand_triton(
+    out, apart, in_y = twice_from_fused(p, lambda y, s, in_place: tma_expand_triton(
         y, s, replace(of, strided_out=in_place), step, blocks
     ))  # fmt: skip
     want = linear_truth(p, activation)

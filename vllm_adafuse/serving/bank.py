@@ -43,7 +43,7 @@ class ExpertBank(torch.nn.Module):
         rank: R, the largest rank.
         route: the step's static buffers.
         index: of the projection, its row in the route's semaphores.
-        joint: W and A are to stand in one tensor; see `wrap.linears.join`.
+        fuse: W and A are to stand in one tensor; see `wrap.linears.join`.
 
     Attributes:
         slices: how its linears lie in the projection.
@@ -64,7 +64,7 @@ class ExpertBank(torch.nn.Module):
         rank: int,
         route: Route,
         index: int,
-        joint: bool = False,
+        fuse: bool = False,
     ):
         super().__init__()
         self.route, self.index = route, index
@@ -80,10 +80,10 @@ class ExpertBank(torch.nn.Module):
         self.input_slice, size_in = slices.input_slice, slices.size_in
         self._shape_a = len(self.names), num_experts, rank, size_in
         self._shape_b = slices.adapted, num_experts, rank
-        self._rows_of_w = sum(self.widths) if joint else 0
+        self._rows_of_w = sum(self.widths) if fuse else 0
 
     @property
-    def is_joint(self) -> bool:
+    def is_fused(self) -> bool:
         """Whether W and A stand in one tensor."""
         return self._rows_of_w > 0
 
@@ -99,7 +99,7 @@ class ExpertBank(torch.nn.Module):
         every = rows + math.prod(self._shape_a[:-1])
         both = memory[: every * size_in].view(every, size_in)
         if rows:
-            self.register_buffer("joint", both, persistent=False)
+            self.register_buffer("fused_weight", both, persistent=False)
         self.register_buffer("lora_a", both[rows:].view(self._shape_a), persistent=False)
         b = memory[aligned(both.numel()) :][: math.prod(self._shape_b)].view(self._shape_b)
         self.register_buffer("lora_b", b, persistent=False)
@@ -134,7 +134,7 @@ class ExpertBank(torch.nn.Module):
             size_in, tuple(self.widths), tuple(self.parts), experts, rank,
             self.lora_b.element_size(), self.epilogue,
             self.rotary.cos_sin.shape[1] if rotates else 0,
-            self.bias_of() is not None, self.is_joint,
+            self.bias_of() is not None, self.is_fused,
         )  # fmt: skip
 
     @property
@@ -147,7 +147,7 @@ class ExpertBank(torch.nn.Module):
         """What kernels take; once all is loaded."""
         route = self.route
         return Projection(
-            self.shape, self.lora_a, self.lora_b, self.joint if self.is_joint else None,
+            self.shape, self.lora_a, self.lora_b, self.fused_weight if self.is_fused else None,
             self.bias_of(), None if self.norm_of is None else self.norm_of(),
             route.semaphores[self.index], self.strided_out,
         )  # fmt: skip
@@ -165,8 +165,8 @@ class ExpertBank(torch.nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The rows of the joint tensor that are W [out, in]."""
-        return self.joint[: self._rows_of_w]
+        """The rows of the fused weight that are W [out, in]."""
+        return self.fused_weight[: self._rows_of_w]
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The projection, joined before, with its deltas and what follows it; `projection` has

@@ -24,7 +24,7 @@ from vllm_adafuse.serving.projections import (
 
 # Parts into which a float32 router is cut for rows of two-byte numbers, see `split_router`.
 ROUTER_SPLITS = 3
-# Rows of a joint tensor are a multiple of it.
+# Rows of a fused weight are a multiple of it.
 _ROWS_ALIGNED = 16
 
 
@@ -64,7 +64,7 @@ class LayerBank(torch.nn.Module):
         adapter: the adapter, checked.
         dtype: of the model.
         gates_of: (routers, E) -> the buffers to decide in.
-        joint: W is to stand before the rows in one tensor, see `wrap.linears.join`.
+        fuse: W is to stand before the rows in one tensor, see `wrap.linears.join`.
     """
 
     cache = None  # keys and values are written by vLLM
@@ -75,7 +75,7 @@ class LayerBank(torch.nn.Module):
         adapter: Adapter,
         dtype: torch.dtype,
         gates_of: Callable[[int, int], Gates],
-        joint: bool = False,
+        fuse: bool = False,
     ):
         super().__init__()
         config, tensors = adapter.config, adapter.tensors
@@ -128,7 +128,7 @@ class LayerBank(torch.nn.Module):
         )
         self.top_k = config.k_of(place.index, place.block)
         self.reduces = bool(counts) and is_row_sharded(place.layer)
-        self._rows_of_w = sum(self.slices.widths) if joint else 0
+        self._rows_of_w = sum(self.slices.widths) if fuse else 0
         self.shared_gates = gates_of(max(1, len(self.routers)), self.experts)
         # Not in the default dtype, which vLLM sets to the model's.
         f32 = torch.float32
@@ -159,7 +159,7 @@ class LayerBank(torch.nn.Module):
         rows, size_in = self._rows_of_w + self._rows, self.slices.size_in
         both = memory[: rows * size_in].view(rows, size_in)
         if self._rows_of_w:
-            self.register_buffer("joint", both, persistent=False)
+            self.register_buffer("fused_weight", both, persistent=False)
         self.register_buffer("rows", both[self._rows_of_w :], persistent=False)
         shape = self.slices.adapted, self.every, self.rank
         b = memory[aligned(both.numel()) :][: math.prod(shape)].view(shape)
@@ -220,7 +220,7 @@ class LayerBank(torch.nn.Module):
         return LayerProjection(
             self.gate, tuple(self.slices.widths), tuple(self.slices.parts), self.scales,
             self.lora_b, self.bias if self.routers else None, self.logits,
-            self.joint if self._rows_of_w else None, self._bias_of(), self.epilogue,
+            self.fused_weight if self._rows_of_w else None, self._bias_of(), self.epilogue,
         )  # fmt: skip
 
     @functools.cached_property
@@ -239,8 +239,8 @@ class LayerBank(torch.nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The rows of the joint tensor that are W [out, in]."""
-        return self.joint[: self._rows_of_w]
+        """The rows of the fused weight that are W [out, in]."""
+        return self.fused_weight[: self._rows_of_w]
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The projection, joined before, with its deltas and the activation that follows it;

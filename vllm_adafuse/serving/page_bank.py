@@ -24,7 +24,7 @@ class PageBank(ExpertBank):
         pages: of the pool.
         step: the step's static buffers.
         index: of the projection, its row in the step's semaphores.
-        joint: the projection is computed together with its deltas.
+        fuse: the projection is computed together with its deltas.
     """
 
     def __init__(
@@ -34,9 +34,9 @@ class PageBank(ExpertBank):
         pages: int,
         step: PageStep,
         index: int,
-        joint: bool = False,
+        fuse: bool = False,
     ):
-        super().__init__(layer, parts, pages, PAGE_RANKS, step, index, joint)
+        super().__init__(layer, parts, pages, PAGE_RANKS, step, index, fuse)
         self.layer_name = f"{layer.prefix}.adafuse_pages"  # beside a default mixture's bank
         self.sizes = [
             (layer.input_size, sum(shard.full for shard in shards)) for shards in self.part_shards

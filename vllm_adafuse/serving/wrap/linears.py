@@ -88,9 +88,9 @@ class FusedLinearMethod(AdaFuseLinearMethod):
 
 
 def release_weights(layers: Iterable[LinearBase]) -> None:
-    """Gives back the memory of weights that are still to be loaded, before joint tensors take it.
+    """Gives back the memory of weights that are still to be loaded, before fused weight take it.
 
-    All at once: one by one, the hole that a weight leaves is too small for its joint tensor, and
+    All at once: one by one, the hole that a weight leaves is too small for its fused weight, and
     the allocator would keep a hole of every shape.
     """
     for layer in layers:
@@ -159,13 +159,13 @@ def wrap_linear(
 
 
 def wrap_pages(layer: LinearBase, block: torch.nn.Module, bank: PageBank) -> None:
-    """Has a loaded linear add its pages' deltas; one of a joint bank gives up its own weight."""
+    """Has a loaded linear add its pages' deltas; one of a fused bank gives up its own weight."""
     if bank_of(layer) is not None:
         layer.adafuse_pages = bank
         layer.quant_method = PagesOverMixture(layer.quant_method)
         return
     layer.adafuse_bank = bank
-    if bank.is_joint:
+    if bank.is_fused:
         bank.weight.copy_(layer.weight)
         join(layer, bank)
         if current_platform.is_cuda_alike():
