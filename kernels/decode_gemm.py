@@ -8,7 +8,7 @@ With few tokens a projection is the time to read W. The grid streams W in tiles 
 tokens as the narrow side of the product. Its first programs compute the shrink s; a tile adds its
 expand at the end, when s has long been there. So the experts cost their bytes and no launch.
 
-A tile waits for the shrink on a counter. That cannot hang: programs start in the order of their
+A tile waits for the shrink on a semaphore. That cannot hang: programs start in the order of their
 numbers, so those that are waited for run before, or beside, all that wait. SGMM (AdaFuse, arXiv
 2603.11873, section 3), here inside the base product.
 """
@@ -53,14 +53,14 @@ from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 
 def workspace_sizes(lora_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
-    """Bytes of s, floats of partial sums and tickets that a projection of `rows` rows may need."""
+    """What a projection of `rows` rows may need of a `Workspace`: bytes, floats, semaphores."""
     parts, experts, rank, _ = lora_a.shape
     alone, within = ShrinkGrid.of(lora_a), ShrinkGrid.of(lora_a, MAX_SHRINK_SPLIT_K)
-    low = MAX_SHRINK_TOKENS * parts * experts * rank * lora_a.element_size()
+    bytes_ = MAX_SHRINK_TOKENS * parts * experts * rank * lora_a.element_size()
     padded = rows + 3 * 64
     of_shrink = max(alone.programs * MAX_SHRINK_TOKENS, within.programs * MAX_STREAM_TOKENS)
     sums = of_shrink * alone.block_r + MAX_SPLIT_K * padded * MAX_STREAM_TOKENS
-    return low, sums, alone.slots + padded // 16
+    return bytes_, sums, alone.slots + padded // 16
 
 
 @triton.jit
@@ -103,7 +103,7 @@ def load_b(
 
 @triton.jit
 def add_delta(
-    acc, b_at, b, active_ptr, active, s_ptr, counter_ptr, shrinks,
+    acc, b_at, b, active_ptr, active, s_ptr, semaphore_ptr, shrinks,
     n_tokens, part, n_parts, n_experts,
     WAITS: tl.constexpr, PADDED: tl.constexpr, RANK: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_ER: tl.constexpr,
@@ -118,7 +118,7 @@ def add_delta(
     s_at = s_ptr + (tokens * n_parts + part)[None, :] * (n_experts * RANK)
     if active != 0:
         if WAITS:
-            wait_for_shrink(counter_ptr, shrinks)
+            wait_for_shrink(semaphore_ptr, shrinks)
         # One block without a list. Out of a loop Triton would keep b in shared memory all along.
         end = n_experts * RANK
         if PADDED:
@@ -140,7 +140,7 @@ def add_delta(
 @triton.jit(do_not_specialize=["n_tokens"])
 def _decode_gemm_kernel(
     x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, y_ptr, cos_sin_ptr,
-    gates_ptr, active_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
+    gates_ptr, active_ptr, s_ptr, partial_ptr, split_k_semaphore_ptr, semaphore_ptr,
     n_tokens, x_stride, y_stride, size_in, n_experts, n_parts, n_slots, shrink_split_k,
     keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
@@ -157,8 +157,8 @@ def _decode_gemm_kernel(
         if PDL:  # launched before the kernel in front of it has ended
             tl.extra.cuda.gdc_wait()
         shrink_program(
-            pid, x_ptr, a_ptr, gates_ptr, active_ptr, s_ptr, partial_ptr, ticket_ptr,
-            counter_ptr, n_tokens, x_stride, size_in, n_experts, RANK, n_parts, n_slots,
+            pid, x_ptr, a_ptr, gates_ptr, active_ptr, s_ptr, partial_ptr, split_k_semaphore_ptr,
+            semaphore_ptr, n_tokens, x_stride, size_in, n_experts, RANK, n_parts, n_slots,
             shrink_split_k, PADDED != 0, BLOCK_T, BLOCK_R, SHRINK_COLS, SHRINK_STAGES,
         )  # fmt: skip
     else:
@@ -237,14 +237,14 @@ def _decode_gemm_kernel(
                 acc_up = tl.dot(w, x, acc_up, input_precision="ieee")
         if adds:
             acc = add_delta(
-                acc, b_at, b, active_ptr, active, s_ptr, counter_ptr, shrinks,
+                acc, b_at, b, active_ptr, active, s_ptr, semaphore_ptr, shrinks,
                 n_tokens, part, n_parts, n_experts, True, PADDED, RANK, BLOCK_T, BLOCK_ER,
             )  # fmt: skip
         last = True
         if SPLIT_K > 1 and not LEAVE:
             acc, last = last_sums(
-                acc, partial_ptr + slots * shrink_split_k * (BLOCK_R * BLOCK_T), ticket_ptr + slots,
-                tile, pid_k, SPLIT_K, ROWS, BLOCK_T,
+                acc, partial_ptr + slots * shrink_split_k * (BLOCK_R * BLOCK_T),
+                split_k_semaphore_ptr + slots, tile, pid_k, SPLIT_K, ROWS, BLOCK_T,
             )  # fmt: skip
         if last:
             if HAS_BIAS:
@@ -252,7 +252,7 @@ def _decode_gemm_kernel(
             if ACT != 0:
                 if part_up >= 0:
                     acc_up = add_delta(
-                        acc_up, b_up_at, b_up, active_ptr, active, s_ptr, counter_ptr, shrinks,
+                        acc_up, b_up_at, b_up, active_ptr, active, s_ptr, semaphore_ptr, shrinks,
                         n_tokens, part_up, n_parts, n_experts,
                         ACT != 3 and PART0 < 0, PADDED, RANK, BLOCK_T, BLOCK_ER,
                     )  # fmt: skip
@@ -331,8 +331,8 @@ def decode_gemm_triton(
     launch(
         _decode_gemm_kernel, (grid.programs + count * tiles.split_k,),
         x, p.weight, p.bias, p.lora_a, p.lora_b, y, step.cos_sin,
-        step.gates, step.active, workspace.s(x.dtype, tokens, n_parts, experts * rank),
-        workspace.partial, workspace.tickets, p.semaphore,
+        step.gates, step.active, workspace.view(x.dtype, tokens, n_parts, experts * rank),
+        workspace.partial_sums, workspace.split_k_semaphores, p.semaphore,
         tokens, x.stride(0), y.stride(-2), size_in, experts, n_parts, grid.slots, grid.split_k,
         *(kv_slots or NO_KV_SLOTS),
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],

@@ -28,10 +28,10 @@ from vllm_adafuse.kernels.tma_gemm import tma_gemm_triton
 
 
 def workspace_sizes(lora_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
-    """Bytes of s, floats of partial sums and tickets that a projection of `rows` rows may need."""
+    """What a projection of `rows` rows may need of a `Workspace`: bytes, floats, semaphores."""
     needs = decode_gemm.workspace_sizes(lora_a, rows), tma_gemm.workspace_sizes(lora_a)
-    low, floats, tickets = map(max, *needs)
-    return low, floats, tickets
+    bytes_, floats, semaphores = map(max, *needs)
+    return bytes_, floats, semaphores
 
 
 def linear_torch(

@@ -32,9 +32,9 @@ from vllm_adafuse.kernels.plans import ADD_NORM, NONE, Plan
 
 
 def workspace_sizes(lora_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
-    """Bytes of s, floats of partial sums and tickets that a projection of `rows` rows may need."""
-    low, floats, tickets = linear.workspace_sizes(lora_a, rows)
-    return low, floats + MAX_SPLIT_K * MAX_TILE_TOKENS * rows, tickets
+    """What a projection of `rows` rows may need of a `Workspace`: bytes, floats, semaphores."""
+    bytes_, floats, semaphores = linear.workspace_sizes(lora_a, rows)
+    return bytes_, floats + MAX_SPLIT_K * MAX_TILE_TOKENS * rows, semaphores
 
 
 def split_k_triton(x: torch.Tensor, p: Projection, step: Step, config: GemmConfig) -> torch.Tensor:

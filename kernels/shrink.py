@@ -42,15 +42,15 @@ def range_of_k(size_in, pid_k, split_k, COLS: tl.constexpr):
 
 
 @triton.jit
-def wait_for_shrink(counter_ptr, count):
+def wait_for_shrink(semaphore_ptr, count):
     """Until so many programs have left their part of s."""
-    while tl.atomic_add(counter_ptr, 0, sem="acquire") < count:
+    while tl.atomic_add(semaphore_ptr, 0, sem="acquire") < count:
         pass
     tl.debug_barrier()
 
 
 @triton.jit
-def wait_now(counter_ptr, count, now):
+def wait_now(semaphore_ptr, count, now):
     """`wait_for_shrink` if it is now, each thread by itself and as a load, so that the loop around
     it stays pipelined; the accelerator may read s after it."""
     return tl.inline_asm_elementwise(
@@ -66,7 +66,7 @@ def wait_now(counter_ptr, count, now):
         @%now fence.proxy.async.global;
         mov.s32 $0, %seen;
         }""",
-        "=r,l,r,r", [counter_ptr.to(tl.int64), count, now.to(tl.int32)],
+        "=r,l,r,r", [semaphore_ptr.to(tl.int64), count, now.to(tl.int32)],
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -89,13 +89,13 @@ def leave_sums(acc, partial_ptr, slot, pid_k, split_k,
 
 
 @triton.jit
-def is_last(ticket_ptr, split_k):
-    """Whether this program is the last of those that share a ticket; what they left is there."""
+def is_last(split_k_semaphore_ptr, split_k):
+    """Whether this program is the last of those that share a semaphore; what they left is there."""
     tl.debug_barrier()
-    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == split_k - 1
+    last = tl.atomic_add(split_k_semaphore_ptr, 1, sem="acq_rel") == split_k - 1
     tl.debug_barrier()
     if last:
-        tl.store(ticket_ptr, 0)  # as the next launch expects it
+        tl.store(split_k_semaphore_ptr, 0)  # as the next launch expects it
     return last
 
 
@@ -111,11 +111,11 @@ def all_sums(partial_ptr, slot, split_k, ROWS: tl.constexpr, BLOCK_T: tl.constex
 
 
 @triton.jit
-def last_sums(acc, partial_ptr, ticket_ptr, slot, pid_k, split_k,
+def last_sums(acc, partial_ptr, split_k_semaphore_ptr, slot, pid_k, split_k,
               ROWS: tl.constexpr, BLOCK_T: tl.constexpr):  # fmt: skip
     """Leaves a program's sums [ROWS, T]; the last of its slot gets all, added in their order."""
     leave_sums(acc, partial_ptr, slot, pid_k, split_k, ROWS, BLOCK_T)
-    last = is_last(ticket_ptr + slot, split_k)
+    last = is_last(split_k_semaphore_ptr + slot, split_k)
     if last:
         acc = all_sums(partial_ptr, slot, split_k, ROWS, BLOCK_T)
     return acc, last
@@ -123,13 +123,14 @@ def last_sums(acc, partial_ptr, ticket_ptr, slot, pid_k, split_k,
 
 @triton.jit
 def _shrink_slice(
-    slot, part, expert, block, pid_k, used, x_ptr, a_ptr, gates_ptr, s_ptr, partial_ptr, ticket_ptr,
-    counter_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_parts, split_k,
-    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_IN: tl.constexpr, STAGES: tl.constexpr,
+    slot, part, expert, block, pid_k, used, x_ptr, a_ptr, gates_ptr, s_ptr, partial_ptr,
+    split_k_semaphore_ptr, semaphore_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_parts,
+    split_k, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_IN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """A slice of `in` for one block of ranks of one expert of one part: s [T, BLOCK_R].
 
-    When its s is stored, the counter rises by one.
+    When its s is stored, the semaphore rises by one.
     """
     rows = tl.arange(0, BLOCK_T)
     ranks = block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -153,7 +154,7 @@ def _shrink_slice(
             sums = tl.dot(a, x, sums, input_precision="ieee")
         if split_k > 1:
             sums, last = last_sums(
-                sums, partial_ptr, ticket_ptr, slot, pid_k, split_k, BLOCK_R, BLOCK_T
+                sums, partial_ptr, split_k_semaphore_ptr, slot, pid_k, split_k, BLOCK_R, BLOCK_T
             )
     if last:
         gates = tl.load(gates_ptr + rows * n_experts + expert, mask=here, other=0.0)
@@ -163,13 +164,13 @@ def _shrink_slice(
         s = s.to(s_ptr.dtype.element_ty)
         tl.store(s_ptr + at, s, mask=here[None, :] & real[:, None])
         tl.debug_barrier()
-        tl.atomic_add(counter_ptr, 1, sem="release")
+        tl.atomic_add(semaphore_ptr, 1, sem="release")
 
 
 @triton.jit
 def shrink_program(
-    pid, x_ptr, a_ptr, gates_ptr, active_ptr, s_ptr, partial_ptr, ticket_ptr,
-    counter_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_parts, n_slots, split_k,
+    pid, x_ptr, a_ptr, gates_ptr, active_ptr, s_ptr, partial_ptr, split_k_semaphore_ptr,
+    semaphore_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_parts, n_slots, split_k,
     LISTED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_IN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -185,7 +186,7 @@ def shrink_program(
             expert = tl.load(active_ptr + 2 + i).to(tl.int32)
             _shrink_slice(
                 i * of_expert + slot % of_expert, part, expert, block, pid_k, True,
-                x_ptr, a_ptr, gates_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
+                x_ptr, a_ptr, gates_ptr, s_ptr, partial_ptr, split_k_semaphore_ptr, semaphore_ptr,
                 n_tokens, x_stride, size_in, n_experts, rank, n_parts, split_k,
                 BLOCK_T, BLOCK_R, BLOCK_IN, STAGES,
             )  # fmt: skip
@@ -196,7 +197,7 @@ def shrink_program(
         if used | (pid_k == 0):
             _shrink_slice(
                 slot, part, expert, slot % blocks, pid_k, used,
-                x_ptr, a_ptr, gates_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
+                x_ptr, a_ptr, gates_ptr, s_ptr, partial_ptr, split_k_semaphore_ptr, semaphore_ptr,
                 n_tokens, x_stride, size_in, n_experts, rank, n_parts, split_k,
                 BLOCK_T, BLOCK_R, BLOCK_IN, STAGES,
             )  # fmt: skip
@@ -204,7 +205,7 @@ def shrink_program(
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _shrink_kernel(
-    x_ptr, a_ptr, gates_ptr, active_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
+    x_ptr, a_ptr, gates_ptr, active_ptr, s_ptr, partial_ptr, split_k_semaphore_ptr, semaphore_ptr,
     n_tokens, x_stride, size_in, n_experts, rank, n_parts, split_k,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_IN: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
@@ -212,9 +213,9 @@ def _shrink_kernel(
     if PDL:  # launched before the kernel in front of it has ended
         tl.extra.cuda.gdc_wait()
     shrink_program(
-        tl.program_id(0), x_ptr, a_ptr, gates_ptr, active_ptr, s_ptr, partial_ptr, ticket_ptr,
-        counter_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_parts, 0, split_k, False,
-        BLOCK_T, BLOCK_R, BLOCK_IN, STAGES,
+        tl.program_id(0), x_ptr, a_ptr, gates_ptr, active_ptr, s_ptr, partial_ptr,
+        split_k_semaphore_ptr, semaphore_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_parts,
+        0, split_k, False, BLOCK_T, BLOCK_R, BLOCK_IN, STAGES,
     )  # fmt: skip
 
 
@@ -276,15 +277,15 @@ def shrink_triton(
     tokens = x.shape[0]
     parts, experts, rank, size_in = lora_a.shape
     grid = ShrinkGrid.of(lora_a)
-    s = workspace.s(x.dtype, tokens, parts, experts * rank)
+    s = workspace.view(x.dtype, tokens, parts, experts * rank)
     block_t = max(16, power_of_2(tokens))
     block_in = fit_cols(BLOCK_IN, grid.block_r, block_t, x.element_size())
     launch(
         _shrink_kernel, (grid.programs,),
-        x, lora_a, gates, active, s, workspace.partial, workspace.tickets, workspace.unread,
-        tokens, x.stride(0), size_in, experts, rank, parts, grid.split_k,
-        BLOCK_T=block_t, BLOCK_R=grid.block_r, BLOCK_IN=block_in,
-        STAGES=SHRINK_STAGES, num_warps=4, num_stages=SHRINK_STAGES, **overlap(on_hopper(x)),
+        x, lora_a, gates, active, s, workspace.partial_sums, workspace.split_k_semaphores,
+        workspace.unused, tokens, x.stride(0), size_in, experts, rank, parts, grid.split_k,
+        BLOCK_T=block_t, BLOCK_R=grid.block_r, BLOCK_IN=block_in, STAGES=SHRINK_STAGES, num_warps=4,
+        num_stages=SHRINK_STAGES, **overlap(on_hopper(x)),
     )  # fmt: skip
     return s
 

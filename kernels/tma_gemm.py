@@ -9,7 +9,7 @@ take the tiles of A and leave s. For the others the expand is some steps more of
 [x | s] [W | B]: when those of `in` are about to end, they wait for s, and go on with s for x and B
 for W, so that nothing comes after the loop. With so many tokens x is read as often as W: all come
 through the tensor memory accelerator, without which the loop is bound by its addresses. Hence
-Hopper and later; elsewhere `linear` takes cuBLAS. Where rows come in pairs, one box
+Hopper and later; elsewhere `linear` takes cuBLAS. Where rows come in pairs, one TMA block
 of the accelerator's has both members, so that one product takes them and each thread ends with the
 two columns that belong together. SGMM (AdaFuse, arXiv 2603.11873, section 3), inside the base
 product; `decode_gemm` is the same for fewer tokens, and says why waiting cannot hang.
@@ -57,16 +57,16 @@ MIN_TOKENS = 64
 
 
 def workspace_sizes(lora_a: torch.Tensor) -> tuple[int, int, int]:
-    """Bytes of s, floats of partial sums and tickets that a projection may need."""
+    """What a projection may need of a `Workspace`: bytes, floats, semaphores."""
     ranks = lora_a.numel() // lora_a.shape[-1]
-    low = MAX_TILE_TOKENS * ranks * lora_a.element_size()
+    bytes_ = MAX_TILE_TOKENS * ranks * lora_a.element_size()
     tiles = cdiv(ranks, SHRINK_ROWS)
-    return low, MAX_SHRINK_SPLIT_K * tiles * SHRINK_ROWS * MAX_TILE_TOKENS, tiles
+    return bytes_, MAX_SHRINK_SPLIT_K * tiles * SHRINK_ROWS * MAX_TILE_TOKENS, tiles
 
 
 @triton.jit
 def _shrink_tile(
-    pid, x_desc, a_desc, gates_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
+    pid, x_desc, a_desc, gates_ptr, s_ptr, partial_ptr, split_k_semaphore_ptr, semaphore_ptr,
     n_tokens, size_in,
     RANKS: tl.constexpr, RANK: tl.constexpr, EXPERTS: tl.constexpr, SHRINK_SPLIT_K: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, SHRINK_ROWS: tl.constexpr,
@@ -82,7 +82,7 @@ def _shrink_tile(
     last = True
     if SHRINK_SPLIT_K > 1:
         leave_sums(sums, partial_ptr, tile, pid_k, SHRINK_SPLIT_K, BLOCK_T, SHRINK_ROWS)
-        last = is_last(ticket_ptr + tile, SHRINK_SPLIT_K)
+        last = is_last(split_k_semaphore_ptr + tile, SHRINK_SPLIT_K)
     if last:
         if SHRINK_SPLIT_K > 1:
             sums = all_sums(partial_ptr, tile, SHRINK_SPLIT_K, BLOCK_T, SHRINK_ROWS)
@@ -101,7 +101,7 @@ def _shrink_tile(
         if PDL:
             fence()
         tl.debug_barrier()
-        tl.atomic_add(counter_ptr, 1, sem="release")
+        tl.atomic_add(semaphore_ptr, 1, sem="release")
 
 
 @triton.jit
@@ -157,7 +157,7 @@ def _finish(
 def _tma_gemm_kernel(
     x_desc, w_desc, more_w_desc, a_desc, s_desc, b_desc, more_b_desc, up_desc, more_up_desc,
     w_ptr, bias_ptr, y_ptr, cos_sin_ptr, gates_ptr,
-    s_ptr, partial_ptr, ticket_ptr, counter_ptr,
+    s_ptr, partial_ptr, split_k_semaphore_ptr, semaphore_ptr,
     n_tokens, y_stride, size_in,
     keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
@@ -176,9 +176,9 @@ def _tma_gemm_kernel(
         if PDL:  # launched before the kernel in front of it has ended
             tl.extra.cuda.gdc_wait()
         _shrink_tile(
-            pid, x_desc, a_desc, gates_ptr, s_ptr, partial_ptr, ticket_ptr, counter_ptr,
-            n_tokens, size_in, RANKS, RANK, EXPERTS, SHRINK_SPLIT_K,
-            BLOCK_T, BLOCK_E, SHRINK_ROWS, COLS, STAGES, PDL,
+            pid, x_desc, a_desc, gates_ptr, s_ptr, partial_ptr, split_k_semaphore_ptr,
+            semaphore_ptr, n_tokens, size_in, RANKS, RANK, EXPERTS, SHRINK_SPLIT_K, BLOCK_T,
+            BLOCK_E, SHRINK_ROWS, COLS, STAGES, PDL,
         )  # fmt: skip
     else:
         # Which tile of which part, and which slice of `in`. With ACT a tile has both members.
@@ -238,18 +238,18 @@ def _tma_gemm_kernel(
             acc, more = loop_over(
                 acc, more, begin, tl.minimum(end, of_in), of_in, ahead,
                 x_desc, w_desc, more_w_desc, s_desc, b_desc, more_b_desc, up_desc, more_up_desc,
-                counter_ptr, member, row, b_member, b_row, part,
+                semaphore_ptr, member, row, b_member, b_row, part,
                 SIZE, OF_GATE, 0, PART1, MEMBERS, ROWS, MORE, COLS, STAGES, SHRINK_TILES, False,
             )  # fmt: skip
             begin = tl.maximum(begin, of_in)
         if (begin > ahead) & (end > of_in):
-            wait_for_shrink(counter_ptr, SHRINK_TILES)
+            wait_for_shrink(semaphore_ptr, SHRINK_TILES)
             if PDL:
                 fence()
         acc, more = loop_over(
             acc, more, begin, end, of_in, ahead,
             x_desc, w_desc, more_w_desc, s_desc, b_desc, more_b_desc, up_desc, more_up_desc,
-            counter_ptr, member, row, b_member, b_row, part,
+            semaphore_ptr, member, row, b_member, b_row, part,
             SIZE, OF_GATE, OF_UP, PART1, MEMBERS, ROWS, MORE, COLS, STAGES, SHRINK_TILES, WAITS,
         )  # fmt: skip
         y, up = apart(acc, ACT, BLOCK_T, ROWS)
@@ -267,11 +267,11 @@ def _tma_gemm_kernel(
             )  # fmt: skip
 
 
-def _boxes(
+def _tma_blocks(
     matrix: torch.Tensor, tall: int, members: int, pieces: Sequence[int], cols: int
 ) -> list[TensorDescriptor]:
-    """A matrix as members of `tall` rows each, for every piece of a tile: boxes have so many rows
-    of some members."""
+    """A matrix as members of `tall` rows each, for every piece of a tile: a TMA block has so many
+    rows of some members."""
     size = matrix.stride(0)
     shape, strides = [matrix.shape[0] // tall, tall, size], [tall * size, size, 1]
     return [TensorDescriptor(matrix, shape, strides, [members, rows, cols]) for rows in pieces]
@@ -316,22 +316,22 @@ def tma_gemm_triton(
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
     y = x.new_empty(tokens, result_width(widths, activation)) if out is None else out
     split_k = cut.split_k if y.dim() == 3 else 1
-    # W as members, rows of each, and `in`: boxes of pairs have two members. B likewise, but for
-    # gate_up, each of whose members is by itself.
+    # W as members, rows of each, and `in`: TMA blocks of pairs have two members. B likewise, but
+    # for gate_up, each of whose members is by itself.
     pair, pieces = 2 if act else 1, (rows, more or rows)
     tall, ranks = half or (widths[0] if act else size_out), lora_a.shape[0]
-    s, b = workspace.s(x.dtype, tokens, ranks), p.lora_b.flatten(1)
+    s, b = workspace.view(x.dtype, tokens, ranks), p.lora_b.flatten(1)
     of_b = [b[: widths[0]], b[-widths[0] :]] if is_gate_up(activation) else [b]
-    w_boxes = _boxes(fused[:size_out], tall, pair, pieces, cut.cols)
-    b_boxes = [_boxes(part, half or part.shape[0], pair, pieces, cut.cols) for part in of_b]
-    up_boxes = b_boxes[1] if len(of_b) > 1 else [None, None]
+    w_blocks = _tma_blocks(fused[:size_out], tall, pair, pieces, cut.cols)
+    b_blocks = [_tma_blocks(part, half or part.shape[0], pair, pieces, cut.cols) for part in of_b]
+    up_blocks = b_blocks[1] if len(of_b) > 1 else [None, None]
     launch(
         _tma_gemm_kernel, (shrinks + count * split_k,),
-        TensorDescriptor(x, list(x.shape), list(x.stride()), [block_t, cut.cols]), *w_boxes,
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [block_t, cut.cols]), *w_blocks,
         TensorDescriptor(lora_a, list(lora_a.shape), [size_in, 1], [SHRINK_ROWS, cut.cols]),
         TensorDescriptor(s, [tokens, ranks], [ranks, 1], [block_t, cut.cols]),
-        *b_boxes[0], *up_boxes, fused, p.bias, y, step.cos_sin, step.gates, s,
-        workspace.partial, workspace.tickets, p.semaphore,
+        *b_blocks[0], *up_blocks, fused, p.bias, y, step.cos_sin, step.gates, s,
+        workspace.partial_sums, workspace.split_k_semaphores, p.semaphore,
         tokens, y.stride(-2), size_in, *(kv_slots or NO_KV_SLOTS),
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         PART0=parts[0], PART1=parts[1], PART2=parts[2],

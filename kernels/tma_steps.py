@@ -29,7 +29,7 @@ def apart(acc, ACT: tl.constexpr, BLOCK_T: tl.constexpr, ROWS: tl.constexpr):
 def loop_over(
     acc, more, begin, end, of_in, ahead,
     x_desc, w_desc, more_w_desc, s_desc, b_desc, more_b_desc, up_desc, more_up_desc,
-    counter_ptr, member, row, b_member, b_row, part,
+    semaphore_ptr, member, row, b_member, b_row, part,
     SIZE: tl.constexpr, OF_GATE: tl.constexpr, OF_UP: tl.constexpr, PART1: tl.constexpr,
     MEMBERS: tl.constexpr, ROWS: tl.constexpr, MORE: tl.constexpr, COLS: tl.constexpr,
     STAGES: tl.constexpr, SHRINK_TILES: tl.constexpr, WAITS: tl.constexpr,
@@ -38,7 +38,7 @@ def loop_over(
     which it waits, if it WAITS, in step `ahead`."""
     for step in tl.range(begin, end, num_stages=STAGES):
         if WAITS:
-            wait_now(counter_ptr, SHRINK_TILES, (step == ahead) & (end > of_in))
+            wait_now(semaphore_ptr, SHRINK_TILES, (step == ahead) & (end > of_in))
         at, of_member, of_row, of_s = step * COLS, member, row, 0
         from_x, from_w, from_more = x_desc, w_desc, more_w_desc
         if step >= of_in:

@@ -34,7 +34,7 @@ POINTERS = {
     **dict.fromkeys("x_ptr w_ptr bias_ptr a_ptr b_ptr y_ptr out_ptr s_ptr".split(), "*bf16"),
     **dict.fromkeys("residual_ptr weight_ptr z_ptr cos_sin_ptr".split(), "*bf16"),
     **dict.fromkeys("gates_ptr partial_ptr weights_ptr".split(), "*fp32"),
-    **dict.fromkeys("ticket_ptr counter_ptr semaphores_ptr ids_ptr places_ptr".split(), "*i32"),
+    **dict.fromkeys("split_k_semaphore_ptr semaphore_ptr semaphores_ptr ids_ptr places_ptr".split(), "*i32"),
     **dict.fromkeys("active_ptr table_ptr row_ptr merged_ptr slots_ptr".split(), "*i64"),
     **dict.fromkeys(("keys_ptr", "values_ptr"), "*bf16"),
 }
@@ -153,7 +153,7 @@ def main() -> None:
                 "PDL": True, "WAITS": True,
             }  # fmt: skip
             members = 2 if act else 1
-            for name, box in {
+            for name, block in {
                 "x": (tokens, cut.cols), "a": (tma_gemm.SHRINK_ROWS, cut.cols),
                 "s": (tokens, cut.cols),
                 **dict.fromkeys(("w", "b", "up"), (members, tall, cut.cols)),
@@ -161,7 +161,7 @@ def main() -> None:
                     ("more_w", "more_b", "more_up"), (members, more or tall, cut.cols)
                 ),
             }.items():  # fmt: skip
-                POINTERS[f"{name}_desc"] = f"tensordesc<bf16[{', '.join(map(str, box))}]>"
+                POINTERS[f"{name}_desc"] = f"tensordesc<bf16[{', '.join(map(str, block))}]>"
             kernel = tma_gemm._tma_gemm_kernel
             name = f"tma_gemm act={number} tokens={tokens}"
             if act != "silu":

@@ -119,8 +119,8 @@ def make_problem(
     garbage = torch.full((3, experts), float("nan"), device=DEVICE)
     lora_a = normal(max(parts) + 1, experts, rank, size_in, scale=size_in**-0.5)
     workspace = Workspace.make(*workspace_sizes(lora_a, sum(widths)), torch.device(DEVICE))
-    workspace.low.fill_(255)  # NaN in every dtype
-    workspace.partial.fill_(float("nan"))
+    workspace.lora_a_out.fill_(255)  # NaN in every dtype
+    workspace.partial_sums.fill_(float("nan"))
     return Problem(
         x=normal(tokens, size_in),
         weight=normal(sum(widths), size_in, scale=size_in**-0.5),

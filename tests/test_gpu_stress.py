@@ -49,7 +49,7 @@ class Stress:
     def launch(self) -> torch.Tensor:
         """[T, out], or slices of it, from an s of NaN."""
         p = self.p
-        p.workspace.low.fill_(255)
+        p.workspace.lora_a_out.fill_(255)
         self.of.semaphore.zero_()
         launch = tma_gemm_triton if self.tiled else decode_gemm_triton
         return launch(p.x, self.of, self.step, self.cut, self.left)

@@ -27,9 +27,9 @@ def test_a_second_launch_finds_its_tickets_at_zero():
     p = in_whole_numbers(make_problem(3, 8192, [32], 3, 1, 20))
     assert ShrinkGrid.of(p.lora_a).split_k == 8
     for _ in range(2):
-        p.workspace.low.fill_(255)
+        p.workspace.lora_a_out.fill_(255)
         assert torch.equal(by_triton(p).double(), shrink_truth(p))
-    assert not p.workspace.tickets.any()
+    assert not p.workspace.split_k_semaphores.any()
 
 
 def test_the_cut_depends_on_the_bank_alone():

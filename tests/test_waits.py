@@ -35,4 +35,4 @@ def test_tiles_wait_for_all_of_the_shrink(name, run, cut, all_at_once):
     out = run(p.x, p.projection(activation), p.step(), CUTS[cut])
     assert all_at_once.asked > 1
     assert error(out, linear_truth(p, activation)) <= 1e-5
-    assert not p.workspace.tickets.any()
+    assert not p.workspace.split_k_semaphores.any()

@@ -2,7 +2,7 @@
 
 Triton's interpreter runs a grid in its order, so whoever waits for a program in front of it always
 finds it done: a wait that is missing shows in nothing. Here the last program begins first, and
-whenever one asks a counter how far the others are, one more of those in front runs to its end.
+whenever one asks a semaphore how far the others are, one more of those in front runs to its end.
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ KERNELS = [
         "the pipelined loop reads s before it is written", gpu=True,
     ),
     Mutant(
-        "tickets stay", "kernels/shrink.py",
-        "tl.store(ticket_ptr, 0)", "pass",
+        "split-K semaphores stay", "kernels/shrink.py",
+        "tl.store(split_k_semaphore_ptr, 0)", "pass",
         "tests/test_shrink.py::test_a_second_launch_finds_its_tickets_at_zero",
         "the next launch adds up sums that are not yet there",
     ),

@@ -42,8 +42,8 @@ class Step(torch.nn.Module):
             projections: their number.
             sizes: `workspace_sizes` of each.
         """
-        low, floats, tickets = (max(column) for column in zip(*sizes))
-        workspace = Workspace.make(low, floats, tickets, self.gates.device)
+        bytes_, floats, semaphores = (max(column) for column in zip(*sizes))
+        workspace = Workspace.make(bytes_, floats, semaphores, self.gates.device)
         for name, tensor in workspace._asdict().items():
             self.register_buffer(name, tensor, persistent=False)
         semaphores = torch.zeros(projections, 4, dtype=torch.int32)
@@ -51,7 +51,7 @@ class Step(torch.nn.Module):
 
     @property
     def workspace(self) -> Workspace:
-        return Workspace(self.low, self.partial, self.tickets, self.unread)
+        return Workspace(self.lora_a_out, self.partial_sums, self.split_k_semaphores, self.unused)
 
 
 class Route(Step):
