@@ -100,8 +100,8 @@ def release_weights(layers: Iterable[LinearBase]) -> None:
 
 
 def join(layer: LinearBase, bank: ExpertBank | LayerBank) -> None:
-    """Makes a linear's weight [out, in], loaded or still to be, the first rows of the joint
-    tensor."""
+    """Makes a linear's weight [out, in], loaded or still to be, the first rows of its
+    fused weight."""
     layer.weight.data = bank.weight
 
 
