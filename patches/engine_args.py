@@ -23,6 +23,7 @@ from vllm_adafuse.serving import vllm_api
 
 _SEAM = "vllm.engine.arg_utils"
 _MARK = "_adafuse_wrapped"
+_MODULES = "adafuse_lora_modules"
 _METHODS = ("create_model_config", "create_engine_config")
 
 
@@ -48,12 +49,14 @@ def wrap() -> None:
             )
         if not getattr(original, _MARK, False):
             setattr(EngineArgs, name, _checked(original))
+    if not getattr(EngineArgs.from_cli_args, _MARK, False):
+        EngineArgs.from_cli_args = _with_modules(EngineArgs.from_cli_args.__func__)
 
 
 def _checked(original: Callable) -> Callable:
     @functools.wraps(original)
     def create(self, *args, **kwargs):
-        from vllm_adafuse.serving import attach, options
+        from vllm_adafuse.serving import attach, lora_start, options
 
         try:
             options.refuse(
@@ -63,6 +66,7 @@ def _checked(original: Callable) -> Callable:
             made = original(self, *args, **kwargs)
             if hasattr(made, "model_config"):
                 attach.check_engine(made)
+                lora_start.check_start(made, getattr(self, _MODULES, None) or ())
             return made
         except AdapterError:
             _be_brief()
@@ -77,6 +81,19 @@ def _checked(original: Callable) -> Callable:
 
     setattr(create, _MARK, True)
     return create
+
+
+def _with_modules(original: Callable) -> classmethod:
+    """`--lora-modules` belongs to vLLM's server, not to its engine: brought along to be checked."""
+
+    @functools.wraps(original)
+    def from_cli_args(cls, args):
+        made = original(cls, args)
+        setattr(made, _MODULES, getattr(args, "lora_modules", None))
+        return made
+
+    setattr(from_cli_args, _MARK, True)
+    return classmethod(from_cli_args)
 
 
 def _be_brief() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -52,6 +53,20 @@ def ask(versions, name, user_id, path, **options):
     assert repr(request) == before, "the user's request was changed"
     assert not stamped.load_inplace and stamped.lora_name == name
     return stamped
+
+
+def engine_config(model_config, pipelined=False, **options):
+    """What adapters' checks see of an engine's config."""
+    defaults = {"revision": None, "enable_prompt_embeds": False}
+    for name, value in defaults.items():
+        if not hasattr(model_config, name):
+            setattr(model_config, name, value)
+    return SimpleNamespace(
+        model_config=model_config,
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1 + pipelined),
+        load_config=SimpleNamespace(load_format="auto"),
+        additional_config={"adafuse": options} if options else {},
+    )
 
 
 def add_to(manager, request) -> None:

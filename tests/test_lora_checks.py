@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import convert_sources as sources
 import pytest
-from loras import ask
+from loras import ask, engine_config
 from safetensors.torch import load_file, save_file
 from vllm.lora.request import LoRARequest
 from vllm_adafuse.format.random_adapter import make_random_adapter
@@ -44,7 +44,7 @@ def lora(good, tmp_path):
 
 def checks_of(architecture):
     model_config = SimpleNamespace(hf_config=tiny_config(architecture), model="base")
-    return Checks(SimpleNamespace(model_config=model_config))
+    return Checks(engine_config(model_config))
 
 
 @pytest.fixture

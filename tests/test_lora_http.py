@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import convert_sources as sources
 import pytest
+from loras import engine_config
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
@@ -56,11 +57,9 @@ def make_models(lora="adafuse"):
     client.engine_core = Core()
     client.output_processor = SimpleNamespace(request_states={})
     client.input_processor = InputProcessor.__new__(InputProcessor)
-    client.input_processor.vllm_config = SimpleNamespace(
-        lora_config=SimpleNamespace(max_loras=2, max_lora_rank=16),
-        model_config=SimpleNamespace(hf_config=tiny_config("LlamaForCausalLM"), model="base"),
-        additional_config={"adafuse": {"lora": lora}},
-    )
+    model_config = SimpleNamespace(hf_config=tiny_config("LlamaForCausalLM"), model="base")
+    config = client.input_processor.vllm_config = engine_config(model_config, lora=lora)
+    config.lora_config = SimpleNamespace(max_loras=2, max_lora_rank=16)
     client.model_config, client.renderer = SimpleNamespace(model="base", max_model_len=8), None
     return OpenAIServingModels(client, [BaseModelPath("base", "base")])
 

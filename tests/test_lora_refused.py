@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 from engines import make_pair
-from loras import FEW, make_lora
+from loras import FEW, engine_config, make_lora
 from transformers import AutoConfig
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.backbone import Backbone
@@ -20,11 +20,7 @@ def loader_of(base, family="LlamaForCausalLM", linears=None, pipelined=False, em
     model_config = SimpleNamespace(
         hf_config=config, model=str(base), revision=None, enable_prompt_embeds=embeds
     )
-    parallel = SimpleNamespace(pipeline_parallel_size=1 + pipelined)
-    vllm_config = SimpleNamespace(
-        model_config=model_config, parallel_config=parallel, additional_config={}
-    )
-    loader = Loader(SimpleNamespace(), vllm_config, [])
+    loader = Loader(SimpleNamespace(), engine_config(model_config, pipelined), [])
     loader.sizes = Backbone.from_path(str(base)).linears if linears is None else linears
     return loader
 

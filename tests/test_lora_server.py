@@ -209,6 +209,8 @@ def test_the_file_system_resolver(served):
     server, references, root = served
     shutil.copytree(root / "patterns", root / "resolved" / "found")
     check(server, references | {"found": references["few"]}, ["found", "mix"])
+    shutil.copytree(root / "adapter", root / "resolved" / "mixed")
+    check(server, references | {"mixed": references["mix"]}, ["mixed", "base"])
     listed = models(server)["found"]
     assert (listed["root"], listed["parent"]) == (str(root / "resolved" / "found"), "base")
     for name, damage, word in (

@@ -8,6 +8,7 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm_adafuse.format.architectures import ARCHITECTURES
     from vllm_adafuse.patches import apply_patches
+    from vllm_adafuse.serving import resolvers
     from vllm_adafuse.serving.vllm_api import check_vllm_version
 
     check_vllm_version()
@@ -19,3 +20,4 @@ def register() -> None:
                 f"vllm_adafuse.serving.models:{architecture.adafuse_name}",
             )
     apply_patches()
+    resolvers.register()

@@ -3,7 +3,6 @@ model that is there."""
 
 from __future__ import annotations
 
-import functools
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -12,11 +11,7 @@ from pathlib import Path
 import torch
 from vllm.config import VllmConfig
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.format.architectures import ARCHITECTURES, PREFIX
-from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.format.config import AdapterConfig
-from vllm_adafuse.format.origin import backbone_hash, origin_problem
-from vllm_adafuse.format.places import find_local_backbone
 from vllm_adafuse.serving import vllm_api
 from vllm_adafuse.serving.adapters import (
     LORA,
@@ -26,8 +21,7 @@ from vllm_adafuse.serving.adapters import (
     open_adapter,
     split_path,
 )
-from vllm_adafuse.serving.attach import refuse_context, say_origin
-from vllm_adafuse.serving.options import option
+from vllm_adafuse.serving.fits import Fits
 from vllm_adafuse.serving.page_bank import Packed, Packer, PageBank, sizes_of
 from vllm_adafuse.serving.page_step import PageStep
 from vllm_adafuse.serving.pool import Place, Size, pages_of_rank
@@ -86,13 +80,8 @@ class Loader:
     def __init__(self, model: torch.nn.Module, vllm_config: VllmConfig, banks: list[PageBank]):
         self.model, self.banks, self.sizes = model, banks, sizes_of(banks)
         self.model_config = vllm_config.model_config
-        self.pipelined = vllm_config.parallel_config.pipeline_parallel_size > 1
         self.renamed = vllm_api.renamed(model)
-        names = getattr(self.model_config.hf_config, "architectures", None) or [""]
-        self.architecture = ARCHITECTURES.get(names[0].removeprefix(PREFIX))
-        self._backbone: Backbone | None = None
-        self._hash_of = functools.cache(backbone_hash)
-        self._other_backbone = option(vllm_config.additional_config, "backbone")
+        self.fits = Fits(vllm_config)
 
     def read(self, path: str) -> Hosted:
         """Reads an adapter.
@@ -106,7 +95,7 @@ class Loader:
         plain_path, digest = split_path(path)
         directory = Path(os.path.abspath(vllm_api.local_path(plain_path)))
         files = files_state(directory)
-        opened = open_adapter(directory, self._checked_backbone())
+        opened = open_adapter(directory, self.fits.backbone)
         problems = self._misfits(opened)
         if digest is not None and digest != opened.digest:
             problems = [
@@ -141,21 +130,11 @@ class Loader:
         renamed = self.renamed(name)
         return renamed if renamed in self.sizes else name
 
-    def _checked_backbone(self) -> Backbone | None:
-        """What names and shapes of adapters are checked against; None for a family of which only
-        the wrapped linears are known."""
-        if self.architecture is None:
-            return None
-        if self._backbone is None:
-            config = self.model_config
-            self._backbone = Backbone.from_hf_config(config.hf_config, config.model)
-        return self._backbone
-
     def _misfits(self, opened: OpenedAdapter) -> list[str]:
         problems = []
         sizes = {name: self.sizes.get(self._name(name)) for name in opened.linears}
         unknown = [name for name, size in sizes.items() if size is None]
-        if unknown and not self.pipelined:  # a stage knows its own layers alone
+        if unknown and not self.fits.pipelined:  # a stage knows its own layers alone
             problems.append(
                 f"adapts {some(unknown)}, which {type(self.model).__name__} has not, or not as a "
                 f"linear that takes adapters here; train without it, or let vLLM's own LoRA try it "
@@ -168,34 +147,7 @@ class Loader:
                     f"{name}: adapts a linear of {found[0]} inputs and {found[1]} outputs, the "
                     f"backbone's has {size[0]} and {size[1]}; serve it on its own backbone"
                 )
-        if opened.config is not None:
-            refuse_context(opened.config, f"adapter {opened.path}")
-            problems += self._mixture_misfits(opened.config)
-            place = find_local_backbone(self.model_config.model, self.model_config.revision)
-            origin = origin_problem(
-                opened.config, str(place or self.model_config.model), self._hash_of
-            )
-            say_origin(str(opened.path), origin, self._other_backbone)
-        return problems
-
-    def _mixture_misfits(self, config: AdapterConfig) -> list[str]:
-        reason = ""
-        if self.architecture is None:
-            reason = f"a mixture on {type(self.model).__name__}, whose embedding is not known"
-        elif config.layer_wise:
-            reason = "`routing` layer_wise, a router in every linear or block"
-        elif config.router_layer:
-            reason = f"`router.layer` {config.router_layer}, a router behind the entrance"
-        elif self.model_config.enable_prompt_embeds:
-            reason = "a mixture with --enable-prompt-embeds"
-        elif self.pipelined:
-            reason = "a mixture with pipeline parallelism"
-        if not reason:
-            return []
-        return [
-            f"{reason}, cannot be chosen per request yet; serve it alone: "
-            "--hf-overrides '{\"adafuse_adapter\": DIR}' without --enable-lora"
-        ]
+        return problems + self.fits.problems(opened, warn=False)
 
     @torch.no_grad()
     def stamp(self, hosted: Hosted) -> None:
@@ -212,7 +164,7 @@ class Loader:
         router.load(tensors.__getitem__, bias is not None)
         router.stamp(
             self.model.embed_input_ids, self.model.model.layers[0].input_layernorm,
-            self.architecture.norm_offset,
+            self.fits.architecture.norm_offset,
         )  # fmt: skip
         ids, weights = router.passport_ids.t().cpu(), router.passport_weights.t().cpu()
         pinned = router.passport_ids.is_cuda

@@ -27,8 +27,6 @@ from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.adapter import list_directory
-from vllm_adafuse.format.architectures import ARCHITECTURES, PREFIX
-from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.format.config import CONFIG_FILE
 from vllm_adafuse.serving.adapters import (
     OpenedAdapter,
@@ -37,6 +35,7 @@ from vllm_adafuse.serving.adapters import (
     split_path,
     stamp_path,
 )
+from vllm_adafuse.serving.fits import Fits
 from vllm_adafuse.serving.holds import Holds
 from vllm_adafuse.serving.pool import misfits
 
@@ -70,12 +69,13 @@ class Checks:
     """Opens adapters for a front end, each content once.
 
     Args:
-        vllm_config: of the engine, whose backbone adapters must fit.
+        vllm_config: of the engine, whose backbone adapters must fit. Of a class outside the table
+            of architectures the worker checks names: Hugging Face's may be others than in the
+            checkpoint, which vLLM's own model follows.
     """
 
     def __init__(self, vllm_config: VllmConfig):
-        self._model = vllm_config.model_config
-        self._backbone: Backbone | None = None
+        self._fits = Fits(vllm_config)
         self._locks: defaultdict[Path, Lock] = defaultdict(Lock)
         self._opened: dict[Path, tuple[tuple, int, OpenedAdapter]] = {}
 
@@ -98,20 +98,13 @@ class Checks:
             if not again and known == state and all(s[1] + SETTLED_NS < when for s in state):
                 return opened
             try:
-                opened = open_adapter(path, self._known_backbone())
+                opened = open_adapter(path, self._fits.backbone)
+                if problems := self._fits.problems(opened, warn=True):
+                    raise AdapterError(f"adapter {path}", problems)
             except AdapterError as e:
                 raise AdapterRefused(e.subject, e.problems) from e
             self._opened[path] = state, now, opened
             return opened
-
-    def _known_backbone(self) -> Backbone | None:
-        """None for a class outside the table: its names in Hugging Face's model may be others than
-        in the checkpoint, which vLLM's own model follows. The worker checks those."""
-        hf_config = self._model.hf_config
-        names = getattr(hf_config, "architectures", None) or [""]
-        if self._backbone is None and str(names[0]).removeprefix(PREFIX) in ARCHITECTURES:
-            self._backbone = Backbone.from_hf_config(hf_config, self._model.model)
-        return self._backbone
 
 
 def find_directory(lora_path: str) -> Path:

@@ -17,7 +17,8 @@ import torch
 from vllm_adafuse.serving.options import GRAPH, OPTIONS
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    import vllm.envs as envs
+from vllm.config import VllmConfig
 
 MINIMUM, BEFORE = (0, 26), (0, 34)
 # The CPU build is a distribution of its own.
@@ -75,6 +76,11 @@ def lora_option(vllm_config: VllmConfig) -> str:
 def serves_lora(vllm_config: VllmConfig) -> bool:
     """Whether LoRA requests are ours."""
     return vllm_config.lora_config is not None and lora_option(vllm_config) == "adafuse"
+
+
+def rust_front_end() -> bool:
+    """Whether vLLM's front end without Python is asked for; the oldest vLLM has none."""
+    return bool(getattr(envs, "VLLM_USE_RUST_FRONTEND", False))
 
 
 def _section(vllm_config: VllmConfig) -> Mapping[str, Any]:
