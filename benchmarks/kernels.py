@@ -51,9 +51,9 @@ def products(model: str) -> list[Product]:
     kv = hidden // heads * kv_heads
     return [
         Product("qkv", hidden, (hidden, kv, kv), "rotary", hidden // heads),
-        Product("o", hidden, (hidden,), norm=True),
+        Product("o", hidden, (hidden,), "norm"),
         Product("gate_up", hidden, (inter, inter), "silu"),
-        Product("down", inter, (hidden,), norm=True),
+        Product("down", inter, (hidden,), "norm"),
     ]
 
 
@@ -128,16 +128,16 @@ class Case:
 
     def bare(self, i: int) -> None:
         y = F.linear(self.x, self.trial.layers[i].weight)
-        self._follow(y, self.p.activation)
+        self._follow(y, "" if self.normed else self.p.epilogue)
 
     def torch(self, i: int) -> None:
         y = linear_torch(self.x, self.trial.layers[i], self.step)
         self._follow(y, "")
 
-    def _follow(self, y: torch.Tensor, activation: str) -> None:
-        if activation == "rotary":
+    def _follow(self, y: torch.Tensor, epilogue: str) -> None:
+        if epilogue == "rotary":
             turn(y[:, : self.p.widths[0] + self.p.widths[1]], self.trial.cos_sin[: len(y)])
-        elif activation:
+        elif epilogue:
             activate(y)
         elif self.normed:
             norm(y, self.residual, self.factors)

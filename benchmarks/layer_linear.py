@@ -55,7 +55,7 @@ def measure_one(p: Product, tokens: int, options: Options) -> dict:
     e, count = options.experts, len(parts)
     columns, logits = count * e * options.r, options.splits * count * e
     rows = -(-(out + columns + logits) // 16) * 16
-    activation = p.activation if p.activation == "silu" else ""
+    activation = p.epilogue if p.epilogue == "silu" else ""
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return torch.randn(*shape, dtype=dtype, device="cuda") * scale

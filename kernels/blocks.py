@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.pairs import ACTIVATIONS, tiled_widths
+from vllm_adafuse.kernels.pairs import EPILOGUES, tiled_widths
 from vllm_adafuse.kernels.whole import cdiv
 
 
@@ -27,20 +27,20 @@ def group_of_tiles(
 
 
 def grouped_tiles(
-    widths: Sequence[int], activation: str, half: int, columns: int, loop: int
+    widths: Sequence[int], epilogue: str, half: int, columns: int, loop: int
 ) -> tuple[int, dict[str, int]]:
     """Groups of `loop` tiles, and a kernel's constants that say so.
 
     Args:
         widths: columns of each part, in whole tiles.
-        activation: what follows; columns come in pairs.
+        epilogue: what follows; columns come in pairs.
         half: of a head with "rotary", whose tiles are whole heads; else 0.
         columns: of a tile elsewhere.
     """
     columns = half or columns
-    tiles = [width // columns for width in tiled_widths(widths, activation)] + [0, 0]
+    tiles = [width // columns for width in tiled_widths(widths, epilogue)] + [0, 0]
     return sum(cdiv(count, loop) for count in tiles), {
         "TILES0": tiles[0], "TILES1": tiles[1], "TILES2": tiles[2],
-        "ACT": ACTIVATIONS.index(activation), "APART": half or widths[0],
+        "EPILOGUE": EPILOGUES.index(epilogue), "APART": half or widths[0],
         "COLS": columns, "LOOP": loop,
     }  # fmt: skip

@@ -136,9 +136,9 @@ def expert_blocks(experts: int, rank: int, skip: bool) -> dict[str, int | bool]:
     }  # fmt: skip
 
 
-def shape_key(size_in: int, rows: int, follows: str, itemsize: int) -> str:
+def shape_key(size_in: int, rows: int, epilogue: str, itemsize: int) -> str:
     """"4096x11008 silu 2": the shape of a product in a file of cuts."""
-    return f"{size_in}x{rows} {follows or '-'} {itemsize}"
+    return f"{size_in}x{rows} {epilogue or '-'} {itemsize}"
 
 
 def cuts_file(device: str) -> Path:

@@ -33,7 +33,7 @@ from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, rows_in_pages, s
 from vllm_adafuse.kernels.launch import launch, overlap
 from vllm_adafuse.kernels.operands import Projection, Step
 from vllm_adafuse.kernels.pairs import (
-    ACTIVATIONS,
+    EPILOGUES,
     activate,
     result_width,
     rotate,
@@ -145,7 +145,7 @@ def _decode_gemm_kernel(
     keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
     PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
     EVEN: tl.constexpr, SPLIT_K: tl.constexpr, LEAVE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_ER: tl.constexpr,
     RANK: tl.constexpr, PADDED: tl.constexpr,
@@ -162,11 +162,11 @@ def _decode_gemm_kernel(
             shrink_split_k, PADDED != 0, BLOCK_T, BLOCK_R, SHRINK_COLS, SHRINK_STAGES,
         )  # fmt: skip
     else:
-        # Which tile of which part, and which slice of `in`. With ACT rows come in pairs, and a tile
-        # has both members: of gate and up, of first and second halves of heads.
+        # Which tile of which part, and which slice of `in`. With EPILOGUE rows come in pairs, and a
+        # tile has both members: of gate and up, of first and second halves of heads.
         tile, pid_k = (pid - n_shrinks) // SPLIT_K, (pid - n_shrinks) % SPLIT_K
-        TALL: tl.constexpr = ROWS * (2 if ACT == 3 else 1)
-        PARTED: tl.constexpr = ACT == 0 or ACT == 3
+        TALL: tl.constexpr = ROWS * (2 if EPILOGUE == 3 else 1)
+        PARTED: tl.constexpr = EPILOGUE == 0 or EPILOGUE == 3
         TILES0: tl.constexpr = (WIDTH0 + TALL - 1) // TALL
         TILES01: tl.constexpr = TILES0 + ((WIDTH1 + TALL - 1) // TALL if PARTED else 0)
         # B has no rows for parts without experts.
@@ -179,17 +179,17 @@ def _decode_gemm_kernel(
         part = tl.where(third, PART2, tl.where(second, PART1, PART0))
         skipped = tl.where(third, SKIP2, tl.where(second, SKIP1, 0))
         local_rows, within = local * ROWS + tl.arange(0, ROWS), 0
-        if ACT == 3:
+        if EPILOGUE == 3:
             within = tl.multiple_of(local * ROWS % HALF, ROWS)
             local_rows = tl.multiple_of(local * ROWS // HALF * (2 * HALF) + within, ROWS)
             local_rows += tl.arange(0, ROWS)
-        APART: tl.constexpr = HALF if ACT == 3 else WIDTH0
-        APART_B: tl.constexpr = HALF if ACT == 3 else WIDTH0 - SKIP1
-        part_up = part if ACT == 3 else PART1
+        APART: tl.constexpr = HALF if EPILOGUE == 3 else WIDTH0
+        APART_B: tl.constexpr = HALF if EPILOGUE == 3 else WIDTH0 - SKIP1
+        part_up = part if EPILOGUE == 3 else PART1
         rows = first + tl.minimum(local_rows, width - 1)
         w_at = w_ptr + rows.to(tl.int64)[:, None] * size_in
         if PDL:
-            if ACT != 0:  # behind a norm, which lets it begin early
+            if EPILOGUE != 0:  # behind a norm, which lets it begin early
                 prefetch(w_at)
                 prefetch(w_at + APART * size_in)
             tl.extra.cuda.gdc_wait()
@@ -214,7 +214,7 @@ def _decode_gemm_kernel(
         asked = tl.where(adds, active, 0)
         b = load_b(b_at, 0, active_ptr, asked, n_experts, PADDED, RANK, BLOCK_ER)
         b_up = b
-        if ACT != 0:
+        if EPILOGUE != 0:
             asked = tl.where(part_up >= 0, active, 0)
             b_up_at = b_at + APART_B * size
             b_up = load_b(b_up_at, 0, active_ptr, asked, n_experts, PADDED, RANK, BLOCK_ER)
@@ -228,7 +228,7 @@ def _decode_gemm_kernel(
                 x = tl.load(x_at + k[:, None], mask=here[None, :] & cut[:, None], other=0.0)
                 w = tl.load(w_at + k[None, :], mask=cut[None, :], other=0.0)
             acc = tl.dot(w, x, acc, input_precision="ieee")
-            if ACT != 0:
+            if EPILOGUE != 0:
                 up_at = w_at + APART * size_in
                 if EVEN:
                     w = tl.load(up_at + k[None, :], eviction_policy="evict_first")
@@ -249,12 +249,12 @@ def _decode_gemm_kernel(
         if last:
             if HAS_BIAS:
                 acc += tl.load(bias_ptr + rows).to(tl.float32)[:, None]
-            if ACT != 0:
+            if EPILOGUE != 0:
                 if part_up >= 0:
                     acc_up = add_delta(
                         acc_up, b_up_at, b_up, active_ptr, active, s_ptr, semaphore_ptr, shrinks,
                         n_tokens, part_up, n_parts, n_experts,
-                        ACT != 3 and PART0 < 0, PADDED, RANK, BLOCK_T, BLOCK_ER,
+                        EPILOGUE != 3 and PART0 < 0, PADDED, RANK, BLOCK_T, BLOCK_ER,
                     )  # fmt: skip
                 if HAS_BIAS:
                     acc_up += tl.load(bias_ptr + APART + rows).to(tl.float32)[:, None]
@@ -262,7 +262,7 @@ def _decode_gemm_kernel(
             if LEAVE:
                 y_at += pid_k * n_tokens * y_stride
             mask = (local_rows < width)[:, None] & here[None, :]
-            if ACT == 3:
+            if EPILOGUE == 3:
                 if first < WIDTH0 + WIDTH1:  # v is not turned
                     turn = cos_sin_ptr + tokens[None, :] * (2 * HALF)
                     turn += (within + tl.arange(0, ROWS))[:, None]
@@ -279,8 +279,8 @@ def _decode_gemm_kernel(
                     y_at = starts[None, :] + (within + tl.arange(0, ROWS))[:, None]
                     mask = (local_rows < width)[:, None] & kept[None, :]
                 tl.store(y_at + HALF, acc_up.to(y_ptr.dtype.element_ty), mask=mask)
-            elif ACT != 0:
-                acc = activate(acc, acc_up, ACT)
+            elif EPILOGUE != 0:
+                acc = activate(acc, acc_up, EPILOGUE)
             tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -307,15 +307,15 @@ def decode_gemm_triton(
         ValueError: split-K sums before an activation or rotary embedding, which takes whole sums.
     """
     (tokens, size_in), shape, workspace = x.shape, p.shape, step.workspace
-    widths, parts, activation = shape.widths, shape.adapted, shape.activation
-    act, half = ACTIVATIONS.index(activation), shape.head_dim // 2
+    widths, parts, epilogue = shape.widths, shape.adapted, shape.kernel_epilogue
+    index, half = EPILOGUES.index(epilogue), shape.head_dim // 2
     n_parts, experts, rank, _ = p.lora_a.shape
-    members = tiled_widths(widths, activation)
+    members = tiled_widths(widths, epilogue)
     rows = sum(members)
     if tiles is None:
-        tiles = default_config(tokens, size_in, rows, activation, x.element_size())
-    if act and tiles.split_k > 1:
-        raise ValueError(f"decode_gemm: split_k is {tiles.split_k}, expected 1 before {activation}")
+        tiles = default_config(tokens, size_in, rows, epilogue, x.element_size())
+    if index and tiles.split_k > 1:
+        raise ValueError(f"decode_gemm: split_k is {tiles.split_k}, expected 1 before {epilogue}")
     if half:
         tiles = replace(tiles, rows=min(tiles.rows, half))
     grid = ShrinkGrid.of(p.lora_a, tiles.shrink_split_k)
@@ -326,7 +326,7 @@ def decode_gemm_triton(
     shrink_cols = fit_cols(tiles.shrink_cols, grid.block_r, block_t, x.element_size())
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
     count = sum(cdiv(w, tiles.rows) for w in members)
-    y = x.new_empty(tokens, result_width(widths, activation)) if out is None else out
+    y = x.new_empty(tokens, result_width(widths, epilogue)) if out is None else out
     leave = y.dim() == 3
     launch(
         _decode_gemm_kernel, (grid.programs + count * tiles.split_k,),
@@ -337,7 +337,7 @@ def decode_gemm_triton(
         *(kv_slots or NO_KV_SLOTS),
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         PART0=parts[0], PART1=parts[1], PART2=parts[2],
-        HAS_BIAS=p.bias is not None, ACT=act, HALF=half, PAGED=kv_slots is not None,
+        HAS_BIAS=p.bias is not None, EPILOGUE=index, HALF=half, PAGED=kv_slots is not None,
         EVEN=size_in % (tiles.cols * tiles.split_k) == 0,
         SPLIT_K=tiles.split_k, LEAVE=leave, BLOCK_T=block_t, BLOCK_R=grid.block_r,
         BLOCK_ER=block_er(experts * rank),

@@ -60,13 +60,13 @@ def load_s(
 @triton.jit
 def load_both(
     s_at, s_up_at, here, here_up, n_experts,
-    ACT: tl.constexpr, RANK: tl.constexpr, EVEN_K: tl.constexpr,
+    EPILOGUE: tl.constexpr, RANK: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """s of the first chunk of experts, and of up's where it has its own; not weighted."""
     s = load_ranks(s_at, here, 0, n_experts, 0, RANK, False, EVEN_K, BLOCK_E, BLOCK_R)
     s_up = s
-    if ACT == 1 or ACT == 2:
+    if EPILOGUE == 1 or EPILOGUE == 2:
         s_up = load_ranks(s_up_at, here_up, 0, n_experts, 0, RANK, False, EVEN_K, BLOCK_E, BLOCK_R)
     return s, s_up
 

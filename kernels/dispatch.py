@@ -183,7 +183,7 @@ def can_tile(shape: Shape, device: Device) -> bool:
 
 @functools.cache
 def find_config(
-    device: str, tokens: int, size_in: int, rows: int, follows: str, itemsize: int, tma: bool
+    device: str, tokens: int, size_in: int, rows: int, epilogue: str, itemsize: int, tma: bool
 ) -> GemmConfig | None:
     """The tuned cut of the nearest number of tokens, or `default_config`.
 
@@ -192,14 +192,14 @@ def find_config(
         tokens: of the step, a power of two: all numbers up to it are cut alike.
         size_in: elements of `in`.
         rows: of W; of one member where rows come in pairs (gate of gate_up, half heads of qkv).
-        follows: "", "silu", "gelu_tanh", "rotary", or "norm", which adds up split-K sums.
+        epilogue: "", "silu", "gelu_tanh", "rotary", or "norm", which adds up split-K sums.
         itemsize: bytes of an element.
         tma: `can_tile`.
     """
-    tuned = cuts_of(device).get(shape_key(size_in, rows, follows, itemsize), {})
+    tuned = cuts_of(device).get(shape_key(size_in, rows, epilogue, itemsize), {})
     fits = {t: cut for t, cut in tuned.items() if serves(cut, tokens, tma)}
     if not fits:
-        return default_config(tokens, size_in, rows, follows, itemsize, tma)
+        return default_config(tokens, size_in, rows, epilogue, itemsize, tma)
     return fits[min(fits, key=lambda t: (abs(math.log2(t / tokens)), t))]
 
 
@@ -211,7 +211,7 @@ def serves(config: GemmConfig | None, tokens: int, tma: bool) -> bool:
 
 
 def default_config(
-    tokens: int, size_in: int, rows: int, follows: str, itemsize: int, tma: bool = False
+    tokens: int, size_in: int, rows: int, epilogue: str, itemsize: int, tma: bool = False
 ) -> GemmConfig | None:
     """A sane cut for any device; None: cuBLAS is faster.
 
@@ -220,17 +220,17 @@ def default_config(
     """
     cut = None
     if tma and MAX_STREAM_ONLY_TOKENS < tokens <= MAX_TILE_TOKENS:
-        cut = _tiled(tokens, size_in, rows, follows, itemsize)
+        cut = _tiled(tokens, size_in, rows, epilogue, itemsize)
     if tokens > MAX_STREAM_TOKENS:
         return cut
-    streams_better = itemsize > 2 or (follows == "norm" and size_in <= 8192)
+    streams_better = itemsize > 2 or (epilogue == "norm" and size_in <= 8192)
     if cut and not streams_better:
         return cut
-    return _streamed(tokens, rows, follows, itemsize, tma)
+    return _streamed(tokens, rows, epilogue, itemsize, tma)
 
 
-def _tiled(tokens: int, size_in: int, rows: int, follows: str, itemsize: int) -> GemmConfig | None:
-    if follows == "norm":
+def _tiled(tokens: int, size_in: int, rows: int, epilogue: str, itemsize: int) -> GemmConfig | None:
+    if epilogue == "norm":
         if tokens > MAX_LOW_TILE_TOKENS:
             return None
         if itemsize > 2:
@@ -239,14 +239,14 @@ def _tiled(tokens: int, size_in: int, rows: int, follows: str, itemsize: int) ->
             return GemmConfig(64, 128, 1, 4, 5, shrink_split_k=2, tma=True)
         split_k = min(MAX_SPLIT_K, max(1, 112 // cdiv(rows, 96)))
         return GemmConfig(96, 128, split_k, 4, 5, shrink_split_k=4, tma=True)
-    pairs = bool(follows)
+    pairs = bool(epilogue)
     if rows < (MIN_TILED_ROWS if pairs else 2 * MIN_TILED_ROWS):
         return None
     if tokens > MAX_LOW_TILE_TOKENS and not pairs:
         return None
     if itemsize > 2:
         return GemmConfig(32, 32, 1, 4, 3, tma=True)
-    if follows in ("", "rotary"):
+    if epilogue in ("", "rotary"):
         if cdiv(rows, 64) < MIN_TILES:
             stages = 5 if tokens <= MAX_LOW_TILE_TOKENS else 4
             return GemmConfig(32, 128, 1, 4, stages, shrink_split_k=2, tma=True)
@@ -264,27 +264,27 @@ def _tiled(tokens: int, size_in: int, rows: int, follows: str, itemsize: int) ->
     return GemmConfig(*cut, shrink_split_k=2, tma=True)
 
 
-def _streamed(tokens: int, rows: int, follows: str, itemsize: int, roomy: bool) -> GemmConfig:
+def _streamed(tokens: int, rows: int, epilogue: str, itemsize: int, roomy: bool) -> GemmConfig:
     # Hopper's processors have room for 110 kB; others must do with less.
-    few, pairs = tokens <= MAX_STREAM_ONLY_TOKENS, follows not in ("", "norm")
+    few, pairs = tokens <= MAX_STREAM_ONLY_TOKENS, epilogue not in ("", "norm")
     cols, most = 128 if itemsize == 2 else 64, 1 if pairs else 3
     height = 64 if roomy or not pairs or not few else 32
     while height > 16 and cdiv(rows, height) * most < MIN_TILES:
         height //= 2
-    if follows == "rotary" and few and roomy:
+    if epilogue == "rotary" and few and roomy:
         return GemmConfig(min(height, 32), cols, 1, 4, 6 if cdiv(rows, 32) <= 132 else 4)
-    if follows == "rotary":
+    if epilogue == "rotary":
         return GemmConfig(height, cols // 2, 1, 4, 6 if roomy else 4)
     if pairs:
         return GemmConfig(height, cols if few else cols // 2, 1, 4, 3 if few else 4)
     # Programs that fill a second round of 132 processors by a fifth alone wait for that fifth.
     tiles = cdiv(rows, height)
     split_k = min(most, cdiv(190, tiles))
-    few_norm = tokens <= MAX_FEWEST_TOKENS and follows == "norm"
+    few_norm = tokens <= MAX_FEWEST_TOKENS and epilogue == "norm"
     if few_norm and split_k > 1 and roomy and 2 * tiles <= 132:
         return GemmConfig(height, cols, 2, 4, 6, 512, 2)
     shrink_split_k = 1 if split_k == 1 else 2 if few else 3
-    stages = 3 if few and follows == "norm" else 4
+    stages = 3 if few and epilogue == "norm" else 4
     shrink_cols = 512 if few and split_k > 1 else 256
     return GemmConfig(height, cols, split_k, 4, stages, shrink_cols, shrink_split_k)
 
@@ -335,16 +335,16 @@ def tma_expands(shape: Shape, num_tokens: int, one_gemm: bool, device: Device) -
 
 
 @functools.cache
-def choose_expand(tokens: int, activation: bool, itemsize: int) -> ExpandConfig:
+def choose_expand(tokens: int, epilogue: bool, itemsize: int) -> ExpandConfig:
     """How `expand` is cut. Found on an H200 at the shapes of Llama-2-7B."""
     if tokens <= MAX_SHORT_TOKENS or itemsize > 2:
         block_t = min(64 if itemsize == 2 else 32, max(16, power_of_2(tokens)))
         return ExpandConfig(block_t, 64, 1, 4, 1)
-    return ExpandConfig(64, 64, 8, 4, 1 if activation else 3)
+    return ExpandConfig(64, 64, 8, 4, 1 if epilogue else 3)
 
 
 @functools.cache
-def choose_wide(tokens: int, width: int, activation: str) -> ExpandConfig:
+def choose_wide(tokens: int, width: int, epilogue: str) -> ExpandConfig:
     """How `tma_expand` is cut. Found on an H200 at the shapes of Llama-2-7B.
 
     width: of which the widths of all slices are multiples.
@@ -352,10 +352,10 @@ def choose_wide(tokens: int, width: int, activation: str) -> ExpandConfig:
     some, many = WIDE_EXPAND_TOKENS
     # Two programs to a processor, and about as many as have a place at once: each begins by
     # fetching its s.
-    if is_gate_up(activation):
+    if is_gate_up(epilogue):
         groups = max(2, (1 << 15) // power_of_2(tokens))
         return ExpandConfig(128, 32, cdiv(width // 32, groups), 8, 3)
-    if activation:
+    if epilogue:
         if tokens > many:  # 32 heads are 3 % faster, and take a register too many with pages
             return ExpandConfig(128, 32, 16, 8, 3)
         return ExpandConfig(64, 32, 16, 4, 3)

@@ -24,7 +24,7 @@ from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, rows_in_pages, s
 from vllm_adafuse.kernels.launch import Bound, bind, overlap
 from vllm_adafuse.kernels.operands import Projection, Step
 from vllm_adafuse.kernels.pairs import (
-    ACTIVATIONS,
+    EPILOGUES,
     ROTARY,
     activate,
     result_of,
@@ -43,7 +43,7 @@ def _expand_kernel(
     keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
     PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
     RAW: tl.constexpr, SKIP: tl.constexpr, ALL: tl.constexpr, SPLIT_K: tl.constexpr,
     RANK: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr, ONE: tl.constexpr,
     EVERY_PART: tl.constexpr, PDL: tl.constexpr,
@@ -54,12 +54,13 @@ def _expand_kernel(
     # Parts without experts have no rows of B; no tiles either, unless they must be copied.
     B1: tl.constexpr = WIDTH0 if PART0 >= 0 else 0
     B2: tl.constexpr = B1 + (WIDTH1 if PART1 >= 0 else 0)
-    # With ACT columns come in pairs, and a tile is of one member: of gate, of the first halves.
-    MEMBERS: tl.constexpr = 2 if ACT == 3 else 1
+    # With EPILOGUE columns come in pairs, and a tile is of one member: of gate, of the first
+    # halves.
+    MEMBERS: tl.constexpr = 2 if EPILOGUE == 3 else 1
     TILED0: tl.constexpr = WIDTH0 // MEMBERS if (PART0 >= 0 or ALL) else 0
     TILED1: tl.constexpr = WIDTH1 // MEMBERS if (PART1 >= 0 or ALL) else 0
     SPAN: tl.constexpr = BLOCK_OUT * LOOP
-    if ACT == 0 or ACT == 3:
+    if EPILOGUE == 0 or EPILOGUE == 3:
         GROUPS0: tl.constexpr = (TILED0 + SPAN - 1) // SPAN
         GROUPS01: tl.constexpr = GROUPS0 + (TILED1 + SPAN - 1) // SPAN
         second, third = group >= GROUPS0, group >= GROUPS01
@@ -71,9 +72,9 @@ def _expand_kernel(
     else:
         part, width, offset, b_first = PART0, WIDTH0, 0, 0
     # From one member of a pair to the other: in y, in B, and in s.
-    APART: tl.constexpr = HALF if ACT == 3 else WIDTH0
-    APART_B: tl.constexpr = HALF if ACT == 3 else B1
-    part_up = part if ACT == 3 else PART1
+    APART: tl.constexpr = HALF if EPILOGUE == 3 else WIDTH0
+    APART_B: tl.constexpr = HALF if EPILOGUE == 3 else B1
+    part_up = part if EPILOGUE == 3 else PART1
     rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     here = rows < n_tokens
     # A part without experts has deltas of zeros; EVEN_B says that there is none.
@@ -93,13 +94,13 @@ def _expand_kernel(
     )
     if ONE and LOOP > 1:  # of all columns
         s, s_up = load_both(
-            s_at, s_up_at, rows_s, rows_up, n_experts, ACT, RANK, EVEN_K, BLOCK_E, BLOCK_R
+            s_at, s_up_at, rows_s, rows_up, n_experts, EPILOGUE, RANK, EVEN_K, BLOCK_E, BLOCK_R
         )
         if RAW:
             s, s_up = weigh(s, gates), weigh(s_up, gates)
     for i in tl.range(LOOP, num_stages=STAGES):
         first = (group * LOOP + i) * BLOCK_OUT
-        if ACT == 3:  # of a head's first half
+        if EPILOGUE == 3:  # of a head's first half
             within = tl.multiple_of(first % HALF, BLOCK_OUT)
             columns = tl.multiple_of(first // HALF * (2 * HALF) + within, BLOCK_OUT)
             columns += tl.arange(0, BLOCK_OUT)
@@ -119,12 +120,12 @@ def _expand_kernel(
             b = load_ranks(
                 b_at, inside_b, 0, n_experts, 0, RANK, EVEN_B, EVEN_K, BLOCK_E, BLOCK_R
             )
-            if ACT != 0:
+            if EPILOGUE != 0:
                 b_up = load_ranks(
                     b_at + APART_B * size, inside_up, 0, n_experts, 0,
                     RANK, EVEN_B, EVEN_K, BLOCK_E, BLOCK_R,
                 )  # fmt: skip
-        if ACT == 3:
+        if EPILOGUE == 3:
             turning = rows < tl.where(offset < WIDTH0 + WIDTH1, n_tokens, 0)  # v is not turned
             turned = turning[:, None] & inside[None, :]
             turn = cos_sin_ptr + rows[:, None] * (2 * HALF)
@@ -140,11 +141,11 @@ def _expand_kernel(
         for k in tl.static_range(1, SPLIT_K):
             y += tl.load(y_at + k * split_stride, mask=mask, other=0.0)
         up = y
-        if ACT != 0:
+        if EPILOGUE != 0:
             up = tl.load(y_at + APART, mask=mask, other=0.0)
         if ONE and LOOP == 1:
             s, s_up = load_both(
-                s_at, s_up_at, rows_s, rows_up, n_experts, ACT, RANK, EVEN_K, BLOCK_E, BLOCK_R
+                s_at, s_up_at, rows_s, rows_up, n_experts, EPILOGUE, RANK, EVEN_K, BLOCK_E, BLOCK_R
             )
             if SPLIT_K > 1:
                 sums = s.to(tl.float32)
@@ -167,7 +168,7 @@ def _expand_kernel(
             y, b, s, s_at, gates_ptr, active_bits, b_at, rows, rows_s, inside_b,
             n_experts, RANK, RAW, SKIP, EVEN_B, EVEN_K, ONE, BLOCK_T, BLOCK_E, BLOCK_R,
         )  # fmt: skip
-        if ACT != 0:
+        if EPILOGUE != 0:
             up = up.to(tl.float32)
             if HAS_BIAS:
                 up += tl.load(bias_at + APART, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -177,7 +178,7 @@ def _expand_kernel(
                 n_experts, RANK, RAW, SKIP, EVEN_B, EVEN_K, ONE, BLOCK_T, BLOCK_E, BLOCK_R,
             )  # fmt: skip
         out_at = out_ptr + rows.to(tl.int64)[:, None] * out_stride + (offset + columns)[None, :]
-        if ACT == 3:
+        if EPILOGUE == 3:
             if offset < WIDTH0 + WIDTH1:
                 y, up = rotate(y, up, cos.to(tl.float32), sin.to(tl.float32))
             if PAGED:
@@ -190,8 +191,8 @@ def _expand_kernel(
                 out_at = starts[:, None] + (within + tl.arange(0, BLOCK_OUT))[None, :]
                 mask = kept[:, None] & inside[None, :]
             tl.store(out_at + HALF, up.to(out_ptr.dtype.element_ty), mask=mask)
-        elif ACT != 0:
-            y = activate(y, up, ACT)
+        elif EPILOGUE != 0:
+            y = activate(y, up, EPILOGUE)
         tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -201,7 +202,7 @@ class _Key(NamedTuple):
     Attributes:
         tokens: of the step, or any more than MAX_SHORT_TOKENS.
         widths, parts, half: of the projection; half a head, 0 without "rotary".
-        act: index of what follows.
+        index: of the epilogue in `EPILOGUES`.
         every: slices without experts have tiles too.
         experts, rank, itemsize: of B.
         blocks: how to cut, None for the default.
@@ -215,7 +216,7 @@ class _Key(NamedTuple):
     widths: tuple[int, ...]
     parts: tuple[int, ...]
     half: int
-    act: int
+    index: int
     every: bool
     experts: int
     rank: int
@@ -250,11 +251,11 @@ def _launch(
     skip: bool = True,
 ) -> None:
     """One launch; slices: parts, widths, and the index of what follows."""
-    (parts, widths, act), is_split = slices, y.dim() == 3
+    (parts, widths, index), is_split = slices, y.dim() == 3
     tokens, (_, experts, rank) = y.shape[-2], read.lora_b.shape
     groups, block_t, kernel = _plan(_Key(
         min(tokens, MAX_SHORT_TOKENS + 1), tuple(widths), tuple(parts),
-        read.cos_sin.shape[1] // 2 if act == ROTARY else 0, act, out is not y,
+        read.cos_sin.shape[1] // 2 if index == ROTARY else 0, index, out is not y,
         experts, rank, y.element_size(), blocks, on_hopper(y), read.bias is not None,
         kv_slots is not None, read.gates is not None, y.shape[0] if is_split else 0, skip,
     ))  # fmt: skip
@@ -269,14 +270,14 @@ def _launch(
 @functools.cache
 def _plan(key: _Key) -> tuple[int, int, Bound]:
     """Groups of tiles, tokens of a tile, and the kernel."""
-    tokens, widths, parts, half, act, every, experts, rank, itemsize, blocks, *flags = key
+    tokens, widths, parts, half, index, every, experts, rank, itemsize, blocks, *flags = key
     hopper, has_bias, paged, raw, split_k, skip = flags
     if blocks is None:
-        blocks = choose_expand(tokens, act != 0, itemsize)
-    columns = min(blocks.columns, half) if act == ROTARY else blocks.columns
+        blocks = choose_expand(tokens, index != 0, itemsize)
+    columns = min(blocks.columns, half) if index == ROTARY else blocks.columns
     # A tile has both members of its pairs.
-    if act:
-        tiled = tiled_widths(widths, ACTIVATIONS[act])
+    if index:
+        tiled = tiled_widths(widths, EPILOGUES[index])
     else:
         tiled = [w for w, part in zip(widths, parts) if part >= 0 or every]
     span = columns * blocks.loop
@@ -287,7 +288,7 @@ def _plan(key: _Key) -> tuple[int, int, Bound]:
         HAS_BIAS=has_bias, PAGED=paged, RAW=raw, SPLIT_K=split_k,
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         PART0=parts[0], PART1=parts[1], PART2=parts[2],
-        ACT=act, HALF=half, ALL=every,
+        EPILOGUE=index, HALF=half, ALL=every,
         EVEN=all(w % span == 0 for w in tiled), EVERY_PART=every_part,
         BLOCK_T=blocks.tokens, BLOCK_OUT=columns,
         LOOP=blocks.loop, STAGES=blocks.stages, num_warps=blocks.warps,
@@ -341,14 +342,15 @@ def expand_raw_triton(
     Returns:
         [T, out], or [T, I] after silu or gelu_tanh; contiguous, or in y.
     """
-    widths, activation = p.shape.widths, p.shape.activation
-    act, result = ACTIVATIONS.index(activation), result_of(y, widths, activation, p.strided_out)
+    widths, epilogue = p.shape.widths, p.shape.kernel_epilogue
+    index = EPILOGUES.index(epilogue)
+    result = result_of(y, widths, epilogue, p.strided_out)
     if y.dim() == 3:
         result = y.new_empty(y.shape[1:])
-    elif result is y and (act or bias is not None):
+    elif result is y and (index or bias is not None):
         result = torch.empty_like(y)
     read = _Read(bias, p.lora_b, step.gates, step.active, step.cos_sin)
-    _launch(y, result, s, read, (p.shape.adapted, widths, act), blocks, kv_slots)
+    _launch(y, result, s, read, (p.shape.adapted, widths, index), blocks, kv_slots)
     return result
 
 
@@ -360,7 +362,7 @@ def expand_weighted_triton(
     active: torch.Tensor,
     parts: Sequence[int],
     widths: Sequence[int],
-    activation: str,
+    epilogue: str,
 ) -> torch.Tensor:
     """From the output of W, in float32 or in the dtype of s, to that of the adapted projection.
 
@@ -368,17 +370,17 @@ def expand_weighted_triton(
         y: [T, out], W x.
         s: [T, P, E R], weighted, see `route_layer`.
         bias, lora_b, active, parts, widths: as in `expand_raw_triton`.
-        activation: "", or "silu" or "gelu_tanh" of gate and up.
+        epilogue: "", or "silu" or "gelu_tanh" of gate and up.
 
     Returns:
         [T, out], or [T, I] after an activation, in the dtype of s; a new tensor.
     """
-    act = ACTIVATIONS.index(activation)
-    result = s.new_empty(y.shape[0], result_width(widths, activation))
-    blocks = choose_expand(y.shape[0], act != 0, s.element_size())
+    index = EPILOGUES.index(epilogue)
+    result = s.new_empty(y.shape[0], result_width(widths, epilogue))
+    blocks = choose_expand(y.shape[0], index != 0, s.element_size())
     every = expert_blocks(*lora_b.shape[1:], False)["ONE"]
     read = _Read(bias, lora_b, None, active)
-    _launch(y, result, s, read, (parts, widths, act), blocks, skip=not every)
+    _launch(y, result, s, read, (parts, widths, index), blocks, skip=not every)
     return result
 
 

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from vllm_adafuse.kernels.launch import launch
-from vllm_adafuse.kernels.pairs import ACTIVATIONS, activate, activate_torch
+from vllm_adafuse.kernels.pairs import EPILOGUES, activate, activate_torch
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
@@ -85,7 +85,7 @@ def _ffn_mix_kernel(
     n_tokens, both_stride,
     WIDTH: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
     EXPERTS: tl.constexpr, EVERY: tl.constexpr, RANK: tl.constexpr,
-    SLOTS: tl.constexpr, ACT: tl.constexpr,
+    SLOTS: tl.constexpr, EPILOGUE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -117,7 +117,7 @@ def _ffn_mix_kernel(
                 gate = _add_expert(gate, s_at, b_at, chosen, inside, expert, RANK, BLOCK_R)
             if PART1 >= 0:
                 up = _add_expert(up, s_up_at, b_up_at, chosen, inside, expert, RANK, BLOCK_R)
-            h = activate(gate, up, ACT)
+            h = activate(gate, up, EPILOGUE)
             mixed += tl.where(chosen[:, None], g[:, None] * h, 0.0)
             if SLOTS > 0:
                 slot = tl.minimum(place, SLOTS).to(tl.int64)
@@ -137,7 +137,7 @@ def ffn_mix_triton(both, gates, lora_b, parts, width, slots, activation) -> torc
         both, gates, lora_b, x, tokens, both.stride(0),
         WIDTH=width, PART0=parts[0], PART1=parts[1],
         EXPERTS=experts, EVERY=every, RANK=rank, SLOTS=slots,
-        ACT=ACTIVATIONS.index(activation), BLOCK_T=_BLOCK_T, BLOCK_C=_BLOCK_C,
+        EPILOGUE=EPILOGUES.index(activation), BLOCK_T=_BLOCK_T, BLOCK_C=_BLOCK_C,
         BLOCK_R=min(64, max(16, power_of_2(rank))), num_warps=4,
     )  # fmt: skip
     return x

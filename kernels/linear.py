@@ -46,12 +46,12 @@ def linear_torch(
         if kv_slots:
             kv_slots_torch(y, kv_slots, shape.widths)
         return y
-    return activate_torch(y, shape.activation) if shape.activation else y
+    return activate_torch(y, shape.kernel_epilogue) if shape.kernel_epilogue else y
 
 
 def new_result(x: torch.Tensor, shape: Shape, strided_out: bool) -> torch.Tensor:
     """Where the result of T tokens goes; also what a fake tells of it."""
-    width = result_width(shape.widths, shape.activation)
+    width = result_width(shape.widths, shape.kernel_epilogue)
     stride = shape.fused_rows if strided_out else width
     return x.new_empty_strided((x.shape[0], width), (stride, 1))
 

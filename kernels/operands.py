@@ -87,4 +87,4 @@ def stays_in_place(shape: Shape) -> bool:
     then long products are of W alone; in multiples of 16, for which the next kernel is compiled.
     """
     whole = shape.fused_rows % 16 == 0 and shape.widths[0] % 16 == 0
-    return is_gate_up(shape.activation) and not shape.has_bias and whole
+    return is_gate_up(shape.kernel_epilogue) and not shape.has_bias and whole

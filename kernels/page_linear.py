@@ -43,4 +43,6 @@ def page_linear(x: torch.Tensor, p: Projection, step: Step, has_adapters: bool) 
     Returns:
         [T, out], or [T, out / 2] after an activation; contiguous.
     """
-    return linear(x, p, step) if has_adapters else stock(x, p.weight, p.bias, p.shape.activation)
+    if has_adapters:
+        return linear(x, p, step)
+    return stock(x, p.weight, p.bias, p.shape.kernel_epilogue)

@@ -17,19 +17,19 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-ACTIVATIONS = ("", "silu", "gelu_tanh", "rotary")
-ROTARY = ACTIVATIONS.index("rotary")
+EPILOGUES = ("", "silu", "gelu_tanh", "rotary")
+ROTARY = EPILOGUES.index("rotary")
 # Halves of a head that kernels can cut into tiles.
 MIN_HALF = 16
 
 
 @triton.jit
-def activate(gate, up, ACT: tl.constexpr):
+def activate(gate, up, EPILOGUE: tl.constexpr):
     """act(gate) * up in float32: 1 is SiLU, 2 is GELU in its tanh form.
 
     Both are gate / (1 + 2^z), here in 7 instructions: exp() and a division take 14.
     """
-    if ACT == 1:
+    if EPILOGUE == 1:
         z = gate * -1.4426950408889634  # log2(e)
     else:  # -2 sqrt(2 / pi) log2(e) (gate + 0.044715 gate^3)
         z = gate * (-2.302208198144325 - 0.10294323958002303 * gate * gate)
@@ -57,32 +57,32 @@ def turns_of_heads(
     return cos, sin
 
 
-def is_gate_up(activation: str) -> bool:
+def is_gate_up(epilogue: str) -> bool:
     """Whether both members of a pair end in one column."""
-    return activation not in ("", "rotary")
+    return epilogue not in ("", "rotary")
 
 
-def result_width(widths: Sequence[int], activation: str) -> int:
+def result_width(widths: Sequence[int], epilogue: str) -> int:
     """Columns that are left of parts of these widths by what follows."""
-    return widths[0] if is_gate_up(activation) else sum(widths)
+    return widths[0] if is_gate_up(epilogue) else sum(widths)
 
 
 def result_of(
-    y: torch.Tensor, widths: Sequence[int], activation: str, in_place: bool = False
+    y: torch.Tensor, widths: Sequence[int], epilogue: str, in_place: bool = False
 ) -> torch.Tensor:
     """Where a pass over y [T, out] leaves its result: y itself, or a new contiguous tensor where y
     has gaps or another width. in_place: gate's columns of y for gate_up, whose pairs end there."""
-    width = result_width(widths, activation)
-    if is_gate_up(activation):
+    width = result_width(widths, epilogue)
+    if is_gate_up(epilogue):
         return y[:, :width] if in_place else y.new_empty(y.shape[0], width)
     return y if y.stride(0) == width else y.new_empty(y.shape[0], width)
 
 
-def tiled_widths(widths: Sequence[int], activation: str) -> list[int]:
+def tiled_widths(widths: Sequence[int], epilogue: str) -> list[int]:
     """Columns of each part that are cut into tiles: where they come in pairs, of one member."""
-    if activation == "rotary":
+    if epilogue == "rotary":
         return [width // 2 for width in widths]
-    return list(widths[:1] if activation else widths)
+    return list(widths[:1] if epilogue else widths)
 
 
 def can_rotate(head_dim: int) -> bool:
@@ -91,10 +91,10 @@ def can_rotate(head_dim: int) -> bool:
     return head_dim % 2 == 0 and half >= MIN_HALF and half & (half - 1) == 0
 
 
-def activate_torch(y: torch.Tensor, activation: str) -> torch.Tensor:
+def activate_torch(y: torch.Tensor, epilogue: str) -> torch.Tensor:
     """act(gate) * up of y [T, 2 I]: the reference of `activate`."""
     gate, up = y.chunk(2, -1)
-    act = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    act = F.silu(gate) if epilogue == "silu" else F.gelu(gate, approximate="tanh")
     return act * up
 
 

@@ -85,8 +85,8 @@ class Shape:
     fused: bool = True
 
     @property
-    def activation(self) -> str:
-        """What follows within the projection's own kernels: the epilogue, but for a norm."""
+    def kernel_epilogue(self) -> str:
+        """What the projection's own kernels do of it: all but a norm."""
         return "" if self.epilogue == "norm" else self.epilogue
 
     @property
@@ -106,7 +106,7 @@ class Shape:
     @property
     def tiled_rows(self) -> int:
         """Rows of W that are cut into tiles: of one member where they come in pairs."""
-        return sum(tiled_widths(self.widths, self.activation))
+        return sum(tiled_widths(self.widths, self.kernel_epilogue))
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def _tma_expand_kernel(
     n_tokens, n_experts,
     keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
     TILES0: tl.constexpr, TILES1: tl.constexpr, TILES2: tl.constexpr,
-    ACT: tl.constexpr, APART: tl.constexpr, PAGED: tl.constexpr, PIECES: tl.constexpr,
+    EPILOGUE: tl.constexpr, APART: tl.constexpr, PAGED: tl.constexpr, PIECES: tl.constexpr,
     RANK: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr, COLS: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
@@ -61,7 +61,7 @@ def _tma_expand_kernel(
     if PDL:  # launched while the kernel before it ends
         tl.extra.cuda.gdc_wait()
     # From one tile to the next: whole heads, of each of which a tile has a piece of both halves.
-    STEP: tl.constexpr = 2 * APART if ACT == 3 else COLS
+    STEP: tl.constexpr = 2 * APART if EPILOGUE == 3 else COLS
     group, piece = tl.program_id(0) // PIECES, tl.program_id(0) % PIECES * COLS
     part, first_tile, end, before = group_of_tiles(group, TILES0, TILES1, TILES2, LOOP)
     offset = before * STEP
@@ -74,9 +74,9 @@ def _tma_expand_kernel(
     # lies in shared memory, and every product fetches it from there.
     s = weigh(s_desc.load([first_token, part * SIZE]), gates)
     s_up = s
-    if ACT == 1 or ACT == 2:
+    if EPILOGUE == 1 or EPILOGUE == 2:
         s_up = weigh(s_desc.load([first_token, SIZE]), gates)
-    if ACT == 3:  # a program's tiles are the same piece of their heads, so all turn alike
+    if EPILOGUE == 3:  # a program's tiles are the same piece of their heads, so all turn alike
         cos, sin = turns_of_heads(cos_sin_ptr, rows, here, part, piece, APART, COLS)
     in_pages, there = rows_in_pages(
         slots_ptr, rows, here, block_size, block_stride, row_stride, PAGED
@@ -84,9 +84,9 @@ def _tma_expand_kernel(
     for tile in tl.range(first_tile, end, num_stages=STAGES):
         within = tile * STEP + piece
         y = _add_delta(y_desc, b_desc, s, first_token, offset + within)
-        if ACT != 0:
+        if EPILOGUE != 0:
             up = _add_delta(y_desc, b_desc, s_up, first_token, offset + within + APART)
-            if ACT == 3:
+            if EPILOGUE == 3:
                 y, up = rotate(y, up, cos.to(tl.float32), sin.to(tl.float32))
                 if not PAGED:
                     _store_tile(out_desc, up, first_token, offset, within + APART)
@@ -99,7 +99,7 @@ def _tma_expand_kernel(
                     tl.store(at, y.to(out_desc.dtype), mask=mask)
                     tl.store(at + APART, up.to(out_desc.dtype), mask=mask)
             else:
-                y = activate(y, up, ACT)
+                y = activate(y, up, EPILOGUE)
         if not PAGED:
             _store_tile(out_desc, y, first_token, offset, within)
 
@@ -128,15 +128,15 @@ def tma_expand_triton(
     Returns:
         [T, out], or [T, I] after silu or gelu_tanh; contiguous, or in y.
     """
-    (tokens, out), widths, activation = y.shape, p.shape.widths, p.shape.activation
+    (tokens, out), widths, epilogue = y.shape, p.shape.widths, p.shape.kernel_epilogue
     experts, rank, lora_b = p.shape.num_experts, p.shape.rank, p.lora_b
-    cut = blocks or choose_wide(tokens, math.gcd(*widths), activation)
-    shape = experts, rank, widths, activation, p.shape.head_dim // 2
+    cut = blocks or choose_wide(tokens, math.gcd(*widths), epilogue)
+    shape = experts, rank, widths, epilogue, p.shape.head_dim // 2
     groups, constants = _plan(*shape, cut, on_hopper(y))
     columns, ranks = constants["COLS"], constants["BLOCK_E"] * rank
     block, size = [cut.tokens, columns], experts * rank
     y_desc = TensorDescriptor.from_tensor(y, block)
-    result, out_desc = result_of(y, widths, activation, p.strided_out), y_desc
+    result, out_desc = result_of(y, widths, epilogue, p.strided_out), y_desc
     if result.data_ptr() != y.data_ptr():
         out_desc = TensorDescriptor.from_tensor(result, block)
     launch(
@@ -151,11 +151,11 @@ def tma_expand_triton(
 
 @functools.cache
 def _plan(
-    experts: int, rank: int, widths: tuple, activation: str, half: int,
+    experts: int, rank: int, widths: tuple, epilogue: str, half: int,
     cut: ExpandConfig, hopper: bool,
 ) -> tuple[int, dict]:  # fmt: skip
     """Groups of tiles, and the kernel's constants."""
-    groups, tiles = grouped_tiles(widths, activation, half, cut.columns, cut.loop)
+    groups, tiles = grouped_tiles(widths, epilogue, half, cut.columns, cut.loop)
     columns = min(cut.columns, tiles["COLS"])
     pieces = tiles["COLS"] // columns
     return groups * pieces, tiles | {

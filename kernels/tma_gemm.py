@@ -31,7 +31,7 @@ from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, rows_in_pages, s
 from vllm_adafuse.kernels.launch import launch, overlap
 from vllm_adafuse.kernels.operands import Projection, Step
 from vllm_adafuse.kernels.pairs import (
-    ACTIVATIONS,
+    EPILOGUES,
     activate,
     is_gate_up,
     result_width,
@@ -105,11 +105,11 @@ def _shrink_tile(
 
 
 @triton.jit
-def _columns(local, width, ACT: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr):
+def _columns(local, width, EPILOGUE: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr):
     """Columns of a part that `ROWS` of its first members from `local` on are: how far in its head
     the first one is, the head, the columns, and which of them are there."""
     head, within, start = 0, 0, local
-    if ACT == 3:
+    if EPILOGUE == 3:
         head, within = local // HALF, tl.multiple_of(local % HALF, ROWS)
         start = tl.multiple_of(head * (2 * HALF) + within, ROWS)
     columns = start + tl.arange(0, ROWS)
@@ -121,22 +121,22 @@ def _finish(
     y, up, local, pid_k, bias_ptr, y_ptr, cos_sin_ptr, n_tokens, y_stride, number, first, width,
     in_pages, there, keys_ptr, values_ptr, head_stride,
     APART: tl.constexpr, TURNED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
     BLOCK_T: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """From the members of a tile, deltas included, to a tile of the result."""
     tokens = tl.arange(0, BLOCK_T)
     here = tokens < n_tokens
-    within, head, columns, inside = _columns(local, width, ACT, HALF, ROWS)
+    within, head, columns, inside = _columns(local, width, EPILOGUE, HALF, ROWS)
     if HAS_BIAS:
         bias_at = bias_ptr + first + columns
         y += tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)[None, :]
-        if ACT != 0:
+        if EPILOGUE != 0:
             up += tl.load(bias_at + APART, mask=inside, other=0.0).to(tl.float32)[None, :]
     y_at = y_ptr + pid_k * n_tokens * y_stride
     y_at += tokens[:, None] * y_stride + (first + columns)[None, :]
     mask = here[:, None] & inside[None, :]
-    if ACT == 3:
+    if EPILOGUE == 3:
         if first < TURNED:  # v is not turned
             cos, sin = turns_of_heads(cos_sin_ptr, tokens, here, 0, within, HALF, ROWS)
             y, up = rotate(y, up, cos.to(tl.float32), sin.to(tl.float32))
@@ -148,8 +148,8 @@ def _finish(
             y_at = starts[:, None] + (within + tl.arange(0, ROWS))[None, :]
             mask = kept[:, None] & inside[None, :]
         tl.store(y_at + HALF, up.to(y_ptr.dtype.element_ty), mask=mask)
-    elif ACT != 0:
-        y = activate(y, up, ACT)
+    elif EPILOGUE != 0:
+        y = activate(y, up, EPILOGUE)
     tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -162,7 +162,7 @@ def _tma_gemm_kernel(
     keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
     PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACT: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
     SPLIT_K: tl.constexpr, SHRINK_SPLIT_K: tl.constexpr, RANK: tl.constexpr, EXPERTS: tl.constexpr,
     RANKS: tl.constexpr, SHRINK_ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -181,12 +181,12 @@ def _tma_gemm_kernel(
             BLOCK_E, SHRINK_ROWS, COLS, STAGES, PDL,
         )  # fmt: skip
     else:
-        # Which tile of which part, and which slice of `in`. With ACT a tile has both members.
+        # Which tile of which part, and which slice of `in`. With EPILOGUE a tile has both members.
         tile, pid_k = (pid - SHRINKS) // SPLIT_K, (pid - SHRINKS) % SPLIT_K
         TALL: tl.constexpr = ROWS + MORE
-        WIDE: tl.constexpr = TALL * (2 if ACT == 3 else 1)
+        WIDE: tl.constexpr = TALL * (2 if EPILOGUE == 3 else 1)
         TILES0: tl.constexpr = (WIDTH0 + WIDE - 1) // WIDE
-        TILES1: tl.constexpr = (WIDTH1 + WIDE - 1) // WIDE if ACT == 0 or ACT == 3 else 0
+        TILES1: tl.constexpr = (WIDTH1 + WIDE - 1) // WIDE if EPILOGUE == 0 or EPILOGUE == 3 else 0
         # B has no rows for parts without experts.
         SKIP1: tl.constexpr = WIDTH0 if PART0 < 0 else 0
         SKIP2: tl.constexpr = SKIP1 + (WIDTH1 if PART1 < 0 else 0)
@@ -198,17 +198,17 @@ def _tma_gemm_kernel(
         part = tl.where(third, PART2, tl.where(second, PART1, PART0))
         skipped = tl.where(third, SKIP2, tl.where(second, SKIP1, 0))
         number = second.to(tl.int32) + third.to(tl.int32)
-        APART: tl.constexpr = HALF if ACT == 3 else WIDTH0
-        MEMBERS: tl.constexpr = 2 if ACT != 0 else 1
+        APART: tl.constexpr = HALF if EPILOGUE == 3 else WIDTH0
+        MEMBERS: tl.constexpr = 2 if EPILOGUE != 0 else 1
         # Where the tile is in W, and in B, which has no rows for parts without experts.
         member, row, b_member, b_row = 0, local, 0, local
-        if ACT == 0:
+        if EPILOGUE == 0:
             row, b_row = first + local, first - skipped + local
-        if ACT == 3:
+        if EPILOGUE == 3:
             member, row = first // HALF + local // HALF * 2, local % HALF
             b_member, b_row = member - skipped // HALF, row
         if PDL:
-            if ACT != 0:  # behind a norm, which lets it begin early
+            if EPILOGUE != 0:  # behind a norm, which lets it begin early
                 start = member * APART + row
                 prefetch_pairs(w_ptr, start, WIDTH0 + WIDTH1 + WIDTH2, size_in, APART, ROWS)
                 if MORE:
@@ -221,7 +221,7 @@ def _tma_gemm_kernel(
         )
         # Steps of `in`, then steps of ranks, in which s stands for x, and B for W. Each member of
         # gate_up has an s of its own, and B of one beside zeros, which lie outside of it.
-        GATED: tl.constexpr = ACT == 1 or ACT == 2
+        GATED: tl.constexpr = EPILOGUE == 1 or EPILOGUE == 2
         SIZE: tl.constexpr = EXPERTS * RANK
         OF_PART: tl.constexpr = (SIZE + COLS - 1) // COLS
         OF_GATE: tl.constexpr = OF_PART if PART0 >= 0 else 0
@@ -252,18 +252,18 @@ def _tma_gemm_kernel(
             semaphore_ptr, member, row, b_member, b_row, part,
             SIZE, OF_GATE, OF_UP, PART1, MEMBERS, ROWS, MORE, COLS, STAGES, SHRINK_TILES, WAITS,
         )  # fmt: skip
-        y, up = apart(acc, ACT, BLOCK_T, ROWS)
+        y, up = apart(acc, EPILOGUE, BLOCK_T, ROWS)
         _finish(
             y, up, local, pid_k, bias_ptr, y_ptr, cos_sin_ptr, n_tokens, y_stride, number, first,
             width, in_pages, there, keys_ptr, values_ptr, head_stride, APART, WIDTH0 + WIDTH1,
-            HAS_BIAS, ACT, HALF, PAGED, BLOCK_T, ROWS,
+            HAS_BIAS, EPILOGUE, HALF, PAGED, BLOCK_T, ROWS,
         )  # fmt: skip
         if MORE:
-            more_y, more_up = apart(more, ACT, BLOCK_T, MORE)
+            more_y, more_up = apart(more, EPILOGUE, BLOCK_T, MORE)
             _finish(
                 more_y, more_up, local + ROWS, pid_k, bias_ptr, y_ptr, cos_sin_ptr, n_tokens,
                 y_stride, number, first, width, in_pages, there, keys_ptr, values_ptr, head_stride,
-                APART, WIDTH0 + WIDTH1, HAS_BIAS, ACT, HALF, PAGED, BLOCK_T, MORE,
+                APART, WIDTH0 + WIDTH1, HAS_BIAS, EPILOGUE, HALF, PAGED, BLOCK_T, MORE,
             )  # fmt: skip
 
 
@@ -299,13 +299,13 @@ def tma_gemm_triton(
         kv_slots: where k and v go with "rotary", whose columns of the result stay undefined then.
     """
     (tokens, size_in), shape, workspace = x.shape, p.shape, step.workspace
-    widths, parts, activation = shape.widths, shape.adapted, shape.activation
-    act, half = ACTIVATIONS.index(activation), shape.head_dim // 2
+    widths, parts, epilogue = shape.widths, shape.adapted, shape.kernel_epilogue
+    index, half = EPILOGUES.index(epilogue), shape.head_dim // 2
     experts, rank, fused = shape.num_experts, shape.rank, p.fused_weight
     size_out = sum(widths)
     lora_a = fused[size_out:]
-    members = tiled_widths(widths, activation)
-    key = tokens, size_in, sum(members), activation, x.element_size()
+    members = tiled_widths(widths, epilogue)
+    key = tokens, size_in, sum(members), epilogue, x.element_size()
     cut = tiles or default_config(*key, tma=True) or GemmConfig(64, 64, stages=3)
     if half:
         cut = replace(cut, rows=min(cut.pieces[0], half))
@@ -314,14 +314,14 @@ def tma_gemm_triton(
     count = sum(cdiv(w, cut.rows) for w in members)
     shrinks = cdiv(lora_a.shape[0], SHRINK_ROWS) * cut.shrink_split_k
     widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
-    y = x.new_empty(tokens, result_width(widths, activation)) if out is None else out
+    y = x.new_empty(tokens, result_width(widths, epilogue)) if out is None else out
     split_k = cut.split_k if y.dim() == 3 else 1
     # W as members, rows of each, and `in`: TMA blocks of pairs have two members. B likewise, but
     # for gate_up, each of whose members is by itself.
-    pair, pieces = 2 if act else 1, (rows, more or rows)
-    tall, ranks = half or (widths[0] if act else size_out), lora_a.shape[0]
+    pair, pieces = 2 if index else 1, (rows, more or rows)
+    tall, ranks = half or (widths[0] if index else size_out), lora_a.shape[0]
     s, b = workspace.view(x.dtype, tokens, ranks), p.lora_b.flatten(1)
-    of_b = [b[: widths[0]], b[-widths[0] :]] if is_gate_up(activation) else [b]
+    of_b = [b[: widths[0]], b[-widths[0] :]] if is_gate_up(epilogue) else [b]
     w_blocks = _tma_blocks(fused[:size_out], tall, pair, pieces, cut.cols)
     b_blocks = [_tma_blocks(part, half or part.shape[0], pair, pieces, cut.cols) for part in of_b]
     up_blocks = b_blocks[1] if len(of_b) > 1 else [None, None]
@@ -335,7 +335,7 @@ def tma_gemm_triton(
         tokens, y.stride(-2), size_in, *(kv_slots or NO_KV_SLOTS),
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         PART0=parts[0], PART1=parts[1], PART2=parts[2],
-        HAS_BIAS=p.bias is not None, ACT=act, HALF=half, PAGED=kv_slots is not None,
+        HAS_BIAS=p.bias is not None, EPILOGUE=index, HALF=half, PAGED=kv_slots is not None,
         SPLIT_K=split_k, SHRINK_SPLIT_K=cut.shrink_split_k, RANK=rank, EXPERTS=experts,
         RANKS=ranks, SHRINK_ROWS=SHRINK_ROWS,
         BLOCK_T=block_t, BLOCK_E=max(16, power_of_2(experts)),

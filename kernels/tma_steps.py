@@ -17,10 +17,10 @@ from vllm_adafuse.kernels.shrink import wait_now
 
 
 @triton.jit
-def apart(acc, ACT: tl.constexpr, BLOCK_T: tl.constexpr, ROWS: tl.constexpr):
+def apart(acc, EPILOGUE: tl.constexpr, BLOCK_T: tl.constexpr, ROWS: tl.constexpr):
     """The two members of a tile [T, 2 * ROWS], [T, ROWS] each; without an activation the tile."""
     y, up = acc, acc
-    if ACT != 0:
+    if EPILOGUE != 0:
         y, up = tl.split(tl.permute(tl.reshape(acc, [BLOCK_T, 2, ROWS]), [0, 2, 1]))
     return y, up
 

@@ -122,8 +122,8 @@ def main() -> None:
         ("rotary", 6144, qkv, NO_KV_SLOTS),
         ("rotary", 6144, qkv, {"PAGED": True}),
     ):
-        number = pairs.ACTIVATIONS.index(act)
-        shape = shape | {"bias_ptr": None, "HAS_BIAS": False, "ACT": number, "HALF": 0} | paged
+        number = pairs.EPILOGUES.index(act)
+        shape = shape | {"bias_ptr": None, "HAS_BIAS": False, "EPILOGUE": number, "HALF": 0} | paged
         shape |= {"HALF": 64} if act == "rotary" else {"cos_sin_ptr": None}
         number = f"{number}, paged" if shape["PAGED"] else number
         for tokens in (16, 32):

@@ -38,7 +38,7 @@ def main() -> None:
         for parts in ((0, 1), (0, -1)):
             constants = {
                 "WIDTH": 11008, "PART0": parts[0], "PART1": parts[1], "EXPERTS": 8, "EVERY": 9,
-                "RANK": 16, "SLOTS": slots, "ACT": pairs.ACTIVATIONS.index("silu"),
+                "RANK": 16, "SLOTS": slots, "EPILOGUE": pairs.EPILOGUES.index("silu"),
                 "BLOCK_T": 16, "BLOCK_C": 64, "BLOCK_R": 16,
             }  # fmt: skip
             kernel = ffn_mix._ffn_mix_kernel
@@ -63,7 +63,7 @@ def main() -> None:
         constants = expert_blocks(8, 16, False) | {
             "WIDTH0": widths[0], "WIDTH1": widths[1], "WIDTH2": widths[2],
             "PART0": 0, "PART1": 1, "PART2": 2 if widths[2] else -1,
-            "bias_ptr": None, "HAS_BIAS": False, "ACT": pairs.ACTIVATIONS.index(act), "HALF": 0,
+            "bias_ptr": None, "HAS_BIAS": False, "EPILOGUE": pairs.EPILOGUES.index(act), "HALF": 0,
             "cos_sin_ptr": None, "gates_ptr": None, **NO_KV_SLOTS,
             "RAW": False, "SPLIT": 0, "ALL": True, "EVERY_PART": True, "EVEN": True,
             "PDL": True, "BLOCK_T": cut.tokens, "BLOCK_OUT": cut.columns,

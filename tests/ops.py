@@ -178,16 +178,16 @@ def delta_truth(p: Problem) -> torch.Tensor:
     return delta
 
 
-def linear_truth(p: Problem, activation: str = "", dtype=torch.float64) -> torch.Tensor:
+def linear_truth(p: Problem, epilogue: str = "", dtype=torch.float64) -> torch.Tensor:
     """The whole projection in float64; or, as plain torch would in `dtype`, op by op."""
     y = p.x.to(dtype) @ p.weight.to(dtype).T
     if p.bias is not None:
         y = y + p.bias.to(dtype)
     y = y + (delta_truth(p) if dtype == torch.float64 else plain_delta(p))
-    if not activation:
+    if not epilogue:
         return y
     gate, up = y.chunk(2, -1)
-    act = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    act = F.silu(gate) if epilogue == "silu" else F.gelu(gate, approximate="tanh")
     return act * up
 
 

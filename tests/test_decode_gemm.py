@@ -11,8 +11,8 @@ from vllm_adafuse.kernels.pairs import rotate_torch
 CUTS = [GemmConfig(32, 64), GemmConfig(16, 32, 2), GemmConfig(64, 16, 4)]
 
 
-def run(p, activation="", tiles=None, cos_sin=None):
-    return decode_gemm_triton(p.x, p.projection(activation, cos_sin), p.step(cos_sin), tiles)
+def run(p, epilogue="", tiles=None, cos_sin=None):
+    return decode_gemm_triton(p.x, p.projection(epilogue, cos_sin), p.step(cos_sin), tiles)
 
 
 @pytest.mark.parametrize("tiles", CUTS)
@@ -40,14 +40,14 @@ def test_parts_without_experts(parts):
     assert error(run(p, tiles=GemmConfig(16, 32, 2)), linear_truth(p)) <= 1e-5
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("epilogue", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("parts", [[0, 1], [0, 0], [-1, 0], [0, -1]])
-def test_gate_up_with_its_activation(parts, activation):
+def test_gate_up_with_its_activation(parts, epilogue):
     p = make_problem(5, 96, [70, 70], 3, 2, 4, parts=parts, bias=True)
-    out = run(p, activation, GemmConfig(32, 32))
-    assert error(out, linear_truth(p, activation)) <= 1e-5
+    out = run(p, epilogue, GemmConfig(32, 32))
+    assert error(out, linear_truth(p, epilogue)) <= 1e-5
     with pytest.raises(ValueError, match="split_k is 2, expected 1 before"):
-        run(p, activation, GemmConfig(32, 32, 2))
+        run(p, epilogue, GemmConfig(32, 32, 2))
 
 
 @pytest.mark.parametrize("parts", [[0, 1, 2], [0, 0, 0], [-1, 0, 1], [0, -1, -1]])
@@ -99,9 +99,9 @@ def test_rows_without_gates_are_the_bare_projection(sums_of_sixteen):
 
 
 @pytest.mark.parametrize("rows", [16, 100, 896, 4096, 12288, 22016])
-@pytest.mark.parametrize("activation", ["", "silu"])
-def test_chosen_cuts_are_valid_and_fit_shared_memory(rows, activation):
+@pytest.mark.parametrize("epilogue", ["", "silu"])
+def test_chosen_cuts_are_valid_and_fit_shared_memory(rows, epilogue):
     for tokens, size_in, itemsize in ((1, 64, 2), (32, 11008, 2), (32, 4096, 4)):
-        cut = default_config(tokens, size_in, rows, activation, itemsize)
-        tiles = cut.rows * (2 if activation else 1) + max(16, tokens)
+        cut = default_config(tokens, size_in, rows, epilogue, itemsize)
+        tiles = cut.rows * (2 if epilogue else 1) + max(16, tokens)
         assert cut.stages * tiles * cut.cols * itemsize <= 100 << 10

@@ -1,4 +1,4 @@
-"""Expand alone: adds to y in place, or goes on to the activation of gate and up."""
+"""Expand alone: adds to y in place, or goes on to the epilogue of gate and up."""
 
 from dataclasses import replace
 
@@ -43,18 +43,18 @@ def test_equals_float64(shape, run):
     assert error(y.double() - before, delta_truth(p)) <= 1e-5
 
 
-@pytest.mark.parametrize("activation", ["", "silu", "gelu_tanh"])
+@pytest.mark.parametrize("epilogue", ["", "silu", "gelu_tanh"])
 @pytest.mark.parametrize("parts", [[0, 1], [0, 0], [-1, 0], [0, -1]])
 @pytest.mark.parametrize("tokens", [5, 70])
-def test_from_raw_sums_equals_float64(tokens, parts, activation):
+def test_from_raw_sums_equals_float64(tokens, parts, epilogue):
     p = make_problem(tokens, 48, [140, 140], 3, 2, 4, parts=parts)
     y = 3 * torch.randn(tokens, 280, device=p.x.device)
     raw = torch.einsum("peri,ti->tper", p.lora_a.double(), p.x.double()).flatten(1).float()
     whole, bias = torch.cat([y, raw], 1), torch.randn(280, device=y.device)
-    of = p.projection(activation)
+    of = p.projection(epilogue)
     out = expand_raw_triton(whole[:, :280], whole[:, 280:], bias, of, p.step())
     truth = y.double() + bias.double() + delta_truth(p)
-    assert error(out, activate_torch(truth, activation) if activation else truth) <= 1e-5
+    assert error(out, activate_torch(truth, epilogue) if epilogue else truth) <= 1e-5
 
 
 @pytest.mark.parametrize("shape", [(5, 48, [40, 40], 3, 1, 4), (70, 48, [64], 20, 2, 16)])

@@ -13,7 +13,7 @@ from vllm_adafuse.kernels.decode_gemm import decode_gemm_triton
 from vllm_adafuse.kernels.tma_gemm import tma_gemm_triton
 
 LAUNCHES, PER_GRAPH = 10_000, 50
-# kernel, tokens, widths, activation, E, r, cut, slices of the result that are left unadded
+# kernel, tokens, widths, epilogue, E, r, cut, slices of the result that are left unadded
 CASES = {
     "stream": ("stream", 1, [1, 1, 1], "", 8, 16, None, 0),
     "stream-list": ("stream", 16, [4], "", 40, 16, None, 0),
@@ -37,11 +37,11 @@ class Stress:
     """
 
     def __init__(self, name: str, size: int, dtype: torch.dtype):
-        kind, tokens, widths, activation, experts, rank, cut, split = CASES[name]
-        self.tiled, self.activation, self.cut, self.split = kind == "tile", activation, cut, split
+        kind, tokens, widths, epilogue, experts, rank, cut, split = CASES[name]
+        self.tiled, self.epilogue, self.cut, self.split = kind == "tile", epilogue, cut, split
         widths = [width * size // 4 for width in widths]
         self.p: Problem = make_problem(tokens, size, widths, experts, 2, rank, dtype=dtype)
-        self.of, self.step = self.p.projection(activation), self.p.step()
+        self.of, self.step = self.p.projection(epilogue), self.p.step()
         self.left = None
         if split:
             self.left = torch.empty(split, tokens, sum(widths), device=DEVICE)
@@ -56,8 +56,8 @@ class Stress:
 
     def assert_near(self, out: torch.Tensor) -> None:
         found = out.sum(0) if self.split else out
-        truth = linear_truth(self.p, self.activation)
-        plain = linear_truth(self.p, self.activation, self.p.x.dtype)
+        truth = linear_truth(self.p, self.epilogue)
+        plain = linear_truth(self.p, self.epilogue, self.p.x.dtype)
         assert error(found, truth) <= max(1e-5, 1.2 * error(plain, truth))
 
 

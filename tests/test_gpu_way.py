@@ -35,19 +35,19 @@ def long_steps(monkeypatch):
     monkeypatch.setattr(dispatch, "MIN_FUSED_NORM_TOKENS", 290)
 
 
-def projection(tokens, size_in, widths, activation, experts, rank, **options):
+def projection(tokens, size_in, widths, epilogue, experts, rank, **options):
     """Kernels that ran, and errors of what they left and of plain torch."""
     top_k = min(2, experts)
     p = make_problem(
         tokens, size_in, widths, experts, top_k, rank, dtype=torch.float16, **options
     )
-    follows, cos_sin = "" if activation == "rotary" else activation, None
-    truth, plain = linear_truth(p, follows), linear_truth(p, follows, torch.float16)
-    if activation == "rotary":
+    gated, cos_sin = "" if epilogue == "rotary" else epilogue, None
+    truth, plain = linear_truth(p, gated), linear_truth(p, gated, torch.float16)
+    if epilogue == "rotary":
         cos_sin = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(1)).half()
         truth, plain = (rotate_torch(y, cos_sin, widths[0] + widths[1]) for y in (truth, plain))
     with computing() as names:
-        found = linear(p.x, p.projection(activation, cos_sin), p.step(cos_sin))
+        found = linear(p.x, p.projection(epilogue, cos_sin), p.step(cos_sin))
     return names, error(found, truth), error(plain, truth)
 
 
@@ -91,10 +91,10 @@ def test_gate_up():
 
 
 @pytest.mark.parametrize(
-    "widths, activation", [([4096, 1024, 1024], "rotary"), ([3072, 3072], "silu")]
+    "widths, epilogue", [([4096, 1024, 1024], "rotary"), ([3072, 3072], "silu")]
 )
-def test_products_that_are_tiled(widths, activation):
-    ran = run_all(projection, 32, widths, activation, steps=[(40, 8, 16)])
+def test_products_that_are_tiled(widths, epilogue):
+    ran = run_all(projection, 32, widths, epilogue, steps=[(40, 8, 16)])
     assert ran == {"_tma_gemm_kernel"}
 
 

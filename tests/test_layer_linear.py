@@ -13,7 +13,7 @@ from vllm_adafuse.kernels.pairs import activate_torch
 from vllm_adafuse.kernels.route_layer import route_layer_triton
 
 
-def problem(name, bias, activation=""):
+def problem(name, bias, epilogue=""):
     x, lora_a, routers, lora_b, scales, gate, parts, widths = make(name)
     g = torch.Generator().manual_seed(1)
     size_in = x.shape[1]
@@ -29,7 +29,7 @@ def problem(name, bias, activation=""):
     y = y + bias.double().cpu() if bias is not None else y
     p = LayerProjection(
         gate, tuple(widths), tuple(parts), scales, lora_b, None, routers[..., 0].numel(), rows,
-        bias, activation,
+        bias, epilogue,
     )  # fmt: skip
     return x, p, LayerGates(gates.to(DEVICE), active), y
 
@@ -55,12 +55,12 @@ def test_equals_float64(name, bias, run):
 
 
 @pytest.mark.parametrize("run", [layer_linear, by_triton])
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("epilogue", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("name", ["packed", "gate-up", "gate-alone"])
-def test_with_the_activation_of_gate_up(name, activation, run):
-    *arguments, expected = problem(name, True, activation)
+def test_with_the_activation_of_gate_up(name, epilogue, run):
+    *arguments, expected = problem(name, True, epilogue)
     out = run(*arguments)
-    assert error(out.cpu(), activate_torch(expected, activation)) <= 1e-5
+    assert error(out.cpu(), activate_torch(expected, epilogue)) <= 1e-5
 
 
 def test_half_precision_keeps_the_choices():

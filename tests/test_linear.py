@@ -14,18 +14,18 @@ TOKENS = [1, 32, 33, 100]
 LONG = [300, 2500]
 
 
-def run(p, activation="", cos_sin=None, in_place=False):
-    return linear(p.x, p.projection(activation, cos_sin, in_place), p.step(cos_sin))
+def run(p, epilogue="", cos_sin=None, in_place=False):
+    return linear(p.x, p.projection(epilogue, cos_sin, in_place), p.step(cos_sin))
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize(
-    "activation,parts", [("", [0, 1]), ("", [-1, 0]), ("silu", [0, 1]), ("silu", [-1, 0])]
+    "epilogue,parts", [("", [0, 1]), ("", [-1, 0]), ("silu", [0, 1]), ("silu", [-1, 0])]
 )
-def test_equals_float64(tokens, activation, parts):
+def test_equals_float64(tokens, epilogue, parts):
     p = make_problem(tokens, 96, [80, 80], 4, 2, 4, parts=parts, bias=True)
-    out = run(p, activation)
-    assert error(out, linear_truth(p, activation)) <= 1e-5
+    out = run(p, epilogue)
+    assert error(out, linear_truth(p, epilogue)) <= 1e-5
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -38,15 +38,15 @@ def test_queries_and_keys_are_turned(tokens, parts):
 
 
 @pytest.mark.parametrize("ranks", [4, 3])  # 3: rows of [W; A] that are no multiple of 16 bytes
-@pytest.mark.parametrize("activation", ["", "silu"])
+@pytest.mark.parametrize("epilogue", ["", "silu"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_cublas_and_an_expand(bias, activation, ranks):
+def test_cublas_and_an_expand(bias, epilogue, ranks):
     p = make_problem(300, 48, [64, 64], 1, 1, ranks, bias=bias)
-    of = p.projection(activation)
+    of = p.projection(epilogue)
     way = cublas_plan(of.shape, 300, Device("cpu"))
     assert way.one_gemm == (ranks == 4 and not bias)
     out = linear_triton(p.x, of, p.step(), way)
-    assert out.is_contiguous() and error(out, linear_truth(p, activation)) <= 1e-5
+    assert out.is_contiguous() and error(out, linear_truth(p, epilogue)) <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -65,12 +65,12 @@ def test_tiles_or_a_stream_by_tokens_and_ranks(tokens, experts, tiled):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", TOKENS + LONG)
-@pytest.mark.parametrize("activation", ["", "silu"])
+@pytest.mark.parametrize("epilogue", ["", "silu"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_no_worse_than_plain_torch(tokens, activation, dtype):
+def test_half_precision_is_no_worse_than_plain_torch(tokens, epilogue, dtype):
     p = make_problem(tokens, 1024, [512, 512], 8, 2, 16, dtype=dtype)
-    truth, plain = linear_truth(p, activation), linear_truth(p, activation, dtype)
-    assert error(run(p, activation), truth) <= 1.2 * error(plain, truth)
+    truth, plain = linear_truth(p, epilogue), linear_truth(p, epilogue, dtype)
+    assert error(run(p, epilogue), truth) <= 1.2 * error(plain, truth)
 
 
 @pytest.mark.gpu
@@ -91,7 +91,7 @@ def test_a_captured_graph_replays_with_other_routes():
 
 # Rows of [W; A] here: 160. Not in place: no pairs, a bias, ranks that make it 152, odd columns.
 @pytest.mark.parametrize(
-    "activation,bias,ranks,width,stride",
+    "epilogue,bias,ranks,width,stride",
     [
         ("silu", False, 4, 64, 160), ("gelu_tanh", False, 4, 64, 160), ("", False, 4, 64, 128),
         ("silu", True, 4, 64, 64), ("silu", False, 3, 64, 64), ("silu", False, 4, 72, 72),
@@ -99,14 +99,14 @@ def test_a_captured_graph_replays_with_other_routes():
 )  # fmt: skip
 @pytest.mark.parametrize("tokens", [*TOKENS, 300])
 def test_every_path_leaves_the_layout_that_the_fake_tells(
-    tokens, activation, bias, ranks, width, stride
+    tokens, epilogue, bias, ranks, width, stride
 ):
     p = make_problem(tokens, 48, [width, width], 4, 2, ranks, bias=bias)
-    out = run(p, activation, in_place=True)
-    of = p.projection(activation, in_place=True)
+    out = run(p, epilogue, in_place=True)
+    of = p.projection(epilogue, in_place=True)
     fake = new_result(p.x, of.shape, of.strided_out)
     assert out.shape == fake.shape and out.stride() == fake.stride() == (stride, 1)
-    truth = linear_truth(p, activation)
+    truth = linear_truth(p, epilogue)
     assert error(out, truth) <= 1e-5
     # Paths of a GPU; streamed and tiled, and the fused product.
     cuts = [None]

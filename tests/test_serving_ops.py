@@ -31,15 +31,15 @@ def context(**layers):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="checks the schemas and fakes once")
-@pytest.mark.parametrize("activation", ["", "silu"])
-def test_schemas_and_fakes(activation):
+@pytest.mark.parametrize("epilogue", ["", "silu"])
+def test_schemas_and_fakes(epilogue):
     p = make_problem(4, 64, [64, 64], 4, 2, 4)
     for in_place in (False, True):
-        bank = made_known(p, activation, in_place=in_place)
+        bank = made_known(p, epilogue, in_place=in_place)
         for op in (ops.projection, ops.page_projection):
             torch.library.opcheck(op, (p.x, p.gates, LAYER))
-        assert error(ops.projection(p.x, p.gates, LAYER), linear_truth(p, activation)) <= 1e-5
-        assert bank.strided_out == (in_place and activation == "silu")
+        assert error(ops.projection(p.x, p.gates, LAYER), linear_truth(p, epilogue)) <= 1e-5
+        assert bank.strided_out == (in_place and epilogue == "silu")
     bank = made_known(p, fused=False)
     for op in (ops.deltas, ops.page_deltas):
         torch.library.opcheck(op, (torch.zeros(4, 128), p.x, p.gates, LAYER))
@@ -52,13 +52,13 @@ def test_schemas_and_fakes(activation):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="checks the schemas and fakes once")
-@pytest.mark.parametrize("name, activation", [("no-k", ""), ("gate-up", "silu")])
-def test_schemas_and_fakes_of_layer_wise_ops(name, activation):
-    x, p, layer, expected = layer_problem(name, True, activation)
+@pytest.mark.parametrize("name, epilogue", [("no-k", ""), ("gate-up", "silu")])
+def test_schemas_and_fakes_of_layer_wise_ops(name, epilogue):
+    x, p, layer, expected = layer_problem(name, True, epilogue)
     bank = OneBank(p, layer, LAYER)
     ops.make_known(bank)
     found = ops.layer_projection(x, layer.gates, LAYER)  # torch does not know that gates change
-    wanted = activate_torch(expected, activation) if activation else expected
+    wanted = activate_torch(expected, epilogue) if epilogue else expected
     assert error(found, wanted) <= 1e-5
     torch.library.opcheck(ops.layer_projection, (x, layer.gates, LAYER))
     low = x @ p.fused_weight[p.size_out :].T

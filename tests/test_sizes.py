@@ -17,24 +17,24 @@ def common(p, big, tokens):
     return p
 
 
-def streamed(p, activation):
-    return decode_gemm_triton(p.x, p.projection(activation), p.step())
+def streamed(p, epilogue):
+    return decode_gemm_triton(p.x, p.projection(epilogue), p.step())
 
 
-def tiled(p, activation):
-    return tma_gemm_triton(p.x, p.projection(activation), p.step())
+def tiled(p, epilogue):
+    return tma_gemm_triton(p.x, p.projection(epilogue), p.step())
 
 
 def products(p):
     return p.x @ p.weight.T, p.x @ p.lora_a.flatten(0, 2).T
 
 
-def expanded(p, activation):
-    return expand_raw_triton(*products(p), None, p.projection(activation), p.step())
+def expanded(p, epilogue):
+    return expand_raw_triton(*products(p), None, p.projection(epilogue), p.step())
 
 
-def wide(p, activation):
-    return tma_expand_triton(*products(p), p.projection(activation), p.step())
+def wide(p, epilogue):
+    return tma_expand_triton(*products(p), p.projection(epilogue), p.step())
 
 
 PATHS = {
@@ -47,16 +47,16 @@ PATHS = {
     "dtype",
     [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],
 )
-@pytest.mark.parametrize("activation", ["", "silu"])
-def test_sizes_differ_by_less_than_two_roundings(dtype, activation):
+@pytest.mark.parametrize("epilogue", ["", "silu"])
+def test_sizes_differ_by_less_than_two_roundings(dtype, epilogue):
     big = make_problem(150, SIZE_IN, WIDTHS, 8, 2, RANK, dtype=dtype)
     results = {}
     for name, (tokens, run) in PATHS.items():
         p = common(make_problem(150, SIZE_IN, WIDTHS, 8, 2, RANK, dtype=dtype), big, tokens)
-        results[name] = run(p, activation)[:5]
+        results[name] = run(p, epilogue)[:5]
     p = common(big, big, 5)
-    truth = linear_truth(p, activation)
-    plain = 1e-5 if dtype == torch.float32 else error(linear_truth(p, activation, dtype), truth)
+    truth = linear_truth(p, epilogue)
+    plain = 1e-5 if dtype == torch.float32 else error(linear_truth(p, epilogue, dtype), truth)
     for one in results.values():
         for other in results.values():
             assert ((one.double() - other.double()).norm() / truth.norm()).item() <= 2 * plain

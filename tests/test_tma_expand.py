@@ -41,23 +41,23 @@ MANY = {  # more ranks than one product takes
 }
 
 
-def run(p, activation, cos_sin=None, blocks=None):
+def run(p, epilogue, cos_sin=None, blocks=None):
     x = p.x.double()
     y = (x @ p.weight.double().T).to(p.x.dtype)
     s = (x @ p.lora_a.flatten(0, 2).double().T).to(p.x.dtype)
-    return tma_expand_triton(y, s, p.projection(activation, cos_sin), p.step(cos_sin), blocks)
+    return tma_expand_triton(y, s, p.projection(epilogue, cos_sin), p.step(cos_sin), blocks)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_equals_float64(name):
-    *shape, activation = SHAPES[name]
+    *shape, epilogue = SHAPES[name]
     p = make_problem(*shape)
     cos_sin = None
-    want = linear_truth(p, "" if activation == "rotary" else activation)
-    if activation == "rotary":
+    want = linear_truth(p, "" if epilogue == "rotary" else epilogue)
+    if epilogue == "rotary":
         cos_sin = torch.randn(50, 64, generator=torch.Generator().manual_seed(3)).to(DEVICE)
         want = rotate_torch(want, cos_sin.double(), p.widths[0] + p.widths[1])
-    found = run(p, activation, cos_sin, ExpandConfig(16, 32, 2, 4, 2))
+    found = run(p, epilogue, cos_sin, ExpandConfig(16, 32, 2, 4, 2))
     assert error(found, want) <= 1e-5
 
 
@@ -72,23 +72,23 @@ def test_a_head_comes_in_tiles_of_any_width():
 
 @pytest.mark.parametrize("name", MANY)
 def test_experts_beyond_one_product_are_added_before(name):
-    *shape, activation = MANY[name]
+    *shape, epilogue = MANY[name]
     p = make_problem(*shape)
-    cos_sin, want = None, linear_truth(p, "" if activation == "rotary" else activation)
-    if activation == "rotary":
+    cos_sin, want = None, linear_truth(p, "" if epilogue == "rotary" else epilogue)
+    if epilogue == "rotary":
         cos_sin = torch.randn(50, 64, generator=torch.Generator().manual_seed(3)).to(DEVICE)
         want = rotate_torch(want, cos_sin.double(), p.widths[0] + p.widths[1])
 
-    of = p.projection(activation, cos_sin).shape
+    of = p.projection(epilogue, cos_sin).shape
     way = cublas_plan(replace(of, itemsize=2), MIN_WIDE_TOKENS, Device("a GPU", 9))
     assert way.expand == TMA_EXPAND and way.dense_from == BLOCK_ER // shape[5]
 
     def long(y, s, in_place):
-        whole = replace(p.projection(activation, cos_sin), strided_out=in_place)
+        whole = replace(p.projection(epilogue, cos_sin), strided_out=in_place)
         return expand_long(y, s, None, whole, p.step(cos_sin), way)
 
     assert error(long(*from_fused(p), False), want) <= 1e-5
-    if is_gate_up(activation):
+    if is_gate_up(epilogue):
         y, s = from_fused(p)
         out = long(y, s, True)
         assert out.data_ptr() == y.data_ptr() and error(out, want) <= 1e-5
@@ -97,24 +97,24 @@ def test_experts_beyond_one_product_are_added_before(name):
 @pytest.mark.parametrize("name", ["sixteen", "five-of-32", "twenty-gate-up"])
 def test_one_product_has_the_first_experts_alone(name):
     """Of the others it sees neither gates nor s."""
-    *shape, activation = MANY[name]
+    *shape, epilogue = MANY[name]
     p, first = make_problem(*shape), BLOCK_ER // shape[-1]
     y = (p.x.double() @ p.weight.double().T).to(p.x.dtype)
     s = (p.x.double() @ p.lora_a.flatten(0, 2).double().T).to(p.x.dtype)
     s.unflatten(1, p.lora_a.shape[:3])[:, :, first:] = float("nan")
-    found = tma_expand_triton(y, s, p.projection(activation), p.step())
+    found = tma_expand_triton(y, s, p.projection(epilogue), p.step())
     p.gates[: len(y), first:] = 0
-    assert error(found, linear_truth(p, activation)) <= 1e-5
+    assert error(found, linear_truth(p, epilogue)) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["one-part", "gate-up"])
 def test_what_others_see_of_an_expert_does_not_matter(name):
-    *shape, activation = SHAPES[name]
+    *shape, epilogue = SHAPES[name]
     p = make_problem(*shape)
     y, s = from_fused(p)
     hide_from_others(p, s)
-    found = tma_expand_triton(y, s, p.projection(activation), p.step())
-    assert error(found, linear_truth(p, activation)) <= 1e-5
+    found = tma_expand_triton(y, s, p.projection(epilogue), p.step())
+    assert error(found, linear_truth(p, epilogue)) <= 1e-5
 
 
 def test_which_ranks_it_takes():
@@ -125,39 +125,39 @@ def test_which_ranks_it_takes():
     assert not takes(16, 8) and not takes(8, 24) and not takes(40, 4)
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-def test_gates_of_any_size(activation):
+@pytest.mark.parametrize("epilogue", ["silu", "gelu_tanh"])
+def test_gates_of_any_size(epilogue):
     p = make_problem(40, 48, [64, 64], 8, 2, 16)
     p.x *= 100
-    found, want = run(p, activation), linear_truth(p, activation)
+    found, want = run(p, epilogue), linear_truth(p, epilogue)
     assert error(found, want) <= 1e-5
-    if activation == "silu":  # far down its tail, too; float64 loses the other's
+    if epilogue == "silu":  # far down its tail, too; float64 loses the other's
         below = (want.abs() < 1e-30) & (want != 0)
         assert below.any() and found[below].abs().max() < 1e-30
 
 
 @pytest.mark.parametrize("name", ["one-part", "gate-up", "rotary"])
 def test_rows_of_a_joint_product_come_back_contiguous(name):
-    *shape, activation = SHAPES[name]
+    *shape, epilogue = SHAPES[name]
     p = make_problem(*shape)
-    cos_sin, want = None, linear_truth(p, "" if activation == "rotary" else activation)
-    if activation == "rotary":
+    cos_sin, want = None, linear_truth(p, "" if epilogue == "rotary" else epilogue)
+    if epilogue == "rotary":
         cos_sin = torch.randn(50, 64, device=DEVICE)
         want = rotate_torch(want, cos_sin.double(), p.widths[0] + p.widths[1])
     y, s = from_fused(p)
-    found = tma_expand_triton(y, s, p.projection(activation, cos_sin), p.step(cos_sin))
+    found = tma_expand_triton(y, s, p.projection(epilogue, cos_sin), p.step(cos_sin))
     assert found.is_contiguous() and error(found, want) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["gate-up", "gelu"])
 def test_an_activation_in_place(name):
-    *shape, activation = SHAPES[name]
+    *shape, epilogue = SHAPES[name]
     p = make_problem(*shape)
-    of, step, blocks = p.projection(activation), p.step(), ExpandConfig(16, 32, 2, 4, 2)
+    of, step, blocks = p.projection(epilogue), p.step(), ExpandConfig(16, 32, 2, 4, 2)
     out, apart, in_y = twice_from_fused(p, lambda y, s, in_place: tma_expand_triton(
         y, s, replace(of, strided_out=in_place), step, blocks
     ))  # fmt: skip
-    want = linear_truth(p, activation)
+    want = linear_truth(p, epilogue)
     assert in_y and error(out, want) <= 1e-5 and error(apart, want) <= 1e-5
 
 
@@ -171,19 +171,19 @@ def test_default_cuts_reach_every_column(widths):
 @pytest.mark.parametrize("tokens, experts", [(600, 8), (5000, 8), (5000, 16), (5000, 20)])
 @pytest.mark.parametrize("name", ["qkv", "gate_up", "o"])
 def test_half_precision_is_no_worse_than_plain_torch(name, tokens, experts):
-    widths, activation = {
+    widths, epilogue = {
         "qkv": ([1024, 512, 512], "rotary"), "gate_up": ([2752, 2752], "silu"), "o": ([1024], ""),
     }[name]  # fmt: skip
     p = make_problem(tokens, 256, widths, experts, 2, 16, dtype=torch.bfloat16)
     cos_sin = None
-    follows = "" if activation == "rotary" else activation
-    truth, plain = linear_truth(p, follows), linear_truth(p, follows, torch.bfloat16)
-    if activation == "rotary":
+    gated = "" if epilogue == "rotary" else epilogue
+    truth, plain = linear_truth(p, gated), linear_truth(p, gated, torch.bfloat16)
+    if epilogue == "rotary":
         cos_sin = torch.randn(tokens, 128, device=DEVICE).bfloat16()
         truth = rotate_torch(truth, cos_sin.double(), 1536)
         plain = rotate_torch(plain, cos_sin, 1536)
     y, s = p.x @ p.weight.T, p.x @ p.lora_a.flatten(0, 2).T
     if experts > 8:
         dense_expand_triton(y, s, p.lora_b, p.gates, p.parts, widths, 8)
-    found = tma_expand_triton(y, s, p.projection(activation, cos_sin), p.step(cos_sin))
+    found = tma_expand_triton(y, s, p.projection(epilogue, cos_sin), p.step(cos_sin))
     assert error(found, truth) <= 1.2 * error(plain, truth)

@@ -24,8 +24,8 @@ SHAPES = {name: in_eights(*shape) for name, shape in ops.SHAPES.items()}
 SHAPES["hundred-tokens"] = (100, 72, [64, 70], 5, 2, 16)
 
 
-def run(p, activation="", tiles=None, out=None, cos_sin=None):
-    of = p.projection(activation, cos_sin)
+def run(p, epilogue="", tiles=None, out=None, cos_sin=None):
+    of = p.projection(epilogue, cos_sin)
     return tma_gemm_triton(p.x, of, p.step(cos_sin), tiles, out)
 
 
@@ -53,13 +53,13 @@ def test_parts_without_experts(parts):
     assert error(run(p, tiles=GemmConfig(16, 32, shrink_split_k=2)), linear_truth(p)) <= 1e-5
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("epilogue", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("parts", [[0, 1], [0, 0], [-1, 0], [0, -1]])
-def test_gate_up_with_its_activation(parts, activation):
+def test_gate_up_with_its_activation(parts, epilogue):
     p = make_problem(5, 96, [70, 70], 3, 2, 4, parts=parts, bias=True)
     for cut in (GemmConfig(32, 32), GemmConfig(48, 32, tma=True)):
-        out = run(p, activation, cut)
-        assert error(out, linear_truth(p, activation)) <= 1e-5
+        out = run(p, epilogue, cut)
+        assert error(out, linear_truth(p, epilogue)) <= 1e-5
 
 
 @pytest.mark.parametrize("parts", [[0, 1, 2], [0, 0, 0], [-1, 0, 1], [0, -1, -1]])
@@ -90,7 +90,7 @@ LARGE = GemmConfig(96, 64, 1, 8, 4, shrink_split_k=2, tma=True)
     "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 )
 @pytest.mark.parametrize(
-    "activation,widths,parts",
+    "epilogue,widths,parts",
     [
         *(("silu", [280, 280], parts) for parts in ([0, 1], [0, 0], [-1, 0], [0, -1])),
         *(("rotary", [256, 128, 128], parts) for parts in ([0, 1, 2], [-1, 0, 1], [0, -1, 0])),
@@ -102,18 +102,18 @@ LARGE = GemmConfig(96, 64, 1, 8, 4, shrink_split_k=2, tma=True)
     [(SMALL, 96, 4, 16), (ODD, 96, 5, 8), (LARGE, 512, 8, 16), (ODD, 264, 8, 32)],
 )
 def test_ranks_are_steps_of_the_loop(
-    activation, widths, parts, cut, size_in, experts, rank, dtype
+    epilogue, widths, parts, cut, size_in, experts, rank, dtype
 ):
     tokens = 100
     p = make_problem(
         tokens, size_in, widths, experts, 2, rank, parts=parts, bias=True, dtype=dtype
     )
-    options, gated = {}, "" if activation == "rotary" else activation
+    options, gated = {}, "" if epilogue == "rotary" else epilogue
     truth, plain = linear_truth(p, gated), linear_truth(p, gated, dtype=dtype)
-    if activation == "rotary":
+    if epilogue == "rotary":
         options["cos_sin"] = torch.randn(tokens, 64, device=DEVICE).to(dtype)
         truth, plain = (rotate_torch(y, options["cos_sin"], 384) for y in (truth, plain))
-    assert error(run(p, activation, cut, **options), truth) <= 1.2 * error(plain, truth)
+    assert error(run(p, epilogue, cut, **options), truth) <= 1.2 * error(plain, truth)
 
 
 @pytest.mark.parametrize("split", [2, 3])

@@ -15,14 +15,14 @@ from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.kernels.configs import GemmConfig, cuts_file
 from vllm_adafuse.kernels.dispatch import default_config, serves
 from vllm_adafuse.tiny import make_tiny_backbone, tiny_config
-from vllm_adafuse.tuning import Plan, Product, Trial, candidates, products_of, tune
+from vllm_adafuse.tuning import Product, Trial, TuningJob, candidates, products_of, tune
 
 SEVEN_B = [
     Product("qkv", 4096, (4096, 4096, 4096)),
     Product("qkv", 4096, (4096, 1024, 1024), "rotary", 128, behind_norm=True),
-    Product("o", 4096, (4096,), norm=True),
+    Product("o", 4096, (4096,), "norm"),
     Product("gate_up", 4096, (11008, 11008), "silu", behind_norm=True),
-    Product("down", 11008, (4096,), norm=True),
+    Product("down", 11008, (4096,), "norm"),
 ]
 
 
@@ -35,14 +35,14 @@ def test_products_are_packed_as_vllm_packs_them(name):
     hidden, inter = config.hidden_size, config.intermediate_size
     assert found.keys() == {"qkv", "o", "gate_up", "down"}
     assert found["gate_up"].widths == (inter // 2, inter // 2)
-    assert found["gate_up"].activation == ("gelu_tanh" if "Gemma" in name else "silu")
+    assert found["gate_up"].epilogue == ("gelu_tanh" if "Gemma" in name else "silu")
     assert found["down"] == Product("down", inter // 2, (hidden,))
     assert found["qkv"].size_in == hidden
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
     assert sum(found["qkv"].widths) == heads * config.head_dim // 2
     turned = name not in ("Qwen3ForCausalLM", "Phi3ForCausalLM")
     follows = ("rotary", 32) if turned else ("", 0)
-    assert (found["qkv"].activation, found["qkv"].head_dim) == follows
+    assert (found["qkv"].epilogue, found["qkv"].head_dim) == follows
     assert found["qkv"].rows == sum(found["qkv"].widths) // (2 if turned else 1)
 
 
@@ -52,18 +52,18 @@ def test_widths_that_cannot_be_shared_out_are_refused():
         products_of(backbone, "silu", 32, ranks=7)
 
 
-@pytest.mark.parametrize("product", SEVEN_B, ids=lambda p: p.name + p.activation)
+@pytest.mark.parametrize("product", SEVEN_B, ids=lambda p: p.name + p.epilogue)
 @pytest.mark.parametrize("tma", [False, True])
 @pytest.mark.parametrize("tokens", [1, 32, 128])
 def test_candidates_are_many_but_not_too_many_and_begin_with_the_default(product, tokens, tma):
     cuts = list(candidates(product, tokens, tma=tma))
-    shape = tokens, product.size_in, product.rows, product.follows, 2
+    shape = tokens, product.size_in, product.rows, product.epilogue, 2
     assert cuts[0] == default_config(*shape, tma)
     assert len(set(cuts)) == len(cuts) <= 70
     assert len(cuts) >= (5 if tma or tokens <= 32 else 1)
     assert tokens <= 32 or None in cuts
     assert all(cut is None or serves(cut, tokens, tma) for cut in cuts)
-    assert product.norm or not product.activation or all(c is None or c.split_k == 1 for c in cuts)
+    assert product.epilogue in ("", "norm") or all(c is None or c.split_k == 1 for c in cuts)
 
 
 def test_products_stand_before_norms_or_behind_them():
@@ -100,7 +100,7 @@ def test_the_fastest_is_kept(monkeypatch):
 
     monkeypatch.setattr(tuning, "time_us", timed)
     heard = []
-    (outcome,) = tune(Plan((product,), (3,), 4, 2, 4), heard.append)
+    (outcome,) = tune(TuningJob((product,), (3,), 4, 2, 4), heard.append)
     assert outcome.best == (5.0, cuts[1]) and outcome.default == 9.0 and sum(heard) == 3
 
 

@@ -53,38 +53,37 @@ class Product:
         name: qkv, o, gate_up, down.
         size_in: elements of its input.
         widths: columns of its parts.
-        activation: what follows it, "" for nothing, "rotary" behind q, k, v.
+        epilogue: what follows in the same op, see `Shape`.
         head_dim: size of a head, with "rotary".
-        norm: a residual and an RMSNorm follow, in the same op.
         behind_norm: its input is what such an op leaves, whose norm lets this launch begin early.
     """
 
     name: str
     size_in: int
     widths: tuple[int, ...]
-    activation: str = ""
+    epilogue: str = ""
     head_dim: int = 0
-    norm: bool = False
     behind_norm: bool = False
 
     @property
-    def follows(self) -> str:
-        """As choices call it."""
-        return "norm" if self.norm else self.activation
+    def norm(self) -> bool:
+        """A residual and an RMSNorm follow."""
+        return self.epilogue == "norm"
 
     def shape(self, experts: int, rank: int, itemsize: int) -> Shape:
         """With so many experts on every linear."""
         adapted = tuple(range(len(self.widths)))
         return Shape(
-            self.size_in, self.widths, adapted, experts, rank, itemsize, self.follows, self.head_dim
-        )
+            self.size_in, self.widths, adapted, experts, rank, itemsize, self.epilogue,
+            self.head_dim,
+        )  # fmt: skip
 
     @property
     def rows(self) -> int:
         """Rows of W that are cut into tiles: of one member where rows come in pairs."""
-        if self.activation == "rotary":
+        if self.epilogue == "rotary":
             return sum(self.widths) // 2
-        return self.widths[0] if self.activation else sum(self.widths)
+        return self.widths[0] if self.epilogue and not self.norm else sum(self.widths)
 
 
 def products_of(
@@ -124,11 +123,12 @@ def products_of(
     products = []
     for name, (size_in, widths) in found.items():
         before = norms and name in ("o", "down")
-        product = Product(name, size_in, tuple(widths), norm=before, behind_norm=norms != before)
+        epilogue = "norm" if before else ""
+        product = Product(name, size_in, tuple(widths), epilogue, behind_norm=norms != before)
         if name == "gate_up":
-            product = replace(product, activation=ACTIVATIONS.get(activation, ""))
+            product = replace(product, epilogue=ACTIVATIONS.get(activation, ""))
         elif name == "qkv" and len(widths) == 3 and rotates:
-            product = replace(product, activation="rotary", head_dim=head_dim)
+            product = replace(product, epilogue="rotary", head_dim=head_dim)
         products.append(product)
     return products
 
@@ -140,7 +140,7 @@ def candidates(
 
     tma: this GPU has a tensor memory accelerator.
     """
-    shape = tokens, product.size_in, product.rows, product.follows, itemsize
+    shape = tokens, product.size_in, product.rows, product.epilogue, itemsize
     default = default_config(*shape, tma)
     yield default
     if tokens > MAX_STREAM_TOKENS and default:
@@ -153,9 +153,9 @@ def candidates(
 
 
 def _streamed(
-    tokens: int, size_in: int, rows_of_w: int, follows: str, itemsize: int
+    tokens: int, size_in: int, rows_of_w: int, epilogue: str, itemsize: int
 ) -> Iterator[GemmConfig]:
-    pairs, block_t = follows not in ("", "norm"), max(16, triton.next_power_of_2(tokens))
+    pairs, block_t = epilogue not in ("", "norm"), max(16, triton.next_power_of_2(tokens))
     two = 2 if pairs else 1
     for rows, cols, stages, split_k in itertools.product(
         (16, 32, 64) if tokens <= MAX_STREAM_ONLY_TOKENS else (32, 64), (64, 128), (3, 4, 6),
@@ -175,15 +175,15 @@ def _streamed(
 
 
 def _tiled(
-    tokens: int, size_in: int, rows_of_w: int, follows: str, itemsize: int
+    tokens: int, size_in: int, rows_of_w: int, epilogue: str, itemsize: int
 ) -> Iterator[GemmConfig]:
-    pairs, block_t = follows not in ("", "norm"), max(MIN_TOKENS, triton.next_power_of_2(tokens))
+    pairs, block_t = epilogue not in ("", "norm"), max(MIN_TOKENS, triton.next_power_of_2(tokens))
     two, many = 2 if pairs else 1, tokens > MAX_LOW_TILE_TOKENS
-    norm = follows == "norm"
+    norm = epilogue == "norm"
     # The shrink should end long before the product: in short slices where that is cut, too.
     slices_of = (4, 8) if norm and many else (2, 4) if many else (4 if size_in > 8192 else 2,)
     for rows, cols, stages, split_k, warps, shrink_split_k in itertools.product(
-        (32, 64) if follows == "rotary" else (64, 96, 128), (64, 128),
+        (32, 64) if epilogue == "rotary" else (64, 96, 128), (64, 128),
         (4, 5, 6) if norm else (3, 4, 5, 6), (1, 2, 3) if norm else (1,),
         (4, 8) if pairs else (4,), slices_of,
     ):  # fmt: skip
@@ -235,7 +235,7 @@ class Trial:
         sizes = workspace_sizes(self.layers[0].lora_a, out)
         self.workspace = Workspace.make(*sizes, torch.device(device))
         self.cos_sin = None
-        if product.activation == "rotary":
+        if product.epilogue == "rotary":
             self.cos_sin = self._normal(max(MAX_STREAM_TOKENS, tokens), product.head_dim)
 
     def _normal(self, *shape: int) -> torch.Tensor:
@@ -310,7 +310,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TuningJob:
     """What to tune.
 
     Attributes:
@@ -338,7 +338,7 @@ class Plan:
         ]
 
 
-def _compile(plan: Plan, jobs: list[tuple[Product, int, GemmConfig | None]]) -> int:
+def _compile(plan: TuningJob, jobs: list[tuple[Product, int, GemmConfig | None]]) -> int:
     """Runs each cut once in a process of its own, which leaves it in Triton's cache."""
     product, trial = None, None
     for wanted, tokens, cut in jobs:
@@ -359,7 +359,7 @@ def _try(trial: Trial, tokens: int, cut: GemmConfig | None) -> bool:
     return True
 
 
-def compile_all(plan: Plan, advance: Callable[[int], object]) -> None:
+def compile_all(plan: TuningJob, advance: Callable[[int], object]) -> None:
     """Compiles every candidate, several at a time; `advance` hears how many are done."""
     jobs, size = plan.jobs(), 6
     # One product after the other, so that a process holds weights of one.
@@ -370,7 +370,7 @@ def compile_all(plan: Plan, advance: Callable[[int], object]) -> None:
             advance(done)
 
 
-def tune(plan: Plan, advance: Callable[[int], object]) -> Iterator[Outcome]:
+def tune(plan: TuningJob, advance: Callable[[int], object]) -> Iterator[Outcome]:
     """Measures every candidate; `advance` hears of each.
 
     Yields:

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from vllm_adafuse.format.backbone import Backbone
     from vllm_adafuse.kernels.configs import save_cuts, shape_key
     from vllm_adafuse.kernels.dispatch import MAX_TILE_TOKENS
-    from vllm_adafuse.tuning import Plan, products_of
+    from vllm_adafuse.tuning import TuningJob, products_of
 
     base = require_backbone(args.base)
     problems = [
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     products = products_of(backbone, *what_follows(str(base)), args.tensor_parallel_size)
     if not torch.cuda.is_available():
         raise AdapterError("tune", ["no GPU is visible here; run it on the machine that serves"])
-    plan = Plan(
+    plan = TuningJob(
         tuple(products), tuple(args.tokens), args.num_experts, args.top_k, args.r, args.workers,
         has_accelerator(),
     )  # fmt: skip
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     cuts: dict[str, dict] = {}
     for outcome in outcomes:
         product = outcome.product
-        key = shape_key(product.size_in, product.rows, product.follows, 2)
+        key = shape_key(product.size_in, product.rows, product.epilogue, 2)
         cuts.setdefault(key, {})[outcome.tokens] = outcome.best[1]
     show(outcomes, device)
     how = {

@@ -31,7 +31,7 @@ class AdaFuseLinearMethod(LinearMethodBase):
     all-reduce or gather, so the deltas of a sharded projection need no collective of their own.
     """
 
-    activation = ""  # what follows the projection and is done here too
+    epilogue = ""  # what follows the projection and is done here too
 
     def __init__(self, inner: LinearMethodBase):
         self.inner = inner
@@ -71,13 +71,13 @@ class FusedLinearMethod(AdaFuseLinearMethod):
 
     Args:
         inner: vLLM's unquantised method, which still makes and loads the weight.
-        activation: what follows the projection and is done here too, "" for nothing.
+        epilogue: what follows the projection and is done here too, "" for nothing.
         before_norm: a `FusedNorm` follows, which computes the projection; it hands its input on.
     """
 
-    def __init__(self, inner: UnquantizedLinearMethod, activation: str, before_norm: bool = False):
+    def __init__(self, inner: UnquantizedLinearMethod, epilogue: str, before_norm: bool = False):
         super().__init__(inner)
-        self.activation, self.before_norm = activation, before_norm
+        self.epilogue, self.before_norm = epilogue, before_norm
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
@@ -117,7 +117,7 @@ def keep_in_place(layer: LinearBase, block: torch.nn.Module) -> None:
     When all projections of the block are wrapped.
     """
     method, reader = layer.quant_method, getattr(block, "down_proj", None)
-    if isinstance(method, FusedLinearMethod) and is_gate_up(method.activation):
+    if isinstance(method, FusedLinearMethod) and is_gate_up(method.epilogue):
         by_us = isinstance(getattr(reader, "quant_method", None), FusedLinearMethod)
         layer.adafuse_bank.in_place = by_us
 
@@ -144,15 +144,15 @@ def wrap_linear(
     layer.adafuse_bank = bank
     if fuse:
         turned = take_rotary(layer, block, rotary)
-        activation = "rotary" if turned else take_activation(layer, block)
+        epilogue = "rotary" if turned else take_activation(layer, block)
         join(layer, bank)
-        bank.rotary, bank.epilogue = rotary, activation
+        bank.rotary, bank.epilogue = rotary, epilogue
         if turned:
             bank.cache = take_cache(getattr(block, "attn", None))
         if behind is not None:
             put_norm(behind, bank)
             bank.before_norm, bank.epilogue = True, "norm"
-        layer.quant_method = FusedLinearMethod(layer.quant_method, activation, behind is not None)
+        layer.quant_method = FusedLinearMethod(layer.quant_method, epilogue, behind is not None)
     else:
         layer.quant_method = AdaFuseLinearMethod(layer.quant_method)
     take_plain_input(layer)
@@ -170,9 +170,8 @@ def wrap_pages(layer: LinearBase, block: torch.nn.Module, bank: PageBank) -> Non
         join(layer, bank)
         if current_platform.is_cuda_alike():
             torch.cuda.empty_cache()  # or the holes that weights leave would stay, one for each
-        activation = take_activation(layer, block)
-        bank.epilogue = activation
-        layer.quant_method = FusedLinearMethod(layer.quant_method, activation)
+        epilogue = bank.epilogue = take_activation(layer, block)
+        layer.quant_method = FusedLinearMethod(layer.quant_method, epilogue)
     else:
         layer.quant_method = AdaFuseLinearMethod(layer.quant_method)
     take_plain_input(layer)
