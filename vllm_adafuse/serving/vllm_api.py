@@ -17,8 +17,7 @@ import torch
 from vllm_adafuse.serving.options import GRAPH, OPTIONS
 
 if TYPE_CHECKING:
-    import vllm.envs as envs
-from vllm.config import VllmConfig
+    from vllm.config import VllmConfig
 
 MINIMUM, BEFORE = (0, 26), (0, 34)
 # The CPU build is a distribution of its own.
@@ -80,6 +79,8 @@ def serves_lora(vllm_config: VllmConfig) -> bool:
 
 def rust_front_end() -> bool:
     """Whether vLLM's front end without Python is asked for; the oldest vLLM has none."""
+    import vllm.envs as envs
+
     return bool(getattr(envs, "VLLM_USE_RUST_FRONTEND", False))
 
 
