@@ -2,11 +2,12 @@
 
     python -m benchmarks.kernels --models llama-2-7b,mistral-7b --tokens 1,8,32,128,1024
 
-Each row: the projection with its experts, the cuBLAS GEMM of the bare one, and the time to
-move the bytes at this device's measured copy bandwidth; what follows belongs to all of them, for
-the bare one by torch.compile: qkv's rotary embedding, gate_up's activation, residual and RMSNorm
-behind o and down. The row `layer` is all four in a chain. Everything runs from CUDA graphs over
-weights that are larger than the cache together.
+Each row: the projection with its experts, with pages for them in a step without adapters
+(`without`), the cuBLAS GEMM of the bare one, and the time to move the bytes at this device's
+measured copy bandwidth; what follows belongs to all of them, for the bare one by torch.compile:
+qkv's rotary embedding, gate_up's activation, residual and RMSNorm behind o and down. The row
+`layer` is all four in a chain. Everything runs from CUDA graphs over weights that are larger than
+the cache together.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from vllm_adafuse.cli.cmd_random import integers
 from vllm_adafuse.kernels.linear import linear, linear_torch
 from vllm_adafuse.kernels.linear_norm import linear_norm
+from vllm_adafuse.kernels.page_linear import page_linear, page_linear_norm
 from vllm_adafuse.tuning import Product, Trial, time_us
 
 from benchmarks import record
@@ -41,6 +43,7 @@ class Options:
     tokens: list[int] = field(default_factory=lambda: [1, 8, 32, 64, 128, 256, 1024, 8192])
     experts: int = 8
     top_k: int = 2
+    active: int | None = None
     r: int = 16
     repeats: int = 9
     dtype: str = "bfloat16"
@@ -102,9 +105,10 @@ def norm(y, residual, factors):
 
 
 class Case:
-    """A projection at one number of tokens, with random weights: ours, the bare one, plain torch.
+    """A projection at one number of tokens, with random weights: ours, ours in a step without
+    adapters, the bare one, plain torch.
 
-    Each of the three runs one copy of the weights, with what follows the projection.
+    Each of them runs one copy of the weights, with what follows the projection.
     """
 
     def __init__(self, p: Product, tokens: int, options: Options, copies: int | None):
@@ -112,7 +116,7 @@ class Case:
         self.p, self.out = p, sum(p.widths)
         mixture = options.experts, options.top_k, options.r
         self.trial = Trial(p, *mixture, dtype, copies, tokens=tokens)
-        self.x, self.step = self.trial.step(tokens)
+        self.x, self.step = self.trial.step(tokens, options.active)
         self.gates = self.step.gates
         self.parts = list(range(len(p.widths)))
         self.normed = p.norm
@@ -125,6 +129,13 @@ class Case:
             linear_norm(self.x, self.residual, p, self.step)
         else:
             linear(self.x, p, self.step)
+
+    def without(self, i: int) -> None:
+        p = self.trial.layers[i]
+        if self.normed:
+            page_linear_norm(self.x, self.residual, p, self.step, False)
+        else:
+            page_linear(self.x, p, self.step, False)
 
     def bare(self, i: int) -> None:
         y = F.linear(self.x, self.trial.layers[i].weight)
@@ -163,7 +174,7 @@ def measure_one(name: str, cases: list[Case], options: Options, bandwidth: float
                 getattr(case, kind)(i)
 
     row = {"projection": name, "tokens": len(cases[0].x), "unit": "us"}
-    for kind in ("bare", "ours", "torch"):
+    for kind in ("bare", "ours", "without", "torch"):
         times = time_us(functools.partial(run, kind), copies, options.repeats)
         row[kind] = record.summary(times)
     moved, median = sum(case.moved(options) for case in cases), row["ours"]["median"]
@@ -192,6 +203,7 @@ def main() -> None:
     parser.add_argument("--tokens", default=defaults.tokens, type=integers)
     parser.add_argument("--experts", default=defaults.experts, type=int)
     parser.add_argument("--top-k", default=defaults.top_k, type=int)
+    parser.add_argument("--active", type=int, help="tokens choose among so many experts")
     parser.add_argument("--r", default=defaults.r, type=int)
     parser.add_argument("--repeats", default=defaults.repeats, type=int)
     parser.add_argument("--dtype", default=defaults.dtype)
@@ -210,7 +222,8 @@ def main() -> None:
                 print(
                     f"{model:14} {tokens:5} {row['projection']:8} "
                     f"bare {row['bare']['median']:8.1f}  "
-                    f"ours {row['ours']['median']:8.1f} {row['overhead']:+6.1%}  torch "
+                    f"ours {row['ours']['median']:8.1f} {row['overhead']:+6.1%}  without "
+                    f"{row['without']['median']:8.1f}  torch "
                     f"{row['torch']['median']:8.1f}  floor {row['floor']:7.1f} us  "
                     f"{row['tb_s']:.2f} TB/s",
                     flush=True,

@@ -172,7 +172,14 @@ def gemm_config(shape: Shape, num_tokens: int, device: Device) -> GemmConfig | N
     some = MAX_STREAM_ONLY_TOKENS < num_tokens <= MAX_STREAM_TOKENS
     if some and s.ranks > MAX_TILED_RANKS:
         return default_config(num_tokens, *key)
-    return find_config(device.name, power_of_2(num_tokens), *key, can_tile(s, device))
+    tma = can_tile(s, device)
+    found = find_config(device.name, power_of_2(num_tokens), *key, tma)
+    if found is None and tma and s.epilogue == "norm" and s.ranks > BLOCK_ER and s.itemsize == 2:
+        # cuBLAS cannot be split there, see `product_split_k`: W and A of down would be 34 tiles
+        # for 132 processors.
+        split_k = min(MAX_SPLIT_K, max(1, 112 // cdiv(s.tiled_rows, 128)))
+        return GemmConfig(128, 64, split_k, 4, 4, shrink_split_k=4, tma=True)
+    return found
 
 
 def can_tile(shape: Shape, device: Device) -> bool:

@@ -51,6 +51,7 @@ def _expand_kernel(
     BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     group, size = tl.program_id(0), n_experts * RANK
+    DELTAS: tl.constexpr = PART0 >= 0 or PART1 >= 0 or PART2 >= 0
     # Parts without experts have no rows of B; no tiles either, unless they must be copied.
     B1: tl.constexpr = WIDTH0 if PART0 >= 0 else 0
     B2: tl.constexpr = B1 + (WIDTH1 if PART1 >= 0 else 0)
@@ -87,12 +88,12 @@ def _expand_kernel(
     s_up = s
     if PDL and LOOP > 1:
         tl.extra.cuda.gdc_wait()
-    if ONE and RAW:  # the step's: not of the kernel before
+    if ONE and RAW and DELTAS:  # the step's: not of the kernel before
         gates = load_gates(gates_ptr, rows, here, n_experts, 0, BLOCK_T, BLOCK_E, BLOCK_R)
     in_pages, there = rows_in_pages(
         slots_ptr, rows, here, block_size, block_stride, row_stride, PAGED
     )
-    if ONE and LOOP > 1:  # of all columns
+    if ONE and LOOP > 1 and DELTAS:  # of all columns
         s, s_up = load_both(
             s_at, s_up_at, rows_s, rows_up, n_experts, EPILOGUE, RANK, EVEN_K, BLOCK_E, BLOCK_R
         )
@@ -116,7 +117,7 @@ def _expand_kernel(
         # Everything is asked for before anything is used.
         b = tl.zeros([BLOCK_OUT, BLOCK_E * BLOCK_R], dtype=b_ptr.dtype.element_ty)
         b_up = b
-        if ONE:
+        if ONE and DELTAS:
             b = load_ranks(
                 b_at, inside_b, 0, n_experts, 0, RANK, EVEN_B, EVEN_K, BLOCK_E, BLOCK_R
             )
@@ -143,7 +144,7 @@ def _expand_kernel(
         up = y
         if EPILOGUE != 0:
             up = tl.load(y_at + APART, mask=mask, other=0.0)
-        if ONE and LOOP == 1:
+        if ONE and LOOP == 1 and DELTAS:
             s, s_up = load_both(
                 s_at, s_up_at, rows_s, rows_up, n_experts, EPILOGUE, RANK, EVEN_K, BLOCK_E, BLOCK_R
             )
@@ -158,25 +159,27 @@ def _expand_kernel(
             elif RAW:
                 s, s_up = weigh(s, gates), weigh(s_up, gates)
         active_bits = -1
-        if SKIP:  # it may come from the kernel before
+        if SKIP and DELTAS:  # it may come from the kernel before
             active_bits = tl.load(active_ptr)
         y = y.to(tl.float32)
         if HAS_BIAS:
             bias_at = bias_ptr + offset + columns
             y += tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)[None, :]
-        y = add_deltas(
-            y, b, s, s_at, gates_ptr, active_bits, b_at, rows, rows_s, inside_b,
-            n_experts, RANK, RAW, SKIP, EVEN_B, EVEN_K, ONE, BLOCK_T, BLOCK_E, BLOCK_R,
-        )  # fmt: skip
+        if DELTAS:
+            y = add_deltas(
+                y, b, s, s_at, gates_ptr, active_bits, b_at, rows, rows_s, inside_b,
+                n_experts, RANK, RAW, SKIP, EVEN_B, EVEN_K, ONE, BLOCK_T, BLOCK_E, BLOCK_R,
+            )  # fmt: skip
         if EPILOGUE != 0:
             up = up.to(tl.float32)
             if HAS_BIAS:
                 up += tl.load(bias_at + APART, mask=inside, other=0.0).to(tl.float32)[None, :]
-            up = add_deltas(
-                up, b_up, s_up, s_up_at, gates_ptr, active_bits, b_at + APART_B * size, rows,
-                rows_up, inside_up,
-                n_experts, RANK, RAW, SKIP, EVEN_B, EVEN_K, ONE, BLOCK_T, BLOCK_E, BLOCK_R,
-            )  # fmt: skip
+            if DELTAS:
+                up = add_deltas(
+                    up, b_up, s_up, s_up_at, gates_ptr, active_bits, b_at + APART_B * size, rows,
+                    rows_up, inside_up,
+                    n_experts, RANK, RAW, SKIP, EVEN_B, EVEN_K, ONE, BLOCK_T, BLOCK_E, BLOCK_R,
+                )  # fmt: skip
         out_at = out_ptr + rows.to(tl.int64)[:, None] * out_stride + (offset + columns)[None, :]
         if EPILOGUE == 3:
             if offset < WIDTH0 + WIDTH1:
@@ -351,6 +354,32 @@ def expand_raw_triton(
         result = torch.empty_like(y)
     read = _Read(bias, p.lora_b, step.gates, step.active, step.cos_sin)
     _launch(y, result, s, read, (p.shape.adapted, widths, index), blocks, kv_slots)
+    return result
+
+
+def epilogue_triton(
+    y: torch.Tensor, p: Projection, step: Step, kv_slots: KVSlots | None = None
+) -> torch.Tensor:
+    """What follows an adapted projection, without any deltas, in one launch.
+
+    Args:
+        y: [T, out], W x and the bias; rows contiguous.
+        p: the projection, with an activation or "rotary".
+        step: of which `cos_sin` is read.
+        kv_slots: where k and v go with "rotary", whose columns of the result stay undefined then.
+
+    Returns:
+        [T, out], or [T, I] after silu or gelu_tanh; contiguous, or in y with `strided_out`.
+    """
+    widths, epilogue = p.shape.widths, p.shape.kernel_epilogue
+    result = result_of(y, widths, epilogue, p.strided_out)
+    if result is y:
+        result = torch.empty_like(y)
+    parts = (-1,) * len(widths)
+    # Of B and s, of which none is read, the smallest there could be.
+    read = _Read(None, p.lora_b[:, :1], None, step.active, step.cos_sin)
+    number = EPILOGUES.index(epilogue)
+    _launch(y, result, y, read, (parts, widths, number), kv_slots=kv_slots, skip=False)
     return result
 
 

@@ -41,6 +41,14 @@ def linear_torch(
     shape = p.shape
     y = F.linear(x, p.weight, p.bias)
     expand_torch(y, shrink_torch(x, p.lora_a, step.gates), p.lora_b, shape.adapted, shape.widths)
+    return epilogue_torch(y, p, step, kv_slots)
+
+
+def epilogue_torch(
+    y: torch.Tensor, p: Projection, step: Step, kv_slots: KVSlots | None = None
+) -> torch.Tensor:
+    """What follows y [T, out], the projection with its bias and deltas, if any."""
+    shape = p.shape
     if shape.epilogue == "rotary":
         y = rotate_torch(y, step.cos_sin, shape.widths[0] + shape.widths[1])
         if kv_slots:
@@ -49,10 +57,15 @@ def linear_torch(
     return activate_torch(y, shape.kernel_epilogue) if shape.kernel_epilogue else y
 
 
-def new_result(x: torch.Tensor, shape: Shape, strided_out: bool) -> torch.Tensor:
-    """Where the result of T tokens goes; also what a fake tells of it."""
+def result_layout(shape: Shape, strided_out: bool) -> tuple[int, int]:
+    """Columns of the result, and elements from one of its rows to the next."""
     width = result_width(shape.widths, shape.kernel_epilogue)
-    stride = shape.fused_rows if strided_out else width
+    return width, shape.fused_rows if strided_out else width
+
+
+def new_result(x: torch.Tensor, shape: Shape, strided_out: bool) -> torch.Tensor:
+    """Where the result of T tokens goes."""
+    width, stride = result_layout(shape, strided_out)
     return x.new_empty_strided((x.shape[0], width), (stride, 1))
 
 

@@ -1,48 +1,51 @@
-"""A projection and its expert pages, in the steps that have adapters (`linear`); in the others what
-vLLM would run: cuBLAS, and its own kernel for what follows.
+"""A projection and its expert pages, in the steps that have adapters (`linear`, `linear_norm`). The
+others take cuBLAS for W, as vLLM does, and one launch for what follows, without a look at pages.
 
-Whether a step has any says a flag on the host.
+Whether a step has adapters says a flag on the host.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from vllm_adafuse.kernels.linear import linear
+from vllm_adafuse.kernels.add_norm import add_norm_torch, add_norm_triton
+from vllm_adafuse.kernels.expand import epilogue_triton
+from vllm_adafuse.kernels.kv_slots import KVSlots
+from vllm_adafuse.kernels.linear import epilogue_torch, linear
+from vllm_adafuse.kernels.linear_norm import linear_norm
 from vllm_adafuse.kernels.operands import Projection, Step
-from vllm_adafuse.kernels.pairs import activate_torch
-
-# vLLM's kernels by the names of activations here.
-_STOCK = {"silu": "silu_and_mul", "gelu_tanh": "gelu_tanh_and_mul"}
 
 
-def stock(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str
+def page_linear(
+    x: torch.Tensor, p: Projection, step: Step, has_adapters: bool, kv_slots: KVSlots | None = None
 ) -> torch.Tensor:
-    """activation(x Wᵀ + bias) as vLLM computes it."""
-    y = F.linear(x, weight, bias)
-    if not activation:
-        return y
-    kernel = getattr(torch.ops._C, _STOCK[activation], None) if y.is_cuda else None
-    if kernel is None:
-        return activate_torch(y, activation)
-    out = y.new_empty(y.shape[0], y.shape[1] // 2)
-    kernel(out, y)
-    return out
-
-
-def page_linear(x: torch.Tensor, p: Projection, step: Step, has_adapters: bool) -> torch.Tensor:
     """A projection of T tokens, with the deltas of the step's adapters if it has any.
 
     Args:
         x: [T, in]; rows contiguous.
         p: the projection, a page for an expert.
-        step: the step's buffers; not looked at in steps without adapters.
-        has_adapters: the step has adapters.
+        step: the step's buffers; without adapters nothing but `cos_sin` is looked at.
+        has_adapters: the step has some.
+        kv_slots: where k and v go with "rotary", whose columns of the result stay undefined then.
 
     Returns:
-        [T, out], or [T, out / 2] after an activation; contiguous.
+        [T, out], or [T, out / 2] after silu or gelu_tanh; contiguous.
     """
     if has_adapters:
-        return linear(x, p, step)
-    return stock(x, p.weight, p.bias, p.shape.kernel_epilogue)
+        return linear(x, p, step, kv_slots)
+    y = F.linear(x, p.weight, p.bias)
+    if not p.shape.kernel_epilogue:
+        return y
+    return (epilogue_triton if y.is_cuda else epilogue_torch)(y, p, step, kv_slots)
+
+
+def page_linear_norm(
+    x: torch.Tensor, residual: torch.Tensor, p: Projection, step: Step, has_adapters: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`linear_norm`, with the deltas of the step's adapters if it has any."""
+    if has_adapters:
+        return linear_norm(x, residual, p, step)
+    y = F.linear(x, p.weight)
+    if y.is_cuda:
+        return add_norm_triton(y, None, residual, p.norm, p.lora_b, step.gates, z=y)
+    return add_norm_torch(y, residual, p.norm)

@@ -48,7 +48,7 @@ from vllm_adafuse.kernels.shrink import (
     range_of_k,
     wait_for_shrink,
 )
-from vllm_adafuse.kernels.tma_steps import apart, loop_over
+from vllm_adafuse.kernels.tma_steps import active_blocks, apart, loop_over
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 # Rows of A in a tile. Hopper's tensor cores take no fewer tokens than MIN_TOKENS.
@@ -67,24 +67,26 @@ def workspace_sizes(lora_a: torch.Tensor) -> tuple[int, int, int]:
 @triton.jit
 def _shrink_tile(
     pid, x_desc, a_desc, gates_ptr, s_ptr, partial_ptr, split_k_semaphore_ptr, semaphore_ptr,
-    n_tokens, size_in,
+    n_tokens, size_in, used,
     RANKS: tl.constexpr, RANK: tl.constexpr, EXPERTS: tl.constexpr, SHRINK_SPLIT_K: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, SHRINK_ROWS: tl.constexpr,
     COLS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A slice of `in` for one tile of A; whoever is the last of its tile leaves s [T, ranks]."""
+    """A slice of `in` for one tile of A; whoever is the last of its tile leaves s [T, ranks].
+    One of whose experts none is used is of the first slice alone, which leaves zeros."""
     tile, pid_k = pid // SHRINK_SPLIT_K, pid % SHRINK_SPLIT_K
     begin, end = range_of_k(size_in, pid_k, SHRINK_SPLIT_K, COLS)
+    end = tl.where(used, end, begin)
     sums = tl.zeros([BLOCK_T, SHRINK_ROWS], dtype=tl.float32)
     for start in tl.range(begin, end, COLS, num_stages=STAGES):
         a = a_desc.load([tile * SHRINK_ROWS, start])
         sums = tl.dot(x_desc.load([0, start]), a.T, sums, input_precision="ieee")
     last = True
-    if SHRINK_SPLIT_K > 1:
+    if (SHRINK_SPLIT_K > 1) & used:
         leave_sums(sums, partial_ptr, tile, pid_k, SHRINK_SPLIT_K, BLOCK_T, SHRINK_ROWS)
         last = is_last(split_k_semaphore_ptr + tile, SHRINK_SPLIT_K)
     if last:
-        if SHRINK_SPLIT_K > 1:
+        if (SHRINK_SPLIT_K > 1) & used:
             sums = all_sums(partial_ptr, tile, SHRINK_SPLIT_K, BLOCK_T, SHRINK_ROWS)
         tokens, ranks = tl.arange(0, BLOCK_T), tile * SHRINK_ROWS + tl.arange(0, SHRINK_ROWS)
         here, experts = tokens < n_tokens, tl.arange(0, BLOCK_E)
@@ -156,7 +158,7 @@ def _finish(
 @triton.jit(do_not_specialize=["n_tokens"])
 def _tma_gemm_kernel(
     x_desc, w_desc, more_w_desc, a_desc, s_desc, b_desc, more_b_desc, up_desc, more_up_desc,
-    w_ptr, bias_ptr, y_ptr, cos_sin_ptr, gates_ptr,
+    w_ptr, bias_ptr, y_ptr, cos_sin_ptr, gates_ptr, active_ptr,
     s_ptr, partial_ptr, split_k_semaphore_ptr, semaphore_ptr,
     n_tokens, y_stride, size_in,
     keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
@@ -164,7 +166,7 @@ def _tma_gemm_kernel(
     PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
     HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
     SPLIT_K: tl.constexpr, SHRINK_SPLIT_K: tl.constexpr, RANK: tl.constexpr, EXPERTS: tl.constexpr,
-    RANKS: tl.constexpr, SHRINK_ROWS: tl.constexpr,
+    RANKS: tl.constexpr, SHRINK_ROWS: tl.constexpr, LISTED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr, MORE: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
     WAITS: tl.constexpr, PDL: tl.constexpr,
@@ -172,14 +174,23 @@ def _tma_gemm_kernel(
     pid = tl.program_id(0)
     SHRINK_TILES: tl.constexpr = (RANKS + SHRINK_ROWS - 1) // SHRINK_ROWS
     SHRINKS: tl.constexpr = SHRINK_TILES * SHRINK_SPLIT_K
+    bits = -1
+    if LISTED:  # written once a step, long before
+        bits = tl.load(active_ptr)
     if pid < SHRINKS:
+        used = True
+        if LISTED:
+            OF_TILE: tl.constexpr = SHRINK_ROWS // RANK
+            first = pid // SHRINK_SPLIT_K * OF_TILE % EXPERTS
+            used = (bits >> first) & ((1 << OF_TILE) - 1) != 0
         if PDL:  # launched before the kernel in front of it has ended
             tl.extra.cuda.gdc_wait()
-        _shrink_tile(
-            pid, x_desc, a_desc, gates_ptr, s_ptr, partial_ptr, split_k_semaphore_ptr,
-            semaphore_ptr, n_tokens, size_in, RANKS, RANK, EXPERTS, SHRINK_SPLIT_K, BLOCK_T,
-            BLOCK_E, SHRINK_ROWS, COLS, STAGES, PDL,
-        )  # fmt: skip
+        if used | (pid % SHRINK_SPLIT_K == 0):
+            _shrink_tile(
+                pid, x_desc, a_desc, gates_ptr, s_ptr, partial_ptr, split_k_semaphore_ptr,
+                semaphore_ptr, n_tokens, size_in, used, RANKS, RANK, EXPERTS, SHRINK_SPLIT_K,
+                BLOCK_T, BLOCK_E, SHRINK_ROWS, COLS, STAGES, PDL,
+            )  # fmt: skip
     else:
         # Which tile of which part, and which slice of `in`. With EPILOGUE a tile has both members.
         tile, pid_k = (pid - SHRINKS) // SPLIT_K, (pid - SHRINKS) % SPLIT_K
@@ -224,10 +235,16 @@ def _tma_gemm_kernel(
         GATED: tl.constexpr = EPILOGUE == 1 or EPILOGUE == 2
         SIZE: tl.constexpr = EXPERTS * RANK
         OF_PART: tl.constexpr = (SIZE + COLS - 1) // COLS
-        OF_GATE: tl.constexpr = OF_PART if PART0 >= 0 else 0
-        OF_UP: tl.constexpr = OF_PART if GATED and PART1 >= 0 else 0
+        HAS_UP: tl.constexpr = GATED and PART1 >= 0
+        blocks, of_part = 0, OF_PART
+        if LISTED:
+            blocks, of_part = active_blocks(bits, COLS // RANK, OF_PART)
+        of_gate = of_part if PART0 >= 0 else 0
         of_in = tl.cdiv(size_in, COLS)
-        steps = of_in + (OF_GATE + OF_UP if GATED else tl.where(part >= 0, OF_PART, 0))
+        if GATED:
+            steps = of_in + of_gate + (of_part if HAS_UP else 0)
+        else:
+            steps = of_in + tl.where(part >= 0, of_part, 0)
         size = tl.cdiv(steps, SPLIT_K)
         begin, end = pid_k * size, tl.minimum(pid_k * size + size, steps)
         acc = tl.zeros([BLOCK_T, MEMBERS * ROWS], dtype=tl.float32)
@@ -236,10 +253,11 @@ def _tma_gemm_kernel(
         ahead = of_in - STAGES
         if not WAITS:  # a loop up to the ranks, and another behind it
             acc, more = loop_over(
-                acc, more, begin, tl.minimum(end, of_in), of_in, ahead,
+                acc, more, begin, tl.minimum(end, of_in), of_in, of_gate, blocks, ahead,
                 x_desc, w_desc, more_w_desc, s_desc, b_desc, more_b_desc, up_desc, more_up_desc,
                 semaphore_ptr, member, row, b_member, b_row, part,
-                SIZE, OF_GATE, 0, PART1, MEMBERS, ROWS, MORE, COLS, STAGES, SHRINK_TILES, False,
+                SIZE, False, PART1, LISTED,
+                MEMBERS, ROWS, MORE, COLS, STAGES, SHRINK_TILES, False,
             )  # fmt: skip
             begin = tl.maximum(begin, of_in)
         if (begin > ahead) & (end > of_in):
@@ -247,10 +265,11 @@ def _tma_gemm_kernel(
             if PDL:
                 fence()
         acc, more = loop_over(
-            acc, more, begin, end, of_in, ahead,
+            acc, more, begin, end, of_in, of_gate, blocks, ahead,
             x_desc, w_desc, more_w_desc, s_desc, b_desc, more_b_desc, up_desc, more_up_desc,
             semaphore_ptr, member, row, b_member, b_row, part,
-            SIZE, OF_GATE, OF_UP, PART1, MEMBERS, ROWS, MORE, COLS, STAGES, SHRINK_TILES, WAITS,
+            SIZE, HAS_UP, PART1, LISTED,
+            MEMBERS, ROWS, MORE, COLS, STAGES, SHRINK_TILES, WAITS,
         )  # fmt: skip
         y, up = apart(acc, EPILOGUE, BLOCK_T, ROWS)
         _finish(
@@ -275,6 +294,13 @@ def _tma_blocks(
     size = matrix.stride(0)
     shape, strides = [matrix.shape[0] // tall, tall, size], [tall * size, size, 1]
     return [TensorDescriptor(matrix, shape, strides, [members, rows, cols]) for rows in pieces]
+
+
+def _lists_blocks(experts: int, rank: int, cols: int) -> bool:
+    """Whether ranks come in several whole blocks of `cols`, and experts with bits in `active` in
+    whole tiles of A and whole blocks: then those without a token are left out."""
+    whole = 64 % rank == 0 and cols % rank == 0 and experts * rank % max(SHRINK_ROWS, cols) == 0
+    return whole and experts <= 64 and 1 < experts * rank // cols <= 16
 
 
 def tma_gemm_triton(
@@ -330,14 +356,14 @@ def tma_gemm_triton(
         TensorDescriptor(x, list(x.shape), list(x.stride()), [block_t, cut.cols]), *w_blocks,
         TensorDescriptor(lora_a, list(lora_a.shape), [size_in, 1], [SHRINK_ROWS, cut.cols]),
         TensorDescriptor(s, [tokens, ranks], [ranks, 1], [block_t, cut.cols]),
-        *b_blocks[0], *up_blocks, fused, p.bias, y, step.cos_sin, step.gates, s,
+        *b_blocks[0], *up_blocks, fused, p.bias, y, step.cos_sin, step.gates, step.active, s,
         workspace.partial_sums, workspace.split_k_semaphores, p.semaphore,
         tokens, y.stride(-2), size_in, *(kv_slots or NO_KV_SLOTS),
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         PART0=parts[0], PART1=parts[1], PART2=parts[2],
         HAS_BIAS=p.bias is not None, EPILOGUE=index, HALF=half, PAGED=kv_slots is not None,
         SPLIT_K=split_k, SHRINK_SPLIT_K=cut.shrink_split_k, RANK=rank, EXPERTS=experts,
-        RANKS=ranks, SHRINK_ROWS=SHRINK_ROWS,
+        RANKS=ranks, SHRINK_ROWS=SHRINK_ROWS, LISTED=_lists_blocks(experts, rank, cut.cols),
         BLOCK_T=block_t, BLOCK_E=max(16, power_of_2(experts)),
         ROWS=rows, MORE=more, COLS=cut.cols, STAGES=cut.stages, WAITS=waits_in_loops(x),
         num_warps=cut.warps, num_stages=cut.stages, **overlap(on_hopper(x)),

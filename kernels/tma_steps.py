@@ -6,7 +6,8 @@
 Steps of `in` come first, then steps of ranks, in which s stands for x, and B for W: a descriptor is
 a value like others, so each step chooses its own, and all are one pipeline. Each member of gate_up
 has an s of its own: B of one comes beside zeros, which lie outside of its descriptor and are not
-read. SGMM (AdaFuse, arXiv 2603.11873, section 3).
+read. Of many experts the steps are those of blocks in which one is active. SGMM (AdaFuse, arXiv
+2603.11873, section 3).
 """
 
 from __future__ import annotations
@@ -26,28 +27,51 @@ def apart(acc, EPILOGUE: tl.constexpr, BLOCK_T: tl.constexpr, ROWS: tl.constexpr
 
 
 @triton.jit
+def active_blocks(bits, EXPERTS: tl.constexpr, BLOCKS: tl.constexpr):
+    """Blocks of EXPERTS experts of which one is active, four bits for each in rising order, and
+    how many they are; bits: of experts, BLOCKS of them at most 16."""
+    MASK: tl.constexpr = (1 << EXPERTS) - 1
+    blocks, count = tl.zeros([], dtype=tl.int64), 0
+    for block in tl.static_range(BLOCKS):
+        there = (bits >> (block * EXPERTS)) & MASK != 0
+        blocks |= tl.where(there, block, 0).to(tl.int64) << (4 * count)
+        count += there.to(tl.int32)
+    return blocks, count
+
+
+@triton.jit
+def rank_of_step(step, blocks, COLS: tl.constexpr, LISTED: tl.constexpr):
+    """Where the ranks of a part's step begin, counted within the part; see `active_blocks`."""
+    if LISTED:
+        step = ((blocks >> (4 * step)) & 15).to(tl.int32)
+    return step * COLS
+
+
+@triton.jit
 def loop_over(
-    acc, more, begin, end, of_in, ahead,
+    acc, more, begin, end, of_in, of_gate, blocks, ahead,
     x_desc, w_desc, more_w_desc, s_desc, b_desc, more_b_desc, up_desc, more_up_desc,
     semaphore_ptr, member, row, b_member, b_row, part,
-    SIZE: tl.constexpr, OF_GATE: tl.constexpr, OF_UP: tl.constexpr, PART1: tl.constexpr,
+    SIZE: tl.constexpr, HAS_UP: tl.constexpr, PART1: tl.constexpr, LISTED: tl.constexpr,
     MEMBERS: tl.constexpr, ROWS: tl.constexpr, MORE: tl.constexpr, COLS: tl.constexpr,
     STAGES: tl.constexpr, SHRINK_TILES: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """Some steps of a tile's product: those before `of_in` of W and x, others of B and s, for
-    which it waits, if it WAITS, in step `ahead`."""
+    which it waits, if it WAITS, in step `ahead`; of_gate: how many of these are gate's, if up has
+    steps of its own."""
     for step in tl.range(begin, end, num_stages=STAGES):
         if WAITS:
             wait_now(semaphore_ptr, SHRINK_TILES, (step == ahead) & (end > of_in))
         at, of_member, of_row, of_s = step * COLS, member, row, 0
         from_x, from_w, from_more = x_desc, w_desc, more_w_desc
         if step >= of_in:
-            at, of_member, of_row = (step - of_in) * COLS, b_member, b_row
-            of_s = part * SIZE
+            at = rank_of_step(step - of_in, blocks, COLS, LISTED)
+            of_member, of_row, of_s = b_member, b_row, part * SIZE
             from_x, from_w, from_more = s_desc, b_desc, more_b_desc
-        if OF_UP > 0:
-            if step >= of_in + OF_GATE:
-                at, of_member, of_s = (step - of_in - OF_GATE) * COLS, -1, PART1 * SIZE
+        if HAS_UP:
+            if step >= of_in + of_gate:
+                at = rank_of_step(step - of_in - of_gate, blocks, COLS, LISTED)
+                of_member, of_s = -1, PART1 * SIZE
                 from_w, from_more = up_desc, more_up_desc
         x = from_x.load([0, of_s + at])
         w = from_w.load([of_member, of_row, at])

@@ -148,6 +148,7 @@ def main() -> None:
             constants = shape | {
                 "SPLIT_K": 1, "SHRINK_SPLIT_K": cut.shrink_split_k, "RANK": 16, "EXPERTS": 8,
                 "RANKS": 128 * (2 if act == "silu" else 3), "SHRINK_ROWS": tma_gemm.SHRINK_ROWS,
+                "LISTED": False,
                 "BLOCK_T": tokens, "BLOCK_E": 16,
                 "ROWS": tall, "MORE": more, "COLS": cut.cols, "STAGES": cut.stages,
                 "PDL": True, "WAITS": True,

@@ -161,6 +161,7 @@ def test_steps_without_adapters_route_nothing(served, monkeypatch):
     monkeypatch.setattr(PageStep, "route", fail)
     monkeypatch.setattr(ops, "sgmm", fail)
     monkeypatch.setattr(page_linear, "linear", fail)
+    monkeypatch.setattr(page_linear, "linear_norm", fail)
     served.check(["base"], served.generate(["base"], PROMPTS[:2]))
     with pytest.raises(AssertionError, match="ran our kernels"):
         manager_of(served.llm).step.has_adapters.fill_(True)

@@ -82,6 +82,35 @@ def test_half_precision_is_no_worse_than_plain_torch(name, dtype):
     assert error(run(p), truth) <= 1.2 * error(plain, truth)
 
 
+@pytest.mark.parametrize("activation", ["", "silu", "rotary"])
+@pytest.mark.parametrize("experts,rank,cols", [(16, 16, 64), (40, 16, 128), (20, 32, 64)])
+@pytest.mark.parametrize("chosen", [[], [0], [5, 6], [3, 15], range(16)])
+def test_blocks_without_a_token_are_not_read(experts, rank, cols, chosen, activation):
+    widths = [128, 64, 64] if activation == "rotary" else [96, 96]
+    p = make_problem(9, 256, widths, experts, 1, rank, bias=bool(activation))
+    p.gates.fill_(0)
+    for t in range(len(p.gates)):
+        p.gates[t, [*chosen][t::9]] = 0.5 + t
+    p.active.copy_(ops.active_of((p.gates != 0).any(0)))
+    cos_sin = torch.randn(9, 64, device=DEVICE)
+    truth = linear_truth(p, "" if activation == "rotary" else activation)
+    if activation == "rotary":
+        truth = rotate_torch(truth, cos_sin, 192)
+    for block in range(experts // (of := 64 // rank)):
+        if not {*chosen} & {*range(block * of, (block + 1) * of)}:
+            p.lora_a[:, block * of : (block + 1) * of] = torch.inf
+    for block in range(experts // (of := cols // rank)):
+        if not {*chosen} & {*range(block * of, (block + 1) * of)}:
+            p.lora_b[:, block * of : (block + 1) * of] = torch.inf
+    for split_k in (1, 3):
+        cut = GemmConfig(32, cols, shrink_split_k=split_k, tma=True)
+        assert error(run(p, activation, cut, cos_sin=cos_sin), truth) <= 1e-5
+    if not activation:
+        left = p.workspace.split_sums(3, 9, 192)
+        run(p, tiles=GemmConfig(32, cols, 3, shrink_split_k=2, tma=True), out=left)
+        assert error(left.sum(0), truth) <= 1e-5
+
+
 SMALL, ODD = (GemmConfig(rows, 32, tma=True) for rows in (32, 48))
 LARGE = GemmConfig(96, 64, 1, 8, 4, shrink_split_k=2, tma=True)
 

@@ -242,10 +242,11 @@ class Trial:
         values = torch.randn(*shape, device=self.device, dtype=torch.float32)
         return (values * shape[-1] ** -0.5).to(self.dtype)
 
-    def step(self, tokens: int) -> tuple[torch.Tensor, Step]:
-        """Random inputs of a step: x, and what all projections read."""
+    def step(self, tokens: int, active: int | None = None) -> tuple[torch.Tensor, Step]:
+        """Random inputs of a step: x, and what all projections read; active: the tokens choose
+        among so many of the experts."""
         x = torch.randn(tokens, self.product.size_in, device=self.device).to(self.dtype)
-        order = torch.rand(tokens, self.experts, device=self.device).argsort(1)
+        order = torch.rand(tokens, active or self.experts, device=self.device).argsort(1)
         ids, weights = order[:, : self.top_k].int(), torch.rand(tokens, self.top_k).to(x.device)
         gates = torch.zeros(tokens, self.experts, device=self.device)
         active = new_active(self.experts, self.device)

@@ -52,6 +52,7 @@ class ExpertBank(torch.nn.Module):
         cache: where the projection of q, k and v may write keys and values itself; or None.
         epilogue: what follows the projection in the same op, see `Shape`.
         layer_name: by which the ops find this bank.
+        layout: of what `linear` returns, columns and elements between rows, see `settle`.
     """
 
     gate = None  # of layers that route themselves, see `LayerBank`
@@ -70,7 +71,7 @@ class ExpertBank(torch.nn.Module):
         self.route, self.index = route, index
         self.before_norm = self.in_place = False
         self.cache: LayerCache | None = None
-        self.epilogue, self.layer_name = "", f"{layer.prefix}.adafuse"
+        self.epilogue, self.layer_name, self.layout = "", f"{layer.prefix}.adafuse", (0, 0)
         # Asked when all is loaded; no modules, which would be below this one then.
         self.bias_of = functools.partial(bias_of, layer)
         self.norm_of: Callable[[], Norm] | None = None
@@ -137,6 +138,10 @@ class ExpertBank(torch.nn.Module):
             self.bias_of() is not None, self.is_fused,
         )  # fmt: skip
 
+    def settle(self) -> None:
+        """Once all is wrapped, and before anything is compiled: says what a graph has to know."""
+        self.layout = linear.result_layout(self.shape, self.strided_out)
+
     @property
     def strided_out(self) -> bool:
         """See `Projection`."""
@@ -160,7 +165,7 @@ class ExpertBank(torch.nn.Module):
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """y + delta, in place. x: [T, in], y: [T, out] of this rank."""
-        ops.deltas(y, x, self.route.gates, self.layer_name)
+        ops.deltas(y, x, self.route.gates, ops.named(self.layer_name))
         return y
 
     @property
@@ -171,10 +176,10 @@ class ExpertBank(torch.nn.Module):
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The projection, joined before, with its deltas and what follows it; `projection` has
         this bias already."""
-        return ops.projection(x, self.route.gates, self.layer_name)
+        return ops.projection(x, self.route.gates, ops.named(self.layer_name), *self.layout)
 
     def linear_norm(
         self, x: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of residual + x Wᵀ + delta, and that sum. Of a joined projection of one part."""
-        return ops.projection_norm(x, residual, self.route.gates, self.layer_name)
+        return ops.projection_norm(x, residual, self.route.gates, ops.named(self.layer_name))

@@ -11,6 +11,7 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm_adafuse.format.adapter import Adapter
 from vllm_adafuse.kernels.layer_operands import LayerGate, LayerGates, LayerProjection
 from vllm_adafuse.kernels.low_product import low_product
+from vllm_adafuse.kernels.pairs import result_width
 from vllm_adafuse.kernels.route_layer import split_router
 from vllm_adafuse.serving import ops
 from vllm_adafuse.serving.bank import aligned
@@ -230,12 +231,14 @@ class LayerBank(torch.nn.Module):
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """y + delta, in place. x: [T, in], y: [T, out] of this rank."""
-        ops.layer_deltas(y, *self.low(x), self.shared_gates.gates, self.layer_name)
+        ops.layer_deltas(y, *self.low(x), self.shared_gates.gates, ops.named(self.layer_name))
         return y
 
     def route(self, x: torch.Tensor) -> torch.Tensor:
         """s [T, P, E' R] of x [T, in], see `route_layer`."""
-        return ops.layer_route(x, *self.low(x), self.shared_gates.gates, self.layer_name)
+        shape = len(self.slices.names), self.every * self.rank
+        decided = *self.low(x), self.shared_gates.gates, ops.named(self.layer_name)
+        return ops.layer_route(x, *decided, *shape)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -245,4 +248,6 @@ class LayerBank(torch.nn.Module):
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The projection, joined before, with its deltas and the activation that follows it;
         `projection` has this bias already."""
-        return ops.layer_projection(x, self.shared_gates.gates, self.layer_name)
+        width = result_width(self.slices.widths, self.epilogue)
+        gates, layer = self.shared_gates.gates, ops.named(self.layer_name)
+        return ops.layer_projection(x, gates, layer, width, width)

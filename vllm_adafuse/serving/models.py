@@ -98,6 +98,8 @@ class AdaFuseMixin:
             linears.wrap_linear(layer, block, bank, fuse, behind.get(layer), self.adafuse_rotary)
         for layer, block, _ in found:
             linears.keep_in_place(layer, block)
+        for bank in banks:
+            bank.settle()
         # A pipeline stage may have no adapted layer, but still passes routes on.
         sizes = [(1, 1, 1), *(bank.workspace_sizes() for bank in banks)]
         route.reserve(max(1, len(banks)), sizes)

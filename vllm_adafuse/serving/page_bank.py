@@ -44,13 +44,21 @@ class PageBank(ExpertBank):
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """y + delta, in place, in steps that have adapters. x: [..., in], y: [..., out]."""
-        ops.page_deltas(_rows(y), _rows(x), self.route.gates, self.layer_name)
+        ops.page_deltas(_rows(y), _rows(x), self.route.gates, ops.named(self.layer_name))
         return y
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The joined projection, with its deltas and what follows it. x: [..., in]."""
-        y = ops.page_projection(_rows(x), self.route.gates, self.layer_name)
+        name = ops.named(self.layer_name)
+        y = ops.page_projection(_rows(x), self.route.gates, name, *self.layout)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
+
+    def linear_norm(
+        self, x: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As an `ExpertBank`'s."""
+        gates, name = self.route.gates, ops.named(self.layer_name)
+        return ops.page_projection_norm(x, residual, gates, name)
 
     def write(self, pages: torch.Tensor, packed: Packed | None) -> None:
         """Puts an adapter's experts on their pages [n] int64; zeros where it has none here."""

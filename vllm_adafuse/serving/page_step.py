@@ -9,7 +9,7 @@ import torch
 from vllm.platforms import current_platform
 from vllm_adafuse.kernels.page_routes import COLUMNS, EXPERT, OWNER, SCALE, TOP_K, page_routes
 from vllm_adafuse.serving.pool import Place, Size
-from vllm_adafuse.serving.routes import Route, Step
+from vllm_adafuse.serving.routes import Route, SharedRotary, Step
 
 # Slots of tokens whose request has no adapter, and of those whose adapter is lost.
 NO_ADAPTER, LOST = -1, -2
@@ -29,10 +29,12 @@ class PageStep(Step):
         slots: [N] int32, of each token the slot of its adapter, NO_ADAPTER or LOST.
         directory: [3 + C, pages] int32, see `page_routes`.
         table_ids, table_weights: [C, V] int32 and float32, the passports.
+        rotary: the embedding that projections of queries and keys apply themselves; or None.
     """
 
     def __init__(self, rows: int, size: Size, vocab_size: int):
         super().__init__(rows, size.pages)
+        self.rotary: SharedRotary | None = None
         # Not a buffer: those follow the model to its device.
         self.has_adapters = torch.zeros(1, dtype=torch.bool, device="cpu")
         directory = torch.full((COLUMNS + size.columns, size.pages), -1, dtype=torch.int32)

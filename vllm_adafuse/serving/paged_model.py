@@ -6,6 +6,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.format.architectures import ARCHITECTURES, Architecture
 from vllm_adafuse.serving import projections, vllm_api
 from vllm_adafuse.serving.adapters import VLLM_LORA
 from vllm_adafuse.serving.bank import place_banks
@@ -13,12 +14,14 @@ from vllm_adafuse.serving.ops import make_known
 from vllm_adafuse.serving.page_bank import PageBank
 from vllm_adafuse.serving.page_step import PageStep
 from vllm_adafuse.serving.pool import Size
+from vllm_adafuse.serving.routes import SharedRotary
 from vllm_adafuse.serving.wrap.linears import wrap_pages
 
 # vLLM shows only what is logged below its own name.
 logger = init_logger("vllm.adafuse")
 # Slices of a projection's output that the kernels tell apart.
 MAX_SLICES = 3
+UNKNOWN = Architecture("", "")
 
 
 @torch.no_grad()
@@ -39,7 +42,11 @@ def wrap_model(
     _check_default(model)
     config = vllm_config.model_config
     with torch.device(device):
-        step = PageStep(vllm_api.max_tokens(vllm_config), size, config.get_vocab_size())
+        rows, family = vllm_api.max_tokens(vllm_config), _family(model)
+        step = PageStep(rows, size, config.get_vocab_size())
+        step.rotary, behind = SharedRotary(rows, family.rotary_follows), {}
+        if family.residual_norms:
+            behind = projections.norms_behind(model.model, vllm_config, residual_norms=True)
         banks, layers, left = [], [], []
         targets = vllm_api.lora_targets(vllm_config)
         packed = vllm_api.packed_modules(model)
@@ -70,7 +77,8 @@ def wrap_model(
             )
         for (layer, block), bank in zip(layers, banks):
             place_banks([bank], config.dtype)
-            wrap_pages(layer, block, bank)
+            wrap_pages(layer, block, bank, behind.get(layer), step.rotary)
+            bank.settle()
             make_known(bank, vllm_config)
         step.reserve(len(banks), [bank.workspace_sizes() for bank in banks])
     if left:
@@ -93,3 +101,10 @@ def _check_default(model: torch.nn.Module) -> None:
                 f"({VLLM_LORA})"
             ],
         )
+
+
+def _family(model: torch.nn.Module) -> Architecture:
+    """What is known of the class of a model, and of no other by its name; of the rest nothing."""
+    family = ARCHITECTURES.get(type(model).__name__, UNKNOWN)
+    known = type(model).__module__ == f"vllm.model_executor.models.{family.module}"
+    return family if known else UNKNOWN

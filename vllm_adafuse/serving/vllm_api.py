@@ -56,6 +56,21 @@ def moved(what: str) -> RuntimeError:
     return RuntimeError(f"vllm-adafuse: {what}; use a vLLM from {first} to {last}")
 
 
+def layer_name_class() -> tuple[type, str]:
+    """The type in which vLLM hands layers' names to ops, and its name in their schemas.
+
+    With torch 2.11 and later it is one that torch.compile hands to a graph, where a string would be
+    a constant: so layers that are alike share what is compiled.
+    """
+    from vllm.utils import torch_utils
+
+    if not getattr(torch_utils, "_USE_LAYERNAME", False):
+        return str, "str"
+    from torch._library.opaque_object import get_opaque_type_name
+
+    return torch_utils.LayerName, get_opaque_type_name(torch_utils.LayerName)
+
+
 def lora_option(vllm_config: VllmConfig) -> str:
     """Who serves LoRA requests: "adafuse", or "vllm" by `--additional-config`.
 

@@ -158,20 +158,21 @@ def wrap_linear(
     take_plain_input(layer)
 
 
-def wrap_pages(layer: LinearBase, block: torch.nn.Module, bank: PageBank) -> None:
-    """Has a loaded linear add its pages' deltas; one of a fused bank gives up its own weight."""
+def wrap_pages(
+    layer: LinearBase,
+    block: torch.nn.Module,
+    bank: PageBank,
+    behind: NormPlace | None,
+    rotary: SharedRotary,
+) -> None:
+    """Has a loaded linear add its pages' deltas, beside those of a default mixture if there is one;
+    see `wrap_linear`. One of a fused bank gives up its own weight."""
     if bank_of(layer) is not None:
         layer.adafuse_pages = bank
         layer.quant_method = PagesOverMixture(layer.quant_method)
         return
-    layer.adafuse_bank = bank
     if bank.is_fused:
         bank.weight.copy_(layer.weight)
-        join(layer, bank)
-        if current_platform.is_cuda_alike():
-            torch.cuda.empty_cache()  # or the holes that weights leave would stay, one for each
-        epilogue = bank.epilogue = take_activation(layer, block)
-        layer.quant_method = FusedLinearMethod(layer.quant_method, epilogue)
-    else:
-        layer.quant_method = AdaFuseLinearMethod(layer.quant_method)
-    take_plain_input(layer)
+    wrap_linear(layer, block, bank, bank.is_fused, behind, rotary)
+    if bank.is_fused and current_platform.is_cuda_alike():
+        torch.cuda.empty_cache()  # or the holes that weights leave would stay, one for each

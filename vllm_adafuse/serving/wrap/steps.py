@@ -24,23 +24,27 @@ def _route(model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     if step.cold:
         step.cold = False
         _warm_up(model, step)
+    positions = kwargs.get("positions", args[1] if len(args) > 1 else None)
+    if step.rotary is not None:
+        step.rotary(positions)
     if not step.has_adapters.item():
         return
     token_ids = kwargs.get("input_ids", args[0] if args else None)
     if token_ids is None:  # plain LoRAs need none
         like = kwargs.get("inputs_embeds")
-        positions = kwargs.get("positions", args[1] if len(args) > 1 else None)
         rows = like.shape[0] if like is not None else positions.shape[-1]
         token_ids = torch.zeros(rows, dtype=torch.int32, device=step.slots.device)
     step.route(token_ids)
 
 
 def _warm_up(model: torch.nn.Module, step: PageStep) -> None:
-    """Has all kernels compiled that steps with adapters launch."""
-    has_adapters, ids = bool(step.has_adapters.item()), torch.zeros_like(step.slots)
+    """Has all kernels compiled that steps with adapters launch, and those without."""
+    has_adapters, ids = step.has_adapters.clone(), torch.zeros_like(step.slots)
     step.has_adapters.fill_(True)
     warm_up(model, len(ids), lambda tokens: step.route(ids[:tokens]))
-    step.has_adapters.fill_(has_adapters)
+    step.has_adapters.fill_(False)
+    warm_up(model, len(ids), lambda tokens: None)
+    step.has_adapters.copy_(has_adapters)
 
 
 def _silence(model: torch.nn.Module, args: tuple, output: Any) -> None:
