@@ -19,6 +19,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from vllm_adafuse.cli.cmd_random import integers
 from vllm_adafuse.kernels.linear import linear, linear_torch
 from vllm_adafuse.kernels.linear_norm import linear_norm
 from vllm_adafuse.kernels.page_linear import page_linear, page_linear_norm
+from vllm_adafuse.kernels.plans import Shape
 from vllm_adafuse.tuning import Product, Trial, time_us
 
 from benchmarks import record
@@ -49,14 +51,20 @@ class Options:
     dtype: str = "bfloat16"
 
 
-def products(model: str) -> list[Product]:
+def products(model: str, options: Any) -> list[Product]:
+    """Of a model's layer, with an adapter; options: `experts`, `r` and `dtype` of these."""
     _, hidden, inter, _, heads, kv_heads, _ = SHAPES[model]
-    kv = hidden // heads * kv_heads
+    kv, itemsize = hidden // heads * kv_heads, getattr(torch, options.dtype).itemsize
+
+    def product(name: str, size_in: int, widths: tuple, epilogue: str, head: int = 0) -> Product:
+        linears, mixture = tuple(range(len(widths))), (options.experts, options.r)
+        return Product(name, Shape(size_in, widths, linears, *mixture, itemsize, epilogue, head))
+
     return [
-        Product("qkv", hidden, (hidden, kv, kv), "rotary", hidden // heads),
-        Product("o", hidden, (hidden,), "norm"),
-        Product("gate_up", hidden, (inter, inter), "silu"),
-        Product("down", inter, (hidden,), "norm"),
+        product("qkv", hidden, (hidden, kv, kv), "rotary", hidden // heads),
+        product("o", hidden, (hidden,), "norm"),
+        product("gate_up", hidden, (inter, inter), "silu"),
+        product("down", inter, (hidden,), "norm"),
     ]
 
 
@@ -113,13 +121,12 @@ class Case:
 
     def __init__(self, p: Product, tokens: int, options: Options, copies: int | None):
         dtype = getattr(torch, options.dtype)
-        self.p, self.out = p, sum(p.widths)
-        mixture = options.experts, options.top_k, options.r
-        self.trial = Trial(p, *mixture, dtype, copies, tokens=tokens)
+        self.p, self.out = p, p.shape.size_out
+        self.trial = Trial(p, options.top_k, dtype, copies, tokens=tokens)
         self.x, self.step = self.trial.step(tokens, options.active)
         self.gates = self.step.gates
-        self.parts = list(range(len(p.widths)))
-        self.normed = p.norm
+        self.parts = list(range(len(p.shape.widths)))
+        self.normed = p.shape.epilogue == "norm"
         residual, factors = (torch.randn(n, self.out, device="cuda") for n in (tokens, 1))
         self.residual, self.factors = residual.to(dtype), factors[0].to(dtype)
 
@@ -139,7 +146,7 @@ class Case:
 
     def bare(self, i: int) -> None:
         y = F.linear(self.x, self.trial.layers[i].weight)
-        self._follow(y, "" if self.normed else self.p.epilogue)
+        self._follow(y, "" if self.normed else self.p.shape.epilogue)
 
     def torch(self, i: int) -> None:
         y = linear_torch(self.x, self.trial.layers[i], self.step)
@@ -147,7 +154,8 @@ class Case:
 
     def _follow(self, y: torch.Tensor, epilogue: str) -> None:
         if epilogue == "rotary":
-            turn(y[:, : self.p.widths[0] + self.p.widths[1]], self.trial.cos_sin[: len(y)])
+            q, k, _ = self.p.shape.widths
+            turn(y[:, : q + k], self.trial.cos_sin[: len(y)])
         elif epilogue:
             activate(y)
         elif self.normed:
@@ -155,8 +163,8 @@ class Case:
 
     def moved(self, options: Options) -> int:
         """Bytes: W, the active experts, x and the result."""
-        used, p = int(self.gates.any(0).sum()), self.p
-        wide = p.widths[0] if p.name == "gate_up" else self.out
+        used, p = int(self.gates.any(0).sum()), self.p.shape
+        wide = p.widths[0] if self.p.name == "gate_up" else self.out
         experts = used * options.r * (len(self.parts) * p.size_in + self.out)
         elements = self.out * p.size_in + experts + len(self.x) * (p.size_in + wide)
         return elements * self.x.element_size()
@@ -186,10 +194,10 @@ def measure_one(name: str, cases: list[Case], options: Options, bandwidth: float
 def measure(model: str, tokens: int, options: Options, bandwidth: float) -> Iterator[dict]:
     """The four projections of a layer, then all in a chain, where launches can overlap."""
     copies = 1 if tokens >= LARGE else None
-    for p in products(model):
+    for p in products(model, options):
         yield measure_one(p.name, [Case(p, tokens, options, copies)], options, bandwidth)
     copies = 1 if tokens >= LARGE else 2
-    cases = [Case(p, tokens, options, copies) for p in products(model)]
+    cases = [Case(p, tokens, options, copies) for p in products(model, options)]
     yield measure_one("layer", cases, options, bandwidth)
 
 

@@ -51,23 +51,24 @@ class Options:
 
 def measure_one(p: Product, tokens: int, options: Options) -> dict:
     """Microseconds of each form of one projection."""
-    dtype, parts, out = getattr(torch, options.dtype), list(range(len(p.widths))), sum(p.widths)
+    s = p.shape
+    dtype, parts, out = getattr(torch, options.dtype), list(range(len(s.widths))), s.size_out
     e, count = options.experts, len(parts)
     columns, logits = count * e * options.r, options.splits * count * e
     rows = -(-(out + columns + logits) // 16) * 16
-    activation = p.epilogue if p.epilogue == "silu" else ""
+    activation = s.epilogue if s.epilogue == "silu" else ""
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return torch.randn(*shape, dtype=dtype, device="cuda") * scale
 
-    copies = max(1, -(-READ // (rows * p.size_in * dtype.itemsize)))
-    x = normal(tokens, p.size_in)
+    copies = max(1, -(-READ // (rows * s.size_in * dtype.itemsize)))
+    x = normal(tokens, s.size_in)
     gate = LayerGate(options.top_k, (e,) * count)
     scales, bias = torch.ones(e, device="cuda"), torch.zeros(count, e, device="cuda")
     layers = [
         LayerProjection(
-            gate, tuple(p.widths), tuple(parts), scales, normal(out, e, options.r), bias, logits,
-            normal(rows, p.size_in, scale=p.size_in**-0.5), epilogue=activation,
+            gate, s.widths, tuple(parts), scales, normal(out, e, options.r), bias, logits,
+            normal(rows, s.size_in, scale=s.size_in**-0.5), epilogue=activation,
         )
         for _ in range(copies)
     ]  # fmt: skip
@@ -130,7 +131,7 @@ def main() -> None:
     rows = [{"options": vars(options)}]
     for model in options.models:
         for tokens in options.tokens:
-            for p in products(model):
+            for p in products(model, options):
                 row = {"model": model} | measure_one(p, tokens, options)
                 rows.append(row)
                 medians = {k: v["median"] for k, v in row.items() if isinstance(v, dict)}

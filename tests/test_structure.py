@@ -22,7 +22,7 @@ BELOW = {
     "experts": {"format", "convert", "training"},
     "training": {"format", "offline"},
     "explain": {"format", "kernels"},
-    "tuning": {"format", "kernels"},
+    "tuning": {"format", "kernels", "explain"},
     "serving": {"format", "kernels", "convert"},
     "patches": {"format", "serving"},
 }

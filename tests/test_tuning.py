@@ -10,19 +10,29 @@ from vllm_adafuse import tuning
 from vllm_adafuse.cli import cmd_tune
 from vllm_adafuse.cli.main import main
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.explain import Model
 from vllm_adafuse.format.architectures import ARCHITECTURES
 from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.kernels.configs import GemmConfig, cuts_file
 from vllm_adafuse.kernels.dispatch import default_config, serves
+from vllm_adafuse.kernels.plans import Shape
 from vllm_adafuse.tiny import make_tiny_backbone, tiny_config
 from vllm_adafuse.tuning import Product, Trial, TuningJob, candidates, products_of, tune
 
+
+def product(name, size_in, widths, epilogue="", head_dim=0, experts=8, rank=16, **more):
+    itemsize = more.pop("itemsize", 2)
+    adapted = tuple(range(len(widths)))
+    shape = Shape(size_in, widths, adapted, experts, rank, itemsize, epilogue, head_dim)
+    return Product(name, shape, **more)
+
+
 SEVEN_B = [
-    Product("qkv", 4096, (4096, 4096, 4096)),
-    Product("qkv", 4096, (4096, 1024, 1024), "rotary", 128, behind_norm=True),
-    Product("o", 4096, (4096,), "norm"),
-    Product("gate_up", 4096, (11008, 11008), "silu", behind_norm=True),
-    Product("down", 11008, (4096,), "norm"),
+    product("qkv", 4096, (4096, 4096, 4096)),
+    product("qkv", 4096, (4096, 1024, 1024), "rotary", 128, behind_norm=True),
+    product("o", 4096, (4096,), "norm"),
+    product("gate_up", 4096, (11008, 11008), "silu", behind_norm=True),
+    product("down", 11008, (4096,), "norm"),
 ]
 
 
@@ -30,47 +40,50 @@ SEVEN_B = [
 def test_products_are_packed_as_vllm_packs_them(name):
     config = tiny_config(name)
     backbone = Backbone.from_hf_config(config, name)
-    activation = getattr(config, "hidden_activation", None) or config.hidden_act
-    found = {p.name: p for p in products_of(backbone, activation, config.head_dim, ranks=2)}
+    found = {p.name: p.shape for p in products_of(backbone, Model.of(config), 8, 16, ranks=2)}
     hidden, inter = config.hidden_size, config.intermediate_size
     assert found.keys() == {"qkv", "o", "gate_up", "down"}
     assert found["gate_up"].widths == (inter // 2, inter // 2)
     assert found["gate_up"].epilogue == ("gelu_tanh" if "Gemma" in name else "silu")
-    assert found["down"] == Product("down", inter // 2, (hidden,))
+    assert found["down"] == Shape(inter // 2, (hidden,), (0,), 8, 16)
     assert found["qkv"].size_in == hidden
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
-    assert sum(found["qkv"].widths) == heads * config.head_dim // 2
-    turned = name not in ("Qwen3ForCausalLM", "Phi3ForCausalLM")
-    follows = ("rotary", 32) if turned else ("", 0)
-    assert (found["qkv"].epilogue, found["qkv"].head_dim) == follows
-    assert found["qkv"].rows == sum(found["qkv"].widths) // (2 if turned else 1)
+    assert found["qkv"].size_out == heads * config.head_dim // 2
+    turned = name != "Qwen3ForCausalLM"
+    epilogue = ("rotary", 32) if turned else ("", 0)
+    assert (found["qkv"].epilogue, found["qkv"].head_dim) == epilogue
+    assert found["qkv"].tiled_rows == found["qkv"].size_out // (2 if turned else 1)
+
+
+LLAMA = Model.of(tiny_config("LlamaForCausalLM"))
 
 
 def test_widths_that_cannot_be_shared_out_are_refused():
     backbone = Backbone.from_hf_config(tiny_config("LlamaForCausalLM"), "tiny")
     with pytest.raises(AdapterError, match="expected a multiple of 7 ranks"):
-        products_of(backbone, "silu", 32, ranks=7)
+        products_of(backbone, LLAMA, 8, 16, ranks=7)
 
 
-@pytest.mark.parametrize("product", SEVEN_B, ids=lambda p: p.name + p.epilogue)
+@pytest.mark.parametrize("product", SEVEN_B, ids=lambda p: p.name + p.shape.epilogue)
 @pytest.mark.parametrize("tma", [False, True])
 @pytest.mark.parametrize("tokens", [1, 32, 128])
 def test_candidates_are_many_but_not_too_many_and_begin_with_the_default(product, tokens, tma):
     cuts = list(candidates(product, tokens, tma=tma))
-    shape = tokens, product.size_in, product.rows, product.epilogue, 2
-    assert cuts[0] == default_config(*shape, tma)
+    s = product.shape
+    assert cuts[0] == default_config(tokens, s.size_in, s.tiled_rows, s.epilogue, 2, tma)
     assert len(set(cuts)) == len(cuts) <= 70
     assert len(cuts) >= (5 if tma or tokens <= 32 else 1)
     assert tokens <= 32 or None in cuts
     assert all(cut is None or serves(cut, tokens, tma) for cut in cuts)
-    assert product.epilogue in ("", "norm") or all(c is None or c.split_k == 1 for c in cuts)
+    assert s.epilogue in ("", "norm") or all(c is None or c.split_k == 1 for c in cuts)
 
 
 def test_products_stand_before_norms_or_behind_them():
     backbone = Backbone.from_hf_config(tiny_config("LlamaForCausalLM"), "tiny")
-    found = {p.name: p for p in products_of(backbone, "silu", 32)}
-    assert [p.norm for p in found.values()] == [name in ("o", "down") for name in found]
-    assert [p.behind_norm for p in found.values()] == [not p.norm for p in found.values()]
+    found = {p.name: p for p in products_of(backbone, LLAMA, 8, 16)}
+    norms = [p.shape.epilogue == "norm" for p in found.values()]
+    assert norms == [name in ("o", "down") for name in found]
+    assert [p.behind_norm for p in found.values()] == [not norm for norm in norms]
 
 
 def test_the_norm_in_front_is_part_of_a_trial(monkeypatch):
@@ -80,14 +93,14 @@ def test_the_norm_in_front_is_part_of_a_trial(monkeypatch):
         tuning, "add_norm_triton", lambda *args: norms.append(1) or norm(*args)
     )
     for behind_norm in (False, True):
-        product = Product("gate_up", 64, (64, 64), "silu", behind_norm=behind_norm)
-        trial = Trial(product, 4, 2, 4, torch.float32, 2, "cpu", 3)
+        one = product("gate_up", 64, (64, 64), "silu", 0, 4, 4, itemsize=4, behind_norm=behind_norm)
+        trial = Trial(one, 2, torch.float32, 2, "cpu", 3)
         trial.run(trial.step(3), GemmConfig(16, 64))
         assert len(norms) == 2 * behind_norm
 
 
 def test_the_fastest_is_kept(monkeypatch):
-    product = Product("o", 64, (64,))
+    one = product("o", 64, (64,), "", 0, 4, 4, itemsize=4)
     cuts = [GemmConfig(16, 64), GemmConfig(32, 64), GemmConfig(64, 64)]
     times = iter([[9.0, 8.0, 9.0], [5.0], [7.0]])
     monkeypatch.setattr(tuning, "candidates", lambda product, tokens, tma: iter(cuts))
@@ -100,7 +113,7 @@ def test_the_fastest_is_kept(monkeypatch):
 
     monkeypatch.setattr(tuning, "time_us", timed)
     heard = []
-    (outcome,) = tune(TuningJob((product,), (3,), 4, 2, 4), heard.append)
+    (outcome,) = tune(TuningJob((one,), (3,), 2), heard.append)
     assert outcome.best == (5.0, cuts[1]) and outcome.default == 9.0 and sum(heard) == 3
 
 
@@ -113,14 +126,14 @@ def test_the_command_writes_what_it_found(base, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "Test GPU")
-    monkeypatch.setattr(cmd_tune, "has_accelerator", lambda: True)
+    monkeypatch.setattr(tuning, "has_accelerator", lambda: True)
     best = GemmConfig(32, 64, 1, 4, 2)
 
-    def measured(plan, device):
+    def measured(job, device):
         return [
             tuning.Outcome(product, tokens, ((5.0, best if tokens < 64 else None),), 6.0)
-            for product in plan.products
-            for tokens in plan.tokens
+            for product in job.products
+            for tokens in job.tokens
         ]
 
     monkeypatch.setattr(cmd_tune, "measured", measured)

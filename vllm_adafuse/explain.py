@@ -62,7 +62,7 @@ class Model:
         scaling = getattr(config, "rope_scaling", None) or {}
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         return cls(
-            # Gemma has both, and means the first.
+            # Gemma has both, and means this one.
             activation=getattr(config, "hidden_activation", None) or config.hidden_act,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             heads=heads,
@@ -85,29 +85,54 @@ def shapes_of(
     """
     adapted, config = set(adapter.projections), adapter.config
     for layer in range(backbone.num_layers):
-        for name, leaves in PACKED.items():
-            block, whole = name.split(".")
-            first = f"model.layers.{layer}.{block}"
-            if f"{first}.{whole}" in backbone.linears:  # Phi-3 has one linear for all
-                leaves = (whole,)
-            linears = [f"{first}.{leaf}" for leaf in leaves]
-            if not adapted.intersection(linears):
-                continue
-            size_in, widths = _sizes(backbone, model, linears, ranks)
-            numbers, found = [], -1
-            for linear in linears:
-                found += linear in adapted
-                numbers.append(found if linear in adapted else -1)
-            if len(linears) == 1:
-                numbers *= len(widths)
-            biased = not backbone.biased.isdisjoint(linears)
-            epilogue = _epilogue(backbone, model, whole, ranks, biased)
-            yield layer, name, Shape(
-                size_in, widths, tuple(numbers), config.num_experts, config.rank, model.itemsize,
-                "" if model.quantised else epilogue,
-                model.head_dim if epilogue == "rotary" and not model.quantised else 0,
-                biased, not model.quantised,
-            )  # fmt: skip
+        of_layer = shapes_of_layer(
+            backbone, model, layer, adapted, (config.num_experts, config.rank), ranks
+        )
+        for name, shape in of_layer:
+            yield layer, name, shape
+
+
+def shapes_of_layer(
+    backbone: Backbone,
+    model: Model,
+    layer: int,
+    adapted: set[str],
+    experts: tuple[int, int],
+    ranks: int = 1,
+) -> Iterator[tuple[str, Shape]]:
+    """The adapted projections of one layer: name in it, shape.
+
+    Args:
+        adapted: full names of the adapted linears.
+        experts: their number, and the largest rank.
+        ranks: of tensor parallelism.
+
+    Raises:
+        AdapterError: a width is not divisible by the ranks.
+    """
+    for name, leaves in PACKED.items():
+        block, whole = name.split(".")
+        first = f"model.layers.{layer}.{block}"
+        if f"{first}.{whole}" in backbone.linears:  # Phi-3 has one linear for all
+            leaves = (whole,)
+        linears = [f"{first}.{leaf}" for leaf in leaves]
+        if not adapted.intersection(linears):
+            continue
+        size_in, widths = _sizes(backbone, model, linears, ranks)
+        numbers, found = [], -1
+        for linear in linears:
+            found += linear in adapted
+            numbers.append(found if linear in adapted else -1)
+        if len(linears) == 1:
+            numbers *= len(widths)
+        biased = not backbone.biased.isdisjoint(linears)
+        epilogue = _epilogue(backbone, model, whole, ranks, biased)
+        yield name, Shape(
+            size_in, widths, tuple(numbers), *experts, model.itemsize,
+            "" if model.quantised else epilogue,
+            model.head_dim if epilogue == "rotary" and not model.quantised else 0,
+            biased, not model.quantised,
+        )  # fmt: skip
 
 
 def _sizes(

@@ -6,20 +6,22 @@ import functools
 import itertools
 import multiprocessing
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import triton
-from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.explain import Model, shapes_of_layer
 from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.kernels.add_norm import add_norm_triton
-from vllm_adafuse.kernels.configs import GemmConfig
+from vllm_adafuse.kernels.configs import GemmConfig, save_cuts, shape_key
 from vllm_adafuse.kernels.dispatch import (
     MAX_LOW_TILE_TOKENS,
     MAX_STREAM_ONLY_TOKENS,
     MAX_STREAM_TOKENS,
+    MAX_TILE_TOKENS,
     MAX_UNTILED_TOKENS,
     config_plan,
     cublas_plan,
@@ -28,17 +30,14 @@ from vllm_adafuse.kernels.dispatch import (
 from vllm_adafuse.kernels.linear import linear_triton
 from vllm_adafuse.kernels.linear_norm import linear_norm_triton, workspace_sizes
 from vllm_adafuse.kernels.operands import Norm, Projection, Step, stays_in_place
-from vllm_adafuse.kernels.pairs import can_rotate
 from vllm_adafuse.kernels.plans import Device, Shape
 from vllm_adafuse.kernels.shrink import MAX_SHARED
 from vllm_adafuse.kernels.spread_routes import new_active, spread_routes
 from vllm_adafuse.kernels.tma_gemm import MIN_TOKENS
 from vllm_adafuse.kernels.workspace import Workspace
 
-PACKED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv"}
-PACKED |= {"gate_proj": "gate_up", "up_proj": "gate_up", "gate_up_proj": "gate_up"}
-ROW_PARALLEL = ("o_proj", "down_proj")
-ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+# The most tokens for which there is something to tune.
+MAX_TOKENS = MAX_TILE_TOKENS
 # Bytes of a processor's shared memory that a program of the tiled kernel may take.
 MAX_TILE_SHARED = 220 << 10
 # Bytes of weights to go round, so that no cache holds them.
@@ -51,96 +50,57 @@ class Product:
 
     Attributes:
         name: qkv, o, gate_up, down.
-        size_in: elements of its input.
-        widths: columns of its parts.
-        epilogue: what follows in the same op, see `Shape`.
-        head_dim: size of a head, with "rotary".
-        behind_norm: its input is what such an op leaves, whose norm lets this launch begin early.
+        shape: with experts on all its slices.
+        behind_norm: its input is what a norm of an op of ours leaves, which lets this launch begin
+            early.
     """
 
     name: str
-    size_in: int
-    widths: tuple[int, ...]
-    epilogue: str = ""
-    head_dim: int = 0
+    shape: Shape
     behind_norm: bool = False
-
-    @property
-    def norm(self) -> bool:
-        """A residual and an RMSNorm follow."""
-        return self.epilogue == "norm"
-
-    def shape(self, experts: int, rank: int, itemsize: int) -> Shape:
-        """With so many experts on every linear."""
-        adapted = tuple(range(len(self.widths)))
-        return Shape(
-            self.size_in, self.widths, adapted, experts, rank, itemsize, self.epilogue,
-            self.head_dim,
-        )  # fmt: skip
-
-    @property
-    def rows(self) -> int:
-        """Rows of W that are cut into tiles: of one member where rows come in pairs."""
-        if self.epilogue == "rotary":
-            return sum(self.widths) // 2
-        return self.widths[0] if self.epilogue and not self.norm else sum(self.widths)
 
 
 def products_of(
-    backbone: Backbone, activation: str, head_dim: int, ranks: int = 1
+    backbone: Backbone, model: Model, experts: int, rank: int, ranks: int = 1
 ) -> list[Product]:
-    """The projections of a backbone as vLLM packs and shards them.
+    """The projections of a backbone as vLLM packs and shards them, unquantised, in bfloat16.
 
     Args:
         backbone: of which the first layer is taken.
-        activation: its config's hidden_act.
-        head_dim: size of its heads.
+        model: what else its config says.
+        experts, rank: of the adapter.
         ranks: of tensor parallelism.
 
     Raises:
         AdapterError: a width is not divisible by the ranks.
     """
-    found: dict[str, tuple[int, list[int]]] = {}
-    for name, (size_in, size_out) in backbone.linears.items():
-        if not name.startswith("model.layers.0."):
-            continue
-        leaf = name.rsplit(".", 1)[1]
-        sharded = size_in if leaf in ROW_PARALLEL else size_out
-        if sharded % ranks:
-            raise AdapterError(
-                f"backbone {backbone.path}",
-                [f"{name} has {sharded} to share out, expected a multiple of {ranks} ranks"],
-            )
-        if leaf in ROW_PARALLEL:
-            size_in //= ranks
-        else:
-            size_out //= ranks
-        whole = PACKED.get(leaf, leaf.removesuffix("_proj"))
-        widths = [size_out // 2] * 2 if leaf == "gate_up_proj" else [size_out]
-        found.setdefault(whole, (size_in, []))[1].extend(widths)
-    norms = backbone.architecture.residual_norms and ranks == 1
-    rotates = backbone.architecture.rotary_follows and can_rotate(head_dim)
-    products = []
-    for name, (size_in, widths) in found.items():
-        before = norms and name in ("o", "down")
-        epilogue = "norm" if before else ""
-        product = Product(name, size_in, tuple(widths), epilogue, behind_norm=norms != before)
-        if name == "gate_up":
-            product = replace(product, epilogue=ACTIVATIONS.get(activation, ""))
-        elif name == "qkv" and len(widths) == 3 and rotates:
-            product = replace(product, epilogue="rotary", head_dim=head_dim)
-        products.append(product)
-    return products
+    plain = replace(model, quantised=False, itemsize=2)
+    found = {
+        name.split(".")[1].removesuffix("_proj"): replace(shape, has_bias=False)
+        for name, shape in shapes_of_layer(
+            backbone, plain, 0, set(backbone.linears), (experts, rank), ranks
+        )
+    }
+    norms = any(shape.epilogue == "norm" for shape in found.values())
+    return [
+        Product(name, shape, norms and shape.epilogue != "norm") for name, shape in found.items()
+    ]
+
+
+def has_accelerator() -> bool:
+    """Whether this GPU has a tensor memory accelerator."""
+    return Device.of(torch.device("cuda")).hopper
 
 
 def candidates(
-    product: Product, tokens: int, itemsize: int = 2, tma: bool = False
+    product: Product, tokens: int, tma: bool = False
 ) -> Iterator[GemmConfig | None]:
     """The cuts worth a measurement, None for cuBLAS; the default comes first.
 
     tma: this GPU has a tensor memory accelerator.
     """
-    shape = tokens, product.size_in, product.rows, product.epilogue, itemsize
+    s = product.shape
+    shape = tokens, s.size_in, s.tiled_rows, s.epilogue, s.itemsize
     default = default_config(*shape, tma)
     yield default
     if tokens > MAX_STREAM_TOKENS and default:
@@ -199,8 +159,8 @@ class Trial:
 
     Args:
         product: what to run.
-        experts, top_k, rank: of the adapter.
-        dtype: of the model.
+        top_k: experts of a token.
+        dtype: of the model, with the shape's bytes.
         copies: of the weights; default as many as are beyond any cache.
         tokens: of the longest step; default those that the streaming kernel takes.
     """
@@ -208,35 +168,33 @@ class Trial:
     def __init__(
         self,
         product: Product,
-        experts: int,
         top_k: int,
-        rank: int,
         dtype: torch.dtype = torch.bfloat16,
         copies: int | None = None,
         device: str = "cuda",
         tokens: int = 0,
     ):
-        self.product, self.experts, self.top_k, self.rank = product, experts, top_k, rank
+        self.product, self.shape, self.top_k = product, product.shape, top_k
         self.dtype, self.device = dtype, device
-        out, parts = sum(product.widths), len(product.widths)
+        shape, out = self.shape, self.shape.size_out
+        linears, experts, rank = max(shape.adapted) + 1, shape.num_experts, shape.rank
         if copies is None:
-            copies = max(2, -(-BEYOND_CACHE // (out * product.size_in * dtype.itemsize)))
+            copies = max(2, -(-BEYOND_CACHE // (out * shape.size_in * dtype.itemsize)))
         self.semaphores = torch.zeros(copies, 4, dtype=torch.int32, device=device)
-        shape = product.shape(experts, rank, dtype.itemsize)
         factors = torch.ones(out, dtype=dtype, device=device)
         self.layers = []
         for i in range(copies):
-            fused_weight = self._normal(shape.fused_rows, product.size_in)
+            fused_weight = self._normal(shape.fused_rows, shape.size_in)
             self.layers.append(Projection(
-                shape, fused_weight[out:].view(parts, experts, rank, product.size_in),
+                shape, fused_weight[out:].view(linears, experts, rank, shape.size_in),
                 self._normal(out, experts, rank), fused_weight, norm=Norm(factors, 1e-5),
                 semaphore=self.semaphores[i], strided_out=stays_in_place(shape),
             ))  # fmt: skip
         sizes = workspace_sizes(self.layers[0].lora_a, out)
         self.workspace = Workspace.make(*sizes, torch.device(device))
         self.cos_sin = None
-        if product.epilogue == "rotary":
-            self.cos_sin = self._normal(max(MAX_STREAM_TOKENS, tokens), product.head_dim)
+        if shape.epilogue == "rotary":
+            self.cos_sin = self._normal(max(MAX_STREAM_TOKENS, tokens), shape.head_dim)
 
     def _normal(self, *shape: int) -> torch.Tensor:
         values = torch.randn(*shape, device=self.device, dtype=torch.float32)
@@ -245,32 +203,33 @@ class Trial:
     def step(self, tokens: int, active: int | None = None) -> tuple[torch.Tensor, Step]:
         """Random inputs of a step: x, and what all projections read; active: the tokens choose
         among so many of the experts."""
-        x = torch.randn(tokens, self.product.size_in, device=self.device).to(self.dtype)
-        order = torch.rand(tokens, active or self.experts, device=self.device).argsort(1)
+        x = torch.randn(tokens, self.shape.size_in, device=self.device).to(self.dtype)
+        order = torch.rand(tokens, active or self.shape.num_experts, device=self.device).argsort(1)
         ids, weights = order[:, : self.top_k].int(), torch.rand(tokens, self.top_k).to(x.device)
-        gates = torch.zeros(tokens, self.experts, device=self.device)
-        active = new_active(self.experts, self.device)
+        gates = torch.zeros(tokens, self.shape.num_experts, device=self.device)
+        active = new_active(self.shape.num_experts, self.device)
         spread_routes(ids, weights, gates, active, self.semaphores, tokens)
         return x, Step(gates, active, self.workspace, self.cos_sin)
 
     def run(self, given: tuple[torch.Tensor, Step], cut: GemmConfig | None) -> None:
         """Runs the product, cut like this, on every copy of the weights, with what follows it and
         with the norm that lets it begin early, if there is one."""
-        (x, step), product, shape = given, self.product, self.layers[0].shape
+        (x, step), product, shape = given, self.product, self.shape
+        norm = shape.epilogue == "norm"
         if cut:
             way = config_plan(shape, cut)
         else:
             way = cublas_plan(shape, len(x), Device.of(x.device))
         self.semaphores.zero_()
-        if product.norm:
+        if norm:
             residual = x.new_ones(x.shape[0], shape.size_out)
         if product.behind_norm:
-            hidden, weight = x, x.new_ones(product.size_in)
+            hidden, weight = x, x.new_ones(shape.size_in)
         for p in self.layers:
             if product.behind_norm:
                 before = hidden, Norm(weight, 1e-5), p.lora_b, step.gates
                 x, _ = add_norm_triton(hidden, None, *before)
-            if product.norm:
+            if norm:
                 linear_norm_triton(x, residual, p, step, way)
             else:
                 linear_triton(x, p, step, way)
@@ -317,20 +276,18 @@ class TuningJob:
     Attributes:
         products: of the model.
         tokens: for which numbers of tokens.
-        experts, top_k, rank: of the adapter.
+        top_k: experts of a token.
         workers: processes that compile.
         tma: the GPU has a tensor memory accelerator.
     """
 
     products: tuple[Product, ...]
     tokens: tuple[int, ...] = (1, 8, 16, 32, 64, 128)
-    experts: int = 8
     top_k: int = 2
-    rank: int = 16
     workers: int = 4
     tma: bool = False
 
-    def jobs(self) -> list[tuple[Product, int, GemmConfig | None]]:
+    def trials(self) -> list[tuple[Product, int, GemmConfig | None]]:
         return [
             (product, tokens, cut)
             for product in self.products
@@ -339,16 +296,15 @@ class TuningJob:
         ]
 
 
-def _compile(plan: TuningJob, jobs: list[tuple[Product, int, GemmConfig | None]]) -> int:
+def _compile(job: TuningJob, trials: list[tuple[Product, int, GemmConfig | None]]) -> int:
     """Runs each cut once in a process of its own, which leaves it in Triton's cache."""
     product, trial = None, None
-    for wanted, tokens, cut in jobs:
+    for wanted, tokens, cut in trials:
         if wanted != product:
             product = wanted
-            most = max(plan.tokens)
-            trial = Trial(product, plan.experts, plan.top_k, plan.rank, copies=1, tokens=most)
+            trial = Trial(product, job.top_k, copies=1, tokens=max(job.tokens))
         _try(trial, tokens, cut)
-    return len(jobs)
+    return len(trials)
 
 
 def _try(trial: Trial, tokens: int, cut: GemmConfig | None) -> bool:
@@ -360,28 +316,28 @@ def _try(trial: Trial, tokens: int, cut: GemmConfig | None) -> bool:
     return True
 
 
-def compile_all(plan: TuningJob, advance: Callable[[int], object]) -> None:
+def compile_all(job: TuningJob, advance: Callable[[int], object]) -> None:
     """Compiles every candidate, several at a time; `advance` hears how many are done."""
-    jobs, size = plan.jobs(), 6
+    trials, size = job.trials(), 6
     # One product after the other, so that a process holds weights of one.
-    batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
+    batches = [trials[start : start + size] for start in range(0, len(trials), size)]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(plan.workers, mp_context=context) as pool:
-        for done in pool.map(_compile, itertools.repeat(plan), batches):
+    with ProcessPoolExecutor(job.workers, mp_context=context) as pool:
+        for done in pool.map(_compile, itertools.repeat(job), batches):
             advance(done)
 
 
-def tune(plan: TuningJob, advance: Callable[[int], object]) -> Iterator[Outcome]:
+def tune(job: TuningJob, advance: Callable[[int], object]) -> Iterator[Outcome]:
     """Measures every candidate; `advance` hears of each.
 
     Yields:
         An outcome for each product and number of tokens.
     """
-    for product in plan.products:
-        trial = Trial(product, plan.experts, plan.top_k, plan.rank, tokens=max(plan.tokens))
-        for tokens in plan.tokens:
+    for product in job.products:
+        trial = Trial(product, job.top_k, tokens=max(job.tokens))
+        for tokens in job.tokens:
             step, times, default = trial.step(tokens), [], float("nan")
-            for number, cut in enumerate(candidates(product, tokens, tma=plan.tma)):
+            for number, cut in enumerate(candidates(product, tokens, tma=job.tma)):
                 if _try(trial, tokens, cut):
                     run = functools.partial(trial.run, step, cut)
                     taken = time_us(run, len(trial.layers))
@@ -391,3 +347,24 @@ def tune(plan: TuningJob, advance: Callable[[int], object]) -> Iterator[Outcome]
             if times:
                 ranked = tuple(sorted(times, key=lambda pair: pair[0]))
                 yield Outcome(product, tokens, ranked, default)
+
+
+def save(outcomes: Sequence[Outcome], device: str, command: str) -> Path:
+    """Keeps the best cuts where servers look for them when they start; returns the file.
+
+    Args:
+        outcomes: what was measured.
+        device: the GPU's name.
+        command: by which.
+    """
+    cuts: dict[str, dict] = {}
+    for outcome in outcomes:
+        s = outcome.product.shape
+        key = shape_key(s.size_in, s.tiled_rows, s.epilogue, s.itemsize)
+        cuts.setdefault(key, {})[outcome.tokens] = outcome.best[1]
+    took = {
+        f"{o.product.name} {o.tokens}": [round(o.default, 2), round(o.best[0], 2)]
+        for o in outcomes
+    }
+    how = {"command": command, "torch": torch.__version__, "us": took}
+    return save_cuts(device, cuts, how)

@@ -6,12 +6,16 @@ import argparse
 import os
 import shlex
 import sys
+from typing import TYPE_CHECKING
 
 from vllm_adafuse.cli.cmd_random import INTEGERS
 from vllm_adafuse.cli.common import add_example, console
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.places import require_backbone
 from vllm_adafuse.text import printable
+
+if TYPE_CHECKING:
+    from vllm_adafuse.tuning import TuningJob
 
 DESCRIPTION = """\
 Measures how the kernels for small batches should cut the products of a backbone on this machine's
@@ -59,10 +63,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Tunes, shows a table, writes the file."""
     import torch
+    from vllm_adafuse import tuning
+    from vllm_adafuse.explain import Model
     from vllm_adafuse.format.backbone import Backbone
-    from vllm_adafuse.kernels.configs import save_cuts, shape_key
-    from vllm_adafuse.kernels.dispatch import MAX_TILE_TOKENS
-    from vllm_adafuse.tuning import TuningJob, products_of
+    from vllm_adafuse.format.pretrained import read_config
 
     base = require_backbone(args.base)
     problems = [
@@ -73,72 +77,42 @@ def run(args: argparse.Namespace) -> int:
             ("--r", args.r, 256),
             ("--tensor-parallel-size", args.tensor_parallel_size, 64),
             ("--workers", args.workers, 256),
-            *(("--tokens", tokens, MAX_TILE_TOKENS) for tokens in args.tokens),
+            *(("--tokens", tokens, tuning.MAX_TOKENS) for tokens in args.tokens),
         )
         if not 1 <= value <= most
     ]
     if problems:
         raise AdapterError("tune", problems)
-    backbone = Backbone.from_path(str(base))
-    products = products_of(backbone, *what_follows(str(base)), args.tensor_parallel_size)
+    backbone, model = Backbone.from_path(str(base)), Model.of(read_config(str(base)))
+    products = tuning.products_of(
+        backbone, model, args.num_experts, args.r, args.tensor_parallel_size
+    )
     if not torch.cuda.is_available():
         raise AdapterError("tune", ["no GPU is visible here; run it on the machine that serves"])
-    plan = TuningJob(
-        tuple(products), tuple(args.tokens), args.num_experts, args.top_k, args.r, args.workers,
-        has_accelerator(),
-    )  # fmt: skip
+    job = tuning.TuningJob(
+        tuple(products), tuple(args.tokens), args.top_k, args.workers, tuning.has_accelerator()
+    )
     device = torch.cuda.get_device_name()
-    outcomes = measured(plan, device)
-    cuts: dict[str, dict] = {}
-    for outcome in outcomes:
-        product = outcome.product
-        key = shape_key(product.size_in, product.rows, product.epilogue, 2)
-        cuts.setdefault(key, {})[outcome.tokens] = outcome.best[1]
+    outcomes = measured(job, device)
     show(outcomes, device)
-    how = {
-        "command": "vllm-adafuse " + shlex.join(sys.argv[1:]),
-        "torch": torch.__version__,
-        "us": {
-            f"{o.product.name} {o.tokens}": [round(o.default, 2), round(o.best[0], 2)]
-            for o in outcomes
-        },
-    }
-    print(printable(f"wrote {save_cuts(device, cuts, how)}; servers started from now on use it"))
+    file = tuning.save(outcomes, device, "vllm-adafuse " + shlex.join(sys.argv[1:]))
+    print(printable(f"wrote {file}; servers started from now on use it"))
     return 0
 
 
-def has_accelerator() -> bool:
-    """Whether this GPU has a tensor memory accelerator."""
-    import torch
-    from vllm_adafuse.kernels.plans import on_hopper
-
-    return on_hopper(torch.empty(0, device="cuda"))
-
-
-def what_follows(base: str) -> tuple[str, int]:
-    """The activation's name and the size of a head in a backbone's config."""
-    from vllm_adafuse.format.pretrained import read_config
-
-    config = read_config(base)
-    # Gemma has both, and means the second.
-    activation = getattr(config, "hidden_activation", None) or config.hidden_act
-    head_dim = getattr(config, "head_dim", None)
-    return activation, head_dim or config.hidden_size // config.num_attention_heads
-
-
-def measured(plan, device: str) -> list:
-    """The outcomes of a plan, with progress on stderr."""
+def measured(job: TuningJob, device: str) -> list:
+    """The outcomes of a job, with progress on stderr."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from vllm_adafuse.tuning import compile_all, tune
 
-    total = len(plan.jobs())
+    total = len(job.trials())
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(f"compiling for {device}", total=total)
-        compile_all(plan, lambda done: progress.advance(task, done))
+        compile_all(job, lambda done: progress.advance(task, done))
         task = progress.add_task("measuring", total=total)
-        return list(tune(plan, lambda done: progress.advance(task, done)))
+        return list(tune(job, lambda done: progress.advance(task, done)))
 
 
 def show(outcomes: list, device: str) -> None:
