@@ -199,6 +199,14 @@ def test_vllm_api_alone_knows_versions():
     assert wrong == {}
 
 
+@pytest.mark.parametrize("package", ["format", "offline", "serving", "serving/wrap"])
+def test_a_package_says_what_each_of_its_files_is_for(package):
+    folder = ROOT / "vllm_adafuse" / package
+    told = ast.get_docstring(ast.parse((folder / "__init__.py").read_text("utf-8")))
+    names = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+    assert names and sorted(name for name in names if name not in told) == []
+
+
 def test_faults_are_seen():
     tree = ast.parse(
         "def f(a, b, c, d, e, f, g, h, i, *, j=1): return 1 if tokens > 64 else 0\n"

@@ -1,6 +1,7 @@
 """Files of adapters and backbones, and their checks. Knows nothing of vLLM or Triton.
 
     config.py, keys.py     adapter_config.json
+    context_keys.py        its keys of routers that see a request's past
     layout.py              the tensors that a config asks for on a backbone
     adapter.py             an adapter directory: checked, read
     values.py, overflow.py what its tensors hold

@@ -25,4 +25,11 @@ Where requests choose their adapters (`--enable-lora`):
     paged_model.py which linears get pages                                    (worker)
     page_bank.py   the pages of one projection                                (worker)
     page_step.py   the step's buffers: whose each token is, and its gates     (worker)
+    fits.py        whether a mixture may be chosen per request here           (both)
+    lora_start.py  what a server's LoRA options show before it starts         (front end)
+    resolvers.py   AdaFuse directories for vLLM's resolvers                   (front end)
+    engine_loads.py has an engine load and forget adapters                    (front end)
+    holds.py       what an engine has, and who still needs it                 (front end)
+    waiting.py     which requests wait until their adapter has room           (scheduler)
+    reads.py       reads and copies adapters beside the steps                 (worker)
 """
