@@ -5,44 +5,227 @@
     T, g                                     of z_t as in `gate`
 
 w and c follow from the token's id: rows of tables, float32. Sums are float64, so that after any
-number of tokens z is as good as its terms.
+number of tokens z is as good as its terms. What a request's tokens of earlier steps add up to lies
+in a row of `sums`, which each step reads and writes: a request is one program's, all of its tokens.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-from vllm_adafuse.kernels.gate import choose, normed
+import triton
+import triton.language as tl
+from vllm_adafuse.kernels.gate import Gate, choose, normed
+from vllm_adafuse.kernels.launch import launch
+from vllm_adafuse.kernels.registry import register_op
+from vllm_adafuse.kernels.whole import power_of_2
+
+# Rows of `contexts`; from CONTEXT_COLUMNS on the C columns of a slot, then LoRA's scales as bits.
+EXPERTS, CHOSEN, SOFTMAX_FIRST, CONTEXT_COLUMNS = range(4)
+# Rows of `requests`.
+SUM_ROW, START, OFFSET = range(3)
+# Numbers that a program holds of each kind: tokens at once times columns.
+HELD = 2048
+SHORT_STEP, SHORT_BLOCK, LONG_BLOCK = 512, 16, 64
+
+
+class ContextRoutes(NamedTuple):
+    """What `context_routes` writes.
+
+    Attributes:
+        rows: [N] int32: of tokens whose slot has a context FIRST + their place in the step, of the
+            others their id, clamped into the vocabulary.
+        ids, weights: [K, N] int32 and float32 of any strides: the k experts of a token by falling
+            logit, their weights with LoRA's scale; weights 0 past the last request. Columns of
+            other tokens are left alone.
+    """
+
+    rows: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def _context_routes_kernel(
+    token_ptr, slots_ptr, contexts_ptr, w_ptr, c_ptr, sums_ptr, requests_ptr,
+    rows_ptr, ids_ptr, weights_ptr, n_tokens, vocab_size, first, n_slots, n_columns, n_offsets,
+    w_stride, c_stride, out_k, stride_k, stride_t,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    request = tl.program_id(0)
+    offsets_ptr = requests_ptr + 2 * n_offsets
+    begin = tl.load(offsets_ptr + request)
+    end = tl.minimum(tl.load(offsets_ptr + request + 1), n_tokens)
+    slot = tl.load(slots_ptr + tl.minimum(begin, n_tokens - 1))
+    known = (slot >= 0) & (begin < end)
+    slot = tl.maximum(slot, 0)
+    experts = tl.where(known, tl.load(contexts_ptr + slot), 0)
+    top_k = tl.where(known, tl.load(contexts_ptr + n_slots + slot), 0)
+    softmax_first = tl.load(contexts_ptr + 2 * n_slots + slot)
+    e = tl.arange(0, BLOCK_E)
+    inside = e < experts
+    own = contexts_ptr + (3 + e) * n_slots + slot
+    column = tl.load(own, mask=inside, other=0).to(tl.int64)
+    scale = tl.load(own + n_columns * n_slots, mask=inside, other=0).to(tl.float32, bitcast=True)
+    start = tl.load(requests_ptr + n_offsets + request)
+    sum_at = sums_ptr + tl.load(requests_ptr + request).to(tl.int64) * n_columns + e
+    past = tl.load(sum_at, mask=e < tl.where(start > 0, experts, 0), other=0.0)
+    for at in range(begin, end, BLOCK_T):
+        row = at + tl.arange(0, BLOCK_T)
+        here = row < end
+        token = tl.load(token_ptr + row, mask=here, other=0).to(tl.int64)
+        token = tl.minimum(tl.maximum(token, 0), vocab_size - 1)
+        found = tl.where(experts > 0, first + row, token.to(tl.int32))
+        tl.store(rows_ptr + row, found, mask=here)
+        mask = here[:, None] & inside[None, :]
+        c = tl.load(c_ptr + column[None, :] * c_stride + token[:, None], mask=mask, other=0.0)
+        w = tl.load(w_ptr + column[None, :] * w_stride + token[:, None], mask=mask, other=0.0)
+        c = c.to(tl.float64)
+        count = (start + row - begin + 1).to(tl.float64)
+        z = w.to(tl.float64) + (past[None, :] + tl.cumsum(c, 0)) / count[:, None]
+        past += tl.sum(c, 0)
+        z = tl.where(inside[None, :], z.to(tl.float32), float("-inf"))
+        best = tl.max(z, 1)
+        powers = tl.where(inside[None, :], tl.exp(z - best[:, None]), 0.0)
+        total = tl.zeros([BLOCK_T], dtype=tl.float32)
+        left = z
+        for _ in range(top_k):
+            chosen = e[None, :] == tl.argmax(left, 1)[:, None]
+            total += tl.sum(tl.where(chosen, powers, 0.0), 1)
+            left = tl.where(chosen, float("-inf"), left)
+        total = tl.where(softmax_first != 0, tl.sum(powers, 1), total)
+        left = z
+        for j in range(top_k):
+            expert = tl.argmax(left, 1)
+            chosen = e[None, :] == expert[:, None]
+            weight = tl.sum(tl.where(chosen, powers * scale[None, :], 0.0), 1) / total
+            out = j * stride_k + row.to(tl.int64) * stride_t
+            tl.store(ids_ptr + out, expert.to(tl.int32), mask=here)
+            tl.store(weights_ptr + out, weight, mask=here)
+            left = tl.where(chosen, float("-inf"), left)
+    tl.store(sum_at, past, mask=inside)
+    if request == 0:
+        for at in range(tl.load(offsets_ptr + n_offsets - 1), n_tokens, BLOCK_T):
+            row = at + tl.arange(0, BLOCK_T)
+            here = row < n_tokens
+            token = tl.load(token_ptr + row, mask=here, other=0).to(tl.int64)
+            token = tl.minimum(tl.maximum(token, 0), vocab_size - 1)
+            tl.store(rows_ptr + row, token.to(tl.int32), mask=here)
+            for j in range(out_k):
+                out = weights_ptr + j * stride_k + row.to(tl.int64) * stride_t
+                tl.store(out, tl.zeros([BLOCK_T], dtype=tl.float32), mask=here)
+
+
+def context_routes_triton(token_ids, slots, contexts, tables, sums, requests, out) -> None:
+    """One launch; see `context_routes`."""
+    (w, c), (rows, ids, weights) = tables, out
+    tokens, columns = token_ids.shape[0], sums.shape[1]
+    block_e = max(2, power_of_2(columns))
+    longest = SHORT_BLOCK if tokens <= SHORT_STEP else LONG_BLOCK
+    launch(
+        _context_routes_kernel, (max(1, min(tokens, requests.shape[1] - 1)),),
+        token_ids, slots, contexts, w, c, sums, requests, rows, ids, weights,
+        tokens, w.shape[1], w.shape[1], contexts.shape[1], columns, requests.shape[1],
+        w.stride(0), c.stride(0), ids.shape[0], ids.stride(0), ids.stride(1),
+        BLOCK_T=max(2, min(longest, HELD // block_e)), BLOCK_E=block_e,
+    )  # fmt: skip
+
+
+def context_routes_torch(token_ids, slots, contexts, tables, sums, requests, out) -> None:
+    """The reference; see `context_routes`."""
+    (w, c), (rows, ids, weights) = tables, out
+    tokens, (columns, vocab_size) = token_ids.shape[0], w.shape
+    token = token_ids.long().clamp(0, vocab_size - 1)
+    rows[:tokens] = token
+    offsets = requests[OFFSET].tolist()
+    for request, (begin, end) in enumerate(zip(offsets, offsets[1:])):
+        end = min(end, tokens)
+        slot = int(slots[begin]) if begin < end else -1
+        experts = int(contexts[EXPERTS, slot]) if slot >= 0 else 0
+        if experts <= 0:
+            continue
+        own = contexts[:, slot]
+        column = own[CONTEXT_COLUMNS : CONTEXT_COLUMNS + experts].long()
+        scales = own[CONTEXT_COLUMNS + columns :][:experts].contiguous().view(torch.float32)
+        own_w, own_c = (t[column][:, token[begin:end]].double().t() for t in (w, c))
+        row, start = int(requests[SUM_ROW, request]), int(requests[START, request])
+        past = sums[row, :experts] if start > 0 else torch.zeros_like(sums[row, :experts])
+        added = past + own_c.cumsum(0)
+        counts = start + torch.arange(1, end - begin + 1, device=c.device)[:, None]
+        top_k, softmax_first = int(own[CHOSEN]), bool(own[SOFTMAX_FIRST])
+        found = choose((own_w + added / counts).float(), scales, top_k, softmax_first)
+        ids[:top_k, begin:end], weights[:top_k, begin:end] = (t.t() for t in found)
+        sums[row, :experts] = added[-1]
+        rows[begin:end] = vocab_size + torch.arange(begin, end, device=rows.device)
+    weights[:, offsets[-1] : tokens] = 0
+
+
+def _run(token_ids, *arguments) -> None:
+    slots, contexts, w, c, sums, requests, *out = arguments
+    run = context_routes_triton if token_ids.is_cuda else context_routes_torch
+    run(token_ids, slots, contexts, (w, c), sums, requests, ContextRoutes(*out))
+
+
+def _fake(*arguments) -> None:
+    return None
+
+
+_op = register_op(
+    "context_routes(Tensor token_ids, Tensor slots, Tensor contexts, Tensor w, Tensor c, "
+    "Tensor(a!) sums, Tensor requests, Tensor(b!) rows, Tensor(c!) ids, Tensor(d!) weights) -> ()",
+    _run,
+    _fake,
+)
+
+
+def context_routes(
+    token_ids: torch.Tensor,
+    slots: torch.Tensor,
+    contexts: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor],
+    sums: torch.Tensor,
+    requests: torch.Tensor,
+    out: ContextRoutes,
+) -> None:
+    """Routes the T tokens of a step whose adapters see the past, and moves their sums on.
+
+    Args:
+        token_ids: [T] int32 or int64; ids outside the vocabulary are clamped into it.
+        slots: [N] int32, N >= T: of each token the slot of its adapter, below 0 for none; the same
+            for all tokens of a request.
+        contexts: [3 + 2 C, P] int32: of each slot the number of its experts (0: it sees no past),
+            k, whether the softmax is over all of them; the columns that they have in the tables;
+            the bits of their float32 LoRA scales.
+        tables: w and c [C, V] float32, an expert a row; rows contiguous.
+        sums: [S, C] float64, of each request its experts' c added up.
+        requests: [3, R + 1] int32: of each request of the step its row of `sums`, how many of its
+            tokens came before (0: its row is not read), and where its tokens begin; from the last
+            one on all offsets are the number of tokens that are requests'.
+        out: what is written. FIRST is V.
+    """
+    _op(token_ids, slots, contexts, *tables, sums, requests, *out)
 
 
 def context_rows(
-    hidden: torch.Tensor,
-    router_weight: torch.Tensor,
-    router_bias: torch.Tensor | None,
-    context_weight: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    *,
-    norm_eps: float,
-    temperature: float,
-    scale: float,
+    hidden: torch.Tensor, router: Gate, context_weight: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of both tables.
 
     Args:
         hidden: [T, H], any float dtype: embeddings as they enter the first layer.
-        router_weight, context_weight: [E, H] float32, W and C.
-        router_bias: [E] float32, or None.
-        norm_weight: as `gate` takes it.
-        norm_eps: epsilon of the norm.
-        temperature, scale: of the formula.
+        router: W, b, the norm and the temperature.
+        context_weight: [E, H] float32, C.
+        scale: of the formula.
 
     Returns:
         w and c [T, E] float32, each rounded once from float64.
     """
-    u = normed(hidden, norm_weight, norm_eps).double()
-    w, c = u @ router_weight.double().t(), u @ context_weight.double().t()
-    if router_bias is not None:
-        w = w + router_bias
-    return (w / temperature).float(), (c * (scale / temperature)).float()
+    u = normed(hidden, router.norm_weight, router.norm_eps).double()
+    w, c = u @ router.weight.double().t(), u @ context_weight.double().t()
+    if router.bias is not None:
+        w = w + router.bias
+    return (w / router.temperature).float(), (c * (scale / router.temperature)).float()
 
 
 def choose_by_past(

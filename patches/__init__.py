@@ -15,10 +15,11 @@ def apply_patches() -> None:
         lora_scheduler,
         lora_server,
         reload,
+        requests,
     )
 
     for patch in (
         hf_config, engine_args, fingerprint, lora_manager, lora_requests, lora_scheduler,
-        lora_server, reload,
+        lora_server, reload, requests,
     ):  # fmt: skip
         patch.apply()

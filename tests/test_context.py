@@ -218,20 +218,6 @@ def test_what_cannot_use_the_past_says_so(adapter, llama, capsys):
     assert "(1003 x 6 x 8 bytes)" in said and "no shares of the vocabulary" in said
 
 
-def test_serving_refuses_it_by_name(adapter, llama):
-    from test_lora_refused import loader_of
-    from transformers import AutoConfig
-    from vllm_adafuse.serving.attach import attach_adapter
-
-    said = "`router.context` is mean, which is not served yet"
-    config = AutoConfig.from_pretrained(llama)
-    config.adafuse_adapter = str(adapter)
-    with pytest.raises(AdapterError, match=said):
-        attach_adapter(config, str(llama))
-    with pytest.raises(AdapterError, match=said):
-        loader_of(llama).read(str(adapter))
-
-
 def test_random_check_and_route(llama, tmp_path, capsys):
     out = str(tmp_path / "adapter")
     options = ["--router-context", "mean", "--router-context-scale", "4", "--num-experts", "4"]

@@ -1,25 +1,31 @@
-"""The router that sees a request's past, without serving."""
+"""The router that sees a request's past: its tables, and requests over several steps."""
 
+import dataclasses
+
+import pytest
 import torch
-from vllm_adafuse.kernels.context_routes import choose_by_past, context_rows
-from vllm_adafuse.kernels.gate import gate
+from ops import DEVICE
+from vllm_adafuse.kernels.context_routes import (
+    ContextRoutes,
+    choose_by_past,
+    context_routes,
+    context_routes_torch,
+    context_routes_triton,
+    context_rows,
+)
+from vllm_adafuse.kernels.gate import Gate, gate
 
 
 def test_without_a_past_it_is_gate():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(50, 32, generator=generator), torch.randn(6, 32, generator=generator)
     bias, norm, scales = torch.randn(6, generator=generator), torch.rand(32), torch.rand(6)
-    w, c = context_rows(
-        hidden, weight, bias, torch.zeros_like(weight), norm, norm_eps=1e-6, temperature=0.7,
-        scale=4.0,
-    )  # fmt: skip
+    router = Gate(weight, bias, norm, scales, 1e-6, 0.7, 3, False)
+    w, c = context_rows(hidden, router, torch.zeros_like(weight), 4.0)
     assert w.dtype == c.dtype == torch.float32 and not c.any()
     for softmax_first in (False, True):
         ids, weights = choose_by_past(w, c, scales, 3, softmax_first)
-        expected = gate(
-            hidden, weight, bias, norm, scales, norm_eps=1e-6, temperature=0.7, top_k=3,
-            softmax_first=softmax_first,
-        )  # fmt: skip
+        expected = gate(hidden, dataclasses.replace(router, softmax_first=softmax_first))
         assert torch.equal(ids, expected[0])
         torch.testing.assert_close(weights, expected[1])
 
@@ -31,3 +37,141 @@ def test_after_many_tokens_it_is_still_right():
     mean = (c + 0.1).double().mean(0)
     expected = torch.softmax(w[-1].double() + mean, -1)[ids[-1].long()]
     assert (weights[-1].double() - expected).abs().max() < 1e-6
+
+
+VOCAB, COLUMNS, REQUESTS = 50, 12, 6
+
+
+class Problem:
+    """Requests of adapters with a past and without, over several steps; and what they should get."""
+
+    def __init__(self, seed=0, device=DEVICE):
+        draw = torch.Generator().manual_seed(seed)
+        self.w, self.c = torch.randn(2, COLUMNS, VOCAB, generator=draw).to(device).unbind()
+        self.contexts = torch.zeros(3 + 2 * COLUMNS, 9, dtype=torch.int32)
+        self.kinds = {0: (3, 2, 0), 4: (5, 5, 1), 8: (4, 1, 0)}  # experts, k, softmax over all
+        columns, self.own = torch.randperm(COLUMNS, generator=draw), {}
+        for slot, (experts, k, first) in self.kinds.items():
+            own, columns = columns[:experts], columns[experts:]
+            scales = torch.rand(experts, generator=draw) + 0.5
+            self.own[slot] = own, scales
+            self.contexts[:3, slot] = torch.tensor([experts, k, first])
+            self.contexts[3 : 3 + experts, slot] = own.int()
+            self.contexts[3 + COLUMNS :][:experts, slot] = scales.view(torch.int32)
+        self.contexts = self.contexts.to(device)
+        self.sums = torch.full((REQUESTS, COLUMNS), torch.nan, dtype=torch.float64, device=device)
+        self.device, self.draw = device, draw
+        self.texts = {
+            request: torch.randint(-2, VOCAB + 3, (400,), generator=draw) for request in range(5)
+        }
+        self.slot_of = {0: 0, 1: 4, 2: -1, 3: 8, 4: 6}  # 6 sees no past
+        self.done = dict.fromkeys(self.texts, 0)
+
+    def step(self, counts, run, padding=3):
+        """Runs one step of {request: tokens}; checks it; returns nothing."""
+        rows, starts, offsets, slots, ids = [], [], [0], [], []
+        for request, count in counts.items():
+            at = self.done[request]
+            rows.append(request + 1)
+            starts.append(at)
+            offsets.append(offsets[-1] + count)
+            slots += [self.slot_of[request]] * count
+            ids.append(self.texts[request][at : at + count])
+        requests = torch.zeros(3, REQUESTS + 1, dtype=torch.int32)
+        requests[0, : len(rows)], requests[1, : len(rows)] = map(torch.tensor, (rows, starts))
+        requests[2] = offsets[-1]
+        requests[2, : len(offsets)] = torch.tensor(offsets)
+        total = offsets[-1] + padding
+        token_ids = torch.cat([*ids, torch.full((padding,), 7)]).int().to(self.device)
+        slots = torch.tensor(slots + [0] * (padding + 2), dtype=torch.int32).to(self.device)
+        out = ContextRoutes(
+            torch.full((total + 2,), -9, dtype=torch.int32, device=self.device),
+            torch.full((total + 2, 6), -9, dtype=torch.int32, device=self.device).t(),
+            torch.full((total + 2, 6), -9.0, device=self.device).t(),
+        )
+        tables = self.w, self.c
+        run(token_ids, slots, self.contexts, tables, self.sums, requests.to(self.device), out)
+        rows, found, weights = (t.cpu() for t in out)
+        clamped = token_ids.cpu().long().clamp(0, VOCAB - 1)
+        for (request, count), begin in zip(counts.items(), offsets):
+            here, slot = slice(begin, begin + count), self.slot_of[request]
+            if slot not in self.kinds:
+                assert torch.equal(rows[here].long(), clamped[here])
+                assert (found[:, here] == -9).all()
+            else:
+                expected_ids, expected = self.expected(request, count)
+                k = expected_ids.shape[1]
+                assert torch.equal(rows[here].long(), VOCAB + torch.arange(begin, begin + count))
+                assert torch.equal(found[:k, here].t(), expected_ids)
+                torch.testing.assert_close(weights[:k, here].t(), expected, rtol=1e-5, atol=1e-6)
+                assert (found[k:, here] == -9).all()
+            self.done[request] += count
+        assert torch.equal(rows[offsets[-1] : total].long(), clamped[offsets[-1] :])
+        assert not weights[:, offsets[-1] : total].any() and (weights[:, total:] == -9).all()
+        assert (rows[total:] == -9).all()
+
+    def expected(self, request, count):
+        own, scales = self.own[self.slot_of[request]]
+        _, k, first = self.kinds[self.slot_of[request]]
+        ids = self.texts[request][: self.done[request] + count].clamp(0, VOCAB - 1)
+        w, c = (t.cpu()[own][:, ids].t() for t in (self.w, self.c))
+        found = choose_by_past(w, c, scales, k, bool(first))
+        return [t[-count:] for t in found]
+
+
+RUNS = [context_routes_torch, context_routes_triton]
+
+
+@pytest.mark.parametrize("run", RUNS, ids=["torch", "triton"])
+def test_chunks_of_requests_add_up(run):
+    problem = Problem()
+    problem.step({0: 5}, run)
+    problem.step({1: 40, 0: 1, 2: 3, 4: 2}, run)
+    problem.step({0: 1, 3: 17, 2: 1, 1: 33, 4: 1}, run, padding=0)
+    problem.step({3: 1, 0: 1, 1: 1}, run, padding=40)
+    problem.step({1: 130}, run)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=["torch", "triton"])
+def test_a_step_of_nobody_changes_nothing(run):
+    problem = Problem()
+    problem.step({0: 5}, run)
+    before = problem.sums.clone()
+    problem.step({}, run, padding=9)
+    assert torch.equal(before.nan_to_num(), problem.sums.nan_to_num())
+
+
+def test_long_steps_take_larger_blocks(monkeypatch):
+    monkeypatch.setattr("vllm_adafuse.kernels.context_routes.SHORT_STEP", 8)
+    problem = Problem(seed=2)
+    problem.step({1: 150, 0: 1}, context_routes_triton)
+    problem.step({0: 140, 1: 3}, context_routes_triton)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=["torch", "triton"])
+def test_equal_logits_go_to_the_lower_expert(run):
+    problem = Problem()
+    problem.w.zero_()
+    problem.c.zero_()
+    problem.step({0: 3, 3: 2}, run)
+
+
+def test_decoding_after_32_000_tokens():
+    problem = Problem(seed=3)
+    own, _ = problem.own[0]
+    length = 32_000
+    text = torch.randint(0, VOCAB, (length + 1,), generator=problem.draw)
+    problem.texts[0], problem.done[0] = text, length
+    problem.sums[1, :3] = problem.c[own.to(DEVICE)][:, text[:-1].to(DEVICE)].double().sum(1)
+    problem.step({0: 1}, context_routes_triton)
+
+
+def test_the_op_is_what_torch_compile_expects():
+    problem = Problem(device="cpu")
+    requests = torch.zeros(3, REQUESTS + 1, dtype=torch.int32)
+    out = (torch.zeros(9, dtype=torch.int32), torch.zeros(6, 9, dtype=torch.int32), torch.zeros(6, 9))
+    slots, ids = torch.zeros(9, dtype=torch.int32), torch.arange(4)
+    arguments = (ids, slots, problem.contexts, problem.w, problem.c, problem.sums.nan_to_num(), requests)
+    torch.library.opcheck(torch.ops.vllm_adafuse.context_routes.default, (*arguments, *out))
+    context_routes(*arguments[:3], arguments[3:5], *arguments[5:], ContextRoutes(*out))
+    assert out[0][:4].tolist() == [0, 1, 2, 3]

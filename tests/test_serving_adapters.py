@@ -100,9 +100,9 @@ def test_a_mixture(base, backbone, tmp_path):
     )
     opened, tensors = open_adapter(path, backbone), load_file(path / WEIGHTS)
     assert (opened.kind, opened.num_experts, opened.ranks) == (MIXTURE, 3, (4, 20, 33))
-    weight, bias = opened.router()
-    assert torch.equal(weight, tensors["router.weight"])
-    assert torch.equal(bias, tensors["router.bias"])
+    router = opened.router()
+    assert router.keys() == {"router.weight", "router.bias"}
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in router.items())
     seen = set()
     for name, expert, a, b in opened.tensors():
         r = opened.config.ranks[expert]

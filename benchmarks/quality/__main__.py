@@ -55,6 +55,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--speed", action="store_true", help="also time each method in vLLM")
     add("--out", type=Path, default=RESULTS, help="folder of the result file")
     add("--commit", default="", help="of the measured code")
+    add("--composed", action="store_true", help="judge composed LoRAs instead, see composed.py")
     add("--report", action="store_true", help="only write quality.md from the newest result")
     add("--docs", type=Path, default=Path(__file__).parents[2] / "docs", help="where it goes")
     args = parser.parse_args(argv)
@@ -156,6 +157,10 @@ def main(argv: list[str] | None = None) -> int:
     def say(text: str) -> None:
         print(f"[{time.strftime('%H:%M:%S')} {time.time() - begin:6.1f} s] {text}", flush=True)
 
+    if args.composed:
+        from benchmarks.quality import composed
+
+        return composed.main(args, say)
     if not (args.work / "corpus.json").exists():
         from benchmarks.quality.data import prepare
 

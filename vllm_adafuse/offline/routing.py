@@ -103,11 +103,8 @@ class OfflineRouter:
 
     def _context_rows(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the router says of tokens [T], and what it says of them as the past: [T, E]."""
-        return context_rows(
-            self._embed(token_ids), self.weight, self.bias, self.context_weight, self.norm_weight,
-            norm_eps=self.norm_eps, temperature=self.config.temperature,
-            scale=self.config.context_scale,
-        )  # fmt: skip
+        embeddings, scale = self._embed(token_ids), self.config.context_scale
+        return context_rows(embeddings, self._gate, self.context_weight, scale)
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         embeddings = self.embedding[token_ids]
@@ -117,7 +114,11 @@ class OfflineRouter:
         return embeddings
 
     def _routes(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        router = Gate(
+        return gate(self._embed(token_ids), self._gate)
+
+    @property
+    def _gate(self) -> Gate:
+        return Gate(
             self.weight,
             self.bias,
             self.norm_weight,
@@ -127,7 +128,6 @@ class OfflineRouter:
             top_k=self.config.top_k,
             softmax_first=self.config.router_weights == "softmax_topk",
         )
-        return gate(self._embed(token_ids), router)
 
 
 def _refuse_later_layers(adapter: Adapter) -> None:

@@ -7,6 +7,8 @@
     projections.py which linears take experts, how they lie in projections    (worker)
     bank.py        expert weights of one projection, sharded with it          (worker)
     routes.py      the step's static buffers, passports, live router          (worker)
+    past.py        routers that see a request's past                          (worker)
+    requests.py    whose a step's tokens are, for such routers                (worker)
     ops.py         the ops that a compiled model holds                        (worker)
     kv_cache.py    who writes keys and values into vLLM's KV cache            (worker)
     layer_wise.py  who gets which bank where layers route themselves          (worker)

@@ -38,6 +38,7 @@ from vllm_adafuse.format.adapter import Adapter, list_directory, load_adapter
 from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.format.config import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig
 from vllm_adafuse.format.digest import content_hash
+from vllm_adafuse.format.layout import ENTRANCE_ROUTER
 from vllm_adafuse.format.reading import FileProblem, open_regular
 from vllm_adafuse.format.tensor_file import machine_memory
 from vllm_adafuse.serving.pool import Size, pages_of_rank
@@ -124,17 +125,18 @@ class OpenedAdapter:
     @property
     def size(self) -> Size:
         """What it takes of the pool."""
-        columns = 0 if self.config is None else self.config.top_k
+        config, columns = self.config, 0
+        if config is not None:  # tables of all experts, or each token's k of them
+            columns = config.num_experts if config.router_context else config.top_k
         return Size(sum(map(pages_of_rank, self.ranks)), columns)
 
-    def router(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """The entrance router, weight [E, hidden] and bias [E] or None, of the file's dtype; None
+    def router(self) -> dict[str, torch.Tensor] | None:
+        """The tensors of the entrance router by their names in the file, of the file's dtype; None
         for a LoRA and for layer-wise routing."""
         if self.adapter is None or self.adapter.config.layer_wise:
             return None
         with self.adapter.reader() as read:
-            bias = read("router.bias") if "router.bias" in self.adapter.tensors else None
-            return read("router.weight"), bias
+            return {name: read(name) for name in ENTRANCE_ROUTER if name in self.adapter.tensors}
 
     def tensors(self) -> Iterator[tuple[str, int, torch.Tensor, torch.Tensor]]:
         """Every expert of every linear: (linear, expert, lora_A [r, in], lora_B [out, r]), on the

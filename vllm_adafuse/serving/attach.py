@@ -27,6 +27,8 @@ from vllm_adafuse.serving.options import OVERRIDE, check_section, option, refuse
 
 # vLLM shows only what is logged below its own name.
 logger = init_logger("vllm.adafuse")
+# Why this vLLM's runners do not say whose a step's tokens are: kind of runner -> what is missing.
+UNSEEN: dict[str, str] = {}
 
 
 def attach_adapter(hf_config: Any, model: str) -> None:
@@ -48,7 +50,6 @@ def attach_adapter(hf_config: Any, model: str) -> None:
     refuse(check_section(getattr(hf_config, SECTION, None)))
     backbone = Backbone.from_hf_config(hf_config, model)
     adapter = load_adapter(path, backbone)
-    refuse_context(adapter.config, f"adapter {adapter.path}")
     hf_config.architectures = [backbone.adafuse_name]
     hf_config.adafuse = {
         ADAPTER_KEY: str(adapter.path),
@@ -62,17 +63,27 @@ def attach_adapter(hf_config: Any, model: str) -> None:
     )  # fmt: skip
 
 
-def refuse_context(config: AdapterConfig, subject: str) -> None:
-    """Raises AdapterError for a router that sees a request's past."""
-    if config.router_context:
-        raise AdapterError(
-            subject,
-            [
-                f"`{CONTEXT_KEY}` is {config.router_context}, which is not served yet; "
-                "vllm_adafuse.offline.reference.load runs it, and vllm-adafuse route "
-                "shows its routes"
-            ],
-        )
+def refuse_context(config: AdapterConfig, subject: str, vllm_config: Any) -> None:
+    """Raises AdapterError for a router that sees a request's past where it could not."""
+    if config.router_context and (problem := options_problem(vllm_config)):
+        raise AdapterError(subject, [f"`{CONTEXT_KEY}` {config.router_context}: {problem}"])
+
+
+def options_problem(vllm_config: Any) -> str | None:
+    """What of an engine's options keeps routers from seeing a request's past; None: nothing."""
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    found = {
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "context parallelism of prefills (PCP)": parallel.prefill_context_parallel_size > 1,
+        "context parallelism of decodes (DCP)": parallel.decode_context_parallel_size > 1,
+        "speculative decoding": vllm_config.speculative_config is not None,
+        "--enable-prompt-embeds": model.enable_prompt_embeds,
+    }
+    if named := [name for name, there in found.items() if there]:
+        return f"is not served with {' or '.join(named)} yet; leave it out"
+    if UNSEEN:
+        return f"cannot be served on this vLLM: {'; '.join(UNSEEN.values())}"
+    return None
 
 
 def check_engine(vllm_config: Any) -> None:
@@ -83,7 +94,7 @@ def check_engine(vllm_config: Any) -> None:
     """
     if isinstance(getattr(vllm_config.model_config.hf_config, SECTION, None), dict):
         refuse_micro_batches(vllm_config)
-        _compare_backbone(vllm_config)
+        _check_adapter(vllm_config)
 
 
 def refuse_micro_batches(vllm_config: Any) -> None:
@@ -98,23 +109,26 @@ def refuse_micro_batches(vllm_config: Any) -> None:
         )
 
 
-def _compare_backbone(vllm_config: Any) -> None:
-    """Says where the adapter was made on other weights than those that are going to be served.
+def _check_adapter(vllm_config: Any) -> None:
+    """Refuses an adapter that these options cannot serve; says where it was made on other weights
+    than those that are going to be served.
 
     Args:
         vllm_config: of the engine, its `hf_config` attached. `additional_config` has our option
             `backbone`: "warn", the default, or "refuse".
 
     Raises:
-        AdapterError: so it was, or it cannot be told, and the option is "refuse".
+        AdapterError: it cannot be served so; or it was made on others, or that cannot be told, and
+            the option is "refuse".
     """
     model = vllm_config.model_config
-    if vllm_config.load_config.load_format == "dummy":
-        return
     path = model.hf_config.adafuse[ADAPTER_KEY]
     adapter, problems = check_adapter(path, values=False)
     if problems:  # since it was attached
         raise AdapterError(f"adapter {path}", problems)
+    refuse_context(adapter.config, f"adapter {path}", vllm_config)
+    if vllm_config.load_config.load_format == "dummy":
+        return
     found = find_local_backbone(model.model, model.revision)
     problem = origin_problem(adapter.config, str(found or model.model))
     say_origin(path, problem, option(vllm_config.additional_config, "backbone"))

@@ -54,13 +54,13 @@ class Fits:
             warn: log that it was made on another backbone, where that is no error.
 
         Raises:
-            AdapterError: it was, and the option `backbone` is "refuse"; or its router's kind is
-                not served at all.
+            AdapterError: it was, and the option `backbone` is "refuse"; or its router sees the past,
+                which the engine's options keep it from.
         """
         config = opened.config
         if config is None:
             return []
-        refuse_context(config, f"adapter {opened.path}")
+        refuse_context(config, f"adapter {opened.path}", self._config)
         self._check_origin(opened, config, warn)
         reason = self._reason(config)
         if not reason:

@@ -24,6 +24,7 @@ from vllm_adafuse.serving.adapters import (
 from vllm_adafuse.serving.fits import Fits
 from vllm_adafuse.serving.page_bank import Packed, Packer, PageBank, sizes_of
 from vllm_adafuse.serving.page_step import PageStep
+from vllm_adafuse.serving.past import PastRouter
 from vllm_adafuse.serving.pool import Place, Size, pages_of_rank
 from vllm_adafuse.serving.routes import Router
 from vllm_adafuse.text import some
@@ -39,8 +40,9 @@ class Hosted:
         experts: of each of its pages, whose it is.
         packed: for each bank its share.
         config: of a mixture.
-        router: of a mixture, weight [E, H] and bias [E] or None.
-        passports: of a mixture, expert ids and weights [k, V].
+        router: of a mixture, the tensors of its router by name.
+        passports: of a mixture, expert ids and weights [k, V]; of one that sees the past the bits
+            of w, and c, [E, V] int32 and float32 (see `context_routes`).
         scale: of a LoRA, the weight of its pages.
         path: the directory that it was read from.
         files: `files_state` of it before it was read.
@@ -51,7 +53,7 @@ class Hosted:
     experts: list[int]
     packed: list[Packed | None]
     config: AdapterConfig | None = None
-    router: tuple[torch.Tensor, torch.Tensor | None] | None = None
+    router: dict[str, torch.Tensor] | None = None
     passports: tuple[torch.Tensor, torch.Tensor] | None = None
     scale: float = 1.0
     path: Path = Path()
@@ -155,21 +157,20 @@ class Loader:
         if hosted.config is None:
             return
         text = self.model_config.hf_config
-        weight, bias = hosted.router
-        tensors = {"router.weight": weight, "router.bias": bias}
+        sizes = text.hidden_size, text.vocab_size, text.rms_norm_eps
         with torch.device(self.banks[0].lora_b.device):
-            router = Router(
-                hosted.config, None, text.hidden_size, text.vocab_size, text.rms_norm_eps
-            )
-        router.load(tensors.__getitem__, bias is not None)
+            if hosted.config.router_context:
+                router: Router = PastRouter(hosted.config, None, *sizes, None)
+            else:
+                router = Router(hosted.config, None, *sizes)
+        router.load(hosted.router.__getitem__, "router.bias" in hosted.router)
         router.stamp(
             self.model.embed_input_ids, self.model.model.layers[0].input_layernorm,
             self.fits.architecture.norm_offset,
         )  # fmt: skip
-        ids, weights = router.passport_ids.t().cpu(), router.passport_weights.t().cpu()
-        pinned = router.passport_ids.is_cuda
+        pinned = router.weight.is_cuda
         hosted.passports = tuple(
-            t.contiguous().pin_memory() if pinned else t.contiguous() for t in (ids, weights)
+            t.pin_memory() if pinned else t for t in (c.cpu().contiguous() for c in router.columns)
         )
 
     def write(self, hosted: Hosted, place: Place, step: PageStep) -> None:
@@ -185,5 +186,5 @@ class Loader:
         """Puts a mixture's passports into its columns."""
         if hosted.passports is not None:
             for column, ids, weights in zip(place.columns, *hosted.passports):
-                step.table_ids[column].copy_(ids, non_blocking=True)
-                step.table_weights[column].copy_(weights, non_blocking=True)
+                step.table_ids[column, : len(ids)].copy_(ids, non_blocking=True)
+                step.table_weights[column, : len(ids)].copy_(weights, non_blocking=True)

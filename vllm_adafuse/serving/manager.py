@@ -239,7 +239,7 @@ class AdapterManager:
         for adapter in sorted(wanted - self.listed):
             hosted = self.hosted[adapter]
             self.uploads.finish(adapter)
-            self.step.list(self.pool.placed[adapter], hosted.experts, hosted.scale)
+            self.step.list(self.pool.placed[adapter], hosted.experts, hosted.scale, hosted.config)
             self.listed.add(adapter)
 
     def _place_beside(self, adapter: int) -> None:

@@ -20,11 +20,13 @@ from vllm.sequence import IntermediateTensors
 from vllm_adafuse.format.architectures import ARCHITECTURES, PREFIX, Architecture
 from vllm_adafuse.format.config import CONTENT_KEY
 from vllm_adafuse.serving import layer_wise, projections, vllm_api
-from vllm_adafuse.serving.attach import refuse_micro_batches
+from vllm_adafuse.serving.attach import refuse_context, refuse_micro_batches
 from vllm_adafuse.serving.bank import ExpertBank, place_banks
 from vllm_adafuse.serving.content import Content, open_checked
 from vllm_adafuse.serving.ops import make_known
+from vllm_adafuse.serving.past import PastRouter
 from vllm_adafuse.serving.projections import NormPlace, norms_behind
+from vllm_adafuse.serving.requests import Requests
 from vllm_adafuse.serving.routes import ROUTE_IDS, ROUTE_WEIGHTS, Route, Router, SharedRotary
 from vllm_adafuse.serving.warm_up import warm_up
 from vllm_adafuse.serving.wrap import linears
@@ -70,13 +72,13 @@ class AdaFuseMixin:
             make_known(bank, vllm_config)
         pass_routes_on(self, adapter_config.top_k)
         stamps = get_pp_group().is_first_rank and not adapter_config.router_layer
-        self.adafuse_router = Router(
-            adapter_config,
-            route,
-            hf_config.hidden_size,
-            hf_config.vocab_size if stamps else 0,
-            hf_config.rms_norm_eps,
-        )
+        sizes = hf_config.hidden_size, hf_config.vocab_size if stamps else 0, hf_config.rms_norm_eps
+        if adapter_config.router_context:
+            refuse_context(adapter_config, f"adapter {self.adafuse_adapter.path}", vllm_config)
+            self.adafuse_requests = Requests(vllm_config.scheduler_config.max_num_seqs)
+            self.adafuse_router = PastRouter(adapter_config, route, *sizes, self.adafuse_requests)
+        else:
+            self.adafuse_router = Router(adapter_config, route, *sizes)
         if adapter_config.router_layer and self._has_router:
             route_at(self.model.layers[adapter_config.router_layer], self.adafuse_router)
         self.adafuse_loading = loading
@@ -195,7 +197,7 @@ class AdaFuseMixin:
         if self.adafuse_adapter.config.layer_wise:
             return
         router = self.adafuse_router
-        if like is not None and router.passport_ids.numel():
+        if like is not None and router.by_id:
             router(like.new_zeros(tokens), None)
         else:
             router.route.spread(tokens)

@@ -7,8 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from vllm.platforms import current_platform
+from vllm_adafuse.format.config import AdapterConfig
+from vllm_adafuse.kernels.context_routes import CONTEXT_COLUMNS, ContextRoutes, context_routes
 from vllm_adafuse.kernels.page_routes import COLUMNS, EXPERT, OWNER, SCALE, TOP_K, page_routes
+from vllm_adafuse.serving.past import context_of
 from vllm_adafuse.serving.pool import Place, Size
+from vllm_adafuse.serving.requests import Requests, copy_to
 from vllm_adafuse.serving.routes import Route, SharedRotary, Step
 
 # Slots of tokens whose request has no adapter, and of those whose adapter is lost.
@@ -28,24 +32,36 @@ class PageStep(Step):
             kinds of steps, a captured graph the kind of its capture.
         slots: [N] int32, of each token the slot of its adapter, NO_ADAPTER or LOST.
         directory: [3 + C, pages] int32, see `page_routes`.
-        table_ids, table_weights: [C, V] int32 and float32, the passports.
         rotary: the embedding that projections of queries and keys apply themselves; or None.
+        table_ids, table_weights: [C, V + N] int32 and float32: the passports, and behind them
+            those that tokens of the step have whose router sees the past.
+        contexts, sums: as `context_routes` takes them.
+        requests: of the engine.
     """
 
-    def __init__(self, rows: int, size: Size, vocab_size: int):
+    def __init__(self, rows: int, size: Size, vocab_size: int, requests: Requests):
         super().__init__(rows, size.pages)
         self.rotary: SharedRotary | None = None
+        self.vocab_size, self.requests = vocab_size, requests
+        requests.followers.append(self)
         # Not a buffer: those follow the model to its device.
         self.has_adapters = torch.zeros(1, dtype=torch.bool, device="cpu")
         directory = torch.full((COLUMNS + size.columns, size.pages), -1, dtype=torch.int32)
-        tables = size.columns, vocab_size
+        tables = size.columns, vocab_size + rows
+        contexts = torch.zeros(CONTEXT_COLUMNS + 2 * size.columns, size.pages, dtype=torch.int32)
+        sums = torch.zeros(requests.most, size.columns, dtype=torch.float64)
         for name, tensor in (
             ("slots", torch.full((rows,), NO_ADAPTER, dtype=torch.int32)),
             ("directory", directory),
+            ("contexts", contexts),
+            ("sums", sums),
+            ("token_rows", torch.zeros(rows, dtype=torch.int32)),
             ("table_ids", torch.zeros(tables, dtype=torch.int32)),
             ("table_weights", torch.zeros(tables, dtype=torch.float32)),
         ):
             self.register_buffer(name, tensor, persistent=False)
+        self._seeing: dict[int, tuple[int, ...]] = {}  # slot -> columns of its experts
+        self._batch = np.zeros(0, dtype=np.int32)
         self._listed = np.full(directory.shape, -1, dtype=np.int32)
         self._named = 0
         self.cold = current_platform.is_cuda_alike()
@@ -57,33 +73,79 @@ class PageStep(Step):
             slots: [R] int32, of each request in the order of the batch.
             counts: [R], the tokens of each.
         """
+        self._batch = slots
         named = np.repeat(slots, counts).astype(np.int32, copy=False)
         # Rows past the step's are those of a captured graph's padding: nobody's.
         tokens = max(len(named), self._named)
         padded = np.full(tokens, NO_ADAPTER, dtype=np.int32)
         padded[: len(named)] = named
-        _copy(self.slots[:tokens], padded)
+        copy_to(self.slots[:tokens], padded)
         self._named = len(named)
 
-    def list(self, place: Place, experts: Sequence[int], scale: float) -> None:
-        """Enters an adapter into the directory; experts: whose each of its pages is; scale: of a
-        plain LoRA."""
+    def list(
+        self,
+        place: Place,
+        experts: Sequence[int],
+        scale: float,
+        config: AdapterConfig | None = None,
+    ) -> None:
+        """Enters an adapter into the directory.
+
+        Args:
+            place: of the adapter.
+            experts: whose each of its pages is.
+            scale: of a plain LoRA.
+            config: of a mixture.
+        """
         listed, pages = self._listed, list(place.pages)
         listed[OWNER, pages], listed[EXPERT, pages] = place.slot, experts
-        listed[TOP_K, place.slot] = len(place.columns)
         listed[SCALE, place.slot] = np.float32(scale).view(np.int32)
-        listed[COLUMNS : COLUMNS + len(place.columns), place.slot] = place.columns
-        _copy(self.directory, listed)
+        columns, sees = place.columns, config is not None and bool(config.router_context)
+        if sees:  # its tokens' rows are of this step, in which any columns are theirs
+            columns = tuple(range(config.top_k))
+        listed[TOP_K, place.slot] = len(columns)
+        listed[COLUMNS : COLUMNS + len(columns), place.slot] = columns
+        copy_to(self.directory, listed)
+        self._seeing.pop(place.slot, None)
+        context = torch.zeros(self.contexts.shape[0], dtype=torch.int32)
+        if sees:
+            self._seeing[place.slot] = place.columns
+            context = context_of(config, list(place.columns), self.table_ids.shape[0])
+        copy_to(self.contexts[:, place.slot], context.numpy())
 
     def strike(self, place: Place) -> None:
         """Takes an adapter out of the directory."""
         self._listed[OWNER, list(place.pages)] = -1
-        _copy(self.directory, self._listed)
+        copy_to(self.directory, self._listed)
+        self._seeing.pop(place.slot, None)
+
+    @property
+    def follows(self) -> bool:
+        """See `Follower`."""
+        return bool(self._seeing)
+
+    def sees(self, place: int) -> bool:
+        """See `Follower`."""
+        return bool(self.has_adapters.item()) and int(self._batch[place]) in self._seeing
+
+    def seed(self, place: int, row: int, token_ids: torch.Tensor) -> None:
+        """See `Follower`."""
+        columns = list(self._seeing[int(self._batch[place])])
+        ids = token_ids.long().clamp(0, self.vocab_size - 1)
+        for expert, column in enumerate(columns):
+            self.sums[row, expert] = self.table_weights[column, ids].double().sum()
 
     def route(self, token_ids: torch.Tensor) -> None:
         """Writes the gates of a step of T tokens, from their ids [T]."""
+        vocab_size = self.vocab_size
+        w, c = self.table_ids.view(torch.float32), self.table_weights
+        context_routes(
+            token_ids, self.slots, self.contexts, (w[:, :vocab_size], c[:, :vocab_size]),
+            self.sums, self.requests.table,
+            ContextRoutes(self.token_rows, self.table_ids[:, vocab_size:], c[:, vocab_size:]),
+        )  # fmt: skip
         page_routes(
-            token_ids, self.slots, self.directory, self.table_ids, self.table_weights,
+            self.token_rows[: token_ids.shape[0]], self.slots, self.directory, self.table_ids, c,
             self.gates, self.active, self.semaphores,
         )  # fmt: skip
 
@@ -93,9 +155,3 @@ class PageStep(Step):
         if self.has_adapters.item():
             named = self.slots[:tokens] != NO_ADAPTER
             route.gates[:tokens].masked_fill_(named[:, None], 0)
-
-
-def _copy(target: torch.Tensor, source: np.ndarray) -> None:
-    """To the device without waiting for it; the source may change at once."""
-    host = torch.from_numpy(source.copy())
-    target.copy_(host.pin_memory() if target.is_cuda else host, non_blocking=True)

@@ -82,8 +82,9 @@ def misfits(size: Size, max_loras: int, max_lora_rank: int) -> list[str]:
         )
     if size.columns > have.columns:
         problems.append(
-            f"gives every token {size.columns} experts, and passports of {have.columns} columns "
-            "are reserved: raise --max-loras"
+            f"takes {size.columns} columns of passports (its experts per token, or with "
+            f"`router.context` all of its experts), and {have.columns} are reserved: raise "
+            "--max-loras"
         )
     return problems
 

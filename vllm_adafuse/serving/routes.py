@@ -153,6 +153,16 @@ class Router(torch.nn.Module):
     def passport_bytes(self) -> int:
         return self.passport_ids.nbytes + self.passport_weights.nbytes
 
+    @property
+    def columns(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The passports as a pool of columns holds them, int32 and float32 [columns, V]."""
+        return self.passport_ids.t(), self.passport_weights.t()
+
+    @property
+    def by_id(self) -> bool:
+        """Whether routes follow from token ids."""
+        return self.passport_ids.numel() > 0
+
     def decide(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Routes of embeddings [T, H] as they enter layer 0: ids and weights [T, k]."""
         return gate(embeddings, self._gate)

@@ -14,7 +14,7 @@ def watch(model: torch.nn.Module, step: PageStep) -> None:
 
     Both run outside what is compiled, and within what a CUDA graph captures whole.
     """
-    model.adafuse_step = step
+    model.adafuse_step, model.adafuse_requests = step, step.requests
     model.register_forward_pre_hook(_route, with_kwargs=True)
     model.register_forward_hook(_silence)
 

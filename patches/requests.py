@@ -1,0 +1,140 @@
+"""Says whose a step's tokens are, to models that route by a request's past (serving/requests.py).
+
+The older model runner settles a batch in `_prepare_inputs`; the newer one tells a model's own state
+of new requests (`add_request`) and of each step (`prepare_inputs`). Both run dummy steps by
+`_dummy_run`. Where one of these is not found, such models are refused; all others are served.
+
+Read against vLLM 0.32.0 (v1/worker/gpu_model_runner.py, v1/worker/gpu/model_runner.py).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from vllm_adafuse.patches.on_import import when_imported
+
+_MARK = "_adafuse_wrapped"
+
+
+def apply() -> None:
+    """Wraps each runner's methods when its module is imported."""
+    when_imported("vllm.v1.worker.gpu_model_runner", _wrap_older)
+    when_imported("vllm.v1.worker.gpu.model_runner", _wrap_newer)
+
+
+def _requests_of(runner: Any) -> Any:
+    """The `Requests` of a runner's model; None where no router sees the past."""
+    return getattr(runner.get_model(), "adafuse_requests", None)
+
+
+def _wrap_older() -> None:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    def make_prepare(original):
+        def _prepare_inputs(self, scheduler_output, *arguments, **options):
+            prepared = original(self, scheduler_output, *arguments, **options)
+            requests = _requests_of(self)
+            if requests is not None and not requests.wanted:
+                requests.rest()
+            elif requests is not None:
+                if scheduler_output.finished_req_ids:
+                    requests.forget(scheduler_output.finished_req_ids)
+                _begin_older(requests, self.input_batch, scheduler_output.num_scheduled_tokens)
+            return prepared
+
+        return _prepare_inputs
+
+    _wrap(GPUModelRunner, "_prepare_inputs", make_prepare)
+    _wrap(GPUModelRunner, "_dummy_run", _make_dummy_run)
+
+
+def _begin_older(requests: Any, batch: Any, scheduled: dict[str, int]) -> None:
+    def tokens_of(place: int, count: int) -> torch.Tensor:
+        token_ids = batch.token_ids_cpu[place, :count].copy()
+        if (token_ids < 0).any():
+            raise RuntimeError(
+                f"vllm-adafuse: request {batch.req_ids[place]} goes on after {count} tokens of "
+                "which some are not known here, so its experts cannot be chosen; run with "
+                "--no-async-scheduling"
+            )
+        return torch.from_numpy(token_ids)
+
+    ids = batch.req_ids[: batch.num_reqs]
+    starts = batch.num_computed_tokens_cpu[: batch.num_reqs]
+    requests.begin(ids, starts, [scheduled[request] for request in ids], tokens_of)
+
+
+def _wrap_newer() -> None:
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    def make_load(original):
+        def load_model(self, *arguments, **options):
+            loaded = original(self, *arguments, **options)
+            if _requests_of(self) is not None:
+                _follow_state(self, self.model_state)
+            return loaded
+
+        return load_model
+
+    _wrap(GPUModelRunner, "load_model", make_load)
+    _wrap(GPUModelRunner, "_dummy_run", _make_dummy_run)
+
+
+def _follow_state(runner: Any, state: Any) -> None:
+    """Follows the requests of the newer runner.
+
+    Raises:
+        RuntimeError: it has no such state.
+    """
+    prepare, add = getattr(state, "prepare_inputs", None), getattr(state, "add_request", None)
+    if prepare is None or add is None:
+        raise RuntimeError(
+            "vllm-adafuse: vLLM's model state has no prepare_inputs and add_request, so a router "
+            "could not see a request's past; use a vLLM from 0.26 to 0.33"
+        )
+
+    @functools.wraps(prepare)
+    def prepare_inputs(batch, req_states):
+        def tokens_of(place: int, count: int) -> torch.Tensor:
+            return req_states.all_token_ids.gpu[int(batch.idx_mapping_np[place]), :count]
+
+        requests = _requests_of(runner)
+        if not requests.wanted:
+            requests.rest()
+            return prepare(batch, req_states)
+        starts = req_states.num_computed_tokens_np[batch.idx_mapping_np]
+        ids = batch.req_ids[: batch.num_reqs]
+        requests.begin(
+            ids, starts[: len(ids)], batch.num_scheduled_tokens[: len(ids)], tokens_of
+        )
+        return prepare(batch, req_states)
+
+    @functools.wraps(add)
+    def add_request(req_index, new_req_data):
+        _requests_of(runner).forget([new_req_data.req_id])
+        return add(req_index, new_req_data)
+
+    state.prepare_inputs, state.add_request = prepare_inputs, add_request
+
+
+def _make_dummy_run(original):
+    def _dummy_run(self, *arguments, **options):
+        if (requests := _requests_of(self)) is not None:
+            requests.idle()
+        return original(self, *arguments, **options)
+
+    return _dummy_run
+
+
+def _wrap(owner: Any, name: str, make) -> None:
+    from vllm_adafuse.serving.attach import UNSEEN
+
+    original = getattr(owner, name, None)
+    if original is None:
+        UNSEEN[owner.__module__] = f"{owner.__module__}.{owner.__name__} has no {name}"
+    elif not getattr(original, _MARK, False):
+        wrapper = functools.wraps(original)(make(original))
+        setattr(wrapper, _MARK, True)
+        setattr(owner, name, wrapper)

@@ -1,0 +1,88 @@
+"""Mixtures that see a request's past, chosen per request beside all others, in one batch."""
+
+import pytest
+import torch
+from engines import assert_greedy_equals, engine, greedy, load_reference, make_pair
+from loras import FEW, make_lora, manager_of
+from test_engine_context import CONTEXT, prompts
+from vllm.lora.request import LoRARequest
+from vllm_adafuse.format.random_adapter import make_random_adapter
+
+MIXTURES = {
+    "past": {"num_experts": 5, "r": [4, 20, 8, 33, 4], **CONTEXT},
+    "wide": {
+        "num_experts": 3, "top_k": 3, "r": 4, "seed": 9, "router_weights": "softmax_topk",
+        **CONTEXT, "router_bias": False, "lora_alpha": [3, 9, 6],
+    },
+    "token": {"num_experts": 4, "top_k": 2, "r": 4, "seed": 5},
+}  # fmt: skip
+NAMES = ["past", "base", "token", "wide", "lora"]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pages")
+    # Of another shape than what requests choose; a router that sees the past itself.
+    base, default = make_pair(root / "pair", num_experts=2, seed=3, **CONTEXT)
+    references = {"base": load_reference(base, default)}
+    for name, options in MIXTURES.items():
+        path = make_random_adapter(base, root / name, dtype=torch.float32, **{"top_k": 2} | options)
+        references[name] = load_reference(base, path)
+    references["lora"] = make_lora(base, root / "lora", 4, **FEW)
+    options = {"num_gpu_blocks_override": 13, "block_size": 32, "max_num_batched_tokens": 48}
+    options |= {"enable_lora": True, "max_loras": 4, "max_lora_rank": 64, "max_num_seqs": 8}
+    with engine(base, default, **options) as llm:
+        yield llm, root, references
+
+
+def generate(served, names, texts, **options):
+    llm, root, references = served
+    ids = {name: 1 + NAMES.index(name) for name in NAMES}
+    requests = [
+        None if name == "base" else LoRARequest(name, ids[name], str(root / name)) for name in names
+    ]
+    outputs = llm.generate(texts, greedy(**options), lora_request=requests, use_tqdm=False)
+    for name, output in zip(names, outputs):
+        assert_greedy_equals([output], references[name])
+    return outputs
+
+
+def test_one_batch_of_all(served):
+    generate(served, NAMES, prompts(30, 20, 40, 55, 20), max_tokens=8)
+
+
+def test_prefix_hits_and_others_pasts(served):
+    (first,) = prompts(70, seed=1)
+    ids = first["prompt_token_ids"]
+    generate(served, ["past", "wide"], [first, first], max_tokens=2)
+    again = [{"prompt_token_ids": ids[:64] + tail} for tail in ([5, 6], [7], [8, 9, 10])]
+    outputs = generate(served, ["past", "wide", "past"], again, max_tokens=8)
+    assert [output.num_cached_tokens for output in outputs] == [64, 64, 64]
+
+
+def test_preempted_requests_go_on(served):
+    names = ["past", "past", "wide", "lora", "base"]
+    generate(served, names, prompts(*[33] * 5, seed=2), max_tokens=70)
+
+
+def test_requests_are_followed_only_where_a_router_needs_it(served):
+    step = manager_of(served[0]).step
+    assert step.follows and step.requests.wanted
+    assert [type(f).__name__ for f in step.requests.followers] == ["PastRouter", "PageStep"]
+
+
+@pytest.mark.parametrize("option, said", [
+    ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+    ({"speculative": True}, "speculative decoding"),
+])  # fmt: skip
+def test_options_that_cannot_be_had(served, option, said):
+    from copy import copy
+
+    from vllm_adafuse.serving.attach import options_problem
+
+    config = copy(served[0].llm_engine.vllm_config)
+    assert options_problem(config) is None
+    config.parallel_config = copy(config.parallel_config)
+    config.parallel_config.pipeline_parallel_size = option.get("pipeline_parallel_size", 1)
+    object.__setattr__(config, "speculative_config", object() if "speculative" in option else None)
+    assert f"is not served with {said} yet" in options_problem(config)

@@ -1,0 +1,100 @@
+"""Routers that see a request's past on a GPU: captured graphs, both model runners, prefix hits,
+chunks. What stands on the device at the end is what the tokens add up to, and says the routes."""
+
+import pytest
+import torch
+from engines import greedy
+from test_engine_context import CONTEXT, prompts
+from test_gpu_engine import gpu_engine, gpu_pair
+from vllm.lora.request import LoRARequest
+from vllm_adafuse.kernels.context_routes import choose_by_past
+
+pytestmark = pytest.mark.gpu
+
+LENGTHS = [1, 5, 17, 64, 65, 130, 300, 411, 33, 90, 250, 8] * 2
+
+
+@pytest.fixture(scope="module", params=["older", "newer"])
+def runner(request):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(request.param == "newer")))
+        yield request.param
+
+
+@pytest.fixture(scope="module", params=["pinned", "pages"])
+def served(request, runner, tmp_path_factory):
+    base, adapter = gpu_pair(tmp_path_factory.mktemp("past"), num_experts=5, top_k=2, **CONTEXT)
+    pinned = request.param == "pinned"
+    options = {
+        "enforce_eager": False, "max_model_len": 512, "max_num_batched_tokens": 512,
+        "compilation_config": {"cudagraph_capture_sizes": [1, 8, 32]}, "max_num_seqs": 32,
+    }  # fmt: skip
+    if not pinned:
+        options |= {"enable_lora": True, "max_loras": 2, "max_lora_rank": 128}
+    with gpu_engine(base, adapter if pinned else None, **options) as llm:
+        named = None if pinned else LoRARequest("past", 1, str(adapter))
+        yield llm, named
+
+
+def on_device(served):
+    """w, c [E, V], and sums [S, E]: float64, on the host."""
+
+    def look(worker):
+        model = worker.get_model()
+        if served[1] is None:
+            router = model.adafuse_router
+            return router.w.cpu(), router.c.cpu(), router.sums.cpu()
+        step = model.adafuse_step
+        columns = list(next(iter(step._seeing.values())))
+        w = step.table_ids.view(torch.float32)[columns, : step.vocab_size]
+        return w.cpu(), step.table_weights[columns, : step.vocab_size].cpu(), step.sums.cpu()
+
+    return served[0].collective_rpc(look)[0]
+
+
+def generate(served, texts, tokens):
+    return served[0].generate(texts, greedy(tokens), lora_request=served[1], use_tqdm=False)
+
+
+def check_sums(served, outputs):
+    _, c, sums = on_device(served)
+    for output in outputs:
+        # The last token was never computed with.
+        ids = torch.tensor([*output.prompt_token_ids, *output.outputs[0].token_ids][:-1])
+        expected = c[:, ids].double().sum(1)
+        off = (sums[:, : len(expected)] - expected).abs().amax(1).min()
+        assert off < 1e-8, (len(ids), float(off))
+
+
+def test_chunks_and_graphs(served):
+    check_sums(served, generate(served, prompts(*LENGTHS), 24))
+
+
+def test_prefix_hits(served):
+    texts = prompts(*LENGTHS, seed=1)
+    generate(served, texts, 2)
+    again = [{"prompt_token_ids": text["prompt_token_ids"][:-1] + [7, 8]} for text in texts]
+    outputs = generate(served, again, 24)
+    assert sum(output.num_cached_tokens for output in outputs) > 1000
+    check_sums(served, outputs)
+
+
+def test_routes_of_the_last_step(served):
+    (output,) = generate(served, prompts(200, seed=2), 40)
+    w, c, _ = on_device(served)
+    ids = [*output.prompt_token_ids, *output.outputs[0].token_ids][:-1]
+
+    def look(worker):
+        model = worker.get_model()
+        if served[1] is None:
+            route = model.adafuse_router.route
+            return route.expert_ids[0].tolist(), route.weights[0].cpu()
+        step = model.adafuse_step
+        behind = step.vocab_size
+        return step.table_ids[:2, behind].tolist(), step.table_weights[:2, behind].cpu()
+
+    found_ids, found = served[0].collective_rpc(look)[0]
+    scales = torch.full((5,), 2.0)  # alpha 2 r
+    expected_ids, expected = choose_by_past(w[:, ids].t(), c[:, ids].t(), scales, 2, False)
+    assert found_ids == expected_ids[-1].tolist()
+    assert (found - expected[-1]).abs().max() < 1e-5

@@ -1,0 +1,149 @@
+"""Routers that see a request's past (`router.context`): their tables, and their sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from vllm_adafuse.format.config import AdapterConfig
+from vllm_adafuse.format.context_keys import CONTEXT_WEIGHT
+from vllm_adafuse.kernels.context_routes import (
+    CHOSEN,
+    CONTEXT_COLUMNS,
+    EXPERTS,
+    SOFTMAX_FIRST,
+    ContextRoutes,
+    context_routes,
+    context_rows,
+)
+from vllm_adafuse.serving.requests import Requests
+from vllm_adafuse.serving.routes import PASSPORT_CHUNK, Route, Router
+
+
+def context_of(config: AdapterConfig, columns: list[int], most: int) -> torch.Tensor:
+    """What `context_routes` needs to know of an adapter: a column [3 + 2 C] int32 of `contexts`.
+
+    Args:
+        config: the adapter's.
+        columns: of its experts in the tables.
+        most: C.
+    """
+    column = torch.zeros(CONTEXT_COLUMNS + 2 * most, dtype=torch.int32)
+    column[EXPERTS], column[CHOSEN] = config.num_experts, config.top_k
+    column[SOFTMAX_FIRST] = int(config.router_weights == "softmax_topk")
+    column[CONTEXT_COLUMNS:][: len(columns)] = torch.tensor(columns)
+    scales = torch.tensor(config.scales, dtype=torch.float32).view(torch.int32)
+    column[CONTEXT_COLUMNS + most :][: len(columns)] = scales
+    return column
+
+
+class PastRouter(Router):
+    """Fills a `Route` by what a request has said so far: everybody's default adapter.
+
+    Args:
+        config: the adapter's.
+        route: the buffers to fill; None only to stamp tables.
+        hidden_size: H.
+        vocab_size: V.
+        norm_eps: epsilon of the norm.
+        requests: of the engine; None only to stamp tables.
+
+    Attributes:
+        tables: w and c, float32 [E, V] each.
+        sums: [S, E] float64.
+    """
+
+    def __init__(
+        self,
+        config: AdapterConfig,
+        route: Route | None,
+        hidden_size: int,
+        vocab_size: int,
+        norm_eps: float,
+        requests: Requests | None,
+    ):
+        super().__init__(config, route, hidden_size, 0, norm_eps)
+        experts, rows = config.num_experts, route.expert_ids.shape[0] if route else 0
+        context = context_of(config, list(range(experts)), experts)
+        most = requests.most if requests else 0
+        for name, tensor in (
+            ("context_weight", torch.zeros(experts, hidden_size, dtype=torch.float32)),
+            ("w", torch.zeros(experts, vocab_size, dtype=torch.float32)),
+            ("c", torch.zeros(experts, vocab_size, dtype=torch.float32)),
+            ("contexts", context[:, None].contiguous()),
+            ("sums", torch.zeros(most, experts, dtype=torch.float64)),
+            ("slots", torch.zeros(rows, dtype=torch.int32)),
+            ("rows", torch.zeros(rows, dtype=torch.int32)),
+        ):
+            self.register_buffer(name, tensor, persistent=False)
+        # In a list: the model's, not a part of this one.
+        self._requests = [requests] if requests else []
+        if requests:
+            requests.followers.append(self)
+
+    @property
+    def passport_bytes(self) -> int:
+        return self.w.nbytes + self.c.nbytes
+
+    @property
+    def columns(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The bits of w, and c."""
+        return self.w.view(torch.int32), self.c
+
+    @property
+    def by_id(self) -> bool:
+        return True
+
+    def load(self, read: Callable[[str], torch.Tensor], has_bias: bool) -> None:
+        """As `Router.load`."""
+        super().load(read, has_bias)
+        self.context_weight.copy_(read(CONTEXT_WEIGHT))
+
+    def stamp(
+        self,
+        embed: Callable[[torch.Tensor], torch.Tensor],
+        norm: torch.nn.Module,
+        norm_offset: float,
+    ) -> None:
+        """As `Router.stamp`: both tables, of the whole vocabulary."""
+        self.norm_weight.copy_(norm.weight.float() + norm_offset)
+        vocab_size = self.w.shape[1]
+        for start in range(0, vocab_size, PASSPORT_CHUNK):
+            stop = min(start + PASSPORT_CHUNK, vocab_size)
+            embeddings = embed(torch.arange(start, stop, device=self.w.device))
+            scale = self.config.context_scale
+            w, c = context_rows(embeddings, self._gate, self.context_weight, scale)
+            self.w[:, start:stop], self.c[:, start:stop] = w.t(), c.t()
+        for requests in self._requests:
+            requests.forget()  # what their tokens add up to was another table's
+
+    @property
+    def follows(self) -> bool:
+        """See `Follower`."""
+        return True
+
+    def sees(self, place: int) -> bool:
+        """See `Follower`."""
+        return True
+
+    def seed(self, place: int, row: int, token_ids: torch.Tensor) -> None:
+        """See `Follower`."""
+        self.sums[row] = self.c[:, token_ids.long()].double().sum(1)
+
+    def forward(self, input_ids: torch.Tensor | None, embeddings: torch.Tensor | None) -> None:
+        """As `Router.forward`, from token ids alone.
+
+        Raises:
+            RuntimeError: there are none.
+        """
+        if input_ids is None or embeddings is not None:
+            raise RuntimeError(
+                "vllm-adafuse: a step of embeddings reached a router with `router.context`, "
+                "expected token ids: leave out --enable-prompt-embeds"
+            )
+        out = ContextRoutes(self.rows, self.route.expert_ids.t(), self.route.weights.t())
+        context_routes(
+            input_ids, self.slots, self.contexts, (self.w, self.c), self.sums,
+            self._requests[0].table, out,
+        )  # fmt: skip
+        self.route.spread(input_ids.shape[0])
