@@ -92,6 +92,13 @@ def test_what_a_layer_must_be(name):
     assert not can_write(None)
 
 
+@pytest.mark.parametrize("name", ["scales", "another kind of attention"])
+def test_a_layer_that_is_another_keeps_its_update(name):
+    attention = make_attention(**REFUSED[name])
+    update = attention.impl.do_kv_cache_update
+    assert take_cache(attention) is None and attention.impl.do_kv_cache_update is update
+
+
 def test_other_devices_are_left_alone(monkeypatch):
     monkeypatch.setattr(kv_cache, "current_platform", SimpleNamespace(is_cuda=lambda: False))
     assert not can_write(make_attention())

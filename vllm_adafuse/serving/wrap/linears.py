@@ -88,7 +88,7 @@ class FusedLinearMethod(AdaFuseLinearMethod):
 
 
 def release_weights(layers: Iterable[LinearBase]) -> None:
-    """Gives back the memory of weights that are still to be loaded, before fused weight take it.
+    """Gives back the memory of weights that are still to be loaded, before fused weights take it.
 
     All at once: one by one, the hole that a weight leaves is too small for its fused weight, and
     the allocator would keep a hole of every shape.
@@ -100,8 +100,8 @@ def release_weights(layers: Iterable[LinearBase]) -> None:
 
 
 def join(layer: LinearBase, bank: ExpertBank | LayerBank) -> None:
-    """Makes a linear's weight [out, in], loaded or still to be, the first rows of its
-    fused weight."""
+    """Makes a linear's weight [out, in], loaded or still to be, the first rows of its fused
+    weight."""
     layer.weight.data = bank.weight
 
 
