@@ -16,7 +16,7 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAt
 from vllm_adafuse.kernels.linear import linear
 from vllm_adafuse.serving import kv_cache
 from vllm_adafuse.serving.kv_cache import can_write
-from vllm_adafuse.serving.ops import projection
+from vllm_adafuse.serving.ops import named, projection
 from vllm_adafuse.serving.wrap.hooks import take_cache
 
 NAME, HEADS, SIZE, TOKENS, BLOCK = "model.layers.0.self_attn.attn", 2, 32, 5, 16
@@ -217,7 +217,7 @@ def test_a_step_of_the_op_writes_the_cache_that_vllm_would():
     bank = OneBank(p.projection("rotary", cos_sin), p.step(cos_sin), "layer", cache)
 
     def step():
-        return projection(p.x, p.gates, "layer")
+        return projection(p.x, p.gates, named("layer"), 256, 256)
 
     y = linear(p.x, bank.projection, bank.step)
     context = make_context(attention, slot_mapping={NAME: mapping})
