@@ -52,8 +52,8 @@ class Options:
 def measure_one(p: Product, tokens: int, options: Options) -> dict:
     """Microseconds of each form of one projection."""
     s = p.shape
-    dtype, parts, out = getattr(torch, options.dtype), list(range(len(s.widths))), s.size_out
-    e, count = options.experts, len(parts)
+    dtype, adapted, out = getattr(torch, options.dtype), list(range(len(s.widths))), s.size_out
+    e, count = options.experts, len(adapted)
     columns, logits = count * e * options.r, options.splits * count * e
     rows = -(-(out + columns + logits) // 16) * 16
     activation = s.epilogue if s.epilogue == "silu" else ""
@@ -67,7 +67,7 @@ def measure_one(p: Product, tokens: int, options: Options) -> dict:
     scales, bias = torch.ones(e, device="cuda"), torch.zeros(count, e, device="cuda")
     layers = [
         LayerProjection(
-            gate, s.widths, tuple(parts), scales, normal(out, e, options.r), bias, logits,
+            gate, s.widths, tuple(adapted), scales, normal(out, e, options.r), bias, logits,
             normal(rows, s.size_in, scale=s.size_in**-0.5), epilogue=activation,
         )
         for _ in range(copies)
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--top-k", default=defaults.top_k, type=int)
     parser.add_argument("--r", default=defaults.r, type=int)
     parser.add_argument("--splits", default=defaults.splits, type=int,
-                        help="parts of a router: 3 for float32 routers, else 1")  # fmt: skip
+                        help="pieces of a router: 3 for float32 routers, else 1")  # fmt: skip
     parser.add_argument("--repeats", default=defaults.repeats, type=int)
     parser.add_argument("--dtype", default=defaults.dtype)
     parser.add_argument("--out", type=Path, help="folder of the result file")

@@ -14,16 +14,16 @@ from vllm_adafuse.kernels.whole import cdiv
 def group_of_tiles(
     group, TILES0: tl.constexpr, TILES1: tl.constexpr, TILES2: tl.constexpr, LOOP: tl.constexpr
 ):  # fmt: skip
-    """Which part a group of LOOP tiles belongs to, its first and its end among that part's tiles,
-    and the tiles of the parts before; see `grouped_tiles`."""
+    """Which slice a group of LOOP tiles belongs to, its first and its end among that slice's tiles,
+    and the tiles of the slices before; see `grouped_tiles`."""
     GROUPS0: tl.constexpr = (TILES0 + LOOP - 1) // LOOP
     GROUPS01: tl.constexpr = GROUPS0 + (TILES1 + LOOP - 1) // LOOP
     second, third = group >= GROUPS0, group >= GROUPS01
-    part = second.to(tl.int32) + third.to(tl.int32)
+    slice_idx = second.to(tl.int32) + third.to(tl.int32)
     group -= tl.where(third, GROUPS01, tl.where(second, GROUPS0, 0))
     tiles = tl.where(third, TILES2, tl.where(second, TILES1, TILES0))
     before = tl.where(third, TILES0 + TILES1, tl.where(second, TILES0, 0))
-    return part, group * LOOP, tl.minimum((group + 1) * LOOP, tiles), before
+    return slice_idx, group * LOOP, tl.minimum((group + 1) * LOOP, tiles), before
 
 
 def grouped_tiles(
@@ -32,7 +32,7 @@ def grouped_tiles(
     """Groups of `loop` tiles, and a kernel's constants that say so.
 
     Args:
-        widths: columns of each part, in whole tiles.
+        widths: columns of each slice, in whole tiles.
         epilogue: what follows; columns come in pairs.
         half: of a head with "rotary", whose tiles are whole heads; else 0.
         columns: of a tile elsewhere.

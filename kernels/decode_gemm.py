@@ -54,9 +54,9 @@ from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 def workspace_sizes(lora_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
     """What a projection of `rows` rows may need of a `Workspace`: bytes, floats, semaphores."""
-    parts, experts, rank, _ = lora_a.shape
+    linears, experts, rank, _ = lora_a.shape
     alone, within = ShrinkGrid.of(lora_a), ShrinkGrid.of(lora_a, MAX_SHRINK_SPLIT_K)
-    bytes_ = MAX_SHRINK_TOKENS * parts * experts * rank * lora_a.element_size()
+    bytes_ = MAX_SHRINK_TOKENS * linears * experts * rank * lora_a.element_size()
     padded = rows + 3 * 64
     of_shrink = max(alone.programs * MAX_SHRINK_TOKENS, within.programs * MAX_STREAM_TOKENS)
     sums = of_shrink * alone.block_r + MAX_SPLIT_K * padded * MAX_STREAM_TOKENS
@@ -104,18 +104,18 @@ def load_b(
 @triton.jit
 def add_delta(
     acc, b_at, b, active_ptr, active, s_ptr, semaphore_ptr, shrinks,
-    n_tokens, part, n_parts, n_experts,
+    n_tokens, linear_idx, n_linears, n_experts,
     WAITS: tl.constexpr, PADDED: tl.constexpr, RANK: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_ER: tl.constexpr,
 ):  # fmt: skip
-    """acc [rows, T] + B[rows] s[part].
+    """acc [rows, T] + B[rows] s[linear].
 
     b: the first block of columns of B, loaded long before.
     WAITS: until all of s is there, unless the tile has done so before: to ask is a way to memory.
     """
     tokens = tl.arange(0, BLOCK_T)
     here = tokens < n_tokens
-    s_at = s_ptr + (tokens * n_parts + part)[None, :] * (n_experts * RANK)
+    s_at = s_ptr + (tokens * n_linears + linear_idx)[None, :] * (n_experts * RANK)
     if active != 0:
         if WAITS:
             wait_for_shrink(semaphore_ptr, shrinks)
@@ -141,10 +141,10 @@ def add_delta(
 def _decode_gemm_kernel(
     x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, y_ptr, cos_sin_ptr,
     gates_ptr, active_ptr, s_ptr, partial_ptr, split_k_semaphore_ptr, semaphore_ptr,
-    n_tokens, x_stride, y_stride, size_in, n_experts, n_parts, n_slots, shrink_split_k,
+    n_tokens, x_stride, y_stride, size_in, n_experts, n_linears, n_slots, shrink_split_k,
     keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
-    PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
+    ADAPTED0: tl.constexpr, ADAPTED1: tl.constexpr, ADAPTED2: tl.constexpr,
     HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
     EVEN: tl.constexpr, SPLIT_K: tl.constexpr, LEAVE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_ER: tl.constexpr,
@@ -158,25 +158,25 @@ def _decode_gemm_kernel(
             tl.extra.cuda.gdc_wait()
         shrink_program(
             pid, x_ptr, a_ptr, gates_ptr, active_ptr, s_ptr, partial_ptr, split_k_semaphore_ptr,
-            semaphore_ptr, n_tokens, x_stride, size_in, n_experts, RANK, n_parts, n_slots,
+            semaphore_ptr, n_tokens, x_stride, size_in, n_experts, RANK, n_linears, n_slots,
             shrink_split_k, PADDED != 0, BLOCK_T, BLOCK_R, SHRINK_COLS, SHRINK_STAGES,
         )  # fmt: skip
     else:
-        # Which tile of which part, and which slice of `in`. With EPILOGUE rows come in pairs, and a
-        # tile has both members: of gate and up, of first and second halves of heads.
+        # Which tile of which slice, and which slice of `in`. With EPILOGUE rows come in pairs, and
+        # a tile has both members: of gate and up, of first and second halves of heads.
         tile, pid_k = (pid - n_shrinks) // SPLIT_K, (pid - n_shrinks) % SPLIT_K
         TALL: tl.constexpr = ROWS * (2 if EPILOGUE == 3 else 1)
-        PARTED: tl.constexpr = EPILOGUE == 0 or EPILOGUE == 3
+        SLICED: tl.constexpr = EPILOGUE == 0 or EPILOGUE == 3
         TILES0: tl.constexpr = (WIDTH0 + TALL - 1) // TALL
-        TILES01: tl.constexpr = TILES0 + ((WIDTH1 + TALL - 1) // TALL if PARTED else 0)
-        # B has no rows for parts without experts.
-        SKIP1: tl.constexpr = WIDTH0 if PART0 < 0 else 0
-        SKIP2: tl.constexpr = SKIP1 + (WIDTH1 if PART1 < 0 else 0)
+        TILES01: tl.constexpr = TILES0 + ((WIDTH1 + TALL - 1) // TALL if SLICED else 0)
+        # B has no rows for slices without experts.
+        SKIP1: tl.constexpr = WIDTH0 if ADAPTED0 < 0 else 0
+        SKIP2: tl.constexpr = SKIP1 + (WIDTH1 if ADAPTED1 < 0 else 0)
         second, third = tile >= TILES0, tile >= TILES01
         local = tile - tl.where(third, TILES01, tl.where(second, TILES0, 0))
         width = tl.where(third, WIDTH2, tl.where(second, WIDTH1, WIDTH0))
         first = tl.where(third, WIDTH0 + WIDTH1, tl.where(second, WIDTH0, 0))
-        part = tl.where(third, PART2, tl.where(second, PART1, PART0))
+        linear_idx = tl.where(third, ADAPTED2, tl.where(second, ADAPTED1, ADAPTED0))
         skipped = tl.where(third, SKIP2, tl.where(second, SKIP1, 0))
         local_rows, within = local * ROWS + tl.arange(0, ROWS), 0
         if EPILOGUE == 3:
@@ -185,7 +185,7 @@ def _decode_gemm_kernel(
             local_rows += tl.arange(0, ROWS)
         APART: tl.constexpr = HALF if EPILOGUE == 3 else WIDTH0
         APART_B: tl.constexpr = HALF if EPILOGUE == 3 else WIDTH0 - SKIP1
-        part_up = part if EPILOGUE == 3 else PART1
+        linear_up = linear_idx if EPILOGUE == 3 else ADAPTED1
         rows = first + tl.minimum(local_rows, width - 1)
         w_at = w_ptr + rows.to(tl.int64)[:, None] * size_in
         if PDL:
@@ -206,16 +206,16 @@ def _decode_gemm_kernel(
         active = tl.load(active_ptr + (1 if PADDED else 0))
         slots, shrinks, size = n_slots, n_slots, n_experts * RANK
         if PADDED:
-            of_expert = n_parts * ((RANK + BLOCK_R - 1) // BLOCK_R)
+            of_expert = n_linears * ((RANK + BLOCK_R - 1) // BLOCK_R)
             slots, shrinks = n_experts * of_expert, active.to(tl.int32) * of_expert
         b_at = b_ptr + (rows - skipped).to(tl.int64)[:, None] * size
         b_up_at = b_at
-        adds = (part >= 0) & (pid_k == 0)
+        adds = (linear_idx >= 0) & (pid_k == 0)
         asked = tl.where(adds, active, 0)
         b = load_b(b_at, 0, active_ptr, asked, n_experts, PADDED, RANK, BLOCK_ER)
         b_up = b
         if EPILOGUE != 0:
-            asked = tl.where(part_up >= 0, active, 0)
+            asked = tl.where(linear_up >= 0, active, 0)
             b_up_at = b_at + APART_B * size
             b_up = load_b(b_up_at, 0, active_ptr, asked, n_experts, PADDED, RANK, BLOCK_ER)
         for start in tl.range(begin, end, COLS, num_stages=STAGES):
@@ -238,7 +238,7 @@ def _decode_gemm_kernel(
         if adds:
             acc = add_delta(
                 acc, b_at, b, active_ptr, active, s_ptr, semaphore_ptr, shrinks,
-                n_tokens, part, n_parts, n_experts, True, PADDED, RANK, BLOCK_T, BLOCK_ER,
+                n_tokens, linear_idx, n_linears, n_experts, True, PADDED, RANK, BLOCK_T, BLOCK_ER,
             )  # fmt: skip
         last = True
         if SPLIT_K > 1 and not LEAVE:
@@ -250,11 +250,11 @@ def _decode_gemm_kernel(
             if HAS_BIAS:
                 acc += tl.load(bias_ptr + rows).to(tl.float32)[:, None]
             if EPILOGUE != 0:
-                if part_up >= 0:
+                if linear_up >= 0:
                     acc_up = add_delta(
                         acc_up, b_up_at, b_up, active_ptr, active, s_ptr, semaphore_ptr, shrinks,
-                        n_tokens, part_up, n_parts, n_experts,
-                        EPILOGUE != 3 and PART0 < 0, PADDED, RANK, BLOCK_T, BLOCK_ER,
+                        n_tokens, linear_up, n_linears, n_experts,
+                        EPILOGUE != 3 and ADAPTED0 < 0, PADDED, RANK, BLOCK_T, BLOCK_ER,
                     )  # fmt: skip
                 if HAS_BIAS:
                     acc_up += tl.load(bias_ptr + APART + rows).to(tl.float32)[:, None]
@@ -307,9 +307,9 @@ def decode_gemm_triton(
         ValueError: split-K sums before an activation or rotary embedding, which takes whole sums.
     """
     (tokens, size_in), shape, workspace = x.shape, p.shape, step.workspace
-    widths, parts, epilogue = shape.widths, shape.adapted, shape.kernel_epilogue
+    widths, adapted, epilogue = shape.widths, shape.adapted, shape.kernel_epilogue
     index, half = EPILOGUES.index(epilogue), shape.head_dim // 2
-    n_parts, experts, rank, _ = p.lora_a.shape
+    n_linears, experts, rank, _ = p.lora_a.shape
     members = tiled_widths(widths, epilogue)
     rows = sum(members)
     if tiles is None:
@@ -324,19 +324,19 @@ def decode_gemm_triton(
         padded, grid = cdiv(rank, 16) * 16, grid.for_tokens(tokens, experts)
     block_t = max(16, power_of_2(tokens))
     shrink_cols = fit_cols(tiles.shrink_cols, grid.block_r, block_t, x.element_size())
-    widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
+    widths, adapted = [*widths, 0, 0][:3], [*adapted, -1, -1][:3]
     count = sum(cdiv(w, tiles.rows) for w in members)
     y = x.new_empty(tokens, result_width(widths, epilogue)) if out is None else out
     leave = y.dim() == 3
     launch(
         _decode_gemm_kernel, (grid.programs + count * tiles.split_k,),
         x, p.weight, p.bias, p.lora_a, p.lora_b, y, step.cos_sin,
-        step.gates, step.active, workspace.view(x.dtype, tokens, n_parts, experts * rank),
+        step.gates, step.active, workspace.view(x.dtype, tokens, n_linears, experts * rank),
         workspace.partial_sums, workspace.split_k_semaphores, p.semaphore,
-        tokens, x.stride(0), y.stride(-2), size_in, experts, n_parts, grid.slots, grid.split_k,
+        tokens, x.stride(0), y.stride(-2), size_in, experts, n_linears, grid.slots, grid.split_k,
         *(kv_slots or NO_KV_SLOTS),
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
-        PART0=parts[0], PART1=parts[1], PART2=parts[2],
+        ADAPTED0=adapted[0], ADAPTED1=adapted[1], ADAPTED2=adapted[2],
         HAS_BIAS=p.bias is not None, EPILOGUE=index, HALF=half, PAGED=kv_slots is not None,
         EVEN=size_in % (tiles.cols * tiles.split_k) == 0,
         SPLIT_K=tiles.split_k, LEAVE=leave, BLOCK_T=block_t, BLOCK_R=grid.block_r,

@@ -1,9 +1,9 @@
 """LoRA expand of long batches and many ranks, by cuBLAS:
 
-    y[t, n] += Σ_{e ≥ first} B[n, e] (gates[t, e] s[t, p(n), e])     p(n): the part of column n
+    y[t, n] += Σ_{e ≥ first} B[n, e] (gates[t, e] s[t, p(n), e])     p(n): the linear of column n
 
 A product over the ranks of all experts, chosen or not, costs E R / in of the projection's own and a
-pass over y. A kernel weighs s in place, then one product adds to each part of y. What SGMM is
+pass over y. A kernel weighs s in place, then one product adds to each slice of y. What SGMM is
 (AdaFuse, arXiv 2603.11873, section 3) where skipping experts would cost more than their zeros do.
 """
 
@@ -53,12 +53,12 @@ def dense_expand_triton(
     s: torch.Tensor,
     lora_b: torch.Tensor,
     gates: torch.Tensor,
-    parts: Sequence[int],
+    adapted: Sequence[int],
     widths: Sequence[int],
     first: int = 0,
 ) -> None:
     """Adds the deltas of the experts from `first` on to y in place: one launch, and a product for
-    each part.
+    each slice.
 
     Args:
         y: [T, out], W x; rows contiguous.
@@ -66,18 +66,19 @@ def dense_expand_triton(
             from `first` on are weighted afterwards.
         lora_b: [sum of the adapted widths, E, R] contiguous, dtype of y.
         gates: [N, E] float32 contiguous, N >= T.
-        parts: for each of up to three parts of y its index in s, -1 for one without experts.
-        widths: columns of each part.
+        adapted: for each of up to three slices of y the index of its linear, -1 for one without
+            experts.
+        widths: columns of each slice.
         first: < E.
     """
     tokens, (_, experts, rank) = y.shape[0], lora_b.shape
-    of_parts = s.unflatten(1, (-1, experts * rank))
+    of_linears = s.unflatten(1, (-1, experts * rank))
     block, kernel = _plan(experts, first, rank, on_hopper(y))
     kernel(
-        (cdiv(tokens * (experts - first), block), of_parts.shape[1]),
+        (cdiv(tokens * (experts - first), block), of_linears.shape[1]),
         s, gates, tokens, s.stride(0),
     )  # fmt: skip
-    expand_torch(y, of_parts[..., first * rank :], lora_b[:, first:], parts, widths)
+    expand_torch(y, of_linears[..., first * rank :], lora_b[:, first:], adapted, widths)
 
 
 @functools.cache

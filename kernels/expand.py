@@ -1,6 +1,6 @@
 """LoRA expand of the chosen experts, added to the projection's output:
 
-    y[t, n] + Σ_e B[n, e] s[t, p(n), e]                    p(n): the part that column n belongs to
+    y[t, n] + Σ_e B[n, e] s[t, p(n), e]                    p(n): the linear that column n belongs to
 
 and at once what follows (pairs.py): gate_up's activation, the rotary embedding of q and k. The
 second half of SGMM (AdaFuse, arXiv 2603.11873, section 3). A program takes a tile of columns for a
@@ -42,48 +42,48 @@ def _expand_kernel(
     n_tokens, split_stride, y_stride, out_stride, s_stride, n_experts,
     keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
-    PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
+    ADAPTED0: tl.constexpr, ADAPTED1: tl.constexpr, ADAPTED2: tl.constexpr,
     HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
     RAW: tl.constexpr, SKIP: tl.constexpr, ALL: tl.constexpr, SPLIT_K: tl.constexpr,
     RANK: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr, ONE: tl.constexpr,
-    EVERY_PART: tl.constexpr, PDL: tl.constexpr,
+    ALL_ADAPTED: tl.constexpr, PDL: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     group, size = tl.program_id(0), n_experts * RANK
-    DELTAS: tl.constexpr = PART0 >= 0 or PART1 >= 0 or PART2 >= 0
+    DELTAS: tl.constexpr = ADAPTED0 >= 0 or ADAPTED1 >= 0 or ADAPTED2 >= 0
     # Parts without experts have no rows of B; no tiles either, unless they must be copied.
-    B1: tl.constexpr = WIDTH0 if PART0 >= 0 else 0
-    B2: tl.constexpr = B1 + (WIDTH1 if PART1 >= 0 else 0)
+    B1: tl.constexpr = WIDTH0 if ADAPTED0 >= 0 else 0
+    B2: tl.constexpr = B1 + (WIDTH1 if ADAPTED1 >= 0 else 0)
     # With EPILOGUE columns come in pairs, and a tile is of one member: of gate, of the first
     # halves.
     MEMBERS: tl.constexpr = 2 if EPILOGUE == 3 else 1
-    TILED0: tl.constexpr = WIDTH0 // MEMBERS if (PART0 >= 0 or ALL) else 0
-    TILED1: tl.constexpr = WIDTH1 // MEMBERS if (PART1 >= 0 or ALL) else 0
+    TILED0: tl.constexpr = WIDTH0 // MEMBERS if (ADAPTED0 >= 0 or ALL) else 0
+    TILED1: tl.constexpr = WIDTH1 // MEMBERS if (ADAPTED1 >= 0 or ALL) else 0
     SPAN: tl.constexpr = BLOCK_OUT * LOOP
     if EPILOGUE == 0 or EPILOGUE == 3:
         GROUPS0: tl.constexpr = (TILED0 + SPAN - 1) // SPAN
         GROUPS01: tl.constexpr = GROUPS0 + (TILED1 + SPAN - 1) // SPAN
         second, third = group >= GROUPS0, group >= GROUPS01
-        part = tl.where(third, PART2, tl.where(second, PART1, PART0))
+        linear_idx = tl.where(third, ADAPTED2, tl.where(second, ADAPTED1, ADAPTED0))
         width = tl.where(third, WIDTH2, tl.where(second, WIDTH1, WIDTH0))
         offset = tl.where(third, WIDTH0 + WIDTH1, tl.where(second, WIDTH0, 0))
         b_first = tl.where(third, B2, tl.where(second, B1, 0))
         group -= tl.where(third, GROUPS01, tl.where(second, GROUPS0, 0))
     else:
-        part, width, offset, b_first = PART0, WIDTH0, 0, 0
+        linear_idx, width, offset, b_first = ADAPTED0, WIDTH0, 0, 0
     # From one member of a pair to the other: in y, in B, and in s.
     APART: tl.constexpr = HALF if EPILOGUE == 3 else WIDTH0
     APART_B: tl.constexpr = HALF if EPILOGUE == 3 else B1
-    part_up = part if EPILOGUE == 3 else PART1
+    linear_up = linear_idx if EPILOGUE == 3 else ADAPTED1
     rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     here = rows < n_tokens
-    # A part without experts has deltas of zeros; EVEN_B says that there is none.
-    rows_s = rows < tl.where(part >= 0, n_tokens, 0)
-    rows_up = rows < tl.where(part_up >= 0, n_tokens, 0)
-    EVEN_B: tl.constexpr = EVEN and EVERY_PART
-    s_at = s_ptr + rows.to(tl.int64) * s_stride + part * size
-    s_up_at = s_ptr + rows.to(tl.int64) * s_stride + part_up * size
+    # A slice without experts has deltas of zeros; EVEN_B says that there is none.
+    rows_s = rows < tl.where(linear_idx >= 0, n_tokens, 0)
+    rows_up = rows < tl.where(linear_up >= 0, n_tokens, 0)
+    EVEN_B: tl.constexpr = EVEN and ALL_ADAPTED
+    s_at = s_ptr + rows.to(tl.int64) * s_stride + linear_idx * size
+    s_up_at = s_ptr + rows.to(tl.int64) * s_stride + linear_up * size
     s = tl.zeros([BLOCK_T, BLOCK_E * BLOCK_R], dtype=s_ptr.dtype.element_ty)
     s_up = s
     if PDL and LOOP > 1:
@@ -109,8 +109,8 @@ def _expand_kernel(
             within, columns = 0, first + tl.arange(0, BLOCK_OUT)
         # A mask that ends in the middle of a tile makes loads narrow: only where it must be.
         inside = columns >= 0 if EVEN else columns < width
-        inside_b = columns < tl.where(part >= 0, width, 0)
-        inside_up = columns < tl.where(part_up >= 0, width, 0)
+        inside_b = columns < tl.where(linear_idx >= 0, width, 0)
+        inside_up = columns < tl.where(linear_up >= 0, width, 0)
         b_at = b_ptr + (b_first + columns).to(tl.int64) * size
         mask = here[:, None] & inside[None, :]
         y_at = y_ptr + rows.to(tl.int64)[:, None] * y_stride + (offset + columns)[None, :]
@@ -204,7 +204,7 @@ class _Key(NamedTuple):
 
     Attributes:
         tokens: of the step, or any more than MAX_SHORT_TOKENS.
-        widths, parts, half: of the projection; half a head, 0 without "rotary".
+        widths, adapted, half: of the projection; half a head, 0 without "rotary".
         index: of the epilogue in `EPILOGUES`.
         every: slices without experts have tiles too.
         experts, rank, itemsize: of B.
@@ -217,7 +217,7 @@ class _Key(NamedTuple):
 
     tokens: int
     widths: tuple[int, ...]
-    parts: tuple[int, ...]
+    adapted: tuple[int, ...]
     half: int
     index: int
     every: bool
@@ -248,16 +248,16 @@ def _launch(
     out: torch.Tensor,
     s: torch.Tensor,
     read: _Read,
-    slices: tuple[Sequence[int], Sequence[int], int],
+    of: tuple[Sequence[int], Sequence[int], int],
     blocks: ExpandConfig | None = None,
     kv_slots: KVSlots | None = None,
     skip: bool = True,
 ) -> None:
-    """One launch; slices: parts, widths, and the index of what follows."""
-    (parts, widths, index), is_split = slices, y.dim() == 3
+    """One launch; of: adapted, widths, and the index of what follows."""
+    (adapted, widths, index), is_split = of, y.dim() == 3
     tokens, (_, experts, rank) = y.shape[-2], read.lora_b.shape
     groups, block_t, kernel = _plan(_Key(
-        min(tokens, MAX_SHORT_TOKENS + 1), tuple(widths), tuple(parts),
+        min(tokens, MAX_SHORT_TOKENS + 1), tuple(widths), tuple(adapted),
         read.cos_sin.shape[1] // 2 if index == ROTARY else 0, index, out is not y,
         experts, rank, y.element_size(), blocks, on_hopper(y), read.bias is not None,
         kv_slots is not None, read.gates is not None, y.shape[0] if is_split else 0, skip,
@@ -273,7 +273,7 @@ def _launch(
 @functools.cache
 def _plan(key: _Key) -> tuple[int, int, Bound]:
     """Groups of tiles, tokens of a tile, and the kernel."""
-    tokens, widths, parts, half, index, every, experts, rank, itemsize, blocks, *flags = key
+    tokens, widths, adapted, half, index, every, experts, rank, itemsize, blocks, *flags = key
     hopper, has_bias, paged, raw, split_k, skip = flags
     if blocks is None:
         blocks = choose_expand(tokens, index != 0, itemsize)
@@ -282,17 +282,17 @@ def _plan(key: _Key) -> tuple[int, int, Bound]:
     if index:
         tiled = tiled_widths(widths, EPILOGUES[index])
     else:
-        tiled = [w for w, part in zip(widths, parts) if part >= 0 or every]
+        tiled = [w for w, linear_idx in zip(widths, adapted) if linear_idx >= 0 or every]
     span = columns * blocks.loop
-    every_part = min(parts) >= 0
-    widths, parts = (*widths, 0, 0)[:3], (*parts, -1, -1)[:3]
+    all_adapted = min(adapted) >= 0
+    widths, adapted = (*widths, 0, 0)[:3], (*adapted, -1, -1)[:3]
     return sum(cdiv(w, span) for w in tiled), blocks.tokens, bind(
         _expand_kernel,
         HAS_BIAS=has_bias, PAGED=paged, RAW=raw, SPLIT_K=split_k,
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
-        PART0=parts[0], PART1=parts[1], PART2=parts[2],
+        ADAPTED0=adapted[0], ADAPTED1=adapted[1], ADAPTED2=adapted[2],
         EPILOGUE=index, HALF=half, ALL=every,
-        EVEN=all(w % span == 0 for w in tiled), EVERY_PART=every_part,
+        EVEN=all(w % span == 0 for w in tiled), ALL_ADAPTED=all_adapted,
         BLOCK_T=blocks.tokens, BLOCK_OUT=columns,
         LOOP=blocks.loop, STAGES=blocks.stages, num_warps=blocks.warps,
         **expert_blocks(experts, rank, skip and tokens < MIN_DENSE_TOKENS), **overlap(hopper),
@@ -304,7 +304,7 @@ def expand_triton(
     s: torch.Tensor,
     lora_b: torch.Tensor,
     active: torch.Tensor,
-    parts: Sequence[int],
+    adapted: Sequence[int],
     widths: Sequence[int],
 ) -> None:
     """Adds the deltas of T tokens to y in place, in one launch.
@@ -314,10 +314,11 @@ def expand_triton(
         s: [T, P, E * R], dtype of y, from `shrink`.
         lora_b: [sum of the adapted widths, E, R] contiguous, dtype of y.
         active: [1] int64, bit 0 for experts whose s is zero everywhere.
-        parts: for each of up to three parts of y its index in s, -1 for one without experts.
-        widths: columns of each part.
+        adapted: for each of up to three slices of y the index of its linear, -1 for one without
+            experts.
+        widths: columns of each slice.
     """
-    _launch(y, y, s, _Read(None, lora_b, None, active), (parts, widths, 0))
+    _launch(y, y, s, _Read(None, lora_b, None, active), (adapted, widths, 0))
 
 
 def expand_raw_triton(
@@ -375,11 +376,11 @@ def epilogue_triton(
     result = result_of(y, widths, epilogue, p.strided_out)
     if result is y:
         result = torch.empty_like(y)
-    parts = (-1,) * len(widths)
+    adapted = (-1,) * len(widths)
     # Of B and s, of which none is read, the smallest there could be.
     read = _Read(None, p.lora_b[:, :1], None, step.active, step.cos_sin)
     number = EPILOGUES.index(epilogue)
-    _launch(y, result, y, read, (parts, widths, number), kv_slots=kv_slots, skip=False)
+    _launch(y, result, y, read, (adapted, widths, number), kv_slots=kv_slots, skip=False)
     return result
 
 
@@ -389,7 +390,7 @@ def expand_weighted_triton(
     bias: torch.Tensor | None,
     lora_b: torch.Tensor,
     active: torch.Tensor,
-    parts: Sequence[int],
+    adapted: Sequence[int],
     widths: Sequence[int],
     epilogue: str,
 ) -> torch.Tensor:
@@ -398,7 +399,7 @@ def expand_weighted_triton(
     Args:
         y: [T, out], W x.
         s: [T, P, E R], weighted, see `route_layer`.
-        bias, lora_b, active, parts, widths: as in `expand_raw_triton`.
+        bias, lora_b, active, adapted, widths: as in `expand_raw_triton`.
         epilogue: "", or "silu" or "gelu_tanh" of gate and up.
 
     Returns:
@@ -409,7 +410,7 @@ def expand_weighted_triton(
     blocks = choose_expand(y.shape[0], index != 0, s.element_size())
     every = expert_blocks(*lora_b.shape[1:], False)["ONE"]
     read = _Read(bias, lora_b, None, active)
-    _launch(y, result, s, read, (parts, widths, index), blocks, skip=not every)
+    _launch(y, result, s, read, (adapted, widths, index), blocks, skip=not every)
     return result
 
 
@@ -417,15 +418,15 @@ def expand_torch(
     y: torch.Tensor,
     s: torch.Tensor,
     lora_b: torch.Tensor,
-    parts: Sequence[int],
+    adapted: Sequence[int],
     widths: Sequence[int],
 ) -> None:
     """By cuBLAS; the reference, see `expand_triton`. Views of s and B need rows that
     are contiguous, and no more."""
     b, row, column = lora_b.flatten(1), 0, 0
-    for part, width in zip(parts, widths):
-        if part >= 0:
-            y[:, column : column + width].addmm_(s[:, part], b[row : row + width].t())
+    for linear_idx, width in zip(adapted, widths):
+        if linear_idx >= 0:
+            y[:, column : column + width].addmm_(s[:, linear_idx], b[row : row + width].t())
             row += width
         column += width
 

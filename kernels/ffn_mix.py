@@ -28,19 +28,19 @@ def slots_of(gates: torch.Tensor, slots: int) -> torch.Tensor:
     return (gates != 0).cumsum(-1).clamp(max=slots)
 
 
-def ffn_mix_torch(both, gates, lora_b, parts, width, slots, activation) -> torch.Tensor:
+def ffn_mix_torch(both, gates, lora_b, adapted, width, slots, activation) -> torch.Tensor:
     """The reference; see `ffn_mix`."""
     tokens, (_, every, rank), experts = both.shape[0], lora_b.shape, gates.shape[-1]
     y = both[:, : 2 * width].float()
     s = both[:, 2 * width :].reshape(tokens, -1, every, rank).float()
-    b = lora_b.float().split([width if part >= 0 else 0 for part in parts])
+    b = lora_b.float().split([width if linear_idx >= 0 else 0 for linear_idx in adapted])
 
     def delta(expert: int) -> torch.Tensor:
-        of_parts = [
-            s[:, part, expert] @ b[i][:, expert].t() if part >= 0 else y.new_zeros(tokens, width)
-            for i, part in enumerate(parts)
+        of_linears = [
+            s[:, p, expert] @ b[i][:, expert].t() if p >= 0 else y.new_zeros(tokens, width)
+            for i, p in enumerate(adapted)
         ]
-        return torch.cat(of_parts, -1)
+        return torch.cat(of_linears, -1)
 
     for expert in range(experts, every):
         y = y + delta(expert)
@@ -83,7 +83,7 @@ def _add_expert(
 def _ffn_mix_kernel(
     both_ptr, gates_ptr, b_ptr, x_ptr,
     n_tokens, both_stride,
-    WIDTH: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
+    WIDTH: tl.constexpr, ADAPTED0: tl.constexpr, ADAPTED1: tl.constexpr,
     EXPERTS: tl.constexpr, EVERY: tl.constexpr, RANK: tl.constexpr,
     SLOTS: tl.constexpr, EPILOGUE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -97,13 +97,13 @@ def _ffn_mix_kernel(
     base = tl.load(row_at[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     base_up = tl.load(row_at[:, None] + (WIDTH + columns)[None, :], mask=mask, other=0.0)
     base_up = base_up.to(tl.float32)
-    s_at, s_up_at = row_at + 2 * WIDTH + PART0 * SIZE, row_at + 2 * WIDTH + PART1 * SIZE
+    s_at, s_up_at = row_at + 2 * WIDTH + ADAPTED0 * SIZE, row_at + 2 * WIDTH + ADAPTED1 * SIZE
     b_at = b_ptr + columns.to(tl.int64) * SIZE
-    b_up_at = b_at + (WIDTH if PART0 >= 0 else 0) * SIZE
+    b_up_at = b_at + (WIDTH if ADAPTED0 >= 0 else 0) * SIZE
     for expert in range(EXPERTS, EVERY):
-        if PART0 >= 0:
+        if ADAPTED0 >= 0:
             base = _add_expert(base, s_at, b_at, here, inside, expert, RANK, BLOCK_R)
-        if PART1 >= 0:
+        if ADAPTED1 >= 0:
             base_up = _add_expert(base_up, s_up_at, b_up_at, here, inside, expert, RANK, BLOCK_R)
     mixed = tl.zeros([BLOCK_T, BLOCK_C], dtype=tl.float32)
     place = tl.zeros([BLOCK_T], dtype=tl.int32)
@@ -113,9 +113,9 @@ def _ffn_mix_kernel(
         if tl.max(chosen.to(tl.int32)) > 0:
             place += chosen.to(tl.int32)
             gate, up = base, base_up
-            if PART0 >= 0:
+            if ADAPTED0 >= 0:
                 gate = _add_expert(gate, s_at, b_at, chosen, inside, expert, RANK, BLOCK_R)
-            if PART1 >= 0:
+            if ADAPTED1 >= 0:
                 up = _add_expert(up, s_up_at, b_up_at, chosen, inside, expert, RANK, BLOCK_R)
             h = activate(gate, up, EPILOGUE)
             mixed += tl.where(chosen[:, None], g[:, None] * h, 0.0)
@@ -127,7 +127,7 @@ def _ffn_mix_kernel(
     tl.store(x_at, mixed.to(x_ptr.dtype.element_ty), mask=mask)
 
 
-def ffn_mix_triton(both, gates, lora_b, parts, width, slots, activation) -> torch.Tensor:
+def ffn_mix_triton(both, gates, lora_b, adapted, width, slots, activation) -> torch.Tensor:
     """One launch; see `ffn_mix`."""
     tokens, (_, every, rank), experts = both.shape[0], lora_b.shape, gates.shape[-1]
     x = both.new_empty(1 + slots, tokens, width)
@@ -135,7 +135,7 @@ def ffn_mix_triton(both, gates, lora_b, parts, width, slots, activation) -> torc
     launch(
         _ffn_mix_kernel, grid,
         both, gates, lora_b, x, tokens, both.stride(0),
-        WIDTH=width, PART0=parts[0], PART1=parts[1],
+        WIDTH=width, ADAPTED0=adapted[0], ADAPTED1=adapted[1],
         EXPERTS=experts, EVERY=every, RANK=rank, SLOTS=slots,
         EPILOGUE=EPILOGUES.index(activation), BLOCK_T=_BLOCK_T, BLOCK_C=_BLOCK_C,
         BLOCK_R=min(64, max(16, power_of_2(rank))), num_warps=4,
@@ -143,17 +143,17 @@ def ffn_mix_triton(both, gates, lora_b, parts, width, slots, activation) -> torc
     return x
 
 
-def _run(both, gates, lora_b, parts, width, slots, activation):
+def _run(both, gates, lora_b, adapted, width, slots, activation):
     run = ffn_mix_triton if both.is_cuda else ffn_mix_torch
-    return run(both, gates, lora_b, parts, width, slots, activation)
+    return run(both, gates, lora_b, adapted, width, slots, activation)
 
 
-def _fake(both, gates, lora_b, parts, width, slots, activation):
+def _fake(both, gates, lora_b, adapted, width, slots, activation):
     return both.new_empty(1 + slots, both.shape[0], width)
 
 
 _op = register_op(
-    "ffn_mix(Tensor both, Tensor gates, Tensor lora_b, int[] parts, int width, int slots, "
+    "ffn_mix(Tensor both, Tensor gates, Tensor lora_b, int[] adapted, int width, int slots, "
     "str activation) -> Tensor",
     _run,
     _fake,
@@ -164,7 +164,7 @@ def ffn_mix(
     both: torch.Tensor,
     gates: torch.Tensor,
     lora_b: torch.Tensor,
-    parts: Sequence[int],
+    adapted: Sequence[int],
     width: int,
     slots: int,
     activation: str,
@@ -176,7 +176,7 @@ def ffn_mix(
             gates (`LayerGate.plain`); rows contiguous.
         gates: [N, 1, E] float32, N >= T.
         lora_b: [sum of the adapted widths, E', R] of gate and up, dtype of `both`.
-        parts: for gate and for up the index in s, -1 for none.
+        adapted: for gate and for up the index in s, -1 for none.
         width: I.
         slots: k where the down projection has experts, else 0.
         activation: "silu" or "gelu_tanh".
@@ -185,4 +185,4 @@ def ffn_mix(
         [1 + slots, T, I]: the mixture, then the activations of each token's chosen experts; what
         a token with fewer has in the last of them is undefined.
     """
-    return _op(both, gates, lora_b, parts, width, slots, activation)
+    return _op(both, gates, lora_b, adapted, width, slots, activation)

@@ -67,30 +67,30 @@ def rows_in_pages(
 
 
 @triton.jit
-def head_in_pages(keys_ptr, values_ptr, in_pages, part, head, head_stride):
-    """Where a head of each token begins in pages, [T], of keys (part 1) or values (part 2).
+def head_in_pages(keys_ptr, values_ptr, in_pages, slice_idx, head, head_stride):
+    """Where a head of each token begins in pages, [T], of keys (slice 1) or values (slice 2).
 
     in_pages: from `rows_in_pages`.
     """
-    return tl.where(part == 2, values_ptr, keys_ptr) + in_pages + head * head_stride
+    return tl.where(slice_idx == 2, values_ptr, keys_ptr) + in_pages + head * head_stride
 
 
 @triton.jit
 def starts_of_head(
-    in_y, here, keys_ptr, values_ptr, in_pages, there, part, head, head_stride,
+    in_y, here, keys_ptr, values_ptr, in_pages, there, slice_idx, head, head_stride,
     PAGED: tl.constexpr,
 ):  # fmt: skip
-    """Where a head of each token begins, [T], and who has it: in y, or for keys (part 1) and values
-    (part 2) in their pages.
+    """Where a head of each token begins, [T], and who has it: in y, or for keys (slice 1) and
+    values (slice 2) in their pages.
 
     in_y: [T], where it begins in y; in_pages, there: from `rows_in_pages`.
     """
     starts, kept = in_y, here
     if PAGED:
-        paged = head_in_pages(keys_ptr, values_ptr, in_pages, part, head, head_stride)
+        paged = head_in_pages(keys_ptr, values_ptr, in_pages, slice_idx, head, head_stride)
         # Both at 16 bytes; without being told, Triton 3.9 stores element by element.
-        starts = tl.multiple_of(tl.where(part > 0, paged, in_y), 16)
-        kept = tl.where(part > 0, there, here)
+        starts = tl.multiple_of(tl.where(slice_idx > 0, paged, in_y), 16)
+        kept = tl.where(slice_idx > 0, there, here)
     return starts, kept
 
 

@@ -15,8 +15,8 @@ class LayerGate:
 
     Attributes:
         top_k: k.
-        experts: rows of each router: one entry for all parts together, or one a part (0 for a
-            part without experts). Empty: the gates are those of another projection.
+        experts: rows of each router: one entry for all linears together, or one a linear (0 for a
+            linear without experts). Empty: the gates are those of another projection.
         always: experts past the routers' that are always on.
         softmax_first: softmax over all experts before the choice, not renormalised.
         absolute: |z| instead of z.
@@ -68,7 +68,7 @@ class LayerProjection:
         scales: [E'] float32, LoRA's scales; E' = E + always.
         lora_b: [sum of the adapted widths, E', R], dtype of the model.
         router_bias: [routers, E] float32, or None.
-        logits: rows of the routers, S routers E of routers in S parts (see `split_router`).
+        logits: rows of the routers, S routers E of routers in S pieces (see `split_router`).
         fused_weight: [out + P EA R + logits or more, in]: W, A of the P linears, the routers; EA is
             E' or, where A is shared, 1 + always. None where W is quantised.
         bias: [out], or None.

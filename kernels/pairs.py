@@ -45,14 +45,14 @@ def rotate(a, b, cos, sin):
 
 @triton.jit
 def turns_of_heads(
-    cos_sin_ptr, rows, here, part, first, HALF: tl.constexpr, COLS: tl.constexpr
+    cos_sin_ptr, rows, here, slice_idx, first, HALF: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
     """Cosines and sines [rows, COLS] for tiles of columns `first` and on of a head's first half,
     and of its second; those of v turn nothing."""
     turn = cos_sin_ptr + rows[:, None] * (2 * HALF) + (first + tl.arange(0, COLS))[None, :]
     cos = tl.load(turn, mask=here[:, None], other=0.0)
     sin = tl.load(turn + HALF, mask=here[:, None], other=0.0)
-    if part == 2:
+    if slice_idx == 2:
         cos, sin = tl.full(cos.shape, 1.0, cos.dtype), tl.full(sin.shape, 0.0, sin.dtype)
     return cos, sin
 
@@ -63,7 +63,7 @@ def is_gate_up(epilogue: str) -> bool:
 
 
 def result_width(widths: Sequence[int], epilogue: str) -> int:
-    """Columns that are left of parts of these widths by what follows."""
+    """Columns that are left of slices of these widths by the epilogue."""
     return widths[0] if is_gate_up(epilogue) else sum(widths)
 
 
@@ -79,7 +79,7 @@ def result_of(
 
 
 def tiled_widths(widths: Sequence[int], epilogue: str) -> list[int]:
-    """Columns of each part that are cut into tiles: where they come in pairs, of one member."""
+    """Columns of each slice that are cut into tiles: where they come in pairs, of one member."""
     if epilogue == "rotary":
         return [width // 2 for width in widths]
     return list(widths[:1] if epilogue else widths)

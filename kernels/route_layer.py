@@ -4,10 +4,10 @@
     g[t, p] = softmax of the k largest, or softmax of all of which the k largest are kept
     s[t, p, e] = g[t, p, e] scale[e] low[t, p, e]         low[t, p, e] = A[p, e] x[t], in rank space
 
-p counts the parts of a packed projection (q, k, v): each has a router of its own, or all share that
-of their block, whose gates later projections read. Experts past those of a router are always on:
-their gate is 1. The logits come out of the same product as `low` and are never rounded below
-float32; a router that the model's dtype cannot hold stands there in parts that add up to it. So
+p counts the linears of a packed projection (q, k, v): each has a router of its own, or all share
+that of their block, whose gates later projections read. Experts past those of a router are always
+on: their gate is 1. The logits come out of the same product as `low` and are never rounded below
+float32; a router that the model's dtype cannot hold stands there in pieces that add up to it. So
 MoLA, MixLoRA, HydraLoRA, LoRAMoE and Arrow route.
 """
 
@@ -21,7 +21,7 @@ from vllm_adafuse.kernels.launch import launch, overlap
 from vllm_adafuse.kernels.layer_operands import LayerGate, LayerGates, LayerProjection
 from vllm_adafuse.kernels.plans import on_hopper
 
-# The i-th part of a router is larger than its due by this factor to the power i, so that float16
+# The i-th piece of a router is larger than its due by this factor to the power i, so that float16
 # does not lose it below its normal numbers.
 SPLIT_FACTOR = 2048.0
 # Experts that a signed word has bits for.
@@ -41,11 +41,11 @@ def split_router(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """
     if torch.equal(weight.to(dtype).float(), weight):
         return weight.to(dtype)[None]
-    parts, rest = [], weight.double()
+    pieces, rest = [], weight.double()
     for i in range(3):
-        parts.append((rest * SPLIT_FACTOR**i).to(dtype))
-        rest = rest - parts[-1].double() / SPLIT_FACTOR**i
-    return torch.stack(parts)
+        pieces.append((rest * SPLIT_FACTOR**i).to(dtype))
+        rest = rest - pieces[-1].double() / SPLIT_FACTOR**i
+    return torch.stack(pieces)
 
 
 def gates_torch(logits: torch.Tensor, gate: LayerGate, count: int) -> torch.Tensor:
@@ -98,17 +98,17 @@ def route_layer_torch(
         active.fill_(_active_bits(own, gate.always))
     else:
         active.fill_(-1)
-    parts = s.shape[1]
-    if not parts:
+    linears = s.shape[1]
+    if not linears:
         return
     rank = s.shape[2] // every
-    low = low.reshape(tokens, parts, -1, rank)
+    low = low.reshape(tokens, linears, -1, rank)
     if gate.shared:
         a = [0] * experts + list(range(1, 1 + gate.always))
         low = low[:, :, a]
     weights = ((own != 0).float() if gate.plain else own) * scales[:experts]
-    weights = weights.expand(-1, parts, -1)
-    s = s.view(tokens, parts, every, rank)
+    weights = weights.expand(-1, linears, -1)
+    s = s.view(tokens, linears, every, rank)
     # Not a bare product: what is computed of an expert that was not chosen must not matter.
     s[:, :, :experts] = torch.where(
         weights[..., None] != 0, low[:, :, :experts] * weights[..., None], 0.0
@@ -170,7 +170,7 @@ def _route_layer_kernel(
     low_ptr, logits_ptr, bias_ptr, scales_ptr, gates_ptr, active_ptr, s_ptr,
     n_tokens, low_stride, logits_stride, count0, count1, count2, temperature,
     ROUTERS: tl.constexpr, SPLITS: tl.constexpr, SPLIT_FACTOR: tl.constexpr,
-    EXPERTS: tl.constexpr, EVERY: tl.constexpr, PARTS: tl.constexpr, RANK: tl.constexpr,
+    EXPERTS: tl.constexpr, EVERY: tl.constexpr, LINEARS: tl.constexpr, RANK: tl.constexpr,
     TOP_K: tl.constexpr, SOFTMAX_FIRST: tl.constexpr, ABSOLUTE: tl.constexpr,
     SHARED: tl.constexpr, PLAIN: tl.constexpr, HAS_LOGITS: tl.constexpr, HAS_BIAS: tl.constexpr,
     ONE: tl.constexpr, PDL: tl.constexpr,
@@ -207,7 +207,7 @@ def _route_layer_kernel(
     tl.debug_barrier()
     SIZE: tl.constexpr = EVERY * RANK
     SIZE_LOW: tl.constexpr = (EVERY - EXPERTS + 1) * RANK if SHARED else SIZE
-    for part in tl.static_range(PARTS):
+    for linear_idx in tl.static_range(LINEARS):
         for start in range(0, SIZE, BLOCK_C):
             at = start + tl.arange(0, BLOCK_C)
             expert = at // RANK
@@ -218,13 +218,13 @@ def _route_layer_kernel(
                 at_low = tl.where(expert < EXPERTS, at % RANK, at - (EXPERTS - 1) * RANK)
             low = tl.load(
                 low_ptr + rows.to(tl.int64)[:, None] * low_stride
-                + (part * SIZE_LOW + at_low)[None, :],
+                + (linear_idx * SIZE_LOW + at_low)[None, :],
                 mask=within, other=0.0,
             )  # fmt: skip
             chosen = within & (expert < EXPERTS)[None, :]
             weights = tl.load(
                 gates_ptr
-                + (rows * ROUTERS + (part if ROUTERS > 1 else 0))[:, None] * EXPERTS
+                + (rows * ROUTERS + (linear_idx if ROUTERS > 1 else 0))[:, None] * EXPERTS
                 + expert[None, :],
                 mask=chosen, other=1.0,
             )  # fmt: skip
@@ -234,7 +234,7 @@ def _route_layer_kernel(
             weights *= scale[None, :]
             # Not a bare product: what an expert that was not chosen gives must not matter.
             s = tl.where(weights != 0.0, low * weights, 0.0)
-            s_at = s_ptr + (rows.to(tl.int64) * PARTS + part)[:, None] * SIZE + at[None, :]
+            s_at = s_ptr + (rows.to(tl.int64) * LINEARS + linear_idx)[:, None] * SIZE + at[None, :]
             tl.store(s_at, s.to(s_ptr.dtype.element_ty), mask=within)
 
 
@@ -247,7 +247,7 @@ def route_layer_triton(
 ) -> None:
     """One launch; see `route_layer`. s [T, P, E' R] is written."""
     gate, scales, bias, gates, active = p.rule, p.scales, p.router_bias, layer.gates, layer.active
-    tokens, parts, _ = s.shape
+    tokens, linears, _ = s.shape
     (_, routers, experts), every = gates.shape, scales.shape[0]
     block_e = max(2, triton.next_power_of_2(every))
     one = tokens <= MAX_LAYER_ACTIVE_TOKENS and every <= _MAX_BITS
@@ -264,7 +264,7 @@ def route_layer_triton(
         tokens, low.stride(0), logits.stride(0) if logits is not None else 0,
         *counts, gate.temperature,
         ROUTERS=routers if experts else 0, SPLITS=splits, SPLIT_FACTOR=SPLIT_FACTOR,
-        EXPERTS=experts, EVERY=every, PARTS=parts, RANK=rank,
+        EXPERTS=experts, EVERY=every, LINEARS=linears, RANK=rank,
         TOP_K=gate.top_k, SOFTMAX_FIRST=gate.softmax_first, ABSOLUTE=gate.absolute,
         SHARED=gate.shared, PLAIN=gate.plain,
         HAS_LOGITS=logits is not None, HAS_BIAS=bias is not None,
@@ -285,7 +285,7 @@ def route_layer(
     Args:
         low: [T, P EA R] float32, rows contiguous; EA is E' = E + always, or 1 + always where A is
             shared.
-        logits: [T, S routers E] float32, rows contiguous, of a router in S parts (see
+        logits: [T, S routers E] float32, rows contiguous, of routers in S pieces (see
             `split_router`); None: the gates are read.
         p: the projection.
         layer: written (or read).

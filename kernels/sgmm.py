@@ -2,7 +2,7 @@
 
     y[t] += Σ_e gates[t, e] B[e] (A[e] x[t])
 
-(AdaFuse, arXiv 2603.11873, section 3; for a packed projection every part has its own A.) It is
+(AdaFuse, arXiv 2603.11873, section 3; for a packed projection every linear has its own A.) It is
 `shrink`, then `expand`, added to whatever the projection itself computed: the way over a quantised
 backbone. Which kernels run depends on the number of tokens alone, so that one captured CUDA graph
 per size is right for every routing.

@@ -1,6 +1,6 @@
 """LoRA shrink of the chosen experts: s[t, p, e] = gates[t, e] A[p, e] x[t].
 
-p counts the parts of a packed projection (q, k, v), which have shrinks of their own. This is the
+p counts the linears of a packed projection (q, k, v), which have shrinks of their own. This is the
 first half of SGMM (AdaFuse, arXiv 2603.11873, section 3). The decode kernel cuts `in` into slices,
 so that many programs read one expert's A; the last of them adds their sums in a fixed order. An
 expert that no token chose is not read. Rows of s are zero where the token did not choose.
@@ -43,7 +43,7 @@ def range_of_k(size_in, pid_k, split_k, COLS: tl.constexpr):
 
 @triton.jit
 def wait_for_shrink(semaphore_ptr, count):
-    """Until so many programs have left their part of s."""
+    """Until so many programs have left what they have of s."""
     while tl.atomic_add(semaphore_ptr, 0, sem="acquire") < count:
         pass
     tl.debug_barrier()
@@ -123,12 +123,12 @@ def last_sums(acc, partial_ptr, split_k_semaphore_ptr, slot, pid_k, split_k,
 
 @triton.jit
 def _shrink_slice(
-    slot, part, expert, block, pid_k, used, x_ptr, a_ptr, gates_ptr, s_ptr, partial_ptr,
-    split_k_semaphore_ptr, semaphore_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_parts,
+    slot, linear_idx, expert, block, pid_k, used, x_ptr, a_ptr, gates_ptr, s_ptr, partial_ptr,
+    split_k_semaphore_ptr, semaphore_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_linears,
     split_k, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_IN: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A slice of `in` for one block of ranks of one expert of one part: s [T, BLOCK_R].
+    """A slice of `in` for one block of ranks of one expert of one linear: s [T, BLOCK_R].
 
     When its s is stored, the semaphore rises by one.
     """
@@ -138,7 +138,7 @@ def _shrink_slice(
     sums = tl.zeros([BLOCK_R, BLOCK_T], dtype=tl.float32)
     last = True
     if used:
-        a_rows = ((part * n_experts + expert) * rank + ranks).to(tl.int64) * size_in
+        a_rows = ((linear_idx * n_experts + expert) * rank + ranks).to(tl.int64) * size_in
         begin, end = range_of_k(size_in, pid_k, split_k, BLOCK_IN)
         for start in tl.range(begin, end, BLOCK_IN, num_stages=STAGES):
             k = start + tl.arange(0, BLOCK_IN)
@@ -158,7 +158,7 @@ def _shrink_slice(
             )
     if last:
         gates = tl.load(gates_ptr + rows * n_experts + expert, mask=here, other=0.0)
-        at = ((rows * n_parts + part) * n_experts + expert)[None, :] * rank + ranks[:, None]
+        at = ((rows * n_linears + linear_idx) * n_experts + expert)[None, :] * rank + ranks[:, None]
         # Not a bare product: what another token sees of this expert must not matter.
         s = tl.where(gates[None, :] != 0, sums * gates[None, :], 0.0)
         s = s.to(s_ptr.dtype.element_ty)
@@ -170,35 +170,35 @@ def _shrink_slice(
 @triton.jit
 def shrink_program(
     pid, x_ptr, a_ptr, gates_ptr, active_ptr, s_ptr, partial_ptr, split_k_semaphore_ptr,
-    semaphore_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_parts, n_slots, split_k,
+    semaphore_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_linears, n_slots, split_k,
     LISTED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_IN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The programs of a shrink: a slot for each part, expert and block of ranks, or for those of
+    """The programs of a shrink: a slot for each linear, expert and block of ranks, or for those of
     the list of active experts, in turns if there are fewer slots."""
     slot, pid_k = pid // split_k, pid % split_k
     blocks = tl.cdiv(rank, BLOCK_R)
     if LISTED:
-        of_expert = n_parts * blocks
-        part, block = slot % of_expert // blocks, slot % blocks
+        of_expert = n_linears * blocks
+        linear_idx, block = slot % of_expert // blocks, slot % blocks
         count = tl.load(active_ptr + 1).to(tl.int32)
         for i in range(slot // of_expert, count, n_slots // of_expert):
             expert = tl.load(active_ptr + 2 + i).to(tl.int32)
             _shrink_slice(
-                i * of_expert + slot % of_expert, part, expert, block, pid_k, True,
+                i * of_expert + slot % of_expert, linear_idx, expert, block, pid_k, True,
                 x_ptr, a_ptr, gates_ptr, s_ptr, partial_ptr, split_k_semaphore_ptr, semaphore_ptr,
-                n_tokens, x_stride, size_in, n_experts, rank, n_parts, split_k,
+                n_tokens, x_stride, size_in, n_experts, rank, n_linears, split_k,
                 BLOCK_T, BLOCK_R, BLOCK_IN, STAGES,
             )  # fmt: skip
     else:
-        part, expert = slot // (n_experts * blocks), (slot // blocks) % n_experts
+        linear_idx, expert = slot // (n_experts * blocks), (slot // blocks) % n_experts
         used = (tl.load(active_ptr) >> expert) & 1 != 0
         # Of an expert that no token chose one program remains: it writes the zeros.
         if used | (pid_k == 0):
             _shrink_slice(
-                slot, part, expert, slot % blocks, pid_k, used,
+                slot, linear_idx, expert, slot % blocks, pid_k, used,
                 x_ptr, a_ptr, gates_ptr, s_ptr, partial_ptr, split_k_semaphore_ptr, semaphore_ptr,
-                n_tokens, x_stride, size_in, n_experts, rank, n_parts, split_k,
+                n_tokens, x_stride, size_in, n_experts, rank, n_linears, split_k,
                 BLOCK_T, BLOCK_R, BLOCK_IN, STAGES,
             )  # fmt: skip
 
@@ -206,7 +206,7 @@ def shrink_program(
 @triton.jit(do_not_specialize=["n_tokens"])
 def _shrink_kernel(
     x_ptr, a_ptr, gates_ptr, active_ptr, s_ptr, partial_ptr, split_k_semaphore_ptr, semaphore_ptr,
-    n_tokens, x_stride, size_in, n_experts, rank, n_parts, split_k,
+    n_tokens, x_stride, size_in, n_experts, rank, n_linears, split_k,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_IN: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -214,8 +214,8 @@ def _shrink_kernel(
         tl.extra.cuda.gdc_wait()
     shrink_program(
         tl.program_id(0), x_ptr, a_ptr, gates_ptr, active_ptr, s_ptr, partial_ptr,
-        split_k_semaphore_ptr, semaphore_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_parts,
-        0, split_k, False, BLOCK_T, BLOCK_R, BLOCK_IN, STAGES,
+        split_k_semaphore_ptr, semaphore_ptr, n_tokens, x_stride, size_in, n_experts, rank,
+        n_linears, 0, split_k, False, BLOCK_T, BLOCK_R, BLOCK_IN, STAGES,
     )  # fmt: skip
 
 
@@ -230,9 +230,9 @@ class ShrinkGrid:
     @classmethod
     def of(cls, lora_a: torch.Tensor, split_k: int = 0) -> ShrinkGrid:
         """For an A, in so many slices of `in`; 0: a sane number."""
-        parts, experts, rank, size_in = lora_a.shape
+        linears, experts, rank, size_in = lora_a.shape
         block_r = min(32, max(16, power_of_2(rank)))
-        slots = parts * experts * cdiv(rank, block_r)
+        slots = linears * experts * cdiv(rank, block_r)
         alone = max(1, min(MAX_SHRINK_SPLIT_K, size_in // _SLICE, _PROGRAMS // slots))
         return cls(block_r, split_k or alone, slots)
 
@@ -275,15 +275,15 @@ def shrink_triton(
         s: [T, P, E * R], dtype of x, in the workspace.
     """
     tokens = x.shape[0]
-    parts, experts, rank, size_in = lora_a.shape
+    linears, experts, rank, size_in = lora_a.shape
     grid = ShrinkGrid.of(lora_a)
-    s = workspace.view(x.dtype, tokens, parts, experts * rank)
+    s = workspace.view(x.dtype, tokens, linears, experts * rank)
     block_t = max(16, power_of_2(tokens))
     block_in = fit_cols(BLOCK_IN, grid.block_r, block_t, x.element_size())
     launch(
         _shrink_kernel, (grid.programs,),
         x, lora_a, gates, active, s, workspace.partial_sums, workspace.split_k_semaphores,
-        workspace.unused, tokens, x.stride(0), size_in, experts, rank, parts, grid.split_k,
+        workspace.unused, tokens, x.stride(0), size_in, experts, rank, linears, grid.split_k,
         BLOCK_T=block_t, BLOCK_R=grid.block_r, BLOCK_IN=block_in, STAGES=SHRINK_STAGES, num_warps=4,
         num_stages=SHRINK_STAGES, **overlap(on_hopper(x)),
     )  # fmt: skip
@@ -293,8 +293,8 @@ def shrink_triton(
 def shrink_torch(x: torch.Tensor, lora_a: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     """The reference and the path of long batches: see `shrink_triton`."""
     tokens, size_in = x.shape
-    parts, experts, rank, _ = lora_a.shape
-    every = matmul_f32(x, lora_a.view(-1, size_in).t()).view(tokens, parts, experts, rank)
-    s = torch.empty(tokens, parts, experts, rank, dtype=x.dtype, device=x.device)
+    linears, experts, rank, _ = lora_a.shape
+    every = matmul_f32(x, lora_a.view(-1, size_in).t()).view(tokens, linears, experts, rank)
+    s = torch.empty(tokens, linears, experts, rank, dtype=x.dtype, device=x.device)
     torch.mul(every, gates[:tokens, None, :, None], out=s)
-    return s.view(tokens, parts, experts * rank)
+    return s.view(tokens, linears, experts * rank)

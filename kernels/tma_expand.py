@@ -1,6 +1,6 @@
 """LoRA expand of long batches, with what follows the projection:
 
-    y[t, n] + Σ_e B[n, e] (gates[t, e] s[t, p(n), e])     p(n): the part that column n belongs to
+    y[t, n] + Σ_e B[n, e] (gates[t, e] s[t, p(n), e])     p(n): the linear that column n belongs to
 
 then gate_up's activation, or the rotary embedding of q and k (pairs.py). The same as `expand`, for
 thousands of tokens on Hopper and later, where it is bound by the traffic of y alone: a program
@@ -42,7 +42,7 @@ def _add_delta(y_desc, b_desc, s, first_token, column):
 
 @triton.jit
 def _store_tile(out_desc, tile, first_token, offset, within):
-    """Leaves a finished tile of the part that begins at column `offset`; `within`: its column
+    """Leaves a finished tile of the slice that begins at column `offset`; `within`: its column
     there."""
     out_desc.store([first_token, offset + within], tile.to(out_desc.dtype))
 
@@ -63,7 +63,7 @@ def _tma_expand_kernel(
     # From one tile to the next: whole heads, of each of which a tile has a piece of both halves.
     STEP: tl.constexpr = 2 * APART if EPILOGUE == 3 else COLS
     group, piece = tl.program_id(0) // PIECES, tl.program_id(0) % PIECES * COLS
-    part, first_tile, end, before = group_of_tiles(group, TILES0, TILES1, TILES2, LOOP)
+    slice_idx, first_tile, end, before = group_of_tiles(group, TILES0, TILES1, TILES2, LOOP)
     offset = before * STEP
     first_token = tl.program_id(1) * BLOCK_T
     rows = first_token + tl.arange(0, BLOCK_T)
@@ -72,12 +72,12 @@ def _tma_expand_kernel(
     gates = load_gates(gates_ptr, rows, here, n_experts, 0, BLOCK_T, BLOCK_E, RANK)
     # From a descriptor, so that it lies in registers as products take it; what comes by pointers
     # lies in shared memory, and every product fetches it from there.
-    s = weigh(s_desc.load([first_token, part * SIZE]), gates)
+    s = weigh(s_desc.load([first_token, slice_idx * SIZE]), gates)
     s_up = s
     if EPILOGUE == 1 or EPILOGUE == 2:
         s_up = weigh(s_desc.load([first_token, SIZE]), gates)
     if EPILOGUE == 3:  # a program's tiles are the same piece of their heads, so all turn alike
-        cos, sin = turns_of_heads(cos_sin_ptr, rows, here, part, piece, APART, COLS)
+        cos, sin = turns_of_heads(cos_sin_ptr, rows, here, slice_idx, piece, APART, COLS)
     in_pages, there = rows_in_pages(
         slots_ptr, rows, here, block_size, block_stride, row_stride, PAGED
     )
@@ -90,11 +90,11 @@ def _tma_expand_kernel(
                 y, up = rotate(y, up, cos.to(tl.float32), sin.to(tl.float32))
                 if not PAGED:
                     _store_tile(out_desc, up, first_token, offset, within + APART)
-                elif part == 0:
+                elif slice_idx == 0:
                     _store_tile(out_desc, up, first_token, offset, within + APART)
                     _store_tile(out_desc, y, first_token, offset, within)
                 else:
-                    at = head_in_pages(keys_ptr, values_ptr, in_pages, part, tile, head_stride)
+                    at = head_in_pages(keys_ptr, values_ptr, in_pages, slice_idx, tile, head_stride)
                     at, mask = at[:, None] + (piece + tl.arange(0, COLS))[None, :], there[:, None]
                     tl.store(at, y.to(out_desc.dtype), mask=mask)
                     tl.store(at + APART, up.to(out_desc.dtype), mask=mask)

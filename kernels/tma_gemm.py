@@ -108,7 +108,7 @@ def _shrink_tile(
 
 @triton.jit
 def _columns(local, width, EPILOGUE: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr):
-    """Columns of a part that `ROWS` of its first members from `local` on are: how far in its head
+    """Columns of a slice that `ROWS` of its first members from `local` on are: how far in its head
     the first one is, the head, the columns, and which of them are there."""
     head, within, start = 0, 0, local
     if EPILOGUE == 3:
@@ -163,7 +163,7 @@ def _tma_gemm_kernel(
     n_tokens, y_stride, size_in,
     keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
-    PART0: tl.constexpr, PART1: tl.constexpr, PART2: tl.constexpr,
+    ADAPTED0: tl.constexpr, ADAPTED1: tl.constexpr, ADAPTED2: tl.constexpr,
     HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
     SPLIT_K: tl.constexpr, SHRINK_SPLIT_K: tl.constexpr, RANK: tl.constexpr, EXPERTS: tl.constexpr,
     RANKS: tl.constexpr, SHRINK_ROWS: tl.constexpr, LISTED: tl.constexpr,
@@ -192,26 +192,26 @@ def _tma_gemm_kernel(
                 BLOCK_T, BLOCK_E, SHRINK_ROWS, COLS, STAGES, PDL,
             )  # fmt: skip
     else:
-        # Which tile of which part, and which slice of `in`. With EPILOGUE a tile has both members.
+        # Which tile of which slice, and which slice of `in`. With EPILOGUE a tile has both members.
         tile, pid_k = (pid - SHRINKS) // SPLIT_K, (pid - SHRINKS) % SPLIT_K
         TALL: tl.constexpr = ROWS + MORE
         WIDE: tl.constexpr = TALL * (2 if EPILOGUE == 3 else 1)
         TILES0: tl.constexpr = (WIDTH0 + WIDE - 1) // WIDE
         TILES1: tl.constexpr = (WIDTH1 + WIDE - 1) // WIDE if EPILOGUE == 0 or EPILOGUE == 3 else 0
-        # B has no rows for parts without experts.
-        SKIP1: tl.constexpr = WIDTH0 if PART0 < 0 else 0
-        SKIP2: tl.constexpr = SKIP1 + (WIDTH1 if PART1 < 0 else 0)
+        # B has no rows for slices without experts.
+        SKIP1: tl.constexpr = WIDTH0 if ADAPTED0 < 0 else 0
+        SKIP2: tl.constexpr = SKIP1 + (WIDTH1 if ADAPTED1 < 0 else 0)
         second, third = tile >= TILES0, tile >= TILES0 + TILES1
         local = tile - tl.where(third, TILES0 + TILES1, tl.where(second, TILES0, 0))
         local *= TALL
         width = tl.where(third, WIDTH2, tl.where(second, WIDTH1, WIDTH0))
         first = tl.where(third, WIDTH0 + WIDTH1, tl.where(second, WIDTH0, 0))
-        part = tl.where(third, PART2, tl.where(second, PART1, PART0))
+        linear_idx = tl.where(third, ADAPTED2, tl.where(second, ADAPTED1, ADAPTED0))
         skipped = tl.where(third, SKIP2, tl.where(second, SKIP1, 0))
         number = second.to(tl.int32) + third.to(tl.int32)
         APART: tl.constexpr = HALF if EPILOGUE == 3 else WIDTH0
         MEMBERS: tl.constexpr = 2 if EPILOGUE != 0 else 1
-        # Where the tile is in W, and in B, which has no rows for parts without experts.
+        # Where the tile is in W, and in B, which has no rows for slices without experts.
         member, row, b_member, b_row = 0, local, 0, local
         if EPILOGUE == 0:
             row, b_row = first + local, first - skipped + local
@@ -234,17 +234,17 @@ def _tma_gemm_kernel(
         # gate_up has an s of its own, and B of one beside zeros, which lie outside of it.
         GATED: tl.constexpr = EPILOGUE == 1 or EPILOGUE == 2
         SIZE: tl.constexpr = EXPERTS * RANK
-        OF_PART: tl.constexpr = (SIZE + COLS - 1) // COLS
-        HAS_UP: tl.constexpr = GATED and PART1 >= 0
-        blocks, of_part = 0, OF_PART
+        OF_LINEAR: tl.constexpr = (SIZE + COLS - 1) // COLS
+        HAS_UP: tl.constexpr = GATED and ADAPTED1 >= 0
+        blocks, of_part = 0, OF_LINEAR
         if LISTED:
-            blocks, of_part = active_blocks(bits, COLS // RANK, OF_PART)
-        of_gate = of_part if PART0 >= 0 else 0
+            blocks, of_part = active_blocks(bits, COLS // RANK, OF_LINEAR)
+        of_gate = of_part if ADAPTED0 >= 0 else 0
         of_in = tl.cdiv(size_in, COLS)
         if GATED:
             steps = of_in + of_gate + (of_part if HAS_UP else 0)
         else:
-            steps = of_in + tl.where(part >= 0, of_part, 0)
+            steps = of_in + tl.where(linear_idx >= 0, of_part, 0)
         size = tl.cdiv(steps, SPLIT_K)
         begin, end = pid_k * size, tl.minimum(pid_k * size + size, steps)
         acc = tl.zeros([BLOCK_T, MEMBERS * ROWS], dtype=tl.float32)
@@ -255,8 +255,8 @@ def _tma_gemm_kernel(
             acc, more = loop_over(
                 acc, more, begin, tl.minimum(end, of_in), of_in, of_gate, blocks, ahead,
                 x_desc, w_desc, more_w_desc, s_desc, b_desc, more_b_desc, up_desc, more_up_desc,
-                semaphore_ptr, member, row, b_member, b_row, part,
-                SIZE, False, PART1, LISTED,
+                semaphore_ptr, member, row, b_member, b_row, linear_idx,
+                SIZE, False, ADAPTED1, LISTED,
                 MEMBERS, ROWS, MORE, COLS, STAGES, SHRINK_TILES, False,
             )  # fmt: skip
             begin = tl.maximum(begin, of_in)
@@ -267,8 +267,8 @@ def _tma_gemm_kernel(
         acc, more = loop_over(
             acc, more, begin, end, of_in, of_gate, blocks, ahead,
             x_desc, w_desc, more_w_desc, s_desc, b_desc, more_b_desc, up_desc, more_up_desc,
-            semaphore_ptr, member, row, b_member, b_row, part,
-            SIZE, HAS_UP, PART1, LISTED,
+            semaphore_ptr, member, row, b_member, b_row, linear_idx,
+            SIZE, HAS_UP, ADAPTED1, LISTED,
             MEMBERS, ROWS, MORE, COLS, STAGES, SHRINK_TILES, WAITS,
         )  # fmt: skip
         y, up = apart(acc, EPILOGUE, BLOCK_T, ROWS)
@@ -325,7 +325,7 @@ def tma_gemm_triton(
         kv_slots: where k and v go with "rotary", whose columns of the result stay undefined then.
     """
     (tokens, size_in), shape, workspace = x.shape, p.shape, step.workspace
-    widths, parts, epilogue = shape.widths, shape.adapted, shape.kernel_epilogue
+    widths, adapted, epilogue = shape.widths, shape.adapted, shape.kernel_epilogue
     index, half = EPILOGUES.index(epilogue), shape.head_dim // 2
     experts, rank, fused = shape.num_experts, shape.rank, p.fused_weight
     size_out = sum(widths)
@@ -339,7 +339,7 @@ def tma_gemm_triton(
     block_t = max(MIN_TOKENS, power_of_2(tokens))
     count = sum(cdiv(w, cut.rows) for w in members)
     shrinks = cdiv(lora_a.shape[0], SHRINK_ROWS) * cut.shrink_split_k
-    widths, parts = [*widths, 0, 0][:3], [*parts, -1, -1][:3]
+    widths, adapted = [*widths, 0, 0][:3], [*adapted, -1, -1][:3]
     y = x.new_empty(tokens, result_width(widths, epilogue)) if out is None else out
     split_k = cut.split_k if y.dim() == 3 else 1
     # W as members, rows of each, and `in`: TMA blocks of pairs have two members. B likewise, but
@@ -349,7 +349,7 @@ def tma_gemm_triton(
     s, b = workspace.view(x.dtype, tokens, ranks), p.lora_b.flatten(1)
     of_b = [b[: widths[0]], b[-widths[0] :]] if is_gate_up(epilogue) else [b]
     w_blocks = _tma_blocks(fused[:size_out], tall, pair, pieces, cut.cols)
-    b_blocks = [_tma_blocks(part, half or part.shape[0], pair, pieces, cut.cols) for part in of_b]
+    b_blocks = [_tma_blocks(one, half or one.shape[0], pair, pieces, cut.cols) for one in of_b]
     up_blocks = b_blocks[1] if len(of_b) > 1 else [None, None]
     launch(
         _tma_gemm_kernel, (shrinks + count * split_k,),
@@ -360,7 +360,7 @@ def tma_gemm_triton(
         workspace.partial_sums, workspace.split_k_semaphores, p.semaphore,
         tokens, y.stride(-2), size_in, *(kv_slots or NO_KV_SLOTS),
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
-        PART0=parts[0], PART1=parts[1], PART2=parts[2],
+        ADAPTED0=adapted[0], ADAPTED1=adapted[1], ADAPTED2=adapted[2],
         HAS_BIAS=p.bias is not None, EPILOGUE=index, HALF=half, PAGED=kv_slots is not None,
         SPLIT_K=split_k, SHRINK_SPLIT_K=cut.shrink_split_k, RANK=rank, EXPERTS=experts,
         RANKS=ranks, SHRINK_ROWS=SHRINK_ROWS, LISTED=_lists_blocks(experts, rank, cut.cols),

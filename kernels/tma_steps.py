@@ -1,7 +1,7 @@
 """The steps of a tile of `tma_gemm`, one product of [x | s] and [W | B]:
 
     acc[t, m] = Σ_k x[t, k] W[m, k] + Σ_e s[t, p(m), e] B[m, e]   m over the rows of a tile, p(m)
-                                                                   their part
+                                                                   their linear
 
 Steps of `in` come first, then steps of ranks, in which s stands for x, and B for W: a descriptor is
 a value like others, so each step chooses its own, and all are one pipeline. Each member of gate_up
@@ -41,7 +41,7 @@ def active_blocks(bits, EXPERTS: tl.constexpr, BLOCKS: tl.constexpr):
 
 @triton.jit
 def rank_of_step(step, blocks, COLS: tl.constexpr, LISTED: tl.constexpr):
-    """Where the ranks of a part's step begin, counted within the part; see `active_blocks`."""
+    """Where the ranks of a linear_idx's step begin, counted within the linear_idx; see `active_blocks`."""
     if LISTED:
         step = ((blocks >> (4 * step)) & 15).to(tl.int32)
     return step * COLS
@@ -51,8 +51,8 @@ def rank_of_step(step, blocks, COLS: tl.constexpr, LISTED: tl.constexpr):
 def loop_over(
     acc, more, begin, end, of_in, of_gate, blocks, ahead,
     x_desc, w_desc, more_w_desc, s_desc, b_desc, more_b_desc, up_desc, more_up_desc,
-    semaphore_ptr, member, row, b_member, b_row, part,
-    SIZE: tl.constexpr, HAS_UP: tl.constexpr, PART1: tl.constexpr, LISTED: tl.constexpr,
+    semaphore_ptr, member, row, b_member, b_row, linear_idx,
+    SIZE: tl.constexpr, HAS_UP: tl.constexpr, ADAPTED1: tl.constexpr, LISTED: tl.constexpr,
     MEMBERS: tl.constexpr, ROWS: tl.constexpr, MORE: tl.constexpr, COLS: tl.constexpr,
     STAGES: tl.constexpr, SHRINK_TILES: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
@@ -66,12 +66,12 @@ def loop_over(
         from_x, from_w, from_more = x_desc, w_desc, more_w_desc
         if step >= of_in:
             at = rank_of_step(step - of_in, blocks, COLS, LISTED)
-            of_member, of_row, of_s = b_member, b_row, part * SIZE
+            of_member, of_row, of_s = b_member, b_row, linear_idx * SIZE
             from_x, from_w, from_more = s_desc, b_desc, more_b_desc
         if HAS_UP:
             if step >= of_in + of_gate:
                 at = rank_of_step(step - of_in - of_gate, blocks, COLS, LISTED)
-                of_member, of_s = -1, PART1 * SIZE
+                of_member, of_s = -1, ADAPTED1 * SIZE
                 from_w, from_more = up_desc, more_up_desc
         x = from_x.load([0, of_s + at])
         w = from_w.load([of_member, of_row, at])

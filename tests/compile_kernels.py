@@ -112,8 +112,8 @@ def build(
 
 
 def main() -> None:
-    qkv = {"WIDTH0": 4096, "WIDTH1": 4096, "WIDTH2": 4096, "PART0": 0, "PART1": 1, "PART2": 2}
-    gate_up = qkv | {"WIDTH2": 0, "PART2": -1}
+    qkv = {"WIDTH0": 4096, "WIDTH1": 4096, "WIDTH2": 4096, "ADAPTED0": 0, "ADAPTED1": 1, "ADAPTED2": 2}
+    gate_up = qkv | {"WIDTH2": 0, "ADAPTED2": -1}
     rows = []
     # With an activation or the rotary embedding, rows of W in a tile are those of one member.
     for act, size_out, shape, paged in (
@@ -176,7 +176,7 @@ def main() -> None:
             cut = dispatch.choose_expand(tokens, act != "", 2)
             columns = min(cut.columns, 64) if act == "rotary" else cut.columns
             constants = shape | configs.expert_blocks(8, 16, False) | {
-                "RAW": True, "ALL": True, "EVERY_PART": True, "EVEN": True,
+                "RAW": True, "ALL": True, "ALL_ADAPTED": True, "EVEN": True,
                 "BLOCK_T": cut.tokens, "BLOCK_OUT": columns,
                 "LOOP": cut.loop, "STAGES": cut.stages, "PDL": True, "SPLIT_K": 0,
             }  # fmt: skip

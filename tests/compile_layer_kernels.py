@@ -19,13 +19,13 @@ def main() -> None:
         "HAS_LOGITS": True, "HAS_BIAS": True, "PDL": True, "BLOCK_E": 8, "BLOCK_C": 128,
     }  # fmt: skip
     plans = {
-        "qkv": {"ROUTERS": 3, "SPLITS": 3, "PARTS": 3},
-        "block": {"ROUTERS": 1, "SPLITS": 1, "PARTS": 2, "EVERY": 9, "PLAIN": True, "BLOCK_E": 16},
-        "shared": {"ROUTERS": 1, "SPLITS": 1, "PARTS": 1, "SHARED": True, "ABSOLUTE": True},
-        "reads": {"ROUTERS": 1, "SPLITS": 0, "PARTS": 1, "HAS_LOGITS": False, "HAS_BIAS": False,
+        "qkv": {"ROUTERS": 3, "SPLITS": 3, "LINEARS": 3},
+        "block": {"ROUTERS": 1, "SPLITS": 1, "LINEARS": 2, "EVERY": 9, "PLAIN": True, "BLOCK_E": 16},
+        "shared": {"ROUTERS": 1, "SPLITS": 1, "LINEARS": 1, "SHARED": True, "ABSOLUTE": True},
+        "reads": {"ROUTERS": 1, "SPLITS": 0, "LINEARS": 1, "HAS_LOGITS": False, "HAS_BIAS": False,
                   "bias_ptr": None, "logits_ptr": None},
-        "softmax first": {"ROUTERS": 2, "SPLITS": 1, "PARTS": 2, "SOFTMAX_FIRST": True},
-        "no parts": {"ROUTERS": 1, "SPLITS": 3, "PARTS": 0},
+        "softmax first": {"ROUTERS": 2, "SPLITS": 1, "LINEARS": 2, "SOFTMAX_FIRST": True},
+        "no linears": {"ROUTERS": 1, "SPLITS": 3, "LINEARS": 0},
     }  # fmt: skip
     POINTERS["bias_ptr"] = "*fp32"
     for name, plan in plans.items():
@@ -35,14 +35,14 @@ def main() -> None:
             title = f"route_layer {name} tokens={tokens} one={one}"
             rows.append(build(title, kernel, constants, 4, 3))
     for slots in (0, 2):
-        for parts in ((0, 1), (0, -1)):
+        for adapted in ((0, 1), (0, -1)):
             constants = {
-                "WIDTH": 11008, "PART0": parts[0], "PART1": parts[1], "EXPERTS": 8, "EVERY": 9,
+                "WIDTH": 11008, "ADAPTED0": adapted[0], "ADAPTED1": adapted[1], "EXPERTS": 8, "EVERY": 9,
                 "RANK": 16, "SLOTS": slots, "EPILOGUE": pairs.EPILOGUES.index("silu"),
                 "BLOCK_T": 16, "BLOCK_C": 64, "BLOCK_R": 16,
             }  # fmt: skip
             kernel = ffn_mix._ffn_mix_kernel
-            rows.append(build(f"ffn_mix slots={slots} parts={parts}", kernel, constants, 4, 3))
+            rows.append(build(f"ffn_mix slots={slots} adapted={adapted}", kernel, constants, 4, 3))
     for always, shared in ((0, False), (1, True)):
         every = 8 + always
         constants = {
@@ -62,7 +62,7 @@ def main() -> None:
         cut = choose_expand(tokens, act != "", 2)
         constants = expert_blocks(8, 16, False) | {
             "WIDTH0": widths[0], "WIDTH1": widths[1], "WIDTH2": widths[2],
-            "PART0": 0, "PART1": 1, "PART2": 2 if widths[2] else -1,
+            "ADAPTED0": 0, "ADAPTED1": 1, "ADAPTED2": 2 if widths[2] else -1,
             "bias_ptr": None, "HAS_BIAS": False, "EPILOGUE": pairs.EPILOGUES.index(act), "HALF": 0,
             "cos_sin_ptr": None, "gates_ptr": None, **NO_KV_SLOTS,
             "RAW": False, "SPLIT": 0, "ALL": True, "EVERY_PART": True, "EVEN": True,

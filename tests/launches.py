@@ -174,9 +174,9 @@ class Paged:
         return KVSlots.of(*pages.split(128, -1), empty(tokens, dtype=torch.int64))
 
 
-def one_decision(experts=8, rank=16, bias=False, dtype=torch.bfloat16, parts=(0, 1, 2)):
-    """tokens, and whether parts run alone, as warm-up has them: down on rows without gaps -> the
-    launches of a step with one decision for all layers; parts: of q, k, v."""
+def one_decision(experts=8, rank=16, bias=False, dtype=torch.bfloat16, adapted=(0, 1, 2)):
+    """tokens, and whether adapted run alone, as warm-up has them: down on rows without gaps -> the
+    launches of a step with one decision for all layers; adapted: of q, k, v."""
     top_k, i32, f32 = 2, torch.int32, torch.float32
     ids, weights = empty(MOST, top_k, dtype=i32), empty(MOST, top_k, dtype=f32)
     gates, active = empty(MOST, experts, dtype=f32), empty(2 + experts, dtype=torch.int64)
@@ -189,7 +189,7 @@ def one_decision(experts=8, rank=16, bias=False, dtype=torch.bfloat16, parts=(0,
         return empty(*shape, dtype=dtype)
 
     def make(size_in, widths, of, epilogue, fused=True) -> Projection:
-        adapted = sum(w for w, part in zip(widths, of) if part >= 0)
+        rows_of_b = sum(w for w, part in zip(widths, of) if part >= 0)
         has_bias = bias and fused and epilogue != "norm"
         shape = Shape(
             size_in, tuple(widths), tuple(of), experts, rank, dtype.itemsize, epilogue,
@@ -198,7 +198,7 @@ def one_decision(experts=8, rank=16, bias=False, dtype=torch.bfloat16, parts=(0,
         fused_weight = new(shape.fused_rows, size_in)
         return Projection(
             shape, fused_weight[sum(widths) :].view(-1, experts, rank, size_in),
-            new(adapted, experts, rank), fused_weight if fused else None,
+            new(rows_of_b, experts, rank), fused_weight if fused else None,
             new(sum(widths)) if has_bias else None, Norm(new(4096), 1e-5), semaphores[0],
             stays_in_place(shape),
         )  # fmt: skip
@@ -208,7 +208,7 @@ def one_decision(experts=8, rank=16, bias=False, dtype=torch.bfloat16, parts=(0,
         spread_routes(ids, weights, gates, active, semaphores, tokens)
         step, turns = Step(gates, active, workspace), new(MOST, 128)
         for widths, act, of in (
-            ([4096, 1024, 1024], "rotary", list(parts)),
+            ([4096, 1024, 1024], "rotary", list(adapted)),
             ([11008] * 2, "silu", [0, 1]),
             ([4096], "", [0]),
         ):
@@ -230,14 +230,14 @@ def layer_wise(experts=8, rank=16):
     """tokens -> the launches of projections that are routed in their layers."""
     f32 = torch.float32
     scales, active = empty(experts, dtype=f32), empty(1, dtype=torch.int64)
-    widths, parts, columns = (4096, 1024, 1024), (0, 1, 2), 3 * experts * rank
+    widths, adapted, columns = (4096, 1024, 1024), (0, 1, 2), 3 * experts * rank
     own, block = (LayerGates(empty(MOST, n, experts, dtype=f32), active) for n in (3, 1))
     rule, of_block = LayerGate(2, (experts,) * 3), LayerGate(2, (experts,), plain=True)
 
     def run(tokens: int, alone: bool = False) -> None:
         x, b = empty(tokens, 4096), empty(sum(widths), experts, rank)
         fused = empty(sum(widths) + columns + 3 * experts + 8, 4096)
-        qkv = LayerProjection(rule, widths, parts, scales, b, None, 3 * experts, fused)
+        qkv = LayerProjection(rule, widths, adapted, scales, b, None, 3 * experts, fused)
         layer_linear(x, qkv, own)
         low, z = empty(tokens, columns, dtype=f32), empty(tokens, 3 * experts, dtype=f32)
         layer_sgmm(empty(tokens, sum(widths)), low, z, qkv, own)
@@ -271,7 +271,7 @@ CASES: dict[str, tuple[Callable, dict, dict]] = {
     "32/8": (one_decision, {"experts": 32, "rank": 8}, {}),
     "20/40": (one_decision, {"experts": 20, "rank": 40}, {}),
     "8/16 and biases": (one_decision, {"bias": True}, {}),
-    "8/16 of q and v": (one_decision, {"parts": (0, -1, 1)}, {}),
+    "8/16 of q and v": (one_decision, {"adapted": (0, -1, 1)}, {}),
     "8/16 in float32": (one_decision, {"dtype": torch.float32}, {}),
     "8/16 before Hopper": (one_decision, {}, {"hopper": False}),
     "64/16 before Hopper": (one_decision, {"experts": 64}, {"hopper": False}),

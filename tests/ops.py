@@ -28,7 +28,7 @@ class Problem:
     gates: torch.Tensor
     active: torch.Tensor
     workspace: Workspace
-    parts: list[int]
+    adapted: list[int]
     widths: list[int]
 
     def projection(
@@ -36,7 +36,7 @@ class Problem:
     ) -> Projection:
         """As launchers take it; of what the problem holds now, with a semaphore of its own."""
         shape = Shape(
-            self.x.shape[1], tuple(self.widths), tuple(self.parts), *self.lora_b.shape[1:],
+            self.x.shape[1], tuple(self.widths), tuple(self.adapted), *self.lora_b.shape[1:],
             self.x.element_size(), epilogue, cos_sin.shape[1] if epilogue == "rotary" else 0,
             self.bias is not None, fused,
         )  # fmt: skip
@@ -53,8 +53,8 @@ class Problem:
 
     @property
     def s_shape(self) -> tuple[int, int, int]:
-        parts, experts, rank, _ = self.lora_a.shape
-        return self.x.shape[0], parts, experts * rank
+        linears, experts, rank, _ = self.lora_a.shape
+        return self.x.shape[0], linears, experts * rank
 
 
 @dataclass(eq=False)
@@ -101,23 +101,23 @@ def active_of(used: torch.Tensor) -> torch.Tensor:
 
 def make_problem(
     tokens, size_in, widths, experts, top_k, rank, dtype=torch.float32, seed=0, one=None,
-    parts=None, bias=False,
+    adapted=None, bias=False,
 ) -> Problem:  # fmt: skip
     """Scaled normal data, rows of gates past T that hold NaN, and a workspace that does.
 
     Args:
-        parts: index in the banks of each slice of the output, default a bank of its own each.
+        adapted: index in the banks of each slice of the output, default a bank of its own each.
     """
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape, scale=1.0):
         return (torch.randn(*shape, generator=g) * scale).to(dtype).to(DEVICE)
 
-    parts = list(range(len(widths))) if parts is None else parts
-    adapted = sum(width for width, part in zip(widths, parts) if part >= 0)
+    adapted = list(range(len(widths))) if adapted is None else adapted
+    rows_of_b = sum(width for width, part in zip(widths, adapted) if part >= 0)
     gates = make_gates(tokens, experts, top_k, seed, one)
     garbage = torch.full((3, experts), float("nan"), device=DEVICE)
-    lora_a = normal(max(parts) + 1, experts, rank, size_in, scale=size_in**-0.5)
+    lora_a = normal(max(adapted) + 1, experts, rank, size_in, scale=size_in**-0.5)
     workspace = Workspace.make(*workspace_sizes(lora_a, sum(widths)), torch.device(DEVICE))
     workspace.lora_a_out.fill_(255)  # NaN in every dtype
     workspace.partial_sums.fill_(float("nan"))
@@ -126,11 +126,11 @@ def make_problem(
         weight=normal(sum(widths), size_in, scale=size_in**-0.5),
         bias=normal(sum(widths)) if bias else None,
         lora_a=lora_a,
-        lora_b=normal(adapted, experts, rank, scale=rank**-0.5),
+        lora_b=normal(rows_of_b, experts, rank, scale=rank**-0.5),
         gates=torch.cat([gates, garbage]),
         active=active_of((gates != 0).any(0)),
         workspace=workspace,
-        parts=parts,
+        adapted=adapted,
         widths=list(widths),
     )
 
@@ -156,8 +156,8 @@ def whole_turns(tokens: int, head_dim: int, dtype=torch.float32) -> torch.Tensor
 
 def shrink_truth(p: Problem) -> torch.Tensor:
     """s [T, P, E * R] in float64, token by token and only of the experts that it chose."""
-    tokens, parts, _ = p.s_shape
-    s = torch.zeros(tokens, parts, *p.lora_a.shape[1:3], dtype=torch.float64, device=p.x.device)
+    tokens, linears, _ = p.s_shape
+    s = torch.zeros(tokens, linears, *p.lora_a.shape[1:3], dtype=torch.float64, device=p.x.device)
     for t in range(tokens):
         for e in p.gates[t].nonzero()[:, 0].tolist():
             s[t, :, e] = p.gates[t, e].double() * (p.lora_a[:, e].double() @ p.x[t].double())
@@ -169,7 +169,7 @@ def delta_truth(p: Problem) -> torch.Tensor:
     s, tokens = shrink_truth(p), p.x.shape[0]
     delta = torch.zeros(tokens, sum(p.widths), dtype=torch.float64, device=p.x.device)
     row = column = 0
-    for part, width in zip(p.parts, p.widths):
+    for part, width in zip(p.adapted, p.widths):
         if part >= 0:
             b = p.lora_b[row : row + width].double().flatten(1)
             delta[:, column : column + width] = s[:, part] @ b.T
@@ -197,7 +197,7 @@ def plain_delta(p: Problem) -> torch.Tensor:
     for t in range(p.x.shape[0]):
         for e in p.gates[t].nonzero()[:, 0].tolist():
             row = column = 0
-            for part, width in zip(p.parts, p.widths):
+            for part, width in zip(p.adapted, p.widths):
                 if part >= 0:
                     up = p.lora_b[row : row + width, e] @ (p.lora_a[part, e] @ p.x[t])
                     delta[t, column : column + width] += p.gates[t, e].to(up.dtype) * up

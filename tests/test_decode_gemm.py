@@ -34,26 +34,26 @@ def test_active_ones_of_many_experts(tokens, experts, top_k, rank):
         assert error(run(p, tiles=cut), truth) <= 1e-5
 
 
-@pytest.mark.parametrize("parts", [[0, -1, 1], [-1, 0, -1], [0, 0, 0], [-1, -1, 0]])
-def test_parts_without_experts(parts):
-    p = make_problem(4, 64, [40, 50, 30], 4, 2, 4, parts=parts, bias=True)
+@pytest.mark.parametrize("adapted", [[0, -1, 1], [-1, 0, -1], [0, 0, 0], [-1, -1, 0]])
+def test_parts_without_experts(adapted):
+    p = make_problem(4, 64, [40, 50, 30], 4, 2, 4, adapted=adapted, bias=True)
     assert error(run(p, tiles=GemmConfig(16, 32, 2)), linear_truth(p)) <= 1e-5
 
 
 @pytest.mark.parametrize("epilogue", ["silu", "gelu_tanh"])
-@pytest.mark.parametrize("parts", [[0, 1], [0, 0], [-1, 0], [0, -1]])
-def test_gate_up_with_its_activation(parts, epilogue):
-    p = make_problem(5, 96, [70, 70], 3, 2, 4, parts=parts, bias=True)
+@pytest.mark.parametrize("adapted", [[0, 1], [0, 0], [-1, 0], [0, -1]])
+def test_gate_up_with_its_activation(adapted, epilogue):
+    p = make_problem(5, 96, [70, 70], 3, 2, 4, adapted=adapted, bias=True)
     out = run(p, epilogue, GemmConfig(32, 32))
     assert error(out, linear_truth(p, epilogue)) <= 1e-5
     with pytest.raises(ValueError, match="split_k is 2, expected 1 before"):
         run(p, epilogue, GemmConfig(32, 32, 2))
 
 
-@pytest.mark.parametrize("parts", [[0, 1, 2], [0, 0, 0], [-1, 0, 1], [0, -1, -1]])
+@pytest.mark.parametrize("adapted", [[0, 1, 2], [0, 0, 0], [-1, 0, 1], [0, -1, -1]])
 @pytest.mark.parametrize("widths,head_dim", [([128, 64, 64], 64), ([96, 32, 32], 32)])
-def test_queries_and_keys_are_turned(widths, head_dim, parts):
-    p = make_problem(5, 96, widths, 3, 2, 4, parts=parts, bias=True)
+def test_queries_and_keys_are_turned(widths, head_dim, adapted):
+    p = make_problem(5, 96, widths, 3, 2, 4, adapted=adapted, bias=True)
     cos_sin = torch.randn(7, head_dim, device=DEVICE)
     truth = rotate_torch(linear_truth(p), cos_sin, widths[0] + widths[1])
     for cut in (None, GemmConfig(16, 32)):

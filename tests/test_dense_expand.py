@@ -14,11 +14,11 @@ from ops import (
 )
 from vllm_adafuse.kernels.dense_expand import dense_expand_triton
 
-SHAPES = {  # (tokens, in, widths, experts, k, rank), parts, first
+SHAPES = {  # (tokens, in, widths, experts, k, rank), adapted, first
     "one-token": ((1, 40, [72], 16, 2, 16), None, 0),
     "odd-rank": ((37, 32, [66], 5, 2, 5), None, 0),
     "rank-40": ((37, 32, [48, 40], 20, 3, 40), None, 8),
-    "three-parts": ((130, 24, [64, 32, 32], 16, 2, 16), None, 8),
+    "three-adapted": ((130, 24, [64, 32, 32], 16, 2, 16), None, 8),
     "holes": ((37, 32, [24, 40, 32], 20, 2, 5), [0, -1, 1], 0),
     "first-has-none": ((37, 32, [24, 40], 5, 2, 16), [-1, 0], 3),
     "many-experts": ((130, 24, [64, 64], 64, 2, 16), None, 8),
@@ -34,12 +34,12 @@ def only_from(p, first):
 
 
 def make(name, dtype=torch.float32):
-    shape, parts, first = SHAPES[name]
-    return make_problem(*shape, parts=parts, dtype=dtype), first
+    shape, adapted, first = SHAPES[name]
+    return make_problem(*shape, adapted=adapted, dtype=dtype), first
 
 
 def run(p, y, s, first):
-    dense_expand_triton(y, s, p.lora_b, p.gates, p.parts, p.widths, first)
+    dense_expand_triton(y, s, p.lora_b, p.gates, p.adapted, p.widths, first)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -53,7 +53,7 @@ def test_equals_float64(name):
     assert torch.equal(s.view_as(raw)[:, :, :first], raw[:, :, :first])
 
 
-@pytest.mark.parametrize("name", ["odd-rank", "three-parts", "holes"])
+@pytest.mark.parametrize("name", ["odd-rank", "three-adapted", "holes"])
 def test_what_others_see_of_an_expert_does_not_matter(name):
     p, first = make(name)
     p = in_whole_numbers(p)
@@ -79,7 +79,7 @@ def test_parts_without_experts_stay():
 @pytest.mark.parametrize(
     "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 )
-@pytest.mark.parametrize("name", ["three-parts", "holes", "many-experts"])
+@pytest.mark.parametrize("name", ["three-adapted", "holes", "many-experts"])
 def test_half_precision_is_no_worse_than_plain_torch(name, dtype):
     p, first = make(name, dtype)
     y, s = p.x @ p.weight.T, p.x @ p.lora_a.flatten(0, 2).T

@@ -24,11 +24,11 @@ from vllm_adafuse.kernels.pairs import activate_torch, rotate_torch
 
 
 def by_torch(y, s, p):
-    expand_torch(y, s, p.lora_b, p.parts, p.widths)
+    expand_torch(y, s, p.lora_b, p.adapted, p.widths)
 
 
 def by_triton(y, s, p):
-    expand_triton(y, s, p.lora_b, p.active, p.parts, p.widths)
+    expand_triton(y, s, p.lora_b, p.active, p.adapted, p.widths)
 
 
 @pytest.mark.parametrize("run", [by_torch, by_triton])
@@ -44,10 +44,10 @@ def test_equals_float64(shape, run):
 
 
 @pytest.mark.parametrize("epilogue", ["", "silu", "gelu_tanh"])
-@pytest.mark.parametrize("parts", [[0, 1], [0, 0], [-1, 0], [0, -1]])
+@pytest.mark.parametrize("adapted", [[0, 1], [0, 0], [-1, 0], [0, -1]])
 @pytest.mark.parametrize("tokens", [5, 70])
-def test_from_raw_sums_equals_float64(tokens, parts, epilogue):
-    p = make_problem(tokens, 48, [140, 140], 3, 2, 4, parts=parts)
+def test_from_raw_sums_equals_float64(tokens, adapted, epilogue):
+    p = make_problem(tokens, 48, [140, 140], 3, 2, 4, adapted=adapted)
     y = 3 * torch.randn(tokens, 280, device=p.x.device)
     raw = torch.einsum("peri,ti->tper", p.lora_a.double(), p.x.double()).flatten(1).float()
     whole, bias = torch.cat([y, raw], 1), torch.randn(280, device=y.device)
@@ -83,9 +83,9 @@ def test_slices_are_added(tokens, split):
 
 @pytest.mark.parametrize("width", [140, 128])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("parts", [[0, 1], [-1, 0]])
-def test_an_activation_in_place(parts, bias, width):
-    p = make_problem(70, 48, [width, width], 3, 2, 4, parts=parts, bias=bias)
+@pytest.mark.parametrize("adapted", [[0, 1], [-1, 0]])
+def test_an_activation_in_place(adapted, bias, width):
+    p = make_problem(70, 48, [width, width], 3, 2, 4, adapted=adapted, bias=bias)
     of, step, blocks = p.projection("silu"), p.step(), ExpandConfig(32, 16, 4, 4, 2)
     out, apart, in_y = twice_from_fused(p, lambda y, s, in_place: expand_raw_triton(
         y, s, p.bias, replace(of, strided_out=in_place), step, blocks
@@ -108,10 +108,10 @@ def test_cuts_of_the_tile(shape, bias):
 
 
 @pytest.mark.parametrize("widths", [[64, 64, 64], [128, 32, 32], [96, 32, 64]])
-@pytest.mark.parametrize("parts", [[0, 1, 2], [0, -1, 1], [-1, -1, 0]])
-def test_queries_and_keys_are_turned(parts, widths):
+@pytest.mark.parametrize("adapted", [[0, 1, 2], [0, -1, 1], [-1, -1, 0]])
+def test_queries_and_keys_are_turned(adapted, widths):
     tokens, head_dim = 70, 32
-    p = make_problem(tokens, 24, widths, 8, 2, 4, parts=parts, bias=True)
+    p = make_problem(tokens, 24, widths, 8, 2, 4, adapted=adapted, bias=True)
     y = 3 * torch.randn(tokens, sum(widths), device=p.x.device)
     raw = torch.einsum("peri,ti->tper", p.lora_a.double(), p.x.double()).flatten(1).float()
     cos_sin = torch.randn(tokens + 3, head_dim, device=p.x.device)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from ops import DEVICE, error
 from vllm_adafuse.kernels.ffn_mix import ffn_mix, ffn_mix_torch, ffn_mix_triton
 
-# tokens, width, experts, top_k, always, rank, parts, activation
+# tokens, width, experts, top_k, always, rank, adapted, activation
 CASES = {
     "one-token": (1, 96, 4, 2, 0, 8, [0, 1], "silu"),
     "odd": (5, 77, 3, 2, 0, 5, [0, 1], "gelu_tanh"),
@@ -15,20 +15,20 @@ CASES = {
     "gate-alone": (3, 70, 4, 1, 1, 3, [0, -1], "silu"),
     "up-alone": (3, 70, 4, 2, 0, 3, [-1, 0], "silu"),
     "packed": (4, 64, 4, 2, 1, 4, [0, 0], "silu"),
-    "no-parts": (4, 64, 4, 2, 0, 4, [-1, -1], "silu"),
+    "no-adapted": (4, 64, 4, 2, 0, 4, [-1, -1], "silu"),
     "dense": (20, 130, 3, 3, 0, 16, [0, 1], "silu"),
     "rank-100": (2, 64, 2, 1, 0, 100, [0, 1], "silu"),
 }
 
 
 def make(name, dtype=torch.float32, seed=0):
-    tokens, width, experts, top_k, always, rank, parts, activation = CASES[name]
+    tokens, width, experts, top_k, always, rank, adapted, activation = CASES[name]
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape, scale=1.0):
         return (torch.randn(*shape, generator=g) * scale).to(dtype).to(DEVICE)
 
-    every, count = experts + always, max(parts) + 1
+    every, count = experts + always, max(adapted) + 1
     ids = torch.rand(tokens, experts, generator=g).argsort(1)[:, :top_k]
     gates = torch.full((tokens + 2, 1, experts), float("nan"))
     gates[:tokens] = 0
@@ -38,12 +38,12 @@ def make(name, dtype=torch.float32, seed=0):
     chosen = torch.cat([gates[:tokens, 0] != 0, gates.new_ones(tokens, always) > 0], 1)
     s = torch.where(chosen[:, None, :, None], s, 0.0)
     both = torch.cat([normal(tokens, 2 * width), s.flatten(1)], 1)
-    adapted = sum(width for part in parts if part >= 0)
-    lora_b = normal(adapted, every, rank, scale=rank**-0.5)
-    return both, gates, lora_b, parts, width, top_k, activation
+    rows_of_b = sum(width for p in adapted if p >= 0)
+    lora_b = normal(rows_of_b, every, rank, scale=rank**-0.5)
+    return both, gates, lora_b, adapted, width, top_k, activation
 
 
-def truth(both, gates, lora_b, parts, width, slots, activation):
+def truth(both, gates, lora_b, adapted, width, slots, activation):
     """[1 + slots, T, I] in float64."""
     tokens, (_, every, rank), experts = len(both), lora_b.shape, gates.shape[-1]
     y, b = both[:, : 2 * width].double(), lora_b.double()
@@ -52,11 +52,11 @@ def truth(both, gates, lora_b, parts, width, slots, activation):
 
     def half(t, i, e):
         out = y[t, i * width : (i + 1) * width]
-        if parts[i] >= 0:
-            first = width if i == 1 and parts[0] >= 0 else 0
+        if adapted[i] >= 0:
+            first = width if i == 1 and adapted[0] >= 0 else 0
             own = b[first : first + width]
             for expert in [e, *range(experts, every)]:
-                out = out + own[:, expert] @ s[t, parts[i], expert]
+                out = out + own[:, expert] @ s[t, adapted[i], expert]
         return out
 
     for t in range(tokens):
@@ -76,8 +76,8 @@ def test_equals_float64(name, function):
     found = function(*arguments)
     assert found.shape == expected.shape
     assert error(found, expected) <= 1e-5
-    both, gates, lora_b, parts, width, _, activation = arguments
-    alone = function(both, gates, lora_b, parts, width, 0, activation)
+    both, gates, lora_b, adapted, width, _, activation = arguments
+    alone = function(both, gates, lora_b, adapted, width, 0, activation)
     assert error(alone[0], expected[0]) <= 1e-5 and len(alone) == 1
 
 
@@ -87,7 +87,7 @@ def test_equals_float64(name, function):
 @pytest.mark.parametrize("name", ["one-token", "always", "dense"])
 def test_half_precision_is_no_worse_than_plain_torch(name, dtype):
     arguments = make(name, dtype)
-    both, gates, lora_b, parts, width, slots, activation = arguments
+    both, gates, lora_b, adapted, width, slots, activation = arguments
     expected = truth(*arguments)
     # Op by op in the dtype, as a plain implementation would.
     tokens, (_, every, rank), experts = len(both), lora_b.shape, gates.shape[-1]
@@ -98,7 +98,7 @@ def test_half_precision_is_no_worse_than_plain_torch(name, dtype):
         for i, own in enumerate(lora_b.split(width)):
             y = both[:, i * width : (i + 1) * width]
             for expert in [e, *range(experts, every)]:
-                y = y + s[:, parts[i], expert] @ own[:, expert].T
+                y = y + s[:, adapted[i], expert] @ own[:, expert].T
             halves.append(y)
         g = gates[:tokens, 0, e, None].to(dtype)
         mixed += g * (F.silu(halves[0]) * halves[1])

@@ -100,7 +100,7 @@ def test_products_that_are_tiled(widths, epilogue):
 
 def test_parts_without_experts_and_a_bias():
     some = [(tokens, 4, 8) for tokens in (*TOKENS, 270)]
-    run_all(projection, 64, [64, 72, 64], "", steps=some, parts=[0, -1, 1], bias=True)
+    run_all(projection, 64, [64, 72, 64], "", steps=some, adapted=[0, -1, 1], bias=True)
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def slots(*shape, dtype=torch.int64):
 LEFT = {
     "a piecewise graph": {"cudagraph_runtime_mode": CUDAGraphMode.PIECEWISE},
     "a profile run": {"attn_metadata": None},
-    "metadata of parts": {"attn_metadata": [{NAME: object()}]},
+    "metadata of adapted": {"attn_metadata": [{NAME: object()}]},
     "metadata of other layers": {"attn_metadata": {}},
     "a step in parts": {"ubatch_slices": [slice(0, 2), slice(2, 5)]},
     "fewer slots": slots(TOKENS - 1),

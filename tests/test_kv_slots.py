@@ -92,10 +92,10 @@ WHOLE = [by_tma_expand]  # every part has experts, no bias
 HALF_DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
 
-def check(run, tokens, widths, head_dim, layout, dtype=torch.float32, parts=(0, 1, 2), rank=4):
+def check(run, tokens, widths, head_dim, layout, dtype=torch.float32, adapted=(0, 1, 2), rank=4):
     rank = 16 if run in WHOLE else rank
     p = make_problem(
-        tokens, 48, widths, 4, 2, rank, dtype=dtype, parts=list(parts), bias=run not in WHOLE
+        tokens, 48, widths, 4, 2, rank, dtype=dtype, adapted=list(adapted), bias=run not in WHOLE
     )
     g = torch.Generator().manual_seed(1)
     cos_sin = torch.randn(tokens + 2, head_dim, generator=g).to(DEVICE, dtype)
@@ -121,10 +121,10 @@ def test_equals_float64(run, widths, head_dim, layout):
     check(run, 21, widths, head_dim, layout)
 
 
-@pytest.mark.parametrize("parts", [[0, -1, 1], [-1, 0, -1], [0, 0, 0]])
+@pytest.mark.parametrize("adapted", [[0, -1, 1], [-1, 0, -1], [0, 0, 0]])
 @pytest.mark.parametrize("run", ANY)
-def test_parts_without_experts(run, parts):
-    check(run, 9, [128, 64, 64], 32, "NHD", parts=parts)
+def test_parts_without_experts(run, adapted):
+    check(run, 9, [128, 64, 64], 32, "NHD", adapted=adapted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES])

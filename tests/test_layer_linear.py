@@ -14,7 +14,7 @@ from vllm_adafuse.kernels.route_layer import route_layer_triton
 
 
 def problem(name, bias, epilogue=""):
-    x, lora_a, routers, lora_b, scales, gate, parts, widths = make(name)
+    x, lora_a, routers, lora_b, scales, gate, adapted, widths = make(name)
     g = torch.Generator().manual_seed(1)
     size_in = x.shape[1]
     weight = (torch.randn(sum(widths), size_in, generator=g) * size_in**-0.5).to(DEVICE)
@@ -24,11 +24,11 @@ def problem(name, bias, epilogue=""):
     gates = torch.full((len(x) + 1, max(1, len(gate.experts)), lora_a.shape[1] - gate.always), -1.0)
     active = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     y = x.double().cpu() @ weight.double().cpu().T + truth(
-        x, lora_a, routers, lora_b, scales, gate, parts, widths
+        x, lora_a, routers, lora_b, scales, gate, adapted, widths
     )
     y = y + bias.double().cpu() if bias is not None else y
     p = LayerProjection(
-        gate, tuple(widths), tuple(parts), scales, lora_b, None, routers[..., 0].numel(), rows,
+        gate, tuple(widths), tuple(adapted), scales, lora_b, None, routers[..., 0].numel(), rows,
         bias, epilogue,
     )  # fmt: skip
     return x, p, LayerGates(gates.to(DEVICE), active), y

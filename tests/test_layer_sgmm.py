@@ -11,7 +11,7 @@ from vllm_adafuse.kernels.layer_sgmm import layer_sgmm
 from vllm_adafuse.kernels.low_product import low_product
 from vllm_adafuse.kernels.route_layer import route_layer_triton
 
-# tokens, in, widths, parts, experts of each router, always, rank, gate
+# tokens, in, widths, adapted, experts of each router, always, rank, gate
 CASES = {
     "one-token": (1, 200, [72], [0], [4], 0, 8, {"top_k": 2}),
     "qkv": (5, 160, [96, 32, 32], [0, 1, 2], [4, 4, 4], 0, 4, {"top_k": 2}),
@@ -28,25 +28,25 @@ CASES = {
 
 
 def make(name, seed=0):
-    tokens, size_in, widths, parts, counts, always, rank, options = CASES[name]
+    tokens, size_in, widths, adapted, counts, always, rank, options = CASES[name]
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape, scale=1.0):
         return (torch.randn(*shape, generator=g) * scale).to(DEVICE)
 
-    experts, count = max(counts, default=0), max(parts) + 1
+    experts, count = max(counts, default=0), max(adapted) + 1
     every = experts + always
     x = normal(tokens, size_in)
     lora_a = normal(count, every, rank, size_in, scale=size_in**-0.5)
     routers = normal(len(counts), experts, size_in, scale=size_in**-0.5)
-    adapted = sum(width for width, part in zip(widths, parts) if part >= 0)
-    lora_b = normal(adapted, every, rank, scale=rank**-0.5)
+    rows_of_b = sum(width for width, part in zip(widths, adapted) if part >= 0)
+    lora_b = normal(rows_of_b, every, rank, scale=rank**-0.5)
     scales = normal(every).abs() + 0.1
     gate = LayerGate(experts=tuple(counts), always=always, **options)
-    return x, lora_a, routers, lora_b, scales, gate, parts, widths
+    return x, lora_a, routers, lora_b, scales, gate, adapted, widths
 
 
-def truth(x, lora_a, routers, lora_b, scales, gate, parts, widths):
+def truth(x, lora_a, routers, lora_b, scales, gate, adapted, widths):
     delta = torch.zeros(len(x), sum(widths), dtype=torch.float64)
     x, lora_a, routers, lora_b = (t.double().cpu() for t in (x, lora_a, routers, lora_b))
     experts = lora_a.shape[1] - gate.always
@@ -60,7 +60,7 @@ def truth(x, lora_a, routers, lora_b, scales, gate, parts, widths):
             total = sum(math.exp(z[e]) for e in over)
             weights.append({e: math.exp(z[e]) / total for e in order[: gate.top_k]})
         row = column = 0
-        for part, width in zip(parts, widths):
+        for part, width in zip(adapted, widths):
             if part >= 0:
                 own = dict(weights[part if len(weights) > 1 else 0]) if weights else {}
                 own |= {experts + i: 1.0 for i in range(gate.always)}
@@ -73,7 +73,7 @@ def truth(x, lora_a, routers, lora_b, scales, gate, parts, widths):
     return delta
 
 
-def run(y, x, lora_a, routers, lora_b, scales, gate, parts, widths, triton=False):
+def run(y, x, lora_a, routers, lora_b, scales, gate, adapted, widths, triton=False):
     size_in, experts = x.shape[1], lora_a.shape[1] - gate.always
     rows = torch.cat([lora_a.view(-1, size_in), routers.view(-1, size_in)])
     low = low_product(x, rows)
@@ -82,11 +82,11 @@ def run(y, x, lora_a, routers, lora_b, scales, gate, parts, widths, triton=False
     gates = torch.full((len(x) + 1, max(1, len(gate.experts)), experts), -1.0, device=DEVICE)
     active = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     low, layer = low[:, :columns], LayerGates(gates, active)
-    p = LayerProjection(gate, tuple(widths), tuple(parts), scales, lora_b)
+    p = LayerProjection(gate, tuple(widths), tuple(adapted), scales, lora_b)
     if triton:
         s = y.new_empty(len(x), lora_a.shape[0], lora_a.shape[1] * lora_a.shape[2])
         route_layer_triton(low, logits, p, layer, s)
-        expand_triton(y, s, lora_b, active, parts, widths)
+        expand_triton(y, s, lora_b, active, adapted, widths)
     else:
         layer_sgmm(y, low, logits, p, layer)
 

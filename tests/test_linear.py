@@ -20,18 +20,18 @@ def run(p, epilogue="", cos_sin=None, in_place=False):
 
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize(
-    "epilogue,parts", [("", [0, 1]), ("", [-1, 0]), ("silu", [0, 1]), ("silu", [-1, 0])]
+    "epilogue,adapted", [("", [0, 1]), ("", [-1, 0]), ("silu", [0, 1]), ("silu", [-1, 0])]
 )
-def test_equals_float64(tokens, epilogue, parts):
-    p = make_problem(tokens, 96, [80, 80], 4, 2, 4, parts=parts, bias=True)
+def test_equals_float64(tokens, epilogue, adapted):
+    p = make_problem(tokens, 96, [80, 80], 4, 2, 4, adapted=adapted, bias=True)
     out = run(p, epilogue)
     assert error(out, linear_truth(p, epilogue)) <= 1e-5
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("parts", [[0, 1, 2], [-1, 0, 1]])
-def test_queries_and_keys_are_turned(tokens, parts):
-    p = make_problem(tokens, 96, [128, 64, 64], 4, 2, 4, parts=parts, bias=True)
+@pytest.mark.parametrize("adapted", [[0, 1, 2], [-1, 0, 1]])
+def test_queries_and_keys_are_turned(tokens, adapted):
+    p = make_problem(tokens, 96, [128, 64, 64], 4, 2, 4, adapted=adapted, bias=True)
     cos_sin = torch.randn(tokens + 2, 64, device=DEVICE)
     out = run(p, "rotary", cos_sin)
     assert error(out, rotate_torch(linear_truth(p), cos_sin, 192)) <= 1e-5

@@ -14,7 +14,7 @@ from vllm_adafuse.kernels.route_layer import (
     split_router,
 )
 
-# tokens, parts, routers, experts (rows of each router), always, rank, gate
+# tokens, linears, routers, experts (rows of each router), always, rank, gate
 CASES = {
     "one-token": (1, 3, 3, [4, 4, 4], 0, 8, {"top_k": 2}),
     "odd": (5, 2, 2, [3, 5], 0, 3, {"top_k": 3, "temperature": 0.6}),
@@ -36,7 +36,7 @@ CASES = {
 
 
 def make(name, seed=0):
-    tokens, parts, routers, counts, always, rank, options = CASES[name]
+    tokens, linears, routers, counts, always, rank, options = CASES[name]
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -45,16 +45,16 @@ def make(name, seed=0):
     experts = max(counts)
     gate = LayerGate(experts=tuple(counts), always=always, **options)
     a = (1 if gate.shared and experts else experts) + always
-    both = normal(tokens, parts * a * rank + routers * experts + 3)  # rows that are part of others
-    low, logits = both.split([parts * a * rank, routers * experts, 3], 1)[:2]
+    both = normal(tokens, linears * a * rank + routers * experts + 3)  # rows that are part of others
+    low, logits = both.split([linears * a * rank, routers * experts, 3], 1)[:2]
     bias = normal(routers, experts)
     scales = normal(experts + always).abs() + 0.1
     gates = torch.full((tokens + 2, routers, experts), float("nan"), device=DEVICE)
     active = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    return low, logits, bias, scales, gates, active, gate, parts, rank
+    return low, logits, bias, scales, gates, active, gate, linears, rank
 
 
-def truth(low, logits, bias, scales, gate, parts, rank):
+def truth(low, logits, bias, scales, gate, linears, rank):
     """Gates and s in float64, one token and router after the other."""
     tokens, (routers, experts) = low.shape[0], bias.shape
     every = len(scales)
@@ -68,10 +68,10 @@ def truth(low, logits, bias, scales, gate, parts, rank):
             total = sum(math.exp(z[e]) for e in over)
             for e in order[: gate.top_k]:
                 gates[t, router, e] = math.exp(z[e]) / total
-    s = torch.zeros(tokens, parts, every, rank, dtype=torch.float64)
-    rows = low.double().view(tokens, parts, -1, rank).cpu() if parts else s
+    s = torch.zeros(tokens, linears, every, rank, dtype=torch.float64)
+    rows = low.double().view(tokens, linears, -1, rank).cpu() if linears else s
     for t in range(tokens):
-        for part in range(parts):
+        for part in range(linears):
             for e in range(every):
                 at = e
                 if gate.shared and experts:
@@ -84,15 +84,15 @@ def truth(low, logits, bias, scales, gate, parts, rank):
     return gates, s.flatten(2)
 
 
-def projection(scales, bias, gate, parts, rank) -> LayerProjection:
-    """Of `parts` linears; of B the shape alone is read."""
+def projection(scales, bias, gate, linears, rank) -> LayerProjection:
+    """Of `linears` linears; of B the shape alone is read."""
     lora_b = scales.new_empty(0, len(scales), rank)
-    return LayerProjection(gate, (1,) * parts, tuple(range(parts)), scales, lora_b, bias)
+    return LayerProjection(gate, (1,) * linears, tuple(range(linears)), scales, lora_b, bias)
 
 
-def run_by(function, low, logits, bias, scales, gates, active, gate, parts, rank, dtype):
-    s = low.new_empty(low.shape[0], parts, len(scales) * rank, dtype=dtype)
-    p = projection(scales, bias, gate, parts, rank)
+def run_by(function, low, logits, bias, scales, gates, active, gate, linears, rank, dtype):
+    s = low.new_empty(low.shape[0], linears, len(scales) * rank, dtype=dtype)
+    p = projection(scales, bias, gate, linears, rank)
     function(low, logits, p, LayerGates(gates, active), s)
     return s
 
@@ -100,17 +100,17 @@ def run_by(function, low, logits, bias, scales, gates, active, gate, parts, rank
 @pytest.mark.parametrize("function", [route_layer_torch, route_layer_triton])
 @pytest.mark.parametrize("name", CASES)
 def test_equals_float64(name, function):
-    low, logits, bias, scales, gates, active, gate, parts, rank = make(name)
-    args = (low, logits, bias, scales, gates, active, gate, parts, rank)
+    low, logits, bias, scales, gates, active, gate, linears, rank = make(name)
+    args = (low, logits, bias, scales, gates, active, gate, linears, rank)
     s = run_by(function, *args, torch.float32).cpu()
-    true_gates, true_s = truth(low.cpu(), logits.cpu(), bias.cpu(), scales.cpu(), gate, parts, rank)
+    true_gates, true_s = truth(low.cpu(), logits.cpu(), bias.cpu(), scales.cpu(), gate, linears, rank)
     tokens = low.shape[0]
     found = gates[:tokens].cpu()
     assert torch.equal(found != 0, true_gates != 0)
     if found.numel():
         assert error(found, true_gates) <= 1e-6
         assert gates[tokens:].isnan().all()
-    if parts:
+    if linears:
         assert error(s, true_s) <= 1e-6
         assert torch.equal(s != 0, true_s != 0)
     experts = gates.shape[2]
@@ -125,14 +125,14 @@ def test_equals_float64(name, function):
 @pytest.mark.parametrize("function", [route_layer_torch, route_layer_triton])
 @pytest.mark.parametrize("name", ["of-a-block", "always", "plain", "many-experts"])
 def test_gates_of_another_projection_are_read(name, function):
-    low, logits, bias, scales, gates, active, gate, parts, rank = make(name)
+    low, logits, bias, scales, gates, active, gate, linears, rank = make(name)
     first = run_by(
-        function, low, logits, bias, scales, gates, active, gate, parts, rank, torch.float32
+        function, low, logits, bias, scales, gates, active, gate, linears, rank, torch.float32
     )
     follower = LayerGate(gate.top_k, always=gate.always, plain=gate.plain, shared=gate.shared)
     kept, active_before = gates.clone(), active.clone()
     active.zero_()
-    args = (low, None, None, scales, gates, active, follower, parts, rank)
+    args = (low, None, None, scales, gates, active, follower, linears, rank)
     assert torch.equal(run_by(function, *args, torch.float32), first)
     assert torch.equal(gates[: low.shape[0]], kept[: low.shape[0]])
     assert torch.equal(active, active_before)
@@ -140,11 +140,11 @@ def test_gates_of_another_projection_are_read(name, function):
 
 @pytest.mark.parametrize("function", [route_layer_torch, route_layer_triton])
 def test_ties_go_to_the_lower_expert(function):
-    low, logits, bias, scales, gates, active, gate, parts, rank = make("many-experts")
+    low, logits, bias, scales, gates, active, gate, linears, rank = make("many-experts")
     bias.zero_()
     logits.zero_()
     logits[:, [60, 7, 33]] = 1.5
-    run_by(function, low, logits, bias, scales, gates, active, gate, parts, rank, torch.float32)
+    run_by(function, low, logits, bias, scales, gates, active, gate, linears, rank, torch.float32)
     expected = sorted([7, 33, 60, 0, 1, 2, 3])
     for row in gates[: low.shape[0], 0]:
         assert row.nonzero()[:, 0].tolist() == expected
@@ -153,13 +153,13 @@ def test_ties_go_to_the_lower_expert(function):
 @pytest.mark.parametrize("function", [route_layer_torch, route_layer_triton])
 def test_what_was_not_chosen_may_be_anything(function):
     """Inf times a gate of zero would be NaN."""
-    low, logits, bias, scales, gates, active, gate, parts, rank = make("one-token")
+    low, logits, bias, scales, gates, active, gate, linears, rank = make("one-token")
     clean = run_by(
-        function, low, logits, bias, scales, gates, active, gate, parts, rank, torch.float32
+        function, low, logits, bias, scales, gates, active, gate, linears, rank, torch.float32
     )
     low[clean.flatten(1) == 0] = float("inf")
     again = run_by(
-        function, low, logits, bias, scales, gates, active, gate, parts, rank, torch.float32
+        function, low, logits, bias, scales, gates, active, gate, linears, rank, torch.float32
     )
     assert error(again, clean.double()) <= 1e-6 and torch.equal(again == 0, clean == 0)
 
@@ -169,9 +169,9 @@ def test_what_was_not_chosen_may_be_anything(function):
 def test_a_split_router_is_float32(dtype, scale):
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(4, 300, generator=g) * scale
-    parts = split_router(weight, dtype)
-    assert parts.shape == (3, 4, 300) and parts.dtype == dtype
-    total = sum(part.double() / 2048.0**i for i, part in enumerate(parts))
+    pieces = split_router(weight, dtype)
+    assert pieces.shape == (3, 4, 300) and pieces.dtype == dtype
+    total = sum(part.double() / 2048.0**i for i, part in enumerate(pieces))
     assert error(total, weight.double()) <= 1e-7
     rounded = weight.to(dtype).float()
     assert torch.equal(split_router(rounded, dtype), rounded.to(dtype)[None])
@@ -184,8 +184,8 @@ def test_logits_of_a_split_router(function):
     x = torch.randn(12, 256, generator=g).bfloat16()
     weight = torch.randn(2 * 4, 256, generator=g) / 16
     weight[1] = weight[0] * (1 + 1e-5)  # logits closer than bfloat16 can tell
-    parts = split_router(weight, torch.bfloat16)
-    logits = (x.double() @ parts.double().flatten(0, 1).T).float().to(DEVICE)
+    pieces = split_router(weight, torch.bfloat16)
+    logits = (x.double() @ pieces.double().flatten(0, 1).T).float().to(DEVICE)
     gate = LayerGate(2, (4, 4))
     gates = torch.zeros(12, 2, 4, device=DEVICE)
     active = torch.zeros(1, dtype=torch.int64, device=DEVICE)
@@ -203,8 +203,8 @@ def test_logits_of_a_split_router(function):
     "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 )
 def test_half_precision_rounds_once(dtype, function):
-    low, logits, bias, scales, gates, active, gate, parts, rank = make("of-a-block")
-    args = (low, logits, bias, scales, gates, active, gate, parts, rank)
+    low, logits, bias, scales, gates, active, gate, linears, rank = make("of-a-block")
+    args = (low, logits, bias, scales, gates, active, gate, linears, rank)
     exact = run_by(route_layer_torch, *args, torch.float32).double()
     assert error(run_by(function, *args, dtype), exact) <= 1.01 * error(exact.to(dtype), exact)
 
@@ -217,8 +217,8 @@ def test_bad_numbers_are_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_by_the_kernel_of_the_device(dtype):
-    low, logits, bias, scales, gates, active, gate, parts, rank = make("odd")
-    p = projection(scales, bias, gate, parts, rank)
+    low, logits, bias, scales, gates, active, gate, linears, rank = make("odd")
+    p = projection(scales, bias, gate, linears, rank)
     s = route_layer(low, logits, p, LayerGates(gates, active), dtype)
-    expected = truth(low.cpu(), logits.cpu(), bias.cpu(), scales.cpu(), gate, parts, rank)[1]
+    expected = truth(low.cpu(), logits.cpu(), bias.cpu(), scales.cpu(), gate, linears, rank)[1]
     assert s.dtype == dtype and error(s.cpu(), expected) <= (1e-6 if dtype.itemsize > 2 else 1e-3)

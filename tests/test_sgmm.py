@@ -14,7 +14,7 @@ def by_torch(y, p):
 
 def by_triton(y, p):
     s = shrink_triton(p.x, p.lora_a, p.gates, p.active, p.workspace)
-    expand_triton(y, s, p.lora_b, p.active, p.parts, p.widths)
+    expand_triton(y, s, p.lora_b, p.active, p.adapted, p.widths)
 
 
 def outputs(p):
@@ -33,14 +33,14 @@ def test_equals_float64(name, run):
 
 
 @pytest.mark.parametrize("run", [by_torch, by_triton])
-@pytest.mark.parametrize("parts", [[0, -1, 1], [-1, 0, -1], [0, 0, 0], [-1, -1, 0]])
-def test_parts_without_experts_keep_every_bit(parts, run):
-    p = make_problem(4, 64, [40, 50, 30], 4, 2, 4, parts=parts)
+@pytest.mark.parametrize("adapted", [[0, -1, 1], [-1, 0, -1], [0, 0, 0], [-1, -1, 0]])
+def test_parts_without_experts_keep_every_bit(adapted, run):
+    p = make_problem(4, 64, [40, 50, 30], 4, 2, 4, adapted=adapted)
     y = outputs(p)
     before = y.clone()
     run(y, p)
     assert error(y.double() - before.double(), delta_truth(p)) <= 1e-5
-    for column, width, part in ((0, 40, parts[0]), (40, 50, parts[1]), (90, 30, parts[2])):
+    for column, width, part in ((0, 40, adapted[0]), (40, 50, adapted[1]), (90, 30, adapted[2])):
         same = torch.equal(y[:, column : column + width], before[:, column : column + width])
         assert same == (part < 0)
 

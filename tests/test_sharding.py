@@ -42,10 +42,10 @@ def numbered(rows: int) -> torch.Tensor:
 
 def held(slices) -> list[list[int]]:
     """Of each adapted linear the rows that this rank holds."""
-    full = [sum(shard.full for shard in shards) for shards in slices.part_shards]
+    full = [sum(shard.full for shard in shards) for shards in slices.linear_shards]
     return [
         own_rows(numbered(rows), shards)[1, :, 2].tolist()
-        for rows, shards in zip(full, slices.part_shards)
+        for rows, shards in zip(full, slices.linear_shards)
     ]
 
 
@@ -63,7 +63,7 @@ def test_heads(size):
         slices = slices_of(qkv(rank, size), ["q", "k", "v"])
         q, kv = rows_of_heads(*heads), rows_of_heads(*kv_heads)
         assert held(slices) == [q, kv, kv]
-        assert slices.widths == [len(q), len(kv), len(kv)] and slices.parts == [0, 1, 2]
+        assert slices.widths == [len(q), len(kv), len(kv)] and slices.adapted == [0, 1, 2]
         assert (slices.size_in, slices.input_slice) == (32, slice(0, 32))
         some = slices_of(qkv(rank, size), ["q", None, "v"])
         assert held(some) == [q, kv] and some.parts == [0, -1, 1] and some.adapted == len(q + kv)
@@ -71,7 +71,7 @@ def test_heads(size):
         (whole,) = held(one := slices_of(qkv(rank, size), ["qkv"]))
         k, v = HEADS * SIZE, (HEADS + KV_HEADS) * SIZE
         assert whole == q + [k + row for row in kv] + [v + row for row in kv]
-        assert one.parts == [0, 0, 0] and one.widths == slices.widths
+        assert one.adapted == [0, 0, 0] and one.widths == slices.widths
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -25,7 +25,7 @@ from vllm_adafuse.kernels.tma_expand import tma_expand_triton
 
 SHAPES = {  # tokens, in, widths, experts, k, rank
     "one-part": (70, 48, [128], 4, 2, 16, ""),
-    "three-parts": (33, 32, [192, 64, 64], 3, 2, 16, ""),
+    "three-adapted": (33, 32, [192, 64, 64], 3, 2, 16, ""),
     "gate-up": (40, 48, [192, 192], 8, 2, 16, "silu"),
     "gelu": (16, 32, [64, 64], 2, 1, 32, "gelu_tanh"),
     "rotary": (37, 32, [128, 64, 64], 4, 2, 16, "rotary"),
@@ -184,6 +184,6 @@ def test_half_precision_is_no_worse_than_plain_torch(name, tokens, experts):
         plain = rotate_torch(plain, cos_sin, 1536)
     y, s = p.x @ p.weight.T, p.x @ p.lora_a.flatten(0, 2).T
     if experts > 8:
-        dense_expand_triton(y, s, p.lora_b, p.gates, p.parts, widths, 8)
+        dense_expand_triton(y, s, p.lora_b, p.gates, p.adapted, widths, 8)
     found = tma_expand_triton(y, s, p.projection(epilogue, cos_sin), p.step(cos_sin))
     assert error(found, truth) <= 1.2 * error(plain, truth)

@@ -47,25 +47,25 @@ def test_slices_are_left_unadded(name, split):
     assert split == 1 or error(slices[0], slices.sum(0).double()) > 0.1
 
 
-@pytest.mark.parametrize("parts", [[0, -1, 1], [-1, 0, -1], [0, 0, 0], [-1, -1, 0]])
-def test_parts_without_experts(parts):
-    p = make_problem(4, 64, [40, 50, 30], 4, 2, 4, parts=parts, bias=True)
+@pytest.mark.parametrize("adapted", [[0, -1, 1], [-1, 0, -1], [0, 0, 0], [-1, -1, 0]])
+def test_parts_without_experts(adapted):
+    p = make_problem(4, 64, [40, 50, 30], 4, 2, 4, adapted=adapted, bias=True)
     assert error(run(p, tiles=GemmConfig(16, 32, shrink_split_k=2)), linear_truth(p)) <= 1e-5
 
 
 @pytest.mark.parametrize("epilogue", ["silu", "gelu_tanh"])
-@pytest.mark.parametrize("parts", [[0, 1], [0, 0], [-1, 0], [0, -1]])
-def test_gate_up_with_its_activation(parts, epilogue):
-    p = make_problem(5, 96, [70, 70], 3, 2, 4, parts=parts, bias=True)
+@pytest.mark.parametrize("adapted", [[0, 1], [0, 0], [-1, 0], [0, -1]])
+def test_gate_up_with_its_activation(adapted, epilogue):
+    p = make_problem(5, 96, [70, 70], 3, 2, 4, adapted=adapted, bias=True)
     for cut in (GemmConfig(32, 32), GemmConfig(48, 32, tma=True)):
         out = run(p, epilogue, cut)
         assert error(out, linear_truth(p, epilogue)) <= 1e-5
 
 
-@pytest.mark.parametrize("parts", [[0, 1, 2], [0, 0, 0], [-1, 0, 1], [0, -1, -1]])
+@pytest.mark.parametrize("adapted", [[0, 1, 2], [0, 0, 0], [-1, 0, 1], [0, -1, -1]])
 @pytest.mark.parametrize("widths,head_dim", [([128, 64, 64], 64), ([96, 32, 32], 32)])
-def test_queries_and_keys_are_turned(widths, head_dim, parts):
-    p = make_problem(5, 96, widths, 3, 2, 4, parts=parts, bias=True)
+def test_queries_and_keys_are_turned(widths, head_dim, adapted):
+    p = make_problem(5, 96, widths, 3, 2, 4, adapted=adapted, bias=True)
     cos_sin = torch.randn(7, head_dim, device=DEVICE)
     truth = rotate_torch(linear_truth(p), cos_sin, widths[0] + widths[1])
     for cut in (None, GemmConfig(16, 32)):
@@ -119,11 +119,11 @@ LARGE = GemmConfig(96, 64, 1, 8, 4, shrink_split_k=2, tma=True)
     "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 )
 @pytest.mark.parametrize(
-    "epilogue,widths,parts",
+    "epilogue,widths,adapted",
     [
-        *(("silu", [280, 280], parts) for parts in ([0, 1], [0, 0], [-1, 0], [0, -1])),
-        *(("rotary", [256, 128, 128], parts) for parts in ([0, 1, 2], [-1, 0, 1], [0, -1, 0])),
-        *(("", [200, 72, 40], parts) for parts in ([0, 1, 2], [0, -1, 1], [-1, -1, 0])),
+        *(("silu", [280, 280], adapted) for adapted in ([0, 1], [0, 0], [-1, 0], [0, -1])),
+        *(("rotary", [256, 128, 128], adapted) for adapted in ([0, 1, 2], [-1, 0, 1], [0, -1, 0])),
+        *(("", [200, 72, 40], adapted) for adapted in ([0, 1, 2], [0, -1, 1], [-1, -1, 0])),
     ],
 )
 @pytest.mark.parametrize(
@@ -131,11 +131,11 @@ LARGE = GemmConfig(96, 64, 1, 8, 4, shrink_split_k=2, tma=True)
     [(SMALL, 96, 4, 16), (ODD, 96, 5, 8), (LARGE, 512, 8, 16), (ODD, 264, 8, 32)],
 )
 def test_ranks_are_steps_of_the_loop(
-    epilogue, widths, parts, cut, size_in, experts, rank, dtype
+    epilogue, widths, adapted, cut, size_in, experts, rank, dtype
 ):
     tokens = 100
     p = make_problem(
-        tokens, size_in, widths, experts, 2, rank, parts=parts, bias=True, dtype=dtype
+        tokens, size_in, widths, experts, 2, rank, adapted=adapted, bias=True, dtype=dtype
     )
     options, gated = {}, "" if epilogue == "rotary" else epilogue
     truth, plain = linear_truth(p, gated), linear_truth(p, gated, dtype=dtype)

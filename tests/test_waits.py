@@ -9,9 +9,9 @@ from waiting_programs import all_at_once  # noqa: F401
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs them at once by itself")
 
-SHAPES = {  # (tokens, in, widths, experts, k, rank), parts, epilogue
+SHAPES = {  # (tokens, in, widths, experts, k, rank), adapted, epilogue
     "one-part": ((3, 64, [64], 4, 2, 8), None, ""),
-    "parts-without-experts": ((5, 64, [48, 32, 32], 4, 2, 8), [0, -1, 1], ""),
+    "adapted-without-experts": ((5, 64, [48, 32, 32], 4, 2, 8), [0, -1, 1], ""),
     "gate-up": ((5, 64, [64, 64], 3, 2, 8), None, "silu"),
     "up-alone": ((5, 64, [64, 64], 3, 2, 8), [-1, 0], "silu"),
     "list": ((3, 64, [64, 32], 20, 3, 16), None, ""),
@@ -30,8 +30,8 @@ CUTS = {
 )
 def test_tiles_wait_for_all_of_the_shrink(name, run, cut, all_at_once):
     """s is NaN until it is written, so a tile that goes on too early says so."""
-    shape, parts, epilogue = SHAPES[name]
-    p = make_problem(*shape, parts=parts, bias=True)
+    shape, adapted, epilogue = SHAPES[name]
+    p = make_problem(*shape, adapted=adapted, bias=True)
     out = run(p.x, p.projection(epilogue), p.step(), CUTS[cut])
     assert all_at_once.asked > 1
     assert error(out, linear_truth(p, epilogue)) <= 1e-5

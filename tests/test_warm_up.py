@@ -36,7 +36,7 @@ def test_counts_end_with_the_largest_step():
     assert len(token_counts(MOST)) < 60
 
 
-# The adapter, and its kinds of parts.
+# The adapter, and its kinds of adapted.
 ADAPTERS = {
     "one decision": ({}, 4),
     "MixLoRA": ({"routing": "layer_wise", "router_scope": "block", "mix": "ffn_output"}, 3),

@@ -76,13 +76,13 @@ KERNELS = [
     Mutant(
         "a turn the other way", "kernels/pairs.py",
         "return a * cos - b * sin,", "return a * cos + b * sin,",
-        f"{STREAM}queries_and_keys_are_turned[widths0-64-parts0]",
+        f"{STREAM}queries_and_keys_are_turned[widths0-64-adapted0]",
         "positions are wrong in every layer",
     ),
     Mutant(
         "the second member has no delta", "kernels/decode_gemm.py",
-        "                if part_up >= 0:", "                if part_up < -1:",
-        f"{STREAM}gate_up_with_its_activation[parts0-silu]",
+        "                if linear_up >= 0:", "                if linear_up < -1:",
+        f"{STREAM}gate_up_with_its_activation[adapted0-silu]",
         "up_proj goes without its experts",
     ),
     Mutant(
@@ -241,7 +241,7 @@ CACHE = [
     ),
     Mutant(
         "values among the keys", "kernels/kv_slots.py",
-        "tl.where(part == 2, values_ptr, keys_ptr)", "tl.where(part == 1, values_ptr, keys_ptr)",
+        "tl.where(slice_idx == 2, values_ptr, keys_ptr)", "tl.where(slice_idx == 1, values_ptr, keys_ptr)",
         "tests/test_kv_slots.py::test_pages_hold_to_the_last_bit_what_the_result_would"
         "[by_stream-NHD-dtype0]",
         "keys and values change places in the cache",

@@ -37,7 +37,7 @@ class ExpertBank(torch.nn.Module):
 
     Args:
         layer: vLLM's linear layer.
-        parts: full names of its Hugging Face linears in the order of their outputs, None for
+        linears: full names of its Hugging Face linears in the order of their outputs, None for
             one without an adapter.
         num_experts: E.
         rank: R, the largest rank.
@@ -60,7 +60,7 @@ class ExpertBank(torch.nn.Module):
     def __init__(
         self,
         layer: LinearBase,
-        parts: Sequence[str | None],
+        linears: Sequence[str | None],
         num_experts: int,
         rank: int,
         route: Route,
@@ -75,12 +75,12 @@ class ExpertBank(torch.nn.Module):
         # Asked when all is loaded; no modules, which would be below this one then.
         self.bias_of = functools.partial(bias_of, layer)
         self.norm_of: Callable[[], Norm] | None = None
-        self.slices = slices = slices_of(layer, parts)
-        self.names, self.part_shards = slices.names, slices.part_shards
-        self.parts, self.widths = slices.parts, slices.widths
+        self.slices = slices = slices_of(layer, linears)
+        self.names, self.linear_shards = slices.names, slices.linear_shards
+        self.adapted, self.widths = slices.adapted, slices.widths
         self.input_slice, size_in = slices.input_slice, slices.size_in
         self._shape_a = len(self.names), num_experts, rank, size_in
-        self._shape_b = slices.adapted, num_experts, rank
+        self._shape_b = slices.adapted_columns, num_experts, rank
         self._rows_of_w = sum(self.widths) if fuse else 0
 
     @property
@@ -116,8 +116,8 @@ class ExpertBank(torch.nn.Module):
             read: tensor name -> tensor on the CPU, unsharded.
         """
         row = 0
-        for part, (name, shards) in enumerate(zip(self.names, self.part_shards)):
-            self.lora_a[part].copy_(read(f"{name}.lora_A")[..., self.input_slice])
+        for i, (name, shards) in enumerate(zip(self.names, self.linear_shards)):
+            self.lora_a[i].copy_(read(f"{name}.lora_A")[..., self.input_slice])
             own = own_rows(read(f"{name}.lora_B"), shards).transpose(0, 1)
             self.lora_b[row : row + len(own)].copy_(own)
             row += len(own)
@@ -132,7 +132,7 @@ class ExpertBank(torch.nn.Module):
         rotates = self.epilogue == "rotary"
         _, experts, rank, size_in = self._shape_a
         return Shape(
-            size_in, tuple(self.widths), tuple(self.parts), experts, rank,
+            size_in, tuple(self.widths), tuple(self.adapted), experts, rank,
             self.lora_b.element_size(), self.epilogue,
             self.rotary.cos_sin.shape[1] if rotates else 0,
             self.bias_of() is not None, self.is_fused,
@@ -181,5 +181,5 @@ class ExpertBank(torch.nn.Module):
     def linear_norm(
         self, x: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The norm of residual + x Wᵀ + delta, and that sum. Of a joined projection of one part."""
+        """The norm of residual + x Wᵀ + delta, and that sum. Of a fused projection of one slice."""
         return ops.projection_norm(x, residual, self.route.gates, ops.named(self.layer_name))

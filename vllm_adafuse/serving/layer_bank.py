@@ -23,7 +23,7 @@ from vllm_adafuse.serving.projections import (
     slices_of,
 )
 
-# Parts into which a float32 router is cut for rows of two-byte numbers, see `split_router`.
+# Pieces into which a float32 router is cut for rows of two-byte numbers, see `split_router`.
 ROUTER_SPLITS = 3
 # Rows of a fused weight are a multiple of it.
 _ROWS_ALIGNED = 16
@@ -55,7 +55,7 @@ class LayerBank(torch.nn.Module):
     """A of the P adapted linears of a projection and, below it, its routers; B; as this rank of
     tensor parallelism holds them.
 
-    The rows are A [P, EA, R, in], then routers [S, routers, E, in] in S parts of the model's
+    The rows are A [P, EA, R, in], then routers [S, routers, E, in] in S pieces of the model's
     dtype; where the projection is joined, W stands before them. Parts that are always on are
     experts past E, cut to rank R. `place` makes the buffers, which are not persistent: no loader of
     vLLM writes or misses them.
@@ -142,11 +142,11 @@ class LayerBank(torch.nn.Module):
     def numel(self) -> int:
         """Elements that `place` takes."""
         first = aligned((self._rows_of_w + self._rows) * self.slices.size_in)
-        return first + aligned(self.slices.adapted * self.every * self.rank)
+        return first + aligned(self.slices.adapted_columns * self.every * self.rank)
 
     @property
     def logits(self) -> int:
-        """Rows of all parts of the routers."""
+        """Rows of all pieces of the routers."""
         return self.splits * len(self.routers) * self.experts
 
     @property
@@ -162,7 +162,7 @@ class LayerBank(torch.nn.Module):
         if self._rows_of_w:
             self.register_buffer("fused_weight", both, persistent=False)
         self.register_buffer("rows", both[self._rows_of_w :], persistent=False)
-        shape = self.slices.adapted, self.every, self.rank
+        shape = self.slices.adapted_columns, self.every, self.rank
         b = memory[aligned(both.numel()) :][: math.prod(shape)].view(shape)
         self.register_buffer("lora_b", b, persistent=False)
 
@@ -179,17 +179,17 @@ class LayerBank(torch.nn.Module):
         own, first = self.slices, 0
         size_in, always = own.size_in, self.always
         lora_a = self.rows[: self.columns].view(len(own.names), self.rows_a, self.rank, size_in)
-        for part, (name, shards) in enumerate(zip(own.names, own.part_shards)):
+        for i, (name, shards) in enumerate(zip(own.names, own.linear_shards)):
             b = self.lora_b[first : first + sum(shard.width for shard in shards)]
             first += len(b)
-            if self.with_experts[part]:
+            if self.with_experts[i]:
                 a = read(f"{name}.lora_A")[..., own.input_slice]
-                lora_a[part, : len(a)].copy_(a)
+                lora_a[i, : len(a)].copy_(a)
                 rows = own_rows(read(f"{name}.lora_B"), shards).transpose(0, 1)
                 b[:, : rows.shape[1]].copy_(rows)
-            if self.with_always[part]:
+            if self.with_always[i]:
                 a, rows = read(f"{name}.always_A"), own_rows(read(f"{name}.always_B"), shards)
-                flat_a = lora_a[part, self.rows_a - always :].flatten(0, 1)
+                flat_a = lora_a[i, self.rows_a - always :].flatten(0, 1)
                 flat_a[: len(a)].copy_(a[:, own.input_slice])
                 padded = rows.new_zeros(len(rows), always * self.rank)
                 padded[:, : rows.shape[1]] = rows
@@ -219,7 +219,7 @@ class LayerBank(torch.nn.Module):
     def projection(self) -> LayerProjection:
         """What kernels take; once all is loaded."""
         return LayerProjection(
-            self.gate, tuple(self.slices.widths), tuple(self.slices.parts), self.scales,
+            self.gate, tuple(self.slices.widths), tuple(self.slices.adapted_columns), self.scales,
             self.lora_b, self.bias if self.routers else None, self.logits,
             self.fused_weight if self._rows_of_w else None, self._bias_of(), self.epilogue,
         )  # fmt: skip

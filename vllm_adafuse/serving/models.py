@@ -92,8 +92,8 @@ class AdaFuseMixin:
         fused = [alone and projections.can_fuse(layer) for layer, _, _ in found]
         linears.release_weights(layer for (layer, _, _), fuse in zip(found, fused) if fuse)
         banks = [
-            ExpertBank(layer, parts, config.num_experts, config.rank, route, index, fuse)
-            for index, ((layer, _, parts), fuse) in enumerate(zip(found, fused))
+            ExpertBank(layer, linears, config.num_experts, config.rank, route, index, fuse)
+            for index, ((layer, _, linears), fuse) in enumerate(zip(found, fused))
         ]
         place_banks(banks, dtype)
         for (layer, block, _), bank, fuse in zip(found, banks, fused):

@@ -20,7 +20,7 @@ class PageBank(ExpertBank):
 
     Args:
         layer: vLLM's linear layer.
-        parts: full names of its Hugging Face linears in the order of their outputs.
+        linears: full names of its Hugging Face linears in the order of their outputs.
         pages: of the pool.
         step: the step's static buffers.
         index: of the projection, its row in the step's semaphores.
@@ -30,16 +30,16 @@ class PageBank(ExpertBank):
     def __init__(
         self,
         layer: LinearBase,
-        parts: Sequence[str],
+        linears: Sequence[str],
         pages: int,
         step: PageStep,
         index: int,
         fuse: bool = False,
     ):
-        super().__init__(layer, parts, pages, PAGE_RANKS, step, index, fuse)
+        super().__init__(layer, linears, pages, PAGE_RANKS, step, index, fuse)
         self.layer_name = f"{layer.prefix}.adafuse_pages"  # beside a default mixture's bank
         self.sizes = [
-            (layer.input_size, sum(shard.full for shard in shards)) for shards in self.part_shards
+            (layer.input_size, sum(shard.full for shard in shards)) for shards in self.linear_shards
         ]
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -86,9 +86,9 @@ class Packed:
 
     @classmethod
     def zeros(cls, bank: PageBank, pages: int) -> Packed:
-        parts, _, ranks, size_in = bank.lora_a.shape
+        linears, _, ranks, size_in = bank.lora_a.shape
         dtype, pinned = bank.lora_a.dtype, bank.lora_a.is_cuda
-        a = torch.zeros(parts, pages, ranks, size_in, dtype=dtype, pin_memory=pinned)
+        a = torch.zeros(linears, pages, ranks, size_in, dtype=dtype, pin_memory=pinned)
         b = torch.zeros(bank.lora_b.shape[0], pages, ranks, dtype=dtype, pin_memory=pinned)
         return cls(a, b)
 
@@ -114,8 +114,8 @@ class Packer:
     def __post_init__(self):
         self.packed = [None] * len(self.banks)
         self._places = {
-            name: (index, part) for index, bank in enumerate(self.banks)
-            for part, name in enumerate(bank.names)
+            name: (index, linear) for index, bank in enumerate(self.banks)
+            for linear, name in enumerate(bank.names)
         }  # fmt: skip
 
     def add(self, name: str, expert: int, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -123,14 +123,14 @@ class Packer:
         another pipeline stage's is left out."""
         if name not in self._places:
             return
-        index, part = self._places[name]
+        index, linear = self._places[name]
         bank = self.banks[index]
         if self.packed[index] is None:
             self.packed[index] = Packed.zeros(bank, self.pages)
         packed, rank, first = self.packed[index], len(a), self.first_pages[expert] * PAGE_RANKS
-        packed.a[part].flatten(0, 1)[first : first + rank].copy_(a[:, bank.input_slice])
-        row = sum(shard.width for group in bank.part_shards[:part] for shard in group)
-        own = own_rows(b, bank.part_shards[part])
+        packed.a[linear].flatten(0, 1)[first : first + rank].copy_(a[:, bank.input_slice])
+        row = sum(shard.width for group in bank.linear_shards[:linear] for shard in group)
+        own = own_rows(b, bank.linear_shards[linear])
         packed.b.flatten(1)[row : row + len(own), first : first + rank].copy_(own)
 
 

@@ -54,14 +54,14 @@ def wrap_model(
         targets = vllm_api.lora_targets(vllm_config)
         packed = vllm_api.packed_modules(model)
         below = vllm_api.language_prefixes(model)
-        for layer, block, parts in projections.linears_of(model, packed, below):
-            names = {layer.prefix.rpartition(".")[2], layer.prefix, *parts}
-            names |= {part.rpartition(".")[2] for part in parts}
+        for layer, block, linears in projections.linears_of(model, packed, below):
+            names = {layer.prefix.rpartition(".")[2], layer.prefix, *linears}
+            names |= {name.rpartition(".")[2] for name in linears}
             if targets is not None and names.isdisjoint(targets):
                 continue
             try:
                 fuse = projections.can_fuse(layer)
-                bank = PageBank(layer, parts, size.pages, step, len(banks), fuse)
+                bank = PageBank(layer, linears, size.pages, step, len(banks), fuse)
             except (TypeError, ValueError) as e:
                 left.append(f"{layer.prefix} ({e})")
                 continue

@@ -71,32 +71,32 @@ class Slices:
 
     Attributes:
         names: full names of the adapted linears.
-        part_shards: of each, its slices of the output.
-        parts: for each slice of the output the index of its linear, -1 for none.
+        linear_shards: of each, its slices of the output.
+        adapted: for each slice of the output the index of its linear, -1 for none.
         widths: columns of each slice.
         size_in: inputs on this rank.
         input_slice: which of the whole linear's inputs those are.
     """
 
     names: list[str]
-    part_shards: list[list[Shard]]
-    parts: list[int]
+    linear_shards: list[list[Shard]]
+    adapted: list[int]
     widths: list[int]
     size_in: int
     input_slice: slice
 
     @property
-    def adapted(self) -> int:
+    def adapted_columns(self) -> int:
         """Columns that belong to an adapted linear."""
-        return sum(shard.width for group in self.part_shards for shard in group)
+        return sum(shard.width for group in self.linear_shards for shard in group)
 
 
-def slices_of(layer: LinearBase, parts: Sequence[str | None]) -> Slices:
+def slices_of(layer: LinearBase, linears: Sequence[str | None]) -> Slices:
     """The slices of a projection.
 
     Args:
         layer: vLLM's linear layer.
-        parts: full names of its Hugging Face linears in the order of their outputs, None for
+        linears: full names of its Hugging Face linears in the order of their outputs, None for
             one without an adapter.
 
     Raises:
@@ -105,21 +105,21 @@ def slices_of(layer: LinearBase, parts: Sequence[str | None]) -> Slices:
     """
     shards = output_shards(layer)
     # One Hugging Face linear may be all of a packed projection (Phi-3).
-    groups = [shards] if len(parts) == 1 else [[shard] for shard in shards]
-    if len(groups) != len(parts):
-        raise ValueError(f"{layer.prefix} has {len(groups)} parts, expected {list(parts)}")
-    part_shards, of_slices, widths = [], [], []
-    for name, group in zip(parts, groups):
-        of_slices += [len(part_shards) if name else -1] * len(group)
+    groups = [shards] if len(linears) == 1 else [[shard] for shard in shards]
+    if len(groups) != len(linears):
+        raise ValueError(f"{layer.prefix} has {len(groups)} slices, expected {list(linears)}")
+    linear_shards, of_slices, widths = [], [], []
+    for name, group in zip(linears, groups):
+        of_slices += [len(linear_shards) if name else -1] * len(group)
         widths += [shard.width for shard in group]
         if name:
-            part_shards.append(group)
+            linear_shards.append(group)
     size_in, first = layer.input_size, 0
     if isinstance(layer, RowParallelLinear):
         size_in = layer.input_size_per_partition
         first = layer.tp_rank * size_in
     return Slices(
-        [name for name in parts if name], part_shards, of_slices, widths,
+        [name for name in linears if name], linear_shards, of_slices, widths,
         size_in, slice(first, first + size_in),
     )  # fmt: skip
 
@@ -172,9 +172,9 @@ def adapted_linears(
         packed: see `linears_of`.
     """
     for layer, block, names in linears_of(model, packed, None):
-        parts = [name if name in adapted else None for name in names]
-        if any(parts):
-            yield layer, block, parts
+        linears = [name if name in adapted else None for name in names]
+        if any(linears):
+            yield layer, block, linears
 
 
 @dataclass(frozen=True)
