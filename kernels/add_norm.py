@@ -38,13 +38,13 @@ def _add_norm_kernel(
     EVEN: tl.constexpr = WIDTH % COLS == 0
     LOOP: tl.constexpr = (WIDTH + COLS - 1) // COLS
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    here = rows < n_tokens
+    token_mask = rows < n_tokens
     wide_rows = rows.to(tl.int64)
     if LOOP == 1:  # neither comes from the kernel before
         columns = tl.arange(0, COLS)
         weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0)
         place = wide_rows[:, None] * residual_stride + columns[None, :]
-        mask = here[:, None] & (columns < WIDTH)[None, :]
+        mask = token_mask[:, None] & (columns < WIDTH)[None, :]
         before = tl.load(residual_ptr + place, mask=mask, other=0.0)
     if PDL:
         if LOOP == 1:
@@ -56,15 +56,15 @@ def _add_norm_kernel(
     s = tl.zeros([BLOCK_T, BLOCK_E * BLOCK_R], dtype=z_ptr.dtype.element_ty)
     if EXPAND and ONE:  # of all columns
         s = load_s(
-            s_at, gates_ptr, rows, 0, here, n_experts, 0,
+            s_at, gates_ptr, rows, 0, token_mask, n_experts, 0,
             RANK, True, EVEN_K, BLOCK_T, BLOCK_E, BLOCK_R,
         )  # fmt: skip
     z = tl.zeros([BLOCK_T, COLS], dtype=tl.float32)
     squares = z  # added up when all are there: threads need not wait for one another in every step
     for i in tl.range(LOOP, num_stages=STAGES):
         columns = i * COLS + tl.arange(0, COLS)
-        inside = columns < WIDTH
-        mask = here[:, None] & (inside[None, :] if not EVEN else (columns >= 0)[None, :])
+        col_mask = columns < WIDTH
+        mask = token_mask[:, None] & (col_mask[None, :] if not EVEN else (columns >= 0)[None, :])
         if LOOP > 1:
             place = wide_rows[:, None] * residual_stride + columns[None, :]
             before = tl.load(residual_ptr + place, mask=mask, other=0.0)
@@ -78,9 +78,11 @@ def _add_norm_kernel(
             b_at = b_ptr + columns.to(tl.int64) * (n_experts * RANK)
             b = tl.zeros([COLS, BLOCK_E * BLOCK_R], dtype=b_ptr.dtype.element_ty)
             if ONE:
-                b = load_ranks(b_at, inside, 0, n_experts, 0, RANK, EVEN, EVEN_K, BLOCK_E, BLOCK_R)
+                b = load_ranks(
+                    b_at, col_mask, 0, n_experts, 0, RANK, EVEN, EVEN_K, BLOCK_E, BLOCK_R
+                )  # fmt: skip
             z = add_deltas(
-                z, b, s, s_at, gates_ptr, -1, b_at, rows, here, inside, n_experts,
+                z, b, s, s_at, gates_ptr, -1, b_at, rows, token_mask, col_mask, n_experts,
                 RANK, True, SKIP, EVEN, EVEN_K, ONE, BLOCK_T, BLOCK_E, BLOCK_R,
             )  # fmt: skip
         # What the next layer adds to is what is normed.
@@ -96,7 +98,7 @@ def _add_norm_kernel(
     # The last columns first: what was written last is likeliest to be in the cache still.
     for i in tl.range(NORM_LOOP, num_stages=STAGES):
         columns = (NORM_LOOP - 1 - i) * NORM_COLS + tl.arange(0, NORM_COLS)
-        mask = here[:, None] & (columns < WIDTH)[None, :]
+        mask = token_mask[:, None] & (columns < WIDTH)[None, :]
         place = wide_rows[:, None] * WIDTH + columns[None, :]
         if LOOP == 1:
             value = z

@@ -114,7 +114,7 @@ def add_delta(
     WAITS: until all of s is there, unless the tile has done so before: to ask is a way to memory.
     """
     tokens = tl.arange(0, BLOCK_T)
-    here = tokens < n_tokens
+    token_mask = tokens < n_tokens
     s_at = s_ptr + (tokens * n_linears + linear_idx)[None, :] * (n_experts * RANK)
     if active != 0:
         if WAITS:
@@ -127,7 +127,7 @@ def add_delta(
             columns, used = _columns(start, active_ptr, active, n_experts, PADDED, RANK, BLOCK_ER)
             s = tl.load(
                 s_at + columns[:, None],
-                mask=here[None, :] & used[:, None], other=0.0, cache_modifier=".cg",
+                mask=token_mask[None, :] & used[:, None], other=0.0, cache_modifier=".cg",
             )  # fmt: skip
             later = load_b(  # on its way during the product
                 b_at, start + BLOCK_ER, active_ptr, active, n_experts, PADDED, RANK, BLOCK_ER
@@ -194,9 +194,9 @@ def _decode_gemm_kernel(
                 prefetch(w_at + APART * size_in)
             tl.extra.cuda.gdc_wait()
         tokens = tl.arange(0, BLOCK_T)
-        here = tokens < n_tokens
-        in_pages, there = rows_in_pages(
-            slots_ptr, tokens, here, block_size, block_stride, row_stride, PAGED
+        token_mask = tokens < n_tokens
+        in_pages, slot_mask = rows_in_pages(
+            slots_ptr, tokens, token_mask, block_size, block_stride, row_stride, PAGED
         )
         begin, end = range_of_k(size_in, pid_k, SPLIT_K, COLS)
         x_at = x_ptr + tokens[None, :] * x_stride
@@ -220,20 +220,21 @@ def _decode_gemm_kernel(
             b_up = load_b(b_up_at, 0, active_ptr, asked, n_experts, PADDED, RANK, BLOCK_ER)
         for start in tl.range(begin, end, COLS, num_stages=STAGES):
             k = start + tl.arange(0, COLS)
-            cut = k < end
+            k_mask = k < end
             if EVEN:
-                x = tl.load(x_at + k[:, None], mask=here[None, :], other=0.0)
+                x = tl.load(x_at + k[:, None], mask=token_mask[None, :], other=0.0)
                 w = tl.load(w_at + k[None, :], eviction_policy="evict_first")
             else:
-                x = tl.load(x_at + k[:, None], mask=here[None, :] & cut[:, None], other=0.0)
-                w = tl.load(w_at + k[None, :], mask=cut[None, :], other=0.0)
+                x_mask = token_mask[None, :] & k_mask[:, None]
+                x = tl.load(x_at + k[:, None], mask=x_mask, other=0.0)
+                w = tl.load(w_at + k[None, :], mask=k_mask[None, :], other=0.0)
             acc = tl.dot(w, x, acc, input_precision="ieee")
             if EPILOGUE != 0:
                 up_at = w_at + APART * size_in
                 if EVEN:
                     w = tl.load(up_at + k[None, :], eviction_policy="evict_first")
                 else:
-                    w = tl.load(up_at + k[None, :], mask=cut[None, :], other=0.0)
+                    w = tl.load(up_at + k[None, :], mask=k_mask[None, :], other=0.0)
                 acc_up = tl.dot(w, x, acc_up, input_precision="ieee")
         if adds:
             acc = add_delta(
@@ -261,7 +262,7 @@ def _decode_gemm_kernel(
             y_at = y_ptr + tokens[None, :] * y_stride + (first + local_rows)[:, None]
             if LEAVE:
                 y_at += pid_k * n_tokens * y_stride
-            mask = (local_rows < width)[:, None] & here[None, :]
+            mask = (local_rows < width)[:, None] & token_mask[None, :]
             if EPILOGUE == 3:
                 if first < WIDTH0 + WIDTH1:  # v is not turned
                     turn = cos_sin_ptr + tokens[None, :] * (2 * HALF)
@@ -272,8 +273,8 @@ def _decode_gemm_kernel(
                 if PAGED:
                     head = local * ROWS // HALF
                     starts, kept = starts_of_head(
-                        y_ptr + tokens * y_stride + (first + head * (2 * HALF)), here,
-                        keys_ptr, values_ptr, in_pages, there,
+                        y_ptr + tokens * y_stride + (first + head * (2 * HALF)), token_mask,
+                        keys_ptr, values_ptr, in_pages, slot_mask,
                         second.to(tl.int32) + third.to(tl.int32), head, head_stride, PAGED,
                     )  # fmt: skip
                     y_at = starts[None, :] + (within + tl.arange(0, ROWS))[:, None]

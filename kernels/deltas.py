@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def load_ranks(
-    row_at, inside, first_rank, n_experts, chunk,
+    row_at, col_mask, first_rank, n_experts, chunk,
     RANK: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -18,21 +18,21 @@ def load_ranks(
         at = row_at[:, None] + (chunk * BLOCK_E * RANK + first_rank + k)[None, :]
         if EVEN:
             return tl.load(at)
-        return tl.load(at, mask=inside[:, None], other=0.0)
+        return tl.load(at, mask=col_mask[:, None], other=0.0)
     expert, rank = chunk * BLOCK_E + k // BLOCK_R, first_rank + k % BLOCK_R
-    mask = inside[:, None] & ((expert < n_experts) & (rank < RANK))[None, :]
+    mask = col_mask[:, None] & ((expert < n_experts) & (rank < RANK))[None, :]
     return tl.load(row_at[:, None] + (expert * RANK + rank)[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def load_gates(
-    gates_ptr, rows, here, n_experts, chunk,
+    gates_ptr, rows, token_mask, n_experts, chunk,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Gates of a chunk of experts, for every rank: [BLOCK_T, BLOCK_E * BLOCK_R]."""
     experts = chunk * BLOCK_E + tl.arange(0, BLOCK_E)
     at = gates_ptr + rows[:, None] * n_experts + experts[None, :]
-    chosen = here[:, None] & (experts < n_experts)[None, :]
+    chosen = token_mask[:, None] & (experts < n_experts)[None, :]
     gates = tl.load(at, mask=chosen, other=0.0)[:, :, None]
     gates = tl.broadcast_to(gates, (BLOCK_T, BLOCK_E, BLOCK_R))
     return tl.reshape(gates, (BLOCK_T, BLOCK_E * BLOCK_R))
@@ -46,25 +46,28 @@ def weigh(s, gates):
 
 @triton.jit
 def load_s(
-    s_at, gates_ptr, rows, first_rank, here, n_experts, chunk,
+    s_at, gates_ptr, rows, first_rank, token_mask, n_experts, chunk,
     RANK: tl.constexpr, RAW: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """s [BLOCK_T, BLOCK_E * BLOCK_R] of a chunk of experts, weighted by the gates if it is RAW."""
-    s = load_ranks(s_at, here, first_rank, n_experts, chunk, RANK, False, EVEN_K, BLOCK_E, BLOCK_R)
+    s = load_ranks(
+        s_at, token_mask, first_rank, n_experts, chunk, RANK, False, EVEN_K, BLOCK_E, BLOCK_R
+    )  # fmt: skip
     if RAW:
-        s = weigh(s, load_gates(gates_ptr, rows, here, n_experts, chunk, BLOCK_T, BLOCK_E, BLOCK_R))
+        gates = load_gates(gates_ptr, rows, token_mask, n_experts, chunk, BLOCK_T, BLOCK_E, BLOCK_R)
+        s = weigh(s, gates)
     return s
 
 
 @triton.jit
 def load_both(
-    s_at, s_up_at, here, here_up, n_experts,
+    s_at, s_up_at, token_mask, here_up, n_experts,
     EPILOGUE: tl.constexpr, RANK: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """s of the first chunk of experts, and of up's where it has its own; not weighted."""
-    s = load_ranks(s_at, here, 0, n_experts, 0, RANK, False, EVEN_K, BLOCK_E, BLOCK_R)
+    s = load_ranks(s_at, token_mask, 0, n_experts, 0, RANK, False, EVEN_K, BLOCK_E, BLOCK_R)
     s_up = s
     if EPILOGUE == 1 or EPILOGUE == 2:
         s_up = load_ranks(s_up_at, here_up, 0, n_experts, 0, RANK, False, EVEN_K, BLOCK_E, BLOCK_R)
@@ -73,7 +76,7 @@ def load_both(
 
 @triton.jit
 def add_deltas(
-    y, first_b, first_s, s_at, gates_ptr, active_bits, b_at, rows, here, inside, n_experts,
+    y, first_b, first_s, s_at, gates_ptr, active_bits, b_at, rows, token_mask, col_mask, n_experts,
     RANK: tl.constexpr, RAW: tl.constexpr, SKIP: tl.constexpr,
     EVEN: tl.constexpr, EVEN_K: tl.constexpr, ONE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -84,15 +87,15 @@ def add_deltas(
     BLOCKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     for i in range(tl.cdiv(n_experts, BLOCK_E) * BLOCKS):
         chunk, first_rank = i // BLOCKS, i % BLOCKS * BLOCK_R
-        here_too = True
+        expert_mask = True
         if SKIP:  # BLOCK_E is 1: is this expert there?
-            here_too = (active_bits >> chunk) & 1 != 0
-        if here_too:
+            expert_mask = (active_bits >> chunk) & 1 != 0
+        if expert_mask:
             b = load_ranks(
-                b_at, inside, first_rank, n_experts, chunk, RANK, EVEN, EVEN_K, BLOCK_E, BLOCK_R
+                b_at, col_mask, first_rank, n_experts, chunk, RANK, EVEN, EVEN_K, BLOCK_E, BLOCK_R
             )
             s = load_s(
-                s_at, gates_ptr, rows, first_rank, here, n_experts, chunk,
+                s_at, gates_ptr, rows, first_rank, token_mask, n_experts, chunk,
                 RANK, RAW, EVEN_K, BLOCK_T, BLOCK_E, BLOCK_R,
             )  # fmt: skip
             y = tl.dot(s, tl.trans(b), y, input_precision="ieee")

@@ -37,15 +37,15 @@ def _weigh_kernel(
     places = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     tokens = places // (EXPERTS - FIRST)
     experts = FIRST + places % (EXPERTS - FIRST)
-    here = tokens < n_tokens
+    token_mask = tokens < n_tokens
     wide = tokens.to(tl.int64)
-    gates = tl.load(gates_ptr + wide * EXPERTS + experts, mask=here, other=0.0)[:, None]
+    gates = tl.load(gates_ptr + wide * EXPERTS + experts, mask=token_mask, other=0.0)[:, None]
     ranks = tl.arange(0, BLOCK_R)[None, :]
     first_rank = (tl.program_id(1) * EXPERTS + experts) * RANK
     at = s_ptr + (wide * s_stride)[:, None] + first_rank[:, None] + ranks
-    inside = ranks < RANK
-    s = tl.load(at, mask=(gates != 0) & inside, other=0.0)  # few are chosen: the others not read
-    tl.store(at, weigh(s, gates), mask=here[:, None] & inside)
+    rank_mask = ranks < RANK
+    s = tl.load(at, mask=(gates != 0) & rank_mask, other=0.0)  # few are chosen: the others not read
+    tl.store(at, weigh(s, gates), mask=token_mask[:, None] & rank_mask)
 
 
 def dense_expand_triton(

@@ -77,7 +77,7 @@ def _expand_kernel(
     APART_B: tl.constexpr = HALF if EPILOGUE == 3 else B1
     linear_up = linear_idx if EPILOGUE == 3 else ADAPTED1
     rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    here = rows < n_tokens
+    token_mask = rows < n_tokens
     # A slice without experts has deltas of zeros; EVEN_B says that there is none.
     rows_s = rows < tl.where(linear_idx >= 0, n_tokens, 0)
     rows_up = rows < tl.where(linear_up >= 0, n_tokens, 0)
@@ -89,9 +89,9 @@ def _expand_kernel(
     if PDL and LOOP > 1:
         tl.extra.cuda.gdc_wait()
     if ONE and RAW and DELTAS:  # the step's: not of the kernel before
-        gates = load_gates(gates_ptr, rows, here, n_experts, 0, BLOCK_T, BLOCK_E, BLOCK_R)
-    in_pages, there = rows_in_pages(
-        slots_ptr, rows, here, block_size, block_stride, row_stride, PAGED
+        gates = load_gates(gates_ptr, rows, token_mask, n_experts, 0, BLOCK_T, BLOCK_E, BLOCK_R)
+    in_pages, slot_mask = rows_in_pages(
+        slots_ptr, rows, token_mask, block_size, block_stride, row_stride, PAGED
     )
     if ONE and LOOP > 1 and DELTAS:  # of all columns
         s, s_up = load_both(
@@ -108,27 +108,27 @@ def _expand_kernel(
         else:
             within, columns = 0, first + tl.arange(0, BLOCK_OUT)
         # A mask that ends in the middle of a tile makes loads narrow: only where it must be.
-        inside = columns >= 0 if EVEN else columns < width
-        inside_b = columns < tl.where(linear_idx >= 0, width, 0)
-        inside_up = columns < tl.where(linear_up >= 0, width, 0)
+        col_mask = columns >= 0 if EVEN else columns < width
+        col_mask_b = columns < tl.where(linear_idx >= 0, width, 0)
+        col_mask_up = columns < tl.where(linear_up >= 0, width, 0)
         b_at = b_ptr + (b_first + columns).to(tl.int64) * size
-        mask = here[:, None] & inside[None, :]
+        mask = token_mask[:, None] & col_mask[None, :]
         y_at = y_ptr + rows.to(tl.int64)[:, None] * y_stride + (offset + columns)[None, :]
         # Everything is asked for before anything is used.
         b = tl.zeros([BLOCK_OUT, BLOCK_E * BLOCK_R], dtype=b_ptr.dtype.element_ty)
         b_up = b
         if ONE and DELTAS:
             b = load_ranks(
-                b_at, inside_b, 0, n_experts, 0, RANK, EVEN_B, EVEN_K, BLOCK_E, BLOCK_R
+                b_at, col_mask_b, 0, n_experts, 0, RANK, EVEN_B, EVEN_K, BLOCK_E, BLOCK_R
             )
             if EPILOGUE != 0:
                 b_up = load_ranks(
-                    b_at + APART_B * size, inside_up, 0, n_experts, 0,
+                    b_at + APART_B * size, col_mask_up, 0, n_experts, 0,
                     RANK, EVEN_B, EVEN_K, BLOCK_E, BLOCK_R,
                 )  # fmt: skip
         if EPILOGUE == 3:
             turning = rows < tl.where(offset < WIDTH0 + WIDTH1, n_tokens, 0)  # v is not turned
-            turned = turning[:, None] & inside[None, :]
+            turned = turning[:, None] & col_mask[None, :]
             turn = cos_sin_ptr + rows[:, None] * (2 * HALF)
             turn += (within + tl.arange(0, BLOCK_OUT))[None, :]
             cos = tl.load(turn, mask=turned, other=0.0)
@@ -164,20 +164,20 @@ def _expand_kernel(
         y = y.to(tl.float32)
         if HAS_BIAS:
             bias_at = bias_ptr + offset + columns
-            y += tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)[None, :]
+            y += tl.load(bias_at, mask=col_mask, other=0.0).to(tl.float32)[None, :]
         if DELTAS:
             y = add_deltas(
-                y, b, s, s_at, gates_ptr, active_bits, b_at, rows, rows_s, inside_b,
+                y, b, s, s_at, gates_ptr, active_bits, b_at, rows, rows_s, col_mask_b,
                 n_experts, RANK, RAW, SKIP, EVEN_B, EVEN_K, ONE, BLOCK_T, BLOCK_E, BLOCK_R,
             )  # fmt: skip
         if EPILOGUE != 0:
             up = up.to(tl.float32)
             if HAS_BIAS:
-                up += tl.load(bias_at + APART, mask=inside, other=0.0).to(tl.float32)[None, :]
+                up += tl.load(bias_at + APART, mask=col_mask, other=0.0).to(tl.float32)[None, :]
             if DELTAS:
                 up = add_deltas(
                     up, b_up, s_up, s_up_at, gates_ptr, active_bits, b_at + APART_B * size, rows,
-                    rows_up, inside_up,
+                    rows_up, col_mask_up,
                     n_experts, RANK, RAW, SKIP, EVEN_B, EVEN_K, ONE, BLOCK_T, BLOCK_E, BLOCK_R,
                 )  # fmt: skip
         out_at = out_ptr + rows.to(tl.int64)[:, None] * out_stride + (offset + columns)[None, :]
@@ -187,12 +187,12 @@ def _expand_kernel(
             if PAGED:
                 head = first // HALF
                 starts, kept = starts_of_head(
-                    out_ptr + rows.to(tl.int64) * out_stride + (offset + head * (2 * HALF)), here,
-                    keys_ptr, values_ptr, in_pages, there,
+                    out_ptr + rows.to(tl.int64) * out_stride + (offset + head * (2 * HALF)),
+                    token_mask, keys_ptr, values_ptr, in_pages, slot_mask,
                     second.to(tl.int32) + third.to(tl.int32), head, head_stride, PAGED,
                 )  # fmt: skip
                 out_at = starts[:, None] + (within + tl.arange(0, BLOCK_OUT))[None, :]
-                mask = kept[:, None] & inside[None, :]
+                mask = kept[:, None] & col_mask[None, :]
             tl.store(out_at + HALF, up.to(out_ptr.dtype.element_ty), mask=mask)
         elif EPILOGUE != 0:
             y = activate(y, up, EPILOGUE)

@@ -47,18 +47,18 @@ def _slots_kernel(
     chosen = (gates != 0.0).to(tl.int32)
     for start in range(0, SIZE, BLOCK_C):
         columns = start + tl.arange(0, BLOCK_C)
-        expert, inside = columns // RANK, columns < SIZE
-        routed = inside & (expert < EXPERTS)
+        expert, col_mask = columns // RANK, columns < SIZE
+        routed = col_mask & (expert < EXPERTS)
         before = experts[None, :] <= expert[:, None]
         place = tl.minimum(tl.sum(tl.where(before, chosen[None, :], 0), 1), slots)
         weight = tl.load(gates_ptr + token * EXPERTS + expert, mask=routed, other=1.0)
-        weight *= tl.load(scales_ptr + expert, mask=inside, other=0.0)
+        weight *= tl.load(scales_ptr + expert, mask=col_mask, other=0.0)
         # Those always on stand at the end of a row of low, and read the mixture.
         at = tl.where(routed, columns % RANK if SHARED else columns, columns - (SIZE - SIZE_LOW))
         row = tl.where(routed, place, 0).to(tl.int64) * n_tokens + token
-        low = tl.load(low_ptr + row * low_stride + at, mask=inside, other=0.0)
+        low = tl.load(low_ptr + row * low_stride + at, mask=col_mask, other=0.0)
         s = tl.where(weight != 0.0, weight * low, 0.0)
-        tl.store(s_ptr + token * SIZE + columns, s.to(s_ptr.dtype.element_ty), mask=inside)
+        tl.store(s_ptr + token * SIZE + columns, s.to(s_ptr.dtype.element_ty), mask=col_mask)
 
 
 def s_of_slots_triton(low, gates, scales, tokens, rank, always, shared, dtype) -> torch.Tensor:

@@ -52,15 +52,15 @@ def ffn_mix_torch(both, gates, lora_b, adapted, width, slots, activation) -> tor
         h, g = activate_torch(y + delta(expert), activation), own[:, expert, None]
         mixed += torch.where(g != 0, g * h, 0.0)
         for j in range(1, 1 + slots):
-            here = (g != 0) & (places[:, expert, None] == j)
-            x[j] = torch.where(here, h.to(x.dtype), x[j])
+            chosen = (g != 0) & (places[:, expert, None] == j)
+            x[j] = torch.where(chosen, h.to(x.dtype), x[j])
     x[0] = mixed
     return x
 
 
 @triton.jit
 def _add_expert(
-    y, s_at, b_at, here, inside, expert,
+    y, s_at, b_at, token_mask, col_mask, expert,
     RANK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """y [BLOCK_T, BLOCK_C] + s of one expert [BLOCK_T, RANK] times its B [BLOCK_C, RANK]."""
@@ -69,11 +69,11 @@ def _add_expert(
         at = expert * RANK + ranks
         s = tl.load(
             s_at[:, None] + at[None, :],
-            mask=here[:, None] & (ranks < RANK)[None, :], other=0.0,
+            mask=token_mask[:, None] & (ranks < RANK)[None, :], other=0.0,
         )  # fmt: skip
         b = tl.load(
             b_at[:, None] + at[None, :],
-            mask=inside[:, None] & (ranks < RANK)[None, :], other=0.0,
+            mask=col_mask[:, None] & (ranks < RANK)[None, :], other=0.0,
         )  # fmt: skip
         y = tl.dot(s, tl.trans(b), y, input_precision="ieee")
     return y
@@ -90,8 +90,8 @@ def _ffn_mix_kernel(
 ):  # fmt: skip
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    here, inside = rows < n_tokens, columns < WIDTH
-    mask = here[:, None] & inside[None, :]
+    token_mask, col_mask = rows < n_tokens, columns < WIDTH
+    mask = token_mask[:, None] & col_mask[None, :]
     SIZE: tl.constexpr = EVERY * RANK
     row_at = both_ptr + rows.to(tl.int64) * both_stride
     base = tl.load(row_at[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -102,21 +102,23 @@ def _ffn_mix_kernel(
     b_up_at = b_at + (WIDTH if ADAPTED0 >= 0 else 0) * SIZE
     for expert in range(EXPERTS, EVERY):
         if ADAPTED0 >= 0:
-            base = _add_expert(base, s_at, b_at, here, inside, expert, RANK, BLOCK_R)
+            base = _add_expert(base, s_at, b_at, token_mask, col_mask, expert, RANK, BLOCK_R)
         if ADAPTED1 >= 0:
-            base_up = _add_expert(base_up, s_up_at, b_up_at, here, inside, expert, RANK, BLOCK_R)
+            base_up = _add_expert(
+                base_up, s_up_at, b_up_at, token_mask, col_mask, expert, RANK, BLOCK_R
+            )  # fmt: skip
     mixed = tl.zeros([BLOCK_T, BLOCK_C], dtype=tl.float32)
     place = tl.zeros([BLOCK_T], dtype=tl.int32)
     for expert in range(EXPERTS):
-        g = tl.load(gates_ptr + rows * EXPERTS + expert, mask=here, other=0.0)
+        g = tl.load(gates_ptr + rows * EXPERTS + expert, mask=token_mask, other=0.0)
         chosen = g != 0.0
         if tl.max(chosen.to(tl.int32)) > 0:
             place += chosen.to(tl.int32)
             gate, up = base, base_up
             if ADAPTED0 >= 0:
-                gate = _add_expert(gate, s_at, b_at, chosen, inside, expert, RANK, BLOCK_R)
+                gate = _add_expert(gate, s_at, b_at, chosen, col_mask, expert, RANK, BLOCK_R)
             if ADAPTED1 >= 0:
-                up = _add_expert(up, s_up_at, b_up_at, chosen, inside, expert, RANK, BLOCK_R)
+                up = _add_expert(up, s_up_at, b_up_at, chosen, col_mask, expert, RANK, BLOCK_R)
             h = activate(gate, up, EPILOGUE)
             mixed += tl.where(chosen[:, None], g[:, None] * h, 0.0)
             if SLOTS > 0:

@@ -52,18 +52,18 @@ NO_KV_SLOTS: tuple[Any, ...] = (None,) * len(KVSlots._fields)
 
 @triton.jit
 def rows_in_pages(
-    slots_ptr, tokens, here, block_size, block_stride, row_stride, PAGED: tl.constexpr
+    slots_ptr, tokens, token_mask, block_size, block_stride, row_stride, PAGED: tl.constexpr
 ):
     """Where tokens' rows begin in pages, [T], and who has one."""
-    in_pages, there = tokens.to(tl.int64), here
+    in_pages, slot_mask = tokens.to(tl.int64), token_mask
     if PAGED:
-        slots = tl.load(slots_ptr + tokens, mask=here, other=-1)
-        there = slots >= 0
+        slots = tl.load(slots_ptr + tokens, mask=token_mask, other=-1)
+        slot_mask = slots >= 0
         # Fits 32 bits, in which a division is short; a block's place may not.
         slots = slots.to(tl.int32)
         in_pages = (slots // block_size).to(tl.int64) * block_stride
         in_pages += slots % block_size * row_stride
-    return in_pages, there
+    return in_pages, slot_mask
 
 
 @triton.jit
@@ -77,20 +77,20 @@ def head_in_pages(keys_ptr, values_ptr, in_pages, slice_idx, head, head_stride):
 
 @triton.jit
 def starts_of_head(
-    in_y, here, keys_ptr, values_ptr, in_pages, there, slice_idx, head, head_stride,
+    in_y, token_mask, keys_ptr, values_ptr, in_pages, slot_mask, slice_idx, head, head_stride,
     PAGED: tl.constexpr,
 ):  # fmt: skip
     """Where a head of each token begins, [T], and who has it: in y, or for keys (slice 1) and
     values (slice 2) in their pages.
 
-    in_y: [T], where it begins in y; in_pages, there: from `rows_in_pages`.
+    in_y: [T], where it begins in y; in_pages, slot_mask: from `rows_in_pages`.
     """
-    starts, kept = in_y, here
+    starts, kept = in_y, token_mask
     if PAGED:
         paged = head_in_pages(keys_ptr, values_ptr, in_pages, slice_idx, head, head_stride)
         # Both at 16 bytes; without being told, Triton 3.9 stores element by element.
         starts = tl.multiple_of(tl.where(slice_idx > 0, paged, in_y), 16)
-        kept = tl.where(slice_idx > 0, there, here)
+        kept = tl.where(slice_idx > 0, slot_mask, token_mask)
     return starts, kept
 
 

@@ -34,32 +34,32 @@ def _page_routes_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0)
     rows = pid * BLOCK_T + tl.arange(0, BLOCK_T)
-    here = rows < n_tokens
-    slot = tl.load(slots_ptr + rows, mask=here, other=-1)
+    token_mask = rows < n_tokens
+    slot = tl.load(slots_ptr + rows, mask=token_mask, other=-1)
     known = slot >= 0
     top_k = tl.load(directory_ptr + 2 * n_pages + slot, mask=known, other=0)
     scale = tl.load(directory_ptr + 3 * n_pages + slot, mask=known, other=0)
     scale = scale.to(tl.float32, bitcast=True)
-    token = tl.load(token_ptr + rows, mask=here, other=0).to(tl.int64)
+    token = tl.load(token_ptr + rows, mask=token_mask, other=0).to(tl.int64)
     token = tl.minimum(tl.maximum(token, 0), vocab_size - 1)
     most = tl.max(top_k)
     count, bits = 0, tl.zeros([], dtype=tl.int64)
     for start in range(0, n_pages, BLOCK_P):
         pages = start + tl.arange(0, BLOCK_P)
-        inside = pages < n_pages
-        owner = tl.load(directory_ptr + pages, mask=inside, other=-1)
-        expert = tl.load(directory_ptr + n_pages + pages, mask=inside, other=-1)
+        page_mask = pages < n_pages
+        owner = tl.load(directory_ptr + pages, mask=page_mask, other=-1)
+        expert = tl.load(directory_ptr + n_pages + pages, mask=page_mask, other=-1)
         own = (slot[:, None] == owner[None, :]) & known[:, None]
         gates = tl.where(own & (top_k == 0)[:, None], scale[:, None], 0.0)
         for j in range(most):
-            chosen = here & (j < top_k)
+            chosen = token_mask & (j < top_k)
             column = tl.load(directory_ptr + (4 + j) * n_pages + slot, mask=chosen, other=0)
             at = column.to(tl.int64) * vocab_size + token
             ids = tl.load(table_ids_ptr + at, mask=chosen, other=-1)
             weights = tl.load(table_weights_ptr + at, mask=chosen, other=0.0)
             gates += tl.where(own & (ids[:, None] == expert[None, :]), weights[:, None], 0.0)
         at = rows.to(tl.int64)[:, None] * n_pages + pages[None, :]
-        tl.store(gates_ptr + at, gates, mask=here[:, None] & inside[None, :])
+        tl.store(gates_ptr + at, gates, mask=token_mask[:, None] & page_mask[None, :])
         if ONE:
             used = tl.max((gates != 0.0).to(tl.int32), 0)
             place = count + tl.cumsum(used, 0)

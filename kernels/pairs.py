@@ -45,13 +45,13 @@ def rotate(a, b, cos, sin):
 
 @triton.jit
 def turns_of_heads(
-    cos_sin_ptr, rows, here, slice_idx, first, HALF: tl.constexpr, COLS: tl.constexpr
+    cos_sin_ptr, rows, token_mask, slice_idx, first, HALF: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
     """Cosines and sines [rows, COLS] for tiles of columns `first` and on of a head's first half,
     and of its second; those of v turn nothing."""
     turn = cos_sin_ptr + rows[:, None] * (2 * HALF) + (first + tl.arange(0, COLS))[None, :]
-    cos = tl.load(turn, mask=here[:, None], other=0.0)
-    sin = tl.load(turn + HALF, mask=here[:, None], other=0.0)
+    cos = tl.load(turn, mask=token_mask[:, None], other=0.0)
+    sin = tl.load(turn + HALF, mask=token_mask[:, None], other=0.0)
     if slice_idx == 2:
         cos, sin = tl.full(cos.shape, 1.0, cos.dtype), tl.full(sin.shape, 0.0, sin.dtype)
     return cos, sin

@@ -142,7 +142,7 @@ def _gates_of(
 
 @triton.jit
 def router_gates(
-    logits_ptr, bias_ptr, rows, logits_stride, router, count, temperature, here,
+    logits_ptr, bias_ptr, rows, logits_stride, router, count, temperature, token_mask,
     ROUTERS: tl.constexpr, SPLITS: tl.constexpr, SPLIT_FACTOR: tl.constexpr,
     EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SOFTMAX_FIRST: tl.constexpr,
     ABSOLUTE: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -150,7 +150,7 @@ def router_gates(
 ):  # fmt: skip
     """Gates [BLOCK_T, BLOCK_E] of one router, zero where an expert is not chosen."""
     columns = tl.arange(0, BLOCK_E)
-    mask = here[:, None] & (columns < EXPERTS)[None, :]
+    mask = token_mask[:, None] & (columns < EXPERTS)[None, :]
     z = tl.zeros([BLOCK_T, BLOCK_E], dtype=tl.float32)
     factor = 1.0
     for split in tl.static_range(SPLITS):
@@ -177,20 +177,20 @@ def _route_layer_kernel(
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    here, columns = rows < n_tokens, tl.arange(0, BLOCK_E)
+    token_mask, columns = rows < n_tokens, tl.arange(0, BLOCK_E)
     if PDL:  # the expand behind it may begin, and ask for B, before it waits for this kernel
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     used = tl.zeros([BLOCK_E], dtype=tl.int64)
     for router in tl.static_range(ROUTERS):
         gates_at = gates_ptr + (rows * ROUTERS + router)[:, None] * EXPERTS + columns[None, :]
-        mask = here[:, None] & (columns < EXPERTS)[None, :]
+        mask = token_mask[:, None] & (columns < EXPERTS)[None, :]
         if HAS_LOGITS:
             gates = router_gates(
                 logits_ptr, bias_ptr, rows, logits_stride, router,
-                count0 if router == 0 else (count1 if router == 1 else count2), temperature, here,
-                ROUTERS, SPLITS, SPLIT_FACTOR, EXPERTS, TOP_K, SOFTMAX_FIRST, ABSOLUTE, HAS_BIAS,
-                BLOCK_T, BLOCK_E,
+                count0 if router == 0 else (count1 if router == 1 else count2), temperature,
+                token_mask, ROUTERS, SPLITS, SPLIT_FACTOR, EXPERTS, TOP_K, SOFTMAX_FIRST, ABSOLUTE,
+                HAS_BIAS, BLOCK_T, BLOCK_E,
             )  # fmt: skip
             tl.store(gates_at, gates, mask=mask)
         else:
@@ -211,8 +211,8 @@ def _route_layer_kernel(
         for start in range(0, SIZE, BLOCK_C):
             at = start + tl.arange(0, BLOCK_C)
             expert = at // RANK
-            inside = at < SIZE
-            within = here[:, None] & inside[None, :]
+            col_mask = at < SIZE
+            within = token_mask[:, None] & col_mask[None, :]
             at_low = at
             if SHARED:
                 at_low = tl.where(expert < EXPERTS, at % RANK, at - (EXPERTS - 1) * RANK)
@@ -230,7 +230,7 @@ def _route_layer_kernel(
             )  # fmt: skip
             if PLAIN:
                 weights = (weights != 0.0).to(tl.float32)
-            scale = tl.load(scales_ptr + expert, mask=inside, other=0.0)
+            scale = tl.load(scales_ptr + expert, mask=col_mask, other=0.0)
             weights *= scale[None, :]
             # Not a bare product: what an expert that was not chosen gives must not matter.
             s = tl.where(weights != 0.0, low * weights, 0.0)

@@ -134,7 +134,7 @@ def _shrink_slice(
     """
     rows = tl.arange(0, BLOCK_T)
     ranks = block * BLOCK_R + tl.arange(0, BLOCK_R)
-    here, real = rows < n_tokens, ranks < rank
+    token_mask, real = rows < n_tokens, ranks < rank
     sums = tl.zeros([BLOCK_R, BLOCK_T], dtype=tl.float32)
     last = True
     if used:
@@ -142,14 +142,14 @@ def _shrink_slice(
         begin, end = range_of_k(size_in, pid_k, split_k, BLOCK_IN)
         for start in tl.range(begin, end, BLOCK_IN, num_stages=STAGES):
             k = start + tl.arange(0, BLOCK_IN)
-            inside = k < end
+            k_mask = k < end
             a = tl.load(
                 a_ptr + a_rows[:, None] + k[None, :],
-                mask=real[:, None] & inside[None, :], other=0.0,
+                mask=real[:, None] & k_mask[None, :], other=0.0,
             )  # fmt: skip
             x = tl.load(
                 x_ptr + rows[None, :] * x_stride + k[:, None],
-                mask=here[None, :] & inside[:, None], other=0.0,
+                mask=token_mask[None, :] & k_mask[:, None], other=0.0,
             )  # fmt: skip
             sums = tl.dot(a, x, sums, input_precision="ieee")
         if split_k > 1:
@@ -157,12 +157,12 @@ def _shrink_slice(
                 sums, partial_ptr, split_k_semaphore_ptr, slot, pid_k, split_k, BLOCK_R, BLOCK_T
             )
     if last:
-        gates = tl.load(gates_ptr + rows * n_experts + expert, mask=here, other=0.0)
+        gates = tl.load(gates_ptr + rows * n_experts + expert, mask=token_mask, other=0.0)
         at = ((rows * n_linears + linear_idx) * n_experts + expert)[None, :] * rank + ranks[:, None]
         # Not a bare product: what another token sees of this expert must not matter.
         s = tl.where(gates[None, :] != 0, sums * gates[None, :], 0.0)
         s = s.to(s_ptr.dtype.element_ty)
-        tl.store(s_ptr + at, s, mask=here[None, :] & real[:, None])
+        tl.store(s_ptr + at, s, mask=token_mask[None, :] & real[:, None])
         tl.debug_barrier()
         tl.atomic_add(semaphore_ptr, 1, sem="release")
 

@@ -39,13 +39,13 @@ def _spread_routes_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0)
     rows, experts = pid * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E)
-    here = rows < n_tokens
+    token_mask = rows < n_tokens
     gates = tl.zeros([BLOCK_T, BLOCK_E], dtype=tl.float32)
     for slot in range(top_k):
-        ids = tl.load(ids_ptr + rows * top_k + slot, mask=here, other=-1)
-        weights = tl.load(weights_ptr + rows * top_k + slot, mask=here, other=0.0)
+        ids = tl.load(ids_ptr + rows * top_k + slot, mask=token_mask, other=-1)
+        weights = tl.load(weights_ptr + rows * top_k + slot, mask=token_mask, other=0.0)
         gates += tl.where(ids[:, None] == experts[None, :], weights[:, None], 0.0)
-    mask = here[:, None] & (experts < n_experts)[None, :]
+    mask = token_mask[:, None] & (experts < n_experts)[None, :]
     tl.store(gates_ptr + rows[:, None] * n_experts + experts[None, :], gates, mask=mask)
     if pid == 0:
         if ONE:

@@ -67,9 +67,9 @@ def _tma_expand_kernel(
     offset = before * STEP
     first_token = tl.program_id(1) * BLOCK_T
     rows = first_token + tl.arange(0, BLOCK_T)
-    here = rows < n_tokens
+    token_mask = rows < n_tokens
     SIZE: tl.constexpr = EXPERTS * RANK
-    gates = load_gates(gates_ptr, rows, here, n_experts, 0, BLOCK_T, BLOCK_E, RANK)
+    gates = load_gates(gates_ptr, rows, token_mask, n_experts, 0, BLOCK_T, BLOCK_E, RANK)
     # From a descriptor, so that it lies in registers as products take it; what comes by pointers
     # lies in shared memory, and every product fetches it from there.
     s = weigh(s_desc.load([first_token, slice_idx * SIZE]), gates)
@@ -77,9 +77,9 @@ def _tma_expand_kernel(
     if EPILOGUE == 1 or EPILOGUE == 2:
         s_up = weigh(s_desc.load([first_token, SIZE]), gates)
     if EPILOGUE == 3:  # a program's tiles are the same piece of their heads, so all turn alike
-        cos, sin = turns_of_heads(cos_sin_ptr, rows, here, slice_idx, piece, APART, COLS)
-    in_pages, there = rows_in_pages(
-        slots_ptr, rows, here, block_size, block_stride, row_stride, PAGED
+        cos, sin = turns_of_heads(cos_sin_ptr, rows, token_mask, slice_idx, piece, APART, COLS)
+    in_pages, slot_mask = rows_in_pages(
+        slots_ptr, rows, token_mask, block_size, block_stride, row_stride, PAGED
     )
     for tile in tl.range(first_tile, end, num_stages=STAGES):
         within = tile * STEP + piece
@@ -95,7 +95,8 @@ def _tma_expand_kernel(
                     _store_tile(out_desc, y, first_token, offset, within)
                 else:
                     at = head_in_pages(keys_ptr, values_ptr, in_pages, slice_idx, tile, head_stride)
-                    at, mask = at[:, None] + (piece + tl.arange(0, COLS))[None, :], there[:, None]
+                    at = at[:, None] + (piece + tl.arange(0, COLS))[None, :]
+                    mask = slot_mask[:, None]
                     tl.store(at, y.to(out_desc.dtype), mask=mask)
                     tl.store(at + APART, up.to(out_desc.dtype), mask=mask)
             else:

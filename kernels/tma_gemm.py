@@ -89,17 +89,17 @@ def _shrink_tile(
         if (SHRINK_SPLIT_K > 1) & used:
             sums = all_sums(partial_ptr, tile, SHRINK_SPLIT_K, BLOCK_T, SHRINK_ROWS)
         tokens, ranks = tl.arange(0, BLOCK_T), tile * SHRINK_ROWS + tl.arange(0, SHRINK_ROWS)
-        here, experts = tokens < n_tokens, tl.arange(0, BLOCK_E)
+        token_mask, experts = tokens < n_tokens, tl.arange(0, BLOCK_E)
         # Spread over ranks by a product with ones: to gather would be a load per element.
         its = (experts[:, None] == (ranks // RANK % EXPERTS)[None, :]).to(tl.float32)
         gates_at = gates_ptr + tokens[:, None] * EXPERTS + experts[None, :]
-        chosen = here[:, None] & (experts < EXPERTS)[None, :]
+        chosen = token_mask[:, None] & (experts < EXPERTS)[None, :]
         gates = tl.load(gates_at, mask=chosen, other=0.0)
         gates = tl.dot(gates, its, input_precision="tf32x3")
         # Not a bare product: what another token sees of this expert must not matter.
         s = tl.where(gates != 0, sums * gates, 0.0).to(s_ptr.dtype.element_ty)
         s_at = s_ptr + tokens[:, None] * RANKS + ranks[None, :]
-        tl.store(s_at, s, mask=here[:, None] & (ranks < RANKS)[None, :])
+        tl.store(s_at, s, mask=token_mask[:, None] & (ranks < RANKS)[None, :])
         if PDL:
             fence()
         tl.debug_barrier()
@@ -121,34 +121,34 @@ def _columns(local, width, EPILOGUE: tl.constexpr, HALF: tl.constexpr, ROWS: tl.
 @triton.jit
 def _finish(
     y, up, local, pid_k, bias_ptr, y_ptr, cos_sin_ptr, n_tokens, y_stride, number, first, width,
-    in_pages, there, keys_ptr, values_ptr, head_stride,
+    in_pages, slot_mask, keys_ptr, values_ptr, head_stride,
     APART: tl.constexpr, TURNED: tl.constexpr,
     HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
     BLOCK_T: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """From the members of a tile, deltas included, to a tile of the result."""
     tokens = tl.arange(0, BLOCK_T)
-    here = tokens < n_tokens
-    within, head, columns, inside = _columns(local, width, EPILOGUE, HALF, ROWS)
+    token_mask = tokens < n_tokens
+    within, head, columns, col_mask = _columns(local, width, EPILOGUE, HALF, ROWS)
     if HAS_BIAS:
         bias_at = bias_ptr + first + columns
-        y += tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)[None, :]
+        y += tl.load(bias_at, mask=col_mask, other=0.0).to(tl.float32)[None, :]
         if EPILOGUE != 0:
-            up += tl.load(bias_at + APART, mask=inside, other=0.0).to(tl.float32)[None, :]
+            up += tl.load(bias_at + APART, mask=col_mask, other=0.0).to(tl.float32)[None, :]
     y_at = y_ptr + pid_k * n_tokens * y_stride
     y_at += tokens[:, None] * y_stride + (first + columns)[None, :]
-    mask = here[:, None] & inside[None, :]
+    mask = token_mask[:, None] & col_mask[None, :]
     if EPILOGUE == 3:
         if first < TURNED:  # v is not turned
-            cos, sin = turns_of_heads(cos_sin_ptr, tokens, here, 0, within, HALF, ROWS)
+            cos, sin = turns_of_heads(cos_sin_ptr, tokens, token_mask, 0, within, HALF, ROWS)
             y, up = rotate(y, up, cos.to(tl.float32), sin.to(tl.float32))
         if PAGED:
             starts, kept = starts_of_head(
-                y_ptr + tokens * y_stride + (first + head * (2 * HALF)), here,
-                keys_ptr, values_ptr, in_pages, there, number, head, head_stride, PAGED,
+                y_ptr + tokens * y_stride + (first + head * (2 * HALF)), token_mask,
+                keys_ptr, values_ptr, in_pages, slot_mask, number, head, head_stride, PAGED,
             )  # fmt: skip
             y_at = starts[:, None] + (within + tl.arange(0, ROWS))[None, :]
-            mask = kept[:, None] & inside[None, :]
+            mask = kept[:, None] & col_mask[None, :]
         tl.store(y_at + HALF, up.to(y_ptr.dtype.element_ty), mask=mask)
     elif EPILOGUE != 0:
         y = activate(y, up, EPILOGUE)
@@ -227,7 +227,7 @@ def _tma_gemm_kernel(
                     prefetch_pairs(w_ptr, start, WIDTH0 + WIDTH1 + WIDTH2, size_in, APART, MORE)
             tl.extra.cuda.gdc_wait()
         tokens = tl.arange(0, BLOCK_T)
-        in_pages, there = rows_in_pages(
+        in_pages, slot_mask = rows_in_pages(
             slots_ptr, tokens, tokens < n_tokens, block_size, block_stride, row_stride, PAGED
         )
         # Steps of `in`, then steps of ranks, in which s stands for x, and B for W. Each member of
@@ -274,15 +274,15 @@ def _tma_gemm_kernel(
         y, up = apart(acc, EPILOGUE, BLOCK_T, ROWS)
         _finish(
             y, up, local, pid_k, bias_ptr, y_ptr, cos_sin_ptr, n_tokens, y_stride, number, first,
-            width, in_pages, there, keys_ptr, values_ptr, head_stride, APART, WIDTH0 + WIDTH1,
+            width, in_pages, slot_mask, keys_ptr, values_ptr, head_stride, APART, WIDTH0 + WIDTH1,
             HAS_BIAS, EPILOGUE, HALF, PAGED, BLOCK_T, ROWS,
         )  # fmt: skip
         if MORE:
             more_y, more_up = apart(more, EPILOGUE, BLOCK_T, MORE)
             _finish(
                 more_y, more_up, local + ROWS, pid_k, bias_ptr, y_ptr, cos_sin_ptr, n_tokens,
-                y_stride, number, first, width, in_pages, there, keys_ptr, values_ptr, head_stride,
-                APART, WIDTH0 + WIDTH1, HAS_BIAS, EPILOGUE, HALF, PAGED, BLOCK_T, MORE,
+                y_stride, number, first, width, in_pages, slot_mask, keys_ptr, values_ptr,
+                head_stride, APART, WIDTH0 + WIDTH1, HAS_BIAS, EPILOGUE, HALF, PAGED, BLOCK_T, MORE,
             )  # fmt: skip
 
 

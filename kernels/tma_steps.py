@@ -33,9 +33,9 @@ def active_blocks(bits, EXPERTS: tl.constexpr, BLOCKS: tl.constexpr):
     MASK: tl.constexpr = (1 << EXPERTS) - 1
     blocks, count = tl.zeros([], dtype=tl.int64), 0
     for block in tl.static_range(BLOCKS):
-        there = (bits >> (block * EXPERTS)) & MASK != 0
-        blocks |= tl.where(there, block, 0).to(tl.int64) << (4 * count)
-        count += there.to(tl.int32)
+        slot_mask = (bits >> (block * EXPERTS)) & MASK != 0
+        blocks |= tl.where(slot_mask, block, 0).to(tl.int64) << (4 * count)
+        count += slot_mask.to(tl.int32)
     return blocks, count
 
 

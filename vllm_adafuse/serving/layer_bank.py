@@ -219,7 +219,7 @@ class LayerBank(torch.nn.Module):
     def projection(self) -> LayerProjection:
         """What kernels take; once all is loaded."""
         return LayerProjection(
-            self.gate, tuple(self.slices.widths), tuple(self.slices.adapted_columns), self.scales,
+            self.gate, tuple(self.slices.widths), tuple(self.slices.adapted), self.scales,
             self.lora_b, self.bias if self.routers else None, self.logits,
             self.fused_weight if self._rows_of_w else None, self._bias_of(), self.epilogue,
         )  # fmt: skip

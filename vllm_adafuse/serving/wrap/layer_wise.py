@@ -49,7 +49,7 @@ class FfnActivation(torch.nn.Module):
     def forward(self, both: torch.Tensor) -> torch.Tensor:
         bank = self.bank
         x = ffn_mix(
-            both, bank.shared_gates.gates, bank.lora_b, bank.slices.adapted_columns,
+            both, bank.shared_gates.gates, bank.lora_b, bank.slices.adapted,
             bank.slices.widths[0], self.slots, self.activation,
         )  # fmt: skip
         return x if self.slots else x[0]

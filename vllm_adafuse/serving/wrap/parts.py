@@ -37,7 +37,7 @@ def _kind(layer: LinearBase) -> tuple:
     shapes = tuple((name, b.dtype, *b.shape) for name, b in bank.named_buffers(recurse=False))
     bias, cache, slices = bias_of(layer) is not None, bank.cache is not None, bank.slices
     return (
-        type(method), method.epilogue, bias, bank.gate, cache, *slices.adapted_columns, *slices.widths,
+        type(method), method.epilogue, bias, bank.gate, cache, *slices.adapted, *slices.widths,
         shapes,
     )  # fmt: skip
 
