@@ -93,8 +93,8 @@ def measure_one(p: Product, tokens: int, options: Options) -> dict:
     def apart() -> None:
         for layer in layers:
             y = F.linear(x, layer.fused_weight[:out])
-            low = low_product(x, layer.fused_weight[out : out + columns + logits])
-            layer_sgmm(y, low[:, :columns], low[:, columns:], layer, decided)
+            lora_a_out = low_product(x, layer.fused_weight[out : out + columns + logits])
+            layer_sgmm(y, lora_a_out[:, :columns], lora_a_out[:, columns:], layer, decided)
             if activation:
                 act(y)
 

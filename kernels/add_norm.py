@@ -28,8 +28,8 @@ from vllm_adafuse.kernels.whole import cdiv
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _add_norm_kernel(
-    y_ptr, s_ptr, residual_ptr, weight_ptr, b_ptr, gates_ptr, z_ptr, out_ptr,
-    n_tokens, y_stride, s_stride, residual_stride, n_experts, eps,
+    y_ptr, lora_a_out_ptr, residual_ptr, weight_ptr, b_ptr, gates_ptr, z_ptr, out_ptr,
+    n_tokens, y_stride, lora_a_out_stride, residual_stride, n_experts, eps,
     WIDTH: tl.constexpr, SPLIT_K: tl.constexpr, EXPAND: tl.constexpr, PDL: tl.constexpr,
     RANK: tl.constexpr, SKIP: tl.constexpr, EVEN_K: tl.constexpr, ONE: tl.constexpr,
     BLOCK_T: tl.constexpr, COLS: tl.constexpr, NORM_COLS: tl.constexpr, STAGES: tl.constexpr,
@@ -50,13 +50,13 @@ def _add_norm_kernel(
         if LOOP == 1:
             begin_next()
         tl.extra.cuda.gdc_wait()
-    s_at = rows
+    lora_a_out_at = rows
     if EXPAND:
-        s_at = s_ptr + wide_rows * s_stride
+        lora_a_out_at = lora_a_out_ptr + wide_rows * lora_a_out_stride
     s = tl.zeros([BLOCK_T, BLOCK_E * BLOCK_R], dtype=z_ptr.dtype.element_ty)
     if EXPAND and ONE:  # of all columns
         s = load_s(
-            s_at, gates_ptr, rows, 0, token_mask, n_experts, 0,
+            lora_a_out_at, gates_ptr, rows, 0, token_mask, n_experts, 0,
             RANK, True, EVEN_K, BLOCK_T, BLOCK_E, BLOCK_R,
         )  # fmt: skip
     z = tl.zeros([BLOCK_T, COLS], dtype=tl.float32)
@@ -82,7 +82,7 @@ def _add_norm_kernel(
                     b_at, col_mask, 0, n_experts, 0, RANK, EVEN, EVEN_K, BLOCK_E, BLOCK_R
                 )  # fmt: skip
             z = add_deltas(
-                z, b, s, s_at, gates_ptr, -1, b_at, rows, token_mask, col_mask, n_experts,
+                z, b, s, lora_a_out_at, gates_ptr, -1, b_at, rows, token_mask, col_mask, n_experts,
                 RANK, True, SKIP, EVEN, EVEN_K, ONE, BLOCK_T, BLOCK_E, BLOCK_R,
             )  # fmt: skip
         # What the next layer adds to is what is normed.

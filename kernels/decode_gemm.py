@@ -103,7 +103,7 @@ def load_b(
 
 @triton.jit
 def add_delta(
-    acc, b_at, b, active_ptr, active, s_ptr, semaphore_ptr, shrinks,
+    acc, b_at, b, active_ptr, active, lora_a_out_ptr, semaphore_ptr, shrinks,
     n_tokens, linear_idx, n_linears, n_experts,
     WAITS: tl.constexpr, PADDED: tl.constexpr, RANK: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_ER: tl.constexpr,
@@ -115,7 +115,7 @@ def add_delta(
     """
     tokens = tl.arange(0, BLOCK_T)
     token_mask = tokens < n_tokens
-    s_at = s_ptr + (tokens * n_linears + linear_idx)[None, :] * (n_experts * RANK)
+    lora_a_out_at = lora_a_out_ptr + (tokens * n_linears + linear_idx)[None, :] * (n_experts * RANK)
     if active != 0:
         if WAITS:
             wait_for_shrink(semaphore_ptr, shrinks)
@@ -126,7 +126,7 @@ def add_delta(
         for start in range(0, end, BLOCK_ER):
             columns, used = _columns(start, active_ptr, active, n_experts, PADDED, RANK, BLOCK_ER)
             s = tl.load(
-                s_at + columns[:, None],
+                lora_a_out_at + columns[:, None],
                 mask=token_mask[None, :] & used[:, None], other=0.0, cache_modifier=".cg",
             )  # fmt: skip
             later = load_b(  # on its way during the product
@@ -140,7 +140,7 @@ def add_delta(
 @triton.jit(do_not_specialize=["n_tokens"])
 def _decode_gemm_kernel(
     x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, y_ptr, cos_sin_ptr,
-    gates_ptr, active_ptr, s_ptr, partial_ptr, split_k_semaphore_ptr, semaphore_ptr,
+    gates_ptr, active_ptr, lora_a_out_ptr, partial_ptr, split_k_semaphore_ptr, semaphore_ptr,
     n_tokens, x_stride, y_stride, size_in, n_experts, n_linears, n_slots, shrink_split_k,
     keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
@@ -157,9 +157,10 @@ def _decode_gemm_kernel(
         if PDL:  # launched before the kernel in front of it has ended
             tl.extra.cuda.gdc_wait()
         shrink_program(
-            pid, x_ptr, a_ptr, gates_ptr, active_ptr, s_ptr, partial_ptr, split_k_semaphore_ptr,
-            semaphore_ptr, n_tokens, x_stride, size_in, n_experts, RANK, n_linears, n_slots,
-            shrink_split_k, PADDED != 0, BLOCK_T, BLOCK_R, SHRINK_COLS, SHRINK_STAGES,
+            pid, x_ptr, a_ptr, gates_ptr, active_ptr, lora_a_out_ptr, partial_ptr,
+            split_k_semaphore_ptr, semaphore_ptr, n_tokens, x_stride, size_in, n_experts, RANK,
+            n_linears, n_slots, shrink_split_k, PADDED != 0, BLOCK_T, BLOCK_R, SHRINK_COLS,
+            SHRINK_STAGES,
         )  # fmt: skip
     else:
         # Which tile of which slice, and which slice of `in`. With EPILOGUE rows come in pairs, and
@@ -238,7 +239,7 @@ def _decode_gemm_kernel(
                 acc_up = tl.dot(w, x, acc_up, input_precision="ieee")
         if adds:
             acc = add_delta(
-                acc, b_at, b, active_ptr, active, s_ptr, semaphore_ptr, shrinks,
+                acc, b_at, b, active_ptr, active, lora_a_out_ptr, semaphore_ptr, shrinks,
                 n_tokens, linear_idx, n_linears, n_experts, True, PADDED, RANK, BLOCK_T, BLOCK_ER,
             )  # fmt: skip
         last = True
@@ -253,8 +254,8 @@ def _decode_gemm_kernel(
             if EPILOGUE != 0:
                 if linear_up >= 0:
                     acc_up = add_delta(
-                        acc_up, b_up_at, b_up, active_ptr, active, s_ptr, semaphore_ptr, shrinks,
-                        n_tokens, linear_up, n_linears, n_experts,
+                        acc_up, b_up_at, b_up, active_ptr, active, lora_a_out_ptr, semaphore_ptr,
+                        shrinks, n_tokens, linear_up, n_linears, n_experts,
                         EPILOGUE != 3 and ADAPTED0 < 0, PADDED, RANK, BLOCK_T, BLOCK_ER,
                     )  # fmt: skip
                 if HAS_BIAS:

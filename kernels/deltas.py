@@ -46,13 +46,14 @@ def weigh(s, gates):
 
 @triton.jit
 def load_s(
-    s_at, gates_ptr, rows, first_rank, token_mask, n_experts, chunk,
+    lora_a_out_at, gates_ptr, rows, first_rank, token_mask, n_experts, chunk,
     RANK: tl.constexpr, RAW: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """s [BLOCK_T, BLOCK_E * BLOCK_R] of a chunk of experts, weighted by the gates if it is RAW."""
     s = load_ranks(
-        s_at, token_mask, first_rank, n_experts, chunk, RANK, False, EVEN_K, BLOCK_E, BLOCK_R
+        lora_a_out_at, token_mask, first_rank, n_experts, chunk, RANK, False, EVEN_K, BLOCK_E,
+        BLOCK_R,
     )  # fmt: skip
     if RAW:
         gates = load_gates(gates_ptr, rows, token_mask, n_experts, chunk, BLOCK_T, BLOCK_E, BLOCK_R)
@@ -62,24 +63,28 @@ def load_s(
 
 @triton.jit
 def load_both(
-    s_at, s_up_at, token_mask, here_up, n_experts,
+    lora_a_out_at, lora_a_out_up_at, token_mask, up_mask, n_experts,
     EPILOGUE: tl.constexpr, RANK: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """s of the first chunk of experts, and of up's where it has its own; not weighted."""
-    s = load_ranks(s_at, token_mask, 0, n_experts, 0, RANK, False, EVEN_K, BLOCK_E, BLOCK_R)
-    s_up = s
+    s = load_ranks(
+        lora_a_out_at, token_mask, 0, n_experts, 0, RANK, False, EVEN_K, BLOCK_E, BLOCK_R
+    )  # fmt: skip
+    lora_a_out_up = s
     if EPILOGUE == 1 or EPILOGUE == 2:
-        s_up = load_ranks(s_up_at, here_up, 0, n_experts, 0, RANK, False, EVEN_K, BLOCK_E, BLOCK_R)
-    return s, s_up
+        lora_a_out_up = load_ranks(
+            lora_a_out_up_at, up_mask, 0, n_experts, 0, RANK, False, EVEN_K, BLOCK_E, BLOCK_R
+        )  # fmt: skip
+    return s, lora_a_out_up
 
 
 @triton.jit
 def add_deltas(
-    y, first_b, first_s, s_at, gates_ptr, active_bits, b_at, rows, token_mask, col_mask, n_experts,
-    RANK: tl.constexpr, RAW: tl.constexpr, SKIP: tl.constexpr,
-    EVEN: tl.constexpr, EVEN_K: tl.constexpr, ONE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
+    y, first_b, first_s, lora_a_out_at, gates_ptr, active_bits, b_at, rows, token_mask, col_mask,
+    n_experts, RANK: tl.constexpr, RAW: tl.constexpr, SKIP: tl.constexpr, EVEN: tl.constexpr,
+    EVEN_K: tl.constexpr, ONE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """y + Σ_e s[rows, e] B[columns, e], [BLOCK_T, BLOCK_OUT] float32; ONE: one chunk is all."""
     if ONE:
@@ -95,7 +100,7 @@ def add_deltas(
                 b_at, col_mask, first_rank, n_experts, chunk, RANK, EVEN, EVEN_K, BLOCK_E, BLOCK_R
             )
             s = load_s(
-                s_at, gates_ptr, rows, first_rank, token_mask, n_experts, chunk,
+                lora_a_out_at, gates_ptr, rows, first_rank, token_mask, n_experts, chunk,
                 RANK, RAW, EVEN_K, BLOCK_T, BLOCK_E, BLOCK_R,
             )  # fmt: skip
             y = tl.dot(s, tl.trans(b), y, input_precision="ieee")

@@ -27,7 +27,7 @@ _BLOCK = 4096
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _weigh_kernel(
-    s_ptr, gates_ptr, n_tokens, s_stride,
+    lora_a_out_ptr, gates_ptr, n_tokens, lora_a_out_stride,
     EXPERTS: tl.constexpr, FIRST: tl.constexpr, RANK: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -42,7 +42,7 @@ def _weigh_kernel(
     gates = tl.load(gates_ptr + wide * EXPERTS + experts, mask=token_mask, other=0.0)[:, None]
     ranks = tl.arange(0, BLOCK_R)[None, :]
     first_rank = (tl.program_id(1) * EXPERTS + experts) * RANK
-    at = s_ptr + (wide * s_stride)[:, None] + first_rank[:, None] + ranks
+    at = lora_a_out_ptr + (wide * lora_a_out_stride)[:, None] + first_rank[:, None] + ranks
     rank_mask = ranks < RANK
     s = tl.load(at, mask=(gates != 0) & rank_mask, other=0.0)  # few are chosen: the others not read
     tl.store(at, weigh(s, gates), mask=token_mask[:, None] & rank_mask)

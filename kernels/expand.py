@@ -38,8 +38,8 @@ from vllm_adafuse.kernels.whole import cdiv
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _expand_kernel(
-    y_ptr, bias_ptr, out_ptr, s_ptr, b_ptr, gates_ptr, active_ptr, cos_sin_ptr,
-    n_tokens, split_stride, y_stride, out_stride, s_stride, n_experts,
+    y_ptr, bias_ptr, out_ptr, lora_a_out_ptr, b_ptr, gates_ptr, active_ptr, cos_sin_ptr,
+    n_tokens, split_stride, y_stride, out_stride, lora_a_out_stride, n_experts,
     keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
     ADAPTED0: tl.constexpr, ADAPTED1: tl.constexpr, ADAPTED2: tl.constexpr,
@@ -82,10 +82,10 @@ def _expand_kernel(
     rows_s = rows < tl.where(linear_idx >= 0, n_tokens, 0)
     rows_up = rows < tl.where(linear_up >= 0, n_tokens, 0)
     EVEN_B: tl.constexpr = EVEN and ALL_ADAPTED
-    s_at = s_ptr + rows.to(tl.int64) * s_stride + linear_idx * size
-    s_up_at = s_ptr + rows.to(tl.int64) * s_stride + linear_up * size
-    s = tl.zeros([BLOCK_T, BLOCK_E * BLOCK_R], dtype=s_ptr.dtype.element_ty)
-    s_up = s
+    lora_a_out_at = lora_a_out_ptr + rows.to(tl.int64) * lora_a_out_stride + linear_idx * size
+    lora_a_out_up_at = lora_a_out_ptr + rows.to(tl.int64) * lora_a_out_stride + linear_up * size
+    s = tl.zeros([BLOCK_T, BLOCK_E * BLOCK_R], dtype=lora_a_out_ptr.dtype.element_ty)
+    lora_a_out_up = s
     if PDL and LOOP > 1:
         tl.extra.cuda.gdc_wait()
     if ONE and RAW and DELTAS:  # the step's: not of the kernel before
@@ -94,11 +94,12 @@ def _expand_kernel(
         slots_ptr, rows, token_mask, block_size, block_stride, row_stride, PAGED
     )
     if ONE and LOOP > 1 and DELTAS:  # of all columns
-        s, s_up = load_both(
-            s_at, s_up_at, rows_s, rows_up, n_experts, EPILOGUE, RANK, EVEN_K, BLOCK_E, BLOCK_R
+        s, lora_a_out_up = load_both(
+            lora_a_out_at, lora_a_out_up_at, rows_s, rows_up, n_experts, EPILOGUE, RANK,
+            EVEN_K, BLOCK_E, BLOCK_R,
         )
         if RAW:
-            s, s_up = weigh(s, gates), weigh(s_up, gates)
+            s, lora_a_out_up = weigh(s, gates), weigh(lora_a_out_up, gates)
     for i in tl.range(LOOP, num_stages=STAGES):
         first = (group * LOOP + i) * BLOCK_OUT
         if EPILOGUE == 3:  # of a head's first half
@@ -145,19 +146,20 @@ def _expand_kernel(
         if EPILOGUE != 0:
             up = tl.load(y_at + APART, mask=mask, other=0.0)
         if ONE and LOOP == 1 and DELTAS:
-            s, s_up = load_both(
-                s_at, s_up_at, rows_s, rows_up, n_experts, EPILOGUE, RANK, EVEN_K, BLOCK_E, BLOCK_R
+            s, lora_a_out_up = load_both(
+                lora_a_out_at, lora_a_out_up_at, rows_s, rows_up, n_experts, EPILOGUE, RANK,
+                EVEN_K, BLOCK_E, BLOCK_R,
             )
             if SPLIT_K > 1:
                 sums = s.to(tl.float32)
                 for k in tl.static_range(1, SPLIT_K):
                     sums += load_ranks(
-                        s_at + k * split_stride, rows_s, 0, n_experts, 0,
+                        lora_a_out_at + k * split_stride, rows_s, 0, n_experts, 0,
                         RANK, False, EVEN_K, BLOCK_E, BLOCK_R,
                     )  # fmt: skip
                 s = weigh(sums, gates).to(s.dtype)
             elif RAW:
-                s, s_up = weigh(s, gates), weigh(s_up, gates)
+                s, lora_a_out_up = weigh(s, gates), weigh(lora_a_out_up, gates)
         active_bits = -1
         if SKIP and DELTAS:  # it may come from the kernel before
             active_bits = tl.load(active_ptr)
@@ -167,7 +169,7 @@ def _expand_kernel(
             y += tl.load(bias_at, mask=col_mask, other=0.0).to(tl.float32)[None, :]
         if DELTAS:
             y = add_deltas(
-                y, b, s, s_at, gates_ptr, active_bits, b_at, rows, rows_s, col_mask_b,
+                y, b, s, lora_a_out_at, gates_ptr, active_bits, b_at, rows, rows_s, col_mask_b,
                 n_experts, RANK, RAW, SKIP, EVEN_B, EVEN_K, ONE, BLOCK_T, BLOCK_E, BLOCK_R,
             )  # fmt: skip
         if EPILOGUE != 0:
@@ -176,9 +178,9 @@ def _expand_kernel(
                 up += tl.load(bias_at + APART, mask=col_mask, other=0.0).to(tl.float32)[None, :]
             if DELTAS:
                 up = add_deltas(
-                    up, b_up, s_up, s_up_at, gates_ptr, active_bits, b_at + APART_B * size, rows,
-                    rows_up, col_mask_up,
-                    n_experts, RANK, RAW, SKIP, EVEN_B, EVEN_K, ONE, BLOCK_T, BLOCK_E, BLOCK_R,
+                    up, b_up, lora_a_out_up, lora_a_out_up_at, gates_ptr, active_bits,
+                    b_at + APART_B * size, rows, rows_up, col_mask_up, n_experts, RANK, RAW, SKIP,
+                    EVEN_B, EVEN_K, ONE, BLOCK_T, BLOCK_E, BLOCK_R,
                 )  # fmt: skip
         out_at = out_ptr + rows.to(tl.int64)[:, None] * out_stride + (offset + columns)[None, :]
         if EPILOGUE == 3:

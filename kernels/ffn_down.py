@@ -18,26 +18,28 @@ from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.whole import power_of_2
 
 
-def s_of_slots_torch(low, gates, scales, tokens, rank, always, shared, dtype) -> torch.Tensor:
+def weigh_slots_torch(
+    lora_a_out, gates, scales, tokens, rank, always, shared, dtype
+) -> torch.Tensor:
     """s [T, 1, E' R] of low [(1 + k) T, EA R]: each expert's from its own place, weighted."""
     experts = gates.shape[-1]
-    low = low.view(-1, tokens, low.shape[1] // rank, rank)
+    lora_a_out = lora_a_out.view(-1, tokens, lora_a_out.shape[1] // rank, rank)
     own = gates[:tokens, 0]
-    place = slots_of(own, low.shape[0] - 1)
-    at = torch.arange(experts, device=low.device)
-    row = torch.arange(tokens, device=low.device)[:, None]
-    chosen = low[place, row, torch.zeros_like(at) if shared else at]
+    place = slots_of(own, lora_a_out.shape[0] - 1)
+    at = torch.arange(experts, device=lora_a_out.device)
+    row = torch.arange(tokens, device=lora_a_out.device)[:, None]
+    chosen = lora_a_out[place, row, torch.zeros_like(at) if shared else at]
     weights = (own * scales[:experts])[..., None]
-    s = torch.where(weights != 0, weights * chosen, 0.0)
+    weighted = torch.where(weights != 0, weights * chosen, 0.0)
     if always:
-        s = torch.cat([s, low[0, :, -always:] * scales[experts:, None]], 1)
-    return s.to(dtype).view(tokens, 1, -1)
+        weighted = torch.cat([weighted, lora_a_out[0, :, -always:] * scales[experts:, None]], 1)
+    return weighted.to(dtype).view(tokens, 1, -1)
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _slots_kernel(
-    low_ptr, gates_ptr, scales_ptr, s_ptr, n_tokens, low_stride, slots,
-    EXPERTS: tl.constexpr, EVERY: tl.constexpr, RANK: tl.constexpr, SIZE_LOW: tl.constexpr,
+    lora_a_out_ptr, gates_ptr, scales_ptr, weighted_ptr, n_tokens, lora_a_stride, slots,
+    EXPERTS: tl.constexpr, EVERY: tl.constexpr, RANK: tl.constexpr, LORA_A_SIZE: tl.constexpr,
     SHARED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """s of one token."""
@@ -54,35 +56,39 @@ def _slots_kernel(
         weight = tl.load(gates_ptr + token * EXPERTS + expert, mask=routed, other=1.0)
         weight *= tl.load(scales_ptr + expert, mask=col_mask, other=0.0)
         # Those always on stand at the end of a row of low, and read the mixture.
-        at = tl.where(routed, columns % RANK if SHARED else columns, columns - (SIZE - SIZE_LOW))
+        at = tl.where(routed, columns % RANK if SHARED else columns, columns - (SIZE - LORA_A_SIZE))
         row = tl.where(routed, place, 0).to(tl.int64) * n_tokens + token
-        low = tl.load(low_ptr + row * low_stride + at, mask=col_mask, other=0.0)
-        s = tl.where(weight != 0.0, weight * low, 0.0)
-        tl.store(s_ptr + token * SIZE + columns, s.to(s_ptr.dtype.element_ty), mask=col_mask)
+        a_at = lora_a_out_ptr + row * lora_a_stride + at
+        lora_a_out = tl.load(a_at, mask=col_mask, other=0.0)
+        weighted = tl.where(weight != 0.0, weight * lora_a_out, 0.0)
+        weighted_at = weighted_ptr + token * SIZE + columns
+        tl.store(weighted_at, weighted.to(weighted_ptr.dtype.element_ty), mask=col_mask)
 
 
-def s_of_slots_triton(low, gates, scales, tokens, rank, always, shared, dtype) -> torch.Tensor:
-    """One launch; see `s_of_slots_torch`."""
+def weigh_slots_triton(
+    lora_a_out, gates, scales, tokens, rank, always, shared, dtype
+) -> torch.Tensor:
+    """One launch; see `weigh_slots_torch`."""
     experts, every = gates.shape[-1], scales.shape[0]
-    s = low.new_empty(tokens, 1, every * rank, dtype=dtype)
+    weighted = lora_a_out.new_empty(tokens, 1, every * rank, dtype=dtype)
     launch(
         _slots_kernel, (tokens,),
-        low, gates, scales, s, tokens, low.stride(0), low.shape[0] // tokens - 1,
-        EXPERTS=experts, EVERY=every, RANK=rank, SIZE_LOW=low.shape[1], SHARED=shared,
-        BLOCK_E=max(2, power_of_2(experts)),
+        lora_a_out, gates, scales, weighted, tokens, lora_a_out.stride(0),
+        lora_a_out.shape[0] // tokens - 1, EXPERTS=experts, EVERY=every, RANK=rank,
+        LORA_A_SIZE=lora_a_out.shape[1], SHARED=shared, BLOCK_E=max(2, power_of_2(experts)),
         BLOCK_C=min(128, power_of_2(every * rank)), num_warps=4,
     )  # fmt: skip
-    return s
+    return weighted
 
 
-def _run(y, low, gates, scales, active, lora_b, always, shared) -> None:
+def _run(y, lora_a_out, gates, scales, active, lora_b, always, shared) -> None:
     rank, width = lora_b.shape[2], y.shape[1]
-    s_of_slots = s_of_slots_triton if y.is_cuda else s_of_slots_torch
-    s = s_of_slots(low, gates, scales, y.shape[0], rank, always, shared, y.dtype)
+    weigh_slots = weigh_slots_triton if y.is_cuda else weigh_slots_torch
+    weighted = weigh_slots(lora_a_out, gates, scales, y.shape[0], rank, always, shared, y.dtype)
     if y.is_cuda:
-        expand_triton(y, s, lora_b, active, [0], [width])
+        expand_triton(y, weighted, lora_b, active, [0], [width])
     else:
-        expand_torch(y, s, lora_b, [0], [width])
+        expand_torch(y, weighted, lora_b, [0], [width])
 
 
 def _fake(*arguments) -> None:
@@ -99,7 +105,7 @@ _op = register_op(
 
 def ffn_down(
     y: torch.Tensor,
-    low: torch.Tensor,
+    lora_a_out: torch.Tensor,
     gates: torch.Tensor,
     scales: torch.Tensor,
     active: torch.Tensor,
@@ -120,4 +126,4 @@ def ffn_down(
         always: experts past E that are always on.
         shared: one A serves all other experts.
     """
-    _op(y, low, gates, scales, active, lora_b, always, shared)
+    _op(y, lora_a_out, gates, scales, active, lora_b, always, shared)

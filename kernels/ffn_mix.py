@@ -32,12 +32,12 @@ def ffn_mix_torch(both, gates, lora_b, adapted, width, slots, activation) -> tor
     """The reference; see `ffn_mix`."""
     tokens, (_, every, rank), experts = both.shape[0], lora_b.shape, gates.shape[-1]
     y = both[:, : 2 * width].float()
-    s = both[:, 2 * width :].reshape(tokens, -1, every, rank).float()
+    weighted = both[:, 2 * width :].reshape(tokens, -1, every, rank).float()
     b = lora_b.float().split([width if linear_idx >= 0 else 0 for linear_idx in adapted])
 
     def delta(expert: int) -> torch.Tensor:
         of_linears = [
-            s[:, p, expert] @ b[i][:, expert].t() if p >= 0 else y.new_zeros(tokens, width)
+            weighted[:, p, expert] @ b[i][:, expert].t() if p >= 0 else y.new_zeros(tokens, width)
             for i, p in enumerate(adapted)
         ]
         return torch.cat(of_linears, -1)
@@ -60,22 +60,22 @@ def ffn_mix_torch(both, gates, lora_b, adapted, width, slots, activation) -> tor
 
 @triton.jit
 def _add_expert(
-    y, s_at, b_at, token_mask, col_mask, expert,
+    y, weighted_at, b_at, token_mask, col_mask, expert,
     RANK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """y [BLOCK_T, BLOCK_C] + s of one expert [BLOCK_T, RANK] times its B [BLOCK_C, RANK]."""
     for first in range(0, RANK, BLOCK_R):
         ranks = first + tl.arange(0, BLOCK_R)
         at = expert * RANK + ranks
-        s = tl.load(
-            s_at[:, None] + at[None, :],
+        weighted = tl.load(
+            weighted_at[:, None] + at[None, :],
             mask=token_mask[:, None] & (ranks < RANK)[None, :], other=0.0,
         )  # fmt: skip
         b = tl.load(
             b_at[:, None] + at[None, :],
             mask=col_mask[:, None] & (ranks < RANK)[None, :], other=0.0,
         )  # fmt: skip
-        y = tl.dot(s, tl.trans(b), y, input_precision="ieee")
+        y = tl.dot(weighted, tl.trans(b), y, input_precision="ieee")
     return y
 
 
@@ -97,15 +97,16 @@ def _ffn_mix_kernel(
     base = tl.load(row_at[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     base_up = tl.load(row_at[:, None] + (WIDTH + columns)[None, :], mask=mask, other=0.0)
     base_up = base_up.to(tl.float32)
-    s_at, s_up_at = row_at + 2 * WIDTH + ADAPTED0 * SIZE, row_at + 2 * WIDTH + ADAPTED1 * SIZE
+    weighted_at = row_at + 2 * WIDTH + ADAPTED0 * SIZE
+    weighted_up_at = row_at + 2 * WIDTH + ADAPTED1 * SIZE
     b_at = b_ptr + columns.to(tl.int64) * SIZE
     b_up_at = b_at + (WIDTH if ADAPTED0 >= 0 else 0) * SIZE
     for expert in range(EXPERTS, EVERY):
         if ADAPTED0 >= 0:
-            base = _add_expert(base, s_at, b_at, token_mask, col_mask, expert, RANK, BLOCK_R)
+            base = _add_expert(base, weighted_at, b_at, token_mask, col_mask, expert, RANK, BLOCK_R)
         if ADAPTED1 >= 0:
             base_up = _add_expert(
-                base_up, s_up_at, b_up_at, token_mask, col_mask, expert, RANK, BLOCK_R
+                base_up, weighted_up_at, b_up_at, token_mask, col_mask, expert, RANK, BLOCK_R
             )  # fmt: skip
     mixed = tl.zeros([BLOCK_T, BLOCK_C], dtype=tl.float32)
     place = tl.zeros([BLOCK_T], dtype=tl.int32)
@@ -116,9 +117,11 @@ def _ffn_mix_kernel(
             place += chosen.to(tl.int32)
             gate, up = base, base_up
             if ADAPTED0 >= 0:
-                gate = _add_expert(gate, s_at, b_at, chosen, col_mask, expert, RANK, BLOCK_R)
+                gate = _add_expert(gate, weighted_at, b_at, chosen, col_mask, expert, RANK, BLOCK_R)
             if ADAPTED1 >= 0:
-                up = _add_expert(up, s_up_at, b_up_at, chosen, col_mask, expert, RANK, BLOCK_R)
+                up = _add_expert(
+                    up, weighted_up_at, b_up_at, chosen, col_mask, expert, RANK, BLOCK_R
+                )  # fmt: skip
             h = activate(gate, up, EPILOGUE)
             mixed += tl.where(chosen[:, None], g[:, None] * h, 0.0)
             if SLOTS > 0:

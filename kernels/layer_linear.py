@@ -35,16 +35,16 @@ def layer_linear(x: torch.Tensor, p: LayerProjection, layer: LayerGates) -> torc
     out, bias = p.size_out, p.bias
     if x.is_cuda and x.shape[0] <= MAX_LAYER_FUSED_TOKENS:
         both = matmul_f32(x, p.fused_weight.t())
-        y, low = both[:, :out], both[:, out:]
+        y, lora_a_out = both[:, :out], both[:, out:]
     else:
         y = F.linear(x, p.fused_weight[:out], bias)
-        low = matmul_f32(x, p.fused_weight[out:].t())
+        lora_a_out = matmul_f32(x, p.fused_weight[out:].t())
         bias = None
-    logits = low[:, p.columns : p.columns + p.logits] if p.logits else None
-    s = route_layer(low[:, : p.columns], logits, p, layer, x.dtype)
+    logits = lora_a_out[:, p.columns : p.columns + p.logits] if p.logits else None
+    weighted = route_layer(lora_a_out[:, : p.columns], logits, p, layer, x.dtype)
     if x.is_cuda:
         return expand_weighted_triton(
-            y, s, bias, p.lora_b, layer.active, p.adapted, p.widths, p.epilogue
+            y, weighted, bias, p.lora_b, layer.active, p.adapted, p.widths, p.epilogue
         )
-    expand_torch(y, s, p.lora_b, p.adapted, p.widths)
+    expand_torch(y, weighted, p.lora_b, p.adapted, p.widths)
     return activate_torch(y, p.epilogue) if p.epilogue else y

@@ -16,7 +16,7 @@ from vllm_adafuse.kernels.route_layer import route_layer
 
 def layer_sgmm(
     y: torch.Tensor,
-    low: torch.Tensor,
+    lora_a_out: torch.Tensor,
     logits: torch.Tensor | None,
     p: LayerProjection,
     layer: LayerGates,
@@ -28,10 +28,10 @@ def layer_sgmm(
         low, logits, layer: as in `route_layer`.
         p: the projection.
     """
-    s = route_layer(low, logits, p, layer, y.dtype)
+    weighted = route_layer(lora_a_out, logits, p, layer, y.dtype)
     if not p.linears:
         return
     if y.is_cuda:
-        expand_triton(y, s, p.lora_b, layer.active, p.adapted, p.widths)
+        expand_triton(y, weighted, p.lora_b, layer.active, p.adapted, p.widths)
     else:
-        expand_torch(y, s, p.lora_b, p.adapted, p.widths)
+        expand_torch(y, weighted, p.lora_b, p.adapted, p.widths)

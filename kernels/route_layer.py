@@ -78,15 +78,15 @@ def _active_bits(gates: torch.Tensor, always: int) -> torch.Tensor | int:
 
 
 def route_layer_torch(
-    low: torch.Tensor,
+    lora_a_out: torch.Tensor,
     logits: torch.Tensor | None,
     p: LayerProjection,
     layer: LayerGates,
-    s: torch.Tensor,
+    weighted: torch.Tensor,
 ) -> None:
     """The reference; see `route_layer`. s [T, P, E' R] is written."""
     gate, scales, bias, gates, active = p.rule, p.scales, p.router_bias, layer.gates, layer.active
-    tokens, experts, every = s.shape[0], gates.shape[-1], scales.shape[0]
+    tokens, experts, every = weighted.shape[0], gates.shape[-1], scales.shape[0]
     own = gates[:tokens]
     if logits is not None and experts:
         z = _sum_splits(logits, len(gate.experts), experts)
@@ -98,22 +98,22 @@ def route_layer_torch(
         active.fill_(_active_bits(own, gate.always))
     else:
         active.fill_(-1)
-    linears = s.shape[1]
+    linears = weighted.shape[1]
     if not linears:
         return
-    rank = s.shape[2] // every
-    low = low.reshape(tokens, linears, -1, rank)
+    rank = weighted.shape[2] // every
+    lora_a_out = lora_a_out.reshape(tokens, linears, -1, rank)
     if gate.shared:
         a = [0] * experts + list(range(1, 1 + gate.always))
-        low = low[:, :, a]
+        lora_a_out = lora_a_out[:, :, a]
     weights = ((own != 0).float() if gate.plain else own) * scales[:experts]
     weights = weights.expand(-1, linears, -1)
-    s = s.view(tokens, linears, every, rank)
+    weighted = weighted.view(tokens, linears, every, rank)
     # Not a bare product: what is computed of an expert that was not chosen must not matter.
-    s[:, :, :experts] = torch.where(
-        weights[..., None] != 0, low[:, :, :experts] * weights[..., None], 0.0
+    weighted[:, :, :experts] = torch.where(
+        weights[..., None] != 0, lora_a_out[:, :, :experts] * weights[..., None], 0.0
     )
-    s[:, :, experts:] = low[:, :, experts:] * scales[experts:, None]
+    weighted[:, :, experts:] = lora_a_out[:, :, experts:] * scales[experts:, None]
 
 
 @triton.jit
@@ -167,8 +167,8 @@ def router_gates(
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _route_layer_kernel(
-    low_ptr, logits_ptr, bias_ptr, scales_ptr, gates_ptr, active_ptr, s_ptr,
-    n_tokens, low_stride, logits_stride, count0, count1, count2, temperature,
+    lora_a_out_ptr, logits_ptr, bias_ptr, scales_ptr, gates_ptr, active_ptr, weighted_ptr,
+    n_tokens, lora_a_stride, logits_stride, count0, count1, count2, temperature,
     ROUTERS: tl.constexpr, SPLITS: tl.constexpr, SPLIT_FACTOR: tl.constexpr,
     EXPERTS: tl.constexpr, EVERY: tl.constexpr, LINEARS: tl.constexpr, RANK: tl.constexpr,
     TOP_K: tl.constexpr, SOFTMAX_FIRST: tl.constexpr, ABSOLUTE: tl.constexpr,
@@ -206,19 +206,19 @@ def _route_layer_kernel(
     # Columns of s read gates of other lanes.
     tl.debug_barrier()
     SIZE: tl.constexpr = EVERY * RANK
-    SIZE_LOW: tl.constexpr = (EVERY - EXPERTS + 1) * RANK if SHARED else SIZE
+    LORA_A_SIZE: tl.constexpr = (EVERY - EXPERTS + 1) * RANK if SHARED else SIZE
     for linear_idx in tl.static_range(LINEARS):
         for start in range(0, SIZE, BLOCK_C):
             at = start + tl.arange(0, BLOCK_C)
             expert = at // RANK
             col_mask = at < SIZE
             within = token_mask[:, None] & col_mask[None, :]
-            at_low = at
+            lora_a_out_at = at
             if SHARED:
-                at_low = tl.where(expert < EXPERTS, at % RANK, at - (EXPERTS - 1) * RANK)
-            low = tl.load(
-                low_ptr + rows.to(tl.int64)[:, None] * low_stride
-                + (linear_idx * SIZE_LOW + at_low)[None, :],
+                lora_a_out_at = tl.where(expert < EXPERTS, at % RANK, at - (EXPERTS - 1) * RANK)
+            lora_a_out = tl.load(
+                lora_a_out_ptr + rows.to(tl.int64)[:, None] * lora_a_stride
+                + (linear_idx * LORA_A_SIZE + lora_a_out_at)[None, :],
                 mask=within, other=0.0,
             )  # fmt: skip
             chosen = within & (expert < EXPERTS)[None, :]
@@ -233,35 +233,36 @@ def _route_layer_kernel(
             scale = tl.load(scales_ptr + expert, mask=col_mask, other=0.0)
             weights *= scale[None, :]
             # Not a bare product: what an expert that was not chosen gives must not matter.
-            s = tl.where(weights != 0.0, low * weights, 0.0)
-            s_at = s_ptr + (rows.to(tl.int64) * LINEARS + linear_idx)[:, None] * SIZE + at[None, :]
-            tl.store(s_at, s.to(s_ptr.dtype.element_ty), mask=within)
+            weighted = tl.where(weights != 0.0, lora_a_out * weights, 0.0)
+            row = (rows.to(tl.int64) * LINEARS + linear_idx)[:, None]
+            weighted_at = weighted_ptr + row * SIZE + at[None, :]
+            tl.store(weighted_at, weighted.to(weighted_ptr.dtype.element_ty), mask=within)
 
 
 def route_layer_triton(
-    low: torch.Tensor,
+    lora_a_out: torch.Tensor,
     logits: torch.Tensor | None,
     p: LayerProjection,
     layer: LayerGates,
-    s: torch.Tensor,
+    weighted: torch.Tensor,
 ) -> None:
     """One launch; see `route_layer`. s [T, P, E' R] is written."""
     gate, scales, bias, gates, active = p.rule, p.scales, p.router_bias, layer.gates, layer.active
-    tokens, linears, _ = s.shape
+    tokens, linears, _ = weighted.shape
     (_, routers, experts), every = gates.shape, scales.shape[0]
     block_e = max(2, triton.next_power_of_2(every))
     one = tokens <= MAX_LAYER_ACTIVE_TOKENS and every <= _MAX_BITS
     # Many small programs: the work is short, and what counts is when the last of them ends.
     several = 2 if tokens <= MAX_SMALL_ROUTE_TOKENS else 8
     block_t = triton.next_power_of_2(tokens) if one else max(1, min(several, 4096 // block_e))
-    rank = s.shape[2] // every if every else 0
+    rank = weighted.shape[2] // every if every else 0
     block_c = min(1024, max(16, triton.next_power_of_2(every * rank)))
     counts = [*gate.experts, 0, 0, 0][:3]
     splits = logits.shape[1] // (routers * experts) if logits is not None and experts else 0
     launch(
         _route_layer_kernel, (triton.cdiv(tokens, block_t),),
-        low, logits, bias, scales, gates, active, s,
-        tokens, low.stride(0), logits.stride(0) if logits is not None else 0,
+        lora_a_out, logits, bias, scales, gates, active, weighted,
+        tokens, lora_a_out.stride(0), logits.stride(0) if logits is not None else 0,
         *counts, gate.temperature,
         ROUTERS=routers if experts else 0, SPLITS=splits, SPLIT_FACTOR=SPLIT_FACTOR,
         EXPERTS=experts, EVERY=every, LINEARS=linears, RANK=rank,
@@ -269,12 +270,12 @@ def route_layer_triton(
         SHARED=gate.shared, PLAIN=gate.plain,
         HAS_LOGITS=logits is not None, HAS_BIAS=bias is not None,
         ONE=one, BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_C=block_c,
-        num_warps=4, **overlap(on_hopper(low)),
+        num_warps=4, **overlap(on_hopper(lora_a_out)),
     )  # fmt: skip
 
 
 def route_layer(
-    low: torch.Tensor,
+    lora_a_out: torch.Tensor,
     logits: torch.Tensor | None,
     p: LayerProjection,
     layer: LayerGates,
@@ -294,7 +295,8 @@ def route_layer(
     Returns:
         s: [T, P, E' R]; where P is 0 nothing hangs on it.
     """
-    s = low.new_empty(low.shape[0], p.linears, p.scales.shape[0] * p.rank, dtype=dtype)
-    run = route_layer_triton if low.is_cuda else route_layer_torch
-    run(low, logits, p, layer, s)
-    return s
+    shape = lora_a_out.shape[0], p.linears, p.scales.shape[0] * p.rank
+    weighted = lora_a_out.new_empty(shape, dtype=dtype)
+    run = route_layer_triton if lora_a_out.is_cuda else route_layer_torch
+    run(lora_a_out, logits, p, layer, weighted)
+    return weighted

@@ -123,9 +123,9 @@ def last_sums(acc, partial_ptr, split_k_semaphore_ptr, slot, pid_k, split_k,
 
 @triton.jit
 def _shrink_slice(
-    slot, linear_idx, expert, block, pid_k, used, x_ptr, a_ptr, gates_ptr, s_ptr, partial_ptr,
-    split_k_semaphore_ptr, semaphore_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_linears,
-    split_k, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_IN: tl.constexpr,
+    slot, linear_idx, expert, block, pid_k, used, x_ptr, a_ptr, gates_ptr, lora_a_out_ptr,
+    partial_ptr, split_k_semaphore_ptr, semaphore_ptr, n_tokens, x_stride, size_in, n_experts, rank,
+    n_linears, split_k, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_IN: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """A slice of `in` for one block of ranks of one expert of one linear: s [T, BLOCK_R].
@@ -161,15 +161,15 @@ def _shrink_slice(
         at = ((rows * n_linears + linear_idx) * n_experts + expert)[None, :] * rank + ranks[:, None]
         # Not a bare product: what another token sees of this expert must not matter.
         s = tl.where(gates[None, :] != 0, sums * gates[None, :], 0.0)
-        s = s.to(s_ptr.dtype.element_ty)
-        tl.store(s_ptr + at, s, mask=token_mask[None, :] & real[:, None])
+        s = s.to(lora_a_out_ptr.dtype.element_ty)
+        tl.store(lora_a_out_ptr + at, s, mask=token_mask[None, :] & real[:, None])
         tl.debug_barrier()
         tl.atomic_add(semaphore_ptr, 1, sem="release")
 
 
 @triton.jit
 def shrink_program(
-    pid, x_ptr, a_ptr, gates_ptr, active_ptr, s_ptr, partial_ptr, split_k_semaphore_ptr,
+    pid, x_ptr, a_ptr, gates_ptr, active_ptr, lora_a_out_ptr, partial_ptr, split_k_semaphore_ptr,
     semaphore_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_linears, n_slots, split_k,
     LISTED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_IN: tl.constexpr, STAGES: tl.constexpr,
@@ -186,8 +186,8 @@ def shrink_program(
             expert = tl.load(active_ptr + 2 + i).to(tl.int32)
             _shrink_slice(
                 i * of_expert + slot % of_expert, linear_idx, expert, block, pid_k, True,
-                x_ptr, a_ptr, gates_ptr, s_ptr, partial_ptr, split_k_semaphore_ptr, semaphore_ptr,
-                n_tokens, x_stride, size_in, n_experts, rank, n_linears, split_k,
+                x_ptr, a_ptr, gates_ptr, lora_a_out_ptr, partial_ptr, split_k_semaphore_ptr,
+                semaphore_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_linears, split_k,
                 BLOCK_T, BLOCK_R, BLOCK_IN, STAGES,
             )  # fmt: skip
     else:
@@ -197,23 +197,23 @@ def shrink_program(
         if used | (pid_k == 0):
             _shrink_slice(
                 slot, linear_idx, expert, slot % blocks, pid_k, used,
-                x_ptr, a_ptr, gates_ptr, s_ptr, partial_ptr, split_k_semaphore_ptr, semaphore_ptr,
-                n_tokens, x_stride, size_in, n_experts, rank, n_linears, split_k,
+                x_ptr, a_ptr, gates_ptr, lora_a_out_ptr, partial_ptr, split_k_semaphore_ptr,
+                semaphore_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_linears, split_k,
                 BLOCK_T, BLOCK_R, BLOCK_IN, STAGES,
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _shrink_kernel(
-    x_ptr, a_ptr, gates_ptr, active_ptr, s_ptr, partial_ptr, split_k_semaphore_ptr, semaphore_ptr,
-    n_tokens, x_stride, size_in, n_experts, rank, n_linears, split_k,
+    x_ptr, a_ptr, gates_ptr, active_ptr, lora_a_out_ptr, partial_ptr, split_k_semaphore_ptr,
+    semaphore_ptr, n_tokens, x_stride, size_in, n_experts, rank, n_linears, split_k,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_IN: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:  # launched before the kernel in front of it has ended
         tl.extra.cuda.gdc_wait()
     shrink_program(
-        tl.program_id(0), x_ptr, a_ptr, gates_ptr, active_ptr, s_ptr, partial_ptr,
+        tl.program_id(0), x_ptr, a_ptr, gates_ptr, active_ptr, lora_a_out_ptr, partial_ptr,
         split_k_semaphore_ptr, semaphore_ptr, n_tokens, x_stride, size_in, n_experts, rank,
         n_linears, 0, split_k, False, BLOCK_T, BLOCK_R, BLOCK_IN, STAGES,
     )  # fmt: skip

@@ -49,7 +49,7 @@ def _store_tile(out_desc, tile, first_token, offset, within):
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _tma_expand_kernel(
-    y_desc, b_desc, out_desc, s_desc, gates_ptr, cos_sin_ptr,
+    y_desc, b_desc, out_desc, lora_a_out_desc, gates_ptr, cos_sin_ptr,
     n_tokens, n_experts,
     keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
     TILES0: tl.constexpr, TILES1: tl.constexpr, TILES2: tl.constexpr,
@@ -72,10 +72,10 @@ def _tma_expand_kernel(
     gates = load_gates(gates_ptr, rows, token_mask, n_experts, 0, BLOCK_T, BLOCK_E, RANK)
     # From a descriptor, so that it lies in registers as products take it; what comes by pointers
     # lies in shared memory, and every product fetches it from there.
-    s = weigh(s_desc.load([first_token, slice_idx * SIZE]), gates)
-    s_up = s
+    s = weigh(lora_a_out_desc.load([first_token, slice_idx * SIZE]), gates)
+    lora_a_out_up = s
     if EPILOGUE == 1 or EPILOGUE == 2:
-        s_up = weigh(s_desc.load([first_token, SIZE]), gates)
+        lora_a_out_up = weigh(lora_a_out_desc.load([first_token, SIZE]), gates)
     if EPILOGUE == 3:  # a program's tiles are the same piece of their heads, so all turn alike
         cos, sin = turns_of_heads(cos_sin_ptr, rows, token_mask, slice_idx, piece, APART, COLS)
     in_pages, slot_mask = rows_in_pages(
@@ -85,7 +85,7 @@ def _tma_expand_kernel(
         within = tile * STEP + piece
         y = _add_delta(y_desc, b_desc, s, first_token, offset + within)
         if EPILOGUE != 0:
-            up = _add_delta(y_desc, b_desc, s_up, first_token, offset + within + APART)
+            up = _add_delta(y_desc, b_desc, lora_a_out_up, first_token, offset + within + APART)
             if EPILOGUE == 3:
                 y, up = rotate(y, up, cos.to(tl.float32), sin.to(tl.float32))
                 if not PAGED:

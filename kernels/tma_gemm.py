@@ -66,11 +66,11 @@ def workspace_sizes(lora_a: torch.Tensor) -> tuple[int, int, int]:
 
 @triton.jit
 def _shrink_tile(
-    pid, x_desc, a_desc, gates_ptr, s_ptr, partial_ptr, split_k_semaphore_ptr, semaphore_ptr,
-    n_tokens, size_in, used,
-    RANKS: tl.constexpr, RANK: tl.constexpr, EXPERTS: tl.constexpr, SHRINK_SPLIT_K: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, SHRINK_ROWS: tl.constexpr,
-    COLS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    pid, x_desc, a_desc, gates_ptr, lora_a_out_ptr, partial_ptr, split_k_semaphore_ptr,
+    semaphore_ptr, n_tokens, size_in, used, RANKS: tl.constexpr, RANK: tl.constexpr,
+    EXPERTS: tl.constexpr, SHRINK_SPLIT_K: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr, SHRINK_ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A slice of `in` for one tile of A; whoever is the last of its tile leaves s [T, ranks].
     One of whose experts none is used is of the first slice alone, which leaves zeros."""
@@ -97,9 +97,9 @@ def _shrink_tile(
         gates = tl.load(gates_at, mask=chosen, other=0.0)
         gates = tl.dot(gates, its, input_precision="tf32x3")
         # Not a bare product: what another token sees of this expert must not matter.
-        s = tl.where(gates != 0, sums * gates, 0.0).to(s_ptr.dtype.element_ty)
-        s_at = s_ptr + tokens[:, None] * RANKS + ranks[None, :]
-        tl.store(s_at, s, mask=token_mask[:, None] & (ranks < RANKS)[None, :])
+        s = tl.where(gates != 0, sums * gates, 0.0).to(lora_a_out_ptr.dtype.element_ty)
+        lora_a_out_at = lora_a_out_ptr + tokens[:, None] * RANKS + ranks[None, :]
+        tl.store(lora_a_out_at, s, mask=token_mask[:, None] & (ranks < RANKS)[None, :])
         if PDL:
             fence()
         tl.debug_barrier()
@@ -157,19 +157,16 @@ def _finish(
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _tma_gemm_kernel(
-    x_desc, w_desc, more_w_desc, a_desc, s_desc, b_desc, more_b_desc, up_desc, more_up_desc,
-    w_ptr, bias_ptr, y_ptr, cos_sin_ptr, gates_ptr, active_ptr,
-    s_ptr, partial_ptr, split_k_semaphore_ptr, semaphore_ptr,
-    n_tokens, y_stride, size_in,
-    keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
-    WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
-    ADAPTED0: tl.constexpr, ADAPTED1: tl.constexpr, ADAPTED2: tl.constexpr,
-    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
-    SPLIT_K: tl.constexpr, SHRINK_SPLIT_K: tl.constexpr, RANK: tl.constexpr, EXPERTS: tl.constexpr,
-    RANKS: tl.constexpr, SHRINK_ROWS: tl.constexpr, LISTED: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
-    ROWS: tl.constexpr, MORE: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
-    WAITS: tl.constexpr, PDL: tl.constexpr,
+    x_desc, w_desc, more_w_desc, a_desc, lora_a_out_desc, b_desc, more_b_desc, up_desc,
+    more_up_desc, w_ptr, bias_ptr, y_ptr, cos_sin_ptr, gates_ptr, active_ptr, lora_a_out_ptr,
+    partial_ptr, split_k_semaphore_ptr, semaphore_ptr, n_tokens, y_stride, size_in, keys_ptr,
+    values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride, WIDTH0: tl.constexpr,
+    WIDTH1: tl.constexpr, WIDTH2: tl.constexpr, ADAPTED0: tl.constexpr, ADAPTED1: tl.constexpr,
+    ADAPTED2: tl.constexpr, HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, HALF: tl.constexpr,
+    PAGED: tl.constexpr, SPLIT_K: tl.constexpr, SHRINK_SPLIT_K: tl.constexpr, RANK: tl.constexpr,
+    EXPERTS: tl.constexpr, RANKS: tl.constexpr, SHRINK_ROWS: tl.constexpr, LISTED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr, MORE: tl.constexpr,
+    COLS: tl.constexpr, STAGES: tl.constexpr, WAITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     SHRINK_TILES: tl.constexpr = (RANKS + SHRINK_ROWS - 1) // SHRINK_ROWS
@@ -187,7 +184,7 @@ def _tma_gemm_kernel(
             tl.extra.cuda.gdc_wait()
         if used | (pid % SHRINK_SPLIT_K == 0):
             _shrink_tile(
-                pid, x_desc, a_desc, gates_ptr, s_ptr, partial_ptr, split_k_semaphore_ptr,
+                pid, x_desc, a_desc, gates_ptr, lora_a_out_ptr, partial_ptr, split_k_semaphore_ptr,
                 semaphore_ptr, n_tokens, size_in, used, RANKS, RANK, EXPERTS, SHRINK_SPLIT_K,
                 BLOCK_T, BLOCK_E, SHRINK_ROWS, COLS, STAGES, PDL,
             )  # fmt: skip
@@ -254,10 +251,9 @@ def _tma_gemm_kernel(
         if not WAITS:  # a loop up to the ranks, and another behind it
             acc, more = loop_over(
                 acc, more, begin, tl.minimum(end, of_in), of_in, of_gate, blocks, ahead,
-                x_desc, w_desc, more_w_desc, s_desc, b_desc, more_b_desc, up_desc, more_up_desc,
-                semaphore_ptr, member, row, b_member, b_row, linear_idx,
-                SIZE, False, ADAPTED1, LISTED,
-                MEMBERS, ROWS, MORE, COLS, STAGES, SHRINK_TILES, False,
+                x_desc, w_desc, more_w_desc, lora_a_out_desc, b_desc, more_b_desc, up_desc,
+                more_up_desc, semaphore_ptr, member, row, b_member, b_row, linear_idx, SIZE, False,
+                ADAPTED1, LISTED, MEMBERS, ROWS, MORE, COLS, STAGES, SHRINK_TILES, False,
             )  # fmt: skip
             begin = tl.maximum(begin, of_in)
         if (begin > ahead) & (end > of_in):
@@ -266,10 +262,9 @@ def _tma_gemm_kernel(
                 fence()
         acc, more = loop_over(
             acc, more, begin, end, of_in, of_gate, blocks, ahead,
-            x_desc, w_desc, more_w_desc, s_desc, b_desc, more_b_desc, up_desc, more_up_desc,
-            semaphore_ptr, member, row, b_member, b_row, linear_idx,
-            SIZE, HAS_UP, ADAPTED1, LISTED,
-            MEMBERS, ROWS, MORE, COLS, STAGES, SHRINK_TILES, WAITS,
+            x_desc, w_desc, more_w_desc, lora_a_out_desc, b_desc, more_b_desc, up_desc,
+            more_up_desc, semaphore_ptr, member, row, b_member, b_row, linear_idx, SIZE, HAS_UP,
+            ADAPTED1, LISTED, MEMBERS, ROWS, MORE, COLS, STAGES, SHRINK_TILES, WAITS,
         )  # fmt: skip
         y, up = apart(acc, EPILOGUE, BLOCK_T, ROWS)
         _finish(

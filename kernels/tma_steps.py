@@ -41,7 +41,7 @@ def active_blocks(bits, EXPERTS: tl.constexpr, BLOCKS: tl.constexpr):
 
 @triton.jit
 def rank_of_step(step, blocks, COLS: tl.constexpr, LISTED: tl.constexpr):
-    """Where the ranks of a linear_idx's step begin, counted within the linear_idx; see `active_blocks`."""
+    """Where the ranks of a linear's step begin, counted within the linear; see `active_blocks`."""
     if LISTED:
         step = ((blocks >> (4 * step)) & 15).to(tl.int32)
     return step * COLS
@@ -50,7 +50,7 @@ def rank_of_step(step, blocks, COLS: tl.constexpr, LISTED: tl.constexpr):
 @triton.jit
 def loop_over(
     acc, more, begin, end, of_in, of_gate, blocks, ahead,
-    x_desc, w_desc, more_w_desc, s_desc, b_desc, more_b_desc, up_desc, more_up_desc,
+    x_desc, w_desc, more_w_desc, lora_a_out_desc, b_desc, more_b_desc, up_desc, more_up_desc,
     semaphore_ptr, member, row, b_member, b_row, linear_idx,
     SIZE: tl.constexpr, HAS_UP: tl.constexpr, ADAPTED1: tl.constexpr, LISTED: tl.constexpr,
     MEMBERS: tl.constexpr, ROWS: tl.constexpr, MORE: tl.constexpr, COLS: tl.constexpr,
@@ -67,7 +67,7 @@ def loop_over(
         if step >= of_in:
             at = rank_of_step(step - of_in, blocks, COLS, LISTED)
             of_member, of_row, of_s = b_member, b_row, linear_idx * SIZE
-            from_x, from_w, from_more = s_desc, b_desc, more_b_desc
+            from_x, from_w, from_more = lora_a_out_desc, b_desc, more_b_desc
         if HAS_UP:
             if step >= of_in + of_gate:
                 at = rank_of_step(step - of_in - of_gate, blocks, COLS, LISTED)

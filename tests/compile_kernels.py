@@ -31,14 +31,14 @@ from vllm_adafuse.kernels import (
 
 HOPPER, BLACKWELL = GPUTarget("cuda", 90, 32), GPUTarget("cuda", 100, 32)
 POINTERS = {
-    **dict.fromkeys("x_ptr w_ptr bias_ptr a_ptr b_ptr y_ptr out_ptr s_ptr".split(), "*bf16"),
+    **dict.fromkeys("x_ptr w_ptr bias_ptr a_ptr b_ptr y_ptr out_ptr lora_a_out_ptr".split(), "*bf16"),
     **dict.fromkeys("residual_ptr weight_ptr z_ptr cos_sin_ptr".split(), "*bf16"),
     **dict.fromkeys("gates_ptr partial_ptr weights_ptr".split(), "*fp32"),
     **dict.fromkeys("split_k_semaphore_ptr semaphore_ptr semaphores_ptr ids_ptr places_ptr".split(), "*i32"),
     **dict.fromkeys("active_ptr table_ptr row_ptr merged_ptr slots_ptr".split(), "*i64"),
     **dict.fromkeys(("keys_ptr", "values_ptr"), "*bf16"),
 }
-ALIGNED = ("residual_stride", "x_stride", "y_stride", "out_stride", "s_stride", "size_in", "rank")
+ALIGNED = ("residual_stride", "x_stride", "y_stride", "out_stride", "lora_a_out_stride", "size_in", "rank")
 ALIGNED += "split_stride", "block_size", "block_stride", "row_stride", "head_stride"
 NO_KV_SLOTS = dict.fromkeys(("keys_ptr", "values_ptr", "slots_ptr", *ALIGNED[-4:]))
 NO_KV_SLOTS |= {"PAGED": False}
@@ -156,7 +156,7 @@ def main() -> None:
             members = 2 if act else 1
             for name, block in {
                 "x": (tokens, cut.cols), "a": (tma_gemm.SHRINK_ROWS, cut.cols),
-                "s": (tokens, cut.cols),
+                "lora_a_out": (tokens, cut.cols),
                 **dict.fromkeys(("w", "b", "up"), (members, tall, cut.cols)),
                 **dict.fromkeys(
                     ("more_w", "more_b", "more_up"), (members, more or tall, cut.cols)
@@ -194,7 +194,7 @@ def main() -> None:
             block = f"tensordesc<bf16[{cut.tokens}, {cut.columns}]>"
             POINTERS.update(y_desc=block, out_desc=block)
             POINTERS["b_desc"] = f"tensordesc<bf16[{cut.columns}, 128]>"
-            POINTERS["s_desc"] = f"tensordesc<bf16[{cut.tokens}, 128]>"
+            POINTERS["lora_a_out_desc"] = f"tensordesc<bf16[{cut.tokens}, 128]>"
             name, kernel = f"tma_expand act={number} {tokens}", tma_expand._tma_expand_kernel
             name += ", E=16" if experts == 16 else ""
             rows.append(build(name, kernel, constants, cut.warps, cut.stages))
@@ -206,7 +206,7 @@ def main() -> None:
             "WIDTH": 4096, "SPLIT_K": split, "EXPAND": expands, "PDL": True, "STAGES": cut.stages,
             "BLOCK_T": cut.tokens, "COLS": cut.columns, "NORM_COLS": cut.norm_columns,
         }  # fmt: skip
-        constants |= {} if expands else {"s_ptr": None}
+        constants |= {} if expands else {"lora_a_out_ptr": None}
         kernel = add_norm._add_norm_kernel
         rows.append(build(f"add_norm tokens={tokens}", kernel, constants, cut.warps, 3))
     for experts, first, rank in ((16, 8, 16), (64, 8, 16), (20, 0, 40)):

@@ -7,8 +7,8 @@ from vllm_adafuse.kernels import expand, ffn_down, ffn_mix, pairs, route_layer
 from vllm_adafuse.kernels.configs import expert_blocks
 from vllm_adafuse.kernels.dispatch import choose_expand
 
-POINTERS |= dict.fromkeys(("low_ptr", "logits_ptr", "scales_ptr"), "*fp32")
-POINTERS |= {"both_ptr": "*bf16", "temperature": "fp32"}
+POINTERS |= dict.fromkeys(("lora_a_out_ptr", "logits_ptr", "scales_ptr"), "*fp32")
+POINTERS |= {"both_ptr": "*bf16", "weighted_ptr": "*bf16", "temperature": "fp32"}
 
 
 def main() -> None:
@@ -47,12 +47,12 @@ def main() -> None:
         every = 8 + always
         constants = {
             "EXPERTS": 8, "EVERY": every, "RANK": 16, "SHARED": shared, "BLOCK_E": 8,
-            "SIZE_LOW": 16 * (1 + always if shared else every), "BLOCK_C": 128,
+            "LORA_A_SIZE": 16 * (1 + always if shared else every), "BLOCK_C": 128,
         }  # fmt: skip
         name = f"ffn_down always={always} shared={shared}"
         rows.append(build(name, ffn_down._slots_kernel, constants, 4, 3))
     # What a product in float32 leaves, to bfloat16.
-    POINTERS["bias_ptr"] = "*bf16"
+    POINTERS["bias_ptr"] = POINTERS["lora_a_out_ptr"] = "*bf16"
     POINTERS["y_ptr"] = "*fp32"
     for act, widths, tokens in (
         ("", (4096, 4096, 4096), 4),
@@ -65,7 +65,7 @@ def main() -> None:
             "ADAPTED0": 0, "ADAPTED1": 1, "ADAPTED2": 2 if widths[2] else -1,
             "bias_ptr": None, "HAS_BIAS": False, "EPILOGUE": pairs.EPILOGUES.index(act), "HALF": 0,
             "cos_sin_ptr": None, "gates_ptr": None, **NO_KV_SLOTS,
-            "RAW": False, "SPLIT": 0, "ALL": True, "EVERY_PART": True, "EVEN": True,
+            "RAW": False, "SPLIT_K": 0, "ALL": True, "ALL_ADAPTED": True, "EVEN": True,
             "PDL": True, "BLOCK_T": cut.tokens, "BLOCK_OUT": cut.columns,
             "LOOP": cut.loop, "STAGES": cut.stages,
         }  # fmt: skip

@@ -239,10 +239,10 @@ def layer_wise(experts=8, rank=16):
         fused = empty(sum(widths) + columns + 3 * experts + 8, 4096)
         qkv = LayerProjection(rule, widths, adapted, scales, b, None, 3 * experts, fused)
         layer_linear(x, qkv, own)
-        low, z = empty(tokens, columns, dtype=f32), empty(tokens, 3 * experts, dtype=f32)
-        layer_sgmm(empty(tokens, sum(widths)), low, z, qkv, own)
+        lora_a_out, z = empty(tokens, columns, dtype=f32), empty(tokens, 3 * experts, dtype=f32)
+        layer_sgmm(empty(tokens, sum(widths)), lora_a_out, z, qkv, own)
         one = LayerProjection(of_block, (4096,), (0,), scales, b[:4096])
-        layer_sgmm(empty(tokens, 4096), low[:, : columns // 3], z[:, :experts], one, block)
+        layer_sgmm(empty(tokens, 4096), lora_a_out[:, : columns // 3], z[:, :experts], one, block)
         both = empty(tokens, 2 * 11008 + 2 * experts * rank)
         up = empty(2 * 11008, experts, rank)
         fused = empty(2 * 11008 + 2 * experts * rank + 16, 4096)
@@ -251,9 +251,9 @@ def layer_wise(experts=8, rank=16):
             epilogue="silu",
         ), block)  # fmt: skip
         ffn_mix(both, block.gates, up, [0, 1], 11008, 2, "silu")
-        low = empty(3 * tokens, experts * rank, dtype=f32)
+        lora_a_out = empty(3 * tokens, experts * rank, dtype=f32)
         ffn_down(
-            empty(tokens, 4096), low, block.gates, scales, active, empty(4096, experts, rank), 0,
+            empty(tokens, 4096), lora_a_out, block.gates, scales, active, empty(4096, experts, rank), 0,
             False,
         )  # fmt: skip
 

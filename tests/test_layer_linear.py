@@ -37,9 +37,9 @@ def problem(name, bias, epilogue=""):
 def by_triton(x, p, layer):
     """What the op does on a GPU for a few tokens."""
     ends = p.size_out, p.size_out + p.columns
-    y, low, z = (x @ p.fused_weight.t())[:, : ends[1] + p.logits].tensor_split(ends, 1)
+    y, lora_a_out, z = (x @ p.fused_weight.t())[:, : ends[1] + p.logits].tensor_split(ends, 1)
     s = x.new_empty(len(x), p.linears, p.lora_b[0].numel())
-    route_layer_triton(low, z if p.logits else None, p, layer, s)
+    route_layer_triton(lora_a_out, z if p.logits else None, p, layer, s)
     return expand_weighted_triton(
         y, s, p.bias, p.lora_b, layer.active, p.adapted, p.widths, p.epilogue
     )
@@ -105,10 +105,10 @@ def test_every_path_decides_as_float64_in_bfloat16(tokens):
     flipped = gates.argmax(-1) != chosen
     assert not (flipped & (best - second > 1e-4)).any() and flipped.sum() <= 2
     assert (gates.amax(-1) == 1).all() and ((gates != 0).sum(-1) == 1).all()
-    low = torch.einsum("ti,pari->tpar", x, a)[:, :, [0] * experts + [1, 2]]
+    lora_a_out = torch.einsum("ti,pari->tpar", x, a)[:, :, [0] * experts + [1, 2]]
     taken = torch.cat([gates.double(), gates.new_ones(tokens, 3, always).double()], -1) * scales
     delta = [
-        torch.einsum("te,ter,oer->to", taken[:, p], low[:, p], rows)
+        torch.einsum("te,ter,oer->to", taken[:, p], lora_a_out[:, p], rows)
         for p, rows in enumerate(b.split(widths))
     ]
     exact = x @ weight.T + torch.cat(delta, -1)

@@ -65,8 +65,8 @@ def truth(x, lora_a, routers, lora_b, scales, gate, adapted, widths):
                 own = dict(weights[part if len(weights) > 1 else 0]) if weights else {}
                 own |= {experts + i: 1.0 for i in range(gate.always)}
                 for e, g in own.items():
-                    low = lora_a[part, e] @ x[t]
-                    up = lora_b[row : row + width, e] @ low
+                    lora_a_out = lora_a[part, e] @ x[t]
+                    up = lora_b[row : row + width, e] @ lora_a_out
                     delta[t, column : column + width] += g * scales[e].item() * up
                 row += width
             column += width
@@ -76,19 +76,19 @@ def truth(x, lora_a, routers, lora_b, scales, gate, adapted, widths):
 def run(y, x, lora_a, routers, lora_b, scales, gate, adapted, widths, triton=False):
     size_in, experts = x.shape[1], lora_a.shape[1] - gate.always
     rows = torch.cat([lora_a.view(-1, size_in), routers.view(-1, size_in)])
-    low = low_product(x, rows)
+    lora_a_out = low_product(x, rows)
     columns = lora_a[..., 0].numel()
-    logits = low[:, columns:] if gate.experts else None
+    logits = lora_a_out[:, columns:] if gate.experts else None
     gates = torch.full((len(x) + 1, max(1, len(gate.experts)), experts), -1.0, device=DEVICE)
     active = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    low, layer = low[:, :columns], LayerGates(gates, active)
+    lora_a_out, layer = lora_a_out[:, :columns], LayerGates(gates, active)
     p = LayerProjection(gate, tuple(widths), tuple(adapted), scales, lora_b)
     if triton:
         s = y.new_empty(len(x), lora_a.shape[0], lora_a.shape[1] * lora_a.shape[2])
-        route_layer_triton(low, logits, p, layer, s)
+        route_layer_triton(lora_a_out, logits, p, layer, s)
         expand_triton(y, s, lora_b, active, adapted, widths)
     else:
-        layer_sgmm(y, low, logits, p, layer)
+        layer_sgmm(y, lora_a_out, logits, p, layer)
 
 
 @pytest.mark.parametrize("triton", [False, True])

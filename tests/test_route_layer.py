@@ -46,17 +46,17 @@ def make(name, seed=0):
     gate = LayerGate(experts=tuple(counts), always=always, **options)
     a = (1 if gate.shared and experts else experts) + always
     both = normal(tokens, linears * a * rank + routers * experts + 3)  # rows that are part of others
-    low, logits = both.split([linears * a * rank, routers * experts, 3], 1)[:2]
+    lora_a_out, logits = both.split([linears * a * rank, routers * experts, 3], 1)[:2]
     bias = normal(routers, experts)
     scales = normal(experts + always).abs() + 0.1
     gates = torch.full((tokens + 2, routers, experts), float("nan"), device=DEVICE)
     active = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    return low, logits, bias, scales, gates, active, gate, linears, rank
+    return lora_a_out, logits, bias, scales, gates, active, gate, linears, rank
 
 
-def truth(low, logits, bias, scales, gate, linears, rank):
+def truth(lora_a_out, logits, bias, scales, gate, linears, rank):
     """Gates and s in float64, one token and router after the other."""
-    tokens, (routers, experts) = low.shape[0], bias.shape
+    tokens, (routers, experts) = lora_a_out.shape[0], bias.shape
     every = len(scales)
     gates = torch.zeros(tokens, routers, experts, dtype=torch.float64)
     for t in range(tokens):
@@ -69,7 +69,7 @@ def truth(low, logits, bias, scales, gate, linears, rank):
             for e in order[: gate.top_k]:
                 gates[t, router, e] = math.exp(z[e]) / total
     s = torch.zeros(tokens, linears, every, rank, dtype=torch.float64)
-    rows = low.double().view(tokens, linears, -1, rank).cpu() if linears else s
+    rows = lora_a_out.double().view(tokens, linears, -1, rank).cpu() if linears else s
     for t in range(tokens):
         for part in range(linears):
             for e in range(every):
@@ -90,21 +90,21 @@ def projection(scales, bias, gate, linears, rank) -> LayerProjection:
     return LayerProjection(gate, (1,) * linears, tuple(range(linears)), scales, lora_b, bias)
 
 
-def run_by(function, low, logits, bias, scales, gates, active, gate, linears, rank, dtype):
-    s = low.new_empty(low.shape[0], linears, len(scales) * rank, dtype=dtype)
+def run_by(function, lora_a_out, logits, bias, scales, gates, active, gate, linears, rank, dtype):
+    s = lora_a_out.new_empty(lora_a_out.shape[0], linears, len(scales) * rank, dtype=dtype)
     p = projection(scales, bias, gate, linears, rank)
-    function(low, logits, p, LayerGates(gates, active), s)
+    function(lora_a_out, logits, p, LayerGates(gates, active), s)
     return s
 
 
 @pytest.mark.parametrize("function", [route_layer_torch, route_layer_triton])
 @pytest.mark.parametrize("name", CASES)
 def test_equals_float64(name, function):
-    low, logits, bias, scales, gates, active, gate, linears, rank = make(name)
-    args = (low, logits, bias, scales, gates, active, gate, linears, rank)
+    lora_a_out, logits, bias, scales, gates, active, gate, linears, rank = make(name)
+    args = (lora_a_out, logits, bias, scales, gates, active, gate, linears, rank)
     s = run_by(function, *args, torch.float32).cpu()
-    true_gates, true_s = truth(low.cpu(), logits.cpu(), bias.cpu(), scales.cpu(), gate, linears, rank)
-    tokens = low.shape[0]
+    true_gates, true_s = truth(lora_a_out.cpu(), logits.cpu(), bias.cpu(), scales.cpu(), gate, linears, rank)
+    tokens = lora_a_out.shape[0]
     found = gates[:tokens].cpu()
     assert torch.equal(found != 0, true_gates != 0)
     if found.numel():
@@ -125,41 +125,41 @@ def test_equals_float64(name, function):
 @pytest.mark.parametrize("function", [route_layer_torch, route_layer_triton])
 @pytest.mark.parametrize("name", ["of-a-block", "always", "plain", "many-experts"])
 def test_gates_of_another_projection_are_read(name, function):
-    low, logits, bias, scales, gates, active, gate, linears, rank = make(name)
+    lora_a_out, logits, bias, scales, gates, active, gate, linears, rank = make(name)
     first = run_by(
-        function, low, logits, bias, scales, gates, active, gate, linears, rank, torch.float32
+        function, lora_a_out, logits, bias, scales, gates, active, gate, linears, rank, torch.float32
     )
     follower = LayerGate(gate.top_k, always=gate.always, plain=gate.plain, shared=gate.shared)
     kept, active_before = gates.clone(), active.clone()
     active.zero_()
-    args = (low, None, None, scales, gates, active, follower, linears, rank)
+    args = (lora_a_out, None, None, scales, gates, active, follower, linears, rank)
     assert torch.equal(run_by(function, *args, torch.float32), first)
-    assert torch.equal(gates[: low.shape[0]], kept[: low.shape[0]])
+    assert torch.equal(gates[: lora_a_out.shape[0]], kept[: lora_a_out.shape[0]])
     assert torch.equal(active, active_before)
 
 
 @pytest.mark.parametrize("function", [route_layer_torch, route_layer_triton])
 def test_ties_go_to_the_lower_expert(function):
-    low, logits, bias, scales, gates, active, gate, linears, rank = make("many-experts")
+    lora_a_out, logits, bias, scales, gates, active, gate, linears, rank = make("many-experts")
     bias.zero_()
     logits.zero_()
     logits[:, [60, 7, 33]] = 1.5
-    run_by(function, low, logits, bias, scales, gates, active, gate, linears, rank, torch.float32)
+    run_by(function, lora_a_out, logits, bias, scales, gates, active, gate, linears, rank, torch.float32)
     expected = sorted([7, 33, 60, 0, 1, 2, 3])
-    for row in gates[: low.shape[0], 0]:
+    for row in gates[: lora_a_out.shape[0], 0]:
         assert row.nonzero()[:, 0].tolist() == expected
 
 
 @pytest.mark.parametrize("function", [route_layer_torch, route_layer_triton])
 def test_what_was_not_chosen_may_be_anything(function):
     """Inf times a gate of zero would be NaN."""
-    low, logits, bias, scales, gates, active, gate, linears, rank = make("one-token")
+    lora_a_out, logits, bias, scales, gates, active, gate, linears, rank = make("one-token")
     clean = run_by(
-        function, low, logits, bias, scales, gates, active, gate, linears, rank, torch.float32
+        function, lora_a_out, logits, bias, scales, gates, active, gate, linears, rank, torch.float32
     )
-    low[clean.flatten(1) == 0] = float("inf")
+    lora_a_out[clean.flatten(1) == 0] = float("inf")
     again = run_by(
-        function, low, logits, bias, scales, gates, active, gate, linears, rank, torch.float32
+        function, lora_a_out, logits, bias, scales, gates, active, gate, linears, rank, torch.float32
     )
     assert error(again, clean.double()) <= 1e-6 and torch.equal(again == 0, clean == 0)
 
@@ -189,8 +189,8 @@ def test_logits_of_a_split_router(function):
     gate = LayerGate(2, (4, 4))
     gates = torch.zeros(12, 2, 4, device=DEVICE)
     active = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    low, scales = logits[:, :0], torch.ones(4, device=DEVICE)
-    run_by(function, low, logits, None, scales, gates, active, gate, 0, 1, torch.bfloat16)
+    lora_a_out, scales = logits[:, :0], torch.ones(4, device=DEVICE)
+    run_by(function, lora_a_out, logits, None, scales, gates, active, gate, 0, 1, torch.bfloat16)
     exact = (x.double() @ weight.double().T).view(12, 2, 4)
     for t in range(12):
         for router in range(2):
@@ -203,8 +203,8 @@ def test_logits_of_a_split_router(function):
     "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 )
 def test_half_precision_rounds_once(dtype, function):
-    low, logits, bias, scales, gates, active, gate, linears, rank = make("of-a-block")
-    args = (low, logits, bias, scales, gates, active, gate, linears, rank)
+    lora_a_out, logits, bias, scales, gates, active, gate, linears, rank = make("of-a-block")
+    args = (lora_a_out, logits, bias, scales, gates, active, gate, linears, rank)
     exact = run_by(route_layer_torch, *args, torch.float32).double()
     assert error(run_by(function, *args, dtype), exact) <= 1.01 * error(exact.to(dtype), exact)
 
@@ -217,8 +217,8 @@ def test_bad_numbers_are_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_by_the_kernel_of_the_device(dtype):
-    low, logits, bias, scales, gates, active, gate, linears, rank = make("odd")
+    lora_a_out, logits, bias, scales, gates, active, gate, linears, rank = make("odd")
     p = projection(scales, bias, gate, linears, rank)
-    s = route_layer(low, logits, p, LayerGates(gates, active), dtype)
-    expected = truth(low.cpu(), logits.cpu(), bias.cpu(), scales.cpu(), gate, linears, rank)[1]
+    s = route_layer(lora_a_out, logits, p, LayerGates(gates, active), dtype)
+    expected = truth(lora_a_out.cpu(), logits.cpu(), bias.cpu(), scales.cpu(), gate, linears, rank)[1]
     assert s.dtype == dtype and error(s.cpu(), expected) <= (1e-6 if dtype.itemsize > 2 else 1e-3)

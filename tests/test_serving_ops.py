@@ -72,9 +72,9 @@ def test_schemas_and_fakes_of_layer_wise_ops(name, epilogue):
     wanted = activate_torch(expected, epilogue) if epilogue else expected
     assert error(found, wanted) <= 1e-5
     torch.library.opcheck(ops.layer_projection, whole)
-    low = x @ p.fused_weight[p.size_out :].T
-    low, logits = low[:, : p.columns].contiguous(), low[:, p.columns :][:, : p.logits].contiguous()
-    decided, shape = (low, logits, layer.gates, named(LAYER)), (p.linears, p.lora_b[0].numel())
+    lora_a_out = x @ p.fused_weight[p.size_out :].T
+    lora_a_out, logits = lora_a_out[:, : p.columns].contiguous(), lora_a_out[:, p.columns :][:, : p.logits].contiguous()
+    decided, shape = (lora_a_out, logits, layer.gates, named(LAYER)), (p.linears, p.lora_b[0].numel())
     assert ops.layer_route(x, *decided, *shape).shape == (len(x), *shape)
     torch.library.opcheck(ops.layer_route, (x, *decided, *shape))
     torch.library.opcheck(ops.layer_deltas, (x.new_zeros(len(x), p.size_out), *decided))

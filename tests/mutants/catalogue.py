@@ -214,8 +214,9 @@ ROUTING = [
     ),
     Mutant(
         "an always-on expert by halves", "kernels/route_layer.py",
-        "s[:, :, experts:] = low[:, :, experts:] * scales[experts:, None]",
-        "s[:, :, experts:] = low[:, :, experts:]", "tests/test_route_layer.py::test_equals_float64",
+        "weighted[:, :, experts:] = lora_a_out[:, :, experts:] * scales[experts:, None]",
+        "weighted[:, :, experts:] = lora_a_out[:, :, experts:]",
+        "tests/test_route_layer.py::test_equals_float64",
         "parts that are always on lack their scale",
     ),
     Mutant(

@@ -205,15 +205,15 @@ class LayerBank(torch.nn.Module):
             if owner in self.biased:
                 self.bias[at, :count].copy_(read(f"{owner}.router.bias"))
 
-    def low(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def lora_a_out(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [T, in] in rank space [T, P EA R], and the routers' logits; float32."""
-        low = low_product(x, self.rows)
+        lora_a_out = low_product(x, self.rows)
         if not self.routers:
-            return low, None
-        logits = low[:, self.columns :]
+            return lora_a_out, None
+        logits = lora_a_out[:, self.columns :]
         if self.reduces:
             logits = tensor_model_parallel_all_reduce(logits.contiguous())
-        return low[:, : self.columns], logits
+        return lora_a_out[:, : self.columns], logits
 
     @functools.cached_property
     def projection(self) -> LayerProjection:
@@ -231,13 +231,13 @@ class LayerBank(torch.nn.Module):
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """y + delta, in place. x: [T, in], y: [T, out] of this rank."""
-        ops.layer_deltas(y, *self.low(x), self.shared_gates.gates, ops.named(self.layer_name))
+        ops.layer_deltas(y, *self.lora_a_out(x), self.shared_gates.gates, ops.named(self.layer_name))
         return y
 
     def route(self, x: torch.Tensor) -> torch.Tensor:
         """s [T, P, E' R] of x [T, in], see `route_layer`."""
         shape = len(self.slices.names), self.every * self.rank
-        decided = *self.low(x), self.shared_gates.gates, ops.named(self.layer_name)
+        decided = *self.lora_a_out(x), self.shared_gates.gates, ops.named(self.layer_name)
         return ops.layer_route(x, *decided, *shape)
 
     @property

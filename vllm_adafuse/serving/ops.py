@@ -146,13 +146,13 @@ def _layer_projection(
 
 def _layer_deltas(
     y: torch.Tensor,
-    low: torch.Tensor,
+    lora_a_out: torch.Tensor,
     logits: torch.Tensor | None,
     gates: torch.Tensor,
     layer: Any,
 ) -> None:
     bank = find(layer)
-    layer_sgmm(y, low, logits, bank.projection, bank.step)
+    layer_sgmm(y, lora_a_out, logits, bank.projection, bank.step)
 
 
 def _layer_deltas_fake(*arguments) -> None:
@@ -161,7 +161,7 @@ def _layer_deltas_fake(*arguments) -> None:
 
 def _layer_route(
     x: torch.Tensor,
-    low: torch.Tensor,
+    lora_a_out: torch.Tensor,
     logits: torch.Tensor | None,
     gates: torch.Tensor,
     layer: Any,
@@ -169,12 +169,12 @@ def _layer_route(
     ranks: int,
 ) -> torch.Tensor:
     bank = find(layer)
-    return route_layer(low, logits, bank.projection, bank.step, x.dtype)
+    return route_layer(lora_a_out, logits, bank.projection, bank.step, x.dtype)
 
 
 def _layer_route_fake(
     x: torch.Tensor,
-    low: torch.Tensor,
+    lora_a_out: torch.Tensor,
     logits: torch.Tensor | None,
     gates: torch.Tensor,
     layer: Any,

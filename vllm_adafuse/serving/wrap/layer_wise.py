@@ -64,9 +64,9 @@ class FfnDownMethod(AdaFuseLinearMethod):
     ) -> torch.Tensor:
         bank: LayerBank = bank_of(layer)
         y = self.inner.apply(layer, x[0], bias)
-        low = low_product(x.flatten(0, 1), bank.rows)
+        lora_a_out = low_product(x.flatten(0, 1), bank.rows)
         ffn_down(
-            y, low, bank.shared_gates.gates, bank.scales, bank.shared_gates.active,
+            y, lora_a_out, bank.shared_gates.gates, bank.scales, bank.shared_gates.active,
             bank.lora_b, bank.always, bank.gate.shared,
         )  # fmt: skip
         return y
