@@ -14,12 +14,13 @@ def apply_patches() -> None:
         lora_requests,
         lora_scheduler,
         lora_server,
+        metrics,
         reload,
         requests,
     )
 
     for patch in (
         hf_config, engine_args, fingerprint, lora_manager, lora_requests, lora_scheduler,
-        lora_server, reload, requests,
+        lora_server, metrics, reload, requests,
     ):  # fmt: skip
         patch.apply()

@@ -14,7 +14,9 @@ import pytest
 import torch
 from engines import assert_greedy_equals, load_reference, make_pair
 from loras import FEW, PATTERNS, make_lora
+from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModelForCausalLM
+from vllm_adafuse.format.digest import content_hash
 from vllm_adafuse.server import running_server, vllm_serve
 from vllm_adafuse.tiny import real_prompts
 
@@ -75,6 +77,7 @@ def served(tmp_path_factory):
         "VLLM_LORA_RESOLVER_CACHE_DIR": str(root / "resolved"),
     }  # fmt: skip
     (root / "resolved").mkdir()
+    shutil.copytree(root / "few", root / "seen")
     command = vllm_serve(base, *OPTIONS, "--lora-modules", *modules)
     with running_server(command, root / "serve.log", env=env) as server:
         yield server, references, root
@@ -224,3 +227,37 @@ def test_the_file_system_resolver(served):
     answer = post(server, "/v1/completions", model="nowhere", prompt="a", max_tokens=1)
     assert error_of(answer)[0] == 404
     check(server, references, ["mix", "base"])
+
+
+def test_metrics_follow_adapters_as_they_come_and_are_used(served):
+    server, _, root = served
+
+    def scrape():
+        with urllib.request.urlopen(f"{server.url}/metrics") as answer:
+            families = text_string_to_metric_families(answer.read().decode())
+        ours = (s for f in families for s in f.samples if s.name.startswith("adafuse_"))
+        return {(s.name, tuple(sorted(s.labels.items()))): s.value for s in ours}
+
+    def changed(key):
+        return after.get(key, 0) - before.get(key, 0)
+
+    before = scrape()
+    own = str(root / "seen")
+    assert post(server, "/v1/load_lora_adapter", lora_name="seen", lora_path=own)[0] == 200
+    bad = post(server, "/v1/load_lora_adapter", lora_name="none", lora_path=str(root / "none"))
+    output = complete(server, "seen", PROMPTS[0])
+    after = scrape()
+    prompt = ("adafuse_tokens_total", (("adapter", "seen"), ("kind", "prompt")))
+    generation = ("adafuse_tokens_total", (("adapter", "seen"), ("kind", "generation")))
+    assert (changed(prompt), changed(generation)) == (len(output.prompt_token_ids), 10)
+    assert changed(("adafuse_requests_total", (("adapter", "seen"), ("reason", "length")))) == 1
+    assert bad[0] == 404
+    assert changed(("adafuse_adapter_refusals_total", (("reason", "AdapterAbsent"),))) == 1
+    engine = (("engine", "0"),)
+    assert changed(("adafuse_adapter_load_seconds_count", engine)) >= 1
+    assert 0 < after["adafuse_pool_pages_used", engine] <= after["adafuse_pool_pages", engine] == 24
+    digest = content_hash(root / "seen")
+    named = (("adapter", "seen"), ("content", digest), ("engine", "0"), ("kind", "lora"))
+    assert after["adafuse_adapter_info", named] == 1
+    assert post(server, "/v1/unload_lora_adapter", lora_name="seen")[0] == 200
+    assert ("adafuse_adapter_info", named) not in scrape()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from types import SimpleNamespace
 from typing import Any
@@ -220,12 +220,6 @@ def _fill_pool(
             f"adapter {one.path} does not fit --enable-lora as it stands: {problem}"
             for problem in misfits(own, options.max_loras, options.max_lora_rank)
         )
-    if alone:
-        report.slower.append(
-            f"with --enable-lora, rotary embedding, KV cache and norms are launches of their own; "
-            f'--hf-overrides \'{{"adafuse_adapter": "{mixtures[0].path}"}}\' has them in the '
-            "projections, and serves this adapter alone"
-        )
 
 
 def pool_bytes(shape: Shape) -> int:
@@ -235,14 +229,10 @@ def pool_bytes(shape: Shape) -> int:
 
 
 def _pool_shapes(backbone: Backbone, model: Model, size: Size, ranks: int):
-    """As serving/page_bank.py has them: all linears, an expert for each page, and of what may
-    follow the activation alone."""
+    """As serving/page_bank.py has them: all linears, and an expert for each page."""
     config = SimpleNamespace(num_experts=size.pages, rank=PAGE_RANKS)
     everywhere = SimpleNamespace(projections=tuple(backbone.linears), config=config)
-    for layer, name, shape in shapes_of(backbone, model, everywhere, ranks):
-        if shape.epilogue in ("rotary", "norm"):
-            shape = replace(shape, epilogue="", head_dim=0)
-        yield layer, name, shape
+    return shapes_of(backbone, model, everywhere, ranks)
 
 
 # -- kernels ---------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.serving import vllm_api
 from vllm_adafuse.serving.adapters import split_path
 from vllm_adafuse.serving.hosted import Hosted, Loader
+from vllm_adafuse.serving.meter import Meter
 from vllm_adafuse.serving.page_bank import PageBank
 from vllm_adafuse.serving.page_step import LOST, NO_ADAPTER, PageStep
 from vllm_adafuse.serving.paged_model import wrap_model
@@ -58,6 +59,7 @@ class AdapterManager:
         self.banks: list[PageBank]
         self.loader: Loader
         self.reads: Reads
+        self.meter = Meter(vllm_config, self.pool.size.pages)
         self.uploads: Uploads
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: VllmConfig) -> Any:
@@ -108,6 +110,7 @@ class AdapterManager:
         if adapter in self.hosted and not request.load_inplace:
             self.hosted.move_to_end(adapter)
             return True
+        self.meter.begin(adapter)
         read, everywhere = self.reads.start(adapter, request.lora_path), vllm_api.everywhere
         # Ranks that read their own copies of the files go the same way.
         if not everywhere(wait or read.done(), in_step):
@@ -121,6 +124,7 @@ class AdapterManager:
         except AdapterError as e:
             error = e
         if not everywhere(error is None, in_step):
+            self.meter.failed(adapter)
             raise error or AdapterError(
                 f"adapter {request.lora_name}",
                 [f"{request.path}: another rank could not read it; its log says why"],
@@ -129,6 +133,7 @@ class AdapterManager:
         self._release(adapter)
         self.hosted[adapter] = hosted
         self.hosted.move_to_end(adapter)
+        self.meter.loaded(request, hosted)
         self._make_room_on_host({adapter}, in_step)
         if not in_step:
             self._place_beside(adapter)
@@ -153,6 +158,7 @@ class AdapterManager:
         self.reads.forget(adapter)
         self.pool.pinned.discard(adapter)
         self.kept.discard(adapter)
+        self.meter.forgot(adapter)
         return self.hosted.pop(adapter, None) is not None
 
     def remove_all_adapters(self) -> None:
@@ -253,8 +259,11 @@ class AdapterManager:
     def _hold(self, wanted: dict[int, Size]) -> None:
         before = dict(self.pool.placed)
         new = self.pool.hold(wanted)
-        for adapter in before.keys() - self.pool.placed.keys():
+        gone = before.keys() - self.pool.placed.keys()
+        for adapter in gone:
             self._strike(adapter, before[adapter])
+        if new:
+            self.meter.moved(self.pool.taken.pages, len(new), len(gone))
         for adapter in new:
             place = self.pool.placed[adapter]
             self.uploads.start(adapter, self.hosted[adapter], place)
@@ -274,6 +283,7 @@ class AdapterManager:
         if place is not None:
             self.pool.release(adapter)
             self._strike(adapter, place)
+            self.meter.moved(self.pool.taken.pages)
 
     def _make_room_on_host(self, needed: set[int], in_step: bool) -> None:
         """Forgets tensors of adapters used least recently, as --max-cpu-loras says, if they can be
@@ -291,6 +301,7 @@ class AdapterManager:
                 self.kept.add(adapter)
                 continue
             self._release(adapter)
+            self.meter.forgot(adapter)
             del self.hosted[adapter]
 
     # What vLLM runs before it serves.

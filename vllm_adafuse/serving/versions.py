@@ -37,6 +37,7 @@ from vllm_adafuse.serving.adapters import (
 )
 from vllm_adafuse.serving.fits import Fits
 from vllm_adafuse.serving.holds import Holds
+from vllm_adafuse.serving.metrics import counts_refusals
 from vllm_adafuse.serving.pool import misfits
 
 # The engine keeps ids in int32.
@@ -79,6 +80,7 @@ class Checks:
         self._locks: defaultdict[Path, Lock] = defaultdict(Lock)
         self._opened: dict[Path, tuple[tuple, int, OpenedAdapter]] = {}
 
+    @counts_refusals
     def open(self, lora_path: str, again: bool = False) -> OpenedAdapter:
         """Finds, opens and checks an adapter. Takes as long as reading it the first time, then two
         look-ups in the file system as long as its files are the same.
@@ -216,6 +218,7 @@ class Versions:
             return None
         return self._stamped.get((request.lora_name, request.lora_int_id, path))
 
+    @counts_refusals
     def stamp(self, request: LoRARequest) -> LoRARequest:
         """The request as the engine gets it.
 

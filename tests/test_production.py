@@ -1,0 +1,148 @@
+"""docs/production.md is run as far as it can be here, and what deploy/ holds fits the program."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from vllm_adafuse import __version__
+from vllm_adafuse.cli.main import main
+from vllm_adafuse.format.random_adapter import make_random_adapter
+from vllm_adafuse.serving.options import check_options
+from vllm_adafuse.tiny import make_tiny_backbone
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "production.md").read_text("utf-8")
+COMMANDS = [
+    shlex.split(line[2:])
+    for block in re.findall(r"```console\n(.*?)```", PAGE, re.DOTALL)
+    for line in block.splitlines()
+]
+MANIFESTS = list(yaml.safe_load_all((ROOT / "deploy" / "kubernetes.yaml").read_text("utf-8")))
+
+
+def of(program):
+    found = [command for command in COMMANDS if program in command]
+    assert found
+    return found
+
+
+def parsed(words):
+    """Options of `vllm serve`, by its own parser."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return make_arg_parser(FlexibleArgumentParser()).parse_args(words)
+
+
+def test_every_command_is_looked_at():
+    known = {"vllm-adafuse", "vllm", "curl", "docker", "kubectl", "promtool", "pipx"}
+    programs = {next(word for word in command if "=" not in word) for command in COMMANDS}
+    assert programs == known
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("production")
+    base = make_tiny_backbone(root / "models" / "base")
+    for version in (1, 2):
+        make_random_adapter(base, root / "adapters" / "mix" / str(version), seed=version)
+    return root
+
+
+def test_our_own_commands_run(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    for command in of("vllm-adafuse"):
+        if command[0] == "vllm-adafuse":
+            assert main(command[1:]) == 0, capsys.readouterr().err
+
+
+def test_servers_get_options_that_there_are():
+    (command,) = of("vllm")
+    options = parsed(["--model", *command[command.index("serve") + 1 :]])
+    assert options.enable_lora and (options.max_loras, options.max_lora_rank) == (4, 128)
+    assert [module.name for module in options.lora_modules] == ["mix"]
+    assert check_options(options.additional_config) == []
+
+
+def test_requests_are_those_of_the_api():
+    from vllm.entrypoints.serve.lora.protocol import (
+        LoadLoRAAdapterRequest,
+        UnloadLoRAAdapterRequest,
+    )
+
+    kinds = {
+        "/v1/load_lora_adapter": LoadLoRAAdapterRequest,
+        "/v1/unload_lora_adapter": UnloadLoRAAdapterRequest,
+    }
+    seen = set()
+    for command in of("curl"):
+        path = next(word for word in command if word.startswith("localhost:8000"))[14:]
+        seen.add(path)
+        if path != "/metrics":
+            body = json.loads(command[command.index("-d") + 1])
+            made = kinds[path](**body)
+            assert body.keys() <= type(made).model_fields.keys()
+    assert seen == {*kinds, "/metrics"}
+
+
+def test_files_that_the_rest_names_are_there():
+    for command in COMMANDS:
+        for word in command:
+            if word.startswith("deploy/"):
+                assert (ROOT / word).is_file()
+    for name in re.findall(r"`(deploy/[\w./-]+)`", PAGE):
+        assert (ROOT / name).is_file()
+
+
+def test_the_page_lists_the_metrics():
+    from test_metrics import asked, known_metrics
+
+    table = PAGE[PAGE.index("| metric |") :].partition("\n\n")[0]
+    assert asked(table) | {"adafuse_adapter_load_seconds_count"} == known_metrics()
+
+
+def test_the_manifests_fit_together():
+    kinds = {one["kind"]: one for one in MANIFESTS}
+    pod = kinds["Deployment"]["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    options = parsed(container["args"])
+    assert options.enable_lora and check_options(options.additional_config) == []
+    assert container["image"] == f"vllm-adafuse:{__version__}"
+    assert f"vllm-adafuse:{__version__}" in PAGE
+    volumes = {volume["name"] for volume in pod["spec"]["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    written = [m["mountPath"] for m in container["volumeMounts"] if not m.get("readOnly")]
+    assert written == ["/cache", "/cache/tmp", "/dev/shm"]
+    labels = pod["metadata"]["labels"]
+    selectors = [
+        kinds["Deployment"]["spec"]["selector"]["matchLabels"],
+        kinds["Service"]["spec"]["selector"],
+        kinds["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"],
+    ]
+    assert all(selector == labels for selector in selectors)
+    ports = {port["name"] for port in container["ports"]}
+    probes = [container[f"{name}Probe"]["httpGet"]["port"] for name in ("startup", "readiness", "liveness")]
+    assert ports == {*probes, kinds["Service"]["spec"]["ports"][0]["targetPort"]}
+
+
+def test_the_image_writes_where_the_manifest_lets_it():
+    text = (ROOT / "deploy" / "Dockerfile").read_text("utf-8").replace("\\\n", " ")
+    words = [line.split(None, 1) for line in text.splitlines() if line and line[0] != "#"]
+    known = {"ARG", "FROM", "COPY", "RUN", "ENV", "USER", "VOLUME", "EXPOSE"}
+    assert {word for word, _ in words} == known
+    (env,) = [rest for word, rest in words if word == "ENV"]
+    paths = [pair.partition("=")[2] for pair in env.split() if "=/" in pair]
+    assert len(paths) >= 5 and all(path.startswith("/cache") for path in paths)
+    user = next(rest for word, rest in words if word == "USER")
+    deployment = next(one for one in MANIFESTS if one["kind"] == "Deployment")
+    assert user.split(":")[0] == str(
+        deployment["spec"]["template"]["spec"]["securityContext"]["runAsUser"]
+    )
+    copied = next(rest for word, rest in words if word == "COPY").split()[0]
+    assert copied == "dist/vllm_adafuse-*.whl"
+    assert any(rest == "vllm-adafuse doctor" for word, rest in words if word == "RUN")
