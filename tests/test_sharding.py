@@ -66,7 +66,7 @@ def test_heads(size):
         assert slices.widths == [len(q), len(kv), len(kv)] and slices.adapted == [0, 1, 2]
         assert (slices.size_in, slices.input_slice) == (32, slice(0, 32))
         some = slices_of(qkv(rank, size), ["q", None, "v"])
-        assert held(some) == [q, kv] and some.parts == [0, -1, 1] and some.adapted == len(q + kv)
+        assert held(some) == [q, kv] and some.adapted == [0, -1, 1] and some.adapted_columns == len(q + kv)
         # One linear that is all three (Phi-3): its rows of k begin behind all of q.
         (whole,) = held(one := slices_of(qkv(rank, size), ["qkv"]))
         k, v = HEADS * SIZE, (HEADS + KV_HEADS) * SIZE
@@ -99,5 +99,5 @@ def test_columns_and_rows(size):
 def test_what_is_not_known_is_refused():
     with pytest.raises(TypeError, match="does not know how LinearBase is sharded"):
         slices_of(layer(LinearBase, 0, 1, input_size=8), ["one"])
-    with pytest.raises(ValueError, match="layer has 3 parts, expected"):
+    with pytest.raises(ValueError, match="layer has 3 slices, expected"):
         slices_of(qkv(0, 1), ["q", "k"])
