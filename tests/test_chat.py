@@ -187,6 +187,9 @@ def test_parts_of_content_are_joined_as_a_server_joins_them(read):
     assert text == "USER: a\nb\nASSISTANT: a\nb\n" and learnt == ["a\nb\n"]
     text, learnt = read(templates.TRIMS, messages)  # takes parts
     assert text.endswith("[user]\n\nab<|end|>[assistant]\n\nab<|end|>") and learnt == ["ab<|end|>"]
+    tool = {"role": "tool", "content": parts, "tool_call_id": "123456789"}
+    text, _ = read(templates.TRIMS, [USER, said("x"), tool, said("y")])  # a tool's is one text
+    assert "[tool]\n\na\nb<|end|>" in text
 
 
 def test_keys_that_servers_do_not_hand_on_are_refused_where_they_are_written(read):
