@@ -44,6 +44,8 @@ from vllm_adafuse.kernels.layer_sgmm import layer_sgmm
 from vllm_adafuse.kernels.linear import linear
 from vllm_adafuse.kernels.linear_norm import linear_norm
 from vllm_adafuse.kernels.operands import Norm, Projection, Step, stays_in_place
+from vllm_adafuse.kernels.page_linear import page_linear, page_linear_norm
+from vllm_adafuse.kernels.page_routes import page_routes
 from vllm_adafuse.kernels.plans import Device, Shape
 from vllm_adafuse.kernels.registry import IMPLEMENTATIONS
 from vllm_adafuse.kernels.sgmm import sgmm
@@ -174,8 +176,15 @@ class Paged:
         return KVSlots.of(*pages.split(128, -1), empty(tokens, dtype=torch.int64))
 
 
-def one_decision(experts=8, rank=16, bias=False, dtype=torch.bfloat16, adapted=(0, 1, 2)):
-    """tokens, and whether adapted run alone, as warm-up has them: down on rows without gaps -> the
+def on_pages(experts=16, rank=16):
+    """The same where requests name their adapters: of steps with adapters, and of those without."""
+    return one_decision(experts, rank, paged=True)
+
+
+def one_decision(
+    experts=8, rank=16, bias=False, dtype=torch.bfloat16, adapted=(0, 1, 2), paged=False
+):
+    """tokens, and whether they run alone, as warm-up has them: down on rows without gaps -> the
     launches of a step with one decision for all layers; adapted: of q, k, v."""
     top_k, i32, f32 = 2, torch.int32, torch.float32
     ids, weights = empty(MOST, top_k, dtype=i32), empty(MOST, top_k, dtype=f32)
@@ -200,12 +209,23 @@ def one_decision(experts=8, rank=16, bias=False, dtype=torch.bfloat16, adapted=(
             shape, fused_weight[sum(widths) :].view(-1, experts, rank, size_in),
             new(rows_of_b, experts, rank), fused_weight if fused else None,
             new(sum(widths)) if has_bias else None, Norm(new(4096), 1e-5), semaphores[0],
-            stays_in_place(shape),
+            stays_in_place(shape) and not paged,
         )  # fmt: skip
 
+    def whole(*operands, kv_slots=None) -> None:
+        if not paged:
+            linear(*operands, kv_slots)
+        for has_adapters in (True, False) if paged else ():
+            page_linear(*operands, has_adapters, kv_slots)
+
     def run(tokens: int, alone: bool = False) -> None:
-        gather_routes(empty(tokens, dtype=i32), table, table_weights, ids, weights)
-        spread_routes(ids, weights, gates, active, semaphores, tokens)
+        if paged:
+            named = empty(tokens, dtype=i32), empty(MOST, dtype=i32), empty(12, experts, dtype=i32)
+            page_routes(*named, empty(8, 32000, dtype=i32), empty(8, 32000, dtype=torch.float32),
+                        gates, active, semaphores)  # fmt: skip
+        else:
+            gather_routes(empty(tokens, dtype=i32), table, table_weights, ids, weights)
+            spread_routes(ids, weights, gates, active, semaphores, tokens)
         step, turns = Step(gates, active, workspace), new(MOST, 128)
         for widths, act, of in (
             ([4096, 1024, 1024], "rotary", list(adapted)),
@@ -213,15 +233,20 @@ def one_decision(experts=8, rank=16, bias=False, dtype=torch.bfloat16, adapted=(
             ([4096], "", [0]),
         ):
             x, p = new(tokens, 4096), make(4096, widths, of, act)
-            linear(x, p, replace(step, cos_sin=turns))
+            whole(x, p, replace(step, cos_sin=turns))
             if act == "rotary":
-                linear(x, p, replace(step, cos_sin=turns), pages.claim(tokens, dtype))
+                kv_slots = pages.claim(tokens, dtype)
+                whole(x, p, replace(step, cos_sin=turns), kv_slots=kv_slots)
             sgmm(new(tokens, sum(widths)), x, make(4096, widths, of, "", False), step)
         for size_in in (4096, 11008):
             x, residual = new(tokens, size_in), new(tokens, 4096)
-            if size_in == 11008 and not alone:
+            if size_in == 11008 and not (alone or paged):
                 x = new(tokens, 2 * (size_in + experts * rank))[:, :size_in]
-            linear_norm(x, residual, make(size_in, [4096], [0], "norm"), step)
+            operands = x, residual, make(size_in, [4096], [0], "norm"), step
+            if not paged:
+                linear_norm(*operands)
+            for has_adapters in (True, False) if paged else ():
+                page_linear_norm(*operands, has_adapters)
 
     return run
 
@@ -275,6 +300,8 @@ CASES: dict[str, tuple[Callable, dict, dict]] = {
     "8/16 in float32": (one_decision, {"dtype": torch.float32}, {}),
     "8/16 before Hopper": (one_decision, {}, {"hopper": False}),
     "64/16 before Hopper": (one_decision, {"experts": 64}, {"hopper": False}),
+    "16 pages on an H200": (on_pages, {}, {"device": "NVIDIA H200"}),
+    "80 pages": (on_pages, {"experts": 80}, {}),
     "layer-wise 8/16": (layer_wise, {}, {}),
     "layer-wise 8/64": (layer_wise, {"rank": 64}, {}),
     "layer-wise 8/16 before Hopper": (layer_wise, {}, {"hopper": False}),

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from engines import assert_greedy_equals, engine, greedy, load_reference, make_pair
-from launches import MOST, kernel_modules, layer_wise, one_decision, recording
+from launches import MOST, kernel_modules, layer_wise, on_pages, one_decision, recording
 from ops import DEVICE
 from test_gpu_engine import GRAPHS, gpu_pair, run_apart
 from vllm_adafuse.kernels.dispatch import token_counts
@@ -15,7 +15,7 @@ from vllm_adafuse.tiny import real_prompts
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts launches once")
 @pytest.mark.parametrize("rank", [16, 64])
-@pytest.mark.parametrize("step", [one_decision, layer_wise])
+@pytest.mark.parametrize("step", [one_decision, on_pages, layer_wise])
 def test_every_launch_of_any_step_is_among_those_of_the_counts(step, rank):
     with recording() as found:
         run = step(rank=rank)
