@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,14 @@ class GemmConfig:
         if not 1 <= self.shrink_split_k <= MAX_SHRINK_SPLIT_K:
             found = f"shrink_split_k is {self.shrink_split_k}"
             raise ValueError(f"GemmConfig: {found}, expected 1 to {MAX_SHRINK_SPLIT_K}")
+
+    def with_room(self, programs: int, shrink_tiles: int) -> GemmConfig:
+        """With no more programs for so many tiles of the shrink than there is room for beside the
+        other tiles; unchanged where there is none anyway."""
+        most = max(1, programs // shrink_tiles)
+        if programs <= 0 or most >= self.shrink_split_k:
+            return self
+        return replace(self, shrink_split_k=most)
 
     @property
     def pieces(self) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from vllm_adafuse.kernels.configs import (
     expert_blocks,
     shape_key,
 )
-from vllm_adafuse.kernels.pairs import is_gate_up
+from vllm_adafuse.kernels.pairs import is_gate_up, tiled_widths
 from vllm_adafuse.kernels.plans import (
     ADD_NORM,
     CUBLAS,
@@ -50,8 +50,11 @@ MAX_TILE_TOKENS = 128
 # Up to so many tokens tiles are not worth a measurement.
 MAX_UNTILED_TOKENS = 8
 # With more ranks over all experts 17 to 32 tokens are streamed: tiles would take inactive experts
-# along. (3010da1: 64 experts of rank 16, gate_up 72.5 us streamed, 84.9 tiled.)
+# along (3010da1: E 64, r 16, gate_up 72.5 us, 84.9 tiled); gate_up is beyond 128 (7bf8d2a: 61, 65).
 MAX_TILED_RANKS = 512
+# Of an H100 or H200 (7bf8d2a: gate_up, E 16, 128 tokens, in 144 programs 78.3 us, in 114 67.8); and
+# `in` beyond o's (128 tokens, E 16: down 45.3 us tiled, 49.8 by cuBLAS, o 22.0 and 20.9).
+PROCESSORS, MIN_LONG_IN = 132, 8192
 # Rows of W, or pairs of them, with which whole tiles are programs enough: to add up split-K sums
 # within the kernel costs more than it gains (87f739b). Tiles that keep a large GPU busy (b1bfbb7).
 MIN_TILED_ROWS = 3072
@@ -60,15 +63,13 @@ MIN_TILES = 90
 MAX_FEWEST_TOKENS = 4
 # Tiles of low cuts end here, and those of norms: beyond, cuBLAS and an expand (87f739b).
 MAX_LOW_TILE_TOKENS = 64
-# Up to so many tokens the expand adds a bias at no cost; those of long steps have no place for it,
-# and cuBLAS adds it to W x (7fbd763).
+# The expand adds a bias at no cost; that of longer steps has no place for it (7fbd763).
 MAX_BIAS_TOKENS = 256
-# With fewer tokens most experts are inactive, and the expand asks if each is active
-# (30098f8); longer steps than the second are all cut alike, and list no experts (439c8ee).
+# With fewer tokens the expand asks of each expert if it is active (30098f8); longer steps than the
+# second are all cut alike, and list no experts (439c8ee).
 MIN_DENSE_TOKENS = 8
 MAX_SHORT_TOKENS = 256
-# Below, steps wait for the CPU, which four descriptors take 110 us more than `expand`; the GPU
-# needs 15 to 30 us more for that. (2e1ac92.)
+# Below, steps wait for the CPU, which four descriptors take 110 us more than `expand` (2e1ac92).
 MIN_WIDE_TOKENS = 4096
 # Ranks of all experts, up to which long steps take cuBLAS for those beyond one product, and up to
 # which they do before a norm (f89d96f, an H100: 40 experts of rank 16). Beyond, as with 8 ranks an
@@ -169,16 +170,19 @@ def gemm_config(shape: Shape, num_tokens: int, device: Device) -> GemmConfig | N
     if num_tokens > MAX_TILE_TOKENS:
         return None
     key = s.size_in, s.tiled_rows, s.epilogue, s.itemsize
-    some = MAX_STREAM_ONLY_TOKENS < num_tokens <= MAX_STREAM_TOKENS
-    if some and s.ranks > MAX_TILED_RANKS:
+    some, many = MAX_STREAM_ONLY_TOKENS < num_tokens <= MAX_STREAM_TOKENS, s.ranks > BLOCK_ER
+    if some and (s.ranks > MAX_TILED_RANKS or many and is_gate_up(s.kernel_epilogue)):
         return default_config(num_tokens, *key)
     tma = can_tile(s, device)
     found = find_config(device.name, power_of_2(num_tokens), *key, tma)
-    if found is None and tma and s.epilogue == "norm" and s.ranks > BLOCK_ER and s.itemsize == 2:
-        # cuBLAS cannot be split there, see `product_split_k`: W and A of down would be 34 tiles
-        # for 132 processors.
+    long = s.epilogue == "norm" and s.size_in > MIN_LONG_IN and s.itemsize == 2
+    if found is None and many and tma and long:
         split_k = min(MAX_SPLIT_K, max(1, 112 // cdiv(s.tiled_rows, 128)))
-        return GemmConfig(128, 64, split_k, 4, 4, shrink_split_k=4, tma=True)
+        found = GemmConfig(128, 128, split_k, 4, 3, shrink_split_k=4, tma=True)
+    if many and found and found.tma:  # cuts are tuned for 128 ranks
+        tiles = sum(cdiv(w, found.rows) for w in tiled_widths(s.widths, s.kernel_epilogue))
+        room = PROCESSORS - tiles * found.split_k
+        return found.with_room(room, cdiv(s.fused_rows - s.size_out, 64))
     return found
 
 

@@ -237,10 +237,11 @@ class ShrinkGrid:
         return cls(block_r, split_k or alone, slots)
 
     def for_tokens(self, tokens: int, experts: int) -> ShrinkGrid:
-        """With slots for two experts of each token, as far as there are so many: the tiles that
-        follow share processors with slots, and with empty ones, too."""
+        """With slots for an expert of each token, as far as there are so many, which take turns if
+        more are active: the tiles that follow share processors with slots, with empty ones too.
+        (7bf8d2a: qkv at 8 tokens with 8 slots 19.2 to 20.3 us, with 16 27.3 to 29.7.)"""
         of_expert = self.slots // experts
-        most = max(2 * power_of_2(tokens), _FEW_PROGRAMS // (of_expert * self.split_k))
+        most = max(power_of_2(tokens), _FEW_PROGRAMS // (of_expert * self.split_k))
         return replace(self, slots=of_expert * min(experts, most))
 
     @property

@@ -11,6 +11,7 @@ from vllm_adafuse.kernels.dispatch import (
     default_config,
     find_config,
     gemm_config,
+    plan,
     token_counts,
 )
 from vllm_adafuse.kernels.plans import Device, Shape
@@ -126,3 +127,41 @@ def test_every_limit_is_one_that_warm_up_steps_over():
     counts = set(token_counts(16384))
     for limit in TOKEN_LIMITS:
         assert {limit - 1, limit, limit + 1} <= counts
+
+
+def llama3(experts, name):
+    """A projection of Llama-3-8B with experts of rank 16."""
+    size_in, widths, epilogue = {
+        "qkv": (4096, (4096, 1024, 1024), "rotary"),
+        "o": (4096, (4096,), "norm"),
+        "gate_up": (4096, (14336, 14336), "silu"),
+        "down": (14336, (4096,), "norm"),
+    }[name]
+    adapted, dim = tuple(range(len(widths))), 128 * (epilogue == "rotary")
+    return Shape(size_in, widths, adapted, experts, 16, 2, epilogue, dim)
+
+
+@pytest.mark.parametrize("experts", [8, 16, 32])
+@pytest.mark.parametrize("name", ["qkv", "gate_up", "down"])
+def test_tiles_and_their_shrink_are_one_round(experts, name):
+    shape = llama3(experts, name)
+    for tokens in (32, 128):
+        config = plan(shape, tokens, Device("NVIDIA H200", 9)).config
+        if config is None or not config.tma:
+            continue
+        tiles = -(-shape.tiled_rows // config.rows) * config.split_k
+        shrinks = -(-(shape.fused_rows - shape.size_out) // 64) * config.shrink_split_k
+        assert tiles + shrinks <= 132, tokens
+
+
+def test_many_ranks_go_ways_of_their_own():
+    def kernels(experts, tokens):
+        names = ("qkv", "o", "gate_up", "down")
+        plans = [plan(llama3(experts, n), tokens, Device("NVIDIA H200", 9)) for n in names]
+        return [one.kernel for one in plans]
+
+    tiled, streamed, cublas = "tma_gemm", "decode_gemm", "cublas"
+    assert kernels(8, 32) == [tiled, streamed, tiled, tiled]
+    assert kernels(16, 32) == [tiled, streamed, streamed, tiled]
+    assert kernels(8, 128) == [tiled, cublas, tiled, cublas]
+    assert kernels(16, 128) == [tiled, cublas, tiled, tiled]
