@@ -9,6 +9,7 @@ Read against vLLM 0.32.0 (v1/worker/gpu_model_runner.py, v1/worker/gpu/model_run
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -83,17 +84,24 @@ def _wrap_newer() -> None:
 
 
 def _follow_state(runner: Any, state: Any) -> None:
-    """Follows the requests of the newer runner.
+    """Follows the requests of the newer runner, or notes that it cannot.
 
     Raises:
-        RuntimeError: it has no such state.
+        RuntimeError: it cannot, and a router waits for it.
     """
-    prepare, add = getattr(state, "prepare_inputs", None), getattr(state, "add_request", None)
-    if prepare is None or add is None:
-        raise RuntimeError(
-            "vllm-adafuse: vLLM's model state has no prepare_inputs and add_request, so a router "
-            "could not see a request's past; use a vLLM from 0.26 to 0.33"
-        )
+    from vllm_adafuse.serving.attach import UNSEEN
+
+    wanted = {state: ("prepare_inputs", "add_request"),
+              runner.req_states: ("all_token_ids", "num_computed_tokens_np")}  # fmt: skip
+    if lacking := [n for owner, names in wanted.items() for n in names if not hasattr(owner, n)]:
+        UNSEEN["newer"] = f"its newer model runner has no {', '.join(lacking)}"
+        if _requests_of(runner).wanted:
+            raise RuntimeError(
+                f"vllm-adafuse: {UNSEEN['newer']}, so a router could not see a request's past; set "
+                "VLLM_USE_V2_MODEL_RUNNER=0, or use another vLLM from 0.26 to 0.33"
+            )
+        return
+    prepare, add = state.prepare_inputs, state.add_request
 
     @functools.wraps(prepare)
     def prepare_inputs(batch, req_states):
@@ -121,9 +129,9 @@ def _follow_state(runner: Any, state: Any) -> None:
 
 def _make_dummy_run(original):
     def _dummy_run(self, *arguments, **options):
-        if (requests := _requests_of(self)) is not None:
-            requests.idle()
-        return original(self, *arguments, **options)
+        requests = _requests_of(self)
+        with contextlib.nullcontext() if requests is None else requests.nobodys():
+            return original(self, *arguments, **options)
 
     return _dummy_run
 

@@ -72,8 +72,9 @@ def test_the_blind_are_not_seeded_and_an_idle_step_is_nobodys(requests):
     requests.followers[0].blind = (0,)
     _, seeds = step(requests, a=(3, 1), b=(2, 1))
     assert [place for place, _, _ in seeds] == [1]
-    requests.idle()
-    assert not requests.table.any()
+    with requests.nobodys():
+        requests.begin(["dummy"], np.array([7]), np.array([3]), None)
+        assert not requests.table.any()
     assert not step(requests, a=(4, 1), b=(3, 1))[1]
     requests.followers[0].follows = False
     assert not requests.wanted

@@ -8,7 +8,8 @@ for no event but the step itself: whoever does not go on where it ended is seede
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -51,6 +52,7 @@ class Requests(torch.nn.Module):
         self._known: dict[str, tuple[int, int]] = {}
         self._batch: list[str] = []
         self._rows, self._next = np.zeros(0, np.int32), np.zeros(0, np.int64)
+        self._dummy = False
 
     @property
     def wanted(self) -> bool:
@@ -61,7 +63,7 @@ class Requests(torch.nn.Module):
         """Prepares a step that nobody needs to know of."""
         if self._batch or self._known:
             self.forget()
-            self.idle()
+            self.table.zero_()
 
     def begin(
         self,
@@ -78,6 +80,8 @@ class Requests(torch.nn.Module):
             counts: [R] its tokens in this step.
             tokens_of: (place, T) -> the first T token ids of a request of the batch.
         """
+        if self._dummy:
+            return
         count, starts = len(requests), np.asarray(starts, dtype=np.int64)
         if self._batch != requests or not np.array_equal(self._next, starts):
             self._place(requests, starts, tokens_of)
@@ -89,9 +93,15 @@ class Requests(torch.nn.Module):
         table[OFFSET, count + 1 :] = ends[-1] if count else 0
         copy_to(self.table, table)
 
-    def idle(self) -> None:
-        """Prepares a step of nobody: a dummy run's."""
+    @contextmanager
+    def nobodys(self) -> Iterator[None]:
+        """Around a dummy run: what is said of its requests is not heard."""
         self.table.zero_()
+        self._dummy = True
+        try:
+            yield
+        finally:
+            self._dummy = False
 
     def forget(self, requests: Iterable[str] | None = None) -> None:
         """Requests, or all of them, that are to be seeded when they go on."""

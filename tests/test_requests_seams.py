@@ -1,0 +1,96 @@
+"""What the newer model runner says of its requests, by a stand-in: it needs a GPU."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_requests import Told
+from vllm_adafuse.patches import requests as patch
+from vllm_adafuse.serving.requests import Requests
+
+
+class State:
+    """A model's own state, as the newer runner has it."""
+
+    def prepare_inputs(self, batch, req_states):
+        return {"prepared": batch}
+
+    def add_request(self, req_index, new_req_data):
+        return req_index
+
+
+class RequestStates:
+    """Of its requests."""
+
+    num_computed_tokens_np = np.array([0, 3, 0, 6])
+    all_token_ids = SimpleNamespace(gpu=torch.arange(40).view(4, 10))
+
+
+@pytest.fixture
+def runner():
+    model = SimpleNamespace(adafuse_requests=Requests(4))
+    model.adafuse_requests.followers.append(Told())
+    states = RequestStates()
+    return SimpleNamespace(
+        get_model=lambda: model, requests=model.adafuse_requests, req_states=states
+    )
+
+
+def batch_of(*requests):
+    """(name, place in the runner's state, tokens of the step) each."""
+    names, places, counts = zip(*requests)
+    return SimpleNamespace(
+        req_ids=list(names), num_reqs=len(names), idx_mapping_np=np.array(places),
+        num_scheduled_tokens=np.array(counts),
+    )  # fmt: skip
+
+
+def test_steps_and_new_requests_of_the_newer_runner(runner):
+    state, told = State(), runner.requests.followers[0]
+    patch._follow_state(runner, state)
+    states = runner.req_states
+    batch = batch_of(("b", 3, 2), ("a", 1, 1))
+    assert state.prepare_inputs(batch, states) == {"prepared": batch}
+    rows = {name: row for name, (_, row, _) in zip(("b", "a"), told.seeds)}
+    assert [ids for _, _, ids in told.seeds] == [[30, 31, 32, 33, 34, 35], [10, 11, 12]]
+    assert runner.requests.table[:, :2].tolist() == [[rows["b"], rows["a"]], [6, 3], [0, 2]]
+    told.seeds.clear()
+    states.num_computed_tokens_np = np.array([0, 4, 0, 8])
+    state.prepare_inputs(batch_of(("b", 3, 1), ("a", 1, 1)), states)
+    assert not told.seeds
+    # Another request of the same name, at a place where the old one would go on.
+    assert state.add_request(3, SimpleNamespace(req_id="b")) == 3
+    states.num_computed_tokens_np = np.array([0, 5, 0, 9])
+    state.prepare_inputs(batch_of(("b", 3, 1), ("a", 1, 1)), states)
+    assert [len(ids) for _, _, ids in told.seeds] == [9]
+    told.follows = False
+    state.prepare_inputs(batch_of(("b", 3, 1)), states)
+    assert not runner.requests.table.any()
+
+
+def test_dummy_runs_of_either_runner(runner):
+    seen = []
+
+    def dummy_run(self, tokens):
+        self.requests.begin(["dummy"], np.array([2]), np.array([tokens]), None)
+        seen.append(self.requests.table.any().item())
+        return tokens
+
+    assert patch._make_dummy_run(dummy_run)(runner, 5) == 5 and seen == [False]
+    bare = SimpleNamespace(get_model=SimpleNamespace)
+    assert patch._make_dummy_run(lambda self, n: n)(bare, 3) == 3
+
+
+def test_a_runner_without_the_seam_is_named(runner, monkeypatch):
+    from vllm_adafuse.serving import attach
+
+    monkeypatch.setattr(attach, "UNSEEN", {})
+    patch._wrap(SimpleNamespace, "_prepare_inputs", None)
+    assert "has no _prepare_inputs" in next(iter(attach.UNSEEN.values()))
+    with pytest.raises(RuntimeError, match="no prepare_inputs, add_request, so a router could not"):
+        patch._follow_state(runner, object())
+    runner.requests.followers[0].follows = False
+    attach.UNSEEN.clear()
+    patch._follow_state(runner, object())  # all others are served
+    assert "prepare_inputs" in attach.UNSEEN["newer"]
