@@ -68,6 +68,13 @@ def test_who_does_not_go_on_where_it_ended_is_seeded(requests):
     assert len(step(requests, a=(6, 1))[1]) == 1
 
 
+def test_rows_of_the_batch_are_nobody_elses(requests):
+    (a, b, c), _ = step(requests, a=(0, 1), b=(0, 1), c=(0, 1))
+    step(requests, b=(1, 1), c=(1, 1))
+    # a has waited longest, and goes on: d takes the row of b.
+    assert step(requests, d=(0, 4), a=(1, 1), c=(2, 1)) == ([b, a, c], [])
+
+
 def test_the_blind_are_not_seeded_and_an_idle_step_is_nobodys(requests):
     requests.followers[0].blind = (0,)
     _, seeds = step(requests, a=(3, 1), b=(2, 1))
