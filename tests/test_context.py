@@ -115,9 +115,13 @@ def test_generate_with_and_without_a_cache_and_by_beams(model):
     mask = torch.ones_like(IDS)
     found = model.generate(IDS, attention_mask=mask, **options)
     assert found.tolist() == model.generate(IDS, attention_mask=mask, use_cache=False, **options).tolist()
-    beams = model.generate(IDS, attention_mask=mask, num_beams=3, **options)
-    slow = model.generate(IDS, attention_mask=mask, num_beams=3, use_cache=False, **options)
-    assert beams.tolist() == slow.tolist() != found.tolist()
+    # Of a short prompt, so that beams have pasts of their own.
+    options |= {"num_beams": 4, "return_dict_in_generate": True, "output_scores": True}
+    options |= {"attention_mask": mask[:, :2], "num_return_sequences": 4}
+    beams = model.generate(IDS[:, :2], **options)
+    slow = model.generate(IDS[:, :2], use_cache=False, **options)
+    assert beams.sequences.tolist() == slow.sequences.tolist()
+    torch.testing.assert_close(beams.sequences_scores, slow.sequences_scores, rtol=0, atol=1e-5)
 
 
 def test_padding_is_no_past(model):
