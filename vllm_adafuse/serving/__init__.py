@@ -34,4 +34,6 @@ Where requests choose their adapters (`--enable-lora`):
     holds.py       what an engine has, and who still needs it                 (front end)
     waiting.py     which requests wait until their adapter has room           (scheduler)
     reads.py       reads and copies adapters beside the steps                 (worker)
+    metrics.py     what /metrics says of adapters                             (front end)
+    meter.py       what a worker counts of them                               (worker)
 """
