@@ -24,10 +24,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from vllm_adafuse.cli.cmd_random import integers
-from vllm_adafuse.kernels.linear import linear, linear_torch
-from vllm_adafuse.kernels.linear_norm import linear_norm
 from vllm_adafuse.kernels.page_linear import page_linear, page_linear_norm
 from vllm_adafuse.kernels.plans import Shape
+from vllm_adafuse.kernels.projection import linear, linear_torch
+from vllm_adafuse.kernels.projection_norm import linear_norm
 from vllm_adafuse.tuning import Product, Trial, time_us
 
 from benchmarks import record

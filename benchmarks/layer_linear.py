@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from vllm_adafuse.cli.cmd_random import integers
-from vllm_adafuse.kernels.layer_linear import layer_linear
-from vllm_adafuse.kernels.layer_operands import LayerGate, LayerGates, LayerProjection
-from vllm_adafuse.kernels.layer_sgmm import layer_sgmm
-from vllm_adafuse.kernels.low_product import low_product
+from vllm_adafuse.kernels.layerwise.linear import layer_linear
+from vllm_adafuse.kernels.layerwise.low_product import low_product
+from vllm_adafuse.kernels.layerwise.operands import LayerGate, LayerGates, LayerProjection
+from vllm_adafuse.kernels.layerwise.sgmm import layer_sgmm
 from vllm_adafuse.kernels.registry import matmul_f32
 from vllm_adafuse.tuning import Product, time_us
 

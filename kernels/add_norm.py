@@ -17,9 +17,9 @@ import torch
 import triton
 import triton.language as tl
 from vllm_adafuse.kernels.configs import NormConfig, expert_blocks
-from vllm_adafuse.kernels.deltas import add_deltas, load_ranks, load_s
+from vllm_adafuse.kernels.device.gates import add_deltas, load_ranks, load_s
+from vllm_adafuse.kernels.device.pdl import begin_next
 from vllm_adafuse.kernels.dispatch import choose_norm
-from vllm_adafuse.kernels.early import begin_next
 from vllm_adafuse.kernels.launch import Bound, bind, overlap
 from vllm_adafuse.kernels.operands import Norm
 from vllm_adafuse.kernels.plans import on_hopper

@@ -2,7 +2,7 @@
 
     y[t] = W x[t] + bias + Σ_e B[:, e] s[t, p, e]          s[t, p, e] = gates[t, e] A[p, e] x[t]
 
-and at once what follows it (pairs.py): gate_up's activation, the rotary embedding of q and k.
+and at once what follows it (device/epilogues.py): gate_up's activation, the rotary embedding of q and k.
 
 With few tokens a projection is the time to read W. The grid streams W in tiles of rows, with the
 tokens as the narrow side of the product. Its first programs compute the shrink s; a tile adds its
@@ -27,18 +27,18 @@ from vllm_adafuse.kernels.configs import (
     GemmConfig,
     block_er,
 )
-from vllm_adafuse.kernels.dispatch import MAX_SHRINK_TOKENS, MAX_STREAM_TOKENS, default_config
-from vllm_adafuse.kernels.early import prefetch
-from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, rows_in_pages, starts_of_head
-from vllm_adafuse.kernels.launch import launch, overlap
-from vllm_adafuse.kernels.operands import Projection, Step
-from vllm_adafuse.kernels.pairs import (
+from vllm_adafuse.kernels.device.epilogues import (
     EPILOGUES,
     activate,
     result_width,
     rotate,
     tiled_widths,
 )
+from vllm_adafuse.kernels.device.pdl import prefetch
+from vllm_adafuse.kernels.dispatch import MAX_SHRINK_TOKENS, MAX_STREAM_TOKENS, default_config
+from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, rows_in_pages, starts_of_head
+from vllm_adafuse.kernels.launch import launch, overlap
+from vllm_adafuse.kernels.operands import Projection, Step
 from vllm_adafuse.kernels.plans import on_hopper
 from vllm_adafuse.kernels.shrink import (
     SHRINK_STAGES,
@@ -294,7 +294,7 @@ def decode_gemm_triton(
     out: torch.Tensor | None = None,
     kv_slots: KVSlots | None = None,
 ) -> torch.Tensor:
-    """One launch; see `vllm_adafuse.kernels.linear.linear`.
+    """One launch; see `vllm_adafuse.kernels.projection.linear`.
 
     Args:
         x: [T, in], T <= MAX_STREAM_TOKENS.

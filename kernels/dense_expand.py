@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.deltas import weigh
+from vllm_adafuse.kernels.device.gates import weigh
 from vllm_adafuse.kernels.expand import expand_torch
 from vllm_adafuse.kernels.launch import Bound, bind, overlap
 from vllm_adafuse.kernels.plans import on_hopper

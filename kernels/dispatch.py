@@ -25,7 +25,7 @@ from vllm_adafuse.kernels.configs import (
     expert_blocks,
     shape_key,
 )
-from vllm_adafuse.kernels.pairs import is_gate_up, tiled_widths
+from vllm_adafuse.kernels.device.epilogues import is_gate_up, tiled_widths
 from vllm_adafuse.kernels.plans import (
     ADD_NORM,
     CUBLAS,

@@ -2,7 +2,7 @@
 
     y[t, n] + Σ_e B[n, e] s[t, p(n), e]                    p(n): the linear that column n belongs to
 
-and at once what follows (pairs.py): gate_up's activation, the rotary embedding of q and k. The
+and at once what follows (device/epilogues.py): gate_up's activation, the rotary embedding of q and k. The
 second half of SGMM (AdaFuse, arXiv 2603.11873, section 3). A program takes a tile of columns for a
 block of tokens and reads B of the active experts; sums run over experts in rising order,
 whoever else is in the batch. The additions ride on a pass over y that what follows needs anyway.
@@ -18,20 +18,19 @@ import torch
 import triton
 import triton.language as tl
 from vllm_adafuse.kernels.configs import ExpandConfig, expert_blocks
-from vllm_adafuse.kernels.deltas import add_deltas, load_both, load_gates, load_ranks, weigh
-from vllm_adafuse.kernels.dispatch import MAX_SHORT_TOKENS, MIN_DENSE_TOKENS, choose_expand
-from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, rows_in_pages, starts_of_head
-from vllm_adafuse.kernels.launch import Bound, bind, overlap
-from vllm_adafuse.kernels.operands import Projection, Step
-from vllm_adafuse.kernels.pairs import (
+from vllm_adafuse.kernels.device.epilogues import (
     EPILOGUES,
     ROTARY,
     activate,
     result_of,
-    result_width,
     rotate,
     tiled_widths,
 )
+from vllm_adafuse.kernels.device.gates import add_deltas, load_both, load_gates, load_ranks, weigh
+from vllm_adafuse.kernels.dispatch import MAX_SHORT_TOKENS, MIN_DENSE_TOKENS, choose_expand
+from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, rows_in_pages, starts_of_head
+from vllm_adafuse.kernels.launch import Bound, bind, overlap
+from vllm_adafuse.kernels.operands import Projection, Step
 from vllm_adafuse.kernels.plans import on_hopper
 from vllm_adafuse.kernels.whole import cdiv
 
@@ -55,8 +54,7 @@ def _expand_kernel(
     # Parts without experts have no rows of B; no tiles either, unless they must be copied.
     B1: tl.constexpr = WIDTH0 if ADAPTED0 >= 0 else 0
     B2: tl.constexpr = B1 + (WIDTH1 if ADAPTED1 >= 0 else 0)
-    # With EPILOGUE columns come in pairs, and a tile is of one member: of gate, of the first
-    # halves.
+    # With EPILOGUE columns come in pairs, and a tile is of one member: gate, or first halves.
     MEMBERS: tl.constexpr = 2 if EPILOGUE == 3 else 1
     TILED0: tl.constexpr = WIDTH0 // MEMBERS if (ADAPTED0 >= 0 or ALL) else 0
     TILED1: tl.constexpr = WIDTH1 // MEMBERS if (ADAPTED1 >= 0 or ALL) else 0
@@ -235,7 +233,7 @@ class _Key(NamedTuple):
     skip: bool
 
 
-class _Read(NamedTuple):
+class Read(NamedTuple):
     """Tensors that are read, some of them None."""
 
     bias: torch.Tensor | None
@@ -245,11 +243,11 @@ class _Read(NamedTuple):
     cos_sin: torch.Tensor | None = None
 
 
-def _launch(
+def launch_expand(
     y: torch.Tensor,
     out: torch.Tensor,
     s: torch.Tensor,
-    read: _Read,
+    read: Read,
     of: tuple[Sequence[int], Sequence[int], int],
     blocks: ExpandConfig | None = None,
     kv_slots: KVSlots | None = None,
@@ -320,7 +318,7 @@ def expand_triton(
             experts.
         widths: columns of each slice.
     """
-    _launch(y, y, s, _Read(None, lora_b, None, active), (adapted, widths, 0))
+    launch_expand(y, y, s, Read(None, lora_b, None, active), (adapted, widths, 0))
 
 
 def expand_raw_triton(
@@ -349,14 +347,13 @@ def expand_raw_triton(
         [T, out], or [T, I] after silu or gelu_tanh; contiguous, or in y.
     """
     widths, epilogue = p.shape.widths, p.shape.kernel_epilogue
-    index = EPILOGUES.index(epilogue)
-    result = result_of(y, widths, epilogue, p.strided_out)
+    index, result = EPILOGUES.index(epilogue), result_of(y, widths, epilogue, p.strided_out)
     if y.dim() == 3:
         result = y.new_empty(y.shape[1:])
     elif result is y and (index or bias is not None):
         result = torch.empty_like(y)
-    read = _Read(bias, p.lora_b, step.gates, step.active, step.cos_sin)
-    _launch(y, result, s, read, (p.shape.adapted, widths, index), blocks, kv_slots)
+    read = Read(bias, p.lora_b, step.gates, step.active, step.cos_sin)
+    launch_expand(y, result, s, read, (p.shape.adapted, widths, index), blocks, kv_slots)
     return result
 
 
@@ -380,39 +377,9 @@ def epilogue_triton(
         result = torch.empty_like(y)
     adapted = (-1,) * len(widths)
     # Of B and s, of which none is read, the smallest there could be.
-    read = _Read(None, p.lora_b[:, :1], None, step.active, step.cos_sin)
+    read = Read(None, p.lora_b[:, :1], None, step.active, step.cos_sin)
     number = EPILOGUES.index(epilogue)
-    _launch(y, result, y, read, (adapted, widths, number), kv_slots=kv_slots, skip=False)
-    return result
-
-
-def expand_weighted_triton(
-    y: torch.Tensor,
-    s: torch.Tensor,
-    bias: torch.Tensor | None,
-    lora_b: torch.Tensor,
-    active: torch.Tensor,
-    adapted: Sequence[int],
-    widths: Sequence[int],
-    epilogue: str,
-) -> torch.Tensor:
-    """From the output of W, in float32 or in the dtype of s, to that of the adapted projection.
-
-    Args:
-        y: [T, out], W x.
-        s: [T, P, E R], weighted, see `route_layer`.
-        bias, lora_b, active, adapted, widths: as in `expand_raw_triton`.
-        epilogue: "", or "silu" or "gelu_tanh" of gate and up.
-
-    Returns:
-        [T, out], or [T, I] after an activation, in the dtype of s; a new tensor.
-    """
-    index = EPILOGUES.index(epilogue)
-    result = s.new_empty(y.shape[0], result_width(widths, epilogue))
-    blocks = choose_expand(y.shape[0], index != 0, s.element_size())
-    every = expert_blocks(*lora_b.shape[1:], False)["ONE"]
-    read = _Read(bias, lora_b, None, active)
-    _launch(y, result, s, read, (adapted, widths, index), blocks, skip=not every)
+    launch_expand(y, result, y, read, (adapted, widths, number), kv_slots=kv_slots, skip=False)
     return result
 
 
@@ -423,8 +390,7 @@ def expand_torch(
     adapted: Sequence[int],
     widths: Sequence[int],
 ) -> None:
-    """By cuBLAS; the reference, see `expand_triton`. Views of s and B need rows that
-    are contiguous, and no more."""
+    """By cuBLAS; the reference, see `expand_triton`. Views of s and B need contiguous rows alone."""
     b, row, column = lora_b.flatten(1), 0, 0
     for linear_idx, width in zip(adapted, widths):
         if linear_idx >= 0:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+from vllm_adafuse.kernels.device.epilogues import is_gate_up
 from vllm_adafuse.kernels.dispatch import Plans, plans_of
-from vllm_adafuse.kernels.pairs import is_gate_up
 from vllm_adafuse.kernels.plans import Device, Shape
 from vllm_adafuse.kernels.workspace import Workspace
 

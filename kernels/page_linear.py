@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from vllm_adafuse.kernels.add_norm import add_norm_torch, add_norm_triton
 from vllm_adafuse.kernels.expand import epilogue_triton
 from vllm_adafuse.kernels.kv_slots import KVSlots
-from vllm_adafuse.kernels.linear import epilogue_torch, linear
-from vllm_adafuse.kernels.linear_norm import linear_norm
 from vllm_adafuse.kernels.operands import Projection, Step
+from vllm_adafuse.kernels.projection import epilogue_torch, linear
+from vllm_adafuse.kernels.projection_norm import linear_norm
 
 
 def page_linear(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from vllm_adafuse.kernels.configs import GemmConfig
-from vllm_adafuse.kernels.pairs import tiled_widths
+from vllm_adafuse.kernels.device.epilogues import tiled_widths
 
 # What a plan may name, after its file; cuBLAS has none. SHRINK, over a quantised W, is of A alone.
 DECODE_GEMM, TMA_GEMM, CUBLAS, SHRINK = "decode_gemm", "tma_gemm", "cublas", "shrink"

@@ -2,7 +2,7 @@
 
     y[t, n] + Σ_e B[n, e] (gates[t, e] s[t, p(n), e])     p(n): the linear that column n belongs to
 
-then gate_up's activation, or the rotary embedding of q and k (pairs.py). The same as `expand`, for
+then gate_up's activation, or the rotary embedding of q and k (device/epilogues.py). The same as `expand`, for
 thousands of tokens on Hopper and later, where it is bound by the traffic of y alone: a program
 keeps s of its tokens in registers and walks along the columns, while the tensor memory accelerator
 brings the next tiles of y and of B, all experts in one product of up to 128 ranks, and takes the
@@ -20,14 +20,14 @@ import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
-from vllm_adafuse.kernels.blocks import group_of_tiles, grouped_tiles
 from vllm_adafuse.kernels.configs import ExpandConfig
-from vllm_adafuse.kernels.deltas import load_gates, weigh
+from vllm_adafuse.kernels.device.epilogues import activate, result_of, rotate, turns_of_heads
+from vllm_adafuse.kernels.device.gates import load_gates, weigh
+from vllm_adafuse.kernels.device.slices import group_of_tiles, grouped_tiles
 from vllm_adafuse.kernels.dispatch import choose_wide, experts_at_once
 from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, head_in_pages, rows_in_pages
 from vllm_adafuse.kernels.launch import launch, overlap
 from vllm_adafuse.kernels.operands import Projection, Step
-from vllm_adafuse.kernels.pairs import activate, result_of, rotate, turns_of_heads
 from vllm_adafuse.kernels.plans import on_hopper
 from vllm_adafuse.kernels.whole import cdiv
 

@@ -2,7 +2,7 @@
 
     y[t] = W x[t] + bias + Σ_e B[:, e] s[t, p, e]          s[t, p, e] = gates[t, e] A[p, e] x[t]
 
-and at once what follows it (pairs.py): gate_up's activation, the rotary embedding of q and k.
+and at once what follows it (device/epilogues.py): gate_up's activation, the rotary embedding of q and k.
 
 W and A are one tensor, [W; A], cut into tiles of rows, all tokens to a tile. The first programs
 take the tiles of A and leave s. For the others the expand is some steps more of the same product,
@@ -25,12 +25,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 from vllm_adafuse.kernels.configs import MAX_SHRINK_SPLIT_K, GemmConfig
-from vllm_adafuse.kernels.dispatch import MAX_TILE_TOKENS, default_config
-from vllm_adafuse.kernels.early import prefetch_pairs
-from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, rows_in_pages, starts_of_head
-from vllm_adafuse.kernels.launch import launch, overlap
-from vllm_adafuse.kernels.operands import Projection, Step
-from vllm_adafuse.kernels.pairs import (
+from vllm_adafuse.kernels.device.epilogues import (
     EPILOGUES,
     activate,
     is_gate_up,
@@ -39,6 +34,12 @@ from vllm_adafuse.kernels.pairs import (
     tiled_widths,
     turns_of_heads,
 )
+from vllm_adafuse.kernels.device.pdl import prefetch_pairs
+from vllm_adafuse.kernels.device.tma_steps import active_blocks, apart, loop_over
+from vllm_adafuse.kernels.dispatch import MAX_TILE_TOKENS, default_config
+from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, rows_in_pages, starts_of_head
+from vllm_adafuse.kernels.launch import launch, overlap
+from vllm_adafuse.kernels.operands import Projection, Step
 from vllm_adafuse.kernels.plans import on_hopper, waits_in_loops
 from vllm_adafuse.kernels.shrink import (
     all_sums,
@@ -48,7 +49,6 @@ from vllm_adafuse.kernels.shrink import (
     range_of_k,
     wait_for_shrink,
 )
-from vllm_adafuse.kernels.tma_steps import active_blocks, apart, loop_over
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 # Rows of A in a tile. Hopper's tensor cores take no fewer tokens than MIN_TOKENS.
@@ -306,7 +306,7 @@ def tma_gemm_triton(
     out: torch.Tensor | None = None,
     kv_slots: KVSlots | None = None,
 ) -> torch.Tensor:
-    """One launch for up to 128 tokens; see `vllm_adafuse.kernels.linear.linear`.
+    """One launch for up to 128 tokens; see `vllm_adafuse.kernels.projection.linear`.
 
     Args:
         x: [T, in]; rows begin at multiples of 16 bytes.

@@ -21,13 +21,13 @@ from vllm_adafuse.kernels import (
     dense_expand,
     dispatch,
     expand,
-    pairs,
     shrink,
     spread_routes,
     switch,
     tma_expand,
     tma_gemm,
 )
+from vllm_adafuse.kernels.device import epilogues
 
 HOPPER, BLACKWELL = GPUTarget("cuda", 90, 32), GPUTarget("cuda", 100, 32)
 POINTERS = {
@@ -122,7 +122,7 @@ def main() -> None:
         ("rotary", 6144, qkv, NO_KV_SLOTS),
         ("rotary", 6144, qkv, {"PAGED": True}),
     ):
-        number = pairs.EPILOGUES.index(act)
+        number = epilogues.EPILOGUES.index(act)
         shape = shape | {"bias_ptr": None, "HAS_BIAS": False, "EPILOGUE": number, "HALF": 0} | paged
         shape |= {"HALF": 64} if act == "rotary" else {"cos_sin_ptr": None}
         number = f"{number}, paged" if shape["PAGED"] else number

@@ -3,9 +3,12 @@
 import json
 
 from compile_kernels import NO_KV_SLOTS, POINTERS, build
-from vllm_adafuse.kernels import expand, ffn_down, ffn_mix, pairs, route_layer
+from vllm_adafuse.kernels import expand
 from vllm_adafuse.kernels.configs import expert_blocks
+from vllm_adafuse.kernels.device import epilogues
 from vllm_adafuse.kernels.dispatch import choose_expand
+from vllm_adafuse.kernels.layerwise import ffn_down, ffn_mix
+from vllm_adafuse.kernels.layerwise import route as route_layer
 
 POINTERS |= dict.fromkeys(("lora_a_out_ptr", "logits_ptr", "scales_ptr"), "*fp32")
 POINTERS |= {"both_ptr": "*bf16", "weighted_ptr": "*bf16", "temperature": "fp32"}
@@ -38,7 +41,7 @@ def main() -> None:
         for adapted in ((0, 1), (0, -1)):
             constants = {
                 "WIDTH": 11008, "ADAPTED0": adapted[0], "ADAPTED1": adapted[1], "EXPERTS": 8, "EVERY": 9,
-                "RANK": 16, "SLOTS": slots, "EPILOGUE": pairs.EPILOGUES.index("silu"),
+                "RANK": 16, "SLOTS": slots, "EPILOGUE": epilogues.EPILOGUES.index("silu"),
                 "BLOCK_T": 16, "BLOCK_C": 64, "BLOCK_R": 16,
             }  # fmt: skip
             kernel = ffn_mix._ffn_mix_kernel
@@ -63,7 +66,7 @@ def main() -> None:
         constants = expert_blocks(8, 16, False) | {
             "WIDTH0": widths[0], "WIDTH1": widths[1], "WIDTH2": widths[2],
             "ADAPTED0": 0, "ADAPTED1": 1, "ADAPTED2": 2 if widths[2] else -1,
-            "bias_ptr": None, "HAS_BIAS": False, "EPILOGUE": pairs.EPILOGUES.index(act), "HALF": 0,
+            "bias_ptr": None, "HAS_BIAS": False, "EPILOGUE": epilogues.EPILOGUES.index(act), "HALF": 0,
             "cos_sin_ptr": None, "gates_ptr": None, **NO_KV_SLOTS,
             "RAW": False, "SPLIT_K": 0, "ALL": True, "ALL_ADAPTED": True, "EVEN": True,
             "PDL": True, "BLOCK_T": cut.tokens, "BLOCK_OUT": cut.columns,

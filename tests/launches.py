@@ -34,19 +34,19 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 from vllm_adafuse.kernels import add_norm, configs, dense_expand, dispatch, expand, launch
 from vllm_adafuse.kernels.dispatch import token_counts
-from vllm_adafuse.kernels.ffn_down import ffn_down
-from vllm_adafuse.kernels.ffn_mix import ffn_mix
 from vllm_adafuse.kernels.gather_routes import gather_routes
 from vllm_adafuse.kernels.kv_slots import KVSlots
-from vllm_adafuse.kernels.layer_linear import layer_linear
-from vllm_adafuse.kernels.layer_operands import LayerGate, LayerGates, LayerProjection
-from vllm_adafuse.kernels.layer_sgmm import layer_sgmm
-from vllm_adafuse.kernels.linear import linear
-from vllm_adafuse.kernels.linear_norm import linear_norm
+from vllm_adafuse.kernels.layerwise.ffn_down import ffn_down
+from vllm_adafuse.kernels.layerwise.ffn_mix import ffn_mix
+from vllm_adafuse.kernels.layerwise.linear import layer_linear
+from vllm_adafuse.kernels.layerwise.operands import LayerGate, LayerGates, LayerProjection
+from vllm_adafuse.kernels.layerwise.sgmm import layer_sgmm
 from vllm_adafuse.kernels.operands import Norm, Projection, Step, stays_in_place
 from vllm_adafuse.kernels.page_linear import page_linear, page_linear_norm
 from vllm_adafuse.kernels.page_routes import page_routes
 from vllm_adafuse.kernels.plans import Device, Shape
+from vllm_adafuse.kernels.projection import linear
+from vllm_adafuse.kernels.projection_norm import linear_norm
 from vllm_adafuse.kernels.registry import IMPLEMENTATIONS
 from vllm_adafuse.kernels.sgmm import sgmm
 from vllm_adafuse.kernels.spread_routes import spread_routes

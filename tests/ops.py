@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from vllm_adafuse.kernels.linear_norm import workspace_sizes
 from vllm_adafuse.kernels.operands import Projection, Step, stays_in_place
 from vllm_adafuse.kernels.plans import Shape
+from vllm_adafuse.kernels.projection_norm import workspace_sizes
 from vllm_adafuse.kernels.spread_routes import list_active, new_active
 from vllm_adafuse.kernels.workspace import Workspace
 
@@ -18,7 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @dataclass
 class Problem:
-    """One projection: see `vllm_adafuse.kernels.linear.linear`."""
+    """One projection: see `vllm_adafuse.kernels.projection.linear`."""
 
     x: torch.Tensor
     weight: torch.Tensor

@@ -5,8 +5,8 @@ import torch
 from ops import DEVICE, SHAPES, active_of, error, linear_truth, make_problem
 from vllm_adafuse.kernels.configs import GemmConfig
 from vllm_adafuse.kernels.decode_gemm import decode_gemm_triton
+from vllm_adafuse.kernels.device.epilogues import rotate_torch
 from vllm_adafuse.kernels.dispatch import default_config
-from vllm_adafuse.kernels.pairs import rotate_torch
 
 CUTS = [GemmConfig(32, 64), GemmConfig(16, 32, 2), GemmConfig(64, 16, 4)]
 

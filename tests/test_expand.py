@@ -15,12 +15,12 @@ from ops import (
     twice_from_fused,
 )
 from vllm_adafuse.kernels.configs import ExpandConfig
+from vllm_adafuse.kernels.device.epilogues import activate_torch, rotate_torch
 from vllm_adafuse.kernels.expand import (
     expand_raw_triton,
     expand_torch,
     expand_triton,
 )
-from vllm_adafuse.kernels.pairs import activate_torch, rotate_torch
 
 
 def by_torch(y, s, p):

@@ -2,21 +2,21 @@
 float64: computed by the interpreter, on tensors that say they are on a GPU."""
 
 import pytest
-import test_ffn_down as downs
-import test_ffn_mix as mixes
-import test_layer_sgmm
+import test_layerwise_ffn_down as downs
+import test_layerwise_ffn_mix as mixes
+import test_layerwise_sgmm
 import torch
 from fake_gpu import computing
 from ops import DEVICE, delta_truth, error, linear_truth, make_problem
-from test_layer_linear import problem
+from test_layerwise_linear import problem
 from vllm_adafuse.kernels import dispatch
-from vllm_adafuse.kernels.ffn_down import ffn_down
-from vllm_adafuse.kernels.ffn_mix import ffn_mix
-from vllm_adafuse.kernels.layer_linear import layer_linear
-from vllm_adafuse.kernels.linear import linear
-from vllm_adafuse.kernels.linear_norm import linear_norm
+from vllm_adafuse.kernels.device.epilogues import rotate_torch
+from vllm_adafuse.kernels.layerwise.ffn_down import ffn_down
+from vllm_adafuse.kernels.layerwise.ffn_mix import ffn_mix
+from vllm_adafuse.kernels.layerwise.linear import layer_linear
 from vllm_adafuse.kernels.operands import Norm
-from vllm_adafuse.kernels.pairs import rotate_torch
+from vllm_adafuse.kernels.projection import linear
+from vllm_adafuse.kernels.projection_norm import linear_norm
 from vllm_adafuse.kernels.sgmm import sgmm
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="a GPU goes its own way")
@@ -126,17 +126,17 @@ def test_deltas_beside_a_product_of_another():
             assert names[-1] == "_expand_kernel"
 
 
-@pytest.mark.parametrize("name", test_layer_sgmm.CASES)
+@pytest.mark.parametrize("name", test_layerwise_sgmm.CASES)
 def test_layer_wise(name):
     *arguments, expected = problem(name, True)
     with computing() as names:
         found = layer_linear(*arguments)
     assert names and error(found, expected) <= 1e-5
     with computing() as names:
-        x, *rest = test_layer_sgmm.make(name)
+        x, *rest = test_layerwise_sgmm.make(name)
         y = torch.zeros(len(x), sum(rest[-1]))
-        test_layer_sgmm.run(y, x, *rest)
-    assert names and error(y, test_layer_sgmm.truth(x, *rest)) <= 1e-5
+        test_layerwise_sgmm.run(y, x, *rest)
+    assert names and error(y, test_layerwise_sgmm.truth(x, *rest)) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["odd", "shared"])

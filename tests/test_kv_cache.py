@@ -13,7 +13,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.attention import unified_kv_cache_update
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
-from vllm_adafuse.kernels.linear import linear
+from vllm_adafuse.kernels.projection import linear
 from vllm_adafuse.serving import kv_cache
 from vllm_adafuse.serving.kv_cache import can_write
 from vllm_adafuse.serving.ops import named, projection

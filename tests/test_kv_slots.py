@@ -13,10 +13,10 @@ from ops import (
 )
 from vllm_adafuse.kernels.configs import ExpandConfig, GemmConfig
 from vllm_adafuse.kernels.decode_gemm import decode_gemm_triton
+from vllm_adafuse.kernels.device.epilogues import rotate_torch
 from vllm_adafuse.kernels.expand import expand_raw_triton
 from vllm_adafuse.kernels.kv_slots import KVSlots, kv_slots_torch
-from vllm_adafuse.kernels.linear import linear
-from vllm_adafuse.kernels.pairs import rotate_torch
+from vllm_adafuse.kernels.projection import linear
 from vllm_adafuse.kernels.tma_expand import tma_expand_triton
 from vllm_adafuse.kernels.tma_gemm import tma_gemm_triton
 

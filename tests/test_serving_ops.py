@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ops import DEVICE, OneBank, delta_truth, error, linear_truth, make_problem
-from test_layer_linear import problem as layer_problem
+from test_layerwise_linear import problem as layer_problem
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import ForwardContext, override_forward_context
-from vllm_adafuse.kernels.linear import result_layout
+from vllm_adafuse.kernels.device.epilogues import activate_torch, result_width
 from vllm_adafuse.kernels.operands import Norm
-from vllm_adafuse.kernels.pairs import activate_torch, result_width
+from vllm_adafuse.kernels.projection import result_layout
 from vllm_adafuse.serving import ops
 from vllm_adafuse.serving.ops import NAME_TYPE, named
 

@@ -17,10 +17,10 @@ from ops import (
 )
 from vllm_adafuse.kernels.configs import BLOCK_ER, ExpandConfig
 from vllm_adafuse.kernels.dense_expand import dense_expand_triton
+from vllm_adafuse.kernels.device.epilogues import is_gate_up, rotate_torch
 from vllm_adafuse.kernels.dispatch import MIN_WIDE_TOKENS, cublas_plan, in_wide_ranks
-from vllm_adafuse.kernels.linear import expand_long
-from vllm_adafuse.kernels.pairs import is_gate_up, rotate_torch
 from vllm_adafuse.kernels.plans import TMA_EXPAND, Device
+from vllm_adafuse.kernels.projection import expand_long
 from vllm_adafuse.kernels.tma_expand import tma_expand_triton
 
 SHAPES = {  # tokens, in, widths, experts, k, rank

@@ -5,8 +5,8 @@ import pytest
 import torch
 from ops import DEVICE, error, linear_truth, make_problem
 from vllm_adafuse.kernels.configs import GemmConfig
+from vllm_adafuse.kernels.device.epilogues import rotate_torch
 from vllm_adafuse.kernels.dispatch import can_tile
-from vllm_adafuse.kernels.pairs import rotate_torch
 from vllm_adafuse.kernels.plans import Device, Shape
 from vllm_adafuse.kernels.tma_gemm import tma_gemm_triton
 

@@ -11,8 +11,8 @@ import torch
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.adapter import Adapter
 from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.kernels.device.epilogues import can_rotate
 from vllm_adafuse.kernels.dispatch import plan
-from vllm_adafuse.kernels.pairs import can_rotate
 from vllm_adafuse.kernels.plans import Device, Plan, Shape
 
 # How vLLM packs linears of a layer, and those whose input ranks of tensor parallelism share out.

@@ -27,10 +27,10 @@ from vllm_adafuse.kernels.dispatch import (
     cublas_plan,
     default_config,
 )
-from vllm_adafuse.kernels.linear import linear_triton
-from vllm_adafuse.kernels.linear_norm import linear_norm_triton, workspace_sizes
 from vllm_adafuse.kernels.operands import Norm, Projection, Step, stays_in_place
 from vllm_adafuse.kernels.plans import Device, Shape
+from vllm_adafuse.kernels.projection import linear_triton
+from vllm_adafuse.kernels.projection_norm import linear_norm_triton, workspace_sizes
 from vllm_adafuse.kernels.shrink import MAX_SHARED
 from vllm_adafuse.kernels.spread_routes import new_active, spread_routes
 from vllm_adafuse.kernels.tma_gemm import MIN_TOKENS

@@ -51,7 +51,7 @@ KERNELS = [
         "with many experts tiles wait for the first of them alone",
     ),
     Mutant(
-        "a loop that does not wait", "kernels/tma_steps.py",
+        "a loop that does not wait", "kernels/device/tma_steps.py",
         "(step == ahead) & (end > of_in)", "(step == ahead) & (end < 0)", f"{STRESS}[tile]",
         "the pipelined loop reads s before it is written", gpu=True,
     ),
@@ -74,7 +74,7 @@ KERNELS = [
         "a token's bits hang on who else is in the batch",
     ),
     Mutant(
-        "a turn the other way", "kernels/pairs.py",
+        "a turn the other way", "kernels/device/epilogues.py",
         "return a * cos - b * sin,", "return a * cos + b * sin,",
         f"{STREAM}queries_and_keys_are_turned[widths0-64-adapted0]",
         "positions are wrong in every layer",
@@ -86,14 +86,14 @@ KERNELS = [
         "up_proj goes without its experts",
     ),
     Mutant(
-        "every tile ranks from the first", "kernels/deltas.py",
+        "every tile ranks from the first", "kernels/device/gates.py",
         "chunk, first_rank = i // BLOCKS, i % BLOCKS * BLOCK_R",
         "chunk, first_rank = i // BLOCKS, 0",
         "tests/test_expand.py::test_cuts_of_the_tile[True-shape1]",
         "ranks past 128 are read twice, others never",
     ),
     Mutant(
-        "what others see of an expert", "kernels/deltas.py",
+        "what others see of an expert", "kernels/device/gates.py",
         "return tl.where(gates != 0, s.to(tl.float32) * gates, 0.0)",
         "return (s.to(tl.float32) * gates)",
         "tests/test_tma_expand.py::test_what_others_see_of_an_expert_does_not_matter[one-part]",
@@ -116,26 +116,26 @@ KERNELS = [
 
 DISPATCH = [
     Mutant(
-        "split-K sums without experts", "kernels/linear_norm.py",
+        "split-K sums without experts", "kernels/projection_norm.py",
         "    if way.expand == ADD_NORM:",
         "    if way.split_k > 1:\n        s.zero_()\n    if way.expand == ADD_NORM:",
         f"{GPU_WAY}projection_and_norm[long]",
         "o_proj and down_proj go without their experts in steps of 65 to 256 tokens",
     ),
     Mutant(
-        "a norm without experts", "kernels/linear_norm.py",
+        "a norm without experts", "kernels/projection_norm.py",
         "return add_norm_triton(y, s, *behind)", "return add_norm_triton(y, None, *behind)",
         f"{GPU_WAY}projection_and_norm[short]",
         "the longest steps go without their experts in o_proj and down_proj",
     ),
     Mutant(
-        "experts beyond one product", "kernels/linear.py",
+        "experts beyond one product", "kernels/projection.py",
         "dense_expand_triton(y, s, p.lora_b, step.gates, *of)", "pass",
         "tests/test_tma_expand.py::test_experts_beyond_one_product_are_added_before[sixteen]",
         "long steps lack the experts from the ninth on",
     ),
     Mutant(
-        "a bias is lost", "kernels/linear.py",
+        "a bias is lost", "kernels/projection.py",
         "return y, s, p.bias", "return y, s, None", f"{GPU_WAY}parts_without_experts_and_a_bias",
         "Qwen's q, k and v lack their bias in middling steps",
     ),
@@ -213,10 +213,10 @@ ROUTING = [
         "passports offline are other than those that are served",
     ),
     Mutant(
-        "an always-on expert by halves", "kernels/route_layer.py",
+        "an always-on expert by halves", "kernels/layerwise/route.py",
         "weighted[:, :, experts:] = lora_a_out[:, :, experts:] * scales[experts:, None]",
         "weighted[:, :, experts:] = lora_a_out[:, :, experts:]",
-        "tests/test_route_layer.py::test_equals_float64",
+        "tests/test_layerwise_route.py::test_equals_float64",
         "parts that are always on lack their scale",
     ),
     Mutant(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from vllm.model_executor.layers.linear import LinearBase
-from vllm_adafuse.kernels import linear, linear_norm
+from vllm_adafuse.kernels import projection, projection_norm
 from vllm_adafuse.kernels.operands import Norm, Projection, Step, stays_in_place
 from vllm_adafuse.kernels.plans import Shape
 from vllm_adafuse.serving import ops
@@ -123,7 +123,7 @@ class ExpertBank(torch.nn.Module):
             row += len(own)
 
     def workspace_sizes(self) -> tuple[int, int, int]:
-        sizes = linear_norm if self.before_norm else linear
+        sizes = projection_norm if self.before_norm else projection
         return sizes.workspace_sizes(self.lora_a, sum(self.widths))
 
     @functools.cached_property
@@ -140,7 +140,7 @@ class ExpertBank(torch.nn.Module):
 
     def settle(self) -> None:
         """Once all is wrapped, and before anything is compiled: says what a graph has to know."""
-        self.layout = linear.result_layout(self.shape, self.strided_out)
+        self.layout = projection.result_layout(self.shape, self.strided_out)
 
     @property
     def strided_out(self) -> bool:

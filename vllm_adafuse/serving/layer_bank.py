@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm_adafuse.format.adapter import Adapter
-from vllm_adafuse.kernels.layer_operands import LayerGate, LayerGates, LayerProjection
-from vllm_adafuse.kernels.low_product import low_product
-from vllm_adafuse.kernels.pairs import result_width
-from vllm_adafuse.kernels.route_layer import split_router
+from vllm_adafuse.kernels.device.epilogues import result_width
+from vllm_adafuse.kernels.layerwise.low_product import low_product
+from vllm_adafuse.kernels.layerwise.operands import LayerGate, LayerGates, LayerProjection
+from vllm_adafuse.kernels.layerwise.route import split_router
 from vllm_adafuse.serving import ops
 from vllm_adafuse.serving.bank import aligned
 from vllm_adafuse.serving.projections import (

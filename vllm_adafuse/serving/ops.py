@@ -17,13 +17,13 @@ import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm_adafuse.kernels.kv_slots import KVSlots
-from vllm_adafuse.kernels.layer_linear import layer_linear
-from vllm_adafuse.kernels.layer_sgmm import layer_sgmm
-from vllm_adafuse.kernels.linear import linear
-from vllm_adafuse.kernels.linear_norm import linear_norm
+from vllm_adafuse.kernels.layerwise.linear import layer_linear
+from vllm_adafuse.kernels.layerwise.route import route_layer
+from vllm_adafuse.kernels.layerwise.sgmm import layer_sgmm
 from vllm_adafuse.kernels.page_linear import page_linear, page_linear_norm
+from vllm_adafuse.kernels.projection import linear
+from vllm_adafuse.kernels.projection_norm import linear_norm
 from vllm_adafuse.kernels.registry import register_op
-from vllm_adafuse.kernels.route_layer import route_layer
 from vllm_adafuse.kernels.sgmm import sgmm
 from vllm_adafuse.serving import vllm_api
 

@@ -25,7 +25,7 @@ from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.platforms import current_platform
 from vllm_adafuse.format.adapter import Adapter
 from vllm_adafuse.format.config import BLOCKS
-from vllm_adafuse.kernels.pairs import can_rotate
+from vllm_adafuse.kernels.device.epilogues import can_rotate
 
 # The projection of each block that reads what the block reads.
 _FIRST = {"self_attn": "qkv_proj", "mlp": "gate_up_proj"}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.adapter import Adapter
-from vllm_adafuse.kernels.ffn_down import ffn_down
-from vllm_adafuse.kernels.ffn_mix import ffn_mix
-from vllm_adafuse.kernels.low_product import low_product
+from vllm_adafuse.kernels.layerwise.ffn_down import ffn_down
+from vllm_adafuse.kernels.layerwise.ffn_mix import ffn_mix
+from vllm_adafuse.kernels.layerwise.low_product import low_product
 from vllm_adafuse.serving.layer_bank import LayerBank
 from vllm_adafuse.serving.projections import Place, activation_of
 from vllm_adafuse.serving.wrap import bank_of

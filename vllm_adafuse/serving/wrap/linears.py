@@ -12,7 +12,7 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 from vllm.platforms import current_platform
-from vllm_adafuse.kernels.pairs import is_gate_up
+from vllm_adafuse.kernels.device.epilogues import is_gate_up
 from vllm_adafuse.serving import vllm_api
 from vllm_adafuse.serving.bank import ExpertBank
 from vllm_adafuse.serving.layer_bank import LayerBank

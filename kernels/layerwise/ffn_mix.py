@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from vllm_adafuse.kernels.device.epilogues import EPILOGUES, activate, activate_torch
 from vllm_adafuse.kernels.launch import launch
-from vllm_adafuse.kernels.pairs import EPILOGUES, activate, activate_torch
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 

@@ -1,7 +1,7 @@
 """An adapted projection whose own weight is not quantised, with what follows it:
 
     y = x Wᵀ + bias + Σ_e gates[:, e] B[e] A[e] x          (SGMM, see sgmm.py)
-    out = y, act(y_gate) * y_up for gate_up, or y with q and k turned for qkv (see pairs.py)
+    out = y, act(y_gate) * y_up for gate_up, or y with q and k turned for qkv (see device/epilogues.py)
 
 W and A stand in one tensor, [W; A]. Few tokens take one launch that streams it (decode_gemm.py),
 some dozens one that tiles it where the product is large (tma_gemm.py). Otherwise one cuBLAS
@@ -17,10 +17,10 @@ from vllm_adafuse.kernels import decode_gemm, tma_gemm
 from vllm_adafuse.kernels.configs import GemmConfig
 from vllm_adafuse.kernels.decode_gemm import decode_gemm_triton
 from vllm_adafuse.kernels.dense_expand import dense_expand_triton
+from vllm_adafuse.kernels.device.epilogues import activate_torch, result_width, rotate_torch
 from vllm_adafuse.kernels.expand import expand_raw_triton, expand_torch
 from vllm_adafuse.kernels.kv_slots import KVSlots, kv_slots_torch
 from vllm_adafuse.kernels.operands import Projection, Step
-from vllm_adafuse.kernels.pairs import activate_torch, result_width, rotate_torch
 from vllm_adafuse.kernels.plans import TMA_EXPAND, Plan, Shape
 from vllm_adafuse.kernels.shrink import shrink_torch
 from vllm_adafuse.kernels.tma_expand import tma_expand_triton

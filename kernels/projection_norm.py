@@ -15,25 +15,25 @@ for the deltas. Which, says `dispatch.plan`.
 from __future__ import annotations
 
 import torch
-from vllm_adafuse.kernels import linear
+from vllm_adafuse.kernels import projection
 from vllm_adafuse.kernels.add_norm import add_norm_torch, add_norm_triton
 from vllm_adafuse.kernels.configs import MAX_SPLIT_K, GemmConfig
 from vllm_adafuse.kernels.dense_expand import dense_expand_triton
 from vllm_adafuse.kernels.dispatch import MAX_TILE_TOKENS
-from vllm_adafuse.kernels.linear import (
+from vllm_adafuse.kernels.operands import Projection, Step
+from vllm_adafuse.kernels.plans import ADD_NORM, NONE, Plan
+from vllm_adafuse.kernels.projection import (
     expand_long,
     fused_product,
     linear_torch,
     one_launch,
     split_k_product,
 )
-from vllm_adafuse.kernels.operands import Projection, Step
-from vllm_adafuse.kernels.plans import ADD_NORM, NONE, Plan
 
 
 def workspace_sizes(lora_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
     """What a projection of `rows` rows may need of a `Workspace`: bytes, floats, semaphores."""
-    bytes_, floats, semaphores = linear.workspace_sizes(lora_a, rows)
+    bytes_, floats, semaphores = projection.workspace_sizes(lora_a, rows)
     return bytes_, floats + MAX_SPLIT_K * MAX_TILE_TOKENS * rows, semaphores
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.pairs import EPILOGUES, tiled_widths
+from vllm_adafuse.kernels.device.epilogues import EPILOGUES, tiled_widths
 from vllm_adafuse.kernels.whole import cdiv
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from ops import DEVICE, error
 from vllm_adafuse.kernels.dispatch import MAX_LAYER_ACTIVE_TOKENS
-from vllm_adafuse.kernels.layer_operands import LayerGate, LayerGates, LayerProjection
-from vllm_adafuse.kernels.route_layer import (
+from vllm_adafuse.kernels.layerwise.operands import LayerGate, LayerGates, LayerProjection
+from vllm_adafuse.kernels.layerwise.route import (
     route_layer,
     route_layer_torch,
     route_layer_triton,

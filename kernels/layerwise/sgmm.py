@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 from vllm_adafuse.kernels.expand import expand_torch, expand_triton
-from vllm_adafuse.kernels.layer_operands import LayerGates, LayerProjection
-from vllm_adafuse.kernels.route_layer import route_layer
+from vllm_adafuse.kernels.layerwise.operands import LayerGates, LayerProjection
+from vllm_adafuse.kernels.layerwise.route import route_layer
 
 
 def layer_sgmm(

@@ -5,12 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from ops import DEVICE, error
-from test_layer_sgmm import CASES, make, truth
-from vllm_adafuse.kernels.expand import expand_weighted_triton
-from vllm_adafuse.kernels.layer_linear import layer_linear
-from vllm_adafuse.kernels.layer_operands import LayerGate, LayerGates, LayerProjection
-from vllm_adafuse.kernels.pairs import activate_torch
-from vllm_adafuse.kernels.route_layer import route_layer_triton
+from test_layerwise_sgmm import CASES, make, truth
+from vllm_adafuse.kernels.device.epilogues import activate_torch
+from vllm_adafuse.kernels.layerwise.linear import expand_weighted_triton, layer_linear
+from vllm_adafuse.kernels.layerwise.operands import LayerGate, LayerGates, LayerProjection
+from vllm_adafuse.kernels.layerwise.route import route_layer_triton
 
 
 def problem(name, bias, epilogue=""):

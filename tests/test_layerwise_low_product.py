@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ops import DEVICE, error
-from vllm_adafuse.kernels.low_product import low_product
+from vllm_adafuse.kernels.layerwise.low_product import low_product
 
 
 @pytest.mark.parametrize("tokens, size_in, rows", [(1, 200, 40), (7, 131, 3), (80, 4100, 33)])

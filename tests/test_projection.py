@@ -4,10 +4,10 @@ import pytest
 import torch
 from ops import DEVICE, error, linear_truth, make_problem
 from vllm_adafuse.kernels.configs import GemmConfig
+from vllm_adafuse.kernels.device.epilogues import rotate_torch
 from vllm_adafuse.kernels.dispatch import config_plan, cublas_plan, plan, serves
-from vllm_adafuse.kernels.linear import linear, linear_triton, new_result
-from vllm_adafuse.kernels.pairs import rotate_torch
 from vllm_adafuse.kernels.plans import DECODE_GEMM, TMA_GEMM, Device, Shape
+from vllm_adafuse.kernels.projection import linear, linear_triton, new_result
 
 # On a GPU: the streaming kernel, the tiled one, and the fused product with two kinds of expand.
 TOKENS = [1, 32, 33, 100]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from ops import DEVICE, error
 from vllm_adafuse.kernels.expand import expand_triton
-from vllm_adafuse.kernels.layer_operands import LayerGate, LayerGates, LayerProjection
-from vllm_adafuse.kernels.layer_sgmm import layer_sgmm
-from vllm_adafuse.kernels.low_product import low_product
-from vllm_adafuse.kernels.route_layer import route_layer_triton
+from vllm_adafuse.kernels.layerwise.low_product import low_product
+from vllm_adafuse.kernels.layerwise.operands import LayerGate, LayerGates, LayerProjection
+from vllm_adafuse.kernels.layerwise.route import route_layer_triton
+from vllm_adafuse.kernels.layerwise.sgmm import layer_sgmm
 
 # tokens, in, widths, adapted, experts of each router, always, rank, gate
 CASES = {

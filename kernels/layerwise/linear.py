@@ -5,20 +5,53 @@
 
 W, A and the routers stand in one tensor, [W; A; routers]: few tokens take one product for all of
 it, in float32, so that logits are never rounded; then `route_layer` decides, and one pass adds the
-expand and goes on to the activation. Long batches read W apart. See linear.py for the form in which
+expand and goes on to the activation. Long batches read W apart. See projection.py for the form in which
 one decision serves all layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
-from vllm_adafuse.kernels.dispatch import MAX_LAYER_FUSED_TOKENS
-from vllm_adafuse.kernels.expand import expand_torch, expand_weighted_triton
-from vllm_adafuse.kernels.layer_operands import LayerGates, LayerProjection
-from vllm_adafuse.kernels.pairs import activate_torch
+from vllm_adafuse.kernels.configs import expert_blocks
+from vllm_adafuse.kernels.device.epilogues import EPILOGUES, activate_torch, result_width
+from vllm_adafuse.kernels.dispatch import MAX_LAYER_FUSED_TOKENS, choose_expand
+from vllm_adafuse.kernels.expand import Read, expand_torch, launch_expand
+from vllm_adafuse.kernels.layerwise.operands import LayerGates, LayerProjection
+from vllm_adafuse.kernels.layerwise.route import route_layer
 from vllm_adafuse.kernels.registry import matmul_f32
-from vllm_adafuse.kernels.route_layer import route_layer
+
+
+def expand_weighted_triton(
+    y: torch.Tensor,
+    s: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_b: torch.Tensor,
+    active: torch.Tensor,
+    adapted: Sequence[int],
+    widths: Sequence[int],
+    epilogue: str,
+) -> torch.Tensor:
+    """From the output of W, in float32 or in the dtype of s, to that of the adapted projection.
+
+    Args:
+        y: [T, out], W x.
+        s: [T, P, E R], weighted, see `route_layer`.
+        bias, lora_b, active, adapted, widths: as in `expand_raw_triton`.
+        epilogue: "", or "silu" or "gelu_tanh" of gate and up.
+
+    Returns:
+        [T, out], or [T, I] after an activation, in the dtype of s; a new tensor.
+    """
+    index = EPILOGUES.index(epilogue)
+    result = s.new_empty(y.shape[0], result_width(widths, epilogue))
+    blocks = choose_expand(y.shape[0], index != 0, s.element_size())
+    every = expert_blocks(*lora_b.shape[1:], False)["ONE"]
+    read = Read(bias, lora_b, None, active)
+    launch_expand(y, result, s, read, (adapted, widths, index), blocks, skip=not every)
+    return result
 
 
 def layer_linear(x: torch.Tensor, p: LayerProjection, layer: LayerGates) -> torch.Tensor:

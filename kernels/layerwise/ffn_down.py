@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 from vllm_adafuse.kernels.expand import expand_torch, expand_triton
-from vllm_adafuse.kernels.ffn_mix import slots_of
 from vllm_adafuse.kernels.launch import launch
+from vllm_adafuse.kernels.layerwise.ffn_mix import slots_of
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.whole import power_of_2
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from ops import DEVICE, error
 from vllm_adafuse.kernels.expand import expand_triton
-from vllm_adafuse.kernels.ffn_down import ffn_down, weigh_slots_triton
+from vllm_adafuse.kernels.layerwise.ffn_down import ffn_down, weigh_slots_triton
 
 # tokens, out, experts, top_k, always, rank, shared
 CASES = {

@@ -3,18 +3,18 @@
 import pytest
 import torch
 from ops import DEVICE, delta_truth, error, make_problem, plain_delta
-from vllm_adafuse.kernels import dispatch, linear
-from vllm_adafuse.kernels import linear_norm as module
+from vllm_adafuse.kernels import dispatch, projection
+from vllm_adafuse.kernels import projection_norm as module
 from vllm_adafuse.kernels.configs import GemmConfig
 from vllm_adafuse.kernels.dispatch import cublas_plan
-from vllm_adafuse.kernels.linear import split_k_product
-from vllm_adafuse.kernels.linear_norm import (
+from vllm_adafuse.kernels.operands import Norm
+from vllm_adafuse.kernels.plans import Device, Shape
+from vllm_adafuse.kernels.projection import split_k_product
+from vllm_adafuse.kernels.projection_norm import (
     linear_norm,
     linear_norm_triton,
     split_k_triton,
 )
-from vllm_adafuse.kernels.operands import Norm
-from vllm_adafuse.kernels.plans import Device, Shape
 
 
 def run(p, residual, weight):
@@ -98,13 +98,13 @@ def test_long_steps_of_many_ranks(mixture, widens, monkeypatch):
     follows at once; before that as much as `expand_long` is told."""
     if widens and DEVICE == "cuda":
         pytest.skip("float32 does not fit a GPU's shared memory there, and is never taken")
-    calls, dense = [], linear.dense_expand_triton
+    calls, dense = [], projection.dense_expand_triton
 
     def count(*arguments):
         calls.append(arguments[6:])
         dense(*arguments)
 
-    for place in module, linear:
+    for place in module, projection:
         monkeypatch.setattr(place, "dense_expand_triton", count)
     experts, _, rank = mixture
     limit = "MIN_WIDE_TOKENS" if widens else "MIN_FUSED_NORM_TOKENS"

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from vllm_adafuse.kernels.dispatch import MAX_LAYER_ACTIVE_TOKENS, MAX_SMALL_ROUTE_TOKENS
 from vllm_adafuse.kernels.launch import launch, overlap
-from vllm_adafuse.kernels.layer_operands import LayerGate, LayerGates, LayerProjection
+from vllm_adafuse.kernels.layerwise.operands import LayerGate, LayerGates, LayerProjection
 from vllm_adafuse.kernels.plans import on_hopper
 
 # The i-th piece of a router is larger than its due by this factor to the power i, so that float16

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ops import DEVICE, error
-from vllm_adafuse.kernels.ffn_mix import ffn_mix, ffn_mix_torch, ffn_mix_triton
+from vllm_adafuse.kernels.layerwise.ffn_mix import ffn_mix, ffn_mix_torch, ffn_mix_triton
 
 # tokens, width, experts, top_k, always, rank, adapted, activation
 CASES = {

@@ -1,0 +1,1 @@
+"""Routing that each layer decides anew: its kernels, and what launches them."""
