@@ -34,7 +34,7 @@
     workspace      memory that all launches share
     dispatch       which kernel runs, and how it is cut: every limit, and `plan`
     plans          what choices are made of, and for: a shape, a device, a plan
-    configs        how kernels are cut, and files of tuned cuts
+    configs        how kernels are cut, and files of tuned configs
     device/        what device code shares: gates and B (gates), two columns that belong together
                    (epilogues), tiles side by side (slices), steps of tiles (tma_steps), launches
                    that begin early (pdl)

@@ -161,13 +161,13 @@ def _plan(
     blocks: NormConfig | None, hopper: bool,
 ) -> tuple[int, Bound]:  # fmt: skip
     """Tokens of a program, and the kernel."""
-    cut = blocks or choose_norm(width, expand, split_k > 0, itemsize)
-    return cut.tokens, bind(
+    config = blocks or choose_norm(width, expand, split_k > 0, itemsize)
+    return config.tokens, bind(
         _add_norm_kernel,
         WIDTH=width, SPLIT_K=split_k, EXPAND=expand,
-        BLOCK_T=cut.tokens, COLS=cut.columns, STAGES=cut.stages,
-        NORM_COLS=cut.norm_columns if cut.columns < width else cut.columns,
-        num_warps=cut.warps, **expert_blocks(experts, rank, False), **overlap(hopper),
+        BLOCK_T=config.tokens, COLS=config.columns, STAGES=config.stages,
+        NORM_COLS=config.norm_columns if config.columns < width else config.columns,
+        num_warps=config.warps, **expert_blocks(experts, rank, False), **overlap(hopper),
     )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
-"""How kernels are cut, and the files of cuts that were tuned for a device.
+"""How kernels are cut, and the files of configs that were tuned for a device.
 
-`vllm-adafuse tune` finds cuts of products of few tokens and leaves them in the user's cache
+`vllm-adafuse tune` finds configs of products of few tokens and leaves them in the user's cache
 directory, one JSON file for each kind of device; those of the devices that we had come with the
-package, in `configs/`. A cut changes the speed of a product, and the last bits of its result. Which
+package, in `configs/`. A config changes the speed of a product, and the last bits of its result. Which
 one a step takes is for `dispatch` to say.
 """
 
@@ -145,12 +145,12 @@ def expert_blocks(experts: int, rank: int, skip: bool) -> dict[str, int | bool]:
 
 
 def shape_key(size_in: int, rows: int, epilogue: str, itemsize: int) -> str:
-    """"4096x11008 silu 2": the shape of a product in a file of cuts."""
+    """"4096x11008 silu 2": the shape of a product in a file of configs."""
     return f"{size_in}x{rows} {epilogue or '-'} {itemsize}"
 
 
-def cuts_file(device: str) -> Path:
-    """Where the cuts of a kind of device are kept: $XDG_CACHE_HOME or ~/.cache, vllm-adafuse/."""
+def configs_file(device: str) -> Path:
+    """Where the configs of a kind of device are kept: $XDG_CACHE_HOME or ~/.cache, vllm-adafuse/."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "vllm-adafuse" / f"tiles-{_file_name(device)}.json"
 
@@ -160,31 +160,31 @@ def _file_name(device: str) -> str:
 
 
 def packaged_file(device: str) -> Path:
-    """The cuts of a kind of device that come with the package, where there are any."""
+    """The configs of a kind of device that come with the package, where there are any."""
     return Path(__file__).parent / "configs" / f"{_file_name(device)}.json"
 
 
-Cuts = dict[str, dict[int, GemmConfig | None]]
+Configs = dict[str, dict[int, GemmConfig | None]]
 
 
-def save_cuts(device: str, cuts: Cuts, how: dict[str, Any]) -> Path:
-    """Adds cuts to the file of a device, and says in it how they were found.
+def save_configs(device: str, configs: Configs, how: dict[str, Any]) -> Path:
+    """Adds configs to the file of a device, and says in it how they were found.
 
     Args:
         device: its name, as torch gives it.
-        cuts: shape key -> tokens -> cut, None for cuBLAS.
+        configs: shape key -> tokens -> config, None for cuBLAS.
         how: command, versions, figures.
     """
-    path = cuts_file(device)
+    path = configs_file(device)
     known = _read(path)
-    for key, by_tokens in cuts.items():
+    for key, by_tokens in configs.items():
         known[key] = known.get(key, {}) | by_tokens
     content = {
         "version": VERSION,
         "device": device,
         "how": how,
         "configs": {
-            key: {str(t): cut and asdict(cut) for t, cut in sorted(by_tokens.items())}
+            key: {str(t): c and asdict(c) for t, c in sorted(by_tokens.items())}
             for key, by_tokens in sorted(known.items())
         },
     }
@@ -192,12 +192,12 @@ def save_cuts(device: str, cuts: Cuts, how: dict[str, Any]) -> Path:
     draft = path.with_suffix(f".{os.getpid()}")
     draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     draft.replace(path)  # a server may be reading it
-    cuts_of.cache_clear()
+    configs_of.cache_clear()
     return path
 
 
-def _read(path: Path) -> Cuts:
-    """The cuts of a file; none, with a warning, if it cannot be used."""
+def _read(path: Path) -> Configs:
+    """The configs of a file; none, with a warning, if it cannot be used."""
     try:
         content = json.loads(path.read_text("utf-8"))
         if content["version"] not in (4, VERSION):
@@ -221,6 +221,6 @@ def _config(keys: dict[str, Any] | None, old: bool) -> GemmConfig | None:
 
 
 @functools.cache
-def cuts_of(device: str) -> Cuts:
+def configs_of(device: str) -> Configs:
     """The user's own, and for other shapes those of the package."""
-    return _read(packaged_file(device)) | _read(cuts_file(device))
+    return _read(packaged_file(device)) | _read(configs_file(device))

@@ -21,7 +21,7 @@ from vllm_adafuse.kernels.configs import (
     ExpandConfig,
     GemmConfig,
     NormConfig,
-    cuts_of,
+    configs_of,
     expert_blocks,
     shape_key,
 )
@@ -61,7 +61,7 @@ MIN_TILED_ROWS = 3072
 MIN_TILES = 90
 # The fewest take two slices of `in` in place of three, where that is one round (b1bfbb7).
 MAX_FEWEST_TOKENS = 4
-# Tiles of low cuts end here, and those of norms: beyond, cuBLAS and an expand (87f739b).
+# Tiles of few rows end here, and those of norms: beyond, cuBLAS and an expand (87f739b).
 MAX_LOW_TILE_TOKENS = 64
 # The expand adds a bias at no cost; that of longer steps has no place for it (7fbd763).
 MAX_BIAS_TOKENS = 256
@@ -93,7 +93,7 @@ MAX_LAYER_ACTIVE_TOKENS = 8
 # and activation in one launch gain nothing (35af7a0: 2.2 us at qkv, -6.7 at gate_up, none a layer).
 MAX_SMALL_ROUTE_TOKENS = 512
 MAX_LAYER_FUSED_TOKENS = 256
-# Where `tma_expand` changes its cut: few tokens want more programs, many want short loops.
+# Where `tma_expand` changes its config: few tokens want more programs, many want short loops.
 WIDE_EXPAND_TOKENS = 4096, 8192
 
 TOKEN_LIMITS = (
@@ -164,7 +164,7 @@ def cublas_plan(shape: Shape, num_tokens: int, device: Device) -> Plan:
 
 
 def gemm_config(shape: Shape, num_tokens: int, device: Device) -> GemmConfig | None:
-    """The cut of a kernel of ours for W and A: the tuned one of a near number of tokens, or
+    """The config of a kernel of ours for W and A: the tuned one of a near number of tokens, or
     `default_config`. None: cuBLAS is faster."""
     s = shape
     if num_tokens > MAX_TILE_TOKENS:
@@ -196,7 +196,7 @@ def can_tile(shape: Shape, device: Device) -> bool:
 def find_config(
     device: str, tokens: int, size_in: int, rows: int, epilogue: str, itemsize: int, tma: bool
 ) -> GemmConfig | None:
-    """The tuned cut of the nearest number of tokens, or `default_config`.
+    """The tuned config of the nearest number of tokens, or `default_config`.
 
     Args:
         device: its name.
@@ -207,15 +207,15 @@ def find_config(
         itemsize: bytes of an element.
         tma: `can_tile`.
     """
-    tuned = cuts_of(device).get(shape_key(size_in, rows, epilogue, itemsize), {})
-    fits = {t: cut for t, cut in tuned.items() if serves(cut, tokens, tma)}
+    tuned = configs_of(device).get(shape_key(size_in, rows, epilogue, itemsize), {})
+    fits = {t: config for t, config in tuned.items() if serves(config, tokens, tma)}
     if not fits:
         return default_config(tokens, size_in, rows, epilogue, itemsize, tma)
     return fits[min(fits, key=lambda t: (abs(math.log2(t / tokens)), t))]
 
 
 def serves(config: GemmConfig | None, tokens: int, tma: bool) -> bool:
-    """Whether a cut, or cuBLAS, is one for so many tokens, with the accelerator or without."""
+    """Whether a config, or cuBLAS, is one for so many tokens, with the accelerator or without."""
     if config is None:
         return tokens > MAX_STREAM_TOKENS
     return tokens <= (MAX_TILE_TOKENS if config.tma else MAX_STREAM_TOKENS) and config.tma <= tma
@@ -224,19 +224,19 @@ def serves(config: GemmConfig | None, tokens: int, tma: bool) -> bool:
 def default_config(
     tokens: int, size_in: int, rows: int, epilogue: str, itemsize: int, tma: bool = False
 ) -> GemmConfig | None:
-    """A sane cut for any device; None: cuBLAS is faster.
+    """A sane config for any device; None: cuBLAS is faster.
 
     Found on an H200 at the shapes of Llama-2-7B and 13B and Mistral-7B; docs/kernel-notes.md has
     the figures. See `find_config` for the arguments.
     """
-    cut = None
+    config = None
     if tma and MAX_STREAM_ONLY_TOKENS < tokens <= MAX_TILE_TOKENS:
-        cut = _tiled(tokens, size_in, rows, epilogue, itemsize)
+        config = _tiled(tokens, size_in, rows, epilogue, itemsize)
     if tokens > MAX_STREAM_TOKENS:
-        return cut
+        return config
     streams_better = itemsize > 2 or (epilogue == "norm" and size_in <= 8192)
-    if cut and not streams_better:
-        return cut
+    if config and not streams_better:
+        return config
     return _streamed(tokens, rows, epilogue, itemsize, tma)
 
 
@@ -268,11 +268,11 @@ def _tiled(tokens: int, size_in: int, rows: int, epilogue: str, itemsize: int) -
     # much as the first.
     one_round = cdiv(rows, 96) <= 116
     if tokens <= MAX_LOW_TILE_TOKENS:
-        cut = (96, 128, 1, 4, 3) if one_round else (64, 64, 1, 4, 4)
+        config = (96, 128, 1, 4, 3) if one_round else (64, 64, 1, 4, 4)
     else:
         tall = not one_round and cdiv(rows, 128) <= 116
-        cut = (128, 64, 1, 8, 4) if tall else (96, 64, 1, 8, 5)
-    return GemmConfig(*cut, shrink_split_k=2, tma=True)
+        config = (128, 64, 1, 8, 4) if tall else (96, 64, 1, 8, 5)
+    return GemmConfig(*config, shrink_split_k=2, tma=True)
 
 
 def _streamed(tokens: int, rows: int, epilogue: str, itemsize: int, roomy: bool) -> GemmConfig:

@@ -22,7 +22,7 @@ class Device:
     """What choices ask of a device.
 
     Attributes:
-        name: as torch gives it; tuned cuts are kept by it.
+        name: as torch gives it; tuned configs are kept by it.
         major: of an NVIDIA GPU's compute capability; 0 of any other device.
     """
 
@@ -115,7 +115,7 @@ class Plan:
 
     Attributes:
         kernel: of W and A; SHRINK or CUBLAS of A alone where W is quantised.
-        config: its cut; None for cuBLAS.
+        config: how it is cut; None for cuBLAS.
         split_k: slices of `in`, whose sums the norm adds up.
         one_gemm: cuBLAS takes W and A together.
         expand: what adds the deltas, and goes on to the epilogue.

@@ -127,7 +127,7 @@ def one_launch(
     out: torch.Tensor,
     kv_slots: KVSlots | None = None,
 ) -> torch.Tensor:
-    """The projection of few tokens by the kernel that a cut is for; see both."""
+    """The projection of few tokens by the kernel that a config is for; see both."""
     launch = tma_gemm_triton if config.tma else decode_gemm_triton
     return launch(x, p, step, config, out, kv_slots)
 

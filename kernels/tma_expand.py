@@ -131,19 +131,19 @@ def tma_expand_triton(
     """
     (tokens, out), widths, epilogue = y.shape, p.shape.widths, p.shape.kernel_epilogue
     experts, rank, lora_b = p.shape.num_experts, p.shape.rank, p.lora_b
-    cut = blocks or choose_wide(tokens, math.gcd(*widths), epilogue)
+    config = blocks or choose_wide(tokens, math.gcd(*widths), epilogue)
     shape = experts, rank, widths, epilogue, p.shape.head_dim // 2
-    groups, constants = _plan(*shape, cut, on_hopper(y))
+    groups, constants = _plan(*shape, config, on_hopper(y))
     columns, ranks = constants["COLS"], constants["BLOCK_E"] * rank
-    block, size = [cut.tokens, columns], experts * rank
+    block, size = [config.tokens, columns], experts * rank
     y_desc = TensorDescriptor.from_tensor(y, block)
     result, out_desc = result_of(y, widths, epilogue, p.strided_out), y_desc
     if result.data_ptr() != y.data_ptr():
         out_desc = TensorDescriptor.from_tensor(result, block)
     launch(
-        _tma_expand_kernel, (groups, cdiv(tokens, cut.tokens)),
+        _tma_expand_kernel, (groups, cdiv(tokens, config.tokens)),
         y_desc, TensorDescriptor(lora_b, [out, size], [size, 1], [columns, ranks]), out_desc,
-        TensorDescriptor.from_tensor(s, [cut.tokens, ranks]), step.gates, step.cos_sin,
+        TensorDescriptor.from_tensor(s, [config.tokens, ranks]), step.gates, step.cos_sin,
         tokens, experts, *(kv_slots or NO_KV_SLOTS),
         PAGED=kv_slots is not None, **constants,
     )  # fmt: skip
@@ -153,14 +153,14 @@ def tma_expand_triton(
 @functools.cache
 def _plan(
     experts: int, rank: int, widths: tuple, epilogue: str, half: int,
-    cut: ExpandConfig, hopper: bool,
+    config: ExpandConfig, hopper: bool,
 ) -> tuple[int, dict]:  # fmt: skip
     """Groups of tiles, and the kernel's constants."""
-    groups, tiles = grouped_tiles(widths, epilogue, half, cut.columns, cut.loop)
-    columns = min(cut.columns, tiles["COLS"])
+    groups, tiles = grouped_tiles(widths, epilogue, half, config.columns, config.loop)
+    columns = min(config.columns, tiles["COLS"])
     pieces = tiles["COLS"] // columns
     return groups * pieces, tiles | {
         "PIECES": pieces, "COLS": columns,
         "RANK": rank, "EXPERTS": experts, "BLOCK_E": experts_at_once(experts, rank),
-        "BLOCK_T": cut.tokens, "STAGES": cut.stages, "num_warps": cut.warps, **overlap(hopper),
+        "BLOCK_T": config.tokens, "STAGES": config.stages, "num_warps": config.warps, **overlap(hopper),
     }  # fmt: skip

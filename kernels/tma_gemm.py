@@ -327,40 +327,40 @@ def tma_gemm_triton(
     lora_a = fused[size_out:]
     members = tiled_widths(widths, epilogue)
     key = tokens, size_in, sum(members), epilogue, x.element_size()
-    cut = tiles or default_config(*key, tma=True) or GemmConfig(64, 64, stages=3)
+    config = tiles or default_config(*key, tma=True) or GemmConfig(64, 64, stages=3)
     if half:
-        cut = replace(cut, rows=min(cut.pieces[0], half))
-    rows, more = cut.pieces
+        config = replace(config, rows=min(config.pieces[0], half))
+    rows, more = config.pieces
     block_t = max(MIN_TOKENS, power_of_2(tokens))
-    count = sum(cdiv(w, cut.rows) for w in members)
-    shrinks = cdiv(lora_a.shape[0], SHRINK_ROWS) * cut.shrink_split_k
+    count = sum(cdiv(w, config.rows) for w in members)
+    shrinks = cdiv(lora_a.shape[0], SHRINK_ROWS) * config.shrink_split_k
     widths, adapted = [*widths, 0, 0][:3], [*adapted, -1, -1][:3]
     y = x.new_empty(tokens, result_width(widths, epilogue)) if out is None else out
-    split_k = cut.split_k if y.dim() == 3 else 1
+    split_k = config.split_k if y.dim() == 3 else 1
     # W as members, rows of each, and `in`: TMA blocks of pairs have two members. B likewise, but
     # for gate_up, each of whose members is by itself.
     pair, pieces = 2 if index else 1, (rows, more or rows)
     tall, ranks = half or (widths[0] if index else size_out), lora_a.shape[0]
     s, b = workspace.view(x.dtype, tokens, ranks), p.lora_b.flatten(1)
     of_b = [b[: widths[0]], b[-widths[0] :]] if is_gate_up(epilogue) else [b]
-    w_blocks = _tma_blocks(fused[:size_out], tall, pair, pieces, cut.cols)
-    b_blocks = [_tma_blocks(one, half or one.shape[0], pair, pieces, cut.cols) for one in of_b]
+    w_blocks = _tma_blocks(fused[:size_out], tall, pair, pieces, config.cols)
+    b_blocks = [_tma_blocks(one, half or one.shape[0], pair, pieces, config.cols) for one in of_b]
     up_blocks = b_blocks[1] if len(of_b) > 1 else [None, None]
     launch(
         _tma_gemm_kernel, (shrinks + count * split_k,),
-        TensorDescriptor(x, list(x.shape), list(x.stride()), [block_t, cut.cols]), *w_blocks,
-        TensorDescriptor(lora_a, list(lora_a.shape), [size_in, 1], [SHRINK_ROWS, cut.cols]),
-        TensorDescriptor(s, [tokens, ranks], [ranks, 1], [block_t, cut.cols]),
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [block_t, config.cols]), *w_blocks,
+        TensorDescriptor(lora_a, list(lora_a.shape), [size_in, 1], [SHRINK_ROWS, config.cols]),
+        TensorDescriptor(s, [tokens, ranks], [ranks, 1], [block_t, config.cols]),
         *b_blocks[0], *up_blocks, fused, p.bias, y, step.cos_sin, step.gates, step.active, s,
         workspace.partial_sums, workspace.split_k_semaphores, p.semaphore,
         tokens, y.stride(-2), size_in, *(kv_slots or NO_KV_SLOTS),
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         ADAPTED0=adapted[0], ADAPTED1=adapted[1], ADAPTED2=adapted[2],
         HAS_BIAS=p.bias is not None, EPILOGUE=index, HALF=half, PAGED=kv_slots is not None,
-        SPLIT_K=split_k, SHRINK_SPLIT_K=cut.shrink_split_k, RANK=rank, EXPERTS=experts,
-        RANKS=ranks, SHRINK_ROWS=SHRINK_ROWS, LISTED=_lists_blocks(experts, rank, cut.cols),
+        SPLIT_K=split_k, SHRINK_SPLIT_K=config.shrink_split_k, RANK=rank, EXPERTS=experts,
+        RANKS=ranks, SHRINK_ROWS=SHRINK_ROWS, LISTED=_lists_blocks(experts, rank, config.cols),
         BLOCK_T=block_t, BLOCK_E=max(16, power_of_2(experts)),
-        ROWS=rows, MORE=more, COLS=cut.cols, STAGES=cut.stages, WAITS=waits_in_loops(x),
-        num_warps=cut.warps, num_stages=cut.stages, **overlap(on_hopper(x)),
+        ROWS=rows, MORE=more, COLS=config.cols, STAGES=config.stages, WAITS=waits_in_loops(x),
+        num_warps=config.warps, num_stages=config.stages, **overlap(on_hopper(x)),
     )  # fmt: skip
     return y

@@ -156,7 +156,7 @@ def keep_no_kernel() -> None:
     """Plans hold kernels with their constants, and cuts of the user's."""
     for module in (dense_expand, expand, add_norm):
         module._plan.cache_clear()
-    for cached in (configs.cuts_of, dispatch.find_config, dispatch.plan, dispatch.cublas_plan,
+    for cached in (configs.configs_of, dispatch.find_config, dispatch.plan, dispatch.cublas_plan,
                    dispatch.plans_of):
         cached.cache_clear()
 

@@ -1,11 +1,11 @@
-"""Cuts: tuned ones are kept and found again; a damaged file is named and left out."""
+"""Configs: tuned ones are kept and found again; a damaged file is named and left out."""
 
 import json
 import logging
 
 import pytest
 from vllm_adafuse.kernels import configs
-from vllm_adafuse.kernels.configs import GemmConfig, cuts_file, save_cuts, shape_key
+from vllm_adafuse.kernels.configs import GemmConfig, configs_file, save_configs, shape_key
 from vllm_adafuse.kernels.dispatch import (
     TOKEN_LIMITS,
     default_config,
@@ -24,17 +24,17 @@ DEVICE = "NVIDIA Test (80 GB)"
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for function in (configs.cuts_of, find_config):
+    for function in (configs.configs_of, find_config):
         function.cache_clear()
     yield
-    for function in (configs.cuts_of, find_config):
+    for function in (configs.configs_of, find_config):
         function.cache_clear()
 
 
 def test_the_nearest_number_of_tokens_is_taken():
     one, sixteen = GemmConfig(32, 64, 1, 4, 2), GemmConfig(64, 64, 1, 8, 4)
-    path = save_cuts(DEVICE, {shape_key(*SHAPE): {1: one, 16: sixteen}}, {"command": "test"})
-    assert path == cuts_file(DEVICE) and path.name == "tiles-NVIDIA-Test-80-GB.json"
+    path = save_configs(DEVICE, {shape_key(*SHAPE): {1: one, 16: sixteen}}, {"command": "test"})
+    assert path == configs_file(DEVICE) and path.name == "tiles-NVIDIA-Test-80-GB.json"
     found = {tokens: find_config(DEVICE, tokens, *SHAPE, True) for tokens in (1, 2, 4, 8, 16, 32)}
     assert found == {1: one, 2: one, 4: one, 8: sixteen, 16: sixteen, 32: sixteen}
     other = 4096, 4096, "", 2
@@ -44,7 +44,7 @@ def test_the_nearest_number_of_tokens_is_taken():
 
 def test_a_cut_serves_only_steps_that_it_can():
     streamed, tiled = GemmConfig(32, 64, 1, 4, 2), GemmConfig(64, 64, 1, 4, 4, tma=True)
-    save_cuts(DEVICE, {shape_key(*SHAPE): {8: streamed, 32: tiled, 128: None}}, {})
+    save_configs(DEVICE, {shape_key(*SHAPE): {8: streamed, 32: tiled, 128: None}}, {})
     assert find_config(DEVICE, 32, *SHAPE, True) == tiled == find_config(DEVICE, 64, *SHAPE, True)
     assert find_config(DEVICE, 32, *SHAPE, False) == streamed
     assert find_config(DEVICE, 64, *SHAPE, False) is None
@@ -58,21 +58,21 @@ def test_the_package_brings_cuts_that_can_be_read():
 
 
 def test_a_second_run_keeps_other_shapes():
-    save_cuts(DEVICE, {"a": {1: GemmConfig(16)}, "b": {1: GemmConfig(16)}}, {})
-    save_cuts(DEVICE, {"a": {1: GemmConfig(32), 8: GemmConfig(64)}}, {"command": "again"})
-    content = json.loads(cuts_file(DEVICE).read_text())
+    save_configs(DEVICE, {"a": {1: GemmConfig(16)}, "b": {1: GemmConfig(16)}}, {})
+    save_configs(DEVICE, {"a": {1: GemmConfig(32), 8: GemmConfig(64)}}, {"command": "again"})
+    content = json.loads(configs_file(DEVICE).read_text())
     assert content["configs"]["a"].keys() == {"1", "8"} and content["configs"]["a"]["1"]["rows"] == 32
     assert content["configs"]["b"]["1"]["rows"] == 16 and content["how"] == {"command": "again"}
 
 
 def test_files_of_version_4_are_read_and_kept():
-    path = cuts_file(DEVICE)
+    path = configs_file(DEVICE)
     path.parent.mkdir(parents=True)
     old = {"rows": 32, "cols": 64, "split": 3, "warps": 8, "stages": 2, "slices": 5, "tma": False}
     path.write_text(json.dumps({"version": 4, "cuts": {"a": {"1": old, "64": None}}}))
     read = GemmConfig(32, 64, 3, 8, 2, shrink_split_k=5)
     assert configs._read(path) == {"a": {1: read, 64: None}}
-    save_cuts(DEVICE, {"a": {8: GemmConfig(16)}}, {})
+    save_configs(DEVICE, {"a": {8: GemmConfig(16)}}, {})
     content = json.loads(path.read_text())
     assert content["version"] == 5 and content["configs"]["a"]["1"]["split_k"] == 3
     assert configs._read(path) == {"a": {1: read, 8: GemmConfig(16), 64: None}}
@@ -91,7 +91,7 @@ def test_files_of_version_4_are_read_and_kept():
 )
 def test_a_damaged_file_is_named_and_left_out(text, said, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    path = cuts_file(DEVICE)
+    path = configs_file(DEVICE)
     path.parent.mkdir(parents=True)
     path.write_text(text)
     with caplog.at_level("WARNING", "vllm.adafuse"):

@@ -19,7 +19,7 @@ def umask(request):
 
 
 def test_every_file_that_is_written(base, umask, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(configs, "cuts_file", lambda device: tmp_path / "cuts" / "gpu.json")
+    monkeypatch.setattr(configs, "configs_file", lambda device: tmp_path / "cuts" / "gpu.json")
     lora = peft_lora(base, tmp_path / "lora-only", target_modules=["q_proj"])[1]
     topics = sorted(pydoc_data.topics.topics)
     for i, name in enumerate("ab"):
@@ -47,7 +47,7 @@ def test_every_file_that_is_written(base, umask, tmp_path, capsys, monkeypatch):
         argv = [part.format(base=base, out=tmp_path) for part in command.split()]
         code, _, err = run(capsys, *argv)
         assert code == 0, err
-    configs.save_cuts("gpu", {}, {})
+    configs.save_configs("gpu", {}, {})
     make_tiny_backbone(tmp_path / "tiny", num_hidden_layers=1)
     written = {p for p in tmp_path.rglob("*") if p.is_file()} - kept
     assert {"copied", "merged", "converted", "mixture", "trained", "trained-training", "student",

@@ -13,7 +13,7 @@ from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.explain import Model
 from vllm_adafuse.format.architectures import ARCHITECTURES
 from vllm_adafuse.format.backbone import Backbone
-from vllm_adafuse.kernels.configs import GemmConfig, cuts_file
+from vllm_adafuse.kernels.configs import GemmConfig, configs_file
 from vllm_adafuse.kernels.dispatch import default_config, serves
 from vllm_adafuse.kernels.plans import Shape
 from vllm_adafuse.tiny import make_tiny_backbone, tiny_config
@@ -139,7 +139,7 @@ def test_the_command_writes_what_it_found(base, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cmd_tune, "measured", measured)
     assert main(["tune", base, "--tokens", "1,16,64"]) == 0
     out = capsys.readouterr().out
-    content = json.loads(Path(cuts_file("Test GPU")).read_text())
+    content = json.loads(Path(configs_file("Test GPU")).read_text())
     assert "gate_up" in out and "tiles-Test-GPU.json" in out and "32 x 64" in out
     config = AutoConfig.from_pretrained(base)
     key = f"{config.hidden_size}x{config.intermediate_size} silu 2"

@@ -15,7 +15,7 @@ import vllm_adafuse
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.explain import Line, Model, explain, shapes_of
 from vllm_adafuse.format.backbone import Backbone
-from vllm_adafuse.kernels.configs import cuts_of, shape_key
+from vllm_adafuse.kernels.configs import configs_of, shape_key
 from vllm_adafuse.kernels.plans import Device, Shape
 from vllm_adafuse.serving.adapters import LORA, OpenedAdapter, open_adapter
 from vllm_adafuse.serving.pool import PAGE_RANKS, Size, misfits, pool_size
@@ -276,7 +276,7 @@ def _of_shapes(
         for s in shapes
         if s.fused
         and (key := shape_key(s.size_in, s.tiled_rows, s.epilogue, s.itemsize))
-        not in cuts_of(device.name)
+        not in configs_of(device.name)
     }
     if untuned:
         said.append(

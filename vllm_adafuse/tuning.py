@@ -16,7 +16,7 @@ import triton
 from vllm_adafuse.explain import Model, shapes_of_layer
 from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.kernels.add_norm import add_norm_triton
-from vllm_adafuse.kernels.configs import GemmConfig, save_cuts, shape_key
+from vllm_adafuse.kernels.configs import GemmConfig, save_configs, shape_key
 from vllm_adafuse.kernels.dispatch import (
     MAX_LOW_TILE_TOKENS,
     MAX_STREAM_ONLY_TOKENS,
@@ -95,7 +95,7 @@ def has_accelerator() -> bool:
 def candidates(
     product: Product, tokens: int, tma: bool = False
 ) -> Iterator[GemmConfig | None]:
-    """The cuts worth a measurement, None for cuBLAS; the default comes first.
+    """The configs worth a measurement, None for cuBLAS; the default comes first.
 
     tma: this GPU has a tensor memory accelerator.
     """
@@ -109,7 +109,7 @@ def candidates(
         _streamed(*shape) if tokens <= MAX_STREAM_TOKENS else (),
         _tiled(*shape) if tma and tokens > MAX_UNTILED_TOKENS else (),
     )
-    yield from (cut for cut in found if cut != default)
+    yield from (config for config in found if config != default)
 
 
 def _streamed(
@@ -211,13 +211,13 @@ class Trial:
         spread_routes(ids, weights, gates, active, self.semaphores, tokens)
         return x, Step(gates, active, self.workspace, self.cos_sin)
 
-    def run(self, given: tuple[torch.Tensor, Step], cut: GemmConfig | None) -> None:
+    def run(self, given: tuple[torch.Tensor, Step], config: GemmConfig | None) -> None:
         """Runs the product, cut like this, on every copy of the weights, with what follows it and
         with the norm that lets it begin early, if there is one."""
         (x, step), product, shape = given, self.product, self.shape
         norm = shape.epilogue == "norm"
-        if cut:
-            way = config_plan(shape, cut)
+        if config:
+            way = config_plan(shape, config)
         else:
             way = cublas_plan(shape, len(x), Device.of(x.device))
         self.semaphores.zero_()
@@ -289,28 +289,28 @@ class TuningJob:
 
     def trials(self) -> list[tuple[Product, int, GemmConfig | None]]:
         return [
-            (product, tokens, cut)
+            (product, tokens, config)
             for product in self.products
             for tokens in self.tokens
-            for cut in candidates(product, tokens, tma=self.tma)
+            for config in candidates(product, tokens, tma=self.tma)
         ]
 
 
 def _compile(job: TuningJob, trials: list[tuple[Product, int, GemmConfig | None]]) -> int:
     """Runs each cut once in a process of its own, which leaves it in Triton's cache."""
     product, trial = None, None
-    for wanted, tokens, cut in trials:
+    for wanted, tokens, config in trials:
         if wanted != product:
             product = wanted
             trial = Trial(product, job.top_k, copies=1, tokens=max(job.tokens))
-        _try(trial, tokens, cut)
+        _try(trial, tokens, config)
     return len(trials)
 
 
-def _try(trial: Trial, tokens: int, cut: GemmConfig | None) -> bool:
+def _try(trial: Trial, tokens: int, config: GemmConfig | None) -> bool:
     """Whether a cut runs on this device at all."""
     try:
-        trial.run(trial.step(tokens), cut)
+        trial.run(trial.step(tokens), config)
     except triton.runtime.errors.OutOfResources:
         return False
     return True
@@ -337,11 +337,11 @@ def tune(job: TuningJob, advance: Callable[[int], object]) -> Iterator[Outcome]:
         trial = Trial(product, job.top_k, tokens=max(job.tokens))
         for tokens in job.tokens:
             step, times, default = trial.step(tokens), [], float("nan")
-            for number, cut in enumerate(candidates(product, tokens, tma=job.tma)):
-                if _try(trial, tokens, cut):
-                    run = functools.partial(trial.run, step, cut)
+            for number, config in enumerate(candidates(product, tokens, tma=job.tma)):
+                if _try(trial, tokens, config):
+                    run = functools.partial(trial.run, step, config)
                     taken = time_us(run, len(trial.layers))
-                    times.append((statistics.median(taken), cut))
+                    times.append((statistics.median(taken), config))
                     default = times[0][0] if number == 0 else default
                 advance(1)
             if times:
@@ -367,4 +367,4 @@ def save(outcomes: Sequence[Outcome], device: str, command: str) -> Path:
         for o in outcomes
     }
     how = {"command": command, "torch": torch.__version__, "us": took}
-    return save_cuts(device, cuts, how)
+    return save_configs(device, cuts, how)

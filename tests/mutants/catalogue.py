@@ -147,8 +147,8 @@ DISPATCH = [
         "no experts in steps of more than 64 tokens over fp8",
     ),
     Mutant(
-        "a cut for fewer tokens", "kernels/dispatch.py",
-        "if serves(cut, tokens, tma)}", "if True}", "tests/test_dispatch.py",
+        "a config for fewer tokens", "kernels/dispatch.py",
+        "if serves(config, tokens, tma)}", "if True}", "tests/test_dispatch.py",
         "a tuned kernel gets more tokens than it has room for",
     ),
 ]

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     shapes = shapes_of(opened.backbone, model, adapter, args.tensor_parallel_size)
     lines = explain(shapes, args.tokens, device)
     print(printable(f"{args.tokens} tokens, {device.name}, {adapter.config.num_experts} experts"))
-    for cells in columns([("layers", "projection", "then", "kernel", "cut", "deltas")] + [
+    for cells in columns([("layers", "projection", "then", "kernel", "config", "deltas")] + [
         cells_of(line) for line in lines
     ]):  # fmt: skip
         print(printable(cells))

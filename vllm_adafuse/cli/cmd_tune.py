@@ -1,4 +1,4 @@
-"""`vllm-adafuse tune`: finds the fastest cuts of a model's products on this machine's GPU."""
+"""`vllm-adafuse tune`: finds the fastest configs of a model's products on this machine's GPU."""
 
 from __future__ import annotations
 
