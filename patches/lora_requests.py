@@ -70,7 +70,9 @@ def versions_of(owner: Any):
 
         config, versions = processor.vllm_config, None
         if (lora := config.lora_config) is not None and vllm_api.lora_option(config) == "adafuse":
-            versions = Versions(Checks(config).open, lora.max_loras, lora.max_lora_rank)
+            versions = Versions(
+                Checks(config).open, lora.max_loras, lora.max_lora_rank, lora.max_cpu_loras
+            )
         processor.adafuse_versions = versions
     return processor.adafuse_versions
 
@@ -250,7 +252,8 @@ def _translate_ids(engine: type) -> None:
                 return original(self, lora_id)
             known = lora_id in versions.users_ids(versions.holds.resident)
             gone = versions.forget(lora_id)
-            versions.holds.resident.difference_update(gone)
+            for adapter in gone:
+                versions.holds.gone(adapter)
             return _then([original(self, i) for i in gone], lambda found: known or any(found))
 
         return remove_lora
@@ -265,8 +268,15 @@ def _translate_ids(engine: type) -> None:
 
     def make_pin(original):
         def pin_lora(self, lora_id):
-            versions = versions_of(self)
-            return original(self, lora_id if versions is None else versions.latest(lora_id))
+            if (versions := versions_of(self)) is None:
+                return original(self, lora_id)
+            latest = versions.latest(lora_id)
+
+            def pinned(answers):
+                versions.holds.pinned.add(latest)
+                return answers[0]
+
+            return _then([original(self, latest)], pinned)
 
         return pin_lora
 

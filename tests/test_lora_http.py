@@ -59,7 +59,7 @@ def make_models(lora="adafuse"):
     client.input_processor = InputProcessor.__new__(InputProcessor)
     model_config = SimpleNamespace(hf_config=tiny_config("LlamaForCausalLM"), model="base")
     config = client.input_processor.vllm_config = engine_config(model_config, lora=lora)
-    config.lora_config = SimpleNamespace(max_loras=2, max_lora_rank=16)
+    config.lora_config = SimpleNamespace(max_loras=2, max_lora_rank=16, max_cpu_loras=None)
     client.model_config, client.renderer = SimpleNamespace(model="base", max_model_len=8), None
     return OpenAIServingModels(client, [BaseModelPath("base", "base")])
 

@@ -23,7 +23,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,7 @@ class OpenedAdapter:
         digest: of config and tensors, 64 hexadecimal digits.
         linears: full Hugging Face name ("model.layers.0.mlp.up_proj") -> its experts, in file
             order. Of a layer-wise mixture without the parts that are always on.
+        files: `files_state` before it was read.
         adapter: the mixture's files, router and routing; None for a LoRA. Whether a layer-wise
             one, or one with a router at a later layer, can be served is for the worker to say.
     """
@@ -107,6 +108,11 @@ class OpenedAdapter:
     digest: str
     linears: dict[str, AdaptedLinear]
     adapter: Adapter | None = None
+    files: tuple = ()
+
+    def unchanged(self) -> bool:
+        """Whether its files are still those, as far as that can be seen without reading them."""
+        return files_state(self.path) == self.files
 
     @property
     def config(self) -> AdapterConfig | None:
@@ -182,6 +188,7 @@ def open_adapter(path: str | Path, backbone: Backbone | None = None) -> OpenedAd
         AdapterError: with every problem found.
     """
     root = Path(os.path.abspath(os.path.expanduser(path)))
+    files = files_state(root)
     _, problems = list_directory(root)
     if problems:
         raise _refuse(root, *problems)
@@ -190,14 +197,14 @@ def open_adapter(path: str | Path, backbone: Backbone | None = None) -> OpenedAd
     with _as_adapter(root):
         kind = read_json(root / CONFIG_FILE).get("peft_type")
     if kind == "ADAFUSE":
-        return _open_mixture(root, backbone)
+        return replace(_open_mixture(root, backbone), files=files)
     if kind != "LORA":
         raise _refuse(
             root,
             f'{root / CONFIG_FILE}: `peft_type` is {show(kind)}, expected "ADAFUSE" or "LORA"; '
             "docs/convert.md lists what `vllm-adafuse convert` makes an AdaFuse adapter of",
         )
-    return _open_lora(root, backbone)
+    return replace(_open_lora(root, backbone), files=files)
 
 
 def stamp_path(path: str, digest: str, size: Size = _NO_SIZE) -> str:

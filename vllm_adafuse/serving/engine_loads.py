@@ -32,7 +32,7 @@ class EngineLoads:
 
     def __init__(self, core: Any, holds: Holds):
         self.core, self.holds = core, holds
-        holds.release = self.release
+        holds.forget = self.forget
 
     def load(self, stamped: Any) -> None:
         """Has the engine read an adapter, unless it has it.
@@ -50,20 +50,20 @@ class EngineLoads:
                 time.sleep(pause)
         except Exception as e:
             self._refused(stamped.lora_int_id, e)
-        self.holds.resident = {*self.core.list_loras()}
+        self.holds.loaded(stamped.lora_int_id)
 
     def _refused(self, adapter: int, error: Exception) -> None:
         """Raises an engine's error; a worker's own refusal, which may cross processes as text, as
         the request's fault."""
-        self.holds.resident.discard(adapter)
+        self.holds.gone(adapter)
         if (refusal := AdapterRefused.from_text(str(error))) is None:
             raise error
         raise refusal from error
 
-    def release(self, adapter: int) -> None:
-        """Has the engine forget an adapter that nobody needs."""
+    def forget(self, adapter: int) -> None:
+        """Has the engine forget an adapter that no request has."""
         if adapter in self.holds.resident:
-            self.holds.resident.discard(adapter)
+            self.holds.gone(adapter)
             self.core.remove_lora(adapter)
 
 
@@ -92,16 +92,16 @@ class AsyncEngineLoads(EngineLoads):
                 await asyncio.sleep(pause)
         except Exception as e:
             self._refused(stamped.lora_int_id, e)
-        self.holds.resident = {*await self.core.list_loras_async()}
+        self.holds.loaded(stamped.lora_int_id)
 
-    def release(self, adapter: int) -> None:
-        """As above, soon; from any thread."""
+    def forget(self, adapter: int) -> None:
+        """As above, soon, unless a request has it by then; from any thread."""
         if adapter in self.holds.resident and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._remove_soon, adapter)
 
     def _remove_soon(self, adapter: int) -> None:
-        if adapter in self.holds.resident and not self.holds.needed(adapter):
-            self.holds.resident.discard(adapter)
+        if adapter in self.holds.resident and not self.holds.in_use(adapter):
+            self.holds.gone(adapter)
             task = self._loop.create_task(self._remove(adapter))
             self._removals.add(task)  # the loop itself keeps weak references
             task.add_done_callback(self._removals.discard)

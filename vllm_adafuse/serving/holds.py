@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,44 +11,96 @@ from typing import Any
 
 
 class Holds:
-    """Counts who needs an adapter, by its id in the engine: the names and ids that stand for it
-    now, and requests that have not ended. One that nobody needs any more is released.
+    """Counts who needs an adapter, by its id in the engine: names and ids of users that stand for it
+    now, and requests that have not ended.
+
+    What nobody needs is forgotten. Of the others the engine's host keeps as many as
+    `--max-cpu-loras` says, and never fewer than requests need: only what no request has, and what
+    can be read again, makes room.
+
+    Args:
+        max_cpu_loras: vLLM's option.
+        can_be_read_again: whether an adapter's files are still those that were read.
 
     Attributes:
-        release: is called with such an id, once, by whichever thread ended the need.
-        resident: ids that the engine has on the host, as far as it has told.
+        forget: is called with ids that the engine is to forget, by whichever thread ended a need.
+        resident: ids that the engine has on the host.
+        pinned: those that never make room.
     """
 
-    def __init__(self):
-        self.release: Callable[[int], None] = lambda adapter: None
+    def __init__(self, max_cpu_loras: int, can_be_read_again: Callable[[int], bool]):
+        self.forget: Callable[[int], None] = lambda adapter: None
         self.resident: set[int] = set()
-        self._lock = RLock()
-        self._needs: Counter[int] = Counter()
+        self.pinned: set[int] = set()
+        self._most, self._can_be_read_again = max_cpu_loras, can_be_read_again
+        self._lock, self._clock = RLock(), itertools.count()
+        self._requests: Counter[int] = Counter()
+        self._names: Counter[int] = Counter()
+        self._used: dict[int, int] = {}
 
     def add(self, adapter: int) -> None:
-        """Somebody needs it."""
+        """A request needs it."""
         with self._lock:
-            self._needs[adapter] += 1
+            self._requests[adapter] += 1
+            self._used[adapter] = next(self._clock)
 
-    def drop(self, adapter: int, release: bool = True) -> bool:
-        """Somebody no longer does; returns whether nobody does, and releases it then."""
+    def drop(self, adapter: int) -> None:
+        """A request no longer does."""
+        self._drop(self._requests, adapter)
+
+    def add_name(self, adapter: int) -> None:
+        """A name stands for it."""
         with self._lock:
-            self._needs[adapter] -= 1
-            if self._needs[adapter] > 0:
-                return False
-            del self._needs[adapter]
-        if release:
-            self.release(adapter)
-        return True
+            self._names[adapter] += 1
+
+    def drop_name(self, adapter: int, forget: bool = True) -> None:
+        """A name no longer does; without `forget` the caller sees to the rest."""
+        self._drop(self._names, adapter, forget)
+
+    def _drop(self, counts: Counter[int], adapter: int, forget: bool = True) -> None:
+        with self._lock:
+            counts[adapter] -= 1
+            if counts[adapter] <= 0:
+                del counts[adapter]
+        if forget and not self.needed(adapter):
+            self.forget(adapter)
+        elif counts is self._requests:
+            self.make_room()
 
     def needed(self, adapter: int) -> bool:
         """Whether anybody needs it."""
         with self._lock:
-            return adapter in self._needs
+            return adapter in self._requests or adapter in self._names
+
+    def in_use(self, adapter: int) -> bool:
+        """Whether a request needs it."""
+        with self._lock:
+            return adapter in self._requests
+
+    def loaded(self, adapter: int) -> None:
+        """The engine has it now."""
+        self.resident.add(adapter)
+        self.make_room()
+
+    def gone(self, adapter: int) -> None:
+        """The engine no longer has it."""
+        self.resident.discard(adapter)
+        self.pinned.discard(adapter)
+        self._used.pop(adapter, None)
+
+    def make_room(self) -> None:
+        """Has those used least recently forgotten that are too many and that nothing keeps."""
+        if (over := len(self.resident) - self._most) <= 0:
+            return
+        idle = [i for i in self.resident - self.pinned if not self.in_use(i)]
+        for adapter in sorted(idle, key=lambda i: self._used.get(i, -1)):
+            if over and self._can_be_read_again(adapter):
+                self.forget(adapter)
+                over -= 1
 
     @contextmanager
     def held(self, adapter: int) -> Iterator[None]:
-        """Somebody needs it meanwhile."""
+        """As a request's need, meanwhile."""
         self.add(adapter)
         try:
             yield

@@ -3,10 +3,8 @@ model that is there."""
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from vllm.config import VllmConfig
@@ -17,7 +15,6 @@ from vllm_adafuse.serving.adapters import (
     LORA,
     VLLM_LORA,
     OpenedAdapter,
-    files_state,
     open_adapter,
     split_path,
 )
@@ -44,8 +41,6 @@ class Hosted:
         passports: of a mixture, expert ids and weights [k, V]; of one that sees the past the bits
             of w, and c, [E, V] int32 and float32 (see `context_routes`).
         scale: of a LoRA, the weight of its pages.
-        path: the directory that it was read from.
-        files: `files_state` of it before it was read.
     """
 
     kind: str
@@ -56,13 +51,6 @@ class Hosted:
     router: dict[str, torch.Tensor] | None = None
     passports: tuple[torch.Tensor, torch.Tensor] | None = None
     scale: float = 1.0
-    path: Path = Path()
-    files: tuple = ()
-
-    @property
-    def can_be_read_again(self) -> bool:
-        """Whether its files are still those that it was read from, as far as that can be seen."""
-        return files_state(self.path) == self.files
 
     @property
     def nbytes(self) -> int:
@@ -95,9 +83,7 @@ class Loader:
             AdapterError: it cannot be served on this model, or its content is another.
         """
         plain_path, digest = split_path(path)
-        directory = Path(os.path.abspath(vllm_api.local_path(plain_path)))
-        files = files_state(directory)
-        opened = open_adapter(directory, self.fits.backbone)
+        opened = open_adapter(vllm_api.local_path(plain_path), self.fits.backbone)
         problems = self._misfits(opened)
         if digest is not None and digest != opened.digest:
             problems = [
@@ -124,7 +110,7 @@ class Loader:
             packer.add(self._name(name), expert, a, b.float() * scale)
         return Hosted(
             opened.kind, opened.size, experts, packer.packed, opened.config, opened.router(),
-            scale=common, path=directory, files=files,
+            scale=common,
         )  # fmt: skip
 
     def _name(self, name: str) -> str:

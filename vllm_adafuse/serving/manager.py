@@ -8,7 +8,6 @@ step lie on the device and says whose each token is (`page_step.py`).
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -43,17 +42,14 @@ class AdapterManager:
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device):
         self.device, lora = device, vllm_config.lora_config
-        self.max_loras, self.max_cpu_loras = lora.max_loras, lora.max_cpu_loras or lora.max_loras
-        self.max_lora_rank = lora.max_lora_rank
+        self.max_loras, self.max_lora_rank = lora.max_loras, lora.max_lora_rank
         self.pool = Pool(pool_size(self.max_loras, self.max_lora_rank))
-        # Adapters whose tensors are on the host, the one used least recently first.
-        self.hosted: OrderedDict[int, Hosted] = OrderedDict()
+        # Adapters whose tensors are on the host; which, the front end decides (`holds.py`).
+        self.hosted: dict[int, Hosted] = {}
         self.lost: dict[int, str] = {}
         # Of the last step with adapters, and those that steps know the pages of.
         self.active: set[int] = set()
         self.listed: set[int] = set()
-        # Those whose files are no longer what was read.
-        self.kept: set[int] = set()
         self.dummies: set[int] = set()
         self.step: PageStep
         self.banks: list[PageBank]
@@ -108,7 +104,6 @@ class AdapterManager:
                 ],
             )
         if adapter in self.hosted and not request.load_inplace:
-            self.hosted.move_to_end(adapter)
             return True
         self.meter.begin(adapter)
         read, everywhere = self.reads.start(adapter, request.lora_path), vllm_api.everywhere
@@ -132,9 +127,7 @@ class AdapterManager:
         self.loader.stamp(hosted)
         self._release(adapter)
         self.hosted[adapter] = hosted
-        self.hosted.move_to_end(adapter)
         self.meter.loaded(request, hosted)
-        self._make_room_on_host({adapter}, in_step)
         if not in_step:
             self._place_beside(adapter)
         logger.info(
@@ -157,7 +150,6 @@ class AdapterManager:
         self._release(adapter)
         self.reads.forget(adapter)
         self.pool.pinned.discard(adapter)
-        self.kept.discard(adapter)
         self.meter.forgot(adapter)
         return self.hosted.pop(adapter, None) is not None
 
@@ -284,25 +276,6 @@ class AdapterManager:
             self.pool.release(adapter)
             self._strike(adapter, place)
             self.meter.moved(self.pool.taken.pages)
-
-    def _make_room_on_host(self, needed: set[int], in_step: bool) -> None:
-        """Forgets tensors of adapters used least recently, as --max-cpu-loras says, if they can be
-        read again when a request names them."""
-        keep = needed | self.pool.pinned | self.active | self.kept
-        for adapter in [a for a in self.hosted if a not in keep]:
-            if len(self.hosted) <= self.max_cpu_loras:
-                return
-            hosted = self.hosted[adapter]
-            if not vllm_api.everywhere(hosted.can_be_read_again, in_step):
-                logger.warning_once(
-                    "AdaFuse: the files of adapter %s have changed or are gone since it was read; "
-                    "it stays in memory, beyond --max-cpu-loras, until it is unloaded", hosted.path,
-                )  # fmt: skip
-                self.kept.add(adapter)
-                continue
-            self._release(adapter)
-            self.meter.forgot(adapter)
-            del self.hosted[adapter]
 
     # What vLLM runs before it serves.
 

@@ -177,12 +177,13 @@ def current_loading() -> Loading | None:
 @dataclass
 class _Content:
     """What an id of the engine stands for: whose (a name of the server's, or a user's id), which
-    content, and the request as the user made it and as the engine gets it."""
+    content, the request as the user made it and as the engine gets it, and its files."""
 
     whose: str | int
     digest: str
     request: LoRARequest
     stamped: LoRARequest
+    opened: OpenedAdapter
 
 
 class Versions:
@@ -192,16 +193,22 @@ class Versions:
         open_path: `(lora_path, again) -> OpenedAdapter`, see `Checks.open`.
         max_loras: vLLM's option.
         max_lora_rank: likewise.
+        max_cpu_loras: likewise.
 
     Attributes:
         holds: who needs which version.
     """
 
     def __init__(
-        self, open_path: Callable[[str, bool], OpenedAdapter], max_loras: int, max_lora_rank: int
+        self,
+        open_path: Callable[[str, bool], OpenedAdapter],
+        max_loras: int,
+        max_lora_rank: int,
+        max_cpu_loras: int | None = None,
     ):
         self.open_path, self._options = open_path, (max_loras, max_lora_rank)
-        self.holds, self._lock = Holds(), Lock()
+        self.holds = Holds(max_cpu_loras or max_loras, self._can_be_read_again)
+        self._lock = Lock()
         self._contents: OrderedDict[int, _Content] = OrderedDict()
         # What a user's request stands for, by name, id and path.
         self._stamped: dict[tuple[str, int, str], LoRARequest] = {}
@@ -252,7 +259,9 @@ class Versions:
                 lora_path=stamp_path(path, opened.digest, opened.size),
                 load_inplace=False,
             )
-            self._contents[engine_id] = _Content(whose, opened.digest, request, stamped)
+            self._contents[engine_id] = _Content(
+                whose, opened.digest, request, stamped, opened
+            )
             self._contents.move_to_end(engine_id)
             while len(self._contents) > MAX_CONTENTS:
                 self._contents.popitem(last=False)
@@ -283,9 +292,9 @@ class Versions:
                 self._latest[whose] = engine_id
         if engine_id != before:
             if engine_id is not None:
-                self.holds.add(engine_id)
+                self.holds.add_name(engine_id)
             if before is not None:
-                self.holds.drop(before)
+                self.holds.drop_name(before)
 
     def current(self, stamped: LoRARequest) -> LoRARequest:
         """A request as it is, unless its version went while it was on its way here: then it has the
@@ -354,9 +363,13 @@ class Versions:
             latest = self._latest.pop(user_id, None)
             found = {i for i in self.holds.resident if self._owner(i) == user_id}
         if latest is not None:
-            self.holds.drop(latest, release=False)
+            self.holds.drop_name(latest, forget=False)
             found.add(latest)
         return sorted(i for i in found or {user_id} if not self.holds.needed(i))
+
+    def _can_be_read_again(self, engine_id: int) -> bool:
+        content = self._contents.get(engine_id)
+        return content is not None and content.opened.unchanged()
 
     def _owner(self, engine_id: int) -> str | int | None:
         content = self._contents.get(engine_id)
