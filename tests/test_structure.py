@@ -44,7 +44,8 @@ LACKED = {
     "rotary_emb",
 }  # fmt: skip
 # Numbers of tokens by these names; what `len(x)` or `x.shape[0]` is compared with, too.
-TOKENS = {"tokens", "num_tokens"}
+TOKENS = {"tokens", "num_tokens", "n_tokens", "max_tokens"}
+COUNTS = {f"{of}.shape[{at}]" for of in ("x", "y", "hidden") for at in (0, -2)} | {"len(x)", "len(y)"}
 
 
 def trees(*folders: str) -> Iterator[tuple[str, ast.Module]]:
@@ -83,7 +84,7 @@ def literal_limits(tree: ast.Module) -> list[str]:
             continue
         sides = [node.left, *node.comparators]
         names = {n.id for side in sides for n in ast.walk(side) if isinstance(n, ast.Name)}
-        counted = names & TOKENS or any(ast.unparse(side) == "x.shape[0]" for side in sides)
+        counted = names & TOKENS or any(ast.unparse(side) in COUNTS for side in sides)
         numbers = [s.value for s in sides if isinstance(s, ast.Constant)]
         if counted and any(type(n) is int and n > 1 for n in numbers):
             found.append(f"{node.lineno}: {ast.unparse(node)}")
@@ -211,7 +212,7 @@ def test_faults_are_seen():
     tree = ast.parse(
         "def f(a, b, c, d, e, f, g, h, i, *, j=1): return 1 if tokens > 64 else 0\n"
         "@triton.jit\ndef k(a, b, c, d, e, f, g, h, i): return n_tokens > 4\n"
-        "def few(x): return 64 <= x.shape[0] or tokens > LIMIT or 1 <= tokens\n"
+        "def few(x): return 64 <= x.shape[0] or len(x) < 9 or tokens > LIMIT or 1 <= tokens\n"
     )
     assert imported(ast.parse("from vllm_adafuse.serving.bank import x")) == {"serving"}
     assert imported(ast.parse("from vllm_adafuse import tuning, __version__")) == {"tuning"}
@@ -233,4 +234,4 @@ def test_faults_are_seen():
         "except ImportError", "hasattr(runner, 'lora_state')", "getattr(attention, 'scales', False)",
     ]  # fmt: skip
     assert long_functions(tree) == {"f"}
-    assert literal_limits(tree) == ["1: tokens > 64", "4: 64 <= x.shape[0]"]
+    assert literal_limits(tree) == ["1: tokens > 64", "4: 64 <= x.shape[0]", "4: len(x) < 9"]
