@@ -56,14 +56,14 @@ MAX_TILED_RANKS = 512
 # `in` beyond o's (128 tokens, E 16: down 45.3 us tiled, 49.8 by cuBLAS, o 22.0 and 20.9).
 PROCESSORS, MIN_LONG_IN = 132, 8192
 # Rows of W, or pairs of them, with which whole tiles are programs enough: to add up split-K sums
-# within the kernel costs more than it gains (87f739b). Tiles that keep a large GPU busy (b1bfbb7).
+# within the kernel costs 0.9 to 1.8 us more than the norm does (87f739b). Tiles for a large GPU (b1bfbb7).
 MIN_TILED_ROWS = 3072
 MIN_TILES = 90
 # The fewest take two slices of `in` in place of three, where that is one round (b1bfbb7).
 MAX_FEWEST_TOKENS = 4
 # Tiles of few rows end here, and those of norms: beyond, cuBLAS and an expand (87f739b).
 MAX_LOW_TILE_TOKENS = 64
-# The expand adds a bias at no cost; that of longer steps has no place for it (7fbd763).
+# The expand adds a bias at no cost; longer steps have no place for it (7fbd763: W, A at once 6 to 115 us less).
 MAX_BIAS_TOKENS = 256
 # With fewer tokens the expand asks of each expert if it is active (30098f8); longer steps than the
 # second are all cut alike, and list no experts (439c8ee).
