@@ -63,7 +63,7 @@ MIN_TILES = 90
 MAX_FEWEST_TOKENS = 4
 # Tiles of few rows end here, and those of norms: beyond, cuBLAS and an expand (87f739b).
 MAX_LOW_TILE_TOKENS = 64
-# The expand adds a bias at no cost; longer steps have no place for it (7fbd763: W, A at once 6 to 115 us less).
+# The expand adds a bias at no cost; longer steps have no place for it (7fbd763: at once 6 to 115 us less).
 MAX_BIAS_TOKENS = 256
 # With fewer tokens the expand asks of each expert if it is active (30098f8); longer steps than the
 # second are all cut alike, and list no experts (439c8ee).
