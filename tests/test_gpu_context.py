@@ -36,20 +36,39 @@ def served(request, runner, tmp_path_factory):
         yield llm, named
 
 
-def on_device(served):
-    """w, c [E, V], and sums [S, E]: float64, on the host."""
+def on_device(served, sequences):
+    """How far the nearest sum is from what each of these sequences of token ids adds up to; the
+    route of the last step, what it is to be for the last of them, and how far its weights are."""
+    pinned = served[1] is None
 
-    def look(worker):
+    def look(worker):  # in the worker's process: what it refers to is pickled, and what it returns
         model = worker.get_model()
-        if served[1] is None:
+        if pinned:
             router = model.adafuse_router
-            return router.w.cpu(), router.c.cpu(), router.sums.cpu()
-        step = model.adafuse_step
-        columns = list(next(iter(step._seeing.values())))
-        w = step.table_ids.view(torch.float32)[columns, : step.vocab_size]
-        return w.cpu(), step.table_weights[columns, : step.vocab_size].cpu(), step.sums.cpu()
+            w, c, sums = router.w, router.c, router.sums
+            found_ids, found = router.route.expert_ids[0], router.route.weights[0]
+        else:
+            step = model.adafuse_step
+            columns, behind = list(next(iter(step._seeing.values()))), step.vocab_size
+            w = step.table_ids.view(torch.float32)[columns, :behind]
+            c, sums = step.table_weights[columns, :behind], step.sums
+            found_ids, found = step.table_ids[:2, behind], step.table_weights[:2, behind]
+        offs = []
+        for ids in sequences:
+            expected = c[:, ids].double().sum(1)
+            offs.append((sums[:, : len(expected)] - expected).abs().amax(1).min().item())
+        scales = torch.full((5,), 2.0, device=w.device)  # alpha 2 r
+        ids = sequences[-1]
+        expected_ids, expected = choose_by_past(w[:, ids].t(), c[:, ids].t(), scales, 2, False)
+        off = (found - expected[-1]).abs().max().item()
+        return offs, found_ids.tolist(), expected_ids[-1].tolist(), off
 
     return served[0].collective_rpc(look)[0]
+
+
+def computed(output) -> list[int]:
+    """All token ids of a request but the last, which was never computed with."""
+    return [*output.prompt_token_ids, *output.outputs[0].token_ids][:-1]
 
 
 def generate(served, texts, tokens):
@@ -57,13 +76,8 @@ def generate(served, texts, tokens):
 
 
 def check_sums(served, outputs):
-    _, c, sums = on_device(served)
-    for output in outputs:
-        # The last token was never computed with.
-        ids = torch.tensor([*output.prompt_token_ids, *output.outputs[0].token_ids][:-1])
-        expected = c[:, ids].double().sum(1)
-        off = (sums[:, : len(expected)] - expected).abs().amax(1).min()
-        assert off < 1e-8, (len(ids), float(off))
+    offs, *_ = on_device(served, [computed(output) for output in outputs])
+    assert max(offs) < 1e-8, offs
 
 
 def test_chunks_and_graphs(served):
@@ -81,20 +95,6 @@ def test_prefix_hits(served):
 
 def test_routes_of_the_last_step(served):
     (output,) = generate(served, prompts(200, seed=2), 40)
-    w, c, _ = on_device(served)
-    ids = [*output.prompt_token_ids, *output.outputs[0].token_ids][:-1]
-
-    def look(worker):
-        model = worker.get_model()
-        if served[1] is None:
-            route = model.adafuse_router.route
-            return route.expert_ids[0].tolist(), route.weights[0].cpu()
-        step = model.adafuse_step
-        behind = step.vocab_size
-        return step.table_ids[:2, behind].tolist(), step.table_weights[:2, behind].cpu()
-
-    found_ids, found = served[0].collective_rpc(look)[0]
-    scales = torch.full((5,), 2.0)  # alpha 2 r
-    expected_ids, expected = choose_by_past(w[:, ids].t(), c[:, ids].t(), scales, 2, False)
-    assert found_ids == expected_ids[-1].tolist()
-    assert (found - expected[-1]).abs().max() < 1e-5
+    _, found_ids, expected_ids, off = on_device(served, [computed(output)])
+    assert list(found_ids) == list(expected_ids)
+    assert off < 1e-5
