@@ -30,8 +30,11 @@ def test_adapters_of_the_rank_that_the_option_names_fit_as_many_as_it_says(rank)
 def test_too_many_experts_per_token():
     assert not misfits(Size(1, 8), max_loras=1, max_lora_rank=16)
     [problem] = misfits(Size(1, 9), max_loras=1, max_lora_rank=16)
-    assert "every token 9 experts" in problem and "8 columns" in problem
-    assert "raise --max-loras" in problem
+    assert "takes 9 columns" in problem and "8 are reserved" in problem
+    assert "raise --max-loras to 3 or more" in problem
+    assert not misfits(Size(1, 9), max_loras=3, max_lora_rank=16)
+    [problem] = misfits(Size(1, 65), max_loras=99, max_lora_rank=16)
+    assert "can have 64; serve it by hf_overrides" in problem
 
 
 def test_the_one_used_least_recently_makes_room():

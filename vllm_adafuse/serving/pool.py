@@ -81,10 +81,12 @@ def misfits(size: Size, max_loras: int, max_lora_rank: int) -> list[str]:
             f"{size.pages * PAGE_RANKS} or more (it is {have.pages * PAGE_RANKS})"
         )
     if size.columns > have.columns:
+        way = f"raise --max-loras to {-(-size.columns // COLUMNS_PER_ADAPTER)} or more"
+        if size.columns > MAX_COLUMNS:
+            way = f"an adapter of a request can have {MAX_COLUMNS}; serve it by hf_overrides"
         problems.append(
             f"takes {size.columns} columns of passports (its experts per token, or with "
-            f"`router.context` all of its experts), and {have.columns} are reserved: raise "
-            "--max-loras"
+            f"`router.context` all of its experts), and {have.columns} are reserved: {way}"
         )
     return problems
 
