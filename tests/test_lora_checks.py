@@ -11,6 +11,7 @@ from loras import ask, engine_config
 from safetensors.torch import load_file, save_file
 from vllm.lora.request import LoRARequest
 from vllm_adafuse.format.random_adapter import make_random_adapter
+from vllm_adafuse.patches import lora_requests
 from vllm_adafuse.serving import versions as seam
 from vllm_adafuse.serving.adapters import size_in_path
 from vllm_adafuse.serving.pool import Size
@@ -25,6 +26,7 @@ from vllm_adafuse.tiny import make_tiny_backbone, tiny_config
 
 WEIGHTS = "adapter_model.safetensors"
 
+lora_requests.apply()
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +85,8 @@ def test_files_are_read_once(checks, reads, lora, monkeypatch):
 
 def test_files_that_have_just_been_written_are_read_again(checks, reads, lora):
     """They could change within one tick of the file system's clock."""
+    for file in lora.iterdir():
+        os.utime(file)
     for _ in range(2):
         checks.open(str(lora))
     assert len(reads) == 2
