@@ -150,6 +150,8 @@ def main() -> None:
     parser.add_argument("--memory", default=0.7, type=float, help="of the GPU")
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
+    # Adapters are made with threads, whose locks a forked engine would wait for.
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     with tempfile.TemporaryDirectory() as scratch:
         for row in asyncio.run(measure(options, Path(scratch))):
             print(json.dumps(row), flush=True)
