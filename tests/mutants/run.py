@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[2]
 LEFT_OUT = shutil.ignore_patterns(
     ".*", "__pycache__", "*.egg-info", "build", "demo", "node_modules", "*.safetensors"
 )
+# For every eight tests that run together.
 SECONDS = 300
 # Folders that pyproject.toml maps into vllm_adafuse.
 IN_PACKAGE = "kernels", "patches"
@@ -100,13 +101,14 @@ def run_tests(tests: Sequence[str], tree: Path) -> tuple[int | None, str]:
     """pytest's exit code, None past the time, and the last lines that it wrote."""
     options = ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist"]
     command = [sys.executable, "-m", "pytest", *options, *tests]
+    seconds = SECONDS * -(-len(tests) // 8)
     try:
         done = subprocess.run(
             command, cwd=tree, env=environment(tree), capture_output=True, text=True,
-            timeout=SECONDS, check=False,
+            timeout=seconds, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return None, f"still running after {SECONDS} s"
+        return None, f"still running after {seconds} s"
     return done.returncode, "\n".join((done.stdout + done.stderr).splitlines()[-15:])
 
 
