@@ -18,11 +18,13 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import torch
 from vllm_adafuse.cli.cmd_random import integers
 
+from benchmarks import record
 from benchmarks.engine import make_adapter, make_lora
 from benchmarks.engine import write_config as write_backbone
 from benchmarks.engine_options import SHAPES, Options
@@ -73,7 +75,8 @@ class Streams:
         )  # fmt: skip
 
 
-async def measure(options: argparse.Namespace, root: Path) -> list[dict]:
+async def measure(options: argparse.Namespace, root: Path) -> AsyncIterator[dict]:
+    """A row of the time without loads, one for each load, and whether the streams outlived them."""
     from vllm import AsyncEngineArgs
     from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -93,7 +96,7 @@ async def measure(options: argparse.Namespace, root: Path) -> list[dict]:
             enable_prefix_caching=False,
         )
     )  # fmt: skip
-    streams, rows = Streams(llm, options.prompt, vocabulary), []
+    streams = Streams(llm, options.prompt, vocabulary)
     lora = LoRARequest("lora0", 1, str(root / "lora0"))
     await llm.add_lora(lora)
     for i in range(options.streams):
@@ -103,7 +106,7 @@ async def measure(options: argparse.Namespace, root: Path) -> list[dict]:
     await asyncio.sleep(options.quiet)
     quiet = streams.gaps(start, time.perf_counter(), options.streams)
     told = {"streams": options.streams, "median_ms": quiet[len(quiet) // 2]}
-    rows.append({"what": "without loads", **told, "largest_ms": quiet[-1]})
+    yield {"what": "without loads", **told, "largest_ms": quiet[-1]}
     number = 2
     for turn in range(options.repeats):
         for kind, path in first.items():
@@ -117,20 +120,28 @@ async def measure(options: argparse.Namespace, root: Path) -> list[dict]:
             await asyncio.sleep(0.5)
             found = streams.gaps(start, time.perf_counter(), options.streams)
             file = root / name / "adapter_model.safetensors"
-            row = {
+            yield {
                 "what": name, "bytes": file.stat().st_size, "load_s": loaded - start,
                 "median_ms": found[len(found) // 2], "largest_ms": found[-1],
                 "beyond_quiet_ms": found[-1] - quiet[-1],
             }  # fmt: skip
-            rows.append(row)
-            print(json.dumps(row), flush=True)
     running = sum(not task.done() for task in streams.tasks[: options.streams])
-    rows.append({"what": "streams that ran to the end of it", "count": running})
+    yield {"what": "streams that ran to the end of it", "count": running}
     for task in streams.tasks:
         task.cancel()
     await asyncio.gather(*streams.tasks, return_exceptions=True)
     llm.shutdown()
-    return rows
+
+
+async def save(options: argparse.Namespace, root: Path, out: Path | None, commit: str) -> Path:
+    """Measures, and saves what it has after every row; returns the result file."""
+    rows: list[dict] = [{"options": vars(options)}]
+    path = None
+    async for row in measure(options, root):
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+        path = record.save("lora_load", rows, out, commit, path)
+    return path
 
 
 def main() -> None:
@@ -149,12 +160,15 @@ def main() -> None:
     parser.add_argument("--quiet", default=5.0, type=float, metavar="S", help="without loads")
     parser.add_argument("--memory", default=0.7, type=float, help="of the GPU")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--out", type=Path, help="folder of the result file")
+    parser.add_argument("--commit", default="", help="of the measured code")
     options = parser.parse_args()
+    out, commit = options.__dict__.pop("out"), options.__dict__.pop("commit")
     # Adapters are made with threads, whose locks a forked engine would wait for.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     with tempfile.TemporaryDirectory() as scratch:
-        for row in asyncio.run(measure(options, Path(scratch))):
-            print(json.dumps(row), flush=True)
+        path = asyncio.run(save(options, Path(scratch), out, commit))
+    print(json.dumps({"saved": str(path)}))
 
 
 if __name__ == "__main__":

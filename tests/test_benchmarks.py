@@ -10,7 +10,7 @@ from pathlib import Path
 import benchmark_package  # noqa: F401
 import pytest
 
-from benchmarks import engine, record, serve
+from benchmarks import engine, lora_load, record, serve
 from benchmarks.engine import Options, shapes
 from benchmarks.engine_report import is_unsteady
 from benchmarks.pages import read_results
@@ -273,3 +273,21 @@ def test_the_servers_tokenizer_keeps_lengths(tmp_path):
     # What vLLM asks of a text before it counts its tokens (renderers/params.py).
     assert len(tokenizer.decode([499] * 100)) <= 100 * max(map(len, tokenizer.get_vocab()))
     assert tokenizer.num_special_tokens_to_add() == 0
+
+
+def test_loads_beside_streams_are_saved_row_by_row(tmp_path, monkeypatch):
+    async def measure(options, root):
+        yield {"what": "without loads", "largest_ms": options.quiet}
+        raise RuntimeError("no second row")
+
+    monkeypatch.setattr(lora_load, "measure", measure)
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")  # to be put back
+    argv = ["lora_load", "--model", "tiny", "--quiet", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*argv, "--commit", "c0ffee"])
+    with pytest.raises(RuntimeError, match="no second row"):
+        lora_load.main()
+    (path,) = tmp_path.glob("lora_load-*.json")
+    content = json.loads(path.read_text())
+    options, row = content["rows"]
+    assert options["options"]["model"] == "tiny" and "out" not in options["options"]
+    assert row == {"what": "without loads", "largest_ms": 2.0} and content["commit"] == "c0ffee"
