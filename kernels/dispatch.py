@@ -59,6 +59,9 @@ PROCESSORS, MIN_LONG_IN = 132, 8192
 # within the kernel costs 0.9 to 1.8 us more than the norm does (87f739b). Tiles for a large GPU (b1bfbb7).
 MIN_TILED_ROWS = 3072
 MIN_TILES = 90
+# Tiles that are one round of a large GPU beside the shrink: of whole ones, of slices before a norm,
+# and programs up to which streamed tiles are cut into slices.
+MAX_ROUND_TILES, MAX_NORM_TILES, MAX_STREAM_PROGRAMS = 116, 112, 190
 # The fewest take two slices of `in` in place of three, where that is one round (b1bfbb7).
 MAX_FEWEST_TOKENS = 4
 # Tiles of few rows end here, and those of norms: beyond, cuBLAS and an expand (87f739b).
@@ -118,25 +121,6 @@ def plan(shape: Shape, num_tokens: int, device: Device) -> Plan:
     return cublas_plan(shape, num_tokens, device)
 
 
-class Plans(dict[int, Plan]):
-    """The plans of one shape on one device: number of tokens -> `plan`. A look in a dict is less
-    than a hash of the shape, and ops look once each."""
-
-    def __init__(self, shape: Shape, device: Device):
-        super().__init__()
-        self.shape, self.device = shape, device
-
-    def __missing__(self, num_tokens: int) -> Plan:
-        found = self[num_tokens] = plan(self.shape, num_tokens, self.device)
-        return found
-
-
-@functools.cache
-def plans_of(shape: Shape, device: Device) -> Plans:
-    """The same ones for projections of one shape."""
-    return Plans(shape, device)
-
-
 def config_plan(shape: Shape, config: GemmConfig) -> Plan:
     """With a kernel of ours, cut like this."""
     split_k = config.split_k if shape.epilogue == "norm" else 1
@@ -177,7 +161,7 @@ def gemm_config(shape: Shape, num_tokens: int, device: Device) -> GemmConfig | N
     found = find_config(device.name, power_of_2(num_tokens), *key, tma)
     long = s.epilogue == "norm" and s.size_in > MIN_LONG_IN and s.itemsize == 2
     if found is None and many and tma and long:
-        split_k = min(MAX_SPLIT_K, max(1, 112 // cdiv(s.tiled_rows, 128)))
+        split_k = min(MAX_SPLIT_K, max(1, MAX_NORM_TILES // cdiv(s.tiled_rows, 128)))
         found = GemmConfig(128, 128, split_k, 4, 3, shrink_split_k=4, tma=True)
     if many and found and found.tma:  # cuts are tuned for 128 ranks
         tiles = sum(cdiv(w, found.rows) for w in tiled_widths(s.widths, s.kernel_epilogue))
@@ -248,7 +232,7 @@ def _tiled(tokens: int, size_in: int, rows: int, epilogue: str, itemsize: int) -
             return GemmConfig(32, 32, min(MAX_SPLIT_K, max(1, cdiv(128, cdiv(rows, 32)))), tma=True)
         if size_in <= 8192:
             return GemmConfig(64, 128, 1, 4, 5, shrink_split_k=2, tma=True)
-        split_k = min(MAX_SPLIT_K, max(1, 112 // cdiv(rows, 96)))
+        split_k = min(MAX_SPLIT_K, max(1, MAX_NORM_TILES // cdiv(rows, 96)))
         return GemmConfig(96, 128, split_k, 4, 5, shrink_split_k=4, tma=True)
     pairs = bool(epilogue)
     if rows < (MIN_TILED_ROWS if pairs else 2 * MIN_TILED_ROWS):
@@ -264,13 +248,12 @@ def _tiled(tokens: int, size_in: int, rows: int, epilogue: str, itemsize: int) -
         if tokens <= MAX_LOW_TILE_TOKENS:
             return GemmConfig(64, 128, 1, 4, 4, shrink_split_k=2, tma=True)
         return GemmConfig(64, 64, 1, 8, 6, shrink_split_k=2, tma=True)
-    # One tile to a processor, of 132, some of which have the shrink: a second round costs as
-    # much as the first.
-    one_round = cdiv(rows, 96) <= 116
+    # A second round costs as much as the first.
+    one_round = cdiv(rows, 96) <= MAX_ROUND_TILES
     if tokens <= MAX_LOW_TILE_TOKENS:
         config = (96, 128, 1, 4, 3) if one_round else (64, 64, 1, 4, 4)
     else:
-        tall = not one_round and cdiv(rows, 128) <= 116
+        tall = not one_round and cdiv(rows, 128) <= MAX_ROUND_TILES
         config = (128, 64, 1, 8, 4) if tall else (96, 64, 1, 8, 5)
     return GemmConfig(*config, shrink_split_k=2, tma=True)
 
@@ -283,16 +266,16 @@ def _streamed(tokens: int, rows: int, epilogue: str, itemsize: int, roomy: bool)
     while height > 16 and cdiv(rows, height) * most < MIN_TILES:
         height //= 2
     if epilogue == "rotary" and few and roomy:
-        return GemmConfig(min(height, 32), cols, 1, 4, 6 if cdiv(rows, 32) <= 132 else 4)
+        return GemmConfig(min(height, 32), cols, 1, 4, 6 if cdiv(rows, 32) <= PROCESSORS else 4)
     if epilogue == "rotary":
         return GemmConfig(height, cols // 2, 1, 4, 6 if roomy else 4)
     if pairs:
         return GemmConfig(height, cols if few else cols // 2, 1, 4, 3 if few else 4)
-    # Programs that fill a second round of 132 processors by a fifth alone wait for that fifth.
+    # Programs that fill a second round by a fifth alone wait for that fifth.
     tiles = cdiv(rows, height)
-    split_k = min(most, cdiv(190, tiles))
+    split_k = min(most, cdiv(MAX_STREAM_PROGRAMS, tiles))
     few_norm = tokens <= MAX_FEWEST_TOKENS and epilogue == "norm"
-    if few_norm and split_k > 1 and roomy and 2 * tiles <= 132:
+    if few_norm and split_k > 1 and roomy and 2 * tiles <= PROCESSORS:
         return GemmConfig(height, cols, 2, 4, 6, 512, 2)
     shrink_split_k = 1 if split_k == 1 else 2 if few else 3
     stages = 3 if few and epilogue == "norm" else 4

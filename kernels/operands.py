@@ -7,13 +7,32 @@ what the buffers hold.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
+from vllm_adafuse.kernels import dispatch
 from vllm_adafuse.kernels.device.epilogues import is_gate_up
-from vllm_adafuse.kernels.dispatch import Plans, plans_of
-from vllm_adafuse.kernels.plans import Device, Shape
+from vllm_adafuse.kernels.plans import Device, Plan, Shape
 from vllm_adafuse.kernels.workspace import Workspace
+
+
+class Plans(dict[int, Plan]):
+    """The plans of one shape on one device: number of tokens -> `dispatch.plan`. A look in a dict
+    is less than a hash of the shape, and ops look once each."""
+
+    def __init__(self, shape: Shape, device: Device):
+        super().__init__()
+        self.shape, self.device = shape, device
+
+    def __missing__(self, num_tokens: int) -> Plan:
+        found = self[num_tokens] = dispatch.plan(self.shape, num_tokens, self.device)
+        return found
+
+
+@cache
+def plans_of(shape: Shape, device: Device) -> Plans:
+    """The same ones for projections of one shape."""
+    return Plans(shape, device)
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,7 @@ import torch
 import vllm_adafuse.kernels
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton.tools.tensor_descriptor import TensorDescriptor
-from vllm_adafuse.kernels import add_norm, configs, dense_expand, dispatch, expand, launch
+from vllm_adafuse.kernels import add_norm, configs, dense_expand, dispatch, expand, launch, operands
 from vllm_adafuse.kernels.dispatch import token_counts
 from vllm_adafuse.kernels.gather_routes import gather_routes
 from vllm_adafuse.kernels.kv_slots import KVSlots
@@ -157,7 +157,7 @@ def keep_no_kernel() -> None:
     for module in (dense_expand, expand, add_norm):
         module._plan.cache_clear()
     for cached in (configs.configs_of, dispatch.find_config, dispatch.plan, dispatch.cublas_plan,
-                   dispatch.plans_of):
+                   operands.plans_of):
         cached.cache_clear()
 
 

@@ -23,6 +23,7 @@ from vllm_adafuse.kernels.dispatch import (
     MAX_STREAM_TOKENS,
     MAX_TILE_TOKENS,
     MAX_UNTILED_TOKENS,
+    MIN_TILES,
     config_plan,
     cublas_plan,
     default_config,
@@ -124,7 +125,7 @@ def _streamed(
         shared = (stages - 1) * (rows * two + block_t) * cols * itemsize
         programs = triton.cdiv(rows_of_w, rows) * split_k
         per_step = rows * two * cols
-        if shared > MAX_SHARED or not 90 <= programs <= 600:
+        if shared > MAX_SHARED or not MIN_TILES <= programs <= 600:
             continue
         if not 4096 <= per_step <= 16384 or size_in < cols * split_k * stages:
             continue
