@@ -5,7 +5,7 @@ import pytest
 import torch
 from engines import greedy
 from test_engine_context import CONTEXT, prompts
-from test_gpu_engine import gpu_engine, gpu_pair
+from test_gpu_engine import gpu_engine, gpu_pair, graphs
 from vllm.lora.request import LoRARequest
 from vllm_adafuse.kernels.context_routes import choose_by_past
 
@@ -14,26 +14,30 @@ pytestmark = pytest.mark.gpu
 LENGTHS = [1, 5, 17, 64, 65, 130, 300, 411, 33, 90, 250, 8] * 2
 
 
-@pytest.fixture(scope="module", params=["older", "newer"])
-def runner(request):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(request.param == "newer")))
-        yield request.param
+# Graphs without torch.compile: routes and sums are made outside of what it compiles. V1's graphs of
+# mixed steps are vLLM's fault in 0.26: docs/testing.md.
+RUNNERS = {"older": ("0", "FULL_DECODE_ONLY"), "newer": ("1", "FULL")}
+# An engine for each: pytest -n 4 --dist loadgroup starts each in a process of its own, and once.
+ENGINES = [
+    pytest.param((runner, where), id=f"{runner}-{where}", marks=pytest.mark.xdist_group(f"{runner}-{where}"))
+    for runner in RUNNERS for where in ("pinned", "pages")
+]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["pinned", "pages"])
-def served(request, runner, tmp_path_factory):
+@pytest.fixture(scope="module", params=ENGINES)
+def served(request, tmp_path_factory):
+    runner, where = request.param
+    number, mode = RUNNERS[runner]
     base, adapter = gpu_pair(tmp_path_factory.mktemp("past"), num_experts=5, top_k=2, **CONTEXT)
-    pinned = request.param == "pinned"
-    options = {
-        "enforce_eager": False, "max_model_len": 512, "max_num_batched_tokens": 512,
-        "compilation_config": {"cudagraph_capture_sizes": [1, 8, 32]}, "max_num_seqs": 32,
-    }  # fmt: skip
-    if not pinned:
+    options = {"max_model_len": 512, "max_num_batched_tokens": 512, "max_num_seqs": 32}
+    options |= graphs(mode=0, cudagraph_mode=mode, cudagraph_capture_sizes=[1, 8, 32])
+    if where == "pages":
         options |= {"enable_lora": True, "max_loras": 2, "max_lora_rank": 128}
-    with gpu_engine(base, adapter if pinned else None, **options) as llm:
-        named = None if pinned else LoRARequest("past", 1, str(adapter))
-        yield llm, named
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", number)
+        with gpu_engine(base, None if where == "pages" else adapter, **options) as llm:
+            named = LoRARequest("past", 1, str(adapter)) if where == "pages" else None
+            yield llm, named
 
 
 def on_device(served, sequences):
