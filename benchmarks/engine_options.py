@@ -11,6 +11,8 @@ from typing import Any
 SHAPES = {
     "llama-2-7b": ("LlamaForCausalLM", 4096, 11008, 32, 32, 32, 32000),
     "llama-3-8b": ("LlamaForCausalLM", 4096, 14336, 32, 32, 8, 128256),
+    "llama-3-70b": ("LlamaForCausalLM", 8192, 28672, 80, 64, 8, 128256),
+    "llama-3.2-3b": ("LlamaForCausalLM", 3072, 8192, 28, 24, 8, 128256),
     "mistral-7b": ("MistralForCausalLM", 4096, 14336, 32, 32, 8, 32000),
     "llama-2-13b": ("LlamaForCausalLM", 5120, 13824, 40, 40, 40, 32000),
     "qwen2.5-7b": ("Qwen2ForCausalLM", 3584, 18944, 28, 28, 4, 152064),

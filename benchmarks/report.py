@@ -85,7 +85,8 @@ SECTIONS = {
 
 # Of docs/paper.md, timeline.md, quality.md, many-adapters.md, or told of in the pages on training.
 ON_OTHER_PAGES = (
-    "paper", "switch", "layer_linear", "timeline", "quality", "compose-experts", "training", "lora",
+    "paper", "switch", "layer_linear", "layerwise", "timeline", "quality", "compose-experts",
+    "training", "lora", "thresholds",
 )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Projections that are routed inside their layer beside the bare ones, at shapes of real models.
 
-    python -m benchmarks.layer_linear --models llama-2-7b --tokens 1,8,32,64,128,256,1024
+    python -m benchmarks.layerwise --models llama-2-7b --tokens 1,8,32,64,128,256,1024
 
 Each row: the cuBLAS GEMM of the bare projection with what follows gate_up; the joined form
 (`layer_linear`); the form over a quantised projection, with the bare one in its place
@@ -15,6 +15,7 @@ import argparse
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ from benchmarks.kernels import products
 # Bytes of weights that one run of a graph reads, more than any cache holds.
 READ = 400 << 20
 # docs/benchmarks.md has no section for these yet, so they lie apart.
-FOLDER = record.RESULTS / "layer_linear"
+FOLDER = record.RESULTS / "layerwise"
 
 
 @dataclass
@@ -49,31 +50,50 @@ class Options:
     dtype: str = "bfloat16"
 
 
+class Layers:
+    """Copies of one projection with random weights, and a step's input and gates; every linear has
+    a router of its own.
+
+    Args:
+        p: the projection.
+        tokens: of the step.
+        options: `experts`, `top_k`, `r`, `splits` and `dtype` of these.
+        device: where.
+    """
+
+    def __init__(self, p: Product, tokens: int, options: Any, device: str = "cuda"):
+        s, e, count = p.shape, options.experts, len(p.shape.widths)
+        self.dtype, self.device, self.out = getattr(torch, options.dtype), device, s.size_out
+        self.columns, self.logits = count * e * options.r, options.splits * count * e
+        self.activation = s.epilogue if s.epilogue == "silu" else ""
+        rows = -(-(self.out + self.columns + self.logits) // 16) * 16
+        copies = max(1, -(-READ // (rows * s.size_in * self.dtype.itemsize)))
+        rule = LayerGate(options.top_k, (e,) * count)
+        scales, bias = torch.ones(e, device=device), torch.zeros(count, e, device=device)
+        self.layers = [
+            LayerProjection(
+                rule, s.widths, tuple(range(count)), scales, self.normal(self.out, e, options.r),
+                bias, self.logits, self.normal(rows, s.size_in, scale=s.size_in**-0.5),
+                epilogue=self.activation,
+            )
+            for _ in range(copies)
+        ]  # fmt: skip
+        self.x = self.normal(tokens, s.size_in)
+        gates = torch.zeros(tokens, count, e, device=device)
+        self.decided = LayerGates(gates, torch.zeros(1, dtype=torch.int64, device=device))
+
+    def normal(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
+        return torch.randn(*shape, dtype=self.dtype, device=self.device) * scale
+
+    def joined(self) -> None:
+        for layer in self.layers:
+            layer_linear(self.x, layer, self.decided)
+
+
 def measure_one(p: Product, tokens: int, options: Options) -> dict:
     """Microseconds of each form of one projection."""
-    s = p.shape
-    dtype, adapted, out = getattr(torch, options.dtype), list(range(len(s.widths))), s.size_out
-    e, count = options.experts, len(adapted)
-    columns, logits = count * e * options.r, options.splits * count * e
-    rows = -(-(out + columns + logits) // 16) * 16
-    activation = s.epilogue if s.epilogue == "silu" else ""
-
-    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return torch.randn(*shape, dtype=dtype, device="cuda") * scale
-
-    copies = max(1, -(-READ // (rows * s.size_in * dtype.itemsize)))
-    x = normal(tokens, s.size_in)
-    gate = LayerGate(options.top_k, (e,) * count)
-    scales, bias = torch.ones(e, device="cuda"), torch.zeros(count, e, device="cuda")
-    layers = [
-        LayerProjection(
-            gate, s.widths, tuple(adapted), scales, normal(out, e, options.r), bias, logits,
-            normal(rows, s.size_in, scale=s.size_in**-0.5), epilogue=activation,
-        )
-        for _ in range(copies)
-    ]  # fmt: skip
-    gates = torch.zeros(tokens, count, e, device="cuda")
-    decided = LayerGates(gates, torch.zeros(1, dtype=torch.int64, device="cuda"))
+    of = Layers(p, tokens, options)
+    x, layers, out, columns = of.x, of.layers, of.out, of.columns
 
     @torch.compile(dynamic=False)
     def act(y: torch.Tensor) -> torch.Tensor:
@@ -83,19 +103,15 @@ def measure_one(p: Product, tokens: int, options: Options) -> dict:
     def bare() -> None:
         for layer in layers:
             y = F.linear(x, layer.fused_weight[:out])
-            if activation:
+            if of.activation:
                 act(y)
-
-    def joined() -> None:
-        for layer in layers:
-            layer_linear(x, layer, decided)
 
     def apart() -> None:
         for layer in layers:
             y = F.linear(x, layer.fused_weight[:out])
-            lora_a_out = low_product(x, layer.fused_weight[out : out + columns + logits])
-            layer_sgmm(y, lora_a_out[:, :columns], lora_a_out[:, columns:], layer, decided)
-            if activation:
+            lora_a_out = low_product(x, layer.fused_weight[out : out + columns + of.logits])
+            layer_sgmm(y, lora_a_out[:, :columns], lora_a_out[:, columns:], layer, of.decided)
+            if of.activation:
                 act(y)
 
     def product() -> None:
@@ -103,8 +119,8 @@ def measure_one(p: Product, tokens: int, options: Options) -> dict:
             matmul_f32(x, layer.fused_weight.t())
 
     row = {"projection": p.name, "tokens": tokens, "unit": "us"}
-    for function in (bare, joined, apart, product):
-        times = time_us(function, copies, options.repeats)
+    for function in (bare, of.joined, apart, product):
+        times = time_us(function, len(layers), options.repeats)
         row[function.__name__] = record.summary(times)
     return row
 
@@ -138,7 +154,7 @@ def main() -> None:
                 shown = "  ".join(f"{name} {value:8.1f}" for name, value in medians.items())
                 over = medians["joined"] / medians["bare"] - 1
                 print(f"{model:14} {tokens:5} {p.name:8} {shown}  {over:+6.1%}", flush=True)
-    print(json.dumps({"saved": str(record.save("layer_linear", rows, out or FOLDER, commit))}))
+    print(json.dumps({"saved": str(record.save("layerwise", rows, out or FOLDER, commit))}))
 
 
 if __name__ == "__main__":
