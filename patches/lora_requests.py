@@ -197,8 +197,23 @@ def _stamp_in_llm_engine() -> None:
 
         return add_lora
 
+    def make_pin(original):
+        def pin_lora(self, lora_id):
+            versions = _link(self)
+            if versions is None or (stamped := versions.standing(lora_id)) is None:
+                return original(self, lora_id)
+            with versions.holds.held(adapter := stamped.lora_int_id):
+                if adapter not in versions.holds.resident:  # it has made room since it was loaded
+                    self.adafuse_loads.load(stamped)
+                pinned = original(self, adapter)
+                versions.holds.pinned.add(adapter)
+            return pinned
+
+        return pin_lora
+
     wrap(LLMEngine, "add_request", ("self", "request_id", "prompt", "params"), make_add_request)
     wrap(LLMEngine, "add_lora", ("self", "lora_request"), make_add)
+    wrap(LLMEngine, "pin_lora", ("self", "lora_id"), make_pin)
     _translate_ids(LLMEngine)
 
 
@@ -232,8 +247,23 @@ def _stamp_in_async_llm() -> None:
 
         return add_lora
 
+    def make_pin(original):
+        async def pin_lora(self, lora_id):
+            versions = _link(self)
+            if versions is None or (stamped := versions.standing(lora_id)) is None:
+                return await original(self, lora_id)
+            with versions.holds.held(adapter := stamped.lora_int_id):
+                if adapter not in versions.holds.resident:
+                    await self.adafuse_loads.load_beside(stamped)
+                pinned = await original(self, adapter)
+                versions.holds.pinned.add(adapter)
+            return pinned
+
+        return pin_lora
+
     wrap(AsyncLLM, "add_request", ("self", "request_id", "prompt", "params"), make_add_request)
     wrap(AsyncLLM, "add_lora", ("self", "lora_request"), make_add)
+    wrap(AsyncLLM, "pin_lora", ("self", "lora_id"), make_pin)
     _translate_ids(AsyncLLM)
 
 
@@ -266,23 +296,8 @@ def _translate_ids(engine: type) -> None:
 
         return list_loras
 
-    def make_pin(original):
-        def pin_lora(self, lora_id):
-            if (versions := versions_of(self)) is None:
-                return original(self, lora_id)
-            latest = versions.latest(lora_id)
-
-            def pinned(answers):
-                versions.holds.pinned.add(latest)
-                return answers[0]
-
-            return _then([original(self, latest)], pinned)
-
-        return pin_lora
-
     wrap(engine, "remove_lora", ("self", "lora_id"), make_remove)
     wrap(engine, "list_loras", ("self",), make_list)
-    wrap(engine, "pin_lora", ("self", "lora_id"), make_pin)
 
 
 def _then(answers: list, change: Callable[[list], Any]) -> Any:

@@ -150,6 +150,21 @@ def test_a_pinned_adapter_stays(served):
     served.check(["few"], served.generate(["few"], PROMPTS[:2]))  # read again
 
 
+def test_a_pin_brings_back_what_had_to_make_room(served):
+    engine_, manager = served.llm.llm_engine, manager_of(served.llm)
+    try:
+        for name in ("mix", "mix8", "few", "patterns"):  # --max-cpu-loras
+            assert engine_.add_lora(served.request(name))
+            assert engine_.pin_lora(served.request(name).lora_int_id)
+        assert engine_.add_lora(served.request("third")) and 5 not in manager.hosted
+        assert engine_.pin_lora(5) and manager.pool.pinned == {1, 2, 3, 4, 5}
+        served.check(["third", "mix"], served.generate(["third", "mix"], PROMPTS[:4]))
+        assert len(manager.hosted) == 5
+    finally:
+        for adapter in range(1, 6):
+            engine_.remove_lora(adapter)
+
+
 def test_steps_without_adapters_route_nothing(served, monkeypatch):
     from vllm_adafuse.kernels import page_linear
     from vllm_adafuse.serving import ops

@@ -40,6 +40,9 @@ class Core:
         self.removed.append(adapter)
         return True
 
+    async def pin_lora_async(self, adapter):
+        return adapter
+
 
 class Resolver:
     def __init__(self, path):
@@ -209,9 +212,9 @@ def test_an_unloaded_name_makes_room(models, live):
 
     load(models, live)
     versions = versions_of(models.engine_client)
-    assert versions.latest("live") == models.lora_requests["live"].lora_int_id
+    assert versions.standing("live").lora_int_id == models.lora_requests["live"].lora_int_id
     asyncio.run(models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name="live")))
-    assert versions.latest("live") == "live" and not models.lora_requests
+    assert versions.standing("live") is None and not models.lora_requests
 
 
 def test_the_event_loop_goes_on_meanwhile(models, live, monkeypatch):
@@ -235,3 +238,20 @@ def test_where_lora_is_vllms_all_is_as_before(live, tmp_path):
     assert (stored.lora_int_id, stored.lora_path) == (1, str(live))
     load(models, tmp_path / "nowhere", "absent")  # vLLM's engine is to say what it thinks of it
     assert len(models.engine_client.engine_core.asked) == 2
+
+
+def test_a_pin_loads_again_what_had_to_make_room(models, good):
+    client = models.engine_client
+
+    async def pin_three():
+        for user_id in (1, 2, 3):  # --max-cpu-loras is 2
+            await client.add_lora(LoRARequest(f"a{user_id}", user_id, str(good[0])))
+            await asyncio.sleep(0.01)
+            asked = len(client.engine_core.asked)
+            assert await client.pin_lora(user_id) == user_id
+            again = len(client.engine_core.asked) - asked
+        return again
+
+    assert asyncio.run(pin_three()) == 1 and client.engine_core.removed == [3]
+    holds = lora_requests.versions_of(client).holds
+    assert holds.pinned == holds.resident == {1, 2, 3}

@@ -48,7 +48,7 @@ def test_the_first_content_keeps_the_users_id_and_a_reload_gets_one_of_its_own()
     assert split_path(second.lora_path) == ("p", DIGESTS[2])
     assert second.lora_int_id not in (7, 0) and second.lora_int_id <= MAX_ID
     assert ask(versions, "a", 7, "p") is second
-    assert versions.latest(7) == second.lora_int_id and versions.users_ids([7, 9]) == {7, 9}
+    assert versions.standing(7) is second and versions.users_ids([7, 9]) == {7, 9}
     assert versions.users_ids([7, second.lora_int_id]) == {7}
     disk.contents["p"] = 1
     assert ask(versions, "a", 7, "p", load_inplace=True).lora_int_id == 7
@@ -58,7 +58,7 @@ def test_equal_content_reloaded_is_no_new_version():
     versions = versions_on(Disk(p=1))
     first = ask(versions, "a", 7, "p")
     assert ask(versions, "a", 7, "p", load_inplace=True) == first
-    assert versions.latest(7) == 7
+    assert versions.standing(7) == first
 
 
 def test_a_stamped_request_passes_without_a_look_at_the_disk():
@@ -97,7 +97,7 @@ def test_a_removed_adapter_is_read_again():
     disk.contents["p"] = 2
     second = ask(versions, "a", 7, "p", load_inplace=True)
     versions.holds.resident = {7, second.lora_int_id, 8}
-    assert versions.forget(7) == [7, second.lora_int_id] and versions.latest(7) == 7
+    assert versions.forget(7) == [7, second.lora_int_id] and versions.standing(7) is None
     assert versions.users_ids([7, second.lora_int_id]) == set()
     disk.contents["p"] = 3
     third = ask(versions, "a", 7, "p")

@@ -302,9 +302,13 @@ class Versions:
         engine_id = stamped.lora_int_id
         if engine_id in self.holds.resident or self.holds.needed(engine_id):
             return stamped
+        return self.standing(stamped.lora_name) or stamped
+
+    def standing(self, whose: str | int) -> LoRARequest | None:
+        """The version, as the engine gets it, that a name or a user's id stands for now."""
         with self._lock:
-            content = self._contents.get(self._latest.get(stamped.lora_name, 0))
-        return content.stamped if content else stamped
+            content = self._contents.get(self._latest.get(whose, 0))
+        return content.stamped if content else None
 
     def _stands_for(self, engine_id: int, digest: str) -> bool:
         with self._lock:
@@ -345,10 +349,6 @@ class Versions:
             for i, c in found.items()
             if c is None or c.whose in self._latest
         }
-
-    def latest(self, user_id: int) -> int:
-        """The engine's id of the version that a user's id stands for."""
-        return self._latest.get(user_id, user_id)
 
     def forget(self, user_id: int) -> list[int]:
         """A user's id stands for nothing now: its files are read again when a request names it.
