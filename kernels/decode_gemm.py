@@ -36,7 +36,7 @@ from vllm_adafuse.kernels.device.epilogues import (
 )
 from vllm_adafuse.kernels.device.pdl import prefetch
 from vllm_adafuse.kernels.dispatch import MAX_SHRINK_TOKENS, MAX_STREAM_TOKENS, default_config
-from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, rows_in_pages, starts_of_head
+from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, rows_in_kv, starts_of_head
 from vllm_adafuse.kernels.launch import launch, overlap
 from vllm_adafuse.kernels.operands import Projection, Step
 from vllm_adafuse.kernels.plans import on_hopper
@@ -145,7 +145,7 @@ def _decode_gemm_kernel(
     keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
     ADAPTED0: tl.constexpr, ADAPTED1: tl.constexpr, ADAPTED2: tl.constexpr,
-    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, HALF: tl.constexpr, KV: tl.constexpr,
     EVEN: tl.constexpr, SPLIT_K: tl.constexpr, LEAVE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_ER: tl.constexpr,
     RANK: tl.constexpr, PADDED: tl.constexpr,
@@ -196,8 +196,8 @@ def _decode_gemm_kernel(
             tl.extra.cuda.gdc_wait()
         tokens = tl.arange(0, BLOCK_T)
         token_mask = tokens < n_tokens
-        in_pages, slot_mask = rows_in_pages(
-            slots_ptr, tokens, token_mask, block_size, block_stride, row_stride, PAGED
+        kv_starts, slot_mask = rows_in_kv(
+            slots_ptr, tokens, token_mask, block_size, block_stride, row_stride, KV
         )
         begin, end = range_of_k(size_in, pid_k, SPLIT_K, COLS)
         x_at = x_ptr + tokens[None, :] * x_stride
@@ -271,12 +271,12 @@ def _decode_gemm_kernel(
                     cos = tl.load(turn, mask=mask, other=0.0).to(tl.float32)
                     sin = tl.load(turn + HALF, mask=mask, other=0.0).to(tl.float32)
                     acc, acc_up = rotate(acc, acc_up, cos, sin)
-                if PAGED:
+                if KV:
                     head = local * ROWS // HALF
                     starts, kept = starts_of_head(
                         y_ptr + tokens * y_stride + (first + head * (2 * HALF)), token_mask,
-                        keys_ptr, values_ptr, in_pages, slot_mask,
-                        second.to(tl.int32) + third.to(tl.int32), head, head_stride, PAGED,
+                        keys_ptr, values_ptr, kv_starts, slot_mask,
+                        second.to(tl.int32) + third.to(tl.int32), head, head_stride, KV,
                     )  # fmt: skip
                     y_at = starts[None, :] + (within + tl.arange(0, ROWS))[:, None]
                     mask = (local_rows < width)[:, None] & kept[None, :]
@@ -339,7 +339,7 @@ def decode_gemm_triton(
         *(kv_slots or NO_KV_SLOTS),
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         ADAPTED0=adapted[0], ADAPTED1=adapted[1], ADAPTED2=adapted[2],
-        HAS_BIAS=p.bias is not None, EPILOGUE=index, HALF=half, PAGED=kv_slots is not None,
+        HAS_BIAS=p.bias is not None, EPILOGUE=index, HALF=half, KV=kv_slots is not None,
         EVEN=size_in % (tiles.cols * tiles.split_k) == 0,
         SPLIT_K=tiles.split_k, LEAVE=leave, BLOCK_T=block_t, BLOCK_R=grid.block_r,
         BLOCK_ER=block_er(experts * rank),

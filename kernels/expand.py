@@ -28,7 +28,7 @@ from vllm_adafuse.kernels.device.epilogues import (
 )
 from vllm_adafuse.kernels.device.gates import add_deltas, load_both, load_gates, load_ranks, weigh
 from vllm_adafuse.kernels.dispatch import MAX_SHORT_TOKENS, MIN_DENSE_TOKENS, choose_expand
-from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, rows_in_pages, starts_of_head
+from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, rows_in_kv, starts_of_head
 from vllm_adafuse.kernels.launch import Bound, bind, overlap
 from vllm_adafuse.kernels.operands import Projection, Step
 from vllm_adafuse.kernels.plans import on_hopper
@@ -42,7 +42,7 @@ def _expand_kernel(
     keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
     ADAPTED0: tl.constexpr, ADAPTED1: tl.constexpr, ADAPTED2: tl.constexpr,
-    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, HALF: tl.constexpr, KV: tl.constexpr,
     RAW: tl.constexpr, SKIP: tl.constexpr, ALL: tl.constexpr, SPLIT_K: tl.constexpr,
     RANK: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr, ONE: tl.constexpr,
     ALL_ADAPTED: tl.constexpr, PDL: tl.constexpr,
@@ -88,8 +88,8 @@ def _expand_kernel(
         tl.extra.cuda.gdc_wait()
     if ONE and RAW and DELTAS:  # the step's: not of the kernel before
         gates = load_gates(gates_ptr, rows, token_mask, n_experts, 0, BLOCK_T, BLOCK_E, BLOCK_R)
-    in_pages, slot_mask = rows_in_pages(
-        slots_ptr, rows, token_mask, block_size, block_stride, row_stride, PAGED
+    kv_starts, slot_mask = rows_in_kv(
+        slots_ptr, rows, token_mask, block_size, block_stride, row_stride, KV
     )
     if ONE and LOOP > 1 and DELTAS:  # of all columns
         s, lora_a_out_up = load_both(
@@ -184,12 +184,12 @@ def _expand_kernel(
         if EPILOGUE == 3:
             if offset < WIDTH0 + WIDTH1:
                 y, up = rotate(y, up, cos.to(tl.float32), sin.to(tl.float32))
-            if PAGED:
+            if KV:
                 head = first // HALF
                 starts, kept = starts_of_head(
                     out_ptr + rows.to(tl.int64) * out_stride + (offset + head * (2 * HALF)),
-                    token_mask, keys_ptr, values_ptr, in_pages, slot_mask,
-                    second.to(tl.int32) + third.to(tl.int32), head, head_stride, PAGED,
+                    token_mask, keys_ptr, values_ptr, kv_starts, slot_mask,
+                    second.to(tl.int32) + third.to(tl.int32), head, head_stride, KV,
                 )  # fmt: skip
                 out_at = starts[:, None] + (within + tl.arange(0, BLOCK_OUT))[None, :]
                 mask = kept[:, None] & col_mask[None, :]
@@ -209,7 +209,7 @@ class _Key(NamedTuple):
         every: slices without experts have tiles too.
         experts, rank, itemsize: of B.
         blocks: how to cut, None for the default.
-        hopper, has_bias, paged: the device is one, there is a bias, there are KV slots.
+        hopper, has_bias, kv: the device is one, there is a bias, there are KV slots.
         raw: s is not yet weighted.
         split_k: split-K sums to add up, 0 for none.
         skip: with few tokens, each expert is asked whether it is there.
@@ -227,7 +227,7 @@ class _Key(NamedTuple):
     blocks: ExpandConfig | None
     hopper: bool
     has_bias: bool
-    paged: bool
+    kv: bool
     raw: bool
     split_k: int
     skip: bool
@@ -274,7 +274,7 @@ def launch_expand(
 def _plan(key: _Key) -> tuple[int, int, Bound]:
     """Groups of tiles, tokens of a tile, and the kernel."""
     tokens, widths, adapted, half, index, every, experts, rank, itemsize, blocks, *flags = key
-    hopper, has_bias, paged, raw, split_k, skip = flags
+    hopper, has_bias, kv, raw, split_k, skip = flags
     if blocks is None:
         blocks = choose_expand(tokens, index != 0, itemsize)
     columns = min(blocks.columns, half) if index == ROTARY else blocks.columns
@@ -288,7 +288,7 @@ def _plan(key: _Key) -> tuple[int, int, Bound]:
     widths, adapted = (*widths, 0, 0)[:3], (*adapted, -1, -1)[:3]
     return sum(cdiv(w, span) for w in tiled), blocks.tokens, bind(
         _expand_kernel,
-        HAS_BIAS=has_bias, PAGED=paged, RAW=raw, SPLIT_K=split_k,
+        HAS_BIAS=has_bias, KV=kv, RAW=raw, SPLIT_K=split_k,
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         ADAPTED0=adapted[0], ADAPTED1=adapted[1], ADAPTED2=adapted[2],
         EPILOGUE=index, HALF=half, ALL=every,

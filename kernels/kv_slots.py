@@ -51,45 +51,45 @@ NO_KV_SLOTS: tuple[Any, ...] = (None,) * len(KVSlots._fields)
 
 
 @triton.jit
-def rows_in_pages(
-    slots_ptr, tokens, token_mask, block_size, block_stride, row_stride, PAGED: tl.constexpr
+def rows_in_kv(
+    slots_ptr, tokens, token_mask, block_size, block_stride, row_stride, KV: tl.constexpr
 ):
     """Where tokens' rows begin in pages, [T], and who has one."""
-    in_pages, slot_mask = tokens.to(tl.int64), token_mask
-    if PAGED:
+    kv_starts, slot_mask = tokens.to(tl.int64), token_mask
+    if KV:
         slots = tl.load(slots_ptr + tokens, mask=token_mask, other=-1)
         slot_mask = slots >= 0
         # Fits 32 bits, in which a division is short; a block's place may not.
         slots = slots.to(tl.int32)
-        in_pages = (slots // block_size).to(tl.int64) * block_stride
-        in_pages += slots % block_size * row_stride
-    return in_pages, slot_mask
+        kv_starts = (slots // block_size).to(tl.int64) * block_stride
+        kv_starts += slots % block_size * row_stride
+    return kv_starts, slot_mask
 
 
 @triton.jit
-def head_in_pages(keys_ptr, values_ptr, in_pages, slice_idx, head, head_stride):
+def head_in_kv(keys_ptr, values_ptr, kv_starts, slice_idx, head, head_stride):
     """Where a head of each token begins in pages, [T], of keys (slice 1) or values (slice 2).
 
-    in_pages: from `rows_in_pages`.
+    kv_starts: from `rows_in_kv`.
     """
-    return tl.where(slice_idx == 2, values_ptr, keys_ptr) + in_pages + head * head_stride
+    return tl.where(slice_idx == 2, values_ptr, keys_ptr) + kv_starts + head * head_stride
 
 
 @triton.jit
 def starts_of_head(
-    in_y, token_mask, keys_ptr, values_ptr, in_pages, slot_mask, slice_idx, head, head_stride,
-    PAGED: tl.constexpr,
+    in_y, token_mask, keys_ptr, values_ptr, kv_starts, slot_mask, slice_idx, head, head_stride,
+    KV: tl.constexpr,
 ):  # fmt: skip
     """Where a head of each token begins, [T], and who has it: in y, or for keys (slice 1) and
     values (slice 2) in their pages.
 
-    in_y: [T], where it begins in y; in_pages, slot_mask: from `rows_in_pages`.
+    in_y: [T], where it begins in y; kv_starts, slot_mask: from `rows_in_kv`.
     """
     starts, kept = in_y, token_mask
-    if PAGED:
-        paged = head_in_pages(keys_ptr, values_ptr, in_pages, slice_idx, head, head_stride)
+    if KV:
+        in_kv = head_in_kv(keys_ptr, values_ptr, kv_starts, slice_idx, head, head_stride)
         # Both at 16 bytes; without being told, Triton 3.9 stores element by element.
-        starts = tl.multiple_of(tl.where(slice_idx > 0, paged, in_y), 16)
+        starts = tl.multiple_of(tl.where(slice_idx > 0, in_kv, in_y), 16)
         kept = tl.where(slice_idx > 0, slot_mask, token_mask)
     return starts, kept
 

@@ -25,7 +25,7 @@ from vllm_adafuse.kernels.device.epilogues import activate, result_of, rotate, t
 from vllm_adafuse.kernels.device.gates import load_gates, weigh
 from vllm_adafuse.kernels.device.slices import group_of_tiles, grouped_tiles
 from vllm_adafuse.kernels.dispatch import choose_wide, experts_at_once
-from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, head_in_pages, rows_in_pages
+from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, head_in_kv, rows_in_kv
 from vllm_adafuse.kernels.launch import launch, overlap
 from vllm_adafuse.kernels.operands import Projection, Step
 from vllm_adafuse.kernels.plans import on_hopper
@@ -53,7 +53,7 @@ def _tma_expand_kernel(
     n_tokens, n_experts,
     keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
     TILES0: tl.constexpr, TILES1: tl.constexpr, TILES2: tl.constexpr,
-    EPILOGUE: tl.constexpr, APART: tl.constexpr, PAGED: tl.constexpr, PIECES: tl.constexpr,
+    EPILOGUE: tl.constexpr, APART: tl.constexpr, KV: tl.constexpr, PIECES: tl.constexpr,
     RANK: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr, COLS: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
@@ -78,8 +78,8 @@ def _tma_expand_kernel(
         lora_a_out_up = weigh(lora_a_out_desc.load([first_token, SIZE]), gates)
     if EPILOGUE == 3:  # a program's tiles are the same piece of their heads, so all turn alike
         cos, sin = turns_of_heads(cos_sin_ptr, rows, token_mask, slice_idx, piece, APART, COLS)
-    in_pages, slot_mask = rows_in_pages(
-        slots_ptr, rows, token_mask, block_size, block_stride, row_stride, PAGED
+    kv_starts, slot_mask = rows_in_kv(
+        slots_ptr, rows, token_mask, block_size, block_stride, row_stride, KV
     )
     for tile in tl.range(first_tile, end, num_stages=STAGES):
         within = tile * STEP + piece
@@ -88,20 +88,20 @@ def _tma_expand_kernel(
             up = _add_delta(y_desc, b_desc, lora_a_out_up, first_token, offset + within + APART)
             if EPILOGUE == 3:
                 y, up = rotate(y, up, cos.to(tl.float32), sin.to(tl.float32))
-                if not PAGED:
+                if not KV:
                     _store_tile(out_desc, up, first_token, offset, within + APART)
                 elif slice_idx == 0:
                     _store_tile(out_desc, up, first_token, offset, within + APART)
                     _store_tile(out_desc, y, first_token, offset, within)
                 else:
-                    at = head_in_pages(keys_ptr, values_ptr, in_pages, slice_idx, tile, head_stride)
+                    at = head_in_kv(keys_ptr, values_ptr, kv_starts, slice_idx, tile, head_stride)
                     at = at[:, None] + (piece + tl.arange(0, COLS))[None, :]
                     mask = slot_mask[:, None]
                     tl.store(at, y.to(out_desc.dtype), mask=mask)
                     tl.store(at + APART, up.to(out_desc.dtype), mask=mask)
             else:
                 y = activate(y, up, EPILOGUE)
-        if not PAGED:
+        if not KV:
             _store_tile(out_desc, y, first_token, offset, within)
 
 
@@ -145,7 +145,7 @@ def tma_expand_triton(
         y_desc, TensorDescriptor(lora_b, [out, size], [size, 1], [columns, ranks]), out_desc,
         TensorDescriptor.from_tensor(s, [config.tokens, ranks]), step.gates, step.cos_sin,
         tokens, experts, *(kv_slots or NO_KV_SLOTS),
-        PAGED=kv_slots is not None, **constants,
+        KV=kv_slots is not None, **constants,
     )  # fmt: skip
     return result
 

@@ -37,7 +37,7 @@ from vllm_adafuse.kernels.device.epilogues import (
 from vllm_adafuse.kernels.device.pdl import prefetch_pairs
 from vllm_adafuse.kernels.device.tma_steps import active_blocks, apart, loop_over
 from vllm_adafuse.kernels.dispatch import MAX_TILE_TOKENS, default_config
-from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, rows_in_pages, starts_of_head
+from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, rows_in_kv, starts_of_head
 from vllm_adafuse.kernels.launch import launch, overlap
 from vllm_adafuse.kernels.operands import Projection, Step
 from vllm_adafuse.kernels.plans import on_hopper, waits_in_loops
@@ -121,9 +121,9 @@ def _columns(local, width, EPILOGUE: tl.constexpr, HALF: tl.constexpr, ROWS: tl.
 @triton.jit
 def _finish(
     y, up, local, pid_k, bias_ptr, y_ptr, cos_sin_ptr, n_tokens, y_stride, number, first, width,
-    in_pages, slot_mask, keys_ptr, values_ptr, head_stride,
+    kv_starts, slot_mask, keys_ptr, values_ptr, head_stride,
     APART: tl.constexpr, TURNED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, HALF: tl.constexpr, PAGED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, HALF: tl.constexpr, KV: tl.constexpr,
     BLOCK_T: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """From the members of a tile, deltas included, to a tile of the result."""
@@ -142,10 +142,10 @@ def _finish(
         if first < TURNED:  # v is not turned
             cos, sin = turns_of_heads(cos_sin_ptr, tokens, token_mask, 0, within, HALF, ROWS)
             y, up = rotate(y, up, cos.to(tl.float32), sin.to(tl.float32))
-        if PAGED:
+        if KV:
             starts, kept = starts_of_head(
                 y_ptr + tokens * y_stride + (first + head * (2 * HALF)), token_mask,
-                keys_ptr, values_ptr, in_pages, slot_mask, number, head, head_stride, PAGED,
+                keys_ptr, values_ptr, kv_starts, slot_mask, number, head, head_stride, KV,
             )  # fmt: skip
             y_at = starts[:, None] + (within + tl.arange(0, ROWS))[None, :]
             mask = kept[:, None] & col_mask[None, :]
@@ -163,7 +163,7 @@ def _tma_gemm_kernel(
     values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride, WIDTH0: tl.constexpr,
     WIDTH1: tl.constexpr, WIDTH2: tl.constexpr, ADAPTED0: tl.constexpr, ADAPTED1: tl.constexpr,
     ADAPTED2: tl.constexpr, HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, HALF: tl.constexpr,
-    PAGED: tl.constexpr, SPLIT_K: tl.constexpr, SHRINK_SPLIT_K: tl.constexpr, RANK: tl.constexpr,
+    KV: tl.constexpr, SPLIT_K: tl.constexpr, SHRINK_SPLIT_K: tl.constexpr, RANK: tl.constexpr,
     EXPERTS: tl.constexpr, RANKS: tl.constexpr, SHRINK_ROWS: tl.constexpr, LISTED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr, MORE: tl.constexpr,
     COLS: tl.constexpr, STAGES: tl.constexpr, WAITS: tl.constexpr, PDL: tl.constexpr,
@@ -224,8 +224,8 @@ def _tma_gemm_kernel(
                     prefetch_pairs(w_ptr, start, WIDTH0 + WIDTH1 + WIDTH2, size_in, APART, MORE)
             tl.extra.cuda.gdc_wait()
         tokens = tl.arange(0, BLOCK_T)
-        in_pages, slot_mask = rows_in_pages(
-            slots_ptr, tokens, tokens < n_tokens, block_size, block_stride, row_stride, PAGED
+        kv_starts, slot_mask = rows_in_kv(
+            slots_ptr, tokens, tokens < n_tokens, block_size, block_stride, row_stride, KV
         )
         # Steps of `in`, then steps of ranks, in which s stands for x, and B for W. Each member of
         # gate_up has an s of its own, and B of one beside zeros, which lie outside of it.
@@ -269,15 +269,15 @@ def _tma_gemm_kernel(
         y, up = apart(acc, EPILOGUE, BLOCK_T, ROWS)
         _finish(
             y, up, local, pid_k, bias_ptr, y_ptr, cos_sin_ptr, n_tokens, y_stride, number, first,
-            width, in_pages, slot_mask, keys_ptr, values_ptr, head_stride, APART, WIDTH0 + WIDTH1,
-            HAS_BIAS, EPILOGUE, HALF, PAGED, BLOCK_T, ROWS,
+            width, kv_starts, slot_mask, keys_ptr, values_ptr, head_stride, APART, WIDTH0 + WIDTH1,
+            HAS_BIAS, EPILOGUE, HALF, KV, BLOCK_T, ROWS,
         )  # fmt: skip
         if MORE:
             more_y, more_up = apart(more, EPILOGUE, BLOCK_T, MORE)
             _finish(
                 more_y, more_up, local + ROWS, pid_k, bias_ptr, y_ptr, cos_sin_ptr, n_tokens,
-                y_stride, number, first, width, in_pages, slot_mask, keys_ptr, values_ptr,
-                head_stride, APART, WIDTH0 + WIDTH1, HAS_BIAS, EPILOGUE, HALF, PAGED, BLOCK_T, MORE,
+                y_stride, number, first, width, kv_starts, slot_mask, keys_ptr, values_ptr,
+                head_stride, APART, WIDTH0 + WIDTH1, HAS_BIAS, EPILOGUE, HALF, KV, BLOCK_T, MORE,
             )  # fmt: skip
 
 
@@ -356,7 +356,7 @@ def tma_gemm_triton(
         tokens, y.stride(-2), size_in, *(kv_slots or NO_KV_SLOTS),
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         ADAPTED0=adapted[0], ADAPTED1=adapted[1], ADAPTED2=adapted[2],
-        HAS_BIAS=p.bias is not None, EPILOGUE=index, HALF=half, PAGED=kv_slots is not None,
+        HAS_BIAS=p.bias is not None, EPILOGUE=index, HALF=half, KV=kv_slots is not None,
         SPLIT_K=split_k, SHRINK_SPLIT_K=config.shrink_split_k, RANK=rank, EXPERTS=experts,
         RANKS=ranks, SHRINK_ROWS=SHRINK_ROWS, LISTED=_lists_blocks(experts, rank, config.cols),
         BLOCK_T=block_t, BLOCK_E=max(16, power_of_2(experts)),

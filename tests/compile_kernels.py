@@ -41,7 +41,7 @@ POINTERS = {
 ALIGNED = ("residual_stride", "x_stride", "y_stride", "out_stride", "lora_a_out_stride", "size_in", "rank")
 ALIGNED += "split_stride", "block_size", "block_stride", "row_stride", "head_stride"
 NO_KV_SLOTS = dict.fromkeys(("keys_ptr", "values_ptr", "slots_ptr", *ALIGNED[-4:]))
-NO_KV_SLOTS |= {"PAGED": False}
+NO_KV_SLOTS |= {"KV": False}
 
 
 def tool(name: str) -> str:
@@ -120,12 +120,12 @@ def main() -> None:
         ("", 12288, qkv, NO_KV_SLOTS),
         ("silu", 11008, gate_up, NO_KV_SLOTS),
         ("rotary", 6144, qkv, NO_KV_SLOTS),
-        ("rotary", 6144, qkv, {"PAGED": True}),
+        ("rotary", 6144, qkv, {"KV": True}),
     ):
         number = epilogues.EPILOGUES.index(act)
         shape = shape | {"bias_ptr": None, "HAS_BIAS": False, "EPILOGUE": number, "HALF": 0} | paged
         shape |= {"HALF": 64} if act == "rotary" else {"cos_sin_ptr": None}
-        number = f"{number}, paged" if shape["PAGED"] else number
+        number = f"{number}, paged" if shape["KV"] else number
         for tokens in (16, 32):
             cut = dispatch.default_config(tokens, 4096, size_out, act, 2, tokens == 16)
             constants = shape | {
