@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import math
 import sys
@@ -56,6 +57,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=RESULTS, help="folder of the result file")
     add("--commit", default="", help="of the measured code")
     add("--composed", action="store_true", help="judge composed LoRAs instead, see composed.py")
+    add("--together", action="store_true", help="or mixtures against one LoRA, see together.py")
+    add("--text", type=Path, help="for these two: folder or archive of further domains' text")
+    add("--domains", type=lambda t: tuple(t.split(",")), help="for these two: only these")
+    add("--seeds", type=lambda t: tuple(map(int, t.split(","))), help="for these two: only these")
     add("--report", action="store_true", help="only write quality.md from the newest result")
     add("--docs", type=Path, default=Path(__file__).parents[2] / "docs", help="where it goes")
     args = parser.parse_args(argv)
@@ -157,10 +162,11 @@ def main(argv: list[str] | None = None) -> int:
     def say(text: str) -> None:
         print(f"[{time.strftime('%H:%M:%S')} {time.time() - begin:6.1f} s] {text}", flush=True)
 
-    if args.composed:
-        from benchmarks.quality import composed
+    if args.composed or args.together:
+        from benchmarks.quality.drive import drive
 
-        return composed.main(args, say)
+        name = "composed" if args.composed else "together"
+        return drive(args, importlib.import_module(f"benchmarks.quality.{name}"), say)
     if not (args.work / "corpus.json").exists():
         from benchmarks.quality.data import prepare
 

@@ -1,282 +1,346 @@
 """What composed LoRAs are worth to requests that come without a label.
 
-    python -m benchmarks.quality --composed --size full --work /tmp/composed --out /tmp/results
+    python -m benchmarks.quality --composed --size full30 --text TEXT --jobs 8 --minutes 6.5
     python -m benchmarks.quality --composed --size toy --work /tmp/toy --out /tmp/results
 
-One LoRA for each domain, trained alone; then, on the same held-out text: an oracle that is told the
-domain, routers that see the past and that see the token alone (over frozen LoRAs, without labels),
-the average of all, TIES and DARE merging by PEFT, the nearest centroid of embeddings that picks a
-LoRA for a request by its first quarter, and one LoRA of all text. Requests that change their domain
-half-way are judged beside. Everything made is kept in --work; a run that was cut off goes on.
+One LoRA for each domain, trained alone; then, on the same held-out requests (of one domain, such as
+change it half-way, and chat-templated ones behind a common system prompt): an oracle that is told
+the domain, routers that see the past and that see the token alone (over frozen LoRAs, trained on
+requests without labels), the average of all, TIES and DARE merging by PEFT, a classifier and the
+nearest centroid in front of LoRAs by name, and one LoRA of all text and of all ranks. Everything
+made is kept in --work; a run that was cut off goes on, and what it has is in a result file anyway.
+
+--text names a folder, or a tar archive, with a folder of text for each further domain
+(`python -m benchmarks.quality.manuals` makes one of manual pages).
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import json
 import math
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 from vllm_adafuse.experts.context import RATE_TIMES_HIDDEN
-from vllm_adafuse.training import AdaFuseModel, MixtureConfig
 
-from benchmarks.quality.data import CORPUS_FILE, Data, prepare
-from benchmarks.quality.sizes import SIZES, Size
-from benchmarks.quality.speed import write_peft
-from benchmarks.quality.train import (
-    DEVICE,
-    _backbone,
-    autocast,
-    fit,
-    generator,
-    pretrain,
-    release,
+from benchmarks.quality.corpus import SUFFIXES, Recipe
+from benchmarks.quality.front import Choose, measure, nearest_centroid, train_classifier
+from benchmarks.quality.loras import (
+    compose,
+    force,
+    merged,
+    one_hot,
+    right_half,
+    train_lora,
 )
+from benchmarks.quality.made import MADE
+from benchmarks.quality.requests import KINDS, Before, Desk, Requests, judge
+from benchmarks.quality.train import DEVICE, fit, generator, load_backbone
+from benchmarks.quality.units import Unit, collect, corpus, keep, plan_steps
 
-# Of the steps that a LoRA gets: what a router over frozen LoRAs gets.
-ROUTER_SHARE = 0.4
-TOKEN_RATE = 4.0  # times the rate of the LoRAs: of a router that sees the token alone
-DENSITY = 0.5  # that TIES and DARE keep
-RESULT = "composed.json"
-NOT_DONE = 3
+# A router makes so many times the steps of a LoRA, with fewer blocks: as many tokens.
+ROUTER_STEPS = 2
+TOKEN_RATE = 8.0  # times the rate of the LoRAs: of a router that sees the token alone
+CLASSIFIER_STEPS = 2.0  # times those of a LoRA
+HALF_LIFE = 64  # tokens, of a memory that decays
+MERGES = ("ties", "dare_ties", "dare_linear")
+# Cost of a token, where 1 is training a LoRA of one domain: of all ranks together, of a router
+# over all LoRAs, of judging.
+COST_OF_ALL, COST_OF_ROUTER, COST_OF_JUDGING = 1.35, 1.6, 0.5
 
-
-@torch.no_grad()
-def losses(model: Any, ids: torch.Tensor, batch: int, before: Callable | None = None) -> float:
-    """Mean loss of blocks [N, length]; before: is told each batch."""
-    model.eval()
-    total, count = 0.0, 0
-    for part in ids.split(batch):
-        part = part.to(DEVICE)
-        if before is not None:
-            before(part)
-        with autocast(model):
-            logits = model(input_ids=part).logits[:, :-1]
-        total += cross_entropy(
-            logits.flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum"
-        ).item()
-        count += part[:, 1:].numel()
-    return total / count
+RECIPE = Recipe(
+    suffixes=SUFFIXES | {
+        "html": {".html", ".htm", ".xhtml", ".xml", ".svg"}, "js": {".js", ".mjs", ".ts", ".css"},
+    },
+    shares={"python": 0.45, "prose": 0.25}, made=tuple(MADE), needed=8, least=0.25,
+)  # fmt: skip
 
 
-class Judge:
-    """Held-out blocks of each domain, and such as change theirs half-way."""
+@dataclass(frozen=True)
+class Kind:
+    """A method.
 
-    def __init__(self, data: Data):
-        self.data, self.batch = data, data.size.batch
-        self.blocks = {domain: data.judged(domain) for domain in data.domains}
-        half, names = data.size.length // 2, data.domains
-        pairs = zip(names, names[1:] + names[:1])
-        self.switched = {}
-        for a, b in pairs:
-            n = min(len(self.blocks[a]), len(self.blocks[b]))
-            self.switched[a, b] = torch.cat(
-                [self.blocks[a][:n, :half], self.blocks[b][:n, half:]], 1
-            )
-
-    def __call__(self, model: Any, before: Callable[[str], Callable | None]) -> dict[str, Any]:
-        """before: (domain at first) -> what `losses` calls with each batch."""
-        one = {d: losses(model, ids, self.batch, before(d)) for d, ids in self.blocks.items()}
-        two = [losses(model, ids, self.batch, before(a)) for (a, _), ids in self.switched.items()]
-        return {
-            "perplexity": math.exp(statistics.mean(one.values())),
-            "switched": math.exp(statistics.mean(two)),
-            "domains": {d: math.exp(loss) for d, loss in one.items()},
-        }
-
-
-def train_lora(
-    size: Size, data: Data, work: Path, domains: list[str], seed: int, out: Path
-) -> AdaFuseModel:
-    """A LoRA of rank 2 r on some domains' text, or the one that was trained before."""
-    if (out / "adapter_config.json").is_file():
-        return AdaFuseModel.from_pretrained(_backbone(work), out)
-    torch.manual_seed(seed)
-    config = MixtureConfig(num_experts=1, top_k=1, r=2 * size.r, seed=seed)
-    model = AdaFuseModel.from_backbone(_backbone(work), config, str(work.resolve() / "base"))
-    rng, shares = generator(1000 + seed), {d: float(d in domains) for d in data.domains}
-    rate = size.choices[0][0]
-    params = model.parameter_groups(1.0)
-    fit(model, params, lambda: data.batch("adapt", size.batch, rng, shares), size.steps, rate, 0.0)
-    model.save_pretrained(out, dtype=torch.float32)
-    return model
-
-
-def compose(size: Size, work: Path, loras: list[Path], **options: Any) -> AdaFuseModel:
-    """The LoRAs as frozen experts under a fresh router."""
-    config = MixtureConfig(num_experts=len(loras), r=2 * size.r, **options)
-    model = AdaFuseModel.from_backbone(_backbone(work), config, str(work.resolve() / "base"))
-    state = model.state_dict()
-    from safetensors.torch import load_file
-
-    found = [load_file(path / "adapter_model.safetensors") for path in loras]
-    for name in state:
-        if ".lora_" in name:
-            state[name] = torch.cat([tensors[name] for tensors in found]).float()
-    model.load_state_dict(state)
-    model.groups.requires_grad_(False)
-    return model
-
-
-def force(model: AdaFuseModel, gates: torch.Tensor) -> None:
-    """Gives blocks gates [batch, E] instead of asking the router."""
-    router = model.all_routers[0]
-
-    def forward(u: torch.Tensor) -> torch.Tensor:
-        shape = (*u.shape[:-1], 1, gates.shape[-1])
-        router.gates = gates[:, None, None].expand(shape) * router.config.scale
-        return router.gates
-
-    router.forward = forward
-
-
-def merged(work: Path, loras: list[Path], how: str) -> Any:
-    """PEFT's own merging of the LoRAs, with equal weights."""
-    from peft import PeftModel
-
-    model, names = None, [path.name for path in loras]
-    for path in loras:
-        peft = write_peft(path, path.parent / f"{path.name}-peft")
-        if model is None:
-            model = PeftModel.from_pretrained(_backbone(work), peft, adapter_name=path.name)
-        else:
-            model.load_adapter(peft, adapter_name=path.name)
-    torch.manual_seed(0)
-    model.add_weighted_adapter(
-        names, [1.0 / len(names)] * len(names), "merged", combination_type=how, density=DENSITY
-    )
-    model.set_adapter("merged")
-    return model
-
-
-class OutOfTime(Exception):
-    """--minutes are over; what was made is kept."""
-
-
-def run_seed(
-    size: Size, data: Data, work: Path, seed: int, say: Callable[[str], None], deadline: float
-) -> dict[str, Any]:
-    """All methods with one seed: method -> figures; those that are there are not made again.
-
-    Raises:
-        OutOfTime: something is left to make after the deadline (of `time.time`).
+    Attributes:
+        label: in tables.
+        told: it needs labels, of requests or of the text that it is fitted to.
     """
-    folder = work / f"seed{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    file, judge = folder / RESULT, Judge(data)
-    done: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    loras = [folder / domain for domain in data.domains]
-    for domain, path in zip(data.domains, loras):
-        _check(deadline)
-        train_lora(size, data, work, [domain], seed, path)
-        release()
-    place = {domain: i for i, domain in enumerate(data.domains)}
-    experts = len(loras)
 
-    def keep(name: str, make: Callable[[], dict[str, Any]]) -> None:
-        if name not in done:
-            _check(deadline)
-            done[name] = make()
-            release()
-            file.write_text(json.dumps(done, indent=1))
-        say(f"seed {seed} {name:14} perplexity {done[name]['perplexity']:.3f}, "
-            f"switched {done[name]['switched']:.3f}")  # fmt: skip
+    label: str
+    told: bool = False
 
-    def forced(gates_of: Callable[[str, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-        model = compose(size, work, loras, top_k=experts)
-        return judge(model, lambda d: lambda ids: force(model, gates_of(d, ids)))
 
-    def one_hot(chosen: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.one_hot(chosen, experts).float().to(DEVICE)
+def kinds(experts: int) -> dict[str, Kind]:
+    """All methods, in the order of tables."""
+    return {
+        "oracle": Kind("the right LoRA, by label", True),
+        "oracle-each": Kind("the right LoRA, told where the domain changes", True),
+        "context-k1": Kind("context passport, k 1"),
+        "context-k2": Kind("context passport, k 2"),
+        f"context-k{experts}": Kind("context passport, all"),
+        "token-k2": Kind("token passport, k 2"),
+        f"token-k{experts}": Kind("token passport, all"),
+        "uniform": Kind("average of all"),
+        "ties": Kind("TIES merging"),
+        "dare_ties": Kind("DARE and TIES merging"),
+        "dare_linear": Kind("DARE merging"),
+        "one-lora": Kind("one LoRA of all text and all ranks"),
+        "centroid": Kind("nearest centroid in front", True),
+        "classifier": Kind("classifier in front", True),
+        "context-k2-plain": Kind("context, k 2, router trained on plain text"),
+        "context-k2-decay": Kind(f"context, k 2, memory of half-life {HALF_LIFE}"),
+        "base": Kind("backbone, no LoRA"),
+    }
 
-    def routed(k: int, context: str) -> dict[str, Any]:
-        model = compose(size, work, loras, top_k=k, router_context=context, seed=seed)
+
+# Last of all, where time is short.
+LATE = ("context-k2-plain", "context-k2-decay", "base", "oracle-each", "dare_linear")
+
+
+def decaying(length: int, half_life: float) -> torch.Tensor:
+    """float32 [length, length]: row t has the weights of the tokens up to t, of sum 1."""
+    ages = torch.arange(length)[:, None] - torch.arange(length)
+    weights = torch.where(ages >= 0, 0.5 ** (ages / half_life), 0.0)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+class Worker:
+    """The pieces of one seed."""
+
+    def __init__(self, unit: Unit):
+        self.unit, self.size, self.work = unit, unit.size, unit.work
+        self.data = corpus(unit.size, unit.work)
+        self.loras = [unit.folder / domain for domain in self.data.domains]
+        self.experts = len(self.loras)
+        self.desk = Desk(self.data, unit.work)
+
+    def judge(self, model: Any, before: Before | None = None) -> dict[str, Any]:
+        return judge(model, self.desk.judged(), self.size.batch, before)
+
+    def lora(self, domains: list[str], rank: int, steps: int, out: Path) -> Any:
+        size, seed = self.size, self.unit.seed
+        return train_lora(size, self.data, self.work, domains, rank, steps, seed, out)
+
+    def forced(self, gates: Callable[[Requests], torch.Tensor]) -> dict[str, Any]:
+        model = compose(self.work, self.loras, top_k=self.experts)
+        return self.judge(model, lambda own: force(model, gates(own)))
+
+    def routed(self, name: str) -> dict[str, Any]:
+        """A router over frozen LoRAs: "context-k2", "token-k2", "context-k2-plain", …"""
+        what, k, *how = name.split("-")
+        size, seed = self.size, self.unit.seed
+        context = "mean" if what == "context" else ""
+        model = compose(
+            self.work, self.loras, top_k=int(k[1:]), router_context=context, seed=seed
+        )
         router, rng = model.all_routers[0], generator(2000 + seed)
-        steps = max(1, round(ROUTER_SHARE * size.steps))
+        if how == ["decay"]:
+            weights = decaying(size.length, HALF_LIFE).to(DEVICE)
+            router._mean = lambda said: weights[: said.shape[1], : said.shape[1]] @ said
+        asked = ("plain",) if how == ["plain"] else KINDS
+        count = max(1, size.batch // ROUTER_STEPS)
+        steps = ROUTER_STEPS * self.unit.steps
         rate = RATE_TIMES_HIDDEN / size.hidden if context else TOKEN_RATE * size.choices[0][0]
-        batch = lambda: data.batch("adapt", size.batch, rng)  # noqa: E731
-        fit(model, list(router.parameters()), batch, steps, rate, 0.0)
-        return judge(model, lambda d: None)
+        batch = lambda: self.desk.batch(count, rng, asked)  # noqa: E731
+        figures = fit(model, list(router.parameters()), batch, steps, rate, 0.0)
+        return figures | self.judge(model)
 
-    def nearest() -> Callable[[str, torch.Tensor], torch.Tensor]:
-        embedding = _backbone(work).get_input_embeddings().weight.detach().float()
-        rng = generator(3000 + seed)
-        centroids = torch.stack([
-            embedding[data._windows(d, "adapt", 64, rng).to(DEVICE)].mean((0, 1))
-            for d in data.domains
-        ])  # fmt: skip
+    def fronted(self, choose: Choose) -> dict[str, Any]:
+        requests = self.desk.judged()
+        about = {"front": {kind: measure(choose, requests[kind]) for kind in KINDS}}
+        return about | self.forced(lambda own: one_hot(choose(own.said())[:, None], self.experts))
 
-        def choose(domain: str, ids: torch.Tensor) -> torch.Tensor:
-            said = embedding[ids[:, : max(1, ids.shape[1] // 4)]].mean(1)
-            return one_hot(torch.cdist(said, centroids).argmin(-1))
+    def merge(self, how: str) -> dict[str, Any]:
+        model, weight = merged(self.work, self.loras, how, self.desk)
+        return {"weight": weight, **self.judge(model)}
 
-        return choose
-
-    everyone = torch.full((1, experts), 1.0 / experts, device=DEVICE)
-    keep("oracle", lambda: forced(lambda d, ids: one_hot(torch.full((len(ids),), place[d]))))
-    for k in dict.fromkeys((1, 2, experts)):
-        keep(f"context-k{k}", lambda k=k: routed(k, "mean"))
-    for k in dict.fromkeys((2, experts)):
-        keep(f"token-k{k}", lambda k=k: routed(k, ""))
-    keep("uniform", lambda: forced(lambda d, ids: everyone.expand(len(ids), -1)))
-    keep("centroid", lambda: forced(nearest()))
-    for how in ("ties", "dare_ties", "dare_linear"):
-        keep(how, lambda how=how: judge(merged(work, loras, how), lambda d: None))
-
-    def one_of_all() -> dict[str, Any]:
-        lora = train_lora(size, data, work, data.domains, seed, folder / "all")
-        return judge(lora, lambda d: None)
-
-    keep("one-lora", one_of_all)
-    return done
-
-
-def _check(deadline: float) -> None:
-    if time.time() > deadline:
-        raise OutOfTime
+    def method(self, name: str) -> dict[str, Any]:
+        """The figures of a method of `kinds`."""
+        experts, unit = self.experts, self.unit
+        if name == "oracle":
+            return self.forced(lambda own: one_hot(own.domains[:, :1], experts))
+        if name == "oracle-each":
+            return self.forced(lambda own: right_half(own, experts))
+        if name == "uniform":
+            everyone = torch.full((1, 1, experts), 1.0 / experts, device=DEVICE)
+            return self.forced(lambda own: everyone.expand(len(own.ids), -1, -1))
+        if name == "base":
+            return self.judge(load_backbone(self.work))
+        if name in MERGES:
+            return self.merge(name)
+        if name == "one-lora":
+            rank, steps = 2 * self.size.r * experts, unit.steps * experts
+            return self.judge(self.lora(self.data.domains, rank, steps, unit.folder / "all"))
+        if name == "centroid":
+            embedding = load_backbone(self.work).get_input_embeddings().weight
+            return self.fronted(nearest_centroid(self.data, embedding, unit.seed))
+        if name == "classifier":
+            steps = round(CLASSIFIER_STEPS * unit.steps)
+            return self.fronted(train_classifier(self.data, steps, unit.seed))
+        return self.routed(name)
 
 
-def report(results: dict[int, dict[str, Any]]) -> str:
-    """A table in Markdown: perplexities, and how far from the oracle."""
-    names = list(next(iter(results.values())))
-    lines = ["| method | perplexity of each seed | over the oracle | switched half-way |",
-             "|---|---|---|---|"]  # fmt: skip
-    for name in names:
-        own = [found[name]["perplexity"] for found in results.values()]
-        gaps = [f[name]["perplexity"] / f["oracle"]["perplexity"] - 1 for f in results.values()]
-        switched = statistics.mean(found[name]["switched"] for found in results.values())
-        each = ", ".join(f"{value:.3f}" for value in own)
-        lines.append(f"| {name} | {each} | {statistics.mean(gaps):+.1%} | {switched:.3f} |")
-    return "\n".join(lines)
+def perform(unit: Unit, name: str) -> dict[str, Any] | None:
+    """A method with one seed, in this process; None if it is too late for it."""
+    return keep(unit, name, lambda: Worker(unit).method(name))
 
 
-def main(args: argparse.Namespace, say: Callable[[str], None]) -> int:
-    """Runs it; prints the table and writes it with all figures into --out."""
-    size, work, begin = SIZES[args.size], args.work, time.time()
-    work.mkdir(parents=True, exist_ok=True)
-    if not (work / CORPUS_FILE).is_file():
-        prepare(size, work, args.roots)
-    data = Data(size, work)
-    if not (work / "base.json").is_file():
-        pretrain(size, data, work, 60 * args.minutes / 3 if args.minutes < 1e6 else None)
-    deadline = begin + 60 * args.minutes
-    try:
-        results = {s: run_seed(size, data, work, s, say, deadline) for s in size.seeds}
-    except OutOfTime:
-        say("not all is done; call again to go on")
-        return NOT_DONE
-    args.out.mkdir(parents=True, exist_ok=True)
-    content = {
-        "size": args.size, **dataclasses.asdict(size), "device": DEVICE, "torch": torch.__version__,
-        "corpus": data.info, "commit": args.commit, "results": results,
-    }  # fmt: skip
-    (args.out / RESULT).write_text(json.dumps(content, indent=1))
-    print(report(results), flush=True)
-    return 0
+def perform_lora(unit: Unit, domain: str) -> dict[str, Any] | None:
+    """The LoRA of one domain."""
+
+    def make() -> dict[str, Any]:
+        w = Worker(unit)
+        w.lora([domain], 2 * unit.size.r, unit.steps, unit.folder / domain)
+        return {}
+
+    return keep(unit, f"lora-{domain}", make)
+
+
+def tokens_of_all(units: list[Unit], experts: int) -> float:
+    """Of all pieces but the LATE, in tokens that a LoRA of one domain is trained on."""
+    size, names = units[0].size, [name for name in kinds(experts) if name not in LATE]
+    one = size.steps * size.batch * size.length
+    routers = sum(name.startswith(("context", "token")) for name in names)
+    judged = len(names) * len(KINDS) * experts * size.judge_blocks * size.length
+    each = one * (experts * (1 + COST_OF_ALL) + routers * COST_OF_ROUTER)
+    return len(units) * (each + COST_OF_JUDGING * judged)
+
+
+def run_all(
+    units: list[Unit], pool: Any, say: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], dict[str, str], bool]:
+    """Rows of all methods with all seeds, what failed, and whether all is there."""
+    domains = corpus(units[0].size, units[0].work).domains
+    names = kinds(len(domains))
+
+    def tell(row: dict[str, Any]) -> str:
+        losses = ", ".join(f"{k} {math.exp(row[k]['loss']):.3f}" for k in KINDS if k in row)
+        return f"seed {row['seed']} {row['method']}: {losses or 'trained'}"
+
+    ends: dict[Any, str] = {}  # one LoRA of all text takes the longest, and waits for nothing
+    for u in units:
+        ends[pool.submit(perform, u, "one-lora")] = f"seed {u.seed} one-lora"
+    parts = {pool.submit(perform_lora, u, d): f"seed {u.seed} lora-{d}"
+             for u in units for d in domains}  # fmt: skip
+    made, failed = collect(parts, say, tell)
+    complete = [u for u in units if sum(row["seed"] == u.seed for row in made) == len(domains)]
+    order = sorted((n for n in names if n != "one-lora"), key=lambda n: n in LATE)
+    for name in order:
+        for u in complete:
+            ends[pool.submit(perform, u, name)] = f"seed {u.seed} {name}"
+    rows, more = collect(ends, say, tell)
+    place = {name: i for i, name in enumerate(names)}
+    rows.sort(key=lambda row: (row["seed"], place[row["method"]]))
+    return rows, failed | more, len(rows) == len(names) * len(units)
+
+
+def mixed(row: dict[str, Any]) -> float:
+    """The mean loss of all kinds of requests, which come equally often."""
+    return statistics.mean(row[kind]["loss"] for kind in KINDS)
+
+
+def by_method(rows: list[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
+    """method -> seed -> row, of seeds that have an oracle's too."""
+    seeds = {row["seed"] for row in rows if row["method"] == "oracle"}
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        if row["seed"] in seeds:
+            found.setdefault(row["method"], {})[row["seed"]] = row
+    return found
+
+
+def table(rows: list[dict[str, Any]], experts: int) -> str:
+    """Markdown: perplexities, and how far from the oracle's, for each kind of requests."""
+    found = by_method(rows)
+    if not (oracle := found.get("oracle")):
+        return "no seed has an oracle to compare with\n"
+    lines = ["| method | all requests, of each seed | over the oracle | one domain | switched "
+             "half-way | its second half | chat-templated | ms before a request |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for name, kind in kinds(experts).items():
+        if not (seeds := found.get(name)):
+            continue
+        own = {seed: mixed(row) for seed, row in seeds.items()}
+
+        def cell(loss: Callable[[dict[str, Any]], float], seeds=seeds) -> str:
+            mean = statistics.mean(math.exp(loss(row)) for row in seeds.values())
+            gap = statistics.mean(loss(row) - loss(oracle[s]) for s, row in seeds.items())
+            return f"{mean:.3f} ({math.expm1(gap):+.1%})"
+
+        cells = [kind.label, ", ".join(f"{math.exp(x):.3f}" for x in own.values()),
+                 f"{gap_of(found, name):+.2%}"]  # fmt: skip
+        cells += [cell(lambda row: row["plain"]["loss"]), cell(lambda row: row["switched"]["loss"]),
+                  cell(lambda row: statistics.mean(second_half(row))),
+                  cell(lambda row: row["chat"]["loss"])]  # fmt: skip
+        times = [row["front"]["plain"]["ms"] for row in seeds.values() if "front" in row]
+        cells.append(f"{statistics.median(times):.2f}" if times else "0")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def second_half(row: dict[str, Any]) -> list[float]:
+    """Losses after the change of the domain."""
+    parts = row["switched"]["parts"]
+    return parts[len(parts) // 2 :]
+
+
+def gap_of(found: dict[str, dict[int, dict[str, Any]]], name: str) -> float:
+    """How much larger than the oracle's a method's perplexity is, all requests and seeds."""
+    gaps = [mixed(row) - mixed(found["oracle"][seed]) for seed, row in found[name].items()]
+    return math.expm1(statistics.mean(gaps))
+
+
+def verdict(rows: list[dict[str, Any]], experts: int) -> list[str]:
+    """The bars, each with whether it is met."""
+    found, main = by_method(rows), "context-k2"
+    if main not in found:
+        return ["context-k2 was not judged"]
+    gap = gap_of(found, main)
+    lines = [f"context k 2 within 0.5 % of the oracle: {gap:+.2%}: {_met(gap <= 0.005)}"]
+    rivals = [n for n, kind in kinds(experts).items()
+              if n in found and not kind.told and not n.startswith("context")]  # fmt: skip
+    losing = [
+        f"{n} with seed {s}" for n in rivals for s, row in found[n].items()
+        if s in found[main] and mixed(found[main][s]) >= mixed(row)
+    ]  # fmt: skip
+    but = f", not of {', '.join(losing)}" if losing else ""
+    lines.append(f"context k 2 ahead of every method without labels ({', '.join(rivals)}), every "
+                 f"seed: {_met(not losing)}{but}")  # fmt: skip
+    ahead = [row["switched"]["loss"] < found["oracle"][s]["switched"]["loss"]
+             for s, row in found[main].items()]  # fmt: skip
+    lines.append("context k 2 ahead of the oracle of the first half on requests that switch: "
+                 f"{sum(ahead)} of {len(ahead)} seeds: {_met(all(ahead))}")  # fmt: skip
+    if decay := found.get("context-k2-decay"):
+        both = [(decay[s], found[main][s]) for s in decay if s in found[main]]
+        said = ", ".join(
+            f"{k} {math.expm1(statistics.mean(a[k]['loss'] - b[k]['loss'] for a, b in both)):+.2%}"
+            for k in KINDS
+        )
+        lines.append(f"a memory of half-life {HALF_LIFE} against the mean of all: {said}")
+    return lines
+
+
+def _met(yes: bool) -> str:
+    return "met" if yes else "NOT MET"
+
+
+def experiment(
+    units: list[Unit], pool: Any, say: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], dict[str, str], bool, str]:
+    """As `run_all`, and the report."""
+    rows, failed, done = run_all(units, pool, say)
+    experts = len(corpus(units[0].size, units[0].work).domains)
+    said = table(rows, experts) + "\n" + "\n".join(f"* {line}" for line in verdict(rows, experts))
+    return rows, failed, done, said
+
+
+def steps_of(units: list[Unit]) -> int:
+    """How many steps a LoRA of one domain makes in the time there is."""
+    first = units[0]
+    domains = json.loads((first.work / "corpus.json").read_text())["counts"]
+    tokens = tokens_of_all(units, len(domains))
+    return plan_steps(first.work, first.size.steps, tokens, first.deadline - time.time())

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.quality.corpus import PRETRAIN_SHARES, gather
+from benchmarks.quality.corpus import PAPER, Recipe, gather
 from benchmarks.quality.sizes import Size
 
 SPECIAL = ["<|bos|>", "<|eos|>", "<|pad|>"]
@@ -38,11 +38,13 @@ def train_tokenizer(texts: list[str], vocab: int, path: Path) -> None:
     fast.save_pretrained(path)
 
 
-def prepare(size: Size, work: Path, roots: list[Path] | None) -> None:
+def prepare(
+    size: Size, work: Path, roots: list[Path] | None, recipe: Recipe = PAPER
+) -> None:
     """Gathers the corpus, trains the tokenizer (of all domains alike), writes the tokens."""
     from transformers import AutoTokenizer
 
-    corpus = gather(size, roots)
+    corpus = gather(size, roots, recipe)
     for line in corpus.notes:
         print(f"  {line}", flush=True)
     sample: list[str] = []
@@ -69,6 +71,7 @@ def prepare(size: Size, work: Path, roots: list[Path] | None) -> None:
     np.savez(work / TOKENS_FILE, **arrays)
     content = {
         "counts": corpus.counts, "fingerprint": corpus.fingerprint, "notes": list(corpus.notes),
+        "shares": corpus.shares,
     }  # fmt: skip
     (work / CORPUS_FILE).write_text(json.dumps(content, indent=1))
 
@@ -103,7 +106,7 @@ class Data:
         self.tokens = _Tokens(work / TOKENS_FILE)
         self._shares: dict[str, float] | None = None
 
-    def _windows(self, domain: str, split: str, count: int, rng: torch.Generator) -> torch.Tensor:
+    def windows(self, domain: str, split: str, count: int, rng: torch.Generator) -> torch.Tensor:
         tokens, length = self.tokens[domain, split], self.size.length
         starts = torch.randint(0, max(1, len(tokens) - length), (count,), generator=rng)
         tokens = tokens if len(tokens) >= length else tokens.repeat(length // len(tokens) + 1)
@@ -123,7 +126,7 @@ class Data:
         weights = torch.tensor([shares[d] if shares else 1.0 for d in self.domains])
         picked = torch.multinomial(weights, count, replacement=True, generator=rng)
         rows = [
-            self._windows(domain, split, n, rng)
+            self.windows(domain, split, n, rng)
             for i, domain in enumerate(self.domains)
             if (n := int((picked == i).sum()))
         ]
@@ -135,7 +138,7 @@ class Data:
             steps = self.size.pretrain_steps * self.size.pretrain_batch * self.size.length
             counts = {d: self.info["counts"][d]["pretrain"]["tokens"] for d in self.domains}
             self._shares = {
-                d: min(PRETRAIN_SHARES[d], EPOCHS * n / steps) if n > self.size.length else 0.0
+                d: min(self.info["shares"][d], EPOCHS * n / steps) if n > self.size.length else 0.0
                 for d, n in counts.items()
             }
             if not any(self._shares.values()):

@@ -41,6 +41,21 @@ def _begin(work: Path, threads: int) -> None:
     torch.set_num_threads(threads)
 
 
+def open_executor(work: Path, jobs: int) -> Executor:
+    """Processes with logs in a folder; with one job this process alone.
+
+    Args:
+        work: the folder.
+        jobs: how many.
+    """
+    if jobs == 1:
+        return Here()
+    threads = max(1, (os.cpu_count() or 1) // (2 * jobs))
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(jobs, spawn, _begin, (work, threads))
+
+
 class Pool:
     """Runs tasks of a plan; kept open over phases, as a process takes seconds to start.
 
@@ -58,14 +73,8 @@ class Pool:
             old.unlink()
 
     def _open(self) -> Executor:
-        if self._executor is None and self.jobs == 1:
-            self._executor = Here()
-        elif self._executor is None:
-            threads = max(1, (os.cpu_count() or 1) // (2 * self.jobs))
-            os.environ["OMP_NUM_THREADS"] = str(threads)
-            self._executor = ProcessPoolExecutor(
-                self.jobs, multiprocessing.get_context("spawn"), _begin, (self.plan.work, threads)
-            )
+        if self._executor is None:
+            self._executor = open_executor(self.plan.work, self.jobs)
         return self._executor
 
     def close(self) -> None:

@@ -63,6 +63,21 @@ SIZES = {
         choices=((4e-3, 4.0), (2e-3, 1.0), (8e-3, 1.0), (4e-3, 1.0), (2e-3, 4.0)),
         seeds=(0, 1, 2), judge_blocks=128,
     ),
+    # 30 and 120 million, for composed LoRAs: more domains, each with less text.
+    "full30": Size(
+        hidden=512, layers=8, heads=8, inter=1408, vocab=8192, length=512,
+        pretrain_bytes=48 * MIB, adapt_bytes=4 * MIB, valid_bytes=MIB // 8,
+        held_bytes=MIB // 4, pretrain_steps=2200, pretrain_batch=64, pretrain_lr=1e-3,
+        steps=200, batch=16, r=8, experts=8, full_rate=0.125, choices=((2e-3, 4.0),),
+        seeds=(0, 1, 2), judge_blocks=32,
+    ),
+    "full120": Size(
+        hidden=896, layers=12, heads=14, inter=2432, vocab=8192, length=512,
+        pretrain_bytes=48 * MIB, adapt_bytes=4 * MIB, valid_bytes=MIB // 8,
+        held_bytes=MIB // 4, pretrain_steps=2200, pretrain_batch=64, pretrain_lr=6e-4,
+        steps=200, batch=16, r=8, experts=8, full_rate=0.125, choices=((1.5e-3, 4.0),),
+        seeds=(0, 1, 2), judge_blocks=24,
+    ),
     # 1 million: a look at the method within an hour of two CPU cores.
     "small": Size(
         hidden=128, layers=4, heads=4, inter=352, vocab=2048, length=64,

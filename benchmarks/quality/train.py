@@ -52,7 +52,7 @@ def rate_at(step: int, steps: int) -> float:
 def fit(
     model: Any,
     params: list[Any],
-    batch: Callable[[], torch.Tensor],
+    batch: Callable[[], torch.Tensor | tuple[torch.Tensor, torch.Tensor]],
     steps: int,
     lr: float,
     decay: float,
@@ -64,7 +64,7 @@ def fit(
         model: called as a Hugging Face causal LM.
         params: to train, or groups of them as `AdaFuseModel.parameter_groups(1.0, …)` gives
             them, whose rates are times `lr`.
-        batch: makes int64 [blocks, length].
+        batch: makes int64 [blocks, length], or two of them: ids, and labels (-100: no loss).
         steps: of AdamW.
         lr: peak learning rate.
         decay: of weights, in groups that do not say otherwise.
@@ -89,13 +89,16 @@ def fit(
                 print(f"  {1e3 * pace:.1f} ms a step: {steps} steps", flush=True)
             probe = now if step == PROBE // 2 else probe
             start = now if step == skip else start
-        ids = batch().to(DEVICE, non_blocking=True)
+        made = batch()
+        ids, labels = (
+            t.to(DEVICE, non_blocking=True) for t in (made if isinstance(made, tuple) else (made,) * 2)
+        )
         if hasattr(model, "set_progress"):
             model.set_progress(step / steps)
         for group, share in zip(optimizer.param_groups, times):
             group["lr"] = lr * share * rate_at(step, steps)
         with autocast(model):
-            loss = model(input_ids=ids, labels=ids).loss
+            loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(every, CLIP)
         optimizer.step()
@@ -187,7 +190,7 @@ def judge(model: Any, data: Data, split: str = "held") -> dict[str, Any]:
     }
 
 
-def _backbone(work: Path, dtype: torch.dtype = SERVED) -> Any:
+def load_backbone(work: Path, dtype: torch.dtype = SERVED) -> Any:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -222,7 +225,7 @@ def adapt(
     """
     torch.manual_seed(seed)
     rng = generator(1000 + seed)
-    backbone = _backbone(work, torch.float32 if method.mixture is None else SERVED)
+    backbone = load_backbone(work, torch.float32 if method.mixture is None else SERVED)
 
     def batch() -> torch.Tensor:
         return data.batch("adapt", size.batch, rng)
@@ -259,7 +262,7 @@ def _finish(model: Any, method: Method, data: Data, out: Path | None, split: str
 def _distil(method, seed, rate, size, data, work, out, steps, split, backbone, batch):
     """As `adapt`, from the layer-wise run of the same seed."""
     path = work / "runs" / f"{method.teacher}-s{seed}"
-    teacher = AdaFuseModel.from_pretrained(_backbone(work), path).eval()
+    teacher = AdaFuseModel.from_pretrained(load_backbone(work), path).eval()
     begin = time.perf_counter()
     batches = [batch() for _ in range(steps)]
     student = make_student(
