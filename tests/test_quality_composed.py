@@ -15,7 +15,7 @@ from test_quality import corpus_root  # noqa: F401
 from vllm_adafuse.training import MixtureConfig
 from vllm_adafuse.training.layers import Router
 
-from benchmarks.quality import composed, loras, together, train
+from benchmarks.quality import composed, drive, loras, together, train
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.corpus import Recipe, gather
 from benchmarks.quality.data import Data
@@ -108,15 +108,25 @@ def test_what_is_too_late_is_not_begun_and_what_is_there_is_kept(finished, again
 
 def test_a_piece_that_fails_does_not_take_the_others_along(again, monkeypatch):
     work = Path(again[again.index("--work") + 1])
-    (work / "seed0" / "ties.json").rename(work / "ties.json")
+    (work / "composed-seed0" / "ties.json").rename(work / "ties.json")
     monkeypatch.setattr(composed, "merged", lambda *a: (_ for _ in ()).throw(OSError("no peft")))
     try:
         assert main(["--composed", *again]) == NOT_DONE
     finally:
-        (work / "ties.json").rename(work / "seed0" / "ties.json")
+        (work / "ties.json").rename(work / "composed-seed0" / "ties.json")
     rows = rows_of(again, "composed")
     assert [row["task"] for row in rows if row.get("what") == "failed"] == ["seed 0 ties"]
     assert len(runs(rows)) == len(composed.kinds(len(DOMAINS))) - 1
+
+
+def test_what_is_there_is_saved_as_it_comes(again, monkeypatch):
+    monkeypatch.setattr(drive, "KEEP_SECONDS", 0)
+    monkeypatch.setattr(composed, "table", lambda *a: 1 / 0)  # whatever happens later
+    with pytest.raises(ZeroDivisionError):
+        main(["--composed", *again])
+    rows = rows_of(again, "composed")
+    assert not rows[0]["options"]["complete"]
+    assert {row["method"] for row in runs(rows)} == set(composed.kinds(len(DOMAINS)))
 
 
 def test_mixtures_and_the_lora_are_trained_together(again, monkeypatch, capsys):
@@ -289,10 +299,10 @@ def test_steps_follow_from_the_time_there_is(tmp_path):
     (tmp_path / "base.json").write_text(json.dumps({"tokens_per_s": 1000.0}))
     counts = dict.fromkeys(DOMAINS, {})
     (tmp_path / "corpus.json").write_text(json.dumps({"counts": counts}))
-    unit = Unit(SIZES["full30"], tmp_path, 0, 200, time.time() + 1e9)
+    unit = Unit("composed", SIZES["full30"], tmp_path, 0, 200, time.time() + 1e9)
     assert composed.steps_of([unit]) == 200
     (tmp_path / "steps.json").unlink()
     need = composed.tokens_of_all([unit] * 3, len(DOMAINS)) / 900
-    soon = Unit(SIZES["full30"], tmp_path, 0, 200, time.time() + need / 2)
+    soon = Unit("composed", SIZES["full30"], tmp_path, 0, 200, time.time() + need / 2)
     assert composed.steps_of([soon] * 3) == 100
     assert composed.steps_of([unit]) == 100  # decided once

@@ -22,7 +22,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from vllm_adafuse.experts.context import RATE_TIMES_HIDDEN
 from benchmarks.quality.corpus import SUFFIXES, Recipe
 from benchmarks.quality.front import Choose, measure, nearest_centroid, train_classifier
 from benchmarks.quality.loras import (
+    LoraPlan,
     compose,
     force,
     merged,
@@ -97,7 +97,8 @@ def kinds(experts: int) -> dict[str, Kind]:
     }
 
 
-# Last of all, where time is short.
+# First and last, where time is short.
+FIRST = ("oracle", "context-k2", "token-k2", "uniform")
 LATE = ("context-k2-plain", "context-k2-decay", "base", "oracle-each", "dare_linear")
 
 
@@ -120,10 +121,6 @@ class Worker:
 
     def judge(self, model: Any, before: Before | None = None) -> dict[str, Any]:
         return judge(model, self.desk.judged(), self.size.batch, before)
-
-    def lora(self, domains: list[str], rank: int, steps: int, out: Path) -> Any:
-        size, seed = self.size, self.unit.seed
-        return train_lora(size, self.data, self.work, domains, rank, steps, seed, out)
 
     def forced(self, gates: Callable[[Requests], torch.Tensor]) -> dict[str, Any]:
         model = compose(self.work, self.loras, top_k=self.experts)
@@ -173,8 +170,11 @@ class Worker:
         if name in MERGES:
             return self.merge(name)
         if name == "one-lora":
-            rank, steps = 2 * self.size.r * experts, unit.steps * experts
-            return self.judge(self.lora(self.data.domains, rank, steps, unit.folder / "all"))
+            left = unit.deadline - time.time()
+            plan = LoraPlan(tuple(self.data.domains), 2 * self.size.r * experts,
+                            unit.steps * experts, unit.seed, left)  # fmt: skip
+            model, steps = train_lora(self.data, self.work, plan, unit.folder / "all")
+            return {"steps": steps, **self.judge(model)}
         if name == "centroid":
             embedding = load_backbone(self.work).get_input_embeddings().weight
             return self.fronted(nearest_centroid(self.data, embedding, unit.seed))
@@ -193,9 +193,9 @@ def perform_lora(unit: Unit, domain: str) -> dict[str, Any] | None:
     """The LoRA of one domain."""
 
     def make() -> dict[str, Any]:
-        w = Worker(unit)
-        w.lora([domain], 2 * unit.size.r, unit.steps, unit.folder / domain)
-        return {}
+        data = corpus(unit.size, unit.work)
+        plan = LoraPlan((domain,), 2 * unit.size.r, unit.steps, unit.seed)
+        return {"steps": train_lora(data, unit.work, plan, unit.folder / domain)[1]}
 
     return keep(unit, f"lora-{domain}", make)
 
@@ -228,7 +228,8 @@ def run_all(
              for u in units for d in domains}  # fmt: skip
     made, failed = collect(parts, say, tell)
     complete = [u for u in units if sum(row["seed"] == u.seed for row in made) == len(domains)]
-    order = sorted((n for n in names if n != "one-lora"), key=lambda n: n in LATE)
+    order = [n for n in names if n != "one-lora"]
+    order.sort(key=lambda n: (n in LATE, n not in FIRST))
     for name in order:
         for u in complete:
             ends[pool.submit(perform, u, name)] = f"seed {u.seed} {name}"

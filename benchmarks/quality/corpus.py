@@ -159,15 +159,16 @@ def gather(size: Size, roots: list[Path] | None = None, recipe: Recipe = PAPER) 
     counts: dict[str, dict[str, dict[str, int]]] = {}
     notes, poor, digest = [], [], hashlib.sha256()
     for domain, room in wanted.items():
+        largest = min(LARGEST, int(room / MIN_FILES))
         if domain in recipe.made:
             files = _hashed(make(domain, room, 2 * MIN_FILES), room)
         elif domain in paths:
             names = paths[domain]
-            files = _texts(names, room, min(LARGEST, int(room / MIN_FILES)))
+            files = _texts(names, room, largest)
             if sum(len(text) for _, text in files) < room:
                 files = _texts(names, room, LARGEST_SCARCE)
         else:
-            files = _hashed(_given(recipe.text, domain), room)
+            files = _hashed((t[:largest] for t in _given(recipe.text, domain)), room)
         split = _split(files, size, size.pretrain_bytes * shares[domain])
         parts = {s: {"files": len(split[s]), "bytes": sum(len(t.encode()) for t in split[s])}
                  for s in SPLITS}  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ from vllm_adafuse.training import AdaFuseModel, MixtureConfig
 
 from benchmarks.quality.data import Data
 from benchmarks.quality.requests import Desk, Requests, judge
-from benchmarks.quality.sizes import Size
 from benchmarks.quality.speed import write_peft
 from benchmarks.quality.train import DEVICE, fit, generator, load_backbone
 
@@ -18,33 +18,37 @@ DENSITY = 0.5  # that TIES and DARE keep
 TRIED = 4  # requests of a domain by which the weight of a merge is chosen
 
 
-def train_lora(
-    size: Size, data: Data, work: Path, domains: list[str], rank: int, steps: int, seed: int,
-    out: Path,
-) -> AdaFuseModel:  # fmt: skip
-    """A LoRA on some domains' text, or the one that was trained before.
+@dataclass(frozen=True)
+class LoraPlan:
+    """How a LoRA is trained.
 
-    Args:
-        size: of the experiment.
-        data: the corpus.
-        work: its folder, with the backbone.
-        domains: names, with equal shares.
+    Attributes:
+        domains: whose text, with equal shares.
         rank: of the LoRA.
-        steps: of `size.batch` blocks.
+        steps: of `Size.batch` blocks.
         seed: of fresh weights and of the batches.
-        out: where it is kept.
+        seconds: fewer steps are made where these do not suffice.
     """
-    if (out / "adapter_config.json").is_file():
-        return AdaFuseModel.from_pretrained(load_backbone(work), out)
+
+    domains: tuple[str, ...]
+    rank: int
+    steps: int
+    seed: int
+    seconds: float | None = None
+
+
+def train_lora(data: Data, work: Path, plan: LoraPlan, out: Path) -> tuple[AdaFuseModel, int]:
+    """The LoRA, kept in `out`, and the steps that it made."""
+    size, seed = data.size, plan.seed
     torch.manual_seed(seed)
-    config = MixtureConfig(num_experts=1, top_k=1, r=rank, seed=seed)
+    config = MixtureConfig(num_experts=1, top_k=1, r=plan.rank, seed=seed)
     model = AdaFuseModel.from_backbone(load_backbone(work), config, str(work.resolve() / "base"))
-    rng, shares = generator(1000 + seed), {d: float(d in domains) for d in data.domains}
-    rate = size.choices[0][0]
+    rng, shares = generator(1000 + seed), {d: float(d in plan.domains) for d in data.domains}
+    batch = lambda: data.batch("adapt", size.batch, rng, shares)  # noqa: E731
     params = model.parameter_groups(1.0)
-    fit(model, params, lambda: data.batch("adapt", size.batch, rng, shares), steps, rate, 0.0)
+    figures = fit(model, params, batch, plan.steps, size.choices[0][0], 0.0, plan.seconds)
     model.save_pretrained(out, dtype=torch.float32)
-    return model
+    return model, int(figures["steps"])
 
 
 def compose(work: Path, loras: list[Path], **options: Any) -> AdaFuseModel:

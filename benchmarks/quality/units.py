@@ -24,13 +24,15 @@ class Unit:
     """What a process needs to know.
 
     Attributes:
-        size: of the experiment.
+        experiment: its name.
+        size: its.
         work: its folder.
         seed: of this piece.
         steps: of a LoRA of one domain; all other numbers of steps are multiples.
         deadline: nothing is begun after this time, in seconds of `time.time`.
     """
 
+    experiment: str
     size: Size
     work: Path
     seed: int
@@ -40,7 +42,7 @@ class Unit:
     @property
     def folder(self) -> Path:
         """Of what this seed makes."""
-        return self.work / f"seed{self.seed}"
+        return self.work / f"{self.experiment}-seed{self.seed}"
 
 
 @cache
