@@ -29,6 +29,8 @@ VERSION = 5
 _VERSION_4 = {"split": "split_k", "slices": "shrink_split_k"}
 # Ranks, of one expert or of several, that one product takes.
 BLOCK_ER = 128
+# Ranks of a page: the least that tensor cores take.
+PAGE_RANKS = 16
 
 
 @dataclass(frozen=True)

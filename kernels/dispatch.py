@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from vllm_adafuse.kernels.configs import (
     BLOCK_ER,
@@ -136,13 +137,13 @@ def cublas_plan(shape: Shape, num_tokens: int, device: Device) -> Plan:
     # Rows of the result begin at multiples of 16 bytes, which cuBLAS's best kernels need.
     aligned = s.fused_rows * s.itemsize % 16 == 0
     one_gemm = aligned and (not s.has_bias or num_tokens <= MAX_BIAS_TOKENS)
-    if norm and num_tokens >= MIN_FUSED_NORM_TOKENS:
+    if norm and num_tokens >= MIN_FUSED_NORM_TOKENS and not s.tile_blocks:
         dense = BLOCK_ER < s.ranks <= MAX_DENSE_NORM_RANKS
         return Plan(CUBLAS, None, 1, one_gemm, NONE if dense else ADD_NORM, 0 if dense else None)
     if not (s.has_bias and one_gemm):  # else a bias is to be added, which `expand` alone does
         if tma_expands(s, num_tokens, one_gemm, device):
             first = experts_at_once(s.num_experts, s.rank)
-            dense_from = first if first < s.num_experts else None
+            dense_from = first if first < s.num_experts and not s.tile_blocks else None
             return Plan(CUBLAS, None, 1, one_gemm, TMA_EXPAND, dense_from)
     return Plan(CUBLAS, None, 1, one_gemm, EXPAND)
 
@@ -325,7 +326,8 @@ def tma_expands(shape: Shape, num_tokens: int, one_gemm: bool, device: Device) -
         return False
     if (s.fused_rows if one_gemm else s.size_out) % 8:
         return False
-    return in_wide_ranks(s.num_experts, s.rank) and in_whole_tiles(s)
+    fits = s.tile_blocks or in_wide_ranks(s.num_experts, s.rank)
+    return fits and in_whole_tiles(s)
 
 
 @functools.cache
@@ -354,6 +356,11 @@ def choose_wide(tokens: int, width: int, epilogue: str) -> ExpandConfig:
             return ExpandConfig(128, 32, 16, 8, 3)
         return ExpandConfig(64, 32, 16, 4, 3)
     return ExpandConfig(128, 64, 8 if tokens > some else 2, 8, 3)
+
+
+def choose_wide_many(config: ExpandConfig) -> ExpandConfig:
+    """The same for tokens with several blocks of pages: few tiles of tokens, each a long way."""
+    return replace(config, tokens=min(config.tokens, 64), warps=4, stages=1, loop=min(config.loop, 4))
 
 
 @functools.cache

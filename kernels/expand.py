@@ -27,24 +27,30 @@ from vllm_adafuse.kernels.device.epilogues import (
     tiled_widths,
 )
 from vllm_adafuse.kernels.device.gates import add_deltas, load_both, load_gates, load_ranks, weigh
-from vllm_adafuse.kernels.dispatch import MAX_SHORT_TOKENS, MIN_DENSE_TOKENS, choose_expand
+from vllm_adafuse.kernels.dispatch import (
+    MAX_ACTIVE_TOKENS,
+    MAX_SHORT_TOKENS,
+    MIN_DENSE_TOKENS,
+    choose_expand,
+)
 from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, rows_in_kv, starts_of_head
 from vllm_adafuse.kernels.launch import Bound, bind, overlap
 from vllm_adafuse.kernels.operands import Projection, Step
+from vllm_adafuse.kernels.page_routes import TILE_TOKENS
 from vllm_adafuse.kernels.plans import on_hopper
 from vllm_adafuse.kernels.whole import cdiv
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _expand_kernel(
-    y_ptr, bias_ptr, out_ptr, lora_a_out_ptr, b_ptr, gates_ptr, active_ptr, cos_sin_ptr,
-    n_tokens, split_stride, y_stride, out_stride, lora_a_out_stride, n_experts,
+    y_ptr, bias_ptr, out_ptr, lora_a_out_ptr, b_ptr, gates_ptr, active_ptr, tile_blocks_ptr,
+    cos_sin_ptr, n_tokens, split_stride, y_stride, out_stride, lora_a_out_stride, n_experts,
     keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
     ADAPTED0: tl.constexpr, ADAPTED1: tl.constexpr, ADAPTED2: tl.constexpr,
     HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, HALF: tl.constexpr, KV: tl.constexpr,
-    RAW: tl.constexpr, SKIP: tl.constexpr, ALL: tl.constexpr, SPLIT_K: tl.constexpr,
-    RANK: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr, ONE: tl.constexpr,
+    RAW: tl.constexpr, SKIP: tl.constexpr, LISTED: tl.constexpr, ALL: tl.constexpr,
+    SPLIT_K: tl.constexpr, RANK: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr, ONE: tl.constexpr,
     ALL_ADAPTED: tl.constexpr, PDL: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr,
@@ -82,6 +88,9 @@ def _expand_kernel(
     EVEN_B: tl.constexpr = EVEN and ALL_ADAPTED
     lora_a_out_at = lora_a_out_ptr + rows.to(tl.int64) * lora_a_out_stride + linear_idx * size
     lora_a_out_up_at = lora_a_out_ptr + rows.to(tl.int64) * lora_a_out_stride + linear_up * size
+    listed_ptr = tile_blocks_ptr
+    if LISTED:
+        listed_ptr += tl.program_id(1) * BLOCK_T // LISTED * (1 + tl.cdiv(n_experts, BLOCK_E))
     s = tl.zeros([BLOCK_T, BLOCK_E * BLOCK_R], dtype=lora_a_out_ptr.dtype.element_ty)
     lora_a_out_up = s
     if PDL and LOOP > 1:
@@ -167,8 +176,9 @@ def _expand_kernel(
             y += tl.load(bias_at, mask=col_mask, other=0.0).to(tl.float32)[None, :]
         if DELTAS:
             y = add_deltas(
-                y, b, s, lora_a_out_at, gates_ptr, active_bits, b_at, rows, rows_s, col_mask_b,
-                n_experts, RANK, RAW, SKIP, EVEN_B, EVEN_K, ONE, BLOCK_T, BLOCK_E, BLOCK_R,
+                y, b, s, lora_a_out_at, gates_ptr, active_bits, listed_ptr, b_at, rows, rows_s,
+                col_mask_b, n_experts, RANK, RAW, SKIP, LISTED, EVEN_B, EVEN_K, ONE,
+                BLOCK_T, BLOCK_E, BLOCK_R,
             )  # fmt: skip
         if EPILOGUE != 0:
             up = up.to(tl.float32)
@@ -176,9 +186,9 @@ def _expand_kernel(
                 up += tl.load(bias_at + APART, mask=col_mask, other=0.0).to(tl.float32)[None, :]
             if DELTAS:
                 up = add_deltas(
-                    up, b_up, lora_a_out_up, lora_a_out_up_at, gates_ptr, active_bits,
+                    up, b_up, lora_a_out_up, lora_a_out_up_at, gates_ptr, active_bits, listed_ptr,
                     b_at + APART_B * size, rows, rows_up, col_mask_up, n_experts, RANK, RAW, SKIP,
-                    EVEN_B, EVEN_K, ONE, BLOCK_T, BLOCK_E, BLOCK_R,
+                    LISTED, EVEN_B, EVEN_K, ONE, BLOCK_T, BLOCK_E, BLOCK_R,
                 )  # fmt: skip
         out_at = out_ptr + rows.to(tl.int64)[:, None] * out_stride + (offset + columns)[None, :]
         if EPILOGUE == 3:
@@ -213,6 +223,7 @@ class _Key(NamedTuple):
         raw: s is not yet weighted.
         split_k: split-K sums to add up, 0 for none.
         skip: with few tokens, each expert is asked whether it is there.
+        listed: which blocks of experts tokens have is listed.
     """
 
     tokens: int
@@ -231,6 +242,7 @@ class _Key(NamedTuple):
     raw: bool
     split_k: int
     skip: bool
+    listed: bool
 
 
 class Read(NamedTuple):
@@ -241,6 +253,7 @@ class Read(NamedTuple):
     gates: torch.Tensor | None
     active: torch.Tensor
     cos_sin: torch.Tensor | None = None
+    tile_blocks: torch.Tensor | None = None
 
 
 def launch_expand(
@@ -261,10 +274,11 @@ def launch_expand(
         read.cos_sin.shape[1] // 2 if index == ROTARY else 0, index, out is not y,
         experts, rank, y.element_size(), blocks, on_hopper(y), read.bias is not None,
         kv_slots is not None, read.gates is not None, y.shape[0] if is_split else 0, skip,
+        read.tile_blocks is not None,
     ))  # fmt: skip
     kernel(
         (groups, cdiv(tokens, block_t)),
-        y, read.bias, out, s, read.lora_b, read.gates, read.active, read.cos_sin,
+        y, read.bias, out, s, read.lora_b, read.gates, read.active, read.tile_blocks, read.cos_sin,
         tokens, y.stride(0), y.stride(-2), out.stride(0), s.stride(1 if is_split else 0), experts,
         *(kv_slots or NO_KV_SLOTS),
     )  # fmt: skip
@@ -274,7 +288,7 @@ def launch_expand(
 def _plan(key: _Key) -> tuple[int, int, Bound]:
     """Groups of tiles, tokens of a tile, and the kernel."""
     tokens, widths, adapted, half, index, every, experts, rank, itemsize, blocks, *flags = key
-    hopper, has_bias, kv, raw, split_k, skip = flags
+    hopper, has_bias, kv, raw, split_k, skip, listed = flags
     if blocks is None:
         blocks = choose_expand(tokens, index != 0, itemsize)
     columns = min(blocks.columns, half) if index == ROTARY else blocks.columns
@@ -289,6 +303,7 @@ def _plan(key: _Key) -> tuple[int, int, Bound]:
     return sum(cdiv(w, span) for w in tiled), blocks.tokens, bind(
         _expand_kernel,
         HAS_BIAS=has_bias, KV=kv, RAW=raw, SPLIT_K=split_k,
+        LISTED=TILE_TOKENS if listed else 0,
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         ADAPTED0=adapted[0], ADAPTED1=adapted[1], ADAPTED2=adapted[2],
         EPILOGUE=index, HALF=half, ALL=every,
@@ -352,34 +367,10 @@ def expand_raw_triton(
         result = y.new_empty(y.shape[1:])
     elif result is y and (index or bias is not None):
         result = torch.empty_like(y)
-    read = Read(bias, p.lora_b, step.gates, step.active, step.cos_sin)
+    listed = p.shape.tile_blocks and y.shape[-2] > MAX_ACTIVE_TOKENS
+    blocks_of = step.tile_blocks if listed else None
+    read = Read(bias, p.lora_b, step.gates, step.active, step.cos_sin, blocks_of)
     launch_expand(y, result, s, read, (p.shape.adapted, widths, index), blocks, kv_slots)
-    return result
-
-
-def epilogue_triton(
-    y: torch.Tensor, p: Projection, step: Step, kv_slots: KVSlots | None = None
-) -> torch.Tensor:
-    """What follows an adapted projection, without any deltas, in one launch.
-
-    Args:
-        y: [T, out], W x and the bias; rows contiguous.
-        p: the projection, with an activation or "rotary".
-        step: of which `cos_sin` is read.
-        kv_slots: where k and v go with "rotary", whose columns of the result stay undefined then.
-
-    Returns:
-        [T, out], or [T, I] after silu or gelu_tanh; contiguous, or in y with `strided_out`.
-    """
-    widths, epilogue = p.shape.widths, p.shape.kernel_epilogue
-    result = result_of(y, widths, epilogue, p.strided_out)
-    if result is y:
-        result = torch.empty_like(y)
-    adapted = (-1,) * len(widths)
-    # Of B and s, of which none is read, the smallest there could be.
-    read = Read(None, p.lora_b[:, :1], None, step.active, step.cos_sin)
-    number = EPILOGUES.index(epilogue)
-    launch_expand(y, result, y, read, (adapted, widths, number), kv_slots=kv_slots, skip=False)
     return result
 
 

@@ -89,12 +89,14 @@ class Step:
         active: [2 + E] int64, the experts that the step needs, see `spread_routes`.
         workspace: what launches share.
         cos_sin: [N, D], cosines of each token's position, then sines; None without "rotary".
+        tile_blocks: for `Shape.tile_blocks`, see `page_routes`.
     """
 
     gates: torch.Tensor
     active: torch.Tensor
     workspace: Workspace
     cos_sin: torch.Tensor | None = None
+    tile_blocks: torch.Tensor | None = None
 
 
 def stays_in_place(shape: Shape) -> bool:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from vllm_adafuse.kernels.add_norm import add_norm_torch, add_norm_triton
-from vllm_adafuse.kernels.expand import epilogue_triton
+from vllm_adafuse.kernels.device.epilogues import EPILOGUES, result_of
+from vllm_adafuse.kernels.expand import Read, launch_expand
 from vllm_adafuse.kernels.kv_slots import KVSlots
 from vllm_adafuse.kernels.operands import Projection, Step
 from vllm_adafuse.kernels.projection import epilogue_torch, linear
@@ -49,3 +50,29 @@ def page_linear_norm(
     if y.is_cuda:
         return add_norm_triton(y, None, residual, p.norm, p.lora_b, step.gates, z=y)
     return add_norm_torch(y, residual, p.norm)
+
+
+def epilogue_triton(
+    y: torch.Tensor, p: Projection, step: Step, kv_slots: KVSlots | None = None
+) -> torch.Tensor:
+    """What follows an adapted projection, without any deltas, in one launch.
+
+    Args:
+        y: [T, out], W x and the bias; rows contiguous.
+        p: the projection, with an activation or "rotary".
+        step: of which `cos_sin` is read.
+        kv_slots: where k and v go with "rotary", whose columns of the result stay undefined then.
+
+    Returns:
+        [T, out], or [T, I] after silu or gelu_tanh; contiguous, or in y with `strided_out`.
+    """
+    widths, epilogue = p.shape.widths, p.shape.kernel_epilogue
+    result = result_of(y, widths, epilogue, p.strided_out)
+    if result is y:
+        result = torch.empty_like(y)
+    adapted = (-1,) * len(widths)
+    # Of B and s, of which none is read, the smallest there could be.
+    read = Read(None, p.lora_b[:, :1], None, step.active, step.cos_sin)
+    number = EPILOGUES.index(epilogue)
+    launch_expand(y, result, y, read, (adapted, widths, number), kv_slots=kv_slots, skip=False)
+    return result

@@ -71,6 +71,8 @@ class Shape:
         head_dim: with "rotary", else 0.
         has_bias: a bias is added.
         fused: W is not quantised, and stands in one tensor with A.
+        tile_blocks: long steps list for every tile of tokens the blocks of experts that it has,
+            and leave out the others, see `page_routes`.
     """
 
     size_in: int
@@ -83,6 +85,7 @@ class Shape:
     head_dim: int = 0
     has_bias: bool = False
     fused: bool = True
+    tile_blocks: bool = False
 
     @property
     def kernel_epilogue(self) -> str:

@@ -7,7 +7,8 @@ thousands of tokens on Hopper and later, where it is bound by the traffic of y a
 keeps s of its tokens in registers and walks along the columns, while the tensor memory accelerator
 brings the next tiles of y and of B, all experts in one product of up to 128 ranks, and takes the
 last results away; two programs to a processor wait by turns. Of more ranks it takes the first
-experts, and cuBLAS has added the others before (dense_expand.py). SGMM (AdaFuse,
+experts, and cuBLAS has added the others before (dense_expand.py); of pages it takes the blocks that
+are listed for its tokens (page_routes.py), most often one. SGMM (AdaFuse,
 arXiv 2603.11873, section 3).
 """
 
@@ -24,20 +25,48 @@ from vllm_adafuse.kernels.configs import ExpandConfig
 from vllm_adafuse.kernels.device.epilogues import activate, result_of, rotate, turns_of_heads
 from vllm_adafuse.kernels.device.gates import load_gates, weigh
 from vllm_adafuse.kernels.device.slices import group_of_tiles, grouped_tiles
-from vllm_adafuse.kernels.dispatch import choose_wide, experts_at_once
+from vllm_adafuse.kernels.dispatch import choose_wide, choose_wide_many, experts_at_once
 from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, head_in_kv, rows_in_kv
 from vllm_adafuse.kernels.launch import launch, overlap
 from vllm_adafuse.kernels.operands import Projection, Step
+from vllm_adafuse.kernels.page_routes import TILE_TOKENS
 from vllm_adafuse.kernels.plans import on_hopper
 from vllm_adafuse.kernels.whole import cdiv
 
 
 @triton.jit
-def _add_delta(y_desc, b_desc, s, first_token, column):
-    """A tile of y, and to it s B, [BLOCK_T, COLS] float32."""
-    b = b_desc.load([column, 0])
+def _weighed(
+    lora_a_out_desc, gates_ptr, rows, token_mask, n_experts, block, first_token, first_rank,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """s of a block of experts, by the gates. From a descriptor, so that it lies in registers as
+    products take it; what comes by pointers lies in shared memory, and every product fetches it
+    from there."""
+    gates = load_gates(gates_ptr, rows, token_mask, n_experts, block, BLOCK_T, BLOCK_E, RANK)
+    return weigh(lora_a_out_desc.load([first_token, first_rank + block * BLOCK_E * RANK]), gates)
+
+
+@triton.jit
+def _add_delta(
+    y_desc, b_desc, lora_a_out_desc, s, gates_ptr, listed_ptr, count, rows, token_mask, n_experts,
+    first_token, column, first_rank, first_block, MANY: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """A tile of y, and to it s B, [BLOCK_T, COLS] float32; MANY: of all blocks that are listed."""
     y = y_desc.load([first_token, column]).to(tl.float32)
-    return tl.dot(s, b.T, y, input_precision="ieee")
+    if MANY:
+        for i in range(count):
+            block = tl.load(listed_ptr + i)
+            b = b_desc.load([column, block * BLOCK_E * RANK])
+            of_block = _weighed(
+                lora_a_out_desc, gates_ptr, rows, token_mask, n_experts, block, first_token,
+                first_rank, BLOCK_T, BLOCK_E, RANK,
+            )  # fmt: skip
+            y = tl.dot(of_block, b.T, y, input_precision="ieee")
+    else:
+        b = b_desc.load([column, first_block * BLOCK_E * RANK])
+        y = tl.dot(s, b.T, y, input_precision="ieee")
+    return y
 
 
 @triton.jit
@@ -47,45 +76,46 @@ def _store_tile(out_desc, tile, first_token, offset, within):
     out_desc.store([first_token, offset + within], tile.to(out_desc.dtype))
 
 
-@triton.jit(do_not_specialize=["n_tokens"])
-def _tma_expand_kernel(
-    y_desc, b_desc, out_desc, lora_a_out_desc, gates_ptr, cos_sin_ptr,
-    n_tokens, n_experts,
-    keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
-    TILES0: tl.constexpr, TILES1: tl.constexpr, TILES2: tl.constexpr,
-    EPILOGUE: tl.constexpr, APART: tl.constexpr, KV: tl.constexpr, PIECES: tl.constexpr,
-    RANK: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_T: tl.constexpr, COLS: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+@triton.jit
+def _walk(
+    y_desc, b_desc, out_desc, lora_a_out_desc, gates_ptr, cos_sin_ptr, listed_ptr, count,
+    first_block, first_token, n_tokens, n_experts, slice_idx, first_tile, end, offset, piece,
+    keys_ptr, values_ptr, kv_starts, slot_mask, head_stride,
+    EPILOGUE: tl.constexpr, APART: tl.constexpr, STEP: tl.constexpr, KV: tl.constexpr,
+    RANK: tl.constexpr, SIZE: tl.constexpr, BLOCK_E: tl.constexpr, MANY: tl.constexpr,
+    BLOCK_T: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    if PDL:  # launched while the kernel before it ends
-        tl.extra.cuda.gdc_wait()
-    # From one tile to the next: whole heads, of each of which a tile has a piece of both halves.
-    STEP: tl.constexpr = 2 * APART if EPILOGUE == 3 else COLS
-    group, piece = tl.program_id(0) // PIECES, tl.program_id(0) % PIECES * COLS
-    slice_idx, first_tile, end, before = group_of_tiles(group, TILES0, TILES1, TILES2, LOOP)
-    offset = before * STEP
-    first_token = tl.program_id(1) * BLOCK_T
+    """A program's tiles, side by side."""
     rows = first_token + tl.arange(0, BLOCK_T)
     token_mask = rows < n_tokens
-    SIZE: tl.constexpr = EXPERTS * RANK
-    gates = load_gates(gates_ptr, rows, token_mask, n_experts, 0, BLOCK_T, BLOCK_E, RANK)
-    # From a descriptor, so that it lies in registers as products take it; what comes by pointers
-    # lies in shared memory, and every product fetches it from there.
-    s = weigh(lora_a_out_desc.load([first_token, slice_idx * SIZE]), gates)
-    lora_a_out_up = s
-    if EPILOGUE == 1 or EPILOGUE == 2:
-        lora_a_out_up = weigh(lora_a_out_desc.load([first_token, SIZE]), gates)
+    of_up = SIZE if EPILOGUE == 1 or EPILOGUE == 2 else slice_idx * SIZE
+    s, lora_a_out_up = 0, 0
+    if not MANY:  # those of one block stay in registers
+        s = _weighed(
+            lora_a_out_desc, gates_ptr, rows, token_mask, n_experts, first_block, first_token,
+            slice_idx * SIZE, BLOCK_T, BLOCK_E, RANK,
+        )  # fmt: skip
+        lora_a_out_up = s
+        if EPILOGUE == 1 or EPILOGUE == 2:
+            lora_a_out_up = _weighed(
+                lora_a_out_desc, gates_ptr, rows, token_mask, n_experts, first_block, first_token,
+                of_up, BLOCK_T, BLOCK_E, RANK,
+            )  # fmt: skip
     if EPILOGUE == 3:  # a program's tiles are the same piece of their heads, so all turn alike
         cos, sin = turns_of_heads(cos_sin_ptr, rows, token_mask, slice_idx, piece, APART, COLS)
-    kv_starts, slot_mask = rows_in_kv(
-        slots_ptr, rows, token_mask, block_size, block_stride, row_stride, KV
-    )
     for tile in tl.range(first_tile, end, num_stages=STAGES):
         within = tile * STEP + piece
-        y = _add_delta(y_desc, b_desc, s, first_token, offset + within)
+        y = _add_delta(
+            y_desc, b_desc, lora_a_out_desc, s, gates_ptr, listed_ptr, count, rows, token_mask,
+            n_experts, first_token, offset + within, slice_idx * SIZE, first_block, MANY, BLOCK_T,
+            BLOCK_E, RANK,
+        )  # fmt: skip
         if EPILOGUE != 0:
-            up = _add_delta(y_desc, b_desc, lora_a_out_up, first_token, offset + within + APART)
+            up = _add_delta(
+                y_desc, b_desc, lora_a_out_desc, lora_a_out_up, gates_ptr, listed_ptr, count, rows,
+                token_mask, n_experts, first_token, offset + within + APART, of_up, first_block,
+                MANY, BLOCK_T, BLOCK_E, RANK,
+            )  # fmt: skip
             if EPILOGUE == 3:
                 y, up = rotate(y, up, cos.to(tl.float32), sin.to(tl.float32))
                 if not KV:
@@ -103,6 +133,46 @@ def _tma_expand_kernel(
                 y = activate(y, up, EPILOGUE)
         if not KV:
             _store_tile(out_desc, y, first_token, offset, within)
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def _tma_expand_kernel(
+    y_desc, b_desc, out_desc, lora_a_out_desc, gates_ptr, cos_sin_ptr, tile_blocks_ptr,
+    n_tokens, n_experts,
+    keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
+    TILES0: tl.constexpr, TILES1: tl.constexpr, TILES2: tl.constexpr,
+    EPILOGUE: tl.constexpr, APART: tl.constexpr, KV: tl.constexpr, PIECES: tl.constexpr,
+    RANK: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, LISTED: tl.constexpr,
+    MANY: tl.constexpr, BLOCK_T: tl.constexpr, COLS: tl.constexpr, LOOP: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:  # launched while the kernel before it ends
+        tl.extra.cuda.gdc_wait()
+    # From one tile to the next: whole heads, of each of which a tile has a piece of both halves.
+    STEP: tl.constexpr = 2 * APART if EPILOGUE == 3 else COLS
+    SIZE: tl.constexpr = EXPERTS * RANK
+    group, piece = tl.program_id(0) // PIECES, tl.program_id(0) % PIECES * COLS
+    slice_idx, first_tile, end, before = group_of_tiles(group, TILES0, TILES1, TILES2, LOOP)
+    offset = before * STEP
+    first_token = tl.program_id(1) * BLOCK_T
+    rows = first_token + tl.arange(0, BLOCK_T)
+    kv_starts, slot_mask = rows_in_kv(
+        slots_ptr, rows, rows < n_tokens, block_size, block_stride, row_stride, KV
+    )
+    listed_ptr, count, first_block = tile_blocks_ptr, 1, 0
+    if LISTED:
+        BLOCKS: tl.constexpr = (EXPERTS + BLOCK_E - 1) // BLOCK_E
+        listed_ptr += first_token // LISTED * (1 + BLOCKS)
+        count = tl.load(listed_ptr)
+        listed_ptr += 1
+        first_block = tl.load(listed_ptr, mask=count > 0, other=0)
+    if (count > 1) == MANY:
+        _walk(
+            y_desc, b_desc, out_desc, lora_a_out_desc, gates_ptr, cos_sin_ptr, listed_ptr,
+            count, first_block, first_token, n_tokens, n_experts, slice_idx, first_tile, end,
+            offset, piece, keys_ptr, values_ptr, kv_starts, slot_mask, head_stride,
+            EPILOGUE, APART, STEP, KV, RANK, SIZE, BLOCK_E, MANY, BLOCK_T, COLS, STAGES,
+        )  # fmt: skip
 
 
 def tma_expand_triton(
@@ -129,25 +199,36 @@ def tma_expand_triton(
     Returns:
         [T, out], or [T, I] after silu or gelu_tanh; contiguous, or in y.
     """
-    (tokens, out), widths, epilogue = y.shape, p.shape.widths, p.shape.kernel_epilogue
-    experts, rank, lora_b = p.shape.num_experts, p.shape.rank, p.lora_b
+    tokens, widths, epilogue = y.shape[0], p.shape.widths, p.shape.kernel_epilogue
     config = blocks or choose_wide(tokens, math.gcd(*widths), epilogue)
-    shape = experts, rank, widths, epilogue, p.shape.head_dim // 2
-    groups, constants = _plan(*shape, config, on_hopper(y))
+    result, listed = result_of(y, widths, epilogue, p.strided_out), step.tile_blocks is not None
+    operands = y, s, result, p, step, kv_slots
+    _launch(operands, config, p.shape.tile_blocks and listed)
+    if p.shape.tile_blocks and listed:
+        _launch(operands, choose_wide_many(config), True, many=True)
+    return result
+
+
+def _launch(operands: tuple, config: ExpandConfig, listed: bool, many: bool = False) -> None:
+    """One launch; many: for tiles of tokens with several blocks, which need registers that the
+    others lack then."""
+    y, s, result, p, step, kv_slots = operands
+    (tokens, out), shape, lora_b = y.shape, p.shape, p.lora_b
+    experts, rank = shape.num_experts, shape.rank
+    of_shape = experts, rank, shape.widths, shape.kernel_epilogue, shape.head_dim // 2
+    groups, constants = _plan(*of_shape, config, on_hopper(y))
     columns, ranks = constants["COLS"], constants["BLOCK_E"] * rank
     block, size = [config.tokens, columns], experts * rank
-    y_desc = TensorDescriptor.from_tensor(y, block)
-    result, out_desc = result_of(y, widths, epilogue, p.strided_out), y_desc
+    out_desc = y_desc = TensorDescriptor.from_tensor(y, block)
     if result.data_ptr() != y.data_ptr():
         out_desc = TensorDescriptor.from_tensor(result, block)
     launch(
         _tma_expand_kernel, (groups, cdiv(tokens, config.tokens)),
         y_desc, TensorDescriptor(lora_b, [out, size], [size, 1], [columns, ranks]), out_desc,
         TensorDescriptor.from_tensor(s, [config.tokens, ranks]), step.gates, step.cos_sin,
-        tokens, experts, *(kv_slots or NO_KV_SLOTS),
-        KV=kv_slots is not None, **constants,
+        step.tile_blocks, tokens, experts, *(kv_slots or NO_KV_SLOTS),
+        KV=kv_slots is not None, LISTED=TILE_TOKENS if listed else 0, MANY=many, **constants,
     )  # fmt: skip
-    return result
 
 
 @functools.cache
@@ -162,5 +243,6 @@ def _plan(
     return groups * pieces, tiles | {
         "PIECES": pieces, "COLS": columns,
         "RANK": rank, "EXPERTS": experts, "BLOCK_E": experts_at_once(experts, rank),
-        "BLOCK_T": config.tokens, "STAGES": config.stages, "num_warps": config.warps, **overlap(hopper),
+        "BLOCK_T": config.tokens, "STAGES": config.stages, "num_warps": config.warps,
+        **overlap(hopper),
     }  # fmt: skip

@@ -34,6 +34,7 @@ POINTERS = {
     **dict.fromkeys("x_ptr w_ptr bias_ptr a_ptr b_ptr y_ptr out_ptr lora_a_out_ptr".split(), "*bf16"),
     **dict.fromkeys("residual_ptr weight_ptr z_ptr cos_sin_ptr".split(), "*bf16"),
     **dict.fromkeys("gates_ptr partial_ptr weights_ptr".split(), "*fp32"),
+    "tile_blocks_ptr": "*i32",
     **dict.fromkeys("split_k_semaphore_ptr semaphore_ptr semaphores_ptr ids_ptr places_ptr".split(), "*i32"),
     **dict.fromkeys("active_ptr table_ptr row_ptr merged_ptr slots_ptr".split(), "*i64"),
     **dict.fromkeys(("keys_ptr", "values_ptr"), "*bf16"),
@@ -179,6 +180,7 @@ def main() -> None:
                 "RAW": True, "ALL": True, "ALL_ADAPTED": True, "EVEN": True,
                 "BLOCK_T": cut.tokens, "BLOCK_OUT": columns,
                 "LOOP": cut.loop, "STAGES": cut.stages, "PDL": True, "SPLIT_K": 0,
+                "LISTED": 0, "tile_blocks_ptr": None,
             }  # fmt: skip
             name = f"expand act={number} tokens={tokens}"
             rows.append(build(name, expand._expand_kernel, constants, cut.warps, 2))
@@ -186,17 +188,20 @@ def main() -> None:
                 name, constants = f"{name}, slices", constants | {"SPLIT_K": 2}
                 rows.append(build(name, expand._expand_kernel, constants, cut.warps, 2))
         widths = [shape[f"WIDTH{i}"] for i in range(3) if shape[f"WIDTH{i}"]]
-        for tokens, experts in ((2048, 8), (16000, 8), (16000, 16)):
+        for tokens, experts, many in ((2048, 8, 0), (16000, 8, 0), (16000, 16, 0), (16000, 32, 1)):
             cut, half = dispatch.choose_wide(tokens, widths[0], act), shape["HALF"]
+            cut = dispatch.choose_wide_many(cut) if many else cut
             _, constants = tma_expand._plan(experts, 16, tuple(widths), act, half, cut, True)
             constants = {k: v for k, v in constants.items() if k.isupper()} | paged
             constants |= {} if act == "rotary" else {"cos_sin_ptr": None}
+            constants |= {"LISTED": 128 * many, "MANY": many > 0}
+            constants |= {} if many else {"tile_blocks_ptr": None}
             block = f"tensordesc<bf16[{cut.tokens}, {cut.columns}]>"
             POINTERS.update(y_desc=block, out_desc=block)
             POINTERS["b_desc"] = f"tensordesc<bf16[{cut.columns}, 128]>"
             POINTERS["lora_a_out_desc"] = f"tensordesc<bf16[{cut.tokens}, 128]>"
             name, kernel = f"tma_expand act={number} {tokens}", tma_expand._tma_expand_kernel
-            name += ", E=16" if experts == 16 else ""
+            name += f", E={experts}" if experts != 8 else ""
             rows.append(build(name, kernel, constants, cut.warps, cut.stages))
     for tokens in (1, 100, 16000):
         split, expands = 2 * (tokens == 1), tokens > 1000

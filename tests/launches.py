@@ -43,7 +43,7 @@ from vllm_adafuse.kernels.layerwise.operands import LayerGate, LayerGates, Layer
 from vllm_adafuse.kernels.layerwise.sgmm import layer_sgmm
 from vllm_adafuse.kernels.operands import Norm, Projection, Step, stays_in_place
 from vllm_adafuse.kernels.page_linear import page_linear, page_linear_norm
-from vllm_adafuse.kernels.page_routes import page_routes
+from vllm_adafuse.kernels.page_routes import PageGates, new_tile_blocks, page_routes
 from vllm_adafuse.kernels.plans import Device, Shape
 from vllm_adafuse.kernels.projection import linear
 from vllm_adafuse.kernels.projection_norm import linear_norm
@@ -189,6 +189,7 @@ def one_decision(
     top_k, i32, f32 = 2, torch.int32, torch.float32
     ids, weights = empty(MOST, top_k, dtype=i32), empty(MOST, top_k, dtype=f32)
     gates, active = empty(MOST, experts, dtype=f32), empty(2 + experts, dtype=torch.int64)
+    tile_blocks = new_tile_blocks(MOST, experts, CPU)
     table, semaphores = empty(32000, top_k, dtype=i32), empty(9, 4, dtype=i32)
     table_weights = empty(32000, top_k, dtype=f32)
     workspace = Workspace.make(1 << 30, 1 << 30, 1 << 20, CPU)
@@ -203,6 +204,7 @@ def one_decision(
         shape = Shape(
             size_in, tuple(widths), tuple(of), experts, rank, dtype.itemsize, epilogue,
             128 if epilogue == "rotary" else 0, has_bias, fused,
+            tile_blocks=paged and experts * rank > 128,
         )  # fmt: skip
         fused_weight = new(shape.fused_rows, size_in)
         return Projection(
@@ -222,11 +224,12 @@ def one_decision(
         if paged:
             named = empty(tokens, dtype=i32), empty(MOST, dtype=i32), empty(12, experts, dtype=i32)
             page_routes(*named, empty(8, 32000, dtype=i32), empty(8, 32000, dtype=torch.float32),
-                        gates, active, semaphores)  # fmt: skip
+                        PageGates(gates, active, tile_blocks, semaphores))  # fmt: skip
         else:
             gather_routes(empty(tokens, dtype=i32), table, table_weights, ids, weights)
             spread_routes(ids, weights, gates, active, semaphores, tokens)
         step, turns = Step(gates, active, workspace), new(MOST, 128)
+        step = replace(step, tile_blocks=tile_blocks if paged else None)
         for widths, act, of in (
             ([4096, 1024, 1024], "rotary", list(adapted)),
             ([11008] * 2, "silu", [0, 1]),

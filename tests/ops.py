@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from vllm_adafuse.kernels.operands import Projection, Step, stays_in_place
+from vllm_adafuse.kernels.page_routes import list_blocks, new_tile_blocks
 from vllm_adafuse.kernels.plans import Shape
 from vllm_adafuse.kernels.projection_norm import workspace_sizes
 from vllm_adafuse.kernels.spread_routes import list_active, new_active
@@ -48,8 +49,8 @@ class Problem:
             in_place and stays_in_place(shape),
         )  # fmt: skip
 
-    def step(self, cos_sin=None) -> Step:
-        return Step(self.gates, self.active, self.workspace, cos_sin)
+    def step(self, cos_sin=None, tile_blocks=None) -> Step:
+        return Step(self.gates, self.active, self.workspace, cos_sin, tile_blocks)
 
     @property
     def s_shape(self) -> tuple[int, int, int]:
@@ -133,6 +134,23 @@ def make_problem(
         adapted=adapted,
         widths=list(widths),
     )
+
+
+def leave_pages_to_tiles(p: Problem) -> torch.Tensor:
+    """Takes from the problem's tokens the gates of some blocks of pages, others in every 128 of
+    them; the lists that say so."""
+    tokens, pages = len(p.x), p.gates.shape[1]
+    blocks = -(-pages // 8)
+    for tile in range(-(-tokens // 128)):
+        of_tile = p.gates[tile * 128 : min(tokens, tile * 128 + 128)]
+        for block in range(blocks):
+            if (tile, block) not in ((0, 1), (1, 0), (1, 2)):
+                of_tile[:, block * 8 : block * 8 + 8] = 0
+    tile_blocks = new_tile_blocks(tokens, pages, p.x.device)
+    list_blocks(p.gates[:tokens], tile_blocks)
+    for listed in tile_blocks:
+        listed[1 + int(listed[0]) :] = 99  # not to be looked at
+    return tile_blocks
 
 
 def in_whole_numbers(p: Problem) -> Problem:

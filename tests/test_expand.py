@@ -9,6 +9,7 @@ from ops import (
     error,
     from_fused,
     hide_from_others,
+    leave_pages_to_tiles,
     linear_truth,
     make_problem,
     shrink_truth,
@@ -55,6 +56,18 @@ def test_from_raw_sums_equals_float64(tokens, adapted, epilogue):
     out = expand_raw_triton(whole[:, :280], whole[:, 280:], bias, of, p.step())
     truth = y.double() + bias.double() + delta_truth(p)
     assert error(out, activate_torch(truth, epilogue) if epilogue else truth) <= 1e-5
+
+
+@pytest.mark.parametrize("epilogue", ["", "silu"])
+def test_blocks_of_pages_that_tiles_of_tokens_list(epilogue):
+    p = make_problem(290, 32, [48, 48], 20, 3, 16)
+    tile_blocks = leave_pages_to_tiles(p)
+    y, s = from_fused(p)
+    hide_from_others(p, s)
+    of = p.projection(epilogue)
+    of = replace(of, shape=replace(of.shape, tile_blocks=True))
+    out = expand_raw_triton(y, s, None, of, p.step(tile_blocks=tile_blocks))
+    assert error(out, linear_truth(p, epilogue)) <= 1e-5
 
 
 @pytest.mark.parametrize("shape", [(5, 48, [40, 40], 3, 1, 4), (70, 48, [64], 20, 2, 16)])

@@ -7,9 +7,8 @@ from ops import DEVICE, error, linear_truth, make_problem
 from test_kv_slots import make_pages, wanted
 from vllm_adafuse.kernels.add_norm import add_norm_torch
 from vllm_adafuse.kernels.device.epilogues import activate_torch, rotate_torch
-from vllm_adafuse.kernels.expand import epilogue_triton
 from vllm_adafuse.kernels.operands import Norm
-from vllm_adafuse.kernels.page_linear import page_linear, page_linear_norm
+from vllm_adafuse.kernels.page_linear import epilogue_triton, page_linear, page_linear_norm
 from vllm_adafuse.kernels.projection import epilogue_torch
 
 

@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from vllm_adafuse.kernels.page_routes import page_routes, page_routes_torch, page_routes_triton
+from vllm_adafuse.kernels.page_routes import (
+    PageGates,
+    new_tile_blocks,
+    page_routes,
+    page_routes_torch,
+    page_routes_triton,
+)
 from vllm_adafuse.kernels.spread_routes import new_active
 
 VOCAB, COLUMNS = 50, 8
@@ -54,22 +60,28 @@ def expected(ids, slots, directory, table, weights):
 
 
 def outputs(rows: int, pages: int):
-    return torch.full((rows, pages), 7.0), new_active(pages), torch.ones(300, 4, dtype=torch.int32)
+    lists = new_active(pages), new_tile_blocks(rows, pages)
+    semaphores = torch.ones(300, 4, dtype=torch.int32)
+    return PageGates(torch.full((rows, pages), 7.0), *lists, semaphores)
 
 
 @pytest.mark.parametrize("run", [page_routes_torch, page_routes_triton], ids=["torch", "triton"])
-@pytest.mark.parametrize("tokens, pages", [(1, 2), (7, 33), (40, 16), (60, 100), (300, 40)])
+@pytest.mark.parametrize("tokens, pages", [(1, 2), (7, 33), (40, 16), (60, 100), (300, 40), (257, 3)])
 def test_gates_of_each_token_are_its_adapters(run, tokens, pages):
     arguments = problem(tokens, pages)
-    gates, active, semaphores = outputs(tokens + 3, pages)
-    run(*arguments, gates, active, semaphores)
+    gates, active, tile_blocks, semaphores = into = outputs(tokens + 3, pages)
+    run(*arguments, into)
     reference = expected(*arguments)
     torch.testing.assert_close(gates[:tokens], reference)
     assert (gates[tokens:] == 7).all() and (semaphores == 0).all()
     used = (reference != 0).any(0).nonzero()[:, 0].tolist()
     if tokens > 256:
         assert active[0] == -1
+        for listed, of_tile in zip(tile_blocks.tolist(), reference.split(128), strict=True):
+            blocks = sorted({page // 8 for page in (of_tile != 0).any(0).nonzero()[:, 0].tolist()})
+            assert listed[: 1 + len(blocks)] == [len(blocks), *blocks]
         return
+    assert not tile_blocks.any()
     assert active[0] == (sum(1 << p for p in used) if pages <= 64 else -1)
     assert active[1] == len(used) and active[2 : 2 + len(used)].tolist() == used
 
@@ -77,6 +89,6 @@ def test_gates_of_each_token_are_its_adapters(run, tokens, pages):
 def test_the_op_is_what_torch_compile_expects():
     arguments = (*problem(9, 12), *outputs(12, 12))
     torch.library.opcheck(torch.ops.vllm_adafuse.page_routes.default, arguments)
-    gates, active, semaphores = outputs(12, 12)
-    page_routes(*arguments[:5], gates, active, semaphores)
-    torch.testing.assert_close(gates[:9], expected(*arguments[:5]))
+    into = outputs(12, 12)
+    page_routes(*arguments[:5], into)
+    torch.testing.assert_close(into.gates[:9], expected(*arguments[:5]))

@@ -10,6 +10,7 @@ from ops import (
     from_fused,
     hide_from_others,
     in_whole_numbers,
+    leave_pages_to_tiles,
     linear_truth,
     make_problem,
     twice_from_fused,
@@ -115,6 +116,27 @@ def test_what_others_see_of_an_expert_does_not_matter(name):
     hide_from_others(p, s)
     found = tma_expand_triton(y, s, p.projection(epilogue), p.step())
     assert error(found, linear_truth(p, epilogue)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "widths, pages, epilogue",
+    [([64, 32], 20, ""), ([64, 64], 20, "silu"), ([64, 64, 64], 24, "rotary")],
+    ids=["one-product", "gate-up", "rotary"],
+)
+@pytest.mark.parametrize("tokens_at_once", [32, 128])
+def test_blocks_of_pages_that_tiles_of_tokens_list(widths, pages, epilogue, tokens_at_once):
+    p = make_problem(290, 32, widths, pages, 3, 16)
+    tile_blocks, cos_sin = leave_pages_to_tiles(p), None
+    want = linear_truth(p, "" if epilogue == "rotary" else epilogue)
+    if epilogue == "rotary":
+        cos_sin = torch.randn(300, 64, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+        want = rotate_torch(want, cos_sin.double(), p.widths[0] + p.widths[1])
+    y, s = from_fused(p)
+    hide_from_others(p, s)
+    of = p.projection(epilogue, cos_sin)
+    of = replace(of, shape=replace(of.shape, tile_blocks=True))
+    step, cut = p.step(cos_sin, tile_blocks), ExpandConfig(tokens_at_once, 32, 2, 4, 2)
+    assert error(tma_expand_triton(y, s, of, step, cut), want) <= 1e-5
 
 
 def test_which_ranks_it_takes():

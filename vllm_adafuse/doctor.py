@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +15,10 @@ import vllm_adafuse
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.explain import Line, Model, explain, shapes_of
 from vllm_adafuse.format.backbone import Backbone
-from vllm_adafuse.kernels.configs import configs_of, shape_key
+from vllm_adafuse.kernels.configs import BLOCK_ER, PAGE_RANKS, configs_of, shape_key
 from vllm_adafuse.kernels.plans import Device, Shape
 from vllm_adafuse.serving.adapters import LORA, OpenedAdapter, open_adapter
-from vllm_adafuse.serving.pool import PAGE_RANKS, Size, misfits, pool_size
+from vllm_adafuse.serving.pool import Size, misfits, pool_size
 from vllm_adafuse.serving.vllm_api import BEFORE, DISTRIBUTIONS, MINIMUM
 
 PLUGIN, GROUP = "adafuse", "vllm.general_plugins"
@@ -232,7 +232,8 @@ def _pool_shapes(backbone: Backbone, model: Model, size: Size, ranks: int):
     """As serving/page_bank.py has them: all linears, and an expert for each page."""
     config = SimpleNamespace(num_experts=size.pages, rank=PAGE_RANKS)
     everywhere = SimpleNamespace(projections=tuple(backbone.linears), config=config)
-    return shapes_of(backbone, model, everywhere, ranks)
+    for layer, name, shape in shapes_of(backbone, model, everywhere, ranks):
+        yield layer, name, replace(shape, tile_blocks=shape.ranks > BLOCK_ER)
 
 
 # -- kernels ---------------------------------------------------------------------------------------

@@ -81,17 +81,23 @@ def load_both(
 
 @triton.jit
 def add_deltas(
-    y, first_b, first_s, lora_a_out_at, gates_ptr, active_bits, b_at, rows, token_mask, col_mask,
-    n_experts, RANK: tl.constexpr, RAW: tl.constexpr, SKIP: tl.constexpr, EVEN: tl.constexpr,
-    EVEN_K: tl.constexpr, ONE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    y, first_b, first_s, lora_a_out_at, gates_ptr, active_bits, listed_ptr, b_at, rows, token_mask,
+    col_mask, n_experts, RANK: tl.constexpr, RAW: tl.constexpr, SKIP: tl.constexpr,
+    LISTED: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr, ONE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """y + Σ_e s[rows, e] B[columns, e], [BLOCK_T, BLOCK_OUT] float32; ONE: one chunk is all."""
+    """y + Σ_e s[rows, e] B[columns, e], [BLOCK_T, BLOCK_OUT] float32; ONE: one chunk is all;
+    LISTED: which chunks these rows have stands in a list, behind their number."""
     if ONE:
         return tl.dot(first_s, tl.trans(first_b), y, input_precision="ieee")
     BLOCKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
-    for i in range(tl.cdiv(n_experts, BLOCK_E) * BLOCKS):
+    count = tl.cdiv(n_experts, BLOCK_E)
+    if LISTED:
+        count = tl.load(listed_ptr)
+    for i in range(count * BLOCKS):
         chunk, first_rank = i // BLOCKS, i % BLOCKS * BLOCK_R
+        if LISTED:
+            chunk = tl.load(listed_ptr + 1 + chunk)
         expert_mask = True
         if SKIP:  # BLOCK_E is 1: is this expert there?
             expert_mask = (active_bits >> chunk) & 1 != 0

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from vllm.model_executor.layers.linear import LinearBase
+from vllm_adafuse.kernels.configs import BLOCK_ER
+from vllm_adafuse.kernels.operands import Step
+from vllm_adafuse.kernels.plans import Shape
 from vllm_adafuse.serving import ops
 from vllm_adafuse.serving.bank import ExpertBank
 from vllm_adafuse.serving.page_step import PageStep
@@ -41,6 +45,17 @@ class PageBank(ExpertBank):
         self.sizes = [
             (layer.input_size, sum(shard.full for shard in shards)) for shards in self.linear_shards
         ]
+
+    @functools.cached_property
+    def shape(self) -> Shape:
+        """As an `ExpertBank`'s; where one product has not all pages, long steps list blocks."""
+        shape = super().shape
+        return replace(shape, tile_blocks=shape.ranks > BLOCK_ER)
+
+    @functools.cached_property
+    def step(self) -> Step:
+        """As an `ExpertBank`'s."""
+        return replace(super().step, tile_blocks=self.route.tile_blocks)
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """y + delta, in place, in steps that have adapters. x: [..., in], y: [..., out]."""

@@ -9,7 +9,16 @@ import torch
 from vllm.platforms import current_platform
 from vllm_adafuse.format.config import AdapterConfig
 from vllm_adafuse.kernels.context_routes import CONTEXT_COLUMNS, ContextRoutes, context_routes
-from vllm_adafuse.kernels.page_routes import COLUMNS, EXPERT, OWNER, SCALE, TOP_K, page_routes
+from vllm_adafuse.kernels.page_routes import (
+    COLUMNS,
+    EXPERT,
+    OWNER,
+    SCALE,
+    TOP_K,
+    PageGates,
+    new_tile_blocks,
+    page_routes,
+)
 from vllm_adafuse.serving.past import context_of
 from vllm_adafuse.serving.pool import Place, Size
 from vllm_adafuse.serving.requests import Requests, copy_to
@@ -31,6 +40,7 @@ class PageStep(Step):
         has_adapters: [1] bool on the CPU. Ops read it when they run: a compiled model serves both
             kinds of steps, a captured graph the kind of its capture.
         slots: [N] int32, of each token the slot of its adapter, NO_ADAPTER or LOST.
+        tile_blocks: as `page_routes` writes it.
         directory: [3 + C, pages] int32, see `page_routes`.
         rotary: the embedding that projections of queries and keys apply themselves; or None.
         table_ids, table_weights: [C, V + N] int32 and float32: the passports, and behind them
@@ -52,6 +62,7 @@ class PageStep(Step):
         sums = torch.zeros(requests.most, size.columns, dtype=torch.float64)
         for name, tensor in (
             ("slots", torch.full((rows,), NO_ADAPTER, dtype=torch.int32)),
+            ("tile_blocks", new_tile_blocks(rows, size.pages)),
             ("directory", directory),
             ("contexts", contexts),
             ("sums", sums),
@@ -146,7 +157,7 @@ class PageStep(Step):
         )  # fmt: skip
         page_routes(
             self.token_rows[: token_ids.shape[0]], self.slots, self.directory, self.table_ids, c,
-            self.gates, self.active, self.semaphores,
+            PageGates(self.gates, self.active, self.tile_blocks, self.semaphores),
         )  # fmt: skip
 
     def take_from(self, route: Route, tokens: int) -> None:

@@ -11,8 +11,8 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-# Ranks of a page: the least that tensor cores take.
-PAGE_RANKS = 16
+from vllm_adafuse.kernels.configs import PAGE_RANKS
+
 # Columns of passports that are reserved: so many for each adapter of a step, within these limits.
 COLUMNS_PER_ADAPTER, MIN_COLUMNS, MAX_COLUMNS = 4, 8, 64
 
