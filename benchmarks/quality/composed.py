@@ -344,4 +344,4 @@ def steps_of(units: list[Unit]) -> int:
     first = units[0]
     domains = json.loads((first.work / "corpus.json").read_text())["counts"]
     tokens = tokens_of_all(units, len(domains))
-    return plan_steps(first.work, first.size.steps, tokens, first.deadline - time.time())
+    return plan_steps(first, tokens)

@@ -12,7 +12,7 @@ from benchmarks.quality.corpus import PAPER, Recipe, gather
 from benchmarks.quality.sizes import Size
 
 SPECIAL = ["<|bos|>", "<|eos|>", "<|pad|>"]
-TOKENIZER_BYTES = 24 << 20
+TOKENIZER_SHARE = 1 / 6  # of the pretraining text: enough for some thousand tokens, and quick
 CORPUS_FILE, TOKENS_FILE = "corpus.json", "tokens.npz"
 EPOCHS = 4  # a domain with little text is not read more often than this in pretraining
 
@@ -51,7 +51,7 @@ def prepare(
     for domain in corpus.domains:  # equal shares: rare domains are not cut into bytes
         used = 0
         for text in corpus.texts[domain, "adapt"] + corpus.texts[domain, "pretrain"]:
-            if used >= min(TOKENIZER_BYTES, size.pretrain_bytes) / len(corpus.domains):
+            if used >= TOKENIZER_SHARE * size.pretrain_bytes / len(corpus.domains):
                 break
             sample.append(text)
             used += len(text)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -183,7 +182,7 @@ def steps_of(units: list[Unit]) -> int:
     judged = len(arms(size)) * len(KINDS) * len(domains) * size.judge_blocks * size.length
     tokens = lengths * size.steps * size.batch * size.length
     total = len(units) * (COST_OF_ROUTER * tokens + COST_OF_JUDGING * judged)
-    return plan_steps(first.work, size.steps, total, first.deadline - time.time())
+    return plan_steps(first, total)
 
 
 def experiment(

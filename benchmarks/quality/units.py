@@ -74,16 +74,15 @@ def keep(unit: Unit, name: str, make: Callable[[], dict[str, Any]]) -> dict[str,
     return found
 
 
-def plan_steps(work: Path, steps: int, tokens: float, seconds: float) -> int:
+def plan_steps(unit: Unit, tokens: float) -> int:
     """How many steps there is time for; decided once and kept.
 
     Args:
-        work: the folder, with what pretraining says of this machine.
-        steps: at most.
-        tokens: of all pieces with that many, in tokens trained on by a LoRA alone.
-        seconds: that are left.
+        unit: any of the pieces; its folder has what pretraining says of this machine.
+        tokens: of all pieces with all steps, in tokens trained on by a LoRA alone.
     """
-    file = work / "steps.json"
+    work, steps, seconds = unit.work, unit.size.steps, unit.deadline - time.time()
+    file = work / f"{unit.experiment}-steps.json"
     if file.is_file():
         return json.loads(file.read_text())["steps"]
     pace = PACE * json.loads((work / "base.json").read_text())["tokens_per_s"]
