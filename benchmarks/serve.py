@@ -5,12 +5,20 @@
 Random weights, random prompts, greedy, vLLM's own `vllm bench serve` as the client. The servers run
 one after the other on the same GPU. `inf` sends all requests at once: the throughput at saturation.
 Nothing is asked of a hub: the tokenizer has a word for every id.
+
+    python -m benchmarks.serve --model llama-3-8b --engines stock,loras:1,loras:8,loras:32,mixtures:4
+
+Many adapters: `loras:N` and `mixtures:N` are a server of ours with N of them, `vllm:N` vLLM's own LoRA
+with N LoRAs; each request names one of them, drawn at random.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,6 +29,7 @@ from pathlib import Path
 from vllm_adafuse.server import Server, running_server, vllm_serve
 
 from benchmarks import engine, record
+from benchmarks.lora import rank
 
 # Of `vllm bench serve`'s result; ms but for the first two, which are per second.
 FIGURES = (
@@ -33,6 +42,8 @@ FIGURES = (
     "median_itl_ms",
     "p99_itl_ms",
 )
+
+MANY = re.compile(r"(loras|mixtures|vllm):([1-9]\d*)")
 
 
 @dataclass
@@ -53,9 +64,14 @@ class Options:
     memory: float = 0.85
 
     def __post_init__(self):
-        unknown = set(self.engines) - {"stock", "adafuse"}
+        unknown = [
+            k for k in self.engines if k not in ("stock", "adafuse") and not MANY.fullmatch(k)
+        ]
         if unknown:
-            raise ValueError(f"engines has {', '.join(unknown)}, expected stock or adafuse")
+            raise ValueError(
+                f"engines has {', '.join(unknown)}, expected stock, adafuse, loras:N, mixtures:N or "
+                "vllm:N"
+            )
         for rate in self.rates:
             if not float(rate) > 0:
                 raise ValueError(f"rates has {rate}, expected numbers above 0, or inf")
@@ -78,6 +94,28 @@ def save_tokenizer(path: Path, vocab: int) -> None:
     ).save_pretrained(path)
 
 
+def names_of(kind: str, root: Path) -> list[str]:
+    """The adapters that requests of an engine name; makes those that are not there under `root`,
+    as copies of the first of their kind."""
+    if (many := MANY.fullmatch(kind)) is None:
+        return []
+    first = "mixture" if many[1] == "mixtures" else "lora"
+    names = [f"{first}{i}" for i in range(int(many[2]))]
+    for name in names:
+        if not (root / name).exists():
+            shutil.copytree(root / first, root / name, copy_function=os.link)
+    return names
+
+
+def many_options(kind: str, names: list[str], options: Options, root: Path) -> list[str]:
+    """What `vllm serve` is told of the adapters of one engine."""
+    ranks = options.experts * options.r if kind.startswith("mixtures") else options.r
+    argv = ["--enable-lora", "--max-loras", str(len(names)), "--max-lora-rank", str(rank(ranks))]
+    if kind.startswith("vllm"):
+        argv += ["--additional-config", json.dumps(engine.VLLM_LORA)]
+    return [*argv, "--lora-modules", *(f"{name}={root / name}" for name in names)]
+
+
 def command(kind: str, options: Options, root: Path) -> list[str]:
     """The `vllm serve` command of one engine."""
     longest = options.input_len + options.output_len + 16
@@ -86,11 +124,23 @@ def command(kind: str, options: Options, root: Path) -> list[str]:
     if kind == "adafuse":
         overrides = {"adafuse_adapter": str(root / "adapter")}
         argv += ["--hf-overrides", json.dumps(overrides)]
+    if names := names_of(kind, root):
+        argv += many_options(kind, names, options, root)
     return vllm_serve(root / "base", *argv)
 
 
-def load(server: Server, rate: str, options: Options, root: Path, seed: int) -> dict:
+def load(
+    server: Server, rate: str, options: Options, root: Path, seed: int, names: list[str]
+) -> dict:
     """One run of `vllm bench serve`; its figures.
+
+    Args:
+        server: of `command`.
+        rate: requests per second.
+        options: the load.
+        root: for the result.
+        seed: of the prompts.
+        names: the adapters that requests name, empty for the backbone.
 
     Raises:
         RuntimeError: the client failed, or a request did.
@@ -106,6 +156,8 @@ def load(server: Server, rate: str, options: Options, root: Path, seed: int) -> 
     argv += ["--num-prompts", str(options.num_prompts), "--request-rate", rate]
     argv += ["--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "50,99"]
     argv += ["--save-result", "--result-dir", str(root), "--result-filename", result.name]
+    if names:
+        argv += ["--lora-modules", *names, "--lora-assignment", "random"]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode or not result.is_file():
         raise RuntimeError(f"vllm bench serve failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
@@ -126,15 +178,22 @@ def measure(options: Options, logs: Path) -> Iterator[dict]:
         engine.write_config(options, root / "base")
         save_tokenizer(root / "base", engine.SHAPES[options.model][-1])
         mixture = (options.experts, options.r, options.top_k)
-        engine.make_adapter(root / "base", root / "adapter", mixture)
+        if "adafuse" in options.engines:
+            engine.make_adapter(root / "base", root / "adapter", mixture)
+        if any(kind.startswith("mixtures") for kind in options.engines):
+            engine.make_adapter(root / "base", root / "mixture", mixture)
+        if any(kind.startswith(("loras", "vllm")) for kind in options.engines):
+            engine.make_lora(root / "base", root / "lora", options.r)
         for kind in options.engines:
-            log = logs / f"serve-{kind}.log"
+            log = logs / f"serve-{kind.replace(':', '-')}.log"
             with running_server(command(kind, options, root), log, timeout=600) as server:
-                load(server, "inf", options, root, seed=1)  # warm-up
+                names = names_of(kind, root)
+                load(server, "inf", options, root, 1, names)  # warm-up
                 for rate in options.rates:
-                    row = {"engine": kind, "rate": rate} | load(server, rate, options, root, 0)
+                    figures = load(server, rate, options, root, 0, names)
+                    row = {"engine": kind, "rate": rate} | figures
                     print(
-                        f"{kind:8} {rate:>5}/s: {row['output_throughput']:9.1f} tokens/s, TTFT "
+                        f"{kind:12} {rate:>5}/s: {row['output_throughput']:9.1f} tokens/s, TTFT "
                         f"{row['median_ttft_ms']:7.1f} ms (p99 {row['p99_ttft_ms']:.1f}), TPOT "
                         f"{row['median_tpot_ms']:6.2f} ms (p99 {row['p99_tpot_ms']:.2f})",
                         flush=True,
