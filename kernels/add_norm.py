@@ -82,8 +82,8 @@ def _add_norm_kernel(
                     b_at, col_mask, 0, n_experts, 0, RANK, EVEN, EVEN_K, BLOCK_E, BLOCK_R
                 )  # fmt: skip
             z = add_deltas(
-                z, b, s, lora_a_out_at, gates_ptr, -1, b_at, rows, token_mask, col_mask, n_experts,
-                RANK, True, SKIP, EVEN, EVEN_K, ONE, BLOCK_T, BLOCK_E, BLOCK_R,
+                z, b, s, lora_a_out_at, gates_ptr, -1, None, b_at, rows, token_mask, col_mask,
+                n_experts, RANK, True, SKIP, False, EVEN, EVEN_K, ONE, BLOCK_T, BLOCK_E, BLOCK_R,
             )  # fmt: skip
         # What the next layer adds to is what is normed.
         rounded = z.to(z_ptr.dtype.element_ty)
