@@ -28,7 +28,16 @@ import torch
 import triton
 from vllm_adafuse.kernels import dispatch
 from vllm_adafuse.kernels.launch import compile_only
-from vllm_adafuse.kernels.page_routes import COLUMNS, EXPERT, OWNER, SCALE, TOP_K, page_routes
+from vllm_adafuse.kernels.page_routes import (
+    COLUMNS,
+    EXPERT,
+    OWNER,
+    SCALE,
+    TOP_K,
+    PageGates,
+    new_tile_blocks,
+    page_routes,
+)
 from vllm_adafuse.kernels.plans import Device
 from vllm_adafuse.kernels.projection import linear_triton
 from vllm_adafuse.kernels.projection_norm import linear_norm_triton
@@ -154,6 +163,11 @@ def _sides(tokens: tuple[int, ...], shapes: str, kind: str = "tuned", mixture=Mi
     return make
 
 
+def _all(*several):
+    """Several of these together."""
+    return lambda limit: itertools.chain.from_iterable(make(limit) for make in several)
+
+
 def _tiles(*some: tuple[tuple[int, ...], str]):
     """The same of a limit on tiles: tokens and shapes."""
 
@@ -198,16 +212,20 @@ CELLS: dict[str, Callable[[str], Iterable[Cell]]] = {
     "MAX_NORM_TILES": _tiles(((32, 64), "llama-3-8b down, llama-2-13b down, llama-3-70b down")),
     "MAX_STREAM_PROGRAMS": _tiles(((8, 16), "llama-3-8b o, llama-2-13b o, llama-3-70b o")),
     "MAX_FEWEST_TOKENS": _sides(
-        (4, 8), "llama-3-8b o, llama-3-8b down, llama-3.2-3b o", "default"
+        (1, 2, 4, 8), "llama-3-8b o, llama-3-8b down, qwen2.5-7b o, llama-3.2-3b o", "default"
     ),
     "MAX_LOW_TILE_TOKENS": _sides(
         (64, 128), "llama-3-8b o, llama-3-8b down, llama-2-7b qkv, llama-3-70b down", "default"
     ),
     "MAX_UNTILED_TOKENS": _untiled,
-    "MIN_DENSE_TOKENS": _sides(
-        (4, 8), "llama-3-8b qkv, llama-2-7b gate_up, llama-3-70b o", "quantised"
+    "MIN_DENSE_TOKENS": _all(
+        _sides((1, 4, 8), "llama-3-8b qkv, llama-2-7b gate_up, llama-3-70b o", "quantised"),
+        _sides((1, 4, 8), "llama-3-8b qkv, llama-3-70b o", "quantised", Mixture(64)),
     ),
-    "MAX_SHORT_TOKENS": _sides((256, 512), "llama-3-8b qkv, llama-3-8b gate_up, llama-3-70b down"),
+    "MAX_SHORT_TOKENS": _sides(
+        (256, 512, 1024),
+        "llama-3-8b qkv, llama-3-8b gate_up, llama-2-7b qkv, llama-3-70b gate_up, llama-3-70b down",
+    ),
     "MAX_DENSE_NORM_RANKS": _dense_norm,
     "MIN_FUSED_NORM_TOKENS": _sides((4096, 8192), "llama-3-8b o, llama-3-8b down, llama-3-70b o"),
     "MAX_SHRINK_TOKENS": _sides(
@@ -285,6 +303,7 @@ class Runs:
         new = functools.partial(torch.zeros, device=self.device)
         gates, active = new(tokens, experts), new_active(experts, self.device)
         semaphores = new(128, 4, dtype=torch.int32)
+        into = PageGates(gates, active, new_tile_blocks(tokens, experts, self.device), semaphores)
         ids = torch.rand(tokens, experts, device=self.device).argsort(1)[:, :2].int().contiguous()
         weights = torch.rand(tokens, 2, device=self.device)
         directory = new(COLUMNS + columns, experts, dtype=torch.int32)
@@ -302,7 +321,7 @@ class Runs:
 
         def of_pages() -> None:
             for _ in range(ROUTES):
-                page_routes(*named, directory, *tables, gates, active, semaphores)
+                page_routes(*named, directory, *tables, into)
 
         return spread if cell.projection == "spread_routes" else of_pages
 
