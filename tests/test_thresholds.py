@@ -7,7 +7,8 @@ from ops import DEVICE
 from vllm_adafuse.kernels import dispatch, expand
 
 from benchmarks import thresholds
-from benchmarks.thresholds import CELLS, Cell, Runs, beyond, cells_of, limits, measure, verdict
+from benchmarks.threshold_cells import CELLS, Cell, beyond, cells_of, limits
+from benchmarks.thresholds import Runs, measure, verdict
 
 recorded = pytest.mark.skipif(DEVICE == "cuda", reason="kernels are recorded, not run")
 
