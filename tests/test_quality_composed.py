@@ -302,7 +302,7 @@ def test_steps_follow_from_the_time_there_is(tmp_path):
     unit = Unit("composed", SIZES["full30"], tmp_path, 0, 200, time.time() + 1e9)
     assert composed.steps_of([unit]) == 200
     (tmp_path / "composed-steps.json").unlink()
-    need = composed.tokens_of_all([unit] * 3, len(DOMAINS)) / 900
+    need = composed.tokens_of_all([unit] * 3, len(DOMAINS)) / 750
     soon = Unit("composed", SIZES["full30"], tmp_path, 0, 200, time.time() + need / 2)
     assert composed.steps_of([soon] * 3) == 100
     assert composed.steps_of([unit]) == 100  # decided once

@@ -47,7 +47,7 @@ from benchmarks.quality.units import Unit, collect, corpus, keep, plan_steps
 ROUTER_STEPS = 2
 TOKEN_RATE = 8.0  # times the rate of the LoRAs: of a router that sees the token alone
 CLASSIFIER_STEPS = 2.0  # times those of a LoRA
-HALF_LIFE = 64  # tokens, of a memory that decays
+HALF_LIVES = (16, 64)  # tokens, of memories that decay
 MERGES = ("ties", "dare_ties", "dare_linear")
 # Cost of a token, where 1 is training a LoRA of one domain: of all ranks together, of a router
 # over all LoRAs, of judging.
@@ -92,14 +92,16 @@ def kinds(experts: int) -> dict[str, Kind]:
         "centroid": Kind("nearest centroid in front", True),
         "classifier": Kind("classifier in front", True),
         "context-k2-plain": Kind("context, k 2, router trained on plain text"),
-        "context-k2-decay": Kind(f"context, k 2, memory of half-life {HALF_LIFE}"),
+        **{f"context-k2-half{n}": Kind(f"context, k 2, memory of half-life {n}")
+           for n in HALF_LIVES},
         "base": Kind("backbone, no LoRA"),
-    }
+    }  # fmt: skip
 
 
-# First and last, where time is short.
-FIRST = ("oracle", "context-k2", "token-k2", "uniform")
-LATE = ("context-k2-plain", "context-k2-decay", "base", "oracle-each", "dare_linear")
+# First and last, where time is short: what is compared, then what takes seconds, then the rest.
+FIRST = ("oracle", "context-k2", "uniform", *MERGES, "centroid", "classifier", "token-k2",
+         f"context-k2-half{HALF_LIVES[0]}")  # fmt: skip
+LATE = ("context-k2-plain", "base", "oracle-each")
 
 
 def decaying(length: int, half_life: float) -> torch.Tensor:
@@ -135,8 +137,8 @@ class Worker:
             self.work, self.loras, top_k=int(k[1:]), router_context=context, seed=seed
         )
         router, rng = model.all_routers[0], generator(2000 + seed)
-        if how == ["decay"]:
-            weights = decaying(size.length, HALF_LIFE).to(DEVICE)
+        if how and how[0].startswith("half"):
+            weights = decaying(size.length, float(how[0][4:])).to(DEVICE)
             router._mean = lambda said: weights[: said.shape[1], : said.shape[1]] @ said
         asked = ("plain",) if how == ["plain"] else KINDS
         count = max(1, size.batch // ROUTER_STEPS)
@@ -229,7 +231,7 @@ def run_all(
     made, failed = collect(parts, say, tell)
     complete = [u for u in units if sum(row["seed"] == u.seed for row in made) == len(domains)]
     order = [n for n in names if n != "one-lora"]
-    order.sort(key=lambda n: (n in LATE, n not in FIRST))
+    order.sort(key=lambda n: (n in LATE, FIRST.index(n) if n in FIRST else len(FIRST)))
     for name in order:
         for u in complete:
             ends[pool.submit(perform, u, name)] = f"seed {u.seed} {name}"
@@ -315,13 +317,14 @@ def verdict(rows: list[dict[str, Any]], experts: int) -> list[str]:
              for s, row in found[main].items()]  # fmt: skip
     lines.append("context k 2 ahead of the oracle of the first half on requests that switch: "
                  f"{sum(ahead)} of {len(ahead)} seeds: {_met(all(ahead))}")  # fmt: skip
-    if decay := found.get("context-k2-decay"):
-        both = [(decay[s], found[main][s]) for s in decay if s in found[main]]
-        said = ", ".join(
-            f"{k} {math.expm1(statistics.mean(a[k]['loss'] - b[k]['loss'] for a, b in both)):+.2%}"
-            for k in KINDS
-        )
-        lines.append(f"a memory of half-life {HALF_LIFE} against the mean of all: {said}")
+    for n in HALF_LIVES:
+        decay = found.get(f"{main}-half{n}", {})
+        if both := [(decay[s], found[main][s]) for s in decay if s in found[main]]:
+            said = ", ".join(
+                f"{k} {math.expm1(statistics.mean(a[k]['loss'] - b[k]['loss'] for a, b in both)):+.2%}"
+                for k in KINDS
+            )
+            lines.append(f"a memory of half-life {n} against the mean of all: {said}")
     return lines
 
 

@@ -15,7 +15,7 @@ from benchmarks.quality.data import Data
 from benchmarks.quality.sizes import Size
 
 # Tokens a second of several trainings at once, as a share of what pretraining reached alone.
-PACE = 0.9
+PACE = 0.75
 SMALLEST_SHARE = 0.1  # of the steps, where time is short
 
 
