@@ -3,7 +3,7 @@
     python -m benchmarks.switch --model llama-2-7b
     python -m benchmarks.switch --model tiny --cuts 16/32/64/4/1        # without a GPU
 
-Each row is one cut of the work, rows/cols/strip/warps/stages of `SwitchBlocks`. Its bytes are those
+Each row is one cut of the work, rows/cols/strip/warps/stages of `SwitchConfig`. Its bytes are those
 that a switch must move: every pristine weight read, every live one written, the chosen experts
 read. They are held against the bandwidth of a kernel that copies, measured in the same run. Every
 cut's result is checked against float64 on sampled rows. `torch` is the same by one product per
@@ -25,7 +25,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernel is made
 
-from vllm_adafuse.kernels.switch import SwitchBlocks, SwitchPlan, switch_torch, switch_triton
+from vllm_adafuse.kernels.switch import SwitchConfig, SwitchPlan, switch_torch, switch_triton
 
 from benchmarks import record
 from benchmarks.profile import count_launches
@@ -39,7 +39,7 @@ CUTS = (
 ROUTES = 32
 
 
-def parse_cut(text: str) -> SwitchBlocks:
+def parse_config(text: str) -> SwitchConfig:
     """`rows/cols/strip/warps/stages`.
 
     Raises:
@@ -48,7 +48,7 @@ def parse_cut(text: str) -> SwitchBlocks:
     parts = text.split("/")
     if len(parts) != 5 or not all(part.isdigit() for part in parts):
         raise ValueError(f"cut {text}: expected five numbers, rows/cols/strip/warps/stages")
-    return SwitchBlocks(*map(int, parts))
+    return SwitchConfig(*map(int, parts))
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Options:
         if not 1 <= self.top_k <= self.experts:
             raise ValueError(f"top_k is {self.top_k}, expected 1 to {self.experts} experts")
         for cut in self.cuts:
-            parse_cut(cut)
+            parse_config(cut)
 
     def shapes(self) -> list[tuple[int, int]]:
         """(out, in) of all linears of the decoder layers."""
@@ -223,7 +223,7 @@ def measure(options: Options) -> list[dict]:
     }
     print(json.dumps(facts), flush=True)
     rows = [{"options": vars(options), "copy_bytes_per_s": bandwidth, **facts}]
-    runs = [(cut, plan.recut(parse_cut(cut)), switch_triton) for cut in options.cuts]
+    runs = [(cut, plan.with_config(parse_config(cut)), switch_triton) for cut in options.cuts]
     for cut, one, run in [*runs, ("torch", plan, switch_torch)]:
         for w in plan.live:
             w.zero_()

@@ -119,7 +119,7 @@ def add_norm_triton(
     norm: Norm,
     lora_b: torch.Tensor,
     gates: torch.Tensor,
-    blocks: NormConfig | None = None,
+    config: NormConfig | None = None,
     z: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One launch.
@@ -131,7 +131,7 @@ def add_norm_triton(
         norm: of H columns.
         lora_b: [H, E, R], dtype of s.
         gates: [N, E] float32, N >= T, LoRA's scale included.
-        blocks: how to cut, default `dispatch.choose_norm`.
+        config: how to cut, default `dispatch.choose_norm`.
         z: [T, H] contiguous, dtype of residual, for the new residual; may be y. Default a new one.
 
     Returns:
@@ -144,7 +144,7 @@ def add_norm_triton(
         z = torch.empty_like(out)
     split_k = y.shape[0] if y.dim() == 3 else 0
     block_t, kernel = _plan(
-        width, split_k, s is not None, experts, rank, residual.element_size(), blocks, on_hopper(y)
+        width, split_k, s is not None, experts, rank, residual.element_size(), config, on_hopper(y)
     )
     kernel(
         (cdiv(tokens, block_t),),
@@ -158,10 +158,10 @@ def add_norm_triton(
 @functools.cache
 def _plan(
     width: int, split_k: int, expand: bool, experts: int, rank: int, itemsize: int,
-    blocks: NormConfig | None, hopper: bool,
+    config: NormConfig | None, hopper: bool,
 ) -> tuple[int, Bound]:  # fmt: skip
     """Tokens of a program, and the kernel."""
-    config = blocks or choose_norm(width, expand, split_k > 0, itemsize)
+    config = config or choose_norm(width, expand, split_k > 0, itemsize)
     return config.tokens, bind(
         _add_norm_kernel,
         WIDTH=width, SPLIT_K=split_k, EXPAND=expand,

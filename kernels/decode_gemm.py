@@ -290,7 +290,7 @@ def decode_gemm_triton(
     x: torch.Tensor,
     p: Projection,
     step: Step,
-    tiles: GemmConfig | None = None,
+    config: GemmConfig | None = None,
     out: torch.Tensor | None = None,
     kv_slots: KVSlots | None = None,
 ) -> torch.Tensor:
@@ -300,7 +300,7 @@ def decode_gemm_triton(
         x: [T, in], T <= MAX_STREAM_TOKENS.
         p: the projection; its semaphore is zero, and of this launch alone until the next step.
         step: the step's buffers.
-        tiles: how to cut, default `dispatch.default_config`.
+        config: how to cut, default `dispatch.default_config`.
         out: where the result goes, [T, out] with contiguous rows, or [split_k, T, out] contiguous,
             float32, to leave the sums of each slice of `in` unadded; default a new tensor.
         kv_slots: where k and v go with "rotary", whose columns of the result stay undefined then.
@@ -314,24 +314,24 @@ def decode_gemm_triton(
     n_linears, experts, rank, _ = p.lora_a.shape
     members = tiled_widths(widths, epilogue)
     rows = sum(members)
-    if tiles is None:
-        tiles = default_config(tokens, size_in, rows, epilogue, x.element_size())
-    if index and tiles.split_k > 1:
-        raise ValueError(f"decode_gemm: split_k is {tiles.split_k}, expected 1 before {epilogue}")
+    if config is None:
+        config = default_config(tokens, size_in, rows, epilogue, x.element_size())
+    if index and config.split_k > 1:
+        raise ValueError(f"decode_gemm: split_k is {config.split_k}, expected 1 before {epilogue}")
     if half:
-        tiles = replace(tiles, rows=min(tiles.rows, half))
-    grid = ShrinkGrid.of(p.lora_a, tiles.shrink_split_k)
+        config = replace(config, rows=min(config.rows, half))
+    grid = ShrinkGrid.of(p.lora_a, config.shrink_split_k)
     padded = 0
     if experts * rank > BLOCK_ER:
         padded, grid = cdiv(rank, 16) * 16, grid.for_tokens(tokens, experts)
     block_t = max(16, power_of_2(tokens))
-    shrink_cols = fit_cols(tiles.shrink_cols, grid.block_r, block_t, x.element_size())
+    shrink_cols = fit_cols(config.shrink_cols, grid.block_r, block_t, x.element_size())
     widths, adapted = [*widths, 0, 0][:3], [*adapted, -1, -1][:3]
-    count = sum(cdiv(w, tiles.rows) for w in members)
+    count = sum(cdiv(w, config.rows) for w in members)
     y = x.new_empty(tokens, result_width(widths, epilogue)) if out is None else out
     leave = y.dim() == 3
     launch(
-        _decode_gemm_kernel, (grid.programs + count * tiles.split_k,),
+        _decode_gemm_kernel, (grid.programs + count * config.split_k,),
         x, p.weight, p.bias, p.lora_a, p.lora_b, y, step.cos_sin,
         step.gates, step.active, workspace.view(x.dtype, tokens, n_linears, experts * rank),
         workspace.partial_sums, workspace.split_k_semaphores, p.semaphore,
@@ -340,11 +340,11 @@ def decode_gemm_triton(
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         ADAPTED0=adapted[0], ADAPTED1=adapted[1], ADAPTED2=adapted[2],
         HAS_BIAS=p.bias is not None, EPILOGUE=index, HALF=half, KV=kv_slots is not None,
-        EVEN=size_in % (tiles.cols * tiles.split_k) == 0,
-        SPLIT_K=tiles.split_k, LEAVE=leave, BLOCK_T=block_t, BLOCK_R=grid.block_r,
+        EVEN=size_in % (config.cols * config.split_k) == 0,
+        SPLIT_K=config.split_k, LEAVE=leave, BLOCK_T=block_t, BLOCK_R=grid.block_r,
         BLOCK_ER=block_er(experts * rank),
-        RANK=rank, PADDED=padded, ROWS=tiles.rows, COLS=tiles.cols, STAGES=tiles.stages,
+        RANK=rank, PADDED=padded, ROWS=config.rows, COLS=config.cols, STAGES=config.stages,
         SHRINK_COLS=shrink_cols, SHRINK_STAGES=SHRINK_STAGES,
-        num_warps=tiles.warps, num_stages=tiles.stages, **overlap(on_hopper(x)),
+        num_warps=config.warps, num_stages=config.stages, **overlap(on_hopper(x)),
     )  # fmt: skip
     return y

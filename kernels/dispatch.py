@@ -43,8 +43,8 @@ from vllm_adafuse.kernels.plans import (
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 # W is streamed up to so many tokens in every case, up to the second number where that is the better
-# cut, and tiled up to the third: then cuBLAS is faster. (a24accf, 3772b8a, b1bfbb7: streaming 128
-# tokens takes 42.7 us for qkv, cuBLAS 30; tiles are the better cut of three in four from 17 on.)
+# config, and tiled up to the third: then cuBLAS is faster. (a24accf, 3772b8a, b1bfbb7: streaming 128
+# tokens takes 42.7 us for qkv, cuBLAS 30; tiles are the better config of three in four from 17 on.)
 MAX_STREAM_ONLY_TOKENS = 16
 MAX_STREAM_TOKENS = 32
 MAX_TILE_TOKENS = 128
@@ -70,7 +70,7 @@ MAX_LOW_TILE_TOKENS = 64
 # The expand adds a bias at no cost; longer steps have no place for it (7fbd763: at once 6 to 115 us less).
 MAX_BIAS_TOKENS = 256
 # With fewer tokens the expand asks of each expert if it is active (30098f8); longer steps than the
-# second are all cut alike, and list no experts (439c8ee).
+# second all have one config, and list no experts (439c8ee).
 MIN_DENSE_TOKENS = 8
 MAX_SHORT_TOKENS = 256
 # Below, steps wait for the CPU, which four descriptors take 110 us more than `expand` (2e1ac92).
@@ -164,7 +164,7 @@ def gemm_config(shape: Shape, num_tokens: int, device: Device) -> GemmConfig | N
     if found is None and many and tma and long:
         split_k = min(MAX_SPLIT_K, max(1, MAX_NORM_TILES // cdiv(s.tiled_rows, 128)))
         found = GemmConfig(128, 128, split_k, 4, 3, shrink_split_k=4, tma=True)
-    if many and found and found.tma:  # cuts are tuned for 128 ranks
+    if many and found and found.tma:  # configs are tuned for 128 ranks
         tiles = sum(cdiv(w, found.rows) for w in tiled_widths(s.widths, s.kernel_epilogue))
         room = PROCESSORS - tiles * found.split_k
         return found.with_room(room, cdiv(s.fused_rows - s.size_out, 64))

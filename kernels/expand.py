@@ -218,7 +218,7 @@ class _Key(NamedTuple):
         index: of the epilogue in `EPILOGUES`.
         every: slices without experts have tiles too.
         experts, rank, itemsize: of B.
-        blocks: how to cut, None for the default.
+        config: how to cut, None for the default.
         hopper, has_bias, kv: the device is one, there is a bias, there are KV slots.
         raw: s is not yet weighted.
         split_k: split-K sums to add up, 0 for none.
@@ -235,7 +235,7 @@ class _Key(NamedTuple):
     experts: int
     rank: int
     itemsize: int
-    blocks: ExpandConfig | None
+    config: ExpandConfig | None
     hopper: bool
     has_bias: bool
     kv: bool
@@ -262,7 +262,7 @@ def launch_expand(
     s: torch.Tensor,
     read: Read,
     of: tuple[Sequence[int], Sequence[int], int],
-    blocks: ExpandConfig | None = None,
+    config: ExpandConfig | None = None,
     kv_slots: KVSlots | None = None,
     skip: bool = True,
 ) -> None:
@@ -272,7 +272,7 @@ def launch_expand(
     groups, block_t, kernel = _plan(_Key(
         min(tokens, MAX_SHORT_TOKENS + 1), tuple(widths), tuple(adapted),
         read.cos_sin.shape[1] // 2 if index == ROTARY else 0, index, out is not y,
-        experts, rank, y.element_size(), blocks, on_hopper(y), read.bias is not None,
+        experts, rank, y.element_size(), config, on_hopper(y), read.bias is not None,
         kv_slots is not None, read.gates is not None, y.shape[0] if is_split else 0, skip,
         read.tile_blocks is not None,
     ))  # fmt: skip
@@ -287,20 +287,20 @@ def launch_expand(
 @functools.cache
 def _plan(key: _Key) -> tuple[int, int, Bound]:
     """Groups of tiles, tokens of a tile, and the kernel."""
-    tokens, widths, adapted, half, index, every, experts, rank, itemsize, blocks, *flags = key
+    tokens, widths, adapted, half, index, every, experts, rank, itemsize, config, *flags = key
     hopper, has_bias, kv, raw, split_k, skip, listed = flags
-    if blocks is None:
-        blocks = choose_expand(tokens, index != 0, itemsize)
-    columns = min(blocks.columns, half) if index == ROTARY else blocks.columns
+    if config is None:
+        config = choose_expand(tokens, index != 0, itemsize)
+    columns = min(config.columns, half) if index == ROTARY else config.columns
     # A tile has both members of its pairs.
     if index:
         tiled = tiled_widths(widths, EPILOGUES[index])
     else:
         tiled = [w for w, linear_idx in zip(widths, adapted) if linear_idx >= 0 or every]
-    span = columns * blocks.loop
+    span = columns * config.loop
     all_adapted = min(adapted) >= 0
     widths, adapted = (*widths, 0, 0)[:3], (*adapted, -1, -1)[:3]
-    return sum(cdiv(w, span) for w in tiled), blocks.tokens, bind(
+    return sum(cdiv(w, span) for w in tiled), config.tokens, bind(
         _expand_kernel,
         HAS_BIAS=has_bias, KV=kv, RAW=raw, SPLIT_K=split_k,
         LISTED=TILE_TOKENS if listed else 0,
@@ -308,8 +308,8 @@ def _plan(key: _Key) -> tuple[int, int, Bound]:
         ADAPTED0=adapted[0], ADAPTED1=adapted[1], ADAPTED2=adapted[2],
         EPILOGUE=index, HALF=half, ALL=every,
         EVEN=all(w % span == 0 for w in tiled), ALL_ADAPTED=all_adapted,
-        BLOCK_T=blocks.tokens, BLOCK_OUT=columns,
-        LOOP=blocks.loop, STAGES=blocks.stages, num_warps=blocks.warps,
+        BLOCK_T=config.tokens, BLOCK_OUT=columns,
+        LOOP=config.loop, STAGES=config.stages, num_warps=config.warps,
         **expert_blocks(experts, rank, skip and tokens < MIN_DENSE_TOKENS), **overlap(hopper),
     )  # fmt: skip
 
@@ -342,7 +342,7 @@ def expand_raw_triton(
     bias: torch.Tensor | None,
     p: Projection,
     step: Step,
-    blocks: ExpandConfig | None = None,
+    config: ExpandConfig | None = None,
     kv_slots: KVSlots | None = None,
 ) -> torch.Tensor:
     """From the outputs of W and A to those of the adapted projection, in one launch.
@@ -355,7 +355,7 @@ def expand_raw_triton(
         bias: [out], or None: what of the projection's is still to be added.
         p: the projection.
         step: the step's buffers.
-        blocks: how to cut, default `dispatch.choose_expand`.
+        config: how to cut, default `dispatch.choose_expand`.
         kv_slots: where k and v go with "rotary", whose columns of the result stay undefined then.
 
     Returns:
@@ -370,7 +370,7 @@ def expand_raw_triton(
     listed = p.shape.tile_blocks and y.shape[-2] > MAX_ACTIVE_TOKENS
     blocks_of = step.tile_blocks if listed else None
     read = Read(bias, p.lora_b, step.gates, step.active, step.cos_sin, blocks_of)
-    launch_expand(y, result, s, read, (p.shape.adapted, widths, index), blocks, kv_slots)
+    launch_expand(y, result, s, read, (p.shape.adapted, widths, index), config, kv_slots)
     return result
 
 

@@ -35,7 +35,7 @@ MAX_COLUMNS = 128
 
 
 @dataclass(frozen=True)
-class SwitchBlocks:
+class SwitchConfig:
     """How the work is cut.
 
     Attributes:
@@ -62,8 +62,8 @@ class SwitchBlocks:
             raise ValueError(f"switch: stages is {self.stages}, expected 1 or more")
 
     @classmethod
-    def choose(cls, itemsize: int, columns: int, sizes_in: Sequence[int]) -> SwitchBlocks:
-        """The default cut was found on an H200 for 32 columns of bfloat16 (docs/switch.md). More
+    def choose(cls, itemsize: int, columns: int, sizes_in: Sequence[int]) -> SwitchConfig:
+        """The default was found on an H200 for 32 columns of bfloat16 (docs/switch.md). More
         columns, or wider numbers, get tiles that registers and shared memory hold (not measured).
 
         Args:
@@ -89,7 +89,7 @@ class SwitchPlan:
         banks_b: per linear B [E, out, r].
         table: [linears, FIELDS] int64, pointers and sizes.
         places: [programs] int32, the linear of each program.
-        blocks: the cut that `places` was made for.
+        config: the one that `places` was made for.
         align: the largest power of two up to 16 that divides every `in`.
         even: every weight is cut into whole tiles.
     """
@@ -100,7 +100,7 @@ class SwitchPlan:
     banks_b: tuple[torch.Tensor, ...]
     table: torch.Tensor
     places: torch.Tensor
-    blocks: SwitchBlocks
+    config: SwitchConfig
     align: int
     even: bool
 
@@ -111,30 +111,30 @@ class SwitchPlan:
         pristine: Sequence[torch.Tensor],
         banks_a: Sequence[torch.Tensor],
         banks_b: Sequence[torch.Tensor],
-        blocks: SwitchBlocks | None = None,
+        config: SwitchConfig | None = None,
     ) -> SwitchPlan:
         """Builds the table, once.
 
         Args:
             live, pristine, banks_a, banks_b: as in the class; all contiguous, of one dtype
                 (float32, float16 or bfloat16), device, E and r. They must not be freed or moved.
-            blocks: default `SwitchBlocks.choose` for routes of any number of experts.
+            config: default `SwitchConfig.choose` for routes of any number of experts.
 
         Raises:
             ValueError: tensors that do not fit each other.
         """
         if problem := _misfit(live, pristine, banks_a, banks_b):
             raise ValueError(f"switch: {problem}")
-        if blocks is None:
+        if config is None:
             experts, rank = banks_a[0].shape[:2]
             sizes_in = [w.shape[1] for w in live]
-            blocks = SwitchBlocks.choose(live[0].itemsize, experts * rank, sizes_in)
+            config = SwitchConfig.choose(live[0].itemsize, experts * rank, sizes_in)
         rows, places, first, align, even = [], [], 0, 16, True
         for i, (w, w0, a, b) in enumerate(zip(live, pristine, banks_a, banks_b)):
             size_out, size_in = w.shape
             align = math.gcd(align, size_in)
-            even = even and size_out % blocks.rows == 0 and size_in % blocks.cols == 0
-            programs = triton.cdiv(size_out, blocks.rows) * triton.cdiv(size_in, blocks.strip)
+            even = even and size_out % config.rows == 0 and size_in % config.cols == 0
+            programs = triton.cdiv(size_out, config.rows) * triton.cdiv(size_in, config.strip)
             pointers = [t.data_ptr() for t in (w0, w, a, b)]
             rows.append([*pointers, size_in, size_out, first, 0])
             places += [i] * programs
@@ -144,12 +144,12 @@ class SwitchPlan:
             tuple(live), tuple(pristine), tuple(banks_a), tuple(banks_b),
             torch.tensor(rows, dtype=torch.int64, device=device),
             torch.tensor(places, dtype=torch.int32, device=device),
-            blocks, align, even,
+            config, align, even,
         )  # fmt: skip
 
-    def recut(self, blocks: SwitchBlocks) -> SwitchPlan:
+    def with_config(self, config: SwitchConfig) -> SwitchPlan:
         """The same weights, cut otherwise."""
-        return SwitchPlan.make(self.live, self.pristine, self.banks_a, self.banks_b, blocks)
+        return SwitchPlan.make(self.live, self.pristine, self.banks_a, self.banks_b, config)
 
     def moved_bytes(self, top_k: int) -> int:
         """Bytes that a switch must move: W read, W_live written, k experts read."""
@@ -313,14 +313,14 @@ def _switch_kernel(
 
 def switch_constants(plan: SwitchPlan, top_k: int) -> dict:
     """The kernel's compile-time arguments."""
-    cut, columns = plan.blocks, top_k * plan.banks_a[0].shape[1]
+    config, columns = plan.config, top_k * plan.banks_a[0].shape[1]
     block_c = min(MAX_COLUMNS, max(16, triton.next_power_of_2(columns)))
     return {
         "TYPE": TRITON_TYPES[plan.live[0].dtype], "TOP_K": top_k, "RANK": columns // top_k,
         "FIELDS": FIELDS, "ALIGN": plan.align, "EVEN": plan.even, "FULL": columns % block_c == 0,
         "BLOCK_C": block_c, "CHUNKS": triton.cdiv(columns, block_c),
         "SLOTS": min(top_k, triton.cdiv(block_c, columns // top_k) + 1),
-        "ROWS": cut.rows, "COLS": cut.cols, "STRIP": cut.strip, "STAGES": cut.stages,
+        "ROWS": config.rows, "COLS": config.cols, "STRIP": config.strip, "STAGES": config.stages,
     }  # fmt: skip
 
 
@@ -335,7 +335,7 @@ def switch_triton(
     _switch_kernel[(plan.places.numel(),)](
         plan.table, plan.places, expert_ids, weights, row, merged,
         **switch_constants(plan, expert_ids.shape[1]),
-        num_warps=plan.blocks.warps,
+        num_warps=plan.config.warps,
     )  # fmt: skip
 
 

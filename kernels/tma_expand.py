@@ -180,7 +180,7 @@ def tma_expand_triton(
     s: torch.Tensor,
     p: Projection,
     step: Step,
-    blocks: ExpandConfig | None = None,
+    config: ExpandConfig | None = None,
     kv_slots: KVSlots | None = None,
 ) -> torch.Tensor:
     """One launch; for what `dispatch.tma_expands` holds. Adds the deltas of the first
@@ -193,14 +193,14 @@ def tma_expand_triton(
             16 bytes aligned.
         p: the projection.
         step: the step's buffers.
-        blocks: how to cut, default `dispatch.choose_wide`.
+        config: how to cut, default `dispatch.choose_wide`.
         kv_slots: where k and v go with "rotary", whose columns of the result stay undefined then.
 
     Returns:
         [T, out], or [T, I] after silu or gelu_tanh; contiguous, or in y.
     """
     tokens, widths, epilogue = y.shape[0], p.shape.widths, p.shape.kernel_epilogue
-    config = blocks or choose_wide(tokens, math.gcd(*widths), epilogue)
+    config = config or choose_wide(tokens, math.gcd(*widths), epilogue)
     result, listed = result_of(y, widths, epilogue, p.strided_out), step.tile_blocks is not None
     operands = y, s, result, p, step, kv_slots
     _launch(operands, config, p.shape.tile_blocks and listed)

@@ -302,7 +302,7 @@ def tma_gemm_triton(
     x: torch.Tensor,
     p: Projection,
     step: Step,
-    tiles: GemmConfig | None = None,
+    config: GemmConfig | None = None,
     out: torch.Tensor | None = None,
     kv_slots: KVSlots | None = None,
 ) -> torch.Tensor:
@@ -313,7 +313,7 @@ def tma_gemm_triton(
         p: the projection, of which `dispatch.can_tile` holds; its semaphore is zero, and of this
             launch alone until the next step.
         step: the step's buffers.
-        tiles: how to cut, default `dispatch.default_config`; `shrink_cols` is not used, and
+        config: how to cut, default `dispatch.default_config`; `shrink_cols` is not used, and
             `split_k` only with split-K sums in `out`.
         out: where the result goes, [T, out] with contiguous rows, or [split_k, T, out] contiguous,
             float32, to leave the sums of each slice of `in` unadded; default a new tensor.
@@ -327,7 +327,7 @@ def tma_gemm_triton(
     lora_a = fused[size_out:]
     members = tiled_widths(widths, epilogue)
     key = tokens, size_in, sum(members), epilogue, x.element_size()
-    config = tiles or default_config(*key, tma=True) or GemmConfig(64, 64, stages=3)
+    config = config or default_config(*key, tma=True) or GemmConfig(64, 64, stages=3)
     if half:
         config = replace(config, rows=min(config.pieces[0], half))
     rows, more = config.pieces

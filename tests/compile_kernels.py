@@ -128,39 +128,39 @@ def main() -> None:
         shape |= {"HALF": 64} if act == "rotary" else {"cos_sin_ptr": None}
         number = f"{number}, paged" if shape["KV"] else number
         for tokens in (16, 32):
-            cut = dispatch.default_config(tokens, 4096, size_out, act, 2, tokens == 16)
+            config = dispatch.default_config(tokens, 4096, size_out, act, 2, tokens == 16)
             constants = shape | {
                 "EVEN": True,
-                "SPLIT_K": cut.split_k, "LEAVE": False,
+                "SPLIT_K": config.split_k, "LEAVE": False,
                 "BLOCK_T": tokens, "BLOCK_R": 16, "BLOCK_ER": 128, "RANK": 16,
-                "ROWS": cut.rows, "COLS": cut.cols, "SHRINK_COLS": cut.shrink_cols,
+                "ROWS": config.rows, "COLS": config.cols, "SHRINK_COLS": config.shrink_cols,
                 "SHRINK_STAGES": shrink.SHRINK_STAGES, "PDL": True,
-                "STAGES": cut.stages,
+                "STAGES": config.stages,
             }  # fmt: skip
             kernel = decode_gemm._decode_gemm_kernel
             for listed in (False, True):
                 name = f"decode_gemm act={number} tokens={tokens}" + ", listed" * listed
                 listing = constants | {"PADDED": 16 * listed}
-                rows.append(build(name, kernel, listing, cut.warps, cut.stages))
+                rows.append(build(name, kernel, listing, config.warps, config.stages))
         for tokens in (64, 128):
-            cut = dispatch.default_config(tokens, 4096, size_out, act, 2, True)
-            cut = cut or configs.GemmConfig(64, 64, stages=3)
-            tall, more = cut.pieces
+            config = dispatch.default_config(tokens, 4096, size_out, act, 2, True)
+            config = config or configs.GemmConfig(64, 64, stages=3)
+            tall, more = config.pieces
             constants = shape | {
-                "SPLIT_K": 1, "SHRINK_SPLIT_K": cut.shrink_split_k, "RANK": 16, "EXPERTS": 8,
+                "SPLIT_K": 1, "SHRINK_SPLIT_K": config.shrink_split_k, "RANK": 16, "EXPERTS": 8,
                 "RANKS": 128 * (2 if act == "silu" else 3), "SHRINK_ROWS": tma_gemm.SHRINK_ROWS,
                 "LISTED": False,
                 "BLOCK_T": tokens, "BLOCK_E": 16,
-                "ROWS": tall, "MORE": more, "COLS": cut.cols, "STAGES": cut.stages,
+                "ROWS": tall, "MORE": more, "COLS": config.cols, "STAGES": config.stages,
                 "PDL": True, "WAITS": True,
             }  # fmt: skip
             members = 2 if act else 1
             for name, block in {
-                "x": (tokens, cut.cols), "a": (tma_gemm.SHRINK_ROWS, cut.cols),
-                "lora_a_out": (tokens, cut.cols),
-                **dict.fromkeys(("w", "b", "up"), (members, tall, cut.cols)),
+                "x": (tokens, config.cols), "a": (tma_gemm.SHRINK_ROWS, config.cols),
+                "lora_a_out": (tokens, config.cols),
+                **dict.fromkeys(("w", "b", "up"), (members, tall, config.cols)),
                 **dict.fromkeys(
-                    ("more_w", "more_b", "more_up"), (members, more or tall, cut.cols)
+                    ("more_w", "more_b", "more_up"), (members, more or tall, config.cols)
                 ),
             }.items():  # fmt: skip
                 POINTERS[f"{name}_desc"] = f"tensordesc<bf16[{', '.join(map(str, block))}]>"
@@ -168,52 +168,52 @@ def main() -> None:
             name = f"tma_gemm act={number} tokens={tokens}"
             if act != "silu":
                 constants |= {"up_desc": None, "more_up_desc": None}
-            rows.append(build(name, kernel, constants, cut.warps, cut.stages))
+            rows.append(build(name, kernel, constants, config.warps, config.stages))
             later = constants | {"WAITS": False}
             for target in (HOPPER, BLACKWELL):
                 full = f"{name}, two loops, sm_{target.arch}"
-                rows.append(build(full, kernel, later, cut.warps, cut.stages, target))
+                rows.append(build(full, kernel, later, config.warps, config.stages, target))
         for tokens in (128, 16000):
-            cut = dispatch.choose_expand(tokens, act != "", 2)
-            columns = min(cut.columns, 64) if act == "rotary" else cut.columns
+            config = dispatch.choose_expand(tokens, act != "", 2)
+            columns = min(config.columns, 64) if act == "rotary" else config.columns
             constants = shape | configs.expert_blocks(8, 16, False) | {
                 "RAW": True, "ALL": True, "ALL_ADAPTED": True, "EVEN": True,
-                "BLOCK_T": cut.tokens, "BLOCK_OUT": columns,
-                "LOOP": cut.loop, "STAGES": cut.stages, "PDL": True, "SPLIT_K": 0,
+                "BLOCK_T": config.tokens, "BLOCK_OUT": columns,
+                "LOOP": config.loop, "STAGES": config.stages, "PDL": True, "SPLIT_K": 0,
                 "LISTED": 0, "tile_blocks_ptr": None,
             }  # fmt: skip
             name = f"expand act={number} tokens={tokens}"
-            rows.append(build(name, expand._expand_kernel, constants, cut.warps, 2))
+            rows.append(build(name, expand._expand_kernel, constants, config.warps, 2))
             if tokens == 128 and not act:
                 name, constants = f"{name}, slices", constants | {"SPLIT_K": 2}
-                rows.append(build(name, expand._expand_kernel, constants, cut.warps, 2))
+                rows.append(build(name, expand._expand_kernel, constants, config.warps, 2))
         widths = [shape[f"WIDTH{i}"] for i in range(3) if shape[f"WIDTH{i}"]]
         for tokens, experts, many in ((2048, 8, 0), (16000, 8, 0), (16000, 16, 0), (16000, 32, 1)):
-            cut, half = dispatch.choose_wide(tokens, widths[0], act), shape["HALF"]
-            cut = dispatch.choose_wide_many(cut) if many else cut
-            _, constants = tma_expand._plan(experts, 16, tuple(widths), act, half, cut, True)
+            config, half = dispatch.choose_wide(tokens, widths[0], act), shape["HALF"]
+            config = dispatch.choose_wide_many(config) if many else config
+            _, constants = tma_expand._plan(experts, 16, tuple(widths), act, half, config, True)
             constants = {k: v for k, v in constants.items() if k.isupper()} | paged
             constants |= {} if act == "rotary" else {"cos_sin_ptr": None}
             constants |= {"LISTED": 128 * many, "MANY": many > 0}
             constants |= {} if many else {"tile_blocks_ptr": None}
-            block = f"tensordesc<bf16[{cut.tokens}, {cut.columns}]>"
+            block = f"tensordesc<bf16[{config.tokens}, {config.columns}]>"
             POINTERS.update(y_desc=block, out_desc=block)
-            POINTERS["b_desc"] = f"tensordesc<bf16[{cut.columns}, 128]>"
-            POINTERS["lora_a_out_desc"] = f"tensordesc<bf16[{cut.tokens}, 128]>"
+            POINTERS["b_desc"] = f"tensordesc<bf16[{config.columns}, 128]>"
+            POINTERS["lora_a_out_desc"] = f"tensordesc<bf16[{config.tokens}, 128]>"
             name, kernel = f"tma_expand act={number} {tokens}", tma_expand._tma_expand_kernel
             name += f", E={experts}" if experts != 8 else ""
-            rows.append(build(name, kernel, constants, cut.warps, cut.stages))
+            rows.append(build(name, kernel, constants, config.warps, config.stages))
     for tokens in (1, 100, 16000):
         split, expands = 2 * (tokens == 1), tokens > 1000
-        cut = dispatch.choose_norm(4096, expands, split > 0, 2)
+        config = dispatch.choose_norm(4096, expands, split > 0, 2)
         POINTERS["y_ptr"] = "*fp32" if split else "*bf16"
         constants = configs.expert_blocks(8, 16, False) | {
-            "WIDTH": 4096, "SPLIT_K": split, "EXPAND": expands, "PDL": True, "STAGES": cut.stages,
-            "BLOCK_T": cut.tokens, "COLS": cut.columns, "NORM_COLS": cut.norm_columns,
+            "WIDTH": 4096, "SPLIT_K": split, "EXPAND": expands, "PDL": True, "STAGES": config.stages,
+            "BLOCK_T": config.tokens, "COLS": config.columns, "NORM_COLS": config.norm_columns,
         }  # fmt: skip
         constants |= {} if expands else {"lora_a_out_ptr": None}
         kernel = add_norm._add_norm_kernel
-        rows.append(build(f"add_norm tokens={tokens}", kernel, constants, cut.warps, 3))
+        rows.append(build(f"add_norm tokens={tokens}", kernel, constants, config.warps, 3))
     for experts, first, rank in ((16, 8, 16), (64, 8, 16), (20, 0, 40)):
         _, bound = dense_expand._plan(experts, first, rank, True)
         constants = {k: v for k, v in bound.constants.items() if k.isupper()}
@@ -227,15 +227,15 @@ def main() -> None:
     kernel = spread_routes._spread_routes_kernel
     rows.append(build("spread_routes", kernel, constants, 8, 3))
     for dtype, rank in ((tl.bfloat16, 16), (tl.bfloat16, 64), (tl.float32, 64)):
-        cut = switch.SwitchBlocks.choose(dtype.primitive_bitwidth // 8, 2 * rank, [4096])
+        config = switch.SwitchConfig.choose(dtype.primitive_bitwidth // 8, 2 * rank, [4096])
         constants = {
             "merged_ptr": None, "TYPE": dtype, "TOP_K": 2, "RANK": rank, "BLOCK_C": 2 * rank,
             "CHUNKS": 1, "SLOTS": 2, "FIELDS": switch.FIELDS, "ALIGN": 16, "EVEN": True,
-            "FULL": True, "ROWS": cut.rows, "COLS": cut.cols, "STRIP": cut.strip,
-            "STAGES": cut.stages,
+            "FULL": True, "ROWS": config.rows, "COLS": config.cols, "STRIP": config.strip,
+            "STAGES": config.stages,
         }  # fmt: skip
         name = f"switch {dtype} r={rank}"
-        rows.append(build(name, switch._switch_kernel, constants, cut.warps, cut.stages))
+        rows.append(build(name, switch._switch_kernel, constants, config.warps, config.stages))
     print(json.dumps(rows))
 
 

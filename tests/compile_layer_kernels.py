@@ -62,18 +62,18 @@ def main() -> None:
         ("", (4096, 4096, 4096), 128),
         ("silu", (11008, 11008, 0), 128),
     ):
-        cut = choose_expand(tokens, act != "", 2)
+        config = choose_expand(tokens, act != "", 2)
         constants = expert_blocks(8, 16, False) | {
             "WIDTH0": widths[0], "WIDTH1": widths[1], "WIDTH2": widths[2],
             "ADAPTED0": 0, "ADAPTED1": 1, "ADAPTED2": 2 if widths[2] else -1,
             "bias_ptr": None, "HAS_BIAS": False, "EPILOGUE": epilogues.EPILOGUES.index(act), "HALF": 0,
             "cos_sin_ptr": None, "gates_ptr": None, **NO_KV_SLOTS,
             "RAW": False, "SPLIT_K": 0, "ALL": True, "ALL_ADAPTED": True, "EVEN": True,
-            "PDL": True, "BLOCK_T": cut.tokens, "BLOCK_OUT": cut.columns,
-            "LOOP": cut.loop, "STAGES": cut.stages,
+            "PDL": True, "BLOCK_T": config.tokens, "BLOCK_OUT": config.columns,
+            "LOOP": config.loop, "STAGES": config.stages,
         }  # fmt: skip
         name = f"expand of float32 act={act} tokens={tokens}"
-        rows.append(build(name, expand._expand_kernel, constants, cut.warps, 2))
+        rows.append(build(name, expand._expand_kernel, constants, config.warps, 2))
     print(json.dumps(rows))
 
 

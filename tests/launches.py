@@ -129,7 +129,7 @@ def recording(hopper: bool = True, device: str = "cpu") -> Iterator[list[Launch]
 
     Args:
         hopper: the GPU is one.
-        device: its name, by which it has tuned cuts.
+        device: its name, by which it has tuned configs.
     """
     found: list[Launch] = []
     keep_no_kernel()
@@ -153,7 +153,7 @@ def recording(hopper: bool = True, device: str = "cpu") -> Iterator[list[Launch]
 
 
 def keep_no_kernel() -> None:
-    """Plans hold kernels with their constants, and cuts of the user's."""
+    """Plans hold kernels with their constants, and configs of the user's."""
     for module in (dense_expand, expand, add_norm):
         module._plan.cache_clear()
     for cached in (configs.configs_of, dispatch.find_config, dispatch.plan, dispatch.cublas_plan,

@@ -20,7 +20,7 @@ SHAPES = {
     "many-experts": (70, 32, 96, 64, 3, 2),
     "one-expert": (40, 24, 80, 1, 1, 16),
 }
-CUTS = {
+CONFIGS = {
     "default": None,
     "small": NormConfig(16, 32, 64, 4, 2),
     "at-once": NormConfig(16, 256, 256, 4),
@@ -54,12 +54,12 @@ def run(p, both, residual, weight, expand=True, **options):
     return add_norm_triton(y, s, residual, Norm(weight, 1e-5), p.lora_b, p.gates, **options)
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("name", SHAPES)
-def test_equals_float64(name, cut):
+def test_equals_float64(name, config):
     p, both, residual, weight = make(SHAPES[name])
     for found, want in zip(
-        run(p, both, residual, weight, blocks=CUTS[cut]), truth(p, both, residual, weight, 1e-5)
+        run(p, both, residual, weight, config=CONFIGS[config]), truth(p, both, residual, weight, 1e-5)
     ):
         assert error(found, want) <= 1e-5
 
@@ -113,13 +113,13 @@ def test_a_token_does_not_see_its_company(sums_of_sixteen):
         assert torch.equal(a[5], b[5]) and not torch.equal(a[4], b[4])
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("split", [1, 2, 4])
-def test_slices_are_added(split, cut):
+def test_slices_are_added(split, config):
     p, both, residual, weight = make((5, 48, 100, 4, 2, 8))
     slices = torch.randn(split, 5, 100, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     want = truth(p, slices.double().sum(0), residual, weight, 1e-5, expand=False)
     behind = residual, Norm(weight, 1e-5), p.lora_b, p.gates
-    found = add_norm_triton(slices, None, *behind, blocks=CUTS[cut])
+    found = add_norm_triton(slices, None, *behind, config=CONFIGS[config])
     for out, exact in zip(found, want):
         assert error(out, exact) <= 1e-5

@@ -1,4 +1,4 @@
-"""The streaming kernel against float64, over odd shapes and cuts of the product."""
+"""The streaming kernel against float64, over odd shapes and configs of the product."""
 
 import pytest
 import torch
@@ -8,18 +8,18 @@ from vllm_adafuse.kernels.decode_gemm import decode_gemm_triton
 from vllm_adafuse.kernels.device.epilogues import rotate_torch
 from vllm_adafuse.kernels.dispatch import default_config
 
-CUTS = [GemmConfig(32, 64), GemmConfig(16, 32, 2), GemmConfig(64, 16, 4)]
+CONFIGS = [GemmConfig(32, 64), GemmConfig(16, 32, 2), GemmConfig(64, 16, 4)]
 
 
-def run(p, epilogue="", tiles=None, cos_sin=None):
-    return decode_gemm_triton(p.x, p.projection(epilogue, cos_sin), p.step(cos_sin), tiles)
+def run(p, epilogue="", config=None, cos_sin=None):
+    return decode_gemm_triton(p.x, p.projection(epilogue, cos_sin), p.step(cos_sin), config)
 
 
-@pytest.mark.parametrize("tiles", CUTS)
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("name", SHAPES)
-def test_equals_float64(name, tiles):
+def test_equals_float64(name, config):
     p = make_problem(*SHAPES[name], bias=name != "one-token")
-    assert error(run(p, tiles=tiles), linear_truth(p)) <= 1e-5
+    assert error(run(p, config=config), linear_truth(p)) <= 1e-5
 
 
 @pytest.mark.parametrize("tokens,experts,top_k", [(1, 64, 2), (3, 40, 12), (20, 64, 5)])
@@ -30,14 +30,14 @@ def test_active_ones_of_many_experts(tokens, experts, top_k, rank):
     truth, absent = linear_truth(p), p.gates[:tokens].sum(0) == 0
     p.lora_a[:, absent], p.lora_b[:, absent] = float("nan"), float("nan")
     p.active[2 + p.active[1] :] = 1 << 40
-    for cut in (None, GemmConfig(16, 32, 2, shrink_split_k=3)):
-        assert error(run(p, tiles=cut), truth) <= 1e-5
+    for config in (None, GemmConfig(16, 32, 2, shrink_split_k=3)):
+        assert error(run(p, config=config), truth) <= 1e-5
 
 
 @pytest.mark.parametrize("adapted", [[0, -1, 1], [-1, 0, -1], [0, 0, 0], [-1, -1, 0]])
 def test_parts_without_experts(adapted):
     p = make_problem(4, 64, [40, 50, 30], 4, 2, 4, adapted=adapted, bias=True)
-    assert error(run(p, tiles=GemmConfig(16, 32, 2)), linear_truth(p)) <= 1e-5
+    assert error(run(p, config=GemmConfig(16, 32, 2)), linear_truth(p)) <= 1e-5
 
 
 @pytest.mark.parametrize("epilogue", ["silu", "gelu_tanh"])
@@ -56,8 +56,8 @@ def test_queries_and_keys_are_turned(widths, head_dim, adapted):
     p = make_problem(5, 96, widths, 3, 2, 4, adapted=adapted, bias=True)
     cos_sin = torch.randn(7, head_dim, device=DEVICE)
     truth = rotate_torch(linear_truth(p), cos_sin, widths[0] + widths[1])
-    for cut in (None, GemmConfig(16, 32)):
-        assert error(run(p, "rotary", cut, cos_sin=cos_sin), truth) <= 1e-5
+    for config in (None, GemmConfig(16, 32)):
+        assert error(run(p, "rotary", config, cos_sin=cos_sin), truth) <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -102,6 +102,6 @@ def test_rows_without_gates_are_the_bare_projection(sums_of_sixteen):
 @pytest.mark.parametrize("epilogue", ["", "silu"])
 def test_chosen_cuts_are_valid_and_fit_shared_memory(rows, epilogue):
     for tokens, size_in, itemsize in ((1, 64, 2), (32, 11008, 2), (32, 4096, 4)):
-        cut = default_config(tokens, size_in, rows, epilogue, itemsize)
-        tiles = cut.rows * (2 if epilogue else 1) + max(16, tokens)
-        assert cut.stages * tiles * cut.cols * itemsize <= 100 << 10
+        config = default_config(tokens, size_in, rows, epilogue, itemsize)
+        rows = config.rows * (2 if epilogue else 1) + max(16, tokens)
+        assert config.stages * rows * config.cols * itemsize <= 100 << 10

@@ -119,8 +119,8 @@ def test_long_tiles_take_one_round_of_processors_where_they_can(rows, height):
 @pytest.mark.parametrize("rows", [3072, 6144, 7680])  # of Mistral-7B, Llama-2-7B and 13B
 @pytest.mark.parametrize("tokens", [1, 16, 32, 64, 128])
 def test_a_projection_of_heads_has_programs_for_a_large_gpu(rows, tokens):
-    cut = default_config(tokens, 4096, rows, "rotary", 2, True)
-    assert 90 <= -(-rows // cut.rows) <= 240 and cut.tma == (tokens > 16)
+    config = default_config(tokens, 4096, rows, "rotary", 2, True)
+    assert 90 <= -(-rows // config.rows) <= 240 and config.tma == (tokens > 16)
 
 
 def test_every_limit_is_one_that_warm_up_steps_over():

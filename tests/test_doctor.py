@@ -58,7 +58,7 @@ def test_kernels_are_those_of_explain(capsys, base, adapter):
     told = out[out.index("pinned") :].partition("\n\n")[0].splitlines()[2:]
     want = [line.split() for line in explained]
     assert want and [line.split()[1:] for line in told if "8" in line.split()[0].split(",")] == want
-    for reason in ("no tuned cuts for", "does not fit --enable-lora"):
+    for reason in ("no tuned configs for", "does not fit --enable-lora"):
         assert reason in out[out.index("why not faster") :]
 
 

@@ -13,7 +13,7 @@ from vllm_adafuse.kernels.decode_gemm import decode_gemm_triton
 from vllm_adafuse.kernels.tma_gemm import tma_gemm_triton
 
 LAUNCHES, PER_GRAPH = 10_000, 50
-# kernel, tokens, widths, epilogue, E, r, cut, slices of the result that are left unadded
+# kernel, tokens, widths, epilogue, E, r, config, slices of the result that are left unadded
 CASES = {
     "stream": ("stream", 1, [1, 1, 1], "", 8, 16, None, 0),
     "stream-list": ("stream", 16, [4], "", 40, 16, None, 0),
@@ -37,8 +37,8 @@ class Stress:
     """
 
     def __init__(self, name: str, size: int, dtype: torch.dtype):
-        kind, tokens, widths, epilogue, experts, rank, cut, split = CASES[name]
-        self.tiled, self.epilogue, self.cut, self.split = kind == "tile", epilogue, cut, split
+        kind, tokens, widths, epilogue, experts, rank, config, split = CASES[name]
+        self.tiled, self.epilogue, self.config, self.split = kind == "tile", epilogue, config, split
         widths = [width * size // 4 for width in widths]
         self.p: Problem = make_problem(tokens, size, widths, experts, 2, rank, dtype=dtype)
         self.of, self.step = self.p.projection(epilogue), self.p.step()
@@ -52,7 +52,7 @@ class Stress:
         p.workspace.lora_a_out.fill_(255)
         self.of.semaphore.zero_()
         launch = tma_gemm_triton if self.tiled else decode_gemm_triton
-        return launch(p.x, self.of, self.step, self.cut, self.left)
+        return launch(p.x, self.of, self.step, self.config, self.left)
 
     def assert_near(self, out: torch.Tensor) -> None:
         found = out.sum(0) if self.split else out

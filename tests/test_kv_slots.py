@@ -54,13 +54,13 @@ def wanted(truth, pages, widths) -> KVSlots:
 
 
 def by_stream(p, cos_sin, pages):
-    of, cut = p.projection("rotary", cos_sin), GemmConfig(16, 32)
-    return decode_gemm_triton(p.x, of, p.step(cos_sin), cut, kv_slots=pages)
+    of, config = p.projection("rotary", cos_sin), GemmConfig(16, 32)
+    return decode_gemm_triton(p.x, of, p.step(cos_sin), config, kv_slots=pages)
 
 
 def by_tiles(p, cos_sin, pages):
-    of, cut = p.projection("rotary", cos_sin), GemmConfig(16, 32, shrink_split_k=2)
-    return tma_gemm_triton(p.x, of, p.step(cos_sin), cut, kv_slots=pages)
+    of, config = p.projection("rotary", cos_sin), GemmConfig(16, 32, shrink_split_k=2)
+    return tma_gemm_triton(p.x, of, p.step(cos_sin), config, kv_slots=pages)
 
 
 def products(p):
@@ -69,9 +69,9 @@ def products(p):
     return y.to(p.x.dtype), s.to(p.x.dtype)
 
 
-def by_expand(p, cos_sin, pages, blocks=None):
+def by_expand(p, cos_sin, pages, config=None):
     of = p.projection("rotary", cos_sin)
-    return expand_raw_triton(*products(p), p.bias, of, p.step(cos_sin), blocks, pages)
+    return expand_raw_triton(*products(p), p.bias, of, p.step(cos_sin), config, pages)
 
 
 def by_long_expand(p, cos_sin, pages):
@@ -79,8 +79,8 @@ def by_long_expand(p, cos_sin, pages):
 
 
 def by_tma_expand(p, cos_sin, pages):
-    of, blocks = p.projection("rotary", cos_sin), ExpandConfig(16, 32, 2, 4, 2)
-    return tma_expand_triton(*products(p), of, p.step(cos_sin), blocks, pages)
+    of, config = p.projection("rotary", cos_sin), ExpandConfig(16, 32, 2, 4, 2)
+    return tma_expand_triton(*products(p), of, p.step(cos_sin), config, pages)
 
 
 def by_op(p, cos_sin, pages):

@@ -109,11 +109,11 @@ def test_every_path_leaves_the_layout_that_the_fake_tells(
     truth = linear_truth(p, epilogue)
     assert error(out, truth) <= 1e-5
     # Paths of a GPU; streamed and tiled, and the fused product.
-    cuts = [None]
+    configs = [None]
     if tokens <= 32:
-        cuts += [GemmConfig(16, 32), GemmConfig(16, 32, 1, 4, 2, shrink_split_k=2, tma=True)]
-    for cut in cuts:
-        way = config_plan(of.shape, cut) if cut else cublas_plan(of.shape, tokens, Device("cpu"))
+        configs += [GemmConfig(16, 32), GemmConfig(16, 32, 1, 4, 2, shrink_split_k=2, tma=True)]
+    for config in configs:
+        way = config_plan(of.shape, config) if config else cublas_plan(of.shape, tokens, Device("cpu"))
         of.semaphore.zero_()
         found = linear_triton(p.x, of, p.step(), way)
         assert found.stride() == (stride, 1) and error(found, truth) <= 1e-5

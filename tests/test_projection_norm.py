@@ -51,8 +51,8 @@ def test_equals_float64(tokens):
 @pytest.mark.parametrize("tokens", [1, 17, 32])
 def test_slices_are_left_unadded(tokens, tma, split):
     p, *_ = make(tokens, 200, 72)
-    cut = GemmConfig(16, 32, split, 4, 2, 32, 2, tma)
-    slices = split_k_triton(p.x, p.projection("norm"), p.step(), cut)
+    config = GemmConfig(16, 32, split, 4, 2, 32, 2, tma)
+    slices = split_k_triton(p.x, p.projection("norm"), p.step(), config)
     assert slices.shape == (split, tokens, 72) and slices.dtype == torch.float32
     assert error(slices.sum(0), p.x.double() @ p.weight.double().T + delta_truth(p)) <= 1e-5
     assert split == 1 or error(slices[0], slices.sum(0).double()) > 0.1

@@ -4,7 +4,7 @@ import pytest
 import torch
 from ops import DEVICE, error
 from vllm_adafuse.kernels.switch import (
-    SwitchBlocks,
+    SwitchConfig,
     SwitchPlan,
     switch,
     switch_constants,
@@ -12,7 +12,7 @@ from vllm_adafuse.kernels.switch import (
     switch_triton,
 )
 
-SMALL = SwitchBlocks(rows=16, cols=32, strip=64)
+SMALL = SwitchConfig(rows=16, cols=32, strip=64)
 RUNS = [switch, switch_torch, switch_triton]
 CASES = {
     # (out, in) of the linears, E, k, r
@@ -28,7 +28,7 @@ CASES = {
 }
 
 
-def make_plan(shapes, experts, rank, dtype=torch.float32, blocks=SMALL, seed=0) -> SwitchPlan:
+def make_plan(shapes, experts, rank, dtype=torch.float32, config=SMALL, seed=0) -> SwitchPlan:
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape, scale):
@@ -38,7 +38,7 @@ def make_plan(shapes, experts, rank, dtype=torch.float32, blocks=SMALL, seed=0) 
     a = [normal(experts, rank, i, scale=i**-0.5) for _, i in shapes]
     b = [normal(experts, o, rank, scale=rank**-0.5) for o, _ in shapes]
     live = [torch.full_like(w, float("nan")) for w in pristine]
-    return SwitchPlan.make(live, pristine, a, b, blocks)
+    return SwitchPlan.make(live, pristine, a, b, config)
 
 
 def exact(plan: SwitchPlan, weights: torch.Tensor) -> tuple[SwitchPlan, torch.Tensor]:
@@ -51,7 +51,7 @@ def exact(plan: SwitchPlan, weights: torch.Tensor) -> tuple[SwitchPlan, torch.Te
     a, b = few_bits(plan.banks_a, 1 / 32), few_bits(plan.banks_b, 1 / 16)
     pristine = few_bits(plan.pristine, 1 / 1024)
     live = [torch.full_like(w, float("nan")) for w in pristine]
-    return SwitchPlan.make(live, pristine, a, b, plan.blocks), (64 * weights).ceil() / 64
+    return SwitchPlan.make(live, pristine, a, b, plan.config), (64 * weights).ceil() / 64
 
 
 def make_routes(count, experts, top_k, seed=0):
@@ -104,10 +104,10 @@ def test_half_precision_is_no_worse_than_plain_torch(name, dtype, run):
         assert error(w, exact) <= 1.2 * error(other, exact)
 
 
-@pytest.mark.parametrize("blocks", [SwitchBlocks(), SwitchBlocks(32, 16, 16), SwitchBlocks(16, 64)])
-def test_any_cut(blocks):
+@pytest.mark.parametrize("config", [SwitchConfig(), SwitchConfig(32, 16, 16), SwitchConfig(16, 64)])
+def test_any_config(config):
     shapes, experts, top_k, rank = CASES["not-a-multiple"]
-    plan = make_plan(shapes, experts, rank).recut(blocks)
+    plan = make_plan(shapes, experts, rank).with_config(config)
     ids, weights = make_routes(1, experts, top_k)
     switch_triton(plan, ids, weights, row(0))
     for w, want in zip(plan.live, truth(plan, ids, weights, 0)):
@@ -163,7 +163,7 @@ def test_an_equal_route_moves_nothing(run):
 
 @pytest.mark.gpu
 def test_in_a_cuda_graph():
-    plan = make_plan([(256, 512), (128, 256)], 8, 16, torch.bfloat16, SwitchBlocks())
+    plan = make_plan([(256, 512), (128, 256)], 8, 16, torch.bfloat16, SwitchConfig())
     ids, weights = make_routes(20, 8, 2)
     number = row(0)
     switch(plan, ids, weights, number)
@@ -193,20 +193,20 @@ def test_constants():
 
 
 def test_default_cuts():
-    choose = SwitchBlocks.choose
-    assert choose(2, 32, [4096, 11008]) == SwitchBlocks() == SwitchBlocks(64, 128, 2048, 4, 3)
-    assert choose(2, 32, [4096, 1088]) == SwitchBlocks(64, 64)  # whole tiles of 64 alone
-    assert choose(2, 32, [4096, 100]) == SwitchBlocks()  # no whole tiles at all
-    assert choose(2, 128, [4096]) == SwitchBlocks(32, 128)
+    choose = SwitchConfig.choose
+    assert choose(2, 32, [4096, 11008]) == SwitchConfig() == SwitchConfig(64, 128, 2048, 4, 3)
+    assert choose(2, 32, [4096, 1088]) == SwitchConfig(64, 64)  # whole tiles of 64 alone
+    assert choose(2, 32, [4096, 100]) == SwitchConfig()  # no whole tiles at all
+    assert choose(2, 128, [4096]) == SwitchConfig(32, 128)
     assert [choose(4, columns, [4096]).rows for columns in (32, 64, 256)] == [64, 32, 16]
-    # A plan does not know k: its cut does for all experts.
-    assert make_plan([(64, 128)], 4, 16, blocks=None).blocks == choose(4, 64, [128])
+    # A plan does not know k: its config does for all experts.
+    assert make_plan([(64, 128)], 4, 16, config=None).config == choose(4, 64, [128])
 
 
 def test_misfits_are_refused():
     for bad in ({"rows": 48}, {"cols": 8}, {"strip": 100}, {"warps": 3}, {"stages": 0}):
         with pytest.raises(ValueError, match=f"switch: {list(bad)[0]} is"):
-            SwitchBlocks(**bad)
+            SwitchConfig(**bad)
     plan = make_plan([(16, 32)], 2, 4)
     parts = [plan.live, plan.pristine, plan.banks_a, plan.banks_b]
     with pytest.raises(ValueError, match="as many of each"):

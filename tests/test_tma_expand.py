@@ -42,11 +42,11 @@ MANY = {  # more ranks than one product takes
 }
 
 
-def run(p, epilogue, cos_sin=None, blocks=None):
+def run(p, epilogue, cos_sin=None, config=None):
     x = p.x.double()
     y = (x @ p.weight.double().T).to(p.x.dtype)
     s = (x @ p.lora_a.flatten(0, 2).double().T).to(p.x.dtype)
-    return tma_expand_triton(y, s, p.projection(epilogue, cos_sin), p.step(cos_sin), blocks)
+    return tma_expand_triton(y, s, p.projection(epilogue, cos_sin), p.step(cos_sin), config)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -135,8 +135,8 @@ def test_blocks_of_pages_that_tiles_of_tokens_list(widths, pages, epilogue, toke
     hide_from_others(p, s)
     of = p.projection(epilogue, cos_sin)
     of = replace(of, shape=replace(of.shape, tile_blocks=True))
-    step, cut = p.step(cos_sin, tile_blocks), ExpandConfig(tokens_at_once, 32, 2, 4, 2)
-    assert error(tma_expand_triton(y, s, of, step, cut), want) <= 1e-5
+    step, config = p.step(cos_sin, tile_blocks), ExpandConfig(tokens_at_once, 32, 2, 4, 2)
+    assert error(tma_expand_triton(y, s, of, step, config), want) <= 1e-5
 
 
 def test_which_ranks_it_takes():
@@ -175,9 +175,9 @@ def test_rows_of_a_joint_product_come_back_contiguous(name):
 def test_an_activation_in_place(name):
     *shape, epilogue = SHAPES[name]
     p = make_problem(*shape)
-    of, step, blocks = p.projection(epilogue), p.step(), ExpandConfig(16, 32, 2, 4, 2)
+    of, step, config = p.projection(epilogue), p.step(), ExpandConfig(16, 32, 2, 4, 2)
     out, apart, in_y = twice_from_fused(p, lambda y, s, in_place: tma_expand_triton(
-        y, s, replace(of, strided_out=in_place), step, blocks
+        y, s, replace(of, strided_out=in_place), step, config
     ))  # fmt: skip
     want = linear_truth(p, epilogue)
     assert in_y and error(out, want) <= 1e-5 and error(apart, want) <= 1e-5

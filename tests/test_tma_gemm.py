@@ -1,4 +1,4 @@
-"""The tiled kernel against float64, over odd shapes and cuts of the product."""
+"""The tiled kernel against float64, over odd shapes and configs of the product."""
 
 import ops
 import pytest
@@ -10,7 +10,7 @@ from vllm_adafuse.kernels.dispatch import can_tile
 from vllm_adafuse.kernels.plans import Device, Shape
 from vllm_adafuse.kernels.tma_gemm import tma_gemm_triton
 
-CUTS = [GemmConfig(32, 64), GemmConfig(48, 32, shrink_split_k=3, tma=True), GemmConfig(64, 16, shrink_split_k=4)]
+CONFIGS = [GemmConfig(32, 64), GemmConfig(48, 32, shrink_split_k=3, tma=True), GemmConfig(64, 16, shrink_split_k=4)]
 
 
 def in_eights(tokens, size_in, widths, experts, top_k, rank):
@@ -24,16 +24,16 @@ SHAPES = {name: in_eights(*shape) for name, shape in ops.SHAPES.items()}
 SHAPES["hundred-tokens"] = (100, 72, [64, 70], 5, 2, 16)
 
 
-def run(p, epilogue="", tiles=None, out=None, cos_sin=None):
+def run(p, epilogue="", config=None, out=None, cos_sin=None):
     of = p.projection(epilogue, cos_sin)
-    return tma_gemm_triton(p.x, of, p.step(cos_sin), tiles, out)
+    return tma_gemm_triton(p.x, of, p.step(cos_sin), config, out)
 
 
-@pytest.mark.parametrize("tiles", CUTS)
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("name", SHAPES)
-def test_equals_float64(name, tiles):
+def test_equals_float64(name, config):
     p = make_problem(*SHAPES[name], bias=name != "one-token")
-    assert error(run(p, tiles=tiles), linear_truth(p)) <= 1e-5
+    assert error(run(p, config=config), linear_truth(p)) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["one-token", "not-a-multiple", "slices", "hundred-tokens"])
@@ -42,7 +42,7 @@ def test_slices_are_left_unadded(name, split):
     p = make_problem(*SHAPES[name])
     tokens, out = p.x.shape[0], sum(p.widths)
     slices = p.workspace.split_sums(split, tokens, out)
-    run(p, tiles=GemmConfig(16, 32, split, shrink_split_k=2), out=slices)
+    run(p, config=GemmConfig(16, 32, split, shrink_split_k=2), out=slices)
     assert error(slices.sum(0), linear_truth(p)) <= 1e-5
     assert split == 1 or error(slices[0], slices.sum(0).double()) > 0.1
 
@@ -50,15 +50,15 @@ def test_slices_are_left_unadded(name, split):
 @pytest.mark.parametrize("adapted", [[0, -1, 1], [-1, 0, -1], [0, 0, 0], [-1, -1, 0]])
 def test_parts_without_experts(adapted):
     p = make_problem(4, 64, [40, 50, 30], 4, 2, 4, adapted=adapted, bias=True)
-    assert error(run(p, tiles=GemmConfig(16, 32, shrink_split_k=2)), linear_truth(p)) <= 1e-5
+    assert error(run(p, config=GemmConfig(16, 32, shrink_split_k=2)), linear_truth(p)) <= 1e-5
 
 
 @pytest.mark.parametrize("epilogue", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("adapted", [[0, 1], [0, 0], [-1, 0], [0, -1]])
 def test_gate_up_with_its_activation(adapted, epilogue):
     p = make_problem(5, 96, [70, 70], 3, 2, 4, adapted=adapted, bias=True)
-    for cut in (GemmConfig(32, 32), GemmConfig(48, 32, tma=True)):
-        out = run(p, epilogue, cut)
+    for config in (GemmConfig(32, 32), GemmConfig(48, 32, tma=True)):
+        out = run(p, epilogue, config)
         assert error(out, linear_truth(p, epilogue)) <= 1e-5
 
 
@@ -68,8 +68,8 @@ def test_queries_and_keys_are_turned(widths, head_dim, adapted):
     p = make_problem(5, 96, widths, 3, 2, 4, adapted=adapted, bias=True)
     cos_sin = torch.randn(7, head_dim, device=DEVICE)
     truth = rotate_torch(linear_truth(p), cos_sin, widths[0] + widths[1])
-    for cut in (None, GemmConfig(16, 32)):
-        assert error(run(p, "rotary", cut, cos_sin=cos_sin), truth) <= 1e-5
+    for config in (None, GemmConfig(16, 32)):
+        assert error(run(p, "rotary", config, cos_sin=cos_sin), truth) <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -103,11 +103,11 @@ def test_blocks_without_a_token_are_not_read(experts, rank, cols, chosen, activa
         if not {*chosen} & {*range(block * of, (block + 1) * of)}:
             p.lora_b[:, block * of : (block + 1) * of] = torch.inf
     for split_k in (1, 3):
-        cut = GemmConfig(32, cols, shrink_split_k=split_k, tma=True)
-        assert error(run(p, activation, cut, cos_sin=cos_sin), truth) <= 1e-5
+        config = GemmConfig(32, cols, shrink_split_k=split_k, tma=True)
+        assert error(run(p, activation, config, cos_sin=cos_sin), truth) <= 1e-5
     if not activation:
         left = p.workspace.split_sums(3, 9, 192)
-        run(p, tiles=GemmConfig(32, cols, 3, shrink_split_k=2, tma=True), out=left)
+        run(p, config=GemmConfig(32, cols, 3, shrink_split_k=2, tma=True), out=left)
         assert error(left.sum(0), truth) <= 1e-5
 
 
@@ -127,11 +127,11 @@ LARGE = GemmConfig(96, 64, 1, 8, 4, shrink_split_k=2, tma=True)
     ],
 )
 @pytest.mark.parametrize(
-    "cut,size_in,experts,rank",  # s is waited for before the loop, or within it
+    "config,size_in,experts,rank",  # s is waited for before the loop, or within it
     [(SMALL, 96, 4, 16), (ODD, 96, 5, 8), (LARGE, 512, 8, 16), (ODD, 264, 8, 32)],
 )
 def test_ranks_are_steps_of_the_loop(
-    epilogue, widths, adapted, cut, size_in, experts, rank, dtype
+    epilogue, widths, adapted, config, size_in, experts, rank, dtype
 ):
     tokens = 100
     p = make_problem(
@@ -142,7 +142,7 @@ def test_ranks_are_steps_of_the_loop(
     if epilogue == "rotary":
         options["cos_sin"] = torch.randn(tokens, 64, device=DEVICE).to(dtype)
         truth, plain = (rotate_torch(y, options["cos_sin"], 384) for y in (truth, plain))
-    assert error(run(p, epilogue, cut, **options), truth) <= 1.2 * error(plain, truth)
+    assert error(run(p, epilogue, config, **options), truth) <= 1.2 * error(plain, truth)
 
 
 @pytest.mark.parametrize("split", [2, 3])
@@ -150,7 +150,7 @@ def test_ranks_are_steps_of_the_loop(
 def test_slices_in_half_precision(split, size_in):
     p = make_problem(40, size_in, [64, 70], 4, 2, 16, dtype=torch.float16)
     slices = p.workspace.split_sums(split, 40, 134)
-    run(p, tiles=GemmConfig(32, 32, split, shrink_split_k=2, tma=True), out=slices)
+    run(p, config=GemmConfig(32, 32, split, shrink_split_k=2, tma=True), out=slices)
     truth, plain = linear_truth(p), linear_truth(p, dtype=torch.float16)
     assert error(slices.sum(0), truth) <= 1.2 * error(plain, truth)
 

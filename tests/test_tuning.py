@@ -68,14 +68,14 @@ def test_widths_that_cannot_be_shared_out_are_refused():
 @pytest.mark.parametrize("tma", [False, True])
 @pytest.mark.parametrize("tokens", [1, 32, 128])
 def test_candidates_are_many_but_not_too_many_and_begin_with_the_default(product, tokens, tma):
-    cuts = list(candidates(product, tokens, tma=tma))
+    configs = list(candidates(product, tokens, tma=tma))
     s = product.shape
-    assert cuts[0] == default_config(tokens, s.size_in, s.tiled_rows, s.epilogue, 2, tma)
-    assert len(set(cuts)) == len(cuts) <= 70
-    assert len(cuts) >= (5 if tma or tokens <= 32 else 1)
-    assert tokens <= 32 or None in cuts
-    assert all(cut is None or serves(cut, tokens, tma) for cut in cuts)
-    assert s.epilogue in ("", "norm") or all(c is None or c.split_k == 1 for c in cuts)
+    assert configs[0] == default_config(tokens, s.size_in, s.tiled_rows, s.epilogue, 2, tma)
+    assert len(set(configs)) == len(configs) <= 70
+    assert len(configs) >= (5 if tma or tokens <= 32 else 1)
+    assert tokens <= 32 or None in configs
+    assert all(config is None or serves(config, tokens, tma) for config in configs)
+    assert s.epilogue in ("", "norm") or all(c is None or c.split_k == 1 for c in configs)
 
 
 def test_products_stand_before_norms_or_behind_them():
@@ -101,9 +101,9 @@ def test_the_norm_in_front_is_part_of_a_trial(monkeypatch):
 
 def test_the_fastest_is_kept(monkeypatch):
     one = product("o", 64, (64,), "", 0, 4, 4, itemsize=4)
-    cuts = [GemmConfig(16, 64), GemmConfig(32, 64), GemmConfig(64, 64)]
+    configs = [GemmConfig(16, 64), GemmConfig(32, 64), GemmConfig(64, 64)]
     times = iter([[9.0, 8.0, 9.0], [5.0], [7.0]])
-    monkeypatch.setattr(tuning, "candidates", lambda product, tokens, tma: iter(cuts))
+    monkeypatch.setattr(tuning, "candidates", lambda product, tokens, tma: iter(configs))
     on_cpu = torch.float32, 1, "cpu"
     monkeypatch.setattr(tuning, "Trial", lambda *a, tokens: Trial(*a, *on_cpu, tokens))
 
@@ -114,7 +114,7 @@ def test_the_fastest_is_kept(monkeypatch):
     monkeypatch.setattr(tuning, "time_us", timed)
     heard = []
     (outcome,) = tune(TuningJob((one,), (3,), 2), heard.append)
-    assert outcome.best == (5.0, cuts[1]) and outcome.default == 9.0 and sum(heard) == 3
+    assert outcome.best == (5.0, configs[1]) and outcome.default == 9.0 and sum(heard) == 3
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ SHAPES = {  # (tokens, in, widths, experts, k, rank), adapted, epilogue
     "list": ((3, 64, [64, 32], 20, 3, 16), None, ""),
 }
 # Slices of W x are for products that nothing follows.
-CUTS = {
+CONFIGS = {
     "whole": GemmConfig(32, 32),
     "is_split-shrink": GemmConfig(16, 32, shrink_split_k=2, shrink_cols=16),
     "is_split": GemmConfig(16, 32, 2, shrink_split_k=2, shrink_cols=16),
@@ -26,13 +26,13 @@ CUTS = {
 
 @pytest.mark.parametrize("run", [decode_gemm_triton, tma_gemm_triton])
 @pytest.mark.parametrize(
-    "name, cut", [(n, c) for n in SHAPES for c in CUTS if c != "is_split" or not SHAPES[n][2]]
+    "name, config", [(n, c) for n in SHAPES for c in CONFIGS if c != "is_split" or not SHAPES[n][2]]
 )
-def test_tiles_wait_for_all_of_the_shrink(name, run, cut, all_at_once):
+def test_tiles_wait_for_all_of_the_shrink(name, run, config, all_at_once):
     """s is NaN until it is written, so a tile that goes on too early says so."""
     shape, adapted, epilogue = SHAPES[name]
     p = make_problem(*shape, adapted=adapted, bias=True)
-    out = run(p.x, p.projection(epilogue), p.step(), CUTS[cut])
+    out = run(p.x, p.projection(epilogue), p.step(), CONFIGS[config])
     assert all_at_once.asked > 1
     assert error(out, linear_truth(p, epilogue)) <= 1e-5
     assert not p.workspace.split_k_semaphores.any()

@@ -281,7 +281,7 @@ def _of_shapes(
     }
     if untuned:
         said.append(
-            f"{device.name} has no tuned cuts for {len(untuned)} shapes "
+            f"{device.name} has no tuned configs for {len(untuned)} shapes "
             f"({', '.join(sorted(untuned))}): defaults serve; "
             f"vllm-adafuse tune {backbone.path} finds them"
         )

@@ -258,7 +258,7 @@ def time_us(function: Callable[[], object], calls: int, repeats: int = 7) -> lis
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the cuts of one product and number of tokens took, in microseconds, best first."""
+    """What the configs of one product and number of tokens took, in microseconds, best first."""
 
     product: Product
     tokens: int
@@ -298,7 +298,7 @@ class TuningJob:
 
 
 def _compile(job: TuningJob, trials: list[tuple[Product, int, GemmConfig | None]]) -> int:
-    """Runs each cut once in a process of its own, which leaves it in Triton's cache."""
+    """Runs each config once in a process of its own, which leaves it in Triton's cache."""
     product, trial = None, None
     for wanted, tokens, config in trials:
         if wanted != product:
@@ -309,7 +309,7 @@ def _compile(job: TuningJob, trials: list[tuple[Product, int, GemmConfig | None]
 
 
 def _try(trial: Trial, tokens: int, config: GemmConfig | None) -> bool:
-    """Whether a cut runs on this device at all."""
+    """Whether a config runs on this device at all."""
     try:
         trial.run(trial.step(tokens), config)
     except triton.runtime.errors.OutOfResources:
@@ -351,21 +351,21 @@ def tune(job: TuningJob, advance: Callable[[int], object]) -> Iterator[Outcome]:
 
 
 def save(outcomes: Sequence[Outcome], device: str, command: str) -> Path:
-    """Keeps the best cuts where servers look for them when they start; returns the file.
+    """Keeps the best configs where servers look for them when they start; returns the file.
 
     Args:
         outcomes: what was measured.
         device: the GPU's name.
         command: by which.
     """
-    cuts: dict[str, dict] = {}
+    configs: dict[str, dict] = {}
     for outcome in outcomes:
         s = outcome.product.shape
         key = shape_key(s.size_in, s.tiled_rows, s.epilogue, s.itemsize)
-        cuts.setdefault(key, {})[outcome.tokens] = outcome.best[1]
+        configs.setdefault(key, {})[outcome.tokens] = outcome.best[1]
     took = {
         f"{o.product.name} {o.tokens}": [round(o.default, 2), round(o.best[0], 2)]
         for o in outcomes
     }
     how = {"command": command, "torch": torch.__version__, "us": took}
-    return save_configs(device, cuts, how)
+    return save_configs(device, configs, how)

@@ -84,7 +84,7 @@ def lines_of(report: Report) -> list[str]:
             f"{one['pages']} pages, content {one['content'][:16]}"
         )
     for way, by_tokens in report.kernels.items():
-        head = ("tokens", "layers", "projection", "then", "kernel", "cut", "deltas")
+        head = ("tokens", "layers", "projection", "then", "kernel", "config", "deltas")
         rows = _rows(by_tokens)
         lines += ["", f"{way}:", *columns([head, *rows])]
     slower = report.slower or ["nothing is known"]

@@ -84,18 +84,18 @@ def run(args: argparse.Namespace) -> int:
 
 def cells_of(line: Line) -> tuple[str, ...]:
     """A row of the table."""
-    found, cut = line.plan, "-"
+    found, config = line.plan, "-"
     if c := found.config:
-        cut = f"{c.rows}x{c.cols}, split_k {c.split_k}, {c.warps} warps, {c.stages} stages"
+        config = f"{c.rows}x{c.cols}, split_k {c.split_k}, {c.warps} warps, {c.stages} stages"
     elif found.split_k > 1:
-        cut = f"split_k {found.split_k}"
+        config = f"split_k {found.split_k}"
     kernel = found.kernel + (" of A, W by vLLM" if not line.shape.fused else "")
     if line.shape.fused and found.config is None and not found.one_gemm:
         kernel += " twice"
     dense = "" if found.dense_from is None else f"cublas from expert {found.dense_from} on"
     expand = "" if found.expand == "none" else found.expand
     deltas = ", ".join(filter(None, (dense, expand))) or "within"
-    return ranges(line.layers), line.name, line.shape.epilogue or "-", kernel, cut, deltas
+    return ranges(line.layers), line.name, line.shape.epilogue or "-", kernel, config, deltas
 
 
 def ranges(numbers: tuple[int, ...]) -> str:

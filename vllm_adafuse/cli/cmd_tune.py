@@ -120,15 +120,15 @@ def show(outcomes: list, device: str) -> None:
     from rich.table import Table
 
     table = Table(title=f"microseconds on {device}")
-    for name in ("product", "tokens", "default", "best", "cut: rows x cols"):
+    for name in ("product", "tokens", "default", "best", "config: rows x cols"):
         table.add_column(name, justify="left" if name[0] in "pc" else "right")
     for outcome in outcomes:
-        best, cut = outcome.best
+        best, config = outcome.best
         how = "cuBLAS"
-        if cut:
-            how = f"{cut.rows} x {cut.cols}, split_k {cut.split_k}, {cut.warps} warps, "
-            how += f"{cut.stages} stages"
-            how += ", tma" * cut.tma
+        if config:
+            how = f"{config.rows} x {config.cols}, split_k {config.split_k}, {config.warps} warps, "
+            how += f"{config.stages} stages"
+            how += ", tma" * config.tma
         row = (outcome.product.name, str(outcome.tokens), f"{outcome.default:.1f}", f"{best:.1f}")
         table.add_row(*row, how)
     console().print(table)

@@ -27,7 +27,7 @@ from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.format.merge import refuse_quantised
 from vllm_adafuse.format.pretrained import check_checkpoint, read_config
 from vllm_adafuse.kernels.gate import Gate, gate
-from vllm_adafuse.kernels.switch import FIELDS, SwitchBlocks, SwitchPlan, switch
+from vllm_adafuse.kernels.switch import FIELDS, SwitchConfig, SwitchPlan, switch
 from vllm_adafuse.offline.routing import OfflineRouter, refuse_context
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class SwitchMemory:
 
 
 def switch_memory(
-    backbone: Backbone, adapter: Adapter, dtype: torch.dtype, blocks: SwitchBlocks | None = None
+    backbone: Backbone, adapter: Adapter, dtype: torch.dtype, config: SwitchConfig | None = None
 ) -> SwitchMemory:
     """What a `SwitchRuntime` will take beside the backbone, from shapes alone.
 
@@ -68,25 +68,25 @@ def switch_memory(
         backbone: names and shapes.
         adapter: a checked adapter.
         dtype: of the model.
-        blocks: the cut of the kernel.
+        config: of the kernel.
     """
-    config, size = adapter.config, dtype.itemsize
+    mixture, size = adapter.config, dtype.itemsize
     shapes = [backbone.linears[name] for name in adapter.projections]
-    blocks = blocks or _default_cut(backbone, adapter, dtype)
-    rank_rows = config.num_experts * config.rank
-    programs = sum(-(-o // blocks.rows) * -(-i // blocks.strip) for i, o in shapes)
+    config = config or _default_config(backbone, adapter, dtype)
+    rank_rows = mixture.num_experts * mixture.rank
+    programs = sum(-(-o // config.rows) * -(-i // config.strip) for i, o in shapes)
     return SwitchMemory(
         pristine=sum(i * o for i, o in shapes) * size,
         experts=sum(rank_rows * (i + o) for i, o in shapes) * size,
-        passports=0 if config.router_layer else backbone.vocab_size * config.top_k * (4 + 4),
+        passports=0 if mixture.router_layer else backbone.vocab_size * mixture.top_k * (4 + 4),
         table=len(shapes) * FIELDS * 8 + programs * 4,
     )
 
 
-def _default_cut(backbone: Backbone, adapter: Adapter, dtype: torch.dtype) -> SwitchBlocks:
+def _default_config(backbone: Backbone, adapter: Adapter, dtype: torch.dtype) -> SwitchConfig:
     columns = adapter.config.top_k * adapter.config.rank
     sizes_in = [backbone.linears[name][0] for name in adapter.projections]
-    return SwitchBlocks.choose(dtype.itemsize, columns, sizes_in)
+    return SwitchConfig.choose(dtype.itemsize, columns, sizes_in)
 
 
 class SwitchRuntime:
@@ -108,7 +108,7 @@ class SwitchRuntime:
         model: PreTrainedModel,
         experts: dict[str, tuple[torch.Tensor, torch.Tensor]],
         routes: tuple[torch.Tensor, torch.Tensor] | tuple[int, Router],
-        blocks: SwitchBlocks | None = None,
+        config: SwitchConfig | None = None,
         merge: Callable = switch,
     ):
         """Takes over a loaded backbone; see `load` for the usual way.
@@ -118,7 +118,7 @@ class SwitchRuntime:
             experts: full name of a linear -> A [E, r, in], B [E, out, r]; of any dtype and device.
             routes: the passports of the vocabulary, expert ids [V, k] int32 and weights [V, k]
                 float32 with LoRA's scale; or a layer and the router of what enters it.
-            blocks: how the kernel cuts its work.
+            config: how the kernel cuts its work.
             merge: what merges a route, with the arguments of `switch`.
         """
         self.model, self.switches, self._switch = model, 0, merge
@@ -131,7 +131,7 @@ class SwitchRuntime:
         )
         pristine = [linear.weight.data.contiguous() for linear in self._linears]
         live = [torch.empty_like(w) for w in pristine]
-        self.plan = SwitchPlan.make(live, pristine, banks_a, banks_b, blocks)
+        self.plan = SwitchPlan.make(live, pristine, banks_a, banks_b, config)
         self._gates: torch.Tensor | None = None
         self._merged: torch.Tensor | None = None
         self._hooks: list[Any] = []
@@ -153,7 +153,7 @@ class SwitchRuntime:
         cls,
         base: str | Path,
         adapter: str | Path,
-        blocks: SwitchBlocks | None = None,
+        config: SwitchConfig | None = None,
         **kwargs: Any,
     ) -> SwitchRuntime:
         """Loads a backbone with an adapter on it.
@@ -161,7 +161,7 @@ class SwitchRuntime:
         Args:
             base: the backbone's directory.
             adapter: the adapter's directory; it is checked as `vllm-adafuse check` does.
-            blocks: how the kernel cuts its work.
+            config: how the kernel cuts its work.
             **kwargs: for `AutoModelForCausalLM.from_pretrained`, such as dtype or device_map.
 
         Raises:
@@ -195,8 +195,8 @@ class SwitchRuntime:
                 name: tuple(read(f"{name}.lora_{side}").to(model.device) for side in "AB")
                 for name in checked.projections
             }
-        blocks = blocks or _default_cut(backbone, checked, model.dtype)
-        return cls(model, experts, routes, blocks)
+        config = config or _default_config(backbone, checked, model.dtype)
+        return cls(model, experts, routes, config)
 
     def generate(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """`transformers`' generate.
