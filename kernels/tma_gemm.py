@@ -157,15 +157,15 @@ def _finish(
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _tma_gemm_kernel(
-    x_desc, w_desc, more_w_desc, a_desc, lora_a_out_desc, b_desc, more_b_desc, up_desc,
-    more_up_desc, w_ptr, bias_ptr, y_ptr, cos_sin_ptr, gates_ptr, active_ptr, lora_a_out_ptr,
+    x_desc, w_desc, piece1_w_desc, a_desc, lora_a_out_desc, b_desc, piece1_b_desc, up_desc,
+    piece1_up_desc, w_ptr, bias_ptr, y_ptr, cos_sin_ptr, gates_ptr, active_ptr, lora_a_out_ptr,
     partial_ptr, split_k_semaphore_ptr, semaphore_ptr, n_tokens, y_stride, size_in, keys_ptr,
     values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride, WIDTH0: tl.constexpr,
     WIDTH1: tl.constexpr, WIDTH2: tl.constexpr, ADAPTED0: tl.constexpr, ADAPTED1: tl.constexpr,
     ADAPTED2: tl.constexpr, HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, HALF: tl.constexpr,
     KV: tl.constexpr, SPLIT_K: tl.constexpr, SHRINK_SPLIT_K: tl.constexpr, RANK: tl.constexpr,
     EXPERTS: tl.constexpr, RANKS: tl.constexpr, SHRINK_ROWS: tl.constexpr, LISTED: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr, MORE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr, PIECE1: tl.constexpr,
     COLS: tl.constexpr, STAGES: tl.constexpr, WAITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -191,7 +191,7 @@ def _tma_gemm_kernel(
     else:
         # Which tile of which slice, and which slice of `in`. With EPILOGUE a tile has both members.
         tile, pid_k = (pid - SHRINKS) // SPLIT_K, (pid - SHRINKS) % SPLIT_K
-        TALL: tl.constexpr = ROWS + MORE
+        TALL: tl.constexpr = ROWS + PIECE1
         WIDE: tl.constexpr = TALL * (2 if EPILOGUE == 3 else 1)
         TILES0: tl.constexpr = (WIDTH0 + WIDE - 1) // WIDE
         TILES1: tl.constexpr = (WIDTH1 + WIDE - 1) // WIDE if EPILOGUE == 0 or EPILOGUE == 3 else 0
@@ -219,9 +219,9 @@ def _tma_gemm_kernel(
             if EPILOGUE != 0:  # behind a norm, which lets it begin early
                 start = member * APART + row
                 prefetch_pairs(w_ptr, start, WIDTH0 + WIDTH1 + WIDTH2, size_in, APART, ROWS)
-                if MORE:
+                if PIECE1:
                     start += ROWS
-                    prefetch_pairs(w_ptr, start, WIDTH0 + WIDTH1 + WIDTH2, size_in, APART, MORE)
+                    prefetch_pairs(w_ptr, start, WIDTH0 + WIDTH1 + WIDTH2, size_in, APART, PIECE1)
             tl.extra.cuda.gdc_wait()
         tokens = tl.arange(0, BLOCK_T)
         kv_starts, slot_mask = rows_in_kv(
@@ -245,26 +245,26 @@ def _tma_gemm_kernel(
         size = tl.cdiv(steps, SPLIT_K)
         begin, end = pid_k * size, tl.minimum(pid_k * size + size, steps)
         acc = tl.zeros([BLOCK_T, MEMBERS * ROWS], dtype=tl.float32)
-        more = tl.zeros([BLOCK_T, MEMBERS * MORE if MORE else 16], dtype=tl.float32)
+        piece1 = tl.zeros([BLOCK_T, MEMBERS * PIECE1 if PIECE1 else 16], dtype=tl.float32)
         # s must be there before the loop asks for it, as many steps ahead as there are stages.
         ahead = of_in - STAGES
         if not WAITS:  # a loop up to the ranks, and another behind it
-            acc, more = loop_over(
-                acc, more, begin, tl.minimum(end, of_in), of_in, of_gate, blocks, ahead,
-                x_desc, w_desc, more_w_desc, lora_a_out_desc, b_desc, more_b_desc, up_desc,
-                more_up_desc, semaphore_ptr, member, row, b_member, b_row, linear_idx, SIZE, False,
-                ADAPTED1, LISTED, MEMBERS, ROWS, MORE, COLS, STAGES, SHRINK_TILES, False,
+            acc, piece1 = loop_over(
+                acc, piece1, begin, tl.minimum(end, of_in), of_in, of_gate, blocks, ahead,
+                x_desc, w_desc, piece1_w_desc, lora_a_out_desc, b_desc, piece1_b_desc, up_desc,
+                piece1_up_desc, semaphore_ptr, member, row, b_member, b_row, linear_idx, SIZE, False,
+                ADAPTED1, LISTED, MEMBERS, ROWS, PIECE1, COLS, STAGES, SHRINK_TILES, False,
             )  # fmt: skip
             begin = tl.maximum(begin, of_in)
         if (begin > ahead) & (end > of_in):
             wait_for_shrink(semaphore_ptr, SHRINK_TILES)
             if PDL:
                 fence()
-        acc, more = loop_over(
-            acc, more, begin, end, of_in, of_gate, blocks, ahead,
-            x_desc, w_desc, more_w_desc, lora_a_out_desc, b_desc, more_b_desc, up_desc,
-            more_up_desc, semaphore_ptr, member, row, b_member, b_row, linear_idx, SIZE, HAS_UP,
-            ADAPTED1, LISTED, MEMBERS, ROWS, MORE, COLS, STAGES, SHRINK_TILES, WAITS,
+        acc, piece1 = loop_over(
+            acc, piece1, begin, end, of_in, of_gate, blocks, ahead,
+            x_desc, w_desc, piece1_w_desc, lora_a_out_desc, b_desc, piece1_b_desc, up_desc,
+            piece1_up_desc, semaphore_ptr, member, row, b_member, b_row, linear_idx, SIZE, HAS_UP,
+            ADAPTED1, LISTED, MEMBERS, ROWS, PIECE1, COLS, STAGES, SHRINK_TILES, WAITS,
         )  # fmt: skip
         y, up = apart(acc, EPILOGUE, BLOCK_T, ROWS)
         _finish(
@@ -272,12 +272,12 @@ def _tma_gemm_kernel(
             width, kv_starts, slot_mask, keys_ptr, values_ptr, head_stride, APART, WIDTH0 + WIDTH1,
             HAS_BIAS, EPILOGUE, HALF, KV, BLOCK_T, ROWS,
         )  # fmt: skip
-        if MORE:
-            more_y, more_up = apart(more, EPILOGUE, BLOCK_T, MORE)
+        if PIECE1:
+            piece1_y, piece1_up = apart(piece1, EPILOGUE, BLOCK_T, PIECE1)
             _finish(
-                more_y, more_up, local + ROWS, pid_k, bias_ptr, y_ptr, cos_sin_ptr, n_tokens,
+                piece1_y, piece1_up, local + ROWS, pid_k, bias_ptr, y_ptr, cos_sin_ptr, n_tokens,
                 y_stride, number, first, width, kv_starts, slot_mask, keys_ptr, values_ptr,
-                head_stride, APART, WIDTH0 + WIDTH1, HAS_BIAS, EPILOGUE, HALF, KV, BLOCK_T, MORE,
+                head_stride, APART, WIDTH0 + WIDTH1, HAS_BIAS, EPILOGUE, HALF, KV, BLOCK_T, PIECE1,
             )  # fmt: skip
 
 
@@ -330,7 +330,7 @@ def tma_gemm_triton(
     config = config or default_config(*key, tma=True) or GemmConfig(64, 64, stages=3)
     if half:
         config = replace(config, rows=min(config.pieces[0], half))
-    rows, more = config.pieces
+    rows, piece1 = config.pieces
     block_t = max(MIN_TOKENS, power_of_2(tokens))
     count = sum(cdiv(w, config.rows) for w in members)
     shrinks = cdiv(lora_a.shape[0], SHRINK_ROWS) * config.shrink_split_k
@@ -339,7 +339,7 @@ def tma_gemm_triton(
     split_k = config.split_k if y.dim() == 3 else 1
     # W as members, rows of each, and `in`: TMA blocks of pairs have two members. B likewise, but
     # for gate_up, each of whose members is by itself.
-    pair, pieces = 2 if index else 1, (rows, more or rows)
+    pair, pieces = 2 if index else 1, (rows, piece1 or rows)
     tall, ranks = half or (widths[0] if index else size_out), lora_a.shape[0]
     s, b = workspace.view(x.dtype, tokens, ranks), p.lora_b.flatten(1)
     of_b = [b[: widths[0]], b[-widths[0] :]] if is_gate_up(epilogue) else [b]
@@ -360,7 +360,7 @@ def tma_gemm_triton(
         SPLIT_K=split_k, SHRINK_SPLIT_K=config.shrink_split_k, RANK=rank, EXPERTS=experts,
         RANKS=ranks, SHRINK_ROWS=SHRINK_ROWS, LISTED=_lists_blocks(experts, rank, config.cols),
         BLOCK_T=block_t, BLOCK_E=max(16, power_of_2(experts)),
-        ROWS=rows, MORE=more, COLS=config.cols, STAGES=config.stages, WAITS=waits_in_loops(x),
+        ROWS=rows, PIECE1=piece1, COLS=config.cols, STAGES=config.stages, WAITS=waits_in_loops(x),
         num_warps=config.warps, num_stages=config.stages, **overlap(on_hopper(x)),
     )  # fmt: skip
     return y

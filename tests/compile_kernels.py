@@ -145,13 +145,13 @@ def main() -> None:
         for tokens in (64, 128):
             config = dispatch.default_config(tokens, 4096, size_out, act, 2, True)
             config = config or configs.GemmConfig(64, 64, stages=3)
-            tall, more = config.pieces
+            tall, piece1 = config.pieces
             constants = shape | {
                 "SPLIT_K": 1, "SHRINK_SPLIT_K": config.shrink_split_k, "RANK": 16, "EXPERTS": 8,
                 "RANKS": 128 * (2 if act == "silu" else 3), "SHRINK_ROWS": tma_gemm.SHRINK_ROWS,
                 "LISTED": False,
                 "BLOCK_T": tokens, "BLOCK_E": 16,
-                "ROWS": tall, "MORE": more, "COLS": config.cols, "STAGES": config.stages,
+                "ROWS": tall, "PIECE1": piece1, "COLS": config.cols, "STAGES": config.stages,
                 "PDL": True, "WAITS": True,
             }  # fmt: skip
             members = 2 if act else 1
@@ -160,14 +160,14 @@ def main() -> None:
                 "lora_a_out": (tokens, config.cols),
                 **dict.fromkeys(("w", "b", "up"), (members, tall, config.cols)),
                 **dict.fromkeys(
-                    ("more_w", "more_b", "more_up"), (members, more or tall, config.cols)
+                    ("piece1_w", "piece1_b", "piece1_up"), (members, piece1 or tall, config.cols)
                 ),
             }.items():  # fmt: skip
                 POINTERS[f"{name}_desc"] = f"tensordesc<bf16[{', '.join(map(str, block))}]>"
             kernel = tma_gemm._tma_gemm_kernel
             name = f"tma_gemm act={number} tokens={tokens}"
             if act != "silu":
-                constants |= {"up_desc": None, "more_up_desc": None}
+                constants |= {"up_desc": None, "piece1_up_desc": None}
             rows.append(build(name, kernel, constants, config.warps, config.stages))
             later = constants | {"WAITS": False}
             for target in (HOPPER, BLACKWELL):

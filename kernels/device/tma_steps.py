@@ -49,11 +49,11 @@ def rank_of_step(step, blocks, COLS: tl.constexpr, LISTED: tl.constexpr):
 
 @triton.jit
 def loop_over(
-    acc, more, begin, end, of_in, of_gate, blocks, ahead,
-    x_desc, w_desc, more_w_desc, lora_a_out_desc, b_desc, more_b_desc, up_desc, more_up_desc,
+    acc, piece1, begin, end, of_in, of_gate, blocks, ahead,
+    x_desc, w_desc, piece1_w_desc, lora_a_out_desc, b_desc, piece1_b_desc, up_desc, piece1_up_desc,
     semaphore_ptr, member, row, b_member, b_row, linear_idx,
     SIZE: tl.constexpr, HAS_UP: tl.constexpr, ADAPTED1: tl.constexpr, LISTED: tl.constexpr,
-    MEMBERS: tl.constexpr, ROWS: tl.constexpr, MORE: tl.constexpr, COLS: tl.constexpr,
+    MEMBERS: tl.constexpr, ROWS: tl.constexpr, PIECE1: tl.constexpr, COLS: tl.constexpr,
     STAGES: tl.constexpr, SHRINK_TILES: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """Some steps of a tile's product: those before `of_in` of W and x, others of B and s, for
@@ -63,21 +63,21 @@ def loop_over(
         if WAITS:
             wait_now(semaphore_ptr, SHRINK_TILES, (step == ahead) & (end > of_in))
         at, of_member, of_row, of_s = step * COLS, member, row, 0
-        from_x, from_w, from_more = x_desc, w_desc, more_w_desc
+        from_x, from_w, from_more = x_desc, w_desc, piece1_w_desc
         if step >= of_in:
             at = rank_of_step(step - of_in, blocks, COLS, LISTED)
             of_member, of_row, of_s = b_member, b_row, linear_idx * SIZE
-            from_x, from_w, from_more = lora_a_out_desc, b_desc, more_b_desc
+            from_x, from_w, from_more = lora_a_out_desc, b_desc, piece1_b_desc
         if HAS_UP:
             if step >= of_in + of_gate:
                 at = rank_of_step(step - of_in - of_gate, blocks, COLS, LISTED)
                 of_member, of_s = -1, ADAPTED1 * SIZE
-                from_w, from_more = up_desc, more_up_desc
+                from_w, from_more = up_desc, piece1_up_desc
         x = from_x.load([0, of_s + at])
         w = from_w.load([of_member, of_row, at])
         acc = tl.dot(x, tl.reshape(w, [MEMBERS * ROWS, COLS]).T, acc, input_precision="ieee")
-        if MORE:
+        if PIECE1:
             w = from_more.load([of_member, of_row + ROWS, at])
-            w = tl.reshape(w, [MEMBERS * MORE, COLS])
-            more = tl.dot(x, w.T, more, input_precision="ieee")
-    return acc, more
+            w = tl.reshape(w, [MEMBERS * PIECE1, COLS])
+            piece1 = tl.dot(x, w.T, piece1, input_precision="ieee")
+    return acc, piece1
