@@ -216,7 +216,7 @@ class _Key(NamedTuple):
         tokens: of the step, or any more than MAX_SHORT_TOKENS.
         widths, adapted, half: of the projection; half a head, 0 without "rotary".
         index: of the epilogue in `EPILOGUES`.
-        every: slices without experts have tiles too.
+        all_slices: those without experts have tiles too.
         experts, rank, itemsize: of B.
         config: how to cut, None for the default.
         hopper, has_bias, kv: the device is one, there is a bias, there are KV slots.
@@ -231,7 +231,7 @@ class _Key(NamedTuple):
     adapted: tuple[int, ...]
     half: int
     index: int
-    every: bool
+    all_slices: bool
     experts: int
     rank: int
     itemsize: int
@@ -287,7 +287,7 @@ def launch_expand(
 @functools.cache
 def _plan(key: _Key) -> tuple[int, int, Bound]:
     """Groups of tiles, tokens of a tile, and the kernel."""
-    tokens, widths, adapted, half, index, every, experts, rank, itemsize, config, *flags = key
+    tokens, widths, adapted, half, index, all_slices, experts, rank, itemsize, config, *flags = key
     hopper, has_bias, kv, raw, split_k, skip, listed = flags
     if config is None:
         config = choose_expand(tokens, index != 0, itemsize)
@@ -296,7 +296,7 @@ def _plan(key: _Key) -> tuple[int, int, Bound]:
     if index:
         tiled = tiled_widths(widths, EPILOGUES[index])
     else:
-        tiled = [w for w, linear_idx in zip(widths, adapted) if linear_idx >= 0 or every]
+        tiled = [w for w, linear_idx in zip(widths, adapted) if linear_idx >= 0 or all_slices]
     span = columns * config.loop
     all_adapted = min(adapted) >= 0
     widths, adapted = (*widths, 0, 0)[:3], (*adapted, -1, -1)[:3]
@@ -306,7 +306,7 @@ def _plan(key: _Key) -> tuple[int, int, Bound]:
         LISTED=TILE_TOKENS if listed else 0,
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],
         ADAPTED0=adapted[0], ADAPTED1=adapted[1], ADAPTED2=adapted[2],
-        EPILOGUE=index, HALF=half, ALL=every,
+        EPILOGUE=index, HALF=half, ALL=all_slices,
         EVEN=all(w % span == 0 for w in tiled), ALL_ADAPTED=all_adapted,
         BLOCK_T=config.tokens, BLOCK_OUT=columns,
         LOOP=config.loop, STAGES=config.stages, num_warps=config.warps,

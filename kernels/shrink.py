@@ -295,7 +295,7 @@ def shrink_torch(x: torch.Tensor, lora_a: torch.Tensor, gates: torch.Tensor) -> 
     """The reference and the path of long batches: see `shrink_triton`."""
     tokens, size_in = x.shape
     linears, experts, rank, _ = lora_a.shape
-    every = matmul_f32(x, lora_a.view(-1, size_in).t()).view(tokens, linears, experts, rank)
+    unweighted = matmul_f32(x, lora_a.view(-1, size_in).t()).view(tokens, linears, experts, rank)
     s = torch.empty(tokens, linears, experts, rank, dtype=x.dtype, device=x.device)
-    torch.mul(every, gates[:tokens, None, :, None], out=s)
+    torch.mul(unweighted, gates[:tokens, None, :, None], out=s)
     return s.view(tokens, linears, experts * rank)

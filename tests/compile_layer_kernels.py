@@ -17,13 +17,14 @@ POINTERS |= {"both_ptr": "*bf16", "weighted_ptr": "*bf16", "temperature": "fp32"
 def main() -> None:
     rows = []
     route = {
-        "SPLIT_FACTOR": 2048.0, "EXPERTS": 8, "EVERY": 8, "RANK": 16, "TOP_K": 2,
+        "SPLIT_FACTOR": 2048.0, "EXPERTS": 8, "NUM_ALL_EXPERTS": 8, "RANK": 16, "TOP_K": 2,
         "SOFTMAX_FIRST": False, "ABSOLUTE": False, "SHARED": False, "PLAIN": False,
         "HAS_LOGITS": True, "HAS_BIAS": True, "PDL": True, "BLOCK_E": 8, "BLOCK_C": 128,
     }  # fmt: skip
     plans = {
         "qkv": {"ROUTERS": 3, "SPLITS": 3, "LINEARS": 3},
-        "block": {"ROUTERS": 1, "SPLITS": 1, "LINEARS": 2, "EVERY": 9, "PLAIN": True, "BLOCK_E": 16},
+        "block": {"ROUTERS": 1, "SPLITS": 1, "LINEARS": 2, "NUM_ALL_EXPERTS": 9, "PLAIN": True,
+                  "BLOCK_E": 16},
         "shared": {"ROUTERS": 1, "SPLITS": 1, "LINEARS": 1, "SHARED": True, "ABSOLUTE": True},
         "reads": {"ROUTERS": 1, "SPLITS": 0, "LINEARS": 1, "HAS_LOGITS": False, "HAS_BIAS": False,
                   "bias_ptr": None, "logits_ptr": None},
@@ -40,17 +41,18 @@ def main() -> None:
     for slots in (0, 2):
         for adapted in ((0, 1), (0, -1)):
             constants = {
-                "WIDTH": 11008, "ADAPTED0": adapted[0], "ADAPTED1": adapted[1], "EXPERTS": 8, "EVERY": 9,
+                "WIDTH": 11008, "ADAPTED0": adapted[0], "ADAPTED1": adapted[1], "EXPERTS": 8,
+                "NUM_ALL_EXPERTS": 9,
                 "RANK": 16, "SLOTS": slots, "EPILOGUE": epilogues.EPILOGUES.index("silu"),
                 "BLOCK_T": 16, "BLOCK_C": 64, "BLOCK_R": 16,
             }  # fmt: skip
             kernel = ffn_mix._ffn_mix_kernel
             rows.append(build(f"ffn_mix slots={slots} adapted={adapted}", kernel, constants, 4, 3))
     for always, shared in ((0, False), (1, True)):
-        every = 8 + always
+        num_all_experts = 8 + always
         constants = {
-            "EXPERTS": 8, "EVERY": every, "RANK": 16, "SHARED": shared, "BLOCK_E": 8,
-            "LORA_A_SIZE": 16 * (1 + always if shared else every), "BLOCK_C": 128,
+            "EXPERTS": 8, "NUM_ALL_EXPERTS": num_all_experts, "RANK": 16, "SHARED": shared, "BLOCK_E": 8,
+            "LORA_A_SIZE": 16 * (1 + always if shared else num_all_experts), "BLOCK_C": 128,
         }  # fmt: skip
         name = f"ffn_down always={always} shared={shared}"
         rows.append(build(name, ffn_down._slots_kernel, constants, 4, 3))

@@ -19,15 +19,15 @@ CASES = {
 def make(name, seed=0):
     tokens, out, experts, top_k, always, rank, shared = CASES[name]
     g = torch.Generator().manual_seed(seed)
-    every = experts + always
+    num_all_experts = experts + always
     ids = torch.rand(tokens, experts, generator=g).argsort(1)[:, :top_k]
     gates = torch.full((tokens + 2, 1, experts), float("nan"))
     gates[:tokens] = 0
     gates[:tokens, 0].scatter_(1, ids, torch.rand(tokens, top_k, generator=g) + 0.1)
     rows_a = (1 if shared else experts) + always
     lora_a_out = torch.randn((1 + top_k) * tokens, rows_a * rank, generator=g)
-    scales = torch.rand(every, generator=g) + 0.5
-    lora_b = torch.randn(out, every, rank, generator=g) * rank**-0.5
+    scales = torch.rand(num_all_experts, generator=g) + 0.5
+    lora_b = torch.randn(out, num_all_experts, rank, generator=g) * rank**-0.5
     y = torch.randn(tokens, out, generator=g)
     active = torch.full((1,), -1)
     tensors = (t.to(DEVICE) for t in (y, lora_a_out, gates, scales, active, lora_b))
@@ -35,7 +35,7 @@ def make(name, seed=0):
 
 
 def truth(y, lora_a_out, gates, scales, active, lora_b, always, shared):
-    tokens, (_, every, rank) = len(y), lora_b.shape
+    tokens, (_, num_all_experts, rank) = len(y), lora_b.shape
     lora_a_out = lora_a_out.double().view(-1, tokens, lora_a_out.shape[1] // rank, rank)
     delta, b = torch.zeros_like(y, dtype=torch.float64), lora_b.double()
     for t in range(tokens):
@@ -43,7 +43,7 @@ def truth(y, lora_a_out, gates, scales, active, lora_b, always, shared):
             weight = gates[t, 0, e].double() * scales[e].double()
             delta[t] += weight * (b[:, e] @ lora_a_out[1 + j, t, 0 if shared else e])
         for i in range(always):
-            e = every - always + i
+            e = num_all_experts - always + i
             delta[t] += scales[e].double() * (b[:, e] @ lora_a_out[0, t, lora_a_out.shape[2] - always + i])
     return delta
 

@@ -28,26 +28,26 @@ def make(name, dtype=torch.float32, seed=0):
     def normal(*shape, scale=1.0):
         return (torch.randn(*shape, generator=g) * scale).to(dtype).to(DEVICE)
 
-    every, count = experts + always, max(adapted) + 1
+    num_all_experts, count = experts + always, max(adapted) + 1
     ids = torch.rand(tokens, experts, generator=g).argsort(1)[:, :top_k]
     gates = torch.full((tokens + 2, 1, experts), float("nan"))
     gates[:tokens] = 0
     gates[:tokens, 0].scatter_(1, ids, torch.rand(tokens, top_k, generator=g) + 0.1)
     gates = gates.to(DEVICE)
-    s = normal(tokens, count, every, rank)
+    s = normal(tokens, count, num_all_experts, rank)
     chosen = torch.cat([gates[:tokens, 0] != 0, gates.new_ones(tokens, always) > 0], 1)
     s = torch.where(chosen[:, None, :, None], s, 0.0)
     both = torch.cat([normal(tokens, 2 * width), s.flatten(1)], 1)
     rows_of_b = sum(width for p in adapted if p >= 0)
-    lora_b = normal(rows_of_b, every, rank, scale=rank**-0.5)
+    lora_b = normal(rows_of_b, num_all_experts, rank, scale=rank**-0.5)
     return both, gates, lora_b, adapted, width, top_k, activation
 
 
 def truth(both, gates, lora_b, adapted, width, slots, activation):
     """[1 + slots, T, I] in float64."""
-    tokens, (_, every, rank), experts = len(both), lora_b.shape, gates.shape[-1]
+    tokens, (_, num_all_experts, rank), experts = len(both), lora_b.shape, gates.shape[-1]
     y, b = both[:, : 2 * width].double(), lora_b.double()
-    s = both[:, 2 * width :].reshape(tokens, -1, every, rank).double()
+    s = both[:, 2 * width :].reshape(tokens, -1, num_all_experts, rank).double()
     x = torch.zeros(1 + slots, tokens, width, dtype=torch.float64, device=both.device)
 
     def half(t, i, e):
@@ -55,7 +55,7 @@ def truth(both, gates, lora_b, adapted, width, slots, activation):
         if adapted[i] >= 0:
             first = width if i == 1 and adapted[0] >= 0 else 0
             own = b[first : first + width]
-            for expert in [e, *range(experts, every)]:
+            for expert in [e, *range(experts, num_all_experts)]:
                 out = out + own[:, expert] @ s[t, adapted[i], expert]
         return out
 
@@ -90,14 +90,14 @@ def test_half_precision_is_no_worse_than_plain_torch(name, dtype):
     both, gates, lora_b, adapted, width, slots, activation = arguments
     expected = truth(*arguments)
     # Op by op in the dtype, as a plain implementation would.
-    tokens, (_, every, rank), experts = len(both), lora_b.shape, gates.shape[-1]
-    s = both[:, 2 * width :].reshape(tokens, -1, every, rank)
+    tokens, (_, num_all_experts, rank), experts = len(both), lora_b.shape, gates.shape[-1]
+    s = both[:, 2 * width :].reshape(tokens, -1, num_all_experts, rank)
     mixed = both.new_zeros(tokens, width)
     for e in range(experts):
         halves = []
         for i, own in enumerate(lora_b.split(width)):
             y = both[:, i * width : (i + 1) * width]
-            for expert in [e, *range(experts, every)]:
+            for expert in [e, *range(experts, num_all_experts)]:
                 y = y + s[:, adapted[i], expert] @ own[:, expert].T
             halves.append(y)
         g = gates[:tokens, 0, e, None].to(dtype)

@@ -57,7 +57,7 @@ def make(name, seed=0):
 def truth(lora_a_out, logits, bias, scales, gate, linears, rank):
     """Gates and s in float64, one token and router after the other."""
     tokens, (routers, experts) = lora_a_out.shape[0], bias.shape
-    every = len(scales)
+    num_all_experts = len(scales)
     gates = torch.zeros(tokens, routers, experts, dtype=torch.float64)
     for t in range(tokens):
         for router, count in enumerate(gate.experts):
@@ -68,11 +68,11 @@ def truth(lora_a_out, logits, bias, scales, gate, linears, rank):
             total = sum(math.exp(z[e]) for e in over)
             for e in order[: gate.top_k]:
                 gates[t, router, e] = math.exp(z[e]) / total
-    s = torch.zeros(tokens, linears, every, rank, dtype=torch.float64)
+    s = torch.zeros(tokens, linears, num_all_experts, rank, dtype=torch.float64)
     rows = lora_a_out.double().view(tokens, linears, -1, rank).cpu() if linears else s
     for t in range(tokens):
         for part in range(linears):
-            for e in range(every):
+            for e in range(num_all_experts):
                 at = e
                 if gate.shared and experts:
                     at = 0 if e < experts else e - experts + 1

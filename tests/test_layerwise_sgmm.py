@@ -35,13 +35,13 @@ def make(name, seed=0):
         return (torch.randn(*shape, generator=g) * scale).to(DEVICE)
 
     experts, count = max(counts, default=0), max(adapted) + 1
-    every = experts + always
+    num_all_experts = experts + always
     x = normal(tokens, size_in)
-    lora_a = normal(count, every, rank, size_in, scale=size_in**-0.5)
+    lora_a = normal(count, num_all_experts, rank, size_in, scale=size_in**-0.5)
     routers = normal(len(counts), experts, size_in, scale=size_in**-0.5)
     rows_of_b = sum(width for width, part in zip(widths, adapted) if part >= 0)
-    lora_b = normal(rows_of_b, every, rank, scale=rank**-0.5)
-    scales = normal(every).abs() + 0.1
+    lora_b = normal(rows_of_b, num_all_experts, rank, scale=rank**-0.5)
+    scales = normal(num_all_experts).abs() + 0.1
     gate = LayerGate(experts=tuple(counts), always=always, **options)
     return x, lora_a, routers, lora_b, scales, gate, adapted, widths
 

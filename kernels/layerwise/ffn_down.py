@@ -39,12 +39,12 @@ def weigh_slots_torch(
 @triton.jit(do_not_specialize=["n_tokens"])
 def _slots_kernel(
     lora_a_out_ptr, gates_ptr, scales_ptr, weighted_ptr, n_tokens, lora_a_stride, slots,
-    EXPERTS: tl.constexpr, EVERY: tl.constexpr, RANK: tl.constexpr, LORA_A_SIZE: tl.constexpr,
-    SHARED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
+    EXPERTS: tl.constexpr, NUM_ALL_EXPERTS: tl.constexpr, RANK: tl.constexpr,
+    LORA_A_SIZE: tl.constexpr, SHARED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """s of one token."""
     token, experts = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_E)
-    SIZE: tl.constexpr = EVERY * RANK
+    SIZE: tl.constexpr = NUM_ALL_EXPERTS * RANK
     gates = tl.load(gates_ptr + token * EXPERTS + experts, mask=experts < EXPERTS, other=0.0)
     chosen = (gates != 0.0).to(tl.int32)
     for start in range(0, SIZE, BLOCK_C):
@@ -69,14 +69,15 @@ def weigh_slots_triton(
     lora_a_out, gates, scales, tokens, rank, always, shared, dtype
 ) -> torch.Tensor:
     """One launch; see `weigh_slots_torch`."""
-    experts, every = gates.shape[-1], scales.shape[0]
-    weighted = lora_a_out.new_empty(tokens, 1, every * rank, dtype=dtype)
+    experts, num_all_experts = gates.shape[-1], scales.shape[0]
+    weighted = lora_a_out.new_empty(tokens, 1, num_all_experts * rank, dtype=dtype)
     launch(
         _slots_kernel, (tokens,),
         lora_a_out, gates, scales, weighted, tokens, lora_a_out.stride(0),
-        lora_a_out.shape[0] // tokens - 1, EXPERTS=experts, EVERY=every, RANK=rank,
+        lora_a_out.shape[0] // tokens - 1,
+        EXPERTS=experts, NUM_ALL_EXPERTS=num_all_experts, RANK=rank,
         LORA_A_SIZE=lora_a_out.shape[1], SHARED=shared, BLOCK_E=max(2, power_of_2(experts)),
-        BLOCK_C=min(128, power_of_2(every * rank)), num_warps=4,
+        BLOCK_C=min(128, power_of_2(num_all_experts * rank)), num_warps=4,
     )  # fmt: skip
     return weighted
 

@@ -30,9 +30,9 @@ def slots_of(gates: torch.Tensor, slots: int) -> torch.Tensor:
 
 def ffn_mix_torch(both, gates, lora_b, adapted, width, slots, activation) -> torch.Tensor:
     """The reference; see `ffn_mix`."""
-    tokens, (_, every, rank), experts = both.shape[0], lora_b.shape, gates.shape[-1]
+    tokens, (_, num_all_experts, rank), experts = both.shape[0], lora_b.shape, gates.shape[-1]
     y = both[:, : 2 * width].float()
-    weighted = both[:, 2 * width :].reshape(tokens, -1, every, rank).float()
+    weighted = both[:, 2 * width :].reshape(tokens, -1, num_all_experts, rank).float()
     b = lora_b.float().split([width if linear_idx >= 0 else 0 for linear_idx in adapted])
 
     def delta(expert: int) -> torch.Tensor:
@@ -42,7 +42,7 @@ def ffn_mix_torch(both, gates, lora_b, adapted, width, slots, activation) -> tor
         ]
         return torch.cat(of_linears, -1)
 
-    for expert in range(experts, every):
+    for expert in range(experts, num_all_experts):
         y = y + delta(expert)
     own = gates[:tokens, 0]
     places = slots_of(own, slots)
@@ -84,7 +84,7 @@ def _ffn_mix_kernel(
     both_ptr, gates_ptr, b_ptr, x_ptr,
     n_tokens, both_stride,
     WIDTH: tl.constexpr, ADAPTED0: tl.constexpr, ADAPTED1: tl.constexpr,
-    EXPERTS: tl.constexpr, EVERY: tl.constexpr, RANK: tl.constexpr,
+    EXPERTS: tl.constexpr, NUM_ALL_EXPERTS: tl.constexpr, RANK: tl.constexpr,
     SLOTS: tl.constexpr, EPILOGUE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +92,7 @@ def _ffn_mix_kernel(
     rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     token_mask, col_mask = rows < n_tokens, columns < WIDTH
     mask = token_mask[:, None] & col_mask[None, :]
-    SIZE: tl.constexpr = EVERY * RANK
+    SIZE: tl.constexpr = NUM_ALL_EXPERTS * RANK
     row_at = both_ptr + rows.to(tl.int64) * both_stride
     base = tl.load(row_at[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     base_up = tl.load(row_at[:, None] + (WIDTH + columns)[None, :], mask=mask, other=0.0)
@@ -101,7 +101,7 @@ def _ffn_mix_kernel(
     weighted_up_at = row_at + 2 * WIDTH + ADAPTED1 * SIZE
     b_at = b_ptr + columns.to(tl.int64) * SIZE
     b_up_at = b_at + (WIDTH if ADAPTED0 >= 0 else 0) * SIZE
-    for expert in range(EXPERTS, EVERY):
+    for expert in range(EXPERTS, NUM_ALL_EXPERTS):
         if ADAPTED0 >= 0:
             base = _add_expert(base, weighted_at, b_at, token_mask, col_mask, expert, RANK, BLOCK_R)
         if ADAPTED1 >= 0:
@@ -134,14 +134,14 @@ def _ffn_mix_kernel(
 
 def ffn_mix_triton(both, gates, lora_b, adapted, width, slots, activation) -> torch.Tensor:
     """One launch; see `ffn_mix`."""
-    tokens, (_, every, rank), experts = both.shape[0], lora_b.shape, gates.shape[-1]
+    tokens, (_, num_all_experts, rank), experts = both.shape[0], lora_b.shape, gates.shape[-1]
     x = both.new_empty(1 + slots, tokens, width)
     grid = cdiv(width, _BLOCK_C), cdiv(tokens, _BLOCK_T)
     launch(
         _ffn_mix_kernel, grid,
         both, gates, lora_b, x, tokens, both.stride(0),
         WIDTH=width, ADAPTED0=adapted[0], ADAPTED1=adapted[1],
-        EXPERTS=experts, EVERY=every, RANK=rank, SLOTS=slots,
+        EXPERTS=experts, NUM_ALL_EXPERTS=num_all_experts, RANK=rank, SLOTS=slots,
         EPILOGUE=EPILOGUES.index(activation), BLOCK_T=_BLOCK_T, BLOCK_C=_BLOCK_C,
         BLOCK_R=min(64, max(16, power_of_2(rank))), num_warps=4,
     )  # fmt: skip

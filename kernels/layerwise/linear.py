@@ -48,9 +48,9 @@ def expand_weighted_triton(
     index = EPILOGUES.index(epilogue)
     result = s.new_empty(y.shape[0], result_width(widths, epilogue))
     config = choose_expand(y.shape[0], index != 0, s.element_size())
-    every = expert_blocks(*lora_b.shape[1:], False)["ONE"]
+    one = expert_blocks(*lora_b.shape[1:], False)["ONE"]
     read = Read(bias, lora_b, None, active)
-    launch_expand(y, result, s, read, (adapted, widths, index), config, skip=not every)
+    launch_expand(y, result, s, read, (adapted, widths, index), config, skip=not one)
     return result
 
 

@@ -86,7 +86,7 @@ def route_layer_torch(
 ) -> None:
     """The reference; see `route_layer`. s [T, P, E' R] is written."""
     gate, scales, bias, gates, active = p.rule, p.scales, p.router_bias, layer.gates, layer.active
-    tokens, experts, every = weighted.shape[0], gates.shape[-1], scales.shape[0]
+    tokens, experts, num_all_experts = weighted.shape[0], gates.shape[-1], scales.shape[0]
     own = gates[:tokens]
     if logits is not None and experts:
         z = _sum_splits(logits, len(gate.experts), experts)
@@ -101,14 +101,14 @@ def route_layer_torch(
     linears = weighted.shape[1]
     if not linears:
         return
-    rank = weighted.shape[2] // every
+    rank = weighted.shape[2] // num_all_experts
     lora_a_out = lora_a_out.reshape(tokens, linears, -1, rank)
     if gate.shared:
         a = [0] * experts + list(range(1, 1 + gate.always))
         lora_a_out = lora_a_out[:, :, a]
     weights = ((own != 0).float() if gate.plain else own) * scales[:experts]
     weights = weights.expand(-1, linears, -1)
-    weighted = weighted.view(tokens, linears, every, rank)
+    weighted = weighted.view(tokens, linears, num_all_experts, rank)
     # Not a bare product: what is computed of an expert that was not chosen must not matter.
     weighted[:, :, :experts] = torch.where(
         weights[..., None] != 0, lora_a_out[:, :, :experts] * weights[..., None], 0.0
@@ -170,7 +170,7 @@ def _route_layer_kernel(
     lora_a_out_ptr, logits_ptr, bias_ptr, scales_ptr, gates_ptr, active_ptr, weighted_ptr,
     n_tokens, lora_a_stride, logits_stride, count0, count1, count2, temperature,
     ROUTERS: tl.constexpr, SPLITS: tl.constexpr, SPLIT_FACTOR: tl.constexpr,
-    EXPERTS: tl.constexpr, EVERY: tl.constexpr, LINEARS: tl.constexpr, RANK: tl.constexpr,
+    EXPERTS: tl.constexpr, NUM_ALL_EXPERTS: tl.constexpr, LINEARS: tl.constexpr, RANK: tl.constexpr,
     TOP_K: tl.constexpr, SOFTMAX_FIRST: tl.constexpr, ABSOLUTE: tl.constexpr,
     SHARED: tl.constexpr, PLAIN: tl.constexpr, HAS_LOGITS: tl.constexpr, HAS_BIAS: tl.constexpr,
     ONE: tl.constexpr, PDL: tl.constexpr,
@@ -199,14 +199,14 @@ def _route_layer_kernel(
     if tl.program_id(0) == 0:
         if ONE:
             ids = columns.to(tl.int64)
-            used = tl.where(columns >= EXPERTS, (columns < EVERY).to(tl.int64), used)
+            used = tl.where(columns >= EXPERTS, (columns < NUM_ALL_EXPERTS).to(tl.int64), used)
             tl.store(active_ptr, tl.sum(used << ids, 0))
         else:
             tl.store(active_ptr, -1)
     # Columns of s read gates of other lanes.
     tl.debug_barrier()
-    SIZE: tl.constexpr = EVERY * RANK
-    LORA_A_SIZE: tl.constexpr = (EVERY - EXPERTS + 1) * RANK if SHARED else SIZE
+    SIZE: tl.constexpr = NUM_ALL_EXPERTS * RANK
+    LORA_A_SIZE: tl.constexpr = (NUM_ALL_EXPERTS - EXPERTS + 1) * RANK if SHARED else SIZE
     for linear_idx in tl.static_range(LINEARS):
         for start in range(0, SIZE, BLOCK_C):
             at = start + tl.arange(0, BLOCK_C)
@@ -249,14 +249,14 @@ def route_layer_triton(
     """One launch; see `route_layer`. s [T, P, E' R] is written."""
     gate, scales, bias, gates, active = p.rule, p.scales, p.router_bias, layer.gates, layer.active
     tokens, linears, _ = weighted.shape
-    (_, routers, experts), every = gates.shape, scales.shape[0]
-    block_e = max(2, triton.next_power_of_2(every))
-    one = tokens <= MAX_LAYER_ACTIVE_TOKENS and every <= _MAX_BITS
+    (_, routers, experts), num_all_experts = gates.shape, scales.shape[0]
+    block_e = max(2, triton.next_power_of_2(num_all_experts))
+    one = tokens <= MAX_LAYER_ACTIVE_TOKENS and num_all_experts <= _MAX_BITS
     # Many small programs: the work is short, and what counts is when the last of them ends.
     several = 2 if tokens <= MAX_SMALL_ROUTE_TOKENS else 8
     block_t = triton.next_power_of_2(tokens) if one else max(1, min(several, 4096 // block_e))
-    rank = weighted.shape[2] // every if every else 0
-    block_c = min(1024, max(16, triton.next_power_of_2(every * rank)))
+    rank = weighted.shape[2] // num_all_experts if num_all_experts else 0
+    block_c = min(1024, max(16, triton.next_power_of_2(num_all_experts * rank)))
     counts = [*gate.experts, 0, 0, 0][:3]
     splits = logits.shape[1] // (routers * experts) if logits is not None and experts else 0
     launch(
@@ -265,7 +265,7 @@ def route_layer_triton(
         tokens, lora_a_out.stride(0), logits.stride(0) if logits is not None else 0,
         *counts, gate.temperature,
         ROUTERS=routers if experts else 0, SPLITS=splits, SPLIT_FACTOR=SPLIT_FACTOR,
-        EXPERTS=experts, EVERY=every, LINEARS=linears, RANK=rank,
+        EXPERTS=experts, NUM_ALL_EXPERTS=num_all_experts, LINEARS=linears, RANK=rank,
         TOP_K=gate.top_k, SOFTMAX_FIRST=gate.softmax_first, ABSOLUTE=gate.absolute,
         SHARED=gate.shared, PLAIN=gate.plain,
         HAS_LOGITS=logits is not None, HAS_BIAS=bias is not None,

@@ -97,8 +97,8 @@ class ExpertBank(torch.nn.Module):
     def place(self, memory: torch.Tensor) -> None:
         """Takes its place in [numel] zeros of the model's dtype."""
         rows, size_in = self._rows_of_w, self._shape_a[-1]
-        every = rows + math.prod(self._shape_a[:-1])
-        both = memory[: every * size_in].view(every, size_in)
+        all_rows = rows + math.prod(self._shape_a[:-1])
+        both = memory[: all_rows * size_in].view(all_rows, size_in)
         if rows:
             self.register_buffer("fused_weight", both, persistent=False)
         self.register_buffer("lora_a", both[rows:].view(self._shape_a), persistent=False)

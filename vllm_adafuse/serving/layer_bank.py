@@ -109,7 +109,7 @@ class LayerBank(torch.nn.Module):
         # A projection of parts that are always on alone has a rank of its own.
         self.rank = config.rank if self.experts else config.always_r
         self.always = math.ceil(config.always_r / self.rank) if any(self.with_always) else 0
-        self.every = self.experts + self.always
+        self.num_all_experts = self.experts + self.always
         self.rows_a = (1 if config.shared_A and self.experts else self.experts) + self.always
         self.columns = len(names) * self.rows_a * self.rank
         self.splits = 1
@@ -142,7 +142,7 @@ class LayerBank(torch.nn.Module):
     def numel(self) -> int:
         """Elements that `place` takes."""
         first = aligned((self._rows_of_w + self._rows) * self.slices.size_in)
-        return first + aligned(self.slices.adapted_columns * self.every * self.rank)
+        return first + aligned(self.slices.adapted_columns * self.num_all_experts * self.rank)
 
     @property
     def logits(self) -> int:
@@ -162,7 +162,7 @@ class LayerBank(torch.nn.Module):
         if self._rows_of_w:
             self.register_buffer("fused_weight", both, persistent=False)
         self.register_buffer("rows", both[self._rows_of_w :], persistent=False)
-        shape = self.slices.adapted_columns, self.every, self.rank
+        shape = self.slices.adapted_columns, self.num_all_experts, self.rank
         b = memory[aligned(both.numel()) :][: math.prod(shape)].view(shape)
         self.register_buffer("lora_b", b, persistent=False)
 
@@ -236,7 +236,7 @@ class LayerBank(torch.nn.Module):
 
     def route(self, x: torch.Tensor) -> torch.Tensor:
         """s [T, P, E' R] of x [T, in], see `route_layer`."""
-        shape = len(self.slices.names), self.every * self.rank
+        shape = len(self.slices.names), self.num_all_experts * self.rank
         decided = *self.lora_a_out(x), self.shared_gates.gates, ops.named(self.layer_name)
         return ops.layer_route(x, *decided, *shape)
 
