@@ -156,7 +156,8 @@ def fused_product(
     """
     out = p.shape.size_out
     if one_gemm:
-        both = F.linear(x, p.fused_weight)
-        y, s = torch.split_with_sizes(both, (out, both.shape[1] - out), 1)  # cheaper than slices
+        gemm_out = F.linear(x, p.fused_weight)
+        sizes = out, gemm_out.shape[1] - out
+        y, s = torch.split_with_sizes(gemm_out, sizes, 1)  # cheaper than slices
         return y, s, p.bias
     return F.linear(x, p.weight, p.bias), F.linear(x, p.fused_weight[out:]), None

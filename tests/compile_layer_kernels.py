@@ -11,7 +11,7 @@ from vllm_adafuse.kernels.layerwise import ffn_down, ffn_mix
 from vllm_adafuse.kernels.layerwise import route as route_layer
 
 POINTERS |= dict.fromkeys(("lora_a_out_ptr", "logits_ptr", "scales_ptr"), "*fp32")
-POINTERS |= {"both_ptr": "*bf16", "weighted_ptr": "*bf16", "temperature": "fp32"}
+POINTERS |= {"gemm_out_ptr": "*bf16", "weighted_ptr": "*bf16", "temperature": "fp32"}
 
 
 def main() -> None:

@@ -271,14 +271,14 @@ def layer_wise(experts=8, rank=16):
         layer_sgmm(empty(tokens, sum(widths)), lora_a_out, z, qkv, own)
         one = LayerProjection(of_block, (4096,), (0,), scales, b[:4096])
         layer_sgmm(empty(tokens, 4096), lora_a_out[:, : columns // 3], z[:, :experts], one, block)
-        both = empty(tokens, 2 * 11008 + 2 * experts * rank)
+        gemm_out = empty(tokens, 2 * 11008 + 2 * experts * rank)
         up = empty(2 * 11008, experts, rank)
         fused = empty(2 * 11008 + 2 * experts * rank + 16, 4096)
         layer_linear(x, LayerProjection(
             LayerGate(2, (experts,)), (11008,) * 2, (0, 1), scales, up, None, experts, fused,
             epilogue="silu",
         ), block)  # fmt: skip
-        ffn_mix(both, block.gates, up, [0, 1], 11008, 2, "silu")
+        ffn_mix(gemm_out, block.gates, up, [0, 1], 11008, 2, "silu")
         lora_a_out = empty(3 * tokens, experts * rank, dtype=f32)
         ffn_down(
             empty(tokens, 4096), lora_a_out, block.gates, scales, active, empty(4096, experts, rank), 0,

@@ -37,18 +37,18 @@ def make(name, dtype=torch.float32, seed=0):
     s = normal(tokens, count, num_all_experts, rank)
     chosen = torch.cat([gates[:tokens, 0] != 0, gates.new_ones(tokens, always) > 0], 1)
     s = torch.where(chosen[:, None, :, None], s, 0.0)
-    both = torch.cat([normal(tokens, 2 * width), s.flatten(1)], 1)
+    gemm_out = torch.cat([normal(tokens, 2 * width), s.flatten(1)], 1)
     rows_of_b = sum(width for p in adapted if p >= 0)
     lora_b = normal(rows_of_b, num_all_experts, rank, scale=rank**-0.5)
-    return both, gates, lora_b, adapted, width, top_k, activation
+    return gemm_out, gates, lora_b, adapted, width, top_k, activation
 
 
-def truth(both, gates, lora_b, adapted, width, slots, activation):
+def truth(gemm_out, gates, lora_b, adapted, width, slots, activation):
     """[1 + slots, T, I] in float64."""
-    tokens, (_, num_all_experts, rank), experts = len(both), lora_b.shape, gates.shape[-1]
-    y, b = both[:, : 2 * width].double(), lora_b.double()
-    s = both[:, 2 * width :].reshape(tokens, -1, num_all_experts, rank).double()
-    x = torch.zeros(1 + slots, tokens, width, dtype=torch.float64, device=both.device)
+    tokens, (_, num_all_experts, rank), experts = len(gemm_out), lora_b.shape, gates.shape[-1]
+    y, b = gemm_out[:, : 2 * width].double(), lora_b.double()
+    s = gemm_out[:, 2 * width :].reshape(tokens, -1, num_all_experts, rank).double()
+    x = torch.zeros(1 + slots, tokens, width, dtype=torch.float64, device=gemm_out.device)
 
     def half(t, i, e):
         out = y[t, i * width : (i + 1) * width]
@@ -76,8 +76,8 @@ def test_equals_float64(name, function):
     found = function(*arguments)
     assert found.shape == expected.shape
     assert error(found, expected) <= 1e-5
-    both, gates, lora_b, adapted, width, _, activation = arguments
-    alone = function(both, gates, lora_b, adapted, width, 0, activation)
+    gemm_out, gates, lora_b, adapted, width, _, activation = arguments
+    alone = function(gemm_out, gates, lora_b, adapted, width, 0, activation)
     assert error(alone[0], expected[0]) <= 1e-5 and len(alone) == 1
 
 
@@ -87,16 +87,16 @@ def test_equals_float64(name, function):
 @pytest.mark.parametrize("name", ["one-token", "always", "dense"])
 def test_half_precision_is_no_worse_than_plain_torch(name, dtype):
     arguments = make(name, dtype)
-    both, gates, lora_b, adapted, width, slots, activation = arguments
+    gemm_out, gates, lora_b, adapted, width, slots, activation = arguments
     expected = truth(*arguments)
     # Op by op in the dtype, as a plain implementation would.
-    tokens, (_, num_all_experts, rank), experts = len(both), lora_b.shape, gates.shape[-1]
-    s = both[:, 2 * width :].reshape(tokens, -1, num_all_experts, rank)
-    mixed = both.new_zeros(tokens, width)
+    tokens, (_, num_all_experts, rank), experts = len(gemm_out), lora_b.shape, gates.shape[-1]
+    s = gemm_out[:, 2 * width :].reshape(tokens, -1, num_all_experts, rank)
+    mixed = gemm_out.new_zeros(tokens, width)
     for e in range(experts):
         halves = []
         for i, own in enumerate(lora_b.split(width)):
-            y = both[:, i * width : (i + 1) * width]
+            y = gemm_out[:, i * width : (i + 1) * width]
             for expert in [e, *range(experts, num_all_experts)]:
                 y = y + s[:, adapted[i], expert] @ own[:, expert].T
             halves.append(y)
@@ -109,22 +109,22 @@ def test_half_precision_is_no_worse_than_plain_torch(name, dtype):
 @pytest.mark.parametrize("function", [ffn_mix_torch, ffn_mix_triton])
 def test_rows_of_nan_stay_inside(function):
     """Padding rows of a captured graph may hold anything; they must write no other row."""
-    both, gates, *rest = make("always")
-    expected = truth(both, gates, *rest)
-    both[3], gates[3] = float("nan"), float("nan")
-    found = function(both, gates, *rest)
-    rows = [t for t in range(len(both)) if t != 3]
+    gemm_out, gates, *rest = make("always")
+    expected = truth(gemm_out, gates, *rest)
+    gemm_out[3], gates[3] = float("nan"), float("nan")
+    found = function(gemm_out, gates, *rest)
+    rows = [t for t in range(len(gemm_out)) if t != 3]
     assert error(found[:, rows], expected[:, rows]) <= 1e-5
 
 
 def test_inside_torch_compile():
-    both, *rest = make("odd")
+    gemm_out, *rest = make("odd")
 
     @torch.compile(fullgraph=True, backend="aot_eager")
-    def f(both):
-        return ffn_mix(both * 1.0, *rest) * 1.0
+    def f(gemm_out):
+        return ffn_mix(gemm_out * 1.0, *rest) * 1.0
 
-    assert error(f(both), truth(both, *rest)) <= 1e-5
+    assert error(f(gemm_out), truth(gemm_out, *rest)) <= 1e-5
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="checks the schema and fakes once")

@@ -28,11 +28,11 @@ def slots_of(gates: torch.Tensor, slots: int) -> torch.Tensor:
     return (gates != 0).cumsum(-1).clamp(max=slots)
 
 
-def ffn_mix_torch(both, gates, lora_b, adapted, width, slots, activation) -> torch.Tensor:
+def ffn_mix_torch(gemm_out, gates, lora_b, adapted, width, slots, activation) -> torch.Tensor:
     """The reference; see `ffn_mix`."""
-    tokens, (_, num_all_experts, rank), experts = both.shape[0], lora_b.shape, gates.shape[-1]
-    y = both[:, : 2 * width].float()
-    weighted = both[:, 2 * width :].reshape(tokens, -1, num_all_experts, rank).float()
+    tokens, (_, num_all_experts, rank), experts = gemm_out.shape[0], lora_b.shape, gates.shape[-1]
+    y = gemm_out[:, : 2 * width].float()
+    weighted = gemm_out[:, 2 * width :].reshape(tokens, -1, num_all_experts, rank).float()
     b = lora_b.float().split([width if linear_idx >= 0 else 0 for linear_idx in adapted])
 
     def delta(expert: int) -> torch.Tensor:
@@ -47,7 +47,7 @@ def ffn_mix_torch(both, gates, lora_b, adapted, width, slots, activation) -> tor
     own = gates[:tokens, 0]
     places = slots_of(own, slots)
     mixed = y.new_zeros(tokens, width)
-    x = both.new_zeros(1 + slots, tokens, width)
+    x = gemm_out.new_zeros(1 + slots, tokens, width)
     for expert in range(experts):
         h, g = activate_torch(y + delta(expert), activation), own[:, expert, None]
         mixed += torch.where(g != 0, g * h, 0.0)
@@ -81,8 +81,8 @@ def _add_expert(
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _ffn_mix_kernel(
-    both_ptr, gates_ptr, b_ptr, x_ptr,
-    n_tokens, both_stride,
+    gemm_out_ptr, gates_ptr, b_ptr, x_ptr,
+    n_tokens, gemm_out_stride,
     WIDTH: tl.constexpr, ADAPTED0: tl.constexpr, ADAPTED1: tl.constexpr,
     EXPERTS: tl.constexpr, NUM_ALL_EXPERTS: tl.constexpr, RANK: tl.constexpr,
     SLOTS: tl.constexpr, EPILOGUE: tl.constexpr,
@@ -93,7 +93,7 @@ def _ffn_mix_kernel(
     token_mask, col_mask = rows < n_tokens, columns < WIDTH
     mask = token_mask[:, None] & col_mask[None, :]
     SIZE: tl.constexpr = NUM_ALL_EXPERTS * RANK
-    row_at = both_ptr + rows.to(tl.int64) * both_stride
+    row_at = gemm_out_ptr + rows.to(tl.int64) * gemm_out_stride
     base = tl.load(row_at[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     base_up = tl.load(row_at[:, None] + (WIDTH + columns)[None, :], mask=mask, other=0.0)
     base_up = base_up.to(tl.float32)
@@ -132,14 +132,14 @@ def _ffn_mix_kernel(
     tl.store(x_at, mixed.to(x_ptr.dtype.element_ty), mask=mask)
 
 
-def ffn_mix_triton(both, gates, lora_b, adapted, width, slots, activation) -> torch.Tensor:
+def ffn_mix_triton(gemm_out, gates, lora_b, adapted, width, slots, activation) -> torch.Tensor:
     """One launch; see `ffn_mix`."""
-    tokens, (_, num_all_experts, rank), experts = both.shape[0], lora_b.shape, gates.shape[-1]
-    x = both.new_empty(1 + slots, tokens, width)
+    tokens, (_, num_all_experts, rank), experts = gemm_out.shape[0], lora_b.shape, gates.shape[-1]
+    x = gemm_out.new_empty(1 + slots, tokens, width)
     grid = cdiv(width, _BLOCK_C), cdiv(tokens, _BLOCK_T)
     launch(
         _ffn_mix_kernel, grid,
-        both, gates, lora_b, x, tokens, both.stride(0),
+        gemm_out, gates, lora_b, x, tokens, gemm_out.stride(0),
         WIDTH=width, ADAPTED0=adapted[0], ADAPTED1=adapted[1],
         EXPERTS=experts, NUM_ALL_EXPERTS=num_all_experts, RANK=rank, SLOTS=slots,
         EPILOGUE=EPILOGUES.index(activation), BLOCK_T=_BLOCK_T, BLOCK_C=_BLOCK_C,
@@ -148,17 +148,17 @@ def ffn_mix_triton(both, gates, lora_b, adapted, width, slots, activation) -> to
     return x
 
 
-def _run(both, gates, lora_b, adapted, width, slots, activation):
-    run = ffn_mix_triton if both.is_cuda else ffn_mix_torch
-    return run(both, gates, lora_b, adapted, width, slots, activation)
+def _run(gemm_out, gates, lora_b, adapted, width, slots, activation):
+    run = ffn_mix_triton if gemm_out.is_cuda else ffn_mix_torch
+    return run(gemm_out, gates, lora_b, adapted, width, slots, activation)
 
 
-def _fake(both, gates, lora_b, adapted, width, slots, activation):
-    return both.new_empty(1 + slots, both.shape[0], width)
+def _fake(gemm_out, gates, lora_b, adapted, width, slots, activation):
+    return gemm_out.new_empty(1 + slots, gemm_out.shape[0], width)
 
 
 _op = register_op(
-    "ffn_mix(Tensor both, Tensor gates, Tensor lora_b, int[] adapted, int width, int slots, "
+    "ffn_mix(Tensor gemm_out, Tensor gates, Tensor lora_b, int[] adapted, int width, int slots, "
     "str activation) -> Tensor",
     _run,
     _fake,
@@ -166,7 +166,7 @@ _op = register_op(
 
 
 def ffn_mix(
-    both: torch.Tensor,
+    gemm_out: torch.Tensor,
     gates: torch.Tensor,
     lora_b: torch.Tensor,
     adapted: Sequence[int],
@@ -177,10 +177,10 @@ def ffn_mix(
     """The inputs of an MLP's down projection and of its experts.
 
     Args:
-        both: [T, 2 I + P E' R]: W x of gate_up, then s [P, E', R] with LoRA's scale but without
+        gemm_out: [T, 2 I + P E' R]: W x of gate_up, then s [P, E', R] with LoRA's scale but without
             gates (`LayerGate.plain`); rows contiguous.
         gates: [N, 1, E] float32, N >= T.
-        lora_b: [sum of the adapted widths, E', R] of gate and up, dtype of `both`.
+        lora_b: [sum of the adapted widths, E', R] of gate and up, dtype of `gemm_out`.
         adapted: for gate and for up the index in s, -1 for none.
         width: I.
         slots: k where the down projection has experts, else 0.
@@ -190,4 +190,4 @@ def ffn_mix(
         [1 + slots, T, I]: the mixture, then the activations of each token's chosen experts; what
         a token with fewer has in the last of them is undefined.
     """
-    return _op(both, gates, lora_b, adapted, width, slots, activation)
+    return _op(gemm_out, gates, lora_b, adapted, width, slots, activation)

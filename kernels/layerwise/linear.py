@@ -67,8 +67,8 @@ def layer_linear(x: torch.Tensor, p: LayerProjection, layer: LayerGates) -> torc
     """
     out, bias = p.size_out, p.bias
     if x.is_cuda and x.shape[0] <= MAX_LAYER_FUSED_TOKENS:
-        both = matmul_f32(x, p.fused_weight.t())
-        y, lora_a_out = both[:, :out], both[:, out:]
+        gemm_out = matmul_f32(x, p.fused_weight.t())
+        y, lora_a_out = gemm_out[:, :out], gemm_out[:, out:]
     else:
         y = F.linear(x, p.fused_weight[:out], bias)
         lora_a_out = matmul_f32(x, p.fused_weight[out:].t())

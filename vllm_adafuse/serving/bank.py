@@ -98,11 +98,11 @@ class ExpertBank(torch.nn.Module):
         """Takes its place in [numel] zeros of the model's dtype."""
         rows, size_in = self._rows_of_w, self._shape_a[-1]
         all_rows = rows + math.prod(self._shape_a[:-1])
-        both = memory[: all_rows * size_in].view(all_rows, size_in)
+        fused = memory[: all_rows * size_in].view(all_rows, size_in)
         if rows:
-            self.register_buffer("fused_weight", both, persistent=False)
-        self.register_buffer("lora_a", both[rows:].view(self._shape_a), persistent=False)
-        b = memory[aligned(both.numel()) :][: math.prod(self._shape_b)].view(self._shape_b)
+            self.register_buffer("fused_weight", fused, persistent=False)
+        self.register_buffer("lora_a", fused[rows:].view(self._shape_a), persistent=False)
+        b = memory[aligned(fused.numel()) :][: math.prod(self._shape_b)].view(self._shape_b)
         self.register_buffer("lora_b", b, persistent=False)
 
     @property

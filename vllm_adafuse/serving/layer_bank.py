@@ -158,12 +158,12 @@ class LayerBank(torch.nn.Module):
     def place(self, memory: torch.Tensor) -> None:
         """Takes its place in [numel] zeros of the model's dtype."""
         rows, size_in = self._rows_of_w + self._rows, self.slices.size_in
-        both = memory[: rows * size_in].view(rows, size_in)
+        fused = memory[: rows * size_in].view(rows, size_in)
         if self._rows_of_w:
-            self.register_buffer("fused_weight", both, persistent=False)
-        self.register_buffer("rows", both[self._rows_of_w :], persistent=False)
+            self.register_buffer("fused_weight", fused, persistent=False)
+        self.register_buffer("rows", fused[self._rows_of_w :], persistent=False)
         shape = self.slices.adapted_columns, self.num_all_experts, self.rank
-        b = memory[aligned(both.numel()) :][: math.prod(shape)].view(shape)
+        b = memory[aligned(fused.numel()) :][: math.prod(shape)].view(shape)
         self.register_buffer("lora_b", b, persistent=False)
 
     @property

@@ -46,10 +46,10 @@ class FfnActivation(torch.nn.Module):
         super().__init__()
         self.bank, self.activation, self.slots = bank, activation, slots
 
-    def forward(self, both: torch.Tensor) -> torch.Tensor:
+    def forward(self, gemm_out: torch.Tensor) -> torch.Tensor:
         bank = self.bank
         x = ffn_mix(
-            both, bank.shared_gates.gates, bank.lora_b, bank.slices.adapted,
+            gemm_out, bank.shared_gates.gates, bank.lora_b, bank.slices.adapted,
             bank.slices.widths[0], self.slots, self.activation,
         )  # fmt: skip
         return x if self.slots else x[0]
