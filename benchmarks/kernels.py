@@ -24,10 +24,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from vllm_adafuse.cli.cmd_random import integers
-from vllm_adafuse.kernels.page_linear import page_linear, page_linear_norm
+from vllm_adafuse.kernels.page_projection import page_projection, page_projection_norm
 from vllm_adafuse.kernels.plans import Shape
-from vllm_adafuse.kernels.projection import linear, linear_torch
-from vllm_adafuse.kernels.projection_norm import linear_norm
+from vllm_adafuse.kernels.projection import projection, projection_torch
+from vllm_adafuse.kernels.projection_norm import projection_norm
 from vllm_adafuse.tuning import Product, Trial, time_us
 
 from benchmarks import record
@@ -133,23 +133,23 @@ class Case:
     def ours(self, i: int) -> None:
         p = self.trial.layers[i]
         if self.normed:
-            linear_norm(self.x, self.residual, p, self.step)
+            projection_norm(self.x, self.residual, p, self.step)
         else:
-            linear(self.x, p, self.step)
+            projection(self.x, p, self.step)
 
     def without(self, i: int) -> None:
         p = self.trial.layers[i]
         if self.normed:
-            page_linear_norm(self.x, self.residual, p, self.step, False)
+            page_projection_norm(self.x, self.residual, p, self.step, False)
         else:
-            page_linear(self.x, p, self.step, False)
+            page_projection(self.x, p, self.step, False)
 
     def bare(self, i: int) -> None:
         y = F.linear(self.x, self.trial.layers[i].weight)
         self._follow(y, "" if self.normed else self.p.shape.epilogue)
 
     def torch(self, i: int) -> None:
-        y = linear_torch(self.x, self.trial.layers[i], self.step)
+        y = projection_torch(self.x, self.trial.layers[i], self.step)
         self._follow(y, "")
 
     def _follow(self, y: torch.Tensor, epilogue: str) -> None:

@@ -36,8 +36,8 @@ from vllm_adafuse.kernels.page_routes import (
     page_routes,
 )
 from vllm_adafuse.kernels.plans import Device
-from vllm_adafuse.kernels.projection import linear_triton
-from vllm_adafuse.kernels.projection_norm import linear_norm_triton
+from vllm_adafuse.kernels.projection import projection_triton
+from vllm_adafuse.kernels.projection_norm import projection_norm_triton
 from vllm_adafuse.kernels.sgmm import sgmm
 from vllm_adafuse.kernels.spread_routes import new_active, spread_routes
 from vllm_adafuse.kernels.workspace import Workspace
@@ -92,9 +92,9 @@ class Runs:
         residual = x.new_ones(len(x), trial.shape.size_out)
         for p in trial.layers:
             if trial.shape.epilogue == "norm":
-                linear_norm_triton(x, residual, p, step, way)
+                projection_norm_triton(x, residual, p, step, way)
             else:
-                linear_triton(x, p, step, way)
+                projection_triton(x, p, step, way)
 
     def _quantised(self, trial: Trial, x: torch.Tensor, step: Any) -> None:
         shape = replace(trial.shape, fused=False)

@@ -3,7 +3,7 @@
     z[t] = residual[t] + y[t] + Σ_e B[:, e] (gates[t, e] s[t, e])
     out[t] = z[t] / sqrt(mean(z[t]²) + eps) * weight
 
-Second half of `linear_norm`. With EXPAND one program has all columns of a block of tokens: it
+Second half of `projection_norm`. With EXPAND one program has all columns of a block of tokens: it
 writes z, sums its squares, and reads z again for the norm, so that the experts ride on a pass that
 the model makes anyway (AdaFuse, arXiv 2603.11873, section 3, for the deltas). Without it y holds
 the deltas, whole or as split-K sums, which are added up here.

@@ -294,7 +294,7 @@ def decode_gemm_triton(
     out: torch.Tensor | None = None,
     kv_slots: KVSlots | None = None,
 ) -> torch.Tensor:
-    """One launch; see `vllm_adafuse.kernels.projection.linear`.
+    """One launch; see `vllm_adafuse.kernels.projection.projection`.
 
     Args:
         x: [T, in], T <= MAX_STREAM_TOKENS.

@@ -34,10 +34,10 @@ def workspace_sizes(lora_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
     return bytes_, floats, semaphores
 
 
-def linear_torch(
+def projection_torch(
     x: torch.Tensor, p: Projection, step: Step, kv_slots: KVSlots | None = None
 ) -> torch.Tensor:
-    """The reference; see `linear`."""
+    """The reference; see `projection`."""
     shape = p.shape
     y = F.linear(x, p.weight, p.bias)
     expand_torch(y, shrink_torch(x, p.lora_a, step.gates), p.lora_b, shape.adapted, shape.widths)
@@ -69,7 +69,7 @@ def new_result(x: torch.Tensor, shape: Shape, strided_out: bool) -> torch.Tensor
     return x.new_empty_strided((x.shape[0], width), (stride, 1))
 
 
-def linear(
+def projection(
     x: torch.Tensor, p: Projection, step: Step, kv_slots: KVSlots | None = None
 ) -> torch.Tensor:
     """An adapted projection of T tokens, whose W is not quantised.
@@ -85,15 +85,15 @@ def linear(
         those of the product with `strided_out`.
     """
     if x.is_cuda:
-        return linear_triton(x, p, step, p.plans[x.shape[0]], kv_slots)
-    y = linear_torch(x, p, step, kv_slots)
+        return projection_triton(x, p, step, p.plans[x.shape[0]], kv_slots)
+    y = projection_torch(x, p, step, kv_slots)
     return new_result(x, p.shape, True).copy_(y) if p.strided_out else y
 
 
-def linear_triton(
+def projection_triton(
     x: torch.Tensor, p: Projection, step: Step, way: Plan, kv_slots: KVSlots | None = None
 ) -> torch.Tensor:
-    """`linear` on a GPU, by a plan."""
+    """`projection` on a GPU, by a plan."""
     if way.config:
         out = new_result(x, p.shape, p.strided_out)
         return one_launch(x, p, step, way.config, out, kv_slots)

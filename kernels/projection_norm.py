@@ -25,8 +25,8 @@ from vllm_adafuse.kernels.plans import ADD_NORM, NONE, Plan
 from vllm_adafuse.kernels.projection import (
     expand_long,
     fused_product,
-    linear_torch,
     one_launch,
+    projection_torch,
     split_k_product,
 )
 
@@ -50,14 +50,14 @@ def split_k_triton(x: torch.Tensor, p: Projection, step: Step, config: GemmConfi
     return one_launch(x, p, step, config, sums)
 
 
-def linear_norm_torch(
+def projection_norm_torch(
     x: torch.Tensor, residual: torch.Tensor, p: Projection, step: Step
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reference; see `linear_norm`."""
-    return add_norm_torch(linear_torch(x, p, step), residual, p.norm)
+    """The reference; see `projection_norm`."""
+    return add_norm_torch(projection_torch(x, p, step), residual, p.norm)
 
 
-def linear_norm(
+def projection_norm(
     x: torch.Tensor, residual: torch.Tensor, p: Projection, step: Step
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """An adapted projection of one slice and no bias, and the norm behind it.
@@ -72,14 +72,14 @@ def linear_norm(
         The normed hidden states and the new residual, [T, H] each.
     """
     if x.is_cuda:
-        return linear_norm_triton(x, residual, p, step, p.plans[x.shape[0]])
-    return linear_norm_torch(x, residual, p, step)
+        return projection_norm_triton(x, residual, p, step, p.plans[x.shape[0]])
+    return projection_norm_torch(x, residual, p, step)
 
 
-def linear_norm_triton(
+def projection_norm_triton(
     x: torch.Tensor, residual: torch.Tensor, p: Projection, step: Step, way: Plan
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`linear_norm` on a GPU, by a plan."""
+    """`projection_norm` on a GPU, by a plan."""
     behind = residual, p.norm, p.lora_b, step.gates
     if way.config:
         return add_norm_triton(split_k_triton(x, p, step, way.config), None, *behind)

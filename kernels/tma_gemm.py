@@ -9,7 +9,7 @@ take the tiles of A and leave s. For the others the expand is some steps more of
 [x | s] [W | B]: when those of `in` are about to end, they wait for s, and go on with s for x and B
 for W, so that nothing comes after the loop. With so many tokens x is read as often as W: all come
 through the tensor memory accelerator, without which the loop is bound by its addresses. Hence
-Hopper and later; elsewhere `linear` takes cuBLAS. Where rows come in pairs, one TMA block
+Hopper and later; elsewhere `projection` takes cuBLAS. Where rows come in pairs, one TMA block
 of the accelerator's has both members, so that one product takes them and each thread ends with the
 two columns that belong together. SGMM (AdaFuse, arXiv 2603.11873, section 3), inside the base
 product; `decode_gemm` is the same for fewer tokens, and says why waiting cannot hang.
@@ -306,7 +306,7 @@ def tma_gemm_triton(
     out: torch.Tensor | None = None,
     kv_slots: KVSlots | None = None,
 ) -> torch.Tensor:
-    """One launch for up to 128 tokens; see `vllm_adafuse.kernels.projection.linear`.
+    """One launch for up to 128 tokens; see `vllm_adafuse.kernels.projection.projection`.
 
     Args:
         x: [T, in]; rows begin at multiples of 16 bytes.

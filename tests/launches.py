@@ -42,11 +42,11 @@ from vllm_adafuse.kernels.layerwise.linear import layer_linear
 from vllm_adafuse.kernels.layerwise.operands import LayerGate, LayerGates, LayerProjection
 from vllm_adafuse.kernels.layerwise.sgmm import layer_sgmm
 from vllm_adafuse.kernels.operands import Norm, Projection, Step, stays_in_place
-from vllm_adafuse.kernels.page_linear import page_linear, page_linear_norm
+from vllm_adafuse.kernels.page_projection import page_projection, page_projection_norm
 from vllm_adafuse.kernels.page_routes import PageGates, new_tile_blocks, page_routes
 from vllm_adafuse.kernels.plans import Device, Shape
-from vllm_adafuse.kernels.projection import linear
-from vllm_adafuse.kernels.projection_norm import linear_norm
+from vllm_adafuse.kernels.projection import projection
+from vllm_adafuse.kernels.projection_norm import projection_norm
 from vllm_adafuse.kernels.registry import IMPLEMENTATIONS
 from vllm_adafuse.kernels.sgmm import sgmm
 from vllm_adafuse.kernels.spread_routes import spread_routes
@@ -216,9 +216,9 @@ def one_decision(
 
     def whole(*operands, kv_slots=None) -> None:
         if not paged:
-            linear(*operands, kv_slots)
+            projection(*operands, kv_slots)
         for has_adapters in (True, False) if paged else ():
-            page_linear(*operands, has_adapters, kv_slots)
+            page_projection(*operands, has_adapters, kv_slots)
 
     def run(tokens: int, alone: bool = False) -> None:
         if paged:
@@ -247,9 +247,9 @@ def one_decision(
                 x = new(tokens, 2 * (size_in + experts * rank))[:, :size_in]
             operands = x, residual, make(size_in, [4096], [0], "norm"), step
             if not paged:
-                linear_norm(*operands)
+                projection_norm(*operands)
             for has_adapters in (True, False) if paged else ():
-                page_linear_norm(*operands, has_adapters)
+                page_projection_norm(*operands, has_adapters)
 
     return run
 

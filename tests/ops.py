@@ -19,7 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @dataclass
 class Problem:
-    """One projection: see `vllm_adafuse.kernels.projection.linear`."""
+    """One projection: see `vllm_adafuse.kernels.projection.projection`."""
 
     x: torch.Tensor
     weight: torch.Tensor
@@ -230,7 +230,7 @@ def fused_weight_of(p: Problem) -> torch.Tensor:
 
 
 def from_fused(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-    """W x and A x as `linear` has them: views of the one product that it makes."""
+    """W x and A x as `projection` has them: views of the one product that it makes."""
     both, out = (p.x.double() @ fused_weight_of(p).double().T).to(p.x.dtype), len(p.weight)
     return both[:, :out], both[:, out:]
 
@@ -246,7 +246,7 @@ def twice_from_fused(
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """What an expand leaves in place and in a tensor of its own, and whether the first is in y.
 
-    run: (W x, A x, in_place) -> the result; both of the one product that `linear` makes.
+    run: (W x, A x, in_place) -> the result; both of the one product that `projection` makes.
     """
     y, s = from_fused(p)
     apart = run(y, s, False)

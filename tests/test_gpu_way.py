@@ -15,8 +15,8 @@ from vllm_adafuse.kernels.layerwise.ffn_down import ffn_down
 from vllm_adafuse.kernels.layerwise.ffn_mix import ffn_mix
 from vllm_adafuse.kernels.layerwise.linear import layer_linear
 from vllm_adafuse.kernels.operands import Norm
-from vllm_adafuse.kernels.projection import linear
-from vllm_adafuse.kernels.projection_norm import linear_norm
+from vllm_adafuse.kernels.projection import projection as whole
+from vllm_adafuse.kernels.projection_norm import projection_norm
 from vllm_adafuse.kernels.sgmm import sgmm
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="a GPU goes its own way")
@@ -47,7 +47,7 @@ def projection(tokens, size_in, widths, epilogue, experts, rank, **options):
         cos_sin = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(1)).half()
         truth, plain = (rotate_torch(y, cos_sin, widths[0] + widths[1]) for y in (truth, plain))
     with computing() as names:
-        found = linear(p.x, p.projection(epilogue, cos_sin), p.step(cos_sin))
+        found = whole(p.x, p.projection(epilogue, cos_sin), p.step(cos_sin))
     return names, error(found, truth), error(plain, truth)
 
 
@@ -58,7 +58,7 @@ def normed(tokens, size_in, width, experts, rank):
     truth, plain = residual.double() + linear_truth(p), residual + linear_truth(p, "", torch.float16)
     with computing() as names:
         of = p.projection("norm", norm=Norm(weight, EPS))
-        out, z = linear_norm(p.x, residual, of, p.step())
+        out, z = projection_norm(p.x, residual, of, p.step())
     scales = torch.rsqrt(truth.square().mean(-1, keepdim=True) + EPS)
     assert error(out, z.double() * scales * weight.double()) <= 2e-3
     return names, error(z, truth), error(plain, truth)

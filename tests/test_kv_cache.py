@@ -13,7 +13,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.attention import unified_kv_cache_update
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
-from vllm_adafuse.kernels.projection import linear
+from vllm_adafuse.kernels.projection import projection
 from vllm_adafuse.serving import kv_cache
 from vllm_adafuse.serving.kv_cache import can_write
 from vllm_adafuse.serving.ops import named, projection
@@ -219,7 +219,7 @@ def test_a_step_of_the_op_writes_the_cache_that_vllm_would():
     def step():
         return projection(p.x, p.gates, named("layer"), 256, 256)
 
-    y = linear(p.x, bank.projection, bank.step)
+    y = projection(p.x, bank.projection, bank.step)
     context = make_context(attention, slot_mapping={NAME: mapping})
     context.no_compile_layers["layer"] = bank
     with override_forward_context(context):

@@ -16,7 +16,7 @@ from vllm_adafuse.kernels.decode_gemm import decode_gemm_triton
 from vllm_adafuse.kernels.device.epilogues import rotate_torch
 from vllm_adafuse.kernels.expand import expand_raw_triton
 from vllm_adafuse.kernels.kv_slots import KVSlots, kv_slots_torch
-from vllm_adafuse.kernels.projection import linear
+from vllm_adafuse.kernels.projection import projection
 from vllm_adafuse.kernels.tma_expand import tma_expand_triton
 from vllm_adafuse.kernels.tma_gemm import tma_gemm_triton
 
@@ -84,7 +84,7 @@ def by_tma_expand(p, cos_sin, pages):
 
 
 def by_op(p, cos_sin, pages):
-    return linear(p.x, p.projection("rotary", cos_sin), p.step(cos_sin), pages)
+    return projection(p.x, p.projection("rotary", cos_sin), p.step(cos_sin), pages)
 
 
 ANY = [by_stream, by_tiles, by_expand, by_long_expand, by_op]

@@ -166,7 +166,7 @@ def test_a_pin_brings_back_what_had_to_make_room(served):
 
 
 def test_steps_without_adapters_route_nothing(served, monkeypatch):
-    from vllm_adafuse.kernels import page_linear
+    from vllm_adafuse.kernels import page_projection
     from vllm_adafuse.serving import ops
     from vllm_adafuse.serving.page_step import PageStep
 
@@ -175,8 +175,8 @@ def test_steps_without_adapters_route_nothing(served, monkeypatch):
 
     monkeypatch.setattr(PageStep, "route", fail)
     monkeypatch.setattr(ops, "sgmm", fail)
-    monkeypatch.setattr(page_linear, "linear", fail)
-    monkeypatch.setattr(page_linear, "linear_norm", fail)
+    monkeypatch.setattr(page_projection, "projection", fail)
+    monkeypatch.setattr(page_projection, "projection_norm", fail)
     served.check(["base"], served.generate(["base"], PROMPTS[:2]))
     with pytest.raises(AssertionError, match="ran our kernels"):
         manager_of(served.llm).step.has_adapters.fill_(True)

@@ -7,7 +7,7 @@ from vllm_adafuse.kernels.configs import GemmConfig
 from vllm_adafuse.kernels.device.epilogues import rotate_torch
 from vllm_adafuse.kernels.dispatch import config_plan, cublas_plan, plan, serves
 from vllm_adafuse.kernels.plans import DECODE_GEMM, TMA_GEMM, Device, Shape
-from vllm_adafuse.kernels.projection import linear, linear_triton, new_result
+from vllm_adafuse.kernels.projection import new_result, projection, projection_triton
 
 # On a GPU: the streaming kernel, the tiled one, and the fused product with two kinds of expand.
 TOKENS = [1, 32, 33, 100]
@@ -15,7 +15,7 @@ LONG = [300, 2500]
 
 
 def run(p, epilogue="", cos_sin=None, in_place=False):
-    return linear(p.x, p.projection(epilogue, cos_sin, in_place), p.step(cos_sin))
+    return projection(p.x, p.projection(epilogue, cos_sin, in_place), p.step(cos_sin))
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -45,7 +45,7 @@ def test_cublas_and_an_expand(bias, epilogue, ranks):
     of = p.projection(epilogue)
     way = cublas_plan(of.shape, 300, Device("cpu"))
     assert way.one_gemm == (ranks == 4 and not bias)
-    out = linear_triton(p.x, of, p.step(), way)
+    out = projection_triton(p.x, of, p.step(), way)
     assert out.is_contiguous() and error(out, linear_truth(p, epilogue)) <= 1e-5
 
 
@@ -78,11 +78,11 @@ def test_a_captured_graph_replays_with_other_routes():
     p = make_problem(8, 512, [256, 256], 4, 2, 8)
     other = make_problem(8, 512, [256, 256], 4, 2, 8, seed=1)
     of, step = p.projection(), p.step()
-    linear(p.x, of, step)
+    projection(p.x, of, step)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         of.semaphore.zero_()
-        out = linear(p.x, of, step)
+        out = projection(p.x, of, step)
     for gates, active in ((other.gates, other.active), (p.gates.clone(), p.active.clone())):
         p.gates.copy_(gates), p.active.copy_(active)
         graph.replay()
@@ -115,5 +115,5 @@ def test_every_path_leaves_the_layout_that_the_fake_tells(
     for config in configs:
         way = config_plan(of.shape, config) if config else cublas_plan(of.shape, tokens, Device("cpu"))
         of.semaphore.zero_()
-        found = linear_triton(p.x, of, p.step(), way)
+        found = projection_triton(p.x, of, p.step(), way)
         assert found.stride() == (stride, 1) and error(found, truth) <= 1e-5

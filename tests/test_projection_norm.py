@@ -11,14 +11,14 @@ from vllm_adafuse.kernels.operands import Norm
 from vllm_adafuse.kernels.plans import Device, Shape
 from vllm_adafuse.kernels.projection import split_k_product
 from vllm_adafuse.kernels.projection_norm import (
-    linear_norm,
-    linear_norm_triton,
+    projection_norm,
+    projection_norm_triton,
     split_k_triton,
 )
 
 
 def run(p, residual, weight):
-    return linear_norm(p.x, residual, p.projection("norm", norm=Norm(weight, 1e-5)), p.step())
+    return projection_norm(p.x, residual, p.projection("norm", norm=Norm(weight, 1e-5)), p.step())
 
 
 def truth(p, residual, weight, dtype=torch.float64):
@@ -114,7 +114,7 @@ def test_long_steps_of_many_ranks(mixture, widens, monkeypatch):
     p, residual, weight = make(70, 32, 128, mixture=mixture)
     p.x = torch.cat([p.x, p.x], 1)[:, :32]  # rows with gaps
     norm = Norm(weight, 1e-5)
-    found = linear_norm_triton(p.x, residual, p.projection("norm", norm=norm), p.step(), way)
+    found = projection_norm_triton(p.x, residual, p.projection("norm", norm=norm), p.step(), way)
     most = dispatch.MAX_DENSE_RANKS if widens else dispatch.MAX_DENSE_NORM_RANKS
     assert calls == ([(128 // rank if widens else 0,)] if 128 < experts * rank <= most else [])
     for out, want in zip(found, truth(p, residual, weight)):

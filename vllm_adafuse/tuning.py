@@ -30,8 +30,8 @@ from vllm_adafuse.kernels.dispatch import (
 )
 from vllm_adafuse.kernels.operands import Norm, Projection, Step, stays_in_place
 from vllm_adafuse.kernels.plans import Device, Shape
-from vllm_adafuse.kernels.projection import linear_triton
-from vllm_adafuse.kernels.projection_norm import linear_norm_triton, workspace_sizes
+from vllm_adafuse.kernels.projection import projection_triton
+from vllm_adafuse.kernels.projection_norm import projection_norm_triton, workspace_sizes
 from vllm_adafuse.kernels.shrink import MAX_SHARED
 from vllm_adafuse.kernels.spread_routes import new_active, spread_routes
 from vllm_adafuse.kernels.tma_gemm import MIN_TOKENS
@@ -231,9 +231,9 @@ class Trial:
                 before = hidden, Norm(weight, 1e-5), p.lora_b, step.gates
                 x, _ = add_norm_triton(hidden, None, *before)
             if norm:
-                linear_norm_triton(x, residual, p, step, way)
+                projection_norm_triton(x, residual, p, step, way)
             else:
-                linear_triton(x, p, step, way)
+                projection_triton(x, p, step, way)
 
 
 def time_us(function: Callable[[], object], calls: int, repeats: int = 7) -> list[float]:

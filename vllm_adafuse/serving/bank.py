@@ -47,8 +47,8 @@ class ExpertBank(torch.nn.Module):
 
     Attributes:
         slices: how its linears lie in the projection.
-        before_norm: `linear_norm` computes the projection together with the norm behind it.
-        in_place: what follows gate_up may stay in its product's memory, see `linear`.
+        before_norm: `projection_norm` computes the projection together with the norm behind it.
+        in_place: what follows gate_up may stay in its product's memory, see `stays_in_place`.
         cache: where the projection of q, k and v may write keys and values itself; or None.
         epilogue: what follows the projection in the same op, see `Shape`.
         layer_name: by which the ops find this bank.

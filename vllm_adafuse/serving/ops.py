@@ -16,13 +16,13 @@ from weakref import WeakValueDictionary
 import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm_adafuse.kernels import page_projection as of_pages
+from vllm_adafuse.kernels import projection as of_experts
+from vllm_adafuse.kernels import projection_norm as of_experts_norm
 from vllm_adafuse.kernels.kv_slots import KVSlots
 from vllm_adafuse.kernels.layerwise.linear import layer_linear
 from vllm_adafuse.kernels.layerwise.route import route_layer
 from vllm_adafuse.kernels.layerwise.sgmm import layer_sgmm
-from vllm_adafuse.kernels.page_linear import page_linear, page_linear_norm
-from vllm_adafuse.kernels.projection import linear
-from vllm_adafuse.kernels.projection_norm import linear_norm
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.sgmm import sgmm
 from vllm_adafuse.serving import vllm_api
@@ -79,7 +79,7 @@ def _projection(
     x: torch.Tensor, gates: torch.Tensor, layer: Any, width: int, stride: int
 ) -> torch.Tensor:
     bank = find(layer)
-    return linear(x, bank.projection, bank.step, _kv_slots(bank, x))
+    return of_experts.projection(x, bank.projection, bank.step, _kv_slots(bank, x))
 
 
 def _kv_slots(bank: ExpertBank, x: torch.Tensor) -> KVSlots | None:
@@ -97,7 +97,7 @@ def _projection_norm(
     x: torch.Tensor, residual: torch.Tensor, gates: torch.Tensor, layer: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     bank = find(layer)
-    return linear_norm(x, residual, bank.projection, bank.step)
+    return of_experts_norm.projection_norm(x, residual, bank.projection, bank.step)
 
 
 def _projection_norm_fake(
@@ -120,7 +120,7 @@ def _page_projection(
 ) -> torch.Tensor:
     bank = find(layer)
     has_adapters = bank.route.has_adapters.item()
-    return page_linear(x, bank.projection, bank.step, has_adapters, _kv_slots(bank, x))
+    return of_pages.page_projection(x, bank.projection, bank.step, has_adapters, _kv_slots(bank, x))
 
 
 def _page_projection_norm(
@@ -128,7 +128,7 @@ def _page_projection_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     bank = find(layer)
     has_adapters = bank.route.has_adapters.item()
-    return page_linear_norm(x, residual, bank.projection, bank.step, has_adapters)
+    return of_pages.page_projection_norm(x, residual, bank.projection, bank.step, has_adapters)
 
 
 def _page_deltas(y: torch.Tensor, x: torch.Tensor, gates: torch.Tensor, layer: Any) -> None:
@@ -190,9 +190,9 @@ _NORMED = f"(Tensor x, Tensor residual, Tensor gates, {NAME_TYPE} layer) -> (Ten
 
 # What else a step's launches write, the workspace and the KV cache, no other op of the graph reads.
 # `projection`: [T, in] -> [T, width], rows `stride` elements apart: out, or out / 2 after gate_up's
-# activation, see `linear`.
+# activation, see `kernels.projection`.
 projection = register_op(f"projection{_NAMED}", _projection, _projection_fake)
-# `projection_norm`: and the norm behind it, see `linear_norm`; residual is [T, H].
+# `projection_norm`: and the norm behind it, see `kernels.projection_norm`; residual is [T, H].
 projection_norm = register_op(
     f"projection_norm{_NORMED}", _projection_norm, _projection_norm_fake
 )

@@ -8,7 +8,11 @@ from test_kv_slots import make_pages, wanted
 from vllm_adafuse.kernels.add_norm import add_norm_torch
 from vllm_adafuse.kernels.device.epilogues import activate_torch, rotate_torch
 from vllm_adafuse.kernels.operands import Norm
-from vllm_adafuse.kernels.page_linear import epilogue_triton, page_linear, page_linear_norm
+from vllm_adafuse.kernels.page_projection import (
+    epilogue_triton,
+    page_projection,
+    page_projection_norm,
+)
 from vllm_adafuse.kernels.projection import epilogue_torch
 
 
@@ -17,10 +21,10 @@ from vllm_adafuse.kernels.projection import epilogue_torch
 def test_adds_deltas_in_steps_with_adapters_alone(tokens, epilogue):
     p = make_problem(tokens, 64, [48, 48], 6, 2, 16, bias=True)
     of = p.projection(epilogue)
-    out = page_linear(p.x, of, p.step(), True)
+    out = page_projection(p.x, of, p.step(), True)
     assert error(out, linear_truth(p, epilogue)) <= 1e-5
     p.gates.fill_(torch.nan)  # nothing of ours is looked at
-    out = page_linear(p.x, of, p.step(), False)
+    out = page_projection(p.x, of, p.step(), False)
     plain = F.linear(p.x, p.weight, p.bias)
     assert error(out, (activate_torch(plain, epilogue) if epilogue else plain).double()) <= 1e-6
 
@@ -32,11 +36,11 @@ def test_the_norm_has_the_deltas_of_steps_with_adapters(tokens):
     of, residual = p.projection("norm", norm=norm), torch.randn(tokens, 96, device=DEVICE)
     double = Norm(norm.weight.double(), norm.eps)
     truth = add_norm_torch(linear_truth(p), residual.double(), double)
-    for found, want in zip(page_linear_norm(p.x, residual, of, p.step(), True), truth):
+    for found, want in zip(page_projection_norm(p.x, residual, of, p.step(), True), truth):
         assert error(found, want) <= 1e-5
     p.gates.fill_(torch.nan)
     truth = add_norm_torch((p.x.double() @ p.weight.double().T), residual.double(), double)
-    for found, want in zip(page_linear_norm(p.x, residual, of, p.step(), False), truth):
+    for found, want in zip(page_projection_norm(p.x, residual, of, p.step(), False), truth):
         assert error(found, want) <= 1e-5
 
 

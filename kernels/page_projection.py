@@ -1,5 +1,6 @@
-"""A projection and its expert pages, in the steps that have adapters (`linear`, `linear_norm`). The
-others take cuBLAS for W, as vLLM does, and one launch for what follows, without a look at pages.
+"""A projection and its expert pages, in the steps that have adapters (`projection`,
+`projection_norm`). The others take cuBLAS for W, as vLLM does, and one launch for what follows,
+without a look at pages.
 
 Whether a step has adapters says a flag on the host.
 """
@@ -13,11 +14,11 @@ from vllm_adafuse.kernels.device.epilogues import EPILOGUES, result_of
 from vllm_adafuse.kernels.expand import Read, launch_expand
 from vllm_adafuse.kernels.kv_slots import KVSlots
 from vllm_adafuse.kernels.operands import Projection, Step
-from vllm_adafuse.kernels.projection import epilogue_torch, linear
-from vllm_adafuse.kernels.projection_norm import linear_norm
+from vllm_adafuse.kernels.projection import epilogue_torch, projection
+from vllm_adafuse.kernels.projection_norm import projection_norm
 
 
-def page_linear(
+def page_projection(
     x: torch.Tensor, p: Projection, step: Step, has_adapters: bool, kv_slots: KVSlots | None = None
 ) -> torch.Tensor:
     """A projection of T tokens, with the deltas of the step's adapters if it has any.
@@ -33,19 +34,19 @@ def page_linear(
         [T, out], or [T, out / 2] after silu or gelu_tanh; contiguous.
     """
     if has_adapters:
-        return linear(x, p, step, kv_slots)
+        return projection(x, p, step, kv_slots)
     y = F.linear(x, p.weight, p.bias)
     if not p.shape.kernel_epilogue:
         return y
     return (epilogue_triton if y.is_cuda else epilogue_torch)(y, p, step, kv_slots)
 
 
-def page_linear_norm(
+def page_projection_norm(
     x: torch.Tensor, residual: torch.Tensor, p: Projection, step: Step, has_adapters: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`linear_norm`, with the deltas of the step's adapters if it has any."""
+    """`projection_norm`, with the deltas of the step's adapters if it has any."""
     if has_adapters:
-        return linear_norm(x, residual, p, step)
+        return projection_norm(x, residual, p, step)
     y = F.linear(x, p.weight)
     if y.is_cuda:
         return add_norm_triton(y, None, residual, p.norm, p.lora_b, step.gates, z=y)
