@@ -16,6 +16,7 @@ from engines import (
     engine,
     greedy,
     load_reference,
+    logprobs_of,
     make_pair,
 )
 from loras import FEW, MODULES, PATTERNS, add_to, make_lora, manager_of
@@ -121,6 +122,59 @@ def test_alone_and_in_company(served):
         together = served.generate(TOGETHER)
         alone = served.generate([name], PROMPTS[at :: len(TOGETHER)])
         assert_same_completions(alone, together[at :: len(TOGETHER)])
+
+
+def test_samples_of_one_prompt(served):
+    names = ["base", "mix", "patterns"]
+    options = {"n": 3, "temperature": 1.0}
+    for name, output in zip(names, served.generate(names, PROMPTS[:3], **options), strict=True):
+        assert len({tuple(sequence.token_ids) for sequence in output.outputs}) == 3
+        for sequence in output.outputs:
+            tokens = list(sequence.token_ids)
+            expected = logprobs_of(served.references[name], output.prompt_token_ids, tokens)
+            expected = expected.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
+            found = [at[token].logprob for token, at in zip(tokens, sequence.logprobs)]
+            assert found == pytest.approx(expected, abs=1e-3)
+
+
+def test_allowed_tokens(served):
+    params = {"allowed_token_ids": [100, 101, 102], "logprobs": None}
+    for output in served.generate(["base", "mix", "few"], PROMPTS[:3], **params):
+        assert set(output.outputs[0].token_ids) <= {100, 101, 102}
+    with pytest.raises(Exception, match="out-of-vocab token id"):
+        served.generate(["few"], PROMPTS[:1], allowed_token_ids=[200000])
+    assert not served.llm.llm_engine.has_unfinished_requests()
+
+
+def test_beams(served):
+    from vllm.sampling_params import BeamSearchParams
+
+    names, ids = ["base", "mix", "patterns"], [[7, 8, 9, 10, *range(20, 32)]] * 3
+    outputs = served.llm.beam_search(
+        [{"prompt_token_ids": prompt} for prompt in ids],
+        BeamSearchParams(beam_width=3, max_tokens=5, ignore_eos=True),
+        lora_request=[served.request(name) for name in names],
+    )
+    prompt, said = torch.tensor(ids[:1]), []
+    for name, output in zip(names, outputs, strict=True):
+        expected = served.references[name].generate(
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), num_beams=3,
+            max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=1, use_cache=False,
+        )  # fmt: skip
+        said.append(output.sequences[0].tokens)
+        assert said[-1] == expected[0].tolist()
+    assert said[0] != said[1] != said[2] != said[0]
+
+
+def test_all_that_adapters_have_on_the_device_outlives_a_sleep(served):
+    """vLLM's sleep of level 2 keeps the buffers of the model, and nothing else."""
+    manager, model = manager_of(served.llm), served.llm.apply_model(lambda model: model)[0]
+    kept = {buffer.untyped_storage().data_ptr() for buffer in model.buffers()}
+    needed = [tensor for bank in manager.banks for tensor in (bank.lora_a, bank.lora_b)]
+    needed += [t for t in vars(manager.step).values() if isinstance(t, torch.Tensor) and t.numel() > 1]
+    needed += manager.step.buffers()
+    assert len(needed) > 2 * len(manager.banks)
+    assert all(tensor.untyped_storage().data_ptr() in kept for tensor in needed)
 
 
 def test_more_adapters_than_fit_come_and_go(served):
