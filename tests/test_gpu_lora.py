@@ -108,6 +108,30 @@ def test_a_mixed_batch_is_as_close_as_bf16_references(pairs, runner, monkeypatch
         assert_close(pairs, {name: prompts[name]})
 
 
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+MODES = {"sync": {"async_scheduling": False}, "ngram": {"speculative_config": NGRAM}}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_other_modes(pairs, mode):
+    with gpu_engine(pairs / "base", **LORA, **GRAPHS, **MODES[mode]) as llm:
+        assert_close(pairs, generate(llm, pairs, NAMES), generate(llm, pairs, NAMES, LONG))
+
+
+def test_adapters_sleep_and_wake(pairs):
+    """Level 1 keeps what is on the device on the host, level 2 keeps buffers: pages and passports."""
+    with gpu_engine(pairs / "base", enable_sleep_mode=True, **LORA, **GRAPHS) as llm:
+        batches = [generate(llm, pairs, NAMES)]
+        llm.sleep(level=1), llm.wake_up()
+        batches.append(generate(llm, pairs, NAMES))
+        llm.sleep(level=2), llm.wake_up(tags=["weights"])
+        llm.collective_rpc("reload_weights")
+        llm.wake_up(tags=["kv_cache"])
+        batches.append(generate(llm, pairs, NAMES))
+    for batch in batches:
+        assert_close(pairs, batch)
+
+
 def test_adapters_come_and_go_under_graphs(pairs):
     small = LORA | {"max_loras": 1, "max_cpu_loras": 2}
     with gpu_engine(pairs / "base", **small, **GRAPHS) as llm:
