@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from vllm_adafuse.kernels.configs import GemmConfig
+from vllm_adafuse.kernels.configs import BLOCK_ER, GemmConfig
 from vllm_adafuse.kernels.device.epilogues import tiled_widths
 
 # What a plan may name, after its file; cuBLAS has none. SHRINK, over a quantised W, is of A alone.
@@ -110,6 +110,11 @@ class Shape:
     def tiled_rows(self) -> int:
         """Rows of W that are cut into tiles: of one member where they come in pairs."""
         return sum(tiled_widths(self.widths, self.kernel_epilogue))
+
+
+def on_pages(shape: Shape) -> Shape:
+    """The same of an expert for each page: more than one product's come in blocks."""
+    return replace(shape, tile_blocks=shape.ranks > BLOCK_ER)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 from cli_fixtures import adapter, base, run  # noqa: F401 (fixtures)
+from loras import make_lora
 from vllm_adafuse.cli.cmd_explain import ranges
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.explain import Model, device_named, explain, shapes_of
+from vllm_adafuse.explain import Model, device_named, explain, shapes_of, shapes_on_pages
 from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.kernels.dispatch import plan
 from vllm_adafuse.kernels.plans import DECODE_GEMM, SHRINK, TMA_EXPAND, TMA_GEMM, Shape
@@ -91,6 +92,16 @@ def test_plans_are_those_of_serving(tokens, kernel, expand):
     assert (qkv.plan.kernel, qkv.plan.expand) == (kernel, expand)
 
 
+def test_pages_are_experts_of_all_linears():
+    backbone, model, on = seven_b(modules=["q_proj"])
+    assert set(found(backbone, model, on)) == {"self_attn.qkv_proj"}
+    shapes = {name: s for _, name, s in shapes_on_pages(backbone, model, 9, 2)}
+    assert len(shapes) == 4 and shapes["self_attn.qkv_proj"].adapted == (0, 1, 2)
+    assert {(s.num_experts, s.rank) for s in shapes.values()} == {(9, 16)}
+    assert all(s.tile_blocks for s in shapes.values())
+    assert not any(s.tile_blocks for *_, s in shapes_on_pages(backbone, model, 8))
+
+
 def test_devices_and_layers_by_name():
     assert device_named("NVIDIA H100 80GB HBM3").hopper and device_named("NVIDIA B200").hopper
     assert not device_named("NVIDIA A100-SXM4-80GB").hopper
@@ -108,3 +119,29 @@ def test_the_command(base, adapter, capsys):
     ]  # fmt: skip
     code, _, err = run(capsys, "explain", base, adapter, "--tokens", 0, "--device", "x")
     assert code == 1 and "--tokens is 0, expected a number from 1 to" in err
+
+
+@pytest.fixture(scope="module")
+def lora(base, tmp_path_factory):  # noqa: F811
+    path = tmp_path_factory.mktemp("lora")
+    make_lora(base, path, 0, r=24, target_modules=["q_proj"])
+    return path
+
+
+def test_many_adapters_lie_on_pages(base, adapter, lora, capsys):  # noqa: F811
+    device = "--device", "NVIDIA H200"
+    code, out, err = run(capsys, "explain", base, adapter, lora, "--max-lora-rank", 32, *device)
+    assert code == 0, err
+    first, _, *rows = out.splitlines()
+    pages = "4 pages of 16 ranks; steps without adapters take cuBLAS"
+    assert first == f"1 tokens, NVIDIA H200, {pages}"
+    assert [row.split()[:3] for row in rows] == [
+        ["0-2", "self_attn.qkv_proj", "rotary"], ["0-2", "self_attn.o_proj", "norm"],
+        ["0-2", "mlp.gate_up_proj", "silu"], ["0-2", "mlp.down_proj", "norm"],
+    ]  # fmt: skip
+    code, out, err = run(capsys, "explain", base, lora, "--max-loras", 3, *device)
+    assert code == 0 and "3 pages of 16 ranks" in out, err
+    code, _, err = run(capsys, "explain", base, adapter, lora, *device)
+    assert code == 1 and f"adapter {adapter}" in err and "takes 4 pages of 16 ranks" in err
+    code, _, err = run(capsys, "explain", base, lora, "--max-loras", 0, *device)
+    assert code == 1 and "--max-loras is 0, expected a number from 1 to" in err

@@ -6,19 +6,18 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, entry_points, version
-from types import SimpleNamespace
 from typing import Any
 
 import vllm_adafuse
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.explain import Line, Model, explain, shapes_of
+from vllm_adafuse.explain import Line, Model, explain, shapes_of, shapes_on_pages
 from vllm_adafuse.format.backbone import Backbone
-from vllm_adafuse.kernels.configs import BLOCK_ER, PAGE_RANKS, configs_of, shape_key
+from vllm_adafuse.kernels.configs import PAGE_RANKS, configs_of, shape_key
 from vllm_adafuse.kernels.plans import Device, Shape
 from vllm_adafuse.serving.adapters import LORA, OpenedAdapter, open_adapter
-from vllm_adafuse.serving.pool import Size, misfits, pool_size
+from vllm_adafuse.serving.pool import misfits, pool_size
 from vllm_adafuse.serving.vllm_api import BEFORE, DISTRIBUTIONS, MINIMUM
 
 PLUGIN, GROUP = "adafuse", "vllm.general_plugins"
@@ -210,7 +209,8 @@ def _fill_pool(
         "bytes": None, "pages_of_these": sum(one.pages for one in takes),
     }  # fmt: skip
     if backbone is not None and model is not None:
-        shapes = [shape for _, _, shape in _pool_shapes(backbone, model, size, options.ranks)]
+        every = shapes_on_pages(backbone, model, size.pages, options.ranks)
+        shapes = [shape for _, _, shape in every]
         passports = size.columns * backbone.vocab_size * 8
         report.pool["bytes"] = passports + sum(map(pool_bytes, shapes))
     mixtures = [one for one in opened if one.kind != LORA]
@@ -228,14 +228,6 @@ def pool_bytes(shape: Shape) -> int:
     return (parts * shape.size_in + shape.size_out) * shape.ranks * shape.itemsize
 
 
-def _pool_shapes(backbone: Backbone, model: Model, size: Size, ranks: int):
-    """As serving/page_bank.py has them: all linears, and an expert for each page."""
-    config = SimpleNamespace(num_experts=size.pages, rank=PAGE_RANKS)
-    everywhere = SimpleNamespace(projections=tuple(backbone.linears), config=config)
-    for layer, name, shape in shapes_of(backbone, model, everywhere, ranks):
-        yield layer, name, replace(shape, tile_blocks=shape.ranks > BLOCK_ER)
-
-
 # -- kernels ---------------------------------------------------------------------------------------
 
 
@@ -244,7 +236,7 @@ def _choose_kernels(
     options: Options,
 ) -> None:  # fmt: skip
     size = pool_size(options.max_loras, options.max_lora_rank)
-    ways = {"pool": list(_pool_shapes(*base, size, options.ranks))}
+    ways = {"pool": list(shapes_on_pages(*base, size.pages, options.ranks))}
     for one in opened:
         if one.adapter is not None and not one.adapter.config.layer_wise:
             ways[f"pinned {one.path}"] = list(shapes_of(*base, one.adapter, options.ranks))

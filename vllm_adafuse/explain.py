@@ -11,9 +11,10 @@ import torch
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.adapter import Adapter
 from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.kernels.configs import PAGE_RANKS
 from vllm_adafuse.kernels.device.epilogues import can_rotate
 from vllm_adafuse.kernels.dispatch import plan
-from vllm_adafuse.kernels.plans import Device, Plan, Shape
+from vllm_adafuse.kernels.plans import Device, Plan, Shape, on_pages
 
 # How vLLM packs linears of a layer, and those whose input ranks of tensor parallelism share out.
 PACKED = {
@@ -90,6 +91,23 @@ def shapes_of(
         )
         for name, shape in of_layer:
             yield layer, name, shape
+
+
+def shapes_on_pages(
+    backbone: Backbone, model: Model, pages: int, ranks: int = 1
+) -> Iterator[tuple[int, str, Shape]]:
+    """The same where requests choose their adapters: all linears, and an expert for each page.
+
+    Args:
+        pages: of the pool.
+
+    Raises:
+        AdapterError: see `shapes_of`.
+    """
+    config = SimpleNamespace(num_experts=pages, rank=PAGE_RANKS)
+    everywhere = SimpleNamespace(projections=tuple(backbone.linears), config=config)
+    for layer, name, shape in shapes_of(backbone, model, everywhere, ranks):
+        yield layer, name, on_pages(shape)
 
 
 def shapes_of_layer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -12,12 +13,18 @@ from vllm_adafuse.format.places import require_backbone
 from vllm_adafuse.text import printable
 
 if TYPE_CHECKING:
-    from vllm_adafuse.explain import Line
+    from vllm_adafuse.explain import Line, Model
+    from vllm_adafuse.kernels.plans import Shape
+
+    Shapes = Iterator[tuple[int, str, Shape]]
 
 DESCRIPTION = """\
 Shows what a step of so many tokens launches for each adapted projection: the kernel of its weight
 and of A, how that is cut, what adds the deltas. It asks what a server would, and needs no GPU:
-name another one with --device. Only the backbone's config.json is read.
+name another one with --device. Of the backbone config.json is read alone.
+
+One adapter is everybody's, unless an option of a server with --enable-lora is given: then, as with
+several adapters, it lies on the pages of a pool, from which requests choose.
 """
 
 
@@ -28,7 +35,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     add_example(parser, '  vllm-adafuse explain BASE ./adapter --tokens 40 --device "NVIDIA H200"')
     parser.add_argument("base", metavar="BASE", help="the backbone: a directory or a cached name")
-    parser.add_argument("adapter", metavar="ADAPTER_DIR", help="the adapter's directory")
+    parser.add_argument(
+        "adapters", nargs="+", metavar="ADAPTER_DIR", help="directories of adapters"
+    )
     parser.add_argument(
         "--tokens", type=int, default=1, metavar="T", help="tokens of the step (default 1)"
     )
@@ -39,13 +48,20 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--tensor-parallel-size", type=int, default=1, metavar="N",
         help="GPUs that share the model, as given to vllm serve (default 1)",
     )  # fmt: skip
+    parser.add_argument(
+        "--max-loras", type=int, metavar="N",
+        help="as given to vllm serve (default: as many as there are adapters)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-lora-rank", type=int, metavar="R", help="as given to vllm serve (default 16)"
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints a line for each kind of projection."""
     import torch
-    from vllm_adafuse.explain import Model, device_named, explain, shapes_of
+    from vllm_adafuse.explain import Model, device_named, explain
     from vllm_adafuse.format.pretrained import read_config
     from vllm_adafuse.kernels.plans import Device
 
@@ -54,32 +70,66 @@ def run(args: argparse.Namespace) -> int:
         for name, value, most in (
             ("--tokens", args.tokens, 1 << 20),
             ("--tensor-parallel-size", args.tensor_parallel_size, 64),
+            ("--max-loras", args.max_loras, 1 << 12),
+            ("--max-lora-rank", args.max_lora_rank, 1 << 12),
         )
-        if not 1 <= value <= most
+        if value is not None and not 1 <= value <= most
     ]
     if args.device is None and not torch.cuda.is_available():
         problems.append('no GPU is visible here; name one with --device, as "NVIDIA H200"')
     if problems:
         raise AdapterError("explain", problems)
     base = str(require_backbone(args.base))
-    opened = open_adapter(args.adapter, base)
-    adapter = usable(args.adapter, opened)
-    if adapter.config.layer_wise:
-        raise AdapterError(
-            f"adapter {args.adapter}",
-            ["it routes inside its layers; explain knows those that decide once per token"],
-        )
     named = args.device is not None
     device = device_named(args.device) if named else Device.of(torch.device("cuda"))
     model = Model.of(read_config(base))
-    shapes = shapes_of(opened.backbone, model, adapter, args.tensor_parallel_size)
+    on_pages = len(args.adapters) > 1 or args.max_loras or args.max_lora_rank
+    said, shapes = (_of_pool if on_pages else _of_one)(args, base, model)
+    print(printable(f"{args.tokens} tokens, {device.name}, {said}"))
     lines = explain(shapes, args.tokens, device)
-    print(printable(f"{args.tokens} tokens, {device.name}, {adapter.config.num_experts} experts"))
     for cells in columns([("layers", "projection", "then", "kernel", "config", "deltas")] + [
         cells_of(line) for line in lines
     ]):  # fmt: skip
         print(printable(cells))
     return 0
+
+
+def _of_one(args: argparse.Namespace, base: str, model: Model) -> tuple[str, Shapes]:
+    """An adapter that is everybody's: what it is, and the shapes that it makes."""
+    from vllm_adafuse.explain import shapes_of
+
+    (path,) = args.adapters
+    opened = open_adapter(path, base)
+    adapter = usable(path, opened)
+    if adapter.config.layer_wise:
+        raise AdapterError(
+            f"adapter {path}",
+            ["it routes inside its layers; explain knows those that decide once per token"],
+        )
+    shapes = shapes_of(opened.backbone, model, adapter, args.tensor_parallel_size)
+    return f"{adapter.config.num_experts} experts", shapes
+
+
+def _of_pool(args: argparse.Namespace, base: str, model: Model) -> tuple[str, Shapes]:
+    """The same of adapters that requests choose: mixtures and plain LoRAs."""
+    from vllm_adafuse.explain import shapes_on_pages
+    from vllm_adafuse.format.backbone import Backbone
+    from vllm_adafuse.serving import adapters
+    from vllm_adafuse.kernels.configs import PAGE_RANKS
+    from vllm_adafuse.serving.pool import misfits, pool_size
+
+    backbone = Backbone.from_path(base)
+    loras, rank = args.max_loras or len(args.adapters), args.max_lora_rank or 16
+    for path in args.adapters:
+        opened = adapters.open_adapter(path, backbone)
+        problems = misfits(opened.size, loras, rank)
+        if opened.config is not None and (opened.config.layer_wise or opened.config.router_layer):
+            problems.append("its routers stand inside the layers: it cannot be chosen per request")
+        if problems:
+            raise AdapterError(f"adapter {path}", problems)
+    pages = pool_size(loras, rank).pages
+    said = f"{pages} pages of {PAGE_RANKS} ranks; steps without adapters take cuBLAS"
+    return said, shapes_on_pages(backbone, model, pages, args.tensor_parallel_size)
 
 
 def cells_of(line: Line) -> tuple[str, ...]:

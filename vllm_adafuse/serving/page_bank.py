@@ -8,9 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from vllm.model_executor.layers.linear import LinearBase
-from vllm_adafuse.kernels.configs import BLOCK_ER
 from vllm_adafuse.kernels.operands import Step
-from vllm_adafuse.kernels.plans import Shape
+from vllm_adafuse.kernels.plans import Shape, on_pages
 from vllm_adafuse.serving import ops
 from vllm_adafuse.serving.bank import ExpertBank
 from vllm_adafuse.serving.page_step import PageStep
@@ -49,8 +48,7 @@ class PageBank(ExpertBank):
     @functools.cached_property
     def shape(self) -> Shape:
         """As an `ExpertBank`'s; where one product has not all pages, long steps list blocks."""
-        shape = super().shape
-        return replace(shape, tile_blocks=shape.ranks > BLOCK_ER)
+        return on_pages(super().shape)
 
     @functools.cached_property
     def step(self) -> Step:
