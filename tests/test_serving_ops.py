@@ -20,7 +20,7 @@ LAYER = "model.layers.0.mlp.down_proj.adafuse"
 
 def made_known(p, epilogue="", name=LAYER, **options):
     bank = OneBank(p.projection(epilogue, **options), p.step(), name)
-    bank.route = SimpleNamespace(has_adapters=torch.tensor([True]))
+    bank.route = SimpleNamespace(adapts=True)
     ops.make_known(bank)
     return bank
 
@@ -187,9 +187,9 @@ def test_steps_without_adapters_are_left_alone():
     bank = made_known(p, fused=False)
     y = torch.randn(5, 64, device=DEVICE)
     before = y.clone()
-    bank.route.has_adapters[0] = False
+    bank.route.adapts = False
     ops.page_deltas(y, p.x, p.gates, named(LAYER))
     assert torch.equal(y, before)
-    bank.route.has_adapters[0] = True
+    bank.route.adapts = True
     ops.page_deltas(y, p.x, p.gates, named(LAYER))
     assert error(y.double() - before.double(), delta_truth(p)) <= 1e-5

@@ -97,15 +97,12 @@ def run(args: argparse.Namespace) -> int:
 def _of_one(args: argparse.Namespace, base: str, model: Model) -> tuple[str, Shapes]:
     """An adapter that is everybody's: what it is, and the shapes that it makes."""
     from vllm_adafuse.explain import shapes_of
+    from vllm_adafuse.format.adapter import refuse_layer_wise
 
     (path,) = args.adapters
     opened = open_adapter(path, base)
     adapter = usable(path, opened)
-    if adapter.config.layer_wise:
-        raise AdapterError(
-            f"adapter {path}",
-            ["it routes inside its layers; explain knows those that decide once per token"],
-        )
+    refuse_layer_wise(adapter, "explain knows adapters that decide once per token")
     shapes = shapes_of(opened.backbone, model, adapter, args.tensor_parallel_size)
     return f"{adapter.config.num_experts} experts", shapes
 

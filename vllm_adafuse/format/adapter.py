@@ -217,3 +217,9 @@ def _table(weights: TensorFile, alike: Alike) -> dict[str, TensorInfo]:
             alike.add(name, f"dtype {found}, expected one of {expected}; convert it")
         tensors[name] = TensorInfo(entry.shape, dtype or torch.float32)
     return tensors
+
+
+def refuse_layer_wise(adapter: Adapter, why: str) -> None:
+    """Raises AdapterError for an adapter that decides anew in every layer, where it cannot be."""
+    if adapter.config.layer_wise:
+        raise AdapterError(f"adapter {adapter.path}", [f"`routing` is layer_wise: {why}"])

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.format.adapter import DTYPES, Adapter, load_adapter
+from vllm_adafuse.format.adapter import DTYPES, Adapter, load_adapter, refuse_layer_wise
 from vllm_adafuse.format.backbone import (
     INDEX,
     Backbone,
@@ -41,6 +41,10 @@ WEIGHTS = "model.safetensors"
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ot")
 # Whole models in forms of their own, wherever they lie.
 _EXPORTS = (".gguf", ".onnx")
+_NO_MEANING = (
+    "its experts are chosen anew in every layer, so that no two layers need mean the same by an "
+    "expert's number; only a pre_gated adapter can be merged"
+)
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ def merge(
     refuse_quantised(str(base), config)
     files = weight_files(base)
     checked = load_adapter(adapter, backbone)
-    _refuse_layer_wise(checked)
+    refuse_layer_wise(checked, _NO_MEANING)
     choice = Choice.of(checked, experts, weights)
     projections = _check_weights(str(base), files, checked, backbone)
     others = {
@@ -265,18 +269,6 @@ def _check_weights(
     if problems:
         raise AdapterError(f"backbone {base}", problems)
     return found
-
-
-def _refuse_layer_wise(adapter: Adapter) -> None:
-    if adapter.config.layer_wise:
-        raise AdapterError(
-            f"adapter {adapter.path}",
-            [
-                "`routing` is layer_wise: its experts are chosen anew in every layer, so that no "
-                "two layers need mean the same by an expert's number; only a pre_gated adapter "
-                "can be merged"
-            ],
-        )
 
 
 def _is_replaced(name: PurePosixPath, weights: list[Path]) -> bool:

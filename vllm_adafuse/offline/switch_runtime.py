@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.format.adapter import Adapter, load_adapter
+from vllm_adafuse.format.adapter import Adapter, load_adapter, refuse_layer_wise
 from vllm_adafuse.format.architectures import find_architecture
 from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.format.merge import refuse_quantised
@@ -172,7 +172,10 @@ class SwitchRuntime:
 
         backbone = Backbone.from_path(str(base))
         checked = load_adapter(adapter, backbone)
-        _refuse_layer_wise(checked)
+        refuse_layer_wise(
+            checked, "each layer decides anew, when its input is there; the fused switch needs one "
+            "route for all. Use mode='mixture'"
+        )  # fmt: skip
         refuse_context(checked, "the fused switch merges by token id alone; use mode='mixture'")
         check_checkpoint(base)
         refuse_quantised(str(base), read_config(str(base)).to_dict())
@@ -340,14 +343,3 @@ def live_router(adapter: Adapter, backbone: Backbone, model: PreTrainedModel) ->
         softmax_first=config.router_weights == "softmax_topk",
     )
     return functools.partial(gate, router=router)
-
-
-def _refuse_layer_wise(adapter: Adapter) -> None:
-    if adapter.config.layer_wise:
-        raise AdapterError(
-            f"adapter {adapter.path}",
-            [
-                "`routing` is layer_wise: each layer decides anew, when its input is there; the "
-                "fused switch needs one route for all. Use mode='mixture'"
-            ],
-        )

@@ -119,21 +119,20 @@ def _page_projection(
     x: torch.Tensor, gates: torch.Tensor, layer: Any, width: int, stride: int
 ) -> torch.Tensor:
     bank = find(layer)
-    has_adapters = bank.route.has_adapters.item()
-    return of_pages.page_projection(x, bank.projection, bank.step, has_adapters, _kv_slots(bank, x))
+    operands = x, bank.projection, bank.step, bank.route.adapts
+    return of_pages.page_projection(*operands, _kv_slots(bank, x))
 
 
 def _page_projection_norm(
     x: torch.Tensor, residual: torch.Tensor, gates: torch.Tensor, layer: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     bank = find(layer)
-    has_adapters = bank.route.has_adapters.item()
-    return of_pages.page_projection_norm(x, residual, bank.projection, bank.step, has_adapters)
+    return of_pages.page_projection_norm(x, residual, bank.projection, bank.step, bank.route.adapts)
 
 
 def _page_deltas(y: torch.Tensor, x: torch.Tensor, gates: torch.Tensor, layer: Any) -> None:
     bank = find(layer)
-    if bank.route.has_adapters.item():  # else the step runs what vLLM runs
+    if bank.route.adapts:  # else the step runs what vLLM runs
         sgmm(y, x, bank.projection, bank.step)
 
 

@@ -131,13 +131,18 @@ class PageStep(Step):
         self._seeing.pop(place.slot, None)
 
     @property
+    def adapts(self) -> bool:
+        """Whether the step has adapters; asked when it runs, or is captured."""
+        return bool(self.has_adapters.item())
+
+    @property
     def follows(self) -> bool:
         """See `Follower`."""
         return bool(self._seeing)
 
     def sees(self, place: int) -> bool:
         """See `Follower`."""
-        return bool(self.has_adapters.item()) and int(self._batch[place]) in self._seeing
+        return self.adapts and int(self._batch[place]) in self._seeing
 
     def seed(self, place: int, row: int, token_ids: torch.Tensor) -> None:
         """See `Follower`."""
@@ -163,6 +168,6 @@ class PageStep(Step):
     def take_from(self, route: Route, tokens: int) -> None:
         """Leaves a mixture that is everybody's default to the requests that name no adapter: the
         others have no weights in its route."""
-        if self.has_adapters.item():
+        if self.adapts:
             named = self.slots[:tokens] != NO_ADAPTER
             route.gates[:tokens].masked_fill_(named[:, None], 0)

@@ -17,7 +17,7 @@ from vllm_adafuse.kernels.context_routes import (
     context_rows,
 )
 from vllm_adafuse.serving.requests import Requests
-from vllm_adafuse.serving.routes import PASSPORT_CHUNK, Route, Router
+from vllm_adafuse.serving.routes import Route, Router
 
 
 def context_of(config: AdapterConfig, columns: list[int], most: int) -> torch.Tensor:
@@ -107,13 +107,10 @@ class PastRouter(Router):
     ) -> None:
         """As `Router.stamp`: both tables, of the whole vocabulary."""
         self.norm_weight.copy_(norm.weight.float() + norm_offset)
-        vocab_size = self.w.shape[1]
-        for start in range(0, vocab_size, PASSPORT_CHUNK):
-            stop = min(start + PASSPORT_CHUNK, vocab_size)
-            embeddings = embed(torch.arange(start, stop, device=self.w.device))
-            scale = self.config.context_scale
+        scale = self.config.context_scale
+        for own, embeddings in self._vocabulary(embed, self.w.shape[1]):
             w, c = context_rows(embeddings, self._gate, self.context_weight, scale)
-            self.w[:, start:stop], self.c[:, start:stop] = w.t(), c.t()
+            self.w[:, own], self.c[:, own] = w.t(), c.t()
         for requests in self._requests:
             requests.forget()  # what their tokens add up to was another table's
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from vllm_adafuse.format.config import AdapterConfig
@@ -234,10 +234,15 @@ class Router(torch.nn.Module):
             norm_offset: its factors are norm_offset + weight.
         """
         self.norm_weight.copy_(norm.weight.float() + norm_offset)
-        vocab_size = self.passport_ids.shape[0]
+        for own, embeddings in self._vocabulary(embed, self.passport_ids.shape[0]):
+            ids, weights = self.decide(embeddings)
+            self.passport_ids[own].copy_(ids)
+            self.passport_weights[own].copy_(weights)
+
+    def _vocabulary(
+        self, embed: Callable[[torch.Tensor], torch.Tensor], vocab_size: int
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The embeddings of all token ids, in pieces: which ids, and [T, H]."""
         for start in range(0, vocab_size, PASSPORT_CHUNK):
-            stop = min(start + PASSPORT_CHUNK, vocab_size)
-            tokens = torch.arange(start, stop, device=self.passport_ids.device)
-            ids, weights = self.decide(embed(tokens))
-            self.passport_ids[start:stop].copy_(ids)
-            self.passport_weights[start:stop].copy_(weights)
+            own = slice(start, min(start + PASSPORT_CHUNK, vocab_size))
+            yield own, embed(torch.arange(own.start, own.stop, device=self.weight.device))

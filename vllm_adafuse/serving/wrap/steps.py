@@ -27,7 +27,7 @@ def _route(model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     positions = kwargs.get("positions", args[1] if len(args) > 1 else None)
     if step.rotary is not None:
         step.rotary(positions)
-    if not step.has_adapters.item():
+    if not step.adapts:
         return
     token_ids = kwargs.get("input_ids", args[0] if args else None)
     if token_ids is None:  # plain LoRAs need none
@@ -51,7 +51,7 @@ def _silence(model: torch.nn.Module, args: tuple, output: Any) -> None:
     """Zeroes the hidden states of tokens whose adapter is lost: their logits say nothing, and no
     request gets the base model's words under an adapter's name."""
     step = model.adafuse_step
-    if not step.has_adapters.item():
+    if not step.adapts:
         return
     for hidden in output if isinstance(output, (tuple, list)) else [output]:
         if isinstance(hidden, torch.Tensor):
