@@ -31,6 +31,11 @@ _VERSION_4 = {"split": "split_k", "slices": "shrink_split_k"}
 BLOCK_ER = 128
 # Ranks of a page: the least that tensor cores take.
 PAGE_RANKS = 16
+# Rows that Hopper's tensor cores take at least: of tokens, in whole tiles.
+MIN_TILE_TOKENS = 64
+# Bytes of shared memory for a program: two of them fit a Hopper processor, one any current one's;
+# and those that a program of whole tiles may take, which has a Hopper processor for itself.
+MAX_SHARED, MAX_TILE_SHARED = 100 << 10, 220 << 10
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.configs import MAX_SHRINK_SPLIT_K
+from vllm_adafuse.kernels.configs import MAX_SHARED, MAX_SHRINK_SPLIT_K
 from vllm_adafuse.kernels.launch import launch, overlap
 from vllm_adafuse.kernels.plans import on_hopper
 from vllm_adafuse.kernels.registry import matmul_f32
@@ -22,8 +22,6 @@ from vllm_adafuse.kernels.workspace import Workspace
 
 BLOCK_IN = 256
 SHRINK_STAGES = 3
-# Bytes of shared memory for a program: two of them fit a Hopper processor, one any current one's.
-MAX_SHARED = 100 << 10
 # Elements of `in` that one program of a launch of its own reads, and about how many programs there
 # are at most: with one or two experts chosen nothing else keeps the GPU busy. (Within a projection
 # the shrink has time: the caller says how it is cut.)

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
-from vllm_adafuse.kernels.configs import MAX_SHRINK_SPLIT_K, GemmConfig
+from vllm_adafuse.kernels.configs import MAX_SHRINK_SPLIT_K, MIN_TILE_TOKENS, GemmConfig
 from vllm_adafuse.kernels.device.epilogues import (
     EPILOGUES,
     activate,
@@ -51,9 +51,8 @@ from vllm_adafuse.kernels.shrink import (
 )
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
-# Rows of A in a tile. Hopper's tensor cores take no fewer tokens than MIN_TOKENS.
+# Rows of A in a tile.
 SHRINK_ROWS = 64
-MIN_TOKENS = 64
 
 
 def workspace_sizes(lora_a: torch.Tensor) -> tuple[int, int, int]:
@@ -331,7 +330,7 @@ def tma_gemm_triton(
     if half:
         config = replace(config, rows=min(config.pieces[0], half))
     rows, piece1 = config.pieces
-    block_t = max(MIN_TOKENS, power_of_2(tokens))
+    block_t = max(MIN_TILE_TOKENS, power_of_2(tokens))
     count = sum(cdiv(w, config.rows) for w in members)
     shrinks = cdiv(lora_a.shape[0], SHRINK_ROWS) * config.shrink_split_k
     widths, adapted = [*widths, 0, 0][:3], [*adapted, -1, -1][:3]

@@ -16,7 +16,14 @@ import triton
 from vllm_adafuse.explain import Model, shapes_of_layer
 from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.kernels.add_norm import add_norm_triton
-from vllm_adafuse.kernels.configs import GemmConfig, save_configs, shape_key
+from vllm_adafuse.kernels.configs import (
+    MAX_SHARED,
+    MAX_TILE_SHARED,
+    MIN_TILE_TOKENS,
+    GemmConfig,
+    save_configs,
+    shape_key,
+)
 from vllm_adafuse.kernels.dispatch import (
     MAX_LOW_TILE_TOKENS,
     MAX_STREAM_ONLY_TOKENS,
@@ -32,15 +39,11 @@ from vllm_adafuse.kernels.operands import Norm, Projection, Step, stays_in_place
 from vllm_adafuse.kernels.plans import Device, Shape
 from vllm_adafuse.kernels.projection import projection_triton
 from vllm_adafuse.kernels.projection_norm import projection_norm_triton, workspace_sizes
-from vllm_adafuse.kernels.shrink import MAX_SHARED
 from vllm_adafuse.kernels.spread_routes import new_active, spread_routes
-from vllm_adafuse.kernels.tma_gemm import MIN_TOKENS
 from vllm_adafuse.kernels.workspace import Workspace
 
 # The most tokens for which there is something to tune.
 MAX_TOKENS = MAX_TILE_TOKENS
-# Bytes of a processor's shared memory that a program of the tiled kernel may take.
-MAX_TILE_SHARED = 220 << 10
 # Bytes of weights to go round, so that no cache holds them.
 BEYOND_CACHE = 256 << 20
 
@@ -138,7 +141,7 @@ def _streamed(
 def _tiled(
     tokens: int, size_in: int, rows_of_w: int, epilogue: str, itemsize: int
 ) -> Iterator[GemmConfig]:
-    pairs, block_t = epilogue not in ("", "norm"), max(MIN_TOKENS, triton.next_power_of_2(tokens))
+    pairs, block_t = epilogue not in ("", "norm"), max(MIN_TILE_TOKENS, triton.next_power_of_2(tokens))
     two, many = 2 if pairs else 1, tokens > MAX_LOW_TILE_TOKENS
     norm = epilogue == "norm"
     # The shrink should end long before the product: in short slices where that is cut, too.
