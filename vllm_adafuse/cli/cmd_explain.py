@@ -111,8 +111,8 @@ def _of_pool(args: argparse.Namespace, base: str, model: Model) -> tuple[str, Sh
     """The same of adapters that requests choose: mixtures and plain LoRAs."""
     from vllm_adafuse.explain import shapes_on_pages
     from vllm_adafuse.format.backbone import Backbone
-    from vllm_adafuse.serving import adapters
     from vllm_adafuse.kernels.configs import PAGE_RANKS
+    from vllm_adafuse.serving import adapters
     from vllm_adafuse.serving.pool import misfits, pool_size
 
     backbone = Backbone.from_path(base)
