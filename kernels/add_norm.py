@@ -53,9 +53,9 @@ def _add_norm_kernel(
     lora_a_out_at = rows
     if EXPAND:
         lora_a_out_at = lora_a_out_ptr + wide_rows * lora_a_out_stride
-    s = tl.zeros([BLOCK_T, BLOCK_E * BLOCK_R], dtype=z_ptr.dtype.element_ty)
+    lora_a_out = tl.zeros([BLOCK_T, BLOCK_E * BLOCK_R], dtype=z_ptr.dtype.element_ty)
     if EXPAND and ONE:  # of all columns
-        s = load_s(
+        lora_a_out = load_s(
             lora_a_out_at, gates_ptr, rows, 0, token_mask, n_experts, 0,
             RANK, True, EVEN_K, BLOCK_T, BLOCK_E, BLOCK_R,
         )  # fmt: skip
@@ -82,7 +82,7 @@ def _add_norm_kernel(
                     b_at, col_mask, 0, n_experts, 0, RANK, EVEN, EVEN_K, BLOCK_E, BLOCK_R
                 )  # fmt: skip
             z = add_deltas(
-                z, b, s, lora_a_out_at, gates_ptr, -1, None, b_at, rows, token_mask, col_mask,
+                z, b, lora_a_out, lora_a_out_at, gates_ptr, -1, None, b_at, rows, token_mask, col_mask,
                 n_experts, RANK, True, SKIP, False, EVEN, EVEN_K, ONE, BLOCK_T, BLOCK_E, BLOCK_R,
             )  # fmt: skip
         # What the next layer adds to is what is normed.
@@ -114,7 +114,7 @@ def _add_norm_kernel(
 
 def add_norm_triton(
     y: torch.Tensor,
-    s: torch.Tensor | None,
+    lora_a_out: torch.Tensor | None,
     residual: torch.Tensor,
     norm: Norm,
     lora_b: torch.Tensor,
@@ -126,10 +126,10 @@ def add_norm_triton(
 
     Args:
         y: [T, H], W x; or [split_k, T, H] contiguous, float32, to be added up. Rows contiguous.
-        s: [T, E R], A x of all experts, not yet weighted; None if y holds the deltas.
+        lora_a_out: [T, E R], A x of all experts, not yet weighted; None if y holds the deltas.
         residual: [T, H]; rows contiguous.
         norm: of H columns.
-        lora_b: [H, E, R], dtype of s.
+        lora_b: [H, E, R], dtype of lora_a_out.
         gates: [N, E] float32, N >= T, LoRA's scale included.
         config: how to cut, default `dispatch.choose_norm`.
         z: [T, H] contiguous, dtype of residual, for the new residual; may be y. Default a new one.
@@ -144,12 +144,12 @@ def add_norm_triton(
         z = torch.empty_like(out)
     split_k = y.shape[0] if y.dim() == 3 else 0
     block_t, kernel = _plan(
-        width, split_k, s is not None, experts, rank, residual.element_size(), config, on_hopper(y)
+        width, split_k, lora_a_out is not None, experts, rank, residual.element_size(), config, on_hopper(y)
     )
     kernel(
         (cdiv(tokens, block_t),),
-        y, s, residual, norm.weight, lora_b, gates, z, out,
-        tokens, y.stride(-2), 0 if s is None else s.stride(0), residual.stride(0), experts,
+        y, lora_a_out, residual, norm.weight, lora_b, gates, z, out,
+        tokens, y.stride(-2), 0 if lora_a_out is None else lora_a_out.stride(0), residual.stride(0), experts,
         norm.eps,
     )  # fmt: skip
     return out, z

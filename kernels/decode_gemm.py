@@ -125,14 +125,14 @@ def add_delta(
             end = active.to(tl.int32) * PADDED
         for start in range(0, end, BLOCK_ER):
             columns, used = _columns(start, active_ptr, active, n_experts, PADDED, RANK, BLOCK_ER)
-            s = tl.load(
+            lora_a_out = tl.load(
                 lora_a_out_at + columns[:, None],
                 mask=token_mask[None, :] & used[:, None], other=0.0, cache_modifier=".cg",
             )  # fmt: skip
             later = load_b(  # on its way during the product
                 b_at, start + BLOCK_ER, active_ptr, active, n_experts, PADDED, RANK, BLOCK_ER
             )
-            acc = tl.dot(b, s, acc, input_precision="ieee")
+            acc = tl.dot(b, lora_a_out, acc, input_precision="ieee")
             b = later
     return acc
 

@@ -44,13 +44,13 @@ def _weigh_kernel(
     first_rank = (tl.program_id(1) * EXPERTS + experts) * RANK
     at = lora_a_out_ptr + (wide * lora_a_out_stride)[:, None] + first_rank[:, None] + ranks
     rank_mask = ranks < RANK
-    s = tl.load(at, mask=(gates != 0) & rank_mask, other=0.0)  # few are chosen: the others not read
-    tl.store(at, weigh(s, gates), mask=token_mask[:, None] & rank_mask)
+    lora_a_out = tl.load(at, mask=(gates != 0) & rank_mask, other=0.0)  # few are chosen: the others not read
+    tl.store(at, weigh(lora_a_out, gates), mask=token_mask[:, None] & rank_mask)
 
 
 def dense_expand_triton(
     y: torch.Tensor,
-    s: torch.Tensor,
+    lora_a_out: torch.Tensor,
     lora_b: torch.Tensor,
     gates: torch.Tensor,
     adapted: Sequence[int],
@@ -62,7 +62,7 @@ def dense_expand_triton(
 
     Args:
         y: [T, out], W x; rows contiguous.
-        s: [T, P E R], A x of all experts, not yet weighted; rows contiguous. Those of the experts
+        lora_a_out: [T, P E R], A x of all experts, not yet weighted; rows contiguous. Those of the experts
             from `first` on are weighted afterwards.
         lora_b: [sum of the adapted widths, E, R] contiguous, dtype of y.
         gates: [N, E] float32 contiguous, N >= T.
@@ -72,11 +72,11 @@ def dense_expand_triton(
         first: < E.
     """
     tokens, (_, experts, rank) = y.shape[0], lora_b.shape
-    of_linears = s.unflatten(1, (-1, experts * rank))
+    of_linears = lora_a_out.unflatten(1, (-1, experts * rank))
     block, kernel = _plan(experts, first, rank, on_hopper(y))
     kernel(
         (cdiv(tokens * (experts - first), block), of_linears.shape[1]),
-        s, gates, tokens, s.stride(0),
+        lora_a_out, gates, tokens, lora_a_out.stride(0),
     )  # fmt: skip
     expand_torch(y, of_linears[..., first * rank :], lora_b[:, first:], adapted, widths)
 

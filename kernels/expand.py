@@ -91,8 +91,8 @@ def _expand_kernel(
     listed_ptr = tile_blocks_ptr
     if LISTED:
         listed_ptr += tl.program_id(1) * BLOCK_T // LISTED * (1 + tl.cdiv(n_experts, BLOCK_E))
-    s = tl.zeros([BLOCK_T, BLOCK_E * BLOCK_R], dtype=lora_a_out_ptr.dtype.element_ty)
-    lora_a_out_up = s
+    lora_a_out = tl.zeros([BLOCK_T, BLOCK_E * BLOCK_R], dtype=lora_a_out_ptr.dtype.element_ty)
+    lora_a_out_up = lora_a_out
     if PDL and LOOP > 1:
         tl.extra.cuda.gdc_wait()
     if ONE and RAW and DELTAS:  # the step's: not of the kernel before
@@ -101,12 +101,12 @@ def _expand_kernel(
         slots_ptr, rows, token_mask, block_size, block_stride, row_stride, KV
     )
     if ONE and LOOP > 1 and DELTAS:  # of all columns
-        s, lora_a_out_up = load_both(
+        lora_a_out, lora_a_out_up = load_both(
             lora_a_out_at, lora_a_out_up_at, rows_s, rows_up, n_experts, EPILOGUE, RANK,
             EVEN_K, BLOCK_E, BLOCK_R,
         )
         if RAW:
-            s, lora_a_out_up = weigh(s, gates), weigh(lora_a_out_up, gates)
+            lora_a_out, lora_a_out_up = weigh(lora_a_out, gates), weigh(lora_a_out_up, gates)
     for i in tl.range(LOOP, num_stages=STAGES):
         first = (group * LOOP + i) * BLOCK_OUT
         if EPILOGUE == 3:  # of a head's first half
@@ -153,20 +153,20 @@ def _expand_kernel(
         if EPILOGUE != 0:
             up = tl.load(y_at + APART, mask=mask, other=0.0)
         if ONE and LOOP == 1 and DELTAS:
-            s, lora_a_out_up = load_both(
+            lora_a_out, lora_a_out_up = load_both(
                 lora_a_out_at, lora_a_out_up_at, rows_s, rows_up, n_experts, EPILOGUE, RANK,
                 EVEN_K, BLOCK_E, BLOCK_R,
             )
             if SPLIT_K > 1:
-                sums = s.to(tl.float32)
+                sums = lora_a_out.to(tl.float32)
                 for k in tl.static_range(1, SPLIT_K):
                     sums += load_ranks(
                         lora_a_out_at + k * split_stride, rows_s, 0, n_experts, 0,
                         RANK, False, EVEN_K, BLOCK_E, BLOCK_R,
                     )  # fmt: skip
-                s = weigh(sums, gates).to(s.dtype)
+                lora_a_out = weigh(sums, gates).to(lora_a_out.dtype)
             elif RAW:
-                s, lora_a_out_up = weigh(s, gates), weigh(lora_a_out_up, gates)
+                lora_a_out, lora_a_out_up = weigh(lora_a_out, gates), weigh(lora_a_out_up, gates)
         active_bits = -1
         if SKIP and DELTAS:  # it may come from the kernel before
             active_bits = tl.load(active_ptr)
@@ -176,7 +176,7 @@ def _expand_kernel(
             y += tl.load(bias_at, mask=col_mask, other=0.0).to(tl.float32)[None, :]
         if DELTAS:
             y = add_deltas(
-                y, b, s, lora_a_out_at, gates_ptr, active_bits, listed_ptr, b_at, rows, rows_s,
+                y, b, lora_a_out, lora_a_out_at, gates_ptr, active_bits, listed_ptr, b_at, rows, rows_s,
                 col_mask_b, n_experts, RANK, RAW, SKIP, LISTED, EVEN_B, EVEN_K, ONE,
                 BLOCK_T, BLOCK_E, BLOCK_R,
             )  # fmt: skip
@@ -259,7 +259,7 @@ class Read(NamedTuple):
 def launch_expand(
     y: torch.Tensor,
     out: torch.Tensor,
-    s: torch.Tensor,
+    lora_a_out: torch.Tensor,
     read: Read,
     of: tuple[Sequence[int], Sequence[int], int],
     config: ExpandConfig | None = None,
@@ -278,8 +278,8 @@ def launch_expand(
     ))  # fmt: skip
     kernel(
         (groups, cdiv(tokens, block_t)),
-        y, read.bias, out, s, read.lora_b, read.gates, read.active, read.tile_blocks, read.cos_sin,
-        tokens, y.stride(0), y.stride(-2), out.stride(0), s.stride(1 if is_split else 0), experts,
+        y, read.bias, out, lora_a_out, read.lora_b, read.gates, read.active, read.tile_blocks, read.cos_sin,
+        tokens, y.stride(0), y.stride(-2), out.stride(0), lora_a_out.stride(1 if is_split else 0), experts,
         *(kv_slots or NO_KV_SLOTS),
     )  # fmt: skip
 
@@ -316,7 +316,7 @@ def _plan(key: _Key) -> tuple[int, int, Bound]:
 
 def expand_triton(
     y: torch.Tensor,
-    s: torch.Tensor,
+    lora_a_out: torch.Tensor,
     lora_b: torch.Tensor,
     active: torch.Tensor,
     adapted: Sequence[int],
@@ -326,19 +326,19 @@ def expand_triton(
 
     Args:
         y: [T, out], the projection's own output; rows contiguous.
-        s: [T, P, E * R], dtype of y, from `shrink`.
+        lora_a_out: [T, P, E * R], dtype of y, from `shrink`.
         lora_b: [sum of the adapted widths, E, R] contiguous, dtype of y.
         active: [1] int64, bit 0 for experts whose s is zero everywhere.
         adapted: for each of up to three slices of y the index of its linear, -1 for one without
             experts.
         widths: columns of each slice.
     """
-    launch_expand(y, y, s, Read(None, lora_b, None, active), (adapted, widths, 0))
+    launch_expand(y, y, lora_a_out, Read(None, lora_b, None, active), (adapted, widths, 0))
 
 
 def expand_raw_triton(
     y: torch.Tensor,
-    s: torch.Tensor,
+    lora_a_out: torch.Tensor,
     bias: torch.Tensor | None,
     p: Projection,
     step: Step,
@@ -351,7 +351,7 @@ def expand_raw_triton(
         y: [T, out], W x; overwritten where no activation follows and no bias is added, and with
             `strided_out`. Or split-K sums [split_k, T, out], where one product has all
             experts and no activation follows.
-        s: [T, S E R], A x of all experts, not yet weighted; or [split_k, T, S E R], as y.
+        lora_a_out: [T, S E R], A x of all experts, not yet weighted; or [split_k, T, S E R], as y.
         bias: [out], or None: what of the projection's is still to be added.
         p: the projection.
         step: the step's buffers.
@@ -370,22 +370,22 @@ def expand_raw_triton(
     listed = p.shape.tile_blocks and y.shape[-2] > MAX_ACTIVE_TOKENS
     blocks_of = step.tile_blocks if listed else None
     read = Read(bias, p.lora_b, step.gates, step.active, step.cos_sin, blocks_of)
-    launch_expand(y, result, s, read, (p.shape.adapted, widths, index), config, kv_slots)
+    launch_expand(y, result, lora_a_out, read, (p.shape.adapted, widths, index), config, kv_slots)
     return result
 
 
 def expand_torch(
     y: torch.Tensor,
-    s: torch.Tensor,
+    lora_a_out: torch.Tensor,
     lora_b: torch.Tensor,
     adapted: Sequence[int],
     widths: Sequence[int],
 ) -> None:
-    """By cuBLAS; the reference, see `expand_triton`. Views of s and B need contiguous rows alone."""
+    """By cuBLAS; the reference, see `expand_triton`. Views of lora_a_out and B need contiguous rows alone."""
     b, row, column = lora_b.flatten(1), 0, 0
     for linear_idx, width in zip(adapted, widths):
         if linear_idx >= 0:
-            y[:, column : column + width].addmm_(s[:, linear_idx], b[row : row + width].t())
+            y[:, column : column + width].addmm_(lora_a_out[:, linear_idx], b[row : row + width].t())
             row += width
         column += width
 

@@ -72,7 +72,7 @@ def epilogue_triton(
     if result is y:
         result = torch.empty_like(y)
     adapted = (-1,) * len(widths)
-    # Of B and s, of which none is read, the smallest there could be.
+    # Of B and lora_a_out, of which none is read, the smallest there could be.
     read = Read(None, p.lora_b[:, :1], None, step.active, step.cos_sin)
     number = EPILOGUES.index(epilogue)
     launch_expand(y, result, y, read, (adapted, widths, number), kv_slots=kv_slots, skip=False)

@@ -97,26 +97,26 @@ def projection_triton(
     if way.config:
         out = new_result(x, p.shape, p.strided_out)
         return one_launch(x, p, step, way.config, out, kv_slots)
-    y, s, bias = fused_product(x, p, way.one_gemm)
-    return expand_long(y, s, bias, p, step, way, kv_slots)
+    y, lora_a_out, bias = fused_product(x, p, way.one_gemm)
+    return expand_long(y, lora_a_out, bias, p, step, way, kv_slots)
 
 
 def expand_long(
     y: torch.Tensor,
-    s: torch.Tensor,
+    lora_a_out: torch.Tensor,
     bias: torch.Tensor | None,
     p: Projection,
     step: Step,
     way: Plan,
     kv_slots: KVSlots | None = None,
 ) -> torch.Tensor:
-    """From W x and A x to the projection, by a plan. y and s may be overwritten."""
+    """From W x and A x to the projection, by a plan. y and lora_a_out may be overwritten."""
     if way.expand == TMA_EXPAND:
         if way.dense_from is not None:
             of = p.shape.adapted, p.shape.widths, way.dense_from
-            dense_expand_triton(y, s, p.lora_b, step.gates, *of)
-        return tma_expand_triton(y, s, p, step, kv_slots=kv_slots)
-    return expand_raw_triton(y, s, bias, p, step, kv_slots=kv_slots)
+            dense_expand_triton(y, lora_a_out, p.lora_b, step.gates, *of)
+        return tma_expand_triton(y, lora_a_out, p, step, kv_slots=kv_slots)
+    return expand_raw_triton(y, lora_a_out, bias, p, step, kv_slots=kv_slots)
 
 
 def one_launch(
@@ -142,8 +142,8 @@ def split_k_product(
     fused, out = p.fused_weight, p.shape.size_out
     of_x = x.view(x.shape[0], split_k, -1).transpose(0, 1)
     of_rows = fused.view(fused.shape[0], split_k, -1).permute(1, 2, 0)
-    y, s = torch.split_with_sizes(torch.bmm(of_x, of_rows), (out, fused.shape[0] - out), 2)
-    return y, s
+    y, lora_a_out = torch.split_with_sizes(torch.bmm(of_x, of_rows), (out, fused.shape[0] - out), 2)
+    return y, lora_a_out
 
 
 def fused_product(
@@ -158,6 +158,6 @@ def fused_product(
     if one_gemm:
         gemm_out = F.linear(x, p.fused_weight)
         sizes = out, gemm_out.shape[1] - out
-        y, s = torch.split_with_sizes(gemm_out, sizes, 1)  # cheaper than slices
-        return y, s, p.bias
+        y, lora_a_out = torch.split_with_sizes(gemm_out, sizes, 1)  # cheaper than slices
+        return y, lora_a_out, p.bias
     return F.linear(x, p.weight, p.bias), F.linear(x, p.fused_weight[out:]), None

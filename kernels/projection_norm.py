@@ -84,16 +84,16 @@ def projection_norm_triton(
     if way.config:
         return add_norm_triton(split_k_triton(x, p, step, way.config), None, *behind)
     if way.split_k > 1:
-        y, s = split_k_product(x, p, way.split_k)
+        y, lora_a_out = split_k_product(x, p, way.split_k)
     else:
-        y, s, _ = fused_product(x, p, way.one_gemm)
+        y, lora_a_out, _ = fused_product(x, p, way.one_gemm)
     if way.expand == ADD_NORM:
-        return add_norm_triton(y, s, *behind)
+        return add_norm_triton(y, lora_a_out, *behind)
     if way.expand == NONE:
         shape = p.shape
         dense_expand_triton(
-            y, s, p.lora_b, step.gates, shape.adapted, shape.widths, way.dense_from
+            y, lora_a_out, p.lora_b, step.gates, shape.adapted, shape.widths, way.dense_from
         )
         return add_norm_triton(y, None, *behind)
-    y = expand_long(y, s, None, p, step, way)
+    y = expand_long(y, lora_a_out, None, p, step, way)
     return add_norm_triton(y, None, *behind, z=y)

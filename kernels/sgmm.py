@@ -19,8 +19,8 @@ from vllm_adafuse.kernels.shrink import shrink_torch, shrink_triton
 
 def sgmm_torch(y: torch.Tensor, x: torch.Tensor, p: Projection, step: Step) -> None:
     """The reference; see `sgmm`."""
-    s = shrink_torch(x, p.lora_a, step.gates)
-    expand_torch(y, s, p.lora_b, p.shape.adapted, p.shape.widths)
+    lora_a_out = shrink_torch(x, p.lora_a, step.gates)
+    expand_torch(y, lora_a_out, p.lora_b, p.shape.adapted, p.shape.widths)
 
 
 def sgmm(y: torch.Tensor, x: torch.Tensor, p: Projection, step: Step) -> None:
@@ -35,8 +35,8 @@ def sgmm(y: torch.Tensor, x: torch.Tensor, p: Projection, step: Step) -> None:
     if not x.is_cuda:
         return sgmm_torch(y, x, p, step)
     if p.plans[x.shape[0]].kernel == SHRINK:
-        s = shrink_triton(x, p.lora_a, step.gates, step.active, step.workspace)
+        lora_a_out = shrink_triton(x, p.lora_a, step.gates, step.active, step.workspace)
     else:
-        s = shrink_torch(x, p.lora_a, step.gates)
-    expand_triton(y, s, p.lora_b, step.active, p.shape.adapted, p.shape.widths)
+        lora_a_out = shrink_torch(x, p.lora_a, step.gates)
+    expand_triton(y, lora_a_out, p.lora_b, step.active, p.shape.adapted, p.shape.widths)
     return None

@@ -158,9 +158,9 @@ def _shrink_slice(
         gates = tl.load(gates_ptr + rows * n_experts + expert, mask=token_mask, other=0.0)
         at = ((rows * n_linears + linear_idx) * n_experts + expert)[None, :] * rank + ranks[:, None]
         # Not a bare product: what another token sees of this expert must not matter.
-        s = tl.where(gates[None, :] != 0, sums * gates[None, :], 0.0)
-        s = s.to(lora_a_out_ptr.dtype.element_ty)
-        tl.store(lora_a_out_ptr + at, s, mask=token_mask[None, :] & real[:, None])
+        lora_a_out = tl.where(gates[None, :] != 0, sums * gates[None, :], 0.0)
+        lora_a_out = lora_a_out.to(lora_a_out_ptr.dtype.element_ty)
+        tl.store(lora_a_out_ptr + at, lora_a_out, mask=token_mask[None, :] & real[:, None])
         tl.debug_barrier()
         tl.atomic_add(semaphore_ptr, 1, sem="release")
 
@@ -271,22 +271,22 @@ def shrink_triton(
         workspace: of the device.
 
     Returns:
-        s: [T, P, E * R], dtype of x, in the workspace.
+        lora_a_out: [T, P, E * R], dtype of x, in the workspace.
     """
     tokens = x.shape[0]
     linears, experts, rank, size_in = lora_a.shape
     grid = ShrinkGrid.of(lora_a)
-    s = workspace.view(x.dtype, tokens, linears, experts * rank)
+    lora_a_out = workspace.view(x.dtype, tokens, linears, experts * rank)
     block_t = max(16, power_of_2(tokens))
     block_in = fit_cols(BLOCK_IN, grid.block_r, block_t, x.element_size())
     launch(
         _shrink_kernel, (grid.programs,),
-        x, lora_a, gates, active, s, workspace.partial_sums, workspace.split_k_semaphores,
+        x, lora_a, gates, active, lora_a_out, workspace.partial_sums, workspace.split_k_semaphores,
         workspace.unused, tokens, x.stride(0), size_in, experts, rank, linears, grid.split_k,
         BLOCK_T=block_t, BLOCK_R=grid.block_r, BLOCK_IN=block_in, STAGES=SHRINK_STAGES, num_warps=4,
         num_stages=SHRINK_STAGES, **overlap(on_hopper(x)),
     )  # fmt: skip
-    return s
+    return lora_a_out
 
 
 def shrink_torch(x: torch.Tensor, lora_a: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
@@ -294,6 +294,6 @@ def shrink_torch(x: torch.Tensor, lora_a: torch.Tensor, gates: torch.Tensor) -> 
     tokens, size_in = x.shape
     linears, experts, rank, _ = lora_a.shape
     unweighted = matmul_f32(x, lora_a.view(-1, size_in).t()).view(tokens, linears, experts, rank)
-    s = torch.empty(tokens, linears, experts, rank, dtype=x.dtype, device=x.device)
-    torch.mul(unweighted, gates[:tokens, None, :, None], out=s)
-    return s.view(tokens, linears, experts * rank)
+    lora_a_out = torch.empty(tokens, linears, experts, rank, dtype=x.dtype, device=x.device)
+    torch.mul(unweighted, gates[:tokens, None, :, None], out=lora_a_out)
+    return lora_a_out.view(tokens, linears, experts * rank)

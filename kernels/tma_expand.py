@@ -48,7 +48,7 @@ def _weighed(
 
 @triton.jit
 def _add_delta(
-    y_desc, b_desc, lora_a_out_desc, s, gates_ptr, listed_ptr, count, rows, token_mask, n_experts,
+    y_desc, b_desc, lora_a_out_desc, lora_a_out, gates_ptr, listed_ptr, count, rows, token_mask, n_experts,
     first_token, column, first_rank, first_block, MANY: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +65,7 @@ def _add_delta(
             y = tl.dot(of_block, b.T, y, input_precision="ieee")
     else:
         b = b_desc.load([column, first_block * BLOCK_E * RANK])
-        y = tl.dot(s, b.T, y, input_precision="ieee")
+        y = tl.dot(lora_a_out, b.T, y, input_precision="ieee")
     return y
 
 
@@ -89,13 +89,13 @@ def _walk(
     rows = first_token + tl.arange(0, BLOCK_T)
     token_mask = rows < n_tokens
     of_up = SIZE if EPILOGUE == 1 or EPILOGUE == 2 else slice_idx * SIZE
-    s, lora_a_out_up = 0, 0
+    lora_a_out, lora_a_out_up = 0, 0
     if not MANY:  # those of one block stay in registers
-        s = _weighed(
+        lora_a_out = _weighed(
             lora_a_out_desc, gates_ptr, rows, token_mask, n_experts, first_block, first_token,
             slice_idx * SIZE, BLOCK_T, BLOCK_E, RANK,
         )  # fmt: skip
-        lora_a_out_up = s
+        lora_a_out_up = lora_a_out
         if EPILOGUE == 1 or EPILOGUE == 2:
             lora_a_out_up = _weighed(
                 lora_a_out_desc, gates_ptr, rows, token_mask, n_experts, first_block, first_token,
@@ -106,7 +106,7 @@ def _walk(
     for tile in tl.range(first_tile, end, num_stages=STAGES):
         within = tile * STEP + piece
         y = _add_delta(
-            y_desc, b_desc, lora_a_out_desc, s, gates_ptr, listed_ptr, count, rows, token_mask,
+            y_desc, b_desc, lora_a_out_desc, lora_a_out, gates_ptr, listed_ptr, count, rows, token_mask,
             n_experts, first_token, offset + within, slice_idx * SIZE, first_block, MANY, BLOCK_T,
             BLOCK_E, RANK,
         )  # fmt: skip
@@ -177,7 +177,7 @@ def _tma_expand_kernel(
 
 def tma_expand_triton(
     y: torch.Tensor,
-    s: torch.Tensor,
+    lora_a_out: torch.Tensor,
     p: Projection,
     step: Step,
     config: ExpandConfig | None = None,
@@ -189,7 +189,7 @@ def tma_expand_triton(
     Args:
         y: [T, out], W x with the deltas of the other experts, if any; rows contiguous.
             Overwritten with `strided_out`, and if it is contiguous and no gate_up follows.
-        s: [T, S E R], A x of all experts, of which the first are not yet weighted; rows contiguous,
+        lora_a_out: [T, S E R], A x of all experts, of which the first are not yet weighted; rows contiguous,
             16 bytes aligned.
         p: the projection.
         step: the step's buffers.
@@ -202,7 +202,7 @@ def tma_expand_triton(
     tokens, widths, epilogue = y.shape[0], p.shape.widths, p.shape.kernel_epilogue
     config = config or choose_wide(tokens, math.gcd(*widths), epilogue)
     result, listed = result_of(y, widths, epilogue, p.strided_out), step.tile_blocks is not None
-    operands = y, s, result, p, step, kv_slots
+    operands = y, lora_a_out, result, p, step, kv_slots
     _launch(operands, config, p.shape.tile_blocks and listed)
     if p.shape.tile_blocks and listed:
         _launch(operands, choose_wide_many(config), True, many=True)
@@ -212,7 +212,7 @@ def tma_expand_triton(
 def _launch(operands: tuple, config: ExpandConfig, listed: bool, many: bool = False) -> None:
     """One launch; many: for tiles of tokens with several blocks, which need registers that the
     others lack then."""
-    y, s, result, p, step, kv_slots = operands
+    y, lora_a_out, result, p, step, kv_slots = operands
     (tokens, out), shape, lora_b = y.shape, p.shape, p.lora_b
     experts, rank = shape.num_experts, shape.rank
     of_shape = experts, rank, shape.widths, shape.kernel_epilogue, shape.head_dim // 2
@@ -225,7 +225,7 @@ def _launch(operands: tuple, config: ExpandConfig, listed: bool, many: bool = Fa
     launch(
         _tma_expand_kernel, (groups, cdiv(tokens, config.tokens)),
         y_desc, TensorDescriptor(lora_b, [out, size], [size, 1], [columns, ranks]), out_desc,
-        TensorDescriptor.from_tensor(s, [config.tokens, ranks]), step.gates, step.cos_sin,
+        TensorDescriptor.from_tensor(lora_a_out, [config.tokens, ranks]), step.gates, step.cos_sin,
         step.tile_blocks, tokens, experts, *(kv_slots or NO_KV_SLOTS),
         KV=kv_slots is not None, LISTED=TILE_TOKENS if listed else 0, MANY=many, **constants,
     )  # fmt: skip

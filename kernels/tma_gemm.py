@@ -96,9 +96,9 @@ def _shrink_tile(
         gates = tl.load(gates_at, mask=chosen, other=0.0)
         gates = tl.dot(gates, its, input_precision="tf32x3")
         # Not a bare product: what another token sees of this expert must not matter.
-        s = tl.where(gates != 0, sums * gates, 0.0).to(lora_a_out_ptr.dtype.element_ty)
+        lora_a_out = tl.where(gates != 0, sums * gates, 0.0).to(lora_a_out_ptr.dtype.element_ty)
         lora_a_out_at = lora_a_out_ptr + tokens[:, None] * RANKS + ranks[None, :]
-        tl.store(lora_a_out_at, s, mask=token_mask[:, None] & (ranks < RANKS)[None, :])
+        tl.store(lora_a_out_at, lora_a_out, mask=token_mask[:, None] & (ranks < RANKS)[None, :])
         if PDL:
             fence()
         tl.debug_barrier()
@@ -340,7 +340,7 @@ def tma_gemm_triton(
     # for gate_up, each of whose members is by itself.
     pair, pieces = 2 if index else 1, (rows, piece1 or rows)
     tall, ranks = half or (widths[0] if index else size_out), lora_a.shape[0]
-    s, b = workspace.view(x.dtype, tokens, ranks), p.lora_b.flatten(1)
+    lora_a_out, b = workspace.view(x.dtype, tokens, ranks), p.lora_b.flatten(1)
     of_b = [b[: widths[0]], b[-widths[0] :]] if is_gate_up(epilogue) else [b]
     w_blocks = _tma_blocks(fused[:size_out], tall, pair, pieces, config.cols)
     b_blocks = [_tma_blocks(one, half or one.shape[0], pair, pieces, config.cols) for one in of_b]
@@ -349,8 +349,8 @@ def tma_gemm_triton(
         _tma_gemm_kernel, (shrinks + count * split_k,),
         TensorDescriptor(x, list(x.shape), list(x.stride()), [block_t, config.cols]), *w_blocks,
         TensorDescriptor(lora_a, list(lora_a.shape), [size_in, 1], [SHRINK_ROWS, config.cols]),
-        TensorDescriptor(s, [tokens, ranks], [ranks, 1], [block_t, config.cols]),
-        *b_blocks[0], *up_blocks, fused, p.bias, y, step.cos_sin, step.gates, step.active, s,
+        TensorDescriptor(lora_a_out, [tokens, ranks], [ranks, 1], [block_t, config.cols]),
+        *b_blocks[0], *up_blocks, fused, p.bias, y, step.cos_sin, step.gates, step.active, lora_a_out,
         workspace.partial_sums, workspace.split_k_semaphores, p.semaphore,
         tokens, y.stride(-2), size_in, *(kv_slots or NO_KV_SLOTS),
         WIDTH0=widths[0], WIDTH1=widths[1], WIDTH2=widths[2],

@@ -39,9 +39,9 @@ def load_gates(
 
 
 @triton.jit
-def weigh(s, gates):
+def weigh(lora_a_out, gates):
     """s times gates. Not a bare product: what other tokens see of an expert must not matter."""
-    return tl.where(gates != 0, s.to(tl.float32) * gates, 0.0).to(s.dtype)
+    return tl.where(gates != 0, lora_a_out.to(tl.float32) * gates, 0.0).to(lora_a_out.dtype)
 
 
 @triton.jit
@@ -51,14 +51,14 @@ def load_s(
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """s [BLOCK_T, BLOCK_E * BLOCK_R] of a chunk of experts, weighted by the gates if it is RAW."""
-    s = load_ranks(
+    lora_a_out = load_ranks(
         lora_a_out_at, token_mask, first_rank, n_experts, chunk, RANK, False, EVEN_K, BLOCK_E,
         BLOCK_R,
     )  # fmt: skip
     if RAW:
         gates = load_gates(gates_ptr, rows, token_mask, n_experts, chunk, BLOCK_T, BLOCK_E, BLOCK_R)
-        s = weigh(s, gates)
-    return s
+        lora_a_out = weigh(lora_a_out, gates)
+    return lora_a_out
 
 
 @triton.jit
@@ -68,15 +68,15 @@ def load_both(
     BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """s of the first chunk of experts, and of up's where it has its own; not weighted."""
-    s = load_ranks(
+    lora_a_out = load_ranks(
         lora_a_out_at, token_mask, 0, n_experts, 0, RANK, False, EVEN_K, BLOCK_E, BLOCK_R
     )  # fmt: skip
-    lora_a_out_up = s
+    lora_a_out_up = lora_a_out
     if EPILOGUE == 1 or EPILOGUE == 2:
         lora_a_out_up = load_ranks(
             lora_a_out_up_at, up_mask, 0, n_experts, 0, RANK, False, EVEN_K, BLOCK_E, BLOCK_R
         )  # fmt: skip
-    return s, lora_a_out_up
+    return lora_a_out, lora_a_out_up
 
 
 @triton.jit
@@ -105,9 +105,9 @@ def add_deltas(
             b = load_ranks(
                 b_at, col_mask, first_rank, n_experts, chunk, RANK, EVEN, EVEN_K, BLOCK_E, BLOCK_R
             )
-            s = load_s(
+            lora_a_out = load_s(
                 lora_a_out_at, gates_ptr, rows, first_rank, token_mask, n_experts, chunk,
                 RANK, RAW, EVEN_K, BLOCK_T, BLOCK_E, BLOCK_R,
             )  # fmt: skip
-            y = tl.dot(s, tl.trans(b), y, input_precision="ieee")
+            y = tl.dot(lora_a_out, tl.trans(b), y, input_precision="ieee")
     return y

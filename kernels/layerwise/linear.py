@@ -26,7 +26,7 @@ from vllm_adafuse.kernels.registry import matmul_f32
 
 def expand_weighted_triton(
     y: torch.Tensor,
-    s: torch.Tensor,
+    weighted: torch.Tensor,
     bias: torch.Tensor | None,
     lora_b: torch.Tensor,
     active: torch.Tensor,
@@ -34,23 +34,23 @@ def expand_weighted_triton(
     widths: Sequence[int],
     epilogue: str,
 ) -> torch.Tensor:
-    """From the output of W, in float32 or in the dtype of s, to that of the adapted projection.
+    """From the output of W, in float32 or in the dtype of weighted, to that of the adapted projection.
 
     Args:
         y: [T, out], W x.
-        s: [T, P, E R], weighted, see `route_layer`.
+        weighted: [T, P, E R], weighted, see `route_layer`.
         bias, lora_b, active, adapted, widths: as in `expand_raw_triton`.
         epilogue: "", or "silu" or "gelu_tanh" of gate and up.
 
     Returns:
-        [T, out], or [T, I] after an activation, in the dtype of s; a new tensor.
+        [T, out], or [T, I] after an activation, in the dtype of weighted; a new tensor.
     """
     index = EPILOGUES.index(epilogue)
-    result = s.new_empty(y.shape[0], result_width(widths, epilogue))
-    config = choose_expand(y.shape[0], index != 0, s.element_size())
+    result = weighted.new_empty(y.shape[0], result_width(widths, epilogue))
+    config = choose_expand(y.shape[0], index != 0, weighted.element_size())
     one = expert_blocks(*lora_b.shape[1:], False)["ONE"]
     read = Read(bias, lora_b, None, active)
-    launch_expand(y, result, s, read, (adapted, widths, index), config, skip=not one)
+    launch_expand(y, result, weighted, read, (adapted, widths, index), config, skip=not one)
     return result
 
 
