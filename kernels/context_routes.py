@@ -7,6 +7,8 @@
 w and c follow from the token's id: rows of tables, float32. Sums are float64, so that after any
 number of tokens z is as good as its terms. What a request's tokens of earlier steps add up to lies
 in a row of `sums`, which each step reads and writes: a request is one program's, all of its tokens.
+The row is a ring of the sums over its first n tokens for the last R such n: where drafts of a step
+are rejected, the next one starts before that step's end, and finds its sum there.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ def _context_routes_kernel(
     token_ptr, slots_ptr, contexts_ptr, w_ptr, c_ptr, sums_ptr, requests_ptr,
     rows_ptr, ids_ptr, weights_ptr, n_tokens, vocab_size, first, n_slots, n_columns, n_offsets,
     w_stride, c_stride, out_k, stride_k, stride_t,
-    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     request = tl.program_id(0)
     offsets_ptr = requests_ptr + 2 * n_offsets
@@ -69,8 +71,11 @@ def _context_routes_kernel(
     column = tl.load(own, mask=inside, other=0).to(tl.int64)
     scale = tl.load(own + n_columns * n_slots, mask=inside, other=0).to(tl.float32, bitcast=True)
     start = tl.load(requests_ptr + n_offsets + request)
-    sum_at = sums_ptr + tl.load(requests_ptr + request).to(tl.int64) * n_columns + e
-    past = tl.load(sum_at, mask=e < tl.where(start > 0, experts, 0), other=0.0)
+    sum_at = sums_ptr + tl.load(requests_ptr + request).to(tl.int64) * RING * n_columns + e
+    mask = e < tl.where(start > 0, experts, 0)
+    past = tl.load(sum_at + start % RING * n_columns, mask=mask, other=0.0)
+    if RING > 1:
+        tl.debug_barrier()  # the past of other threads, before it is written over
     for at in range(begin, end, BLOCK_T):
         row = at + tl.arange(0, BLOCK_T)
         here = row < end
@@ -83,7 +88,12 @@ def _context_routes_kernel(
         w = tl.load(w_ptr + column[None, :] * w_stride + token[:, None], mask=mask, other=0.0)
         c = c.to(tl.float64)
         count = (start + row - begin + 1).to(tl.float64)
-        z = w.to(tl.float64) + (past[None, :] + tl.cumsum(c, 0)) / count[:, None]
+        sums = past[None, :] + tl.cumsum(c, 0)
+        z = w.to(tl.float64) + sums / count[:, None]
+        if RING > 1:
+            to = (start + row - begin + 1) % RING
+            last = mask & (row >= end - RING)[:, None]
+            tl.store(sum_at[None, :] + to[:, None] * n_columns, sums, mask=last)
         past += tl.sum(c, 0)
         z = tl.where(inside[None, :], z.to(tl.float32), float("-inf"))
         best = tl.max(z, 1)
@@ -104,7 +114,8 @@ def _context_routes_kernel(
             tl.store(ids_ptr + out, expert.to(tl.int32), mask=here)
             tl.store(weights_ptr + out, weight, mask=here)
             left = tl.where(chosen, float("-inf"), left)
-    tl.store(sum_at, past, mask=inside)
+    if RING == 1:
+        tl.store(sum_at, past, mask=inside)
     if request == 0:
         for at in range(tl.load(offsets_ptr + n_offsets - 1), n_tokens, BLOCK_T):
             row = at + tl.arange(0, BLOCK_T)
@@ -120,7 +131,7 @@ def _context_routes_kernel(
 def context_routes_triton(token_ids, slots, contexts, tables, sums, requests, out) -> None:
     """One launch; see `context_routes`."""
     (w, c), (rows, ids, weights) = tables, out
-    tokens, columns = token_ids.shape[0], sums.shape[1]
+    tokens, (_, ring, columns) = token_ids.shape[0], sums.shape
     block_e = max(2, power_of_2(columns))
     longest = SHORT_BLOCK if tokens <= SHORT_STEP else LONG_BLOCK
     launch(
@@ -128,7 +139,7 @@ def context_routes_triton(token_ids, slots, contexts, tables, sums, requests, ou
         token_ids, slots, contexts, w, c, sums, requests, rows, ids, weights,
         tokens, w.shape[1], w.shape[1], contexts.shape[1], columns, requests.shape[1],
         w.stride(0), c.stride(0), ids.shape[0], ids.stride(0), ids.stride(1),
-        BLOCK_T=max(2, min(longest, HELD // block_e)), BLOCK_E=block_e,
+        BLOCK_T=max(2, min(longest, HELD // block_e)), BLOCK_E=block_e, RING=ring,
     )  # fmt: skip
 
 
@@ -150,13 +161,14 @@ def context_routes_torch(token_ids, slots, contexts, tables, sums, requests, out
         scales = own[CONTEXT_COLUMNS + columns :][:experts].contiguous().view(torch.float32)
         own_w, own_c = (t[column][:, token[begin:end]].double().t() for t in (w, c))
         row, start = int(requests[SUM_ROW, request]), int(requests[START, request])
-        past = sums[row, :experts] if start > 0 else torch.zeros_like(sums[row, :experts])
-        added = past + own_c.cumsum(0)
-        counts = start + torch.arange(1, end - begin + 1, device=c.device)[:, None]
+        ring, steps = sums[row, :, :experts], torch.arange(1, end - begin + 1, device=c.device)
+        past = ring[start % len(ring)] if start > 0 else torch.zeros_like(ring[0])
+        added, counts = past + own_c.cumsum(0), (start + steps)[:, None]
         top_k, softmax_first = int(own[CHOSEN]), bool(own[SOFTMAX_FIRST])
         found = choose((own_w + added / counts).float(), scales, top_k, softmax_first)
         ids[:top_k, begin:end], weights[:top_k, begin:end] = (t.t() for t in found)
-        sums[row, :experts] = added[-1]
+        last = min(len(ring), end - begin)
+        ring[(start + steps[-last:]) % len(ring)] = added[-last:]
         rows[begin:end] = vocab_size + torch.arange(begin, end, device=rows.device)
     weights[:, offsets[-1] : tokens] = 0
 
@@ -198,7 +210,8 @@ def context_routes(
             k, whether the softmax is over all of them; the columns that they have in the tables;
             the bits of their float32 LoRA scales.
         tables: w and c [C, V] float32, an expert a row; rows contiguous.
-        sums: [S, C] float64, of each request its experts' c added up.
+        sums: [S, R, C] float64, of each request its experts' c added up over its first n tokens, at
+            n % R; of the last R such n after a step, as far as they were computed or seeded.
         requests: [3, R + 1] int32: of each request of the step its row of `sums`, how many of its
             tokens came before (0: its row is not read), and where its tokens begin; from the last
             one on all offsets are the number of tokens that are requests'.

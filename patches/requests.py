@@ -42,7 +42,8 @@ def _wrap_older() -> None:
             elif requests is not None:
                 if scheduler_output.finished_req_ids:
                     requests.forget(scheduler_output.finished_req_ids)
-                _begin_older(requests, self.input_batch, scheduler_output.num_scheduled_tokens)
+                scheduled = scheduler_output.num_scheduled_tokens
+                _begin_older(requests, self.input_batch, scheduled, _true_starts(self))
             return prepared
 
         return _prepare_inputs
@@ -51,7 +52,17 @@ def _wrap_older() -> None:
     _wrap(GPUModelRunner, "_dummy_run", _make_dummy_run)
 
 
-def _begin_older(requests: Any, batch: Any, scheduled: dict[str, int]) -> None:
+def _true_starts(runner: Any) -> torch.Tensor | None:
+    """Where the host does not wait to hear which drafts were rejected: tokens computed of each
+    request of the batch, on the device."""
+    if _requests_of(runner).ring == 1 or not runner.use_async_spec_decode:
+        return None
+    return runner.num_computed_tokens[: runner.input_batch.num_reqs]
+
+
+def _begin_older(
+    requests: Any, batch: Any, scheduled: dict[str, int], true_starts: torch.Tensor | None
+) -> None:
     def tokens_of(place: int, count: int) -> torch.Tensor:
         token_ids = batch.token_ids_cpu[place, :count].copy()
         if (token_ids < 0).any():
@@ -64,7 +75,8 @@ def _begin_older(requests: Any, batch: Any, scheduled: dict[str, int]) -> None:
 
     ids = batch.req_ids[: batch.num_reqs]
     starts = batch.num_computed_tokens_cpu[: batch.num_reqs]
-    requests.begin(ids, starts, [scheduled[request] for request in ids], tokens_of)
+    counts = [scheduled[request] for request in ids]
+    requests.begin(ids, starts, counts, tokens_of, (true_starts, None))
 
 
 def _wrap_newer() -> None:
@@ -91,8 +103,8 @@ def _follow_state(runner: Any, state: Any) -> None:
     """
     from vllm_adafuse.serving.attach import UNSEEN
 
-    wanted = {state: ("prepare_inputs", "add_request"),
-              runner.req_states: ("all_token_ids", "num_computed_tokens_np")}  # fmt: skip
+    told = "all_token_ids", "num_computed_tokens_np", "num_computed_tokens"
+    wanted = {state: ("prepare_inputs", "add_request"), runner.req_states: told}
     if lacking := [n for owner, names in wanted.items() for n in names if not hasattr(owner, n)]:
         UNSEEN["newer"] = f"its newer model runner has no {', '.join(lacking)}"
         if _requests_of(runner).wanted:
@@ -113,10 +125,12 @@ def _follow_state(runner: Any, state: Any) -> None:
             requests.rest()
             return prepare(batch, req_states)
         starts = req_states.num_computed_tokens_np[batch.idx_mapping_np]
-        ids = batch.req_ids[: batch.num_reqs]
-        requests.begin(
-            ids, starts[: len(ids)], batch.num_scheduled_tokens[: len(ids)], tokens_of
-        )
+        count, on_device = batch.num_reqs, (None, None)
+        if requests.ring > 1:  # what the host says are upper bounds
+            true_starts = req_states.num_computed_tokens.gpu[batch.idx_mapping[:count]]
+            on_device = true_starts, batch.query_start_loc[: count + 1]
+        counts = batch.num_scheduled_tokens[:count]
+        requests.begin(batch.req_ids[:count], starts[:count], counts, tokens_of, on_device)
         return prepare(batch, req_states)
 
     @functools.wraps(add)

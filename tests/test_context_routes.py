@@ -14,6 +14,7 @@ from vllm_adafuse.kernels.context_routes import (
     context_rows,
 )
 from vllm_adafuse.kernels.gate import Gate, gate
+from vllm_adafuse.serving.past import seed_ring
 
 
 def test_without_a_past_it_is_gate():
@@ -45,7 +46,7 @@ VOCAB, COLUMNS, REQUESTS = 50, 12, 6
 class Problem:
     """Requests of adapters with a past and without, over several steps; and what they should get."""
 
-    def __init__(self, seed=0, device=DEVICE):
+    def __init__(self, seed=0, device=DEVICE, ring=1):
         draw = torch.Generator().manual_seed(seed)
         self.w, self.c = torch.randn(2, COLUMNS, VOCAB, generator=draw).to(device).unbind()
         self.contexts = torch.zeros(3 + 2 * COLUMNS, 9, dtype=torch.int32)
@@ -59,7 +60,8 @@ class Problem:
             self.contexts[3 : 3 + experts, slot] = own.int()
             self.contexts[3 + COLUMNS :][:experts, slot] = scales.view(torch.int32)
         self.contexts = self.contexts.to(device)
-        self.sums = torch.full((REQUESTS, COLUMNS), torch.nan, dtype=torch.float64, device=device)
+        shape = REQUESTS, ring, COLUMNS
+        self.sums = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
         self.device, self.draw = device, draw
         self.texts = {
             request: torch.randint(-2, VOCAB + 3, (400,), generator=draw) for request in range(5)
@@ -110,6 +112,12 @@ class Problem:
         assert not weights[:, offsets[-1] : total].any() and (weights[:, total:] == -9).all()
         assert (rows[total:] == -9).all()
 
+    def reject(self, request, count):
+        """Takes the last tokens of a request back; others come in their place."""
+        self.done[request] -= count
+        text = self.texts[request][self.done[request] :]
+        text.copy_(torch.randint(0, VOCAB, text.shape, generator=self.draw))
+
     def expected(self, request, count):
         own, scales = self.own[self.slot_of[request]]
         _, k, first = self.kinds[self.slot_of[request]]
@@ -130,6 +138,33 @@ def test_chunks_of_requests_add_up(run):
     problem.step({0: 1, 3: 17, 2: 1, 1: 33, 4: 1}, run, padding=0)
     problem.step({3: 1, 0: 1, 1: 1}, run, padding=40)
     problem.step({1: 130}, run)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=["torch", "triton"])
+def test_rejected_tokens_are_taken_back(run):
+    problem = Problem(seed=4, ring=4)
+    problem.step({0: 5, 1: 33, 3: 1}, run)
+    problem.step({0: 4, 1: 4, 3: 4}, run)
+    problem.reject(0, 3)
+    problem.reject(3, 1)
+    problem.step({3: 4, 0: 4, 1: 1, 2: 2}, run, padding=0)
+    problem.reject(0, 2)
+    problem.step({0: 3, 3: 2}, run)
+    problem.reject(3, 1)
+    problem.step({0: 40, 3: 4, 1: 4}, run)
+    problem.reject(0, 3)
+    problem.reject(1, 3)
+    problem.step({0: 1, 1: 1}, run)
+
+
+def test_a_seeded_ring_is_as_if_computed():
+    c = torch.randn(3, 9, generator=torch.Generator().manual_seed(0))
+    for count, ring in ((9, 4), (2, 4), (9, 1), (4, 4)):
+        seeded = torch.full((ring, 3), torch.nan, dtype=torch.float64)
+        seed_ring(seeded, c[:, :count])
+        for n in range(max(1, count - ring + 1), count + 1):
+            torch.testing.assert_close(seeded[n % ring], c[:, :n].double().sum(1))
+        assert seeded.isnan().any() == (count < ring)
 
 
 @pytest.mark.parametrize("run", RUNS, ids=["torch", "triton"])
@@ -162,7 +197,7 @@ def test_decoding_after_32_000_tokens():
     length = 32_000
     text = torch.randint(0, VOCAB, (length + 1,), generator=problem.draw)
     problem.texts[0], problem.done[0] = text, length
-    problem.sums[1, :3] = problem.c[own.to(DEVICE)][:, text[:-1].to(DEVICE)].double().sum(1)
+    problem.sums[1, 0, :3] = problem.c[own.to(DEVICE)][:, text[:-1].to(DEVICE)].double().sum(1)
     problem.step({0: 1}, context_routes_triton)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from engines import assert_greedy_equals, engine, greedy, load_reference, make_pair
 from loras import FEW, make_lora, manager_of
+from test_engine_company import counter
 from test_engine_context import CONTEXT, prompts
 from vllm.lora.request import LoRARequest
 from vllm_adafuse.format.random_adapter import make_random_adapter
@@ -16,6 +17,7 @@ MIXTURES = {
     },
     "token": {"num_experts": 4, "top_k": 2, "r": 4, "seed": 5},
 }  # fmt: skip
+KINDS = "accepted", "draft"
 NAMES = ["past", "base", "token", "wide", "lora"]
 
 
@@ -31,6 +33,9 @@ def served(tmp_path_factory):
     references["lora"] = make_lora(base, root / "lora", 4, **FEW)
     options = {"num_gpu_blocks_override": 13, "block_size": 32, "max_num_batched_tokens": 48}
     options |= {"enable_lora": True, "max_loras": 4, "max_lora_rank": 64, "max_num_seqs": 8}
+    # The bare backbone's drafts, of which most are rejected; test_engine_context.py has none.
+    drafts = {"method": "draft_model", "model": str(base), "num_speculative_tokens": 3}
+    options |= {"disable_log_stats": False, "speculative_config": drafts | {"max_model_len": 256}}
     with engine(base, default, **options) as llm:
         yield llm, root, references
 
@@ -65,6 +70,18 @@ def test_preempted_requests_go_on(served):
     generate(served, names, prompts(*[33] * 5, seed=2), max_tokens=70)
 
 
+def test_drafts_are_accepted_and_rejected(served, monkeypatch):
+    seeds = []
+    monkeypatch.setattr("vllm_adafuse.serving.past.seed_ring", lambda *given: seeds.append(given))
+    monkeypatch.setattr("vllm_adafuse.serving.page_step.seed_ring", lambda *given: seeds.append(given))
+    before = [counter(served[0], f"vllm:spec_decode_num_{kind}_tokens") for kind in KINDS]
+    generate(served, ["past", "base", "wide", "token"], prompts(9, 40, 7, 20, seed=3), max_tokens=40)
+    after = [counter(served[0], f"vllm:spec_decode_num_{kind}_tokens") for kind in KINDS]
+    accepted, drafts = (b - a for a, b in zip(before, after))
+    assert 3 <= accepted < drafts / 2
+    assert not seeds  # they go on from within the ring
+
+
 def test_requests_are_followed_only_where_a_router_needs_it(served):
     step = manager_of(served[0]).step
     assert step.follows and step.requests.wanted
@@ -73,7 +90,6 @@ def test_requests_are_followed_only_where_a_router_needs_it(served):
 
 @pytest.mark.parametrize("option, said", [
     ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
-    ({"speculative": True}, "speculative decoding"),
 ])  # fmt: skip
 def test_options_that_cannot_be_had(served, option, said):
     from copy import copy
@@ -84,5 +100,4 @@ def test_options_that_cannot_be_had(served, option, said):
     assert options_problem(config) is None
     config.parallel_config = copy(config.parallel_config)
     config.parallel_config.pipeline_parallel_size = option.get("pipeline_parallel_size", 1)
-    object.__setattr__(config, "speculative_config", object() if "speculative" in option else None)
     assert f"is not served with {said} yet" in options_problem(config)

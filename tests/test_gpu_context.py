@@ -60,7 +60,7 @@ def on_device(served, sequences):
         offs = []
         for ids in sequences:
             expected = c[:, ids].double().sum(1)
-            offs.append((sums[:, : len(expected)] - expected).abs().amax(1).min().item())
+            offs.append((sums.flatten(0, 1)[:, : len(expected)] - expected).abs().amax(1).min().item())
         scales = torch.full((5,), 2.0, device=w.device)  # alpha 2 r
         ids = sequences[-1]
         expected_ids, expected = choose_by_past(w[:, ids].t(), c[:, ids].t(), scales, 2, False)

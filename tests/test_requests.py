@@ -68,6 +68,20 @@ def test_who_does_not_go_on_where_it_ended_is_seeded(requests):
     assert len(step(requests, a=(6, 1))[1]) == 1
 
 
+def test_who_takes_drafts_back_goes_on(requests):
+    requests.ring = 4
+    (row,), _ = step(requests, a=(0, 9))
+    assert step(requests, a=(9, 4)) == ([row], [])
+    assert step(requests, a=(10, 4)) == ([row], [])  # 3 of 4 taken back
+    assert step(requests, a=(14, 1)) == ([row], [])
+    assert step(requests, b=(0, 1), a=(12, 2))[1] == []
+    assert len(step(requests, a=(10, 1))[1]) == 1  # 10 is of more than 3 before
+    # Seeded after 10: from 7 on it is known, then from 8.
+    assert step(requests, a=(8, 3)) == ([row], [])
+    assert len(step(requests, a=(7, 1))[1]) == 1
+    assert len(step(requests, a=(9, 1))[1]) == 1  # further than it was
+
+
 def test_rows_of_the_batch_are_nobody_elses(requests):
     (a, b, c), _ = step(requests, a=(0, 1), b=(0, 1), c=(0, 1))
     step(requests, b=(1, 1), c=(1, 1))

@@ -24,6 +24,7 @@ class RequestStates:
     """Of its requests."""
 
     num_computed_tokens_np = np.array([0, 3, 0, 6])
+    num_computed_tokens = SimpleNamespace(gpu=torch.tensor([0, 2, 0, 4]))
     all_token_ids = SimpleNamespace(gpu=torch.arange(40).view(4, 10))
 
 
@@ -42,7 +43,8 @@ def batch_of(*requests):
     names, places, counts = zip(*requests)
     return SimpleNamespace(
         req_ids=list(names), num_reqs=len(names), idx_mapping_np=np.array(places),
-        num_scheduled_tokens=np.array(counts),
+        idx_mapping=torch.tensor(places), num_scheduled_tokens=np.array(counts),
+        query_start_loc=torch.tensor([0, 1, *[2] * len(names)]),
     )  # fmt: skip
 
 
@@ -67,6 +69,23 @@ def test_steps_and_new_requests_of_the_newer_runner(runner):
     told.follows = False
     state.prepare_inputs(batch_of(("b", 3, 1)), states)
     assert not runner.requests.table.any()
+
+
+def test_what_the_device_knows_of_rejected_drafts(runner):
+    """The host's are upper bounds: of starts, and of the tokens of those whose drafts were cut."""
+    state = State()
+    runner.requests.ring = 3
+    patch._follow_state(runner, state)
+    state.prepare_inputs(batch_of(("b", 3, 2), ("a", 1, 3)), runner.req_states)
+    assert runner.requests.table[1].tolist() == [4, 2, 0, 0, 0]
+    assert runner.requests.table[2].tolist() == [0, 1, 2, 2, 2]
+    own = SimpleNamespace(
+        get_model=runner.get_model, use_async_spec_decode=True,
+        num_computed_tokens=torch.tensor([7, 8, 9]), input_batch=SimpleNamespace(num_reqs=2),
+    )  # fmt: skip
+    assert patch._true_starts(own).tolist() == [7, 8]
+    own.use_async_spec_decode = False
+    assert patch._true_starts(own) is None
 
 
 def test_dummy_runs_of_either_runner(runner):

@@ -76,7 +76,6 @@ def options_problem(vllm_config: Any) -> str | None:
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "context parallelism of prefills (PCP)": parallel.prefill_context_parallel_size > 1,
         "context parallelism of decodes (DCP)": parallel.decode_context_parallel_size > 1,
-        "speculative decoding": vllm_config.speculative_config is not None,
         "--enable-prompt-embeds": model.enable_prompt_embeds,
     }
     if named := [name for name, there in found.items() if there]:

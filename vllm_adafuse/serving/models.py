@@ -26,7 +26,7 @@ from vllm_adafuse.serving.content import Content, open_checked
 from vllm_adafuse.serving.ops import make_known
 from vllm_adafuse.serving.past import PastRouter
 from vllm_adafuse.serving.projections import NormPlace, norms_behind
-from vllm_adafuse.serving.requests import Requests
+from vllm_adafuse.serving.requests import requests_of
 from vllm_adafuse.serving.routes import ROUTE_IDS, ROUTE_WEIGHTS, Route, Router, SharedRotary
 from vllm_adafuse.serving.warm_up import warm_up
 from vllm_adafuse.serving.wrap import linears
@@ -75,7 +75,7 @@ class AdaFuseMixin:
         sizes = hf_config.hidden_size, hf_config.vocab_size if stamps else 0, hf_config.rms_norm_eps
         if adapter_config.router_context:
             refuse_context(adapter_config, f"adapter {self.adafuse_adapter.path}", vllm_config)
-            self.adafuse_requests = Requests(vllm_config.scheduler_config.max_num_seqs)
+            self.adafuse_requests = requests_of(vllm_config)
             self.adafuse_router = PastRouter(adapter_config, route, *sizes, self.adafuse_requests)
         else:
             self.adafuse_router = Router(adapter_config, route, *sizes)

@@ -19,7 +19,7 @@ from vllm_adafuse.kernels.page_routes import (
     new_tile_blocks,
     page_routes,
 )
-from vllm_adafuse.serving.past import context_of
+from vllm_adafuse.serving.past import context_of, seed_ring
 from vllm_adafuse.serving.pool import Place, Size
 from vllm_adafuse.serving.requests import Requests, copy_to
 from vllm_adafuse.serving.routes import Route, SharedRotary, Step
@@ -59,7 +59,7 @@ class PageStep(Step):
         directory = torch.full((COLUMNS + size.columns, size.pages), -1, dtype=torch.int32)
         tables = size.columns, vocab_size + rows
         contexts = torch.zeros(CONTEXT_COLUMNS + 2 * size.columns, size.pages, dtype=torch.int32)
-        sums = torch.zeros(requests.most, size.columns, dtype=torch.float64)
+        sums = torch.zeros(requests.most, requests.ring, size.columns, dtype=torch.float64)
         for name, tensor in (
             ("slots", torch.full((rows,), NO_ADAPTER, dtype=torch.int32)),
             ("tile_blocks", new_tile_blocks(rows, size.pages)),
@@ -146,10 +146,9 @@ class PageStep(Step):
 
     def seed(self, place: int, row: int, token_ids: torch.Tensor) -> None:
         """See `Follower`."""
-        columns = list(self._seeing[int(self._batch[place])])
+        columns = torch.tensor(self._seeing[int(self._batch[place])]).to(token_ids.device)
         ids = token_ids.long().clamp(0, self.vocab_size - 1)
-        for expert, column in enumerate(columns):
-            self.sums[row, expert] = self.table_weights[column, ids].double().sum()
+        seed_ring(self.sums[row, :, : len(columns)], self.table_weights[columns[:, None], ids])
 
     def route(self, token_ids: torch.Tensor) -> None:
         """Writes the gates of a step of T tokens, from their ids [T]."""

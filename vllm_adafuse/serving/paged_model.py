@@ -14,7 +14,7 @@ from vllm_adafuse.serving.ops import make_known
 from vllm_adafuse.serving.page_bank import PageBank
 from vllm_adafuse.serving.page_step import PageStep
 from vllm_adafuse.serving.pool import Size
-from vllm_adafuse.serving.requests import Requests
+from vllm_adafuse.serving.requests import requests_of
 from vllm_adafuse.serving.routes import SharedRotary
 from vllm_adafuse.serving.wrap.linears import wrap_pages
 
@@ -44,8 +44,7 @@ def wrap_model(
     config = vllm_config.model_config
     with torch.device(device):
         rows, family = vllm_api.max_tokens(vllm_config), _family(model)
-        most = vllm_config.scheduler_config.max_num_seqs
-        requests = getattr(model, "adafuse_requests", None) or Requests(most)
+        requests = getattr(model, "adafuse_requests", None) or requests_of(vllm_config)
         step = PageStep(rows, size, config.get_vocab_size(), requests)
         step.rotary, behind = SharedRotary(rows, family.rotary_follows), {}
         if family.residual_norms:

@@ -37,6 +37,20 @@ def context_of(config: AdapterConfig, columns: list[int], most: int) -> torch.Te
     return column
 
 
+def seed_ring(ring: torch.Tensor, c: torch.Tensor) -> None:
+    """Sets the sums of a request after the last R of T tokens and as many before as there are.
+
+    Args:
+        ring: [R, E] float64, as `context_routes` takes it.
+        c: [E, T] float32, of its tokens; T >= 1.
+    """
+    count, kept = c.shape[1], min(c.shape[1], len(ring))
+    first = c[:, : count - kept + 1].double().sum(1, keepdim=True)
+    sums = torch.cat([first, first + c[:, count - kept + 1 :].double().cumsum(1)], 1)
+    for at, column in zip(range(count - kept + 1, count + 1), sums.t()):
+        ring[at % len(ring)] = column
+
+
 class PastRouter(Router):
     """Fills a `Route` by what a request has said so far: everybody's default adapter.
 
@@ -50,7 +64,7 @@ class PastRouter(Router):
 
     Attributes:
         tables: w and c, float32 [E, V] each.
-        sums: [S, E] float64.
+        sums: [S, R, E] float64, as `context_routes` takes it.
     """
 
     def __init__(
@@ -65,13 +79,13 @@ class PastRouter(Router):
         super().__init__(config, route, hidden_size, 0, norm_eps)
         experts, rows = config.num_experts, route.expert_ids.shape[0] if route else 0
         context = context_of(config, list(range(experts)), experts)
-        most = requests.most if requests else 0
+        most, ring = (requests.most, requests.ring) if requests else (0, 1)
         for name, tensor in (
             ("context_weight", torch.zeros(experts, hidden_size, dtype=torch.float32)),
             ("w", torch.zeros(experts, vocab_size, dtype=torch.float32)),
             ("c", torch.zeros(experts, vocab_size, dtype=torch.float32)),
             ("contexts", context[:, None].contiguous()),
-            ("sums", torch.zeros(most, experts, dtype=torch.float64)),
+            ("sums", torch.zeros(most, ring, experts, dtype=torch.float64)),
             ("slots", torch.zeros(rows, dtype=torch.int32)),
             ("rows", torch.zeros(rows, dtype=torch.int32)),
         ):
@@ -125,7 +139,8 @@ class PastRouter(Router):
 
     def seed(self, place: int, row: int, token_ids: torch.Tensor) -> None:
         """See `Follower`."""
-        self.sums[row] = self.c[:, token_ids.long()].double().sum(1)
+        ids = token_ids.long().clamp(0, self.c.shape[1] - 1)
+        seed_ring(self.sums[row], self.c[:, ids])
 
     def forward(self, input_ids: torch.Tensor | None, embeddings: torch.Tensor | None) -> None:
         """As `Router.forward`, from token ids alone.

@@ -4,13 +4,17 @@ What a request's tokens so far add up to lies on the device, in a row that stays
 step to step. `Requests` gives rows and has those seeded, from token ids, whose tokens were computed
 elsewhere: hits of the prefix cache, requests resumed after preemption, KV of another engine. It asks
 for no event but the step itself: whoever does not go on where it ended is seeded.
+
+Where drafts are rejected, the next step starts before the last one's end: within the ring of sums
+that a row has (`context_routes`), so it goes on. How many were rejected the host may not know yet;
+starts are then upper bounds here, and the device has the true ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,7 +32,8 @@ class Follower(Protocol):
         """Whether the request at a place in the batch has one."""
 
     def seed(self, place: int, row: int, token_ids: torch.Tensor) -> None:
-        """Sets a row to the sum over token ids [T] of the request at a place in the batch."""
+        """Sets a row to the sums over token ids [T] of the request at a place in the batch, and
+        over those without the last ones."""
 
 
 class Requests(torch.nn.Module):
@@ -36,22 +41,23 @@ class Requests(torch.nn.Module):
 
     Args:
         most: S, requests that a step can have (--max-num-seqs).
+        ring: R, sums that are kept of each: one more than the tokens that a step may take back.
 
     Attributes:
         table: [3, S + 1] int32 on the device, as `context_routes` takes it; of nobody at first.
         followers: whose rows are seeded.
     """
 
-    def __init__(self, most: int):
+    def __init__(self, most: int, ring: int = 1):
         super().__init__()
         table = torch.zeros(3, most + 1, dtype=torch.int32)
         self.register_buffer("table", table, persistent=False)
         self.followers: list[Follower] = []
-        self.most = most
-        # Request -> its row, and the position behind its last token; the one used last at the end.
-        self._known: dict[str, tuple[int, int]] = {}
+        self.most, self.ring = most, ring
+        # Request -> its row, and from where to where it can go on; the one used last at the end.
+        self._known: dict[str, tuple[int, int, int]] = {}
         self._batch: list[str] = []
-        self._rows, self._next = np.zeros(0, np.int32), np.zeros(0, np.int64)
+        self._rows, self._from, self._to = np.zeros((3, 0), np.int64)
         self._dummy = False
 
     @property
@@ -71,6 +77,7 @@ class Requests(torch.nn.Module):
         starts: np.ndarray,
         counts: np.ndarray,
         tokens_of: Callable[[int, int], torch.Tensor],
+        on_device: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     ) -> None:
         """Prepares a step.
 
@@ -79,19 +86,28 @@ class Requests(torch.nn.Module):
             starts: [R] tokens of each that are computed.
             counts: [R] its tokens in this step.
             tokens_of: (place, T) -> the first T token ids of a request of the batch.
+            on_device: starts [R] and where the requests' tokens begin and end [R + 1], if the host
+                has upper bounds only; else None.
         """
         if self._dummy:
             return
         count, starts = len(requests), np.asarray(starts, dtype=np.int64)
-        if self._batch != requests or not np.array_equal(self._next, starts):
+        if self._batch != requests or not ((self._from <= starts) & (starts <= self._to)).all():
             self._place(requests, starts, tokens_of)
-        self._batch, self._next = list(requests), starts + counts
+        self._batch, self._to = list(requests), starts + counts
+        self._from = np.maximum(self._from, self._to - self.ring + 1)
         table = np.zeros((3, self.most + 1), dtype=np.int32)
         table[SUM_ROW, :count], table[START, :count] = self._rows, starts
         ends = np.cumsum(counts)
         table[OFFSET, 1 : count + 1] = ends
         table[OFFSET, count + 1 :] = ends[-1] if count else 0
         copy_to(self.table, table)
+        true_starts, true_offsets = on_device
+        if true_starts is not None:
+            self.table[START, :count] = true_starts
+        if true_offsets is not None:
+            self.table[OFFSET, : count + 1] = true_offsets
+            self.table[OFFSET, count + 1 :] = true_offsets[-1]
 
     @contextmanager
     def nobodys(self) -> Iterator[None]:
@@ -111,30 +127,39 @@ class Requests(torch.nn.Module):
 
     def _settle(self) -> None:
         """Takes the last step's requests among those known."""
-        for request, row, end in zip(self._batch, self._rows.tolist(), self._next.tolist()):
+        columns = (column.tolist() for column in (self._rows, self._from, self._to))
+        for request, row, low, high in zip(self._batch, *columns):
             self._known.pop(request, None)
-            self._known[request] = row, end
+            self._known[request] = row, low, high
         self._batch = []
-        self._rows, self._next = np.zeros(0, np.int32), np.zeros(0, np.int64)
+        self._rows, self._from, self._to = np.zeros((3, 0), np.int64)
 
     def _place(self, requests: list[str], starts: np.ndarray, tokens_of: Callable) -> None:
         self._settle()
-        here, taken = set(requests), {row for row, _ in self._known.values()}
+        here, taken = set(requests), {row for row, _, _ in self._known.values()}
         free = [row for row in range(self.most) if row not in taken]
         others = (request for request in list(self._known) if request not in here)
-        rows = []
+        rows, lows = [], []
         for place, (request, start) in enumerate(zip(requests, starts.tolist())):
-            row, end = self._known.get(request, (None, None))
+            row, low, high = self._known.get(request, (None, 0, -1))
             if row is None:
                 # No row is free: that of the request which has waited longest.
                 row = free.pop() if free else self._known.pop(next(others))[0]
-            seeing = [f for f in self.followers if f.sees(place)] if start and start != end else []
+            goes_on = low <= start <= high
+            seeing = [] if goes_on or not start else [f for f in self.followers if f.sees(place)]
             if seeing:
                 token_ids = tokens_of(place, start).to(self.table.device, non_blocking=True)
             for follower in seeing:
                 follower.seed(place, row, token_ids)
             rows.append(row)
-        self._rows = np.array(rows, dtype=np.int32)
+            lows.append(low if goes_on else max(0, start - self.ring + 1))
+        self._rows, self._from = np.array([rows, lows], dtype=np.int64)
+
+
+def requests_of(vllm_config: Any) -> Requests:
+    """For an engine of this config."""
+    most = vllm_config.scheduler_config.max_num_seqs
+    return Requests(most, 1 + vllm_config.num_speculative_tokens)
 
 
 def copy_to(target: torch.Tensor, source: np.ndarray) -> None:
