@@ -72,8 +72,8 @@ def _context_routes_kernel(
     scale = tl.load(own + n_columns * n_slots, mask=inside, other=0).to(tl.float32, bitcast=True)
     start = tl.load(requests_ptr + n_offsets + request)
     sum_at = sums_ptr + tl.load(requests_ptr + request).to(tl.int64) * RING * n_columns + e
-    mask = e < tl.where(start > 0, experts, 0)
-    past = tl.load(sum_at + start % RING * n_columns, mask=mask, other=0.0)
+    summed = e < tl.where(start > 0, experts, 0)
+    past = tl.load(sum_at + start % RING * n_columns, mask=summed, other=0.0)
     if RING > 1:
         tl.debug_barrier()  # the past of other threads, before it is written over
     for at in range(begin, end, BLOCK_T):

@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 from vllm_adafuse.kernels import (
     add_norm,
     configs,
+    context_routes,
     decode_gemm,
     dense_expand,
     dispatch,
@@ -34,7 +35,8 @@ POINTERS = {
     **dict.fromkeys("x_ptr w_ptr bias_ptr a_ptr b_ptr y_ptr out_ptr lora_a_out_ptr".split(), "*bf16"),
     **dict.fromkeys("residual_ptr weight_ptr z_ptr cos_sin_ptr".split(), "*bf16"),
     **dict.fromkeys("gates_ptr partial_ptr weights_ptr".split(), "*fp32"),
-    "tile_blocks_ptr": "*i32",
+    **dict.fromkeys("tile_blocks_ptr token_ptr contexts_ptr requests_ptr rows_ptr".split(), "*i32"),
+    **{"c_ptr": "*fp32", "sums_ptr": "*fp64"},
     **dict.fromkeys("split_k_semaphore_ptr semaphore_ptr semaphores_ptr ids_ptr places_ptr".split(), "*i32"),
     **dict.fromkeys("active_ptr table_ptr row_ptr merged_ptr slots_ptr".split(), "*i64"),
     **dict.fromkeys(("keys_ptr", "values_ptr"), "*bf16"),
@@ -226,6 +228,10 @@ def main() -> None:
     constants = {"BLOCK_T": 256, "BLOCK_E": 8, "ONE": True}
     kernel = spread_routes._spread_routes_kernel
     rows.append(build("spread_routes", kernel, constants, 8, 3))
+    for ring in (1, 4):
+        constants = {"BLOCK_T": 16, "BLOCK_E": 8, "RING": ring}
+        kernel = context_routes._context_routes_kernel
+        rows.append(build(f"context_routes ring={ring}", kernel, constants, 4, 3))
     for dtype, rank in ((tl.bfloat16, 16), (tl.bfloat16, 64), (tl.float32, 64)):
         config = switch.SwitchConfig.choose(dtype.primitive_bitwidth // 8, 2 * rank, [4096])
         constants = {
