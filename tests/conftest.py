@@ -1,5 +1,7 @@
 """Runs before any test imports vLLM."""
 
+import atexit
+import gc
 import getpass
 import os
 import tempfile
@@ -58,3 +60,10 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def pytest_collection_finish():
+    """All that was imported stays: no collection need walk through it."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # the interpreter takes it apart at its end

@@ -17,6 +17,20 @@ MAX_LOGPROB_ERROR = 1e-3
 # other sizes, with other threads.
 TIE = 1e-4
 
+_alive: list[object] = []  # engines of this process
+
+
+@contextmanager
+def quick_collections():
+    """What was there before an engine is no garbage: vLLM collects nine times from start to end, and
+    each time would walk through all modules. It may freeze nothing itself meanwhile, what it made
+    must go at its end, and nothing that is frozen here may thaw."""
+    if not _alive:  # else the other engine would be frozen, and never freed
+        gc.collect()
+        gc.freeze()
+    with patch.multiple(gc, freeze=lambda: None, unfreeze=lambda: None):
+        yield
+
 
 @contextmanager
 def engine(base: Path, adapter: Path | None = None, **options):
@@ -34,18 +48,21 @@ def engine(base: Path, adapter: Path | None = None, **options):
     } | options
     if adapter is not None:
         options["hf_overrides"] = {"adafuse_adapter": str(adapter)}
-    if torch.cuda.is_available():
-        llm = LLM(str(base), **options)
-    else:  # vLLM asks a process of its own about a class, lest CUDA start in this one: 10 s each
-        with patch.object(registry, "_run_in_subprocess", lambda inspect: inspect()):
+    with quick_collections():
+        if torch.cuda.is_available():
             llm = LLM(str(base), **options)
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        else:  # vLLM asks a process of its own about a class, lest CUDA start in this one: 10 s each
+            with patch.object(registry, "_run_in_subprocess", lambda inspect: inspect()):
+                llm = LLM(str(base), **options)
+        _alive.append(key := object())
+        try:
+            yield llm
+        finally:
+            _alive.remove(key)
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            gc.collect()
+            cleanup_dist_env_and_memory()
 
 
 def make_pair(root: Path, architecture="LlamaForCausalLM", config=None, **adapter) -> tuple:
