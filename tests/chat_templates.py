@@ -110,6 +110,10 @@ MARKS = (
     "{% endif %}{{ '\n' }}{% generation %}{{ m.content }}{{ (m.tool_calls | tojson) if m.tool_calls else '' }}"
     "<|end|>{% endgeneration %}\n{% else %}{{ m.content }}<|end|>\n{% endif %}{% endfor %}" + ASK
 )
+# What ends a reply is a block of its own.
+MARKS_THE_END = MARKS.replace(
+    "<|end|>{% endgeneration %}\n", "{% endgeneration %}{{ '\n' }}{% generation %}<|end|>{% endgeneration %}\n"
+)
 # The block of a reply with calls was forgotten.
 MARKS_SOME = MARKS.replace(
     "{% generation %}{{ m.content }}{{ (m.tool_calls | tojson) if m.tool_calls else '' }}<|end|>"

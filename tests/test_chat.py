@@ -137,6 +137,26 @@ def test_a_block_of_generation_equals_transformers_mask(read, base, tmp_path):  
     assert [int(on) for on in found.learn] == wanted["assistant_masks"]
 
 
+def test_equal_turns_of_which_the_last_is_written_otherwise(read):
+    turns = [SYSTEM, USER, said("a"), USER, said("b"), AGAIN, said("c")]
+    _, learnt = read(templates.IN_THE_LAST_TURN, turns)
+    assert learnt == [" a<|eos|>", " b<|eos|>", " c<|eos|>"]
+
+
+@pytest.mark.parametrize("template, thought, blocks", [
+    (templates.MARKS, {"reasoning": "hm"}, {1: ["first<|end|>"], 3: ["(hm)", "second<|end|>"]}),
+    (templates.MARKS_THE_END, {"reasoning": "hm"},
+     {1: ["first", "<|end|>"], 3: ["(hm)", "second", "<|end|>"]}),
+    (templates.MARKS_THE_END, {}, {1: ["first", "<|end|>"], 3: ["second", "<|end|>"]}),
+])  # fmt: skip
+def test_blocks_around_a_reply_are_its_own(read, template, thought, blocks):
+    messages = [USER, said("first"), AGAIN, said("second", **thought)]
+    assert read(template, messages)[1] == blocks[1] + blocks[3]
+    for left_out, other in ((1, 3), (3, 1)):
+        some = [m | {"weight": 0} if i == left_out else m for i, m in enumerate(messages)]
+        assert read(template, some)[1] == blocks[other]
+
+
 REFUSED = {
     "no system role": (templates.NO_SYSTEM, [SYSTEM, *TURNS], ("turn 1 (system)", "no system role")),
     "not in turns": (templates.NO_SYSTEM, [USER, said("a"), said("b")],

@@ -264,4 +264,105 @@ CACHE = [
     ),
 ]
 
-MUTANTS = [*KERNELS, *DISPATCH, *SHARDING, *ROUTING, *CACHE]
+DOCTOR = "tests/test_doctor.py::test_"
+METRICS = "tests/test_metrics.py::test_"
+CONFIGS = "tests/test_dispatch.py::test_"
+
+TOOLS = [
+    Mutant(
+        "equal messages are not marked alike", "vllm_adafuse/training/chat.py",
+        "if m == self.messages[i]]", "if m is self.messages[i]]",
+        "tests/test_chat.py::test_equal_turns_of_which_the_last_is_written_otherwise",
+        "where two turns say the same, the reply between them is refused, or the wrong one learnt",
+    ),
+    Mutant(
+        "blocks of the next reply", "vllm_adafuse/training/chat.py",
+        "if found[k][0] >= place[0]), main[b])", "if found[k][0] >= place[0]), main[a] + 1)",
+        "tests/test_chat.py::test_blocks_around_a_reply_are_its_own",
+        "what a template writes behind a reply is learnt as the next one's, whatever its weight",
+    ),
+    Mutant(
+        "blocks of the last reply", "vllm_adafuse/training/chat.py",
+        "if found[k][0] >= place[0]), main[b])", "if found[k][0] < 0), main[b])",
+        "tests/test_chat.py::test_blocks_around_a_reply_are_its_own",
+        "a thought is learnt as the reply's before it, whatever its weight",
+    ),
+    Mutant(
+        "a plugin with a blank before it", "vllm_adafuse/doctor.py",
+        'PLUGIN not in allowed.split(",")', "PLUGIN not in allowed",
+        f"{DOCTOR}a_hidden_plugin_is_told",
+        "doctor says that vLLM sees the plugin, and vLLM serves the bare backbone",
+    ),
+    Mutant(
+        "the first vLLM that is too new", "vllm_adafuse/doctor.py",
+        "if not MINIMUM <= (major, minor) < BEFORE:", "if not MINIMUM <= (major, minor) <= BEFORE:",
+        f"{DOCTOR}another_vllm", "doctor finds nothing wrong with a vLLM that is not supported",
+    ),
+    Mutant(
+        "A of one linear alone", "vllm_adafuse/doctor.py",
+        "parts = max(shape.adapted) + 1", "parts = 1",
+        f"{DOCTOR}the_pool_is_that_of_the_options",
+        "the bytes of the pool are too few: qkv has three of A, gate_up two",
+    ),
+    Mutant(
+        "what does not fit is slow only", "vllm_adafuse/doctor.py",
+        "(report.slower if alone else report.problems).extend(", "report.slower.extend(",
+        f"{DOCTOR}adapters_of_both_kinds_and_what_does_not_fit_them",
+        "exit code 0 for adapters that the server will refuse",
+    ),
+    Mutant(
+        "kernels of one rank's shapes", "vllm_adafuse/doctor.py",
+        "elif shapes and options.ranks > 1 and", "elif shapes and options.ranks > 2 and",
+        f"{DOCTOR}what_keeps_projections_apart",
+        "a launch more for each layer, and doctor does not say why",
+    ),
+    Mutant(
+        "requests of the pinned adapter", "vllm_adafuse/serving/metrics.py",
+        'name = adapter or next(iter(self.pinned), "")', 'name = adapter or ""',
+        f"{METRICS}requests_count_for_their_adapter_and_else_for_the_pinned_one",
+        "tokens of the pinned adapter count as the bare backbone's",
+    ),
+    Mutant(
+        "a refusal counts at each level", "vllm_adafuse/serving/metrics.py",
+        "e.is_counted = True", "e.is_counted_not = True",
+        f"{METRICS}refusals_are_counted_by_their_kind", "alerts on refusals go off at half of them",
+    ),
+    Mutant(
+        "seconds for loads", "vllm_adafuse/serving/metrics.py",
+        "counts.loads, counts.load_seconds)", "counts.load_seconds, counts.loads)",
+        f"{METRICS}what_a_worker_counts_is_what_a_scrape_says",
+        "the mean time of a load is upside down",
+    ),
+    Mutant(
+        "every rank counts", "vllm_adafuse/serving/meter.py",
+        "if parallel.rank == 0:", "if parallel.rank >= 0:",
+        f"{METRICS}other_ranks_write_nothing_and_a_worker_without_room_serves_on",
+        "with tensor parallelism every load counts as often as there are ranks",
+    ),
+    Mutant(
+        "names of version 4", "kernels/configs.py",
+        "_VERSION_4.get(key, key): value for key", "key: value for key",
+        f"{CONFIGS}files_of_version_4_are_read_and_kept",
+        "what a user tuned is left out with a warning",
+    ),
+    Mutant(
+        "the shrink has all the room", "kernels/configs.py",
+        "most = max(1, programs // shrink_tiles)", "most = max(1, programs)",
+        f"{CONFIGS}tiles_and_their_shrink_are_one_round",
+        "a second round of programs: gate_up of 16 experts at 128 tokens takes 78 us, not 68",
+    ),
+    Mutant(
+        "room beside whole tiles", "kernels/dispatch.py",
+        "room = PROCESSORS - tiles * found.split_k", "room = PROCESSORS - tiles",
+        f"{CONFIGS}tiles_and_their_shrink_are_one_round",
+        "a second round of programs where tiles are split",
+    ),
+    Mutant(
+        "few ranks are streamed too", "kernels/dispatch.py",
+        "or many and is_gate_up(s.kernel_epilogue)", "or is_gate_up(s.kernel_epilogue)",
+        f"{CONFIGS}many_ranks_go_ways_of_their_own",
+        "gate_up of 17 to 32 tokens with few experts takes the slower kernel",
+    ),
+]
+
+MUTANTS = [*KERNELS, *DISPATCH, *SHARDING, *ROUTING, *CACHE, *TOOLS]
