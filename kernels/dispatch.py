@@ -51,8 +51,12 @@ MAX_TILE_TOKENS = 128
 # Up to so many tokens tiles are not worth a measurement.
 MAX_UNTILED_TOKENS = 8
 # With more ranks over all experts 17 to 32 tokens are streamed: tiles would take inactive experts
-# along (3010da1: E 64, r 16, gate_up 72.5 us, 84.9 tiled); gate_up is beyond 128 (7bf8d2a: 61, 65).
-MAX_TILED_RANKS = 512
+# along (3010da1: E 64, r 16, gate_up 72.5 us, 84.9 tiled), and 65 to 128 left to cuBLAS (d08f767: qkv
+# 42.3 us, 95.1 tiled). gate_up is from 129 ranks to the second (7bf8d2a: E 16 61, 65; E 32 78, 75).
+MAX_TILED_RANKS, MAX_STREAMED_GATE_UP_RANKS = 512, 256
+# Beyond 128 ranks the shrink outlasts a streamed W unless its steps are long, and rotary's other
+# programs leave room for it (b4c16c0: E 32, 8 tokens, qkv 24.3 us, 21.6; of 4 mixtures 28.1, 25.4).
+MANY_SHRINK_COLS, MAX_MANY_STAGES = 512, 4
 # Of an H100 or H200 (7bf8d2a: gate_up, E 16, 128 tokens, in 144 programs 78.3 us, in 114 67.8); and
 # `in` beyond o's (128 tokens, E 16: down 45.3 us tiled, 49.8 by cuBLAS, o 22.0 and 20.9).
 PROCESSORS, MIN_LONG_IN = 132, 8192
@@ -156,8 +160,11 @@ def gemm_config(shape: Shape, num_tokens: int, device: Device) -> GemmConfig | N
         return None
     key = s.size_in, s.tiled_rows, s.epilogue, s.itemsize
     some, many = MAX_STREAM_ONLY_TOKENS < num_tokens <= MAX_STREAM_TOKENS, s.ranks > BLOCK_ER
-    if some and (s.ranks > MAX_TILED_RANKS or many and is_gate_up(s.kernel_epilogue)):
+    streams = many and is_gate_up(s.kernel_epilogue) and s.ranks <= MAX_STREAMED_GATE_UP_RANKS
+    if some and (s.ranks > MAX_TILED_RANKS or streams):
         return default_config(num_tokens, *key)
+    if num_tokens > MAX_LOW_TILE_TOKENS and s.ranks > MAX_TILED_RANKS:
+        return None
     tma = can_tile(s, device)
     found = find_config(device.name, power_of_2(num_tokens), *key, tma)
     long = s.epilogue == "norm" and s.size_in > MIN_LONG_IN and s.itemsize == 2
@@ -168,6 +175,9 @@ def gemm_config(shape: Shape, num_tokens: int, device: Device) -> GemmConfig | N
         tiles = sum(cdiv(w, found.rows) for w in tiled_widths(s.widths, s.kernel_epilogue))
         room = PROCESSORS - tiles * found.split_k
         return found.with_room(room, cdiv(s.fused_rows - s.size_out, 64))
+    if many and found:
+        stages = min(found.stages, MAX_MANY_STAGES) if s.epilogue == "rotary" else found.stages
+        return replace(found, shrink_cols=MANY_SHRINK_COLS, stages=stages)
     return found
 
 

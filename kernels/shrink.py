@@ -235,11 +235,13 @@ class ShrinkGrid:
         return cls(block_r, split_k or alone, slots)
 
     def for_tokens(self, tokens: int, experts: int) -> ShrinkGrid:
-        """With slots for an expert of each token, as far as there are so many, which take turns if
-        more are active: the tiles that follow share processors with slots, with empty ones too.
-        (7bf8d2a: qkv at 8 tokens with 8 slots 19.2 to 20.3 us, with 16 27.3 to 29.7.)"""
+        """With slots for an expert of each token, or two where one linear is all, as far as there
+        are so many, which take turns if more are active: the tiles that follow share processors
+        with slots, with empty ones too. (7bf8d2a: qkv at 8 tokens with 8 slots 19.2 to 20.3 us,
+        with 16 27.3 to 29.7; b4c16c0: o of 4 mixtures with 8 20.3, with 16 17.0, of LoRAs 14.4.)"""
         of_expert = self.slots // experts
-        most = max(power_of_2(tokens), _FEW_PROGRAMS // (of_expert * self.split_k))
+        own = power_of_2(tokens) * (2 if of_expert == 1 else 1)
+        most = max(own, _FEW_PROGRAMS // (of_expert * self.split_k))
         return replace(self, slots=of_expert * min(experts, most))
 
     @property

@@ -4,6 +4,7 @@ import json
 import logging
 
 import pytest
+import torch
 from vllm_adafuse.kernels import configs
 from vllm_adafuse.kernels.configs import GemmConfig, configs_file, save_configs, shape_key
 from vllm_adafuse.kernels.dispatch import (
@@ -15,6 +16,7 @@ from vllm_adafuse.kernels.dispatch import (
     token_counts,
 )
 from vllm_adafuse.kernels.plans import Device, Shape
+from vllm_adafuse.kernels.shrink import ShrinkGrid
 
 SHAPE = (4096, 11008, "silu", 2)
 GATE_UP = Shape(4096, (11008, 11008), (0, 1), 8, 16, 2, "silu")
@@ -168,3 +170,19 @@ def test_many_ranks_go_ways_of_their_own():
     assert kernels(16, 32) == [tiled, streamed, streamed, tiled]
     assert kernels(8, 128) == [tiled, cublas, tiled, cublas]
     assert kernels(16, 128) == [tiled, cublas, tiled, tiled]
+    assert kernels(32, 32) == [tiled, streamed, tiled, tiled]
+    assert kernels(64, 32) == [streamed] * 4 and kernels(64, 65) == [cublas] * 4
+
+
+def test_a_streamed_projection_of_many_ranks_has_a_shrink_in_long_steps():
+    device = Device("NVIDIA H200", 9)
+    few, many = (gemm_config(llama3(experts, "qkv"), 8, device) for experts in (8, 32))
+    assert few.shrink_cols < many.shrink_cols == 512 and few.stages > many.stages == 4
+    few, many = (gemm_config(llama3(experts, "gate_up"), 8, device) for experts in (8, 32))
+    assert few.stages == many.stages and many.shrink_cols == 512
+
+
+@pytest.mark.parametrize("linears, slots", [(1, 16), (2, 16), (3, 24)])
+def test_slots_of_a_shrink_for_tokens(linears, slots):
+    grid = ShrinkGrid.of(torch.empty(linears, 32, 16, 512), 2).for_tokens(8, 32)
+    assert grid.slots == slots
