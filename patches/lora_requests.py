@@ -69,7 +69,8 @@ def versions_of(owner: Any):
         from vllm_adafuse.serving.versions import Checks, Versions
 
         config, versions = processor.vllm_config, None
-        if (lora := config.lora_config) is not None and vllm_api.lora_option(config) == "adafuse":
+        if vllm_api.serves_lora(config):
+            lora = config.lora_config
             versions = Versions(
                 Checks(config).open, lora.max_loras, lora.max_lora_rank, lora.max_cpu_loras
             )
@@ -125,6 +126,7 @@ def _stamp_in_input_processor() -> None:
 
         def process_inputs(self, *args, **kwargs):
             given = signature.bind(self, *args, **kwargs).arguments
+            _check_params(self.vllm_config, given.get("params"))
             request = given.get("lora_request")
             if request is None or (versions := versions_of(self)) is None:
                 return original(self, *args, **kwargs)
@@ -145,6 +147,20 @@ def _stamp_in_input_processor() -> None:
     wrap(InputProcessor, "process_inputs", ("self", "request_id", "prompt", "params"), make)
     wrap(
         InputProcessor, "_get_mm_identifier", ("self", "mm_hash", "lora_request"), make_identifier
+    )
+
+
+def _check_params(vllm_config: Any, params: Any) -> None:
+    """Raises AdapterRefused for a request whose logits vLLM computes apart from its batch's: its own
+    LoRA on the output head takes the batch's adapters for them."""
+    if getattr(params, "prompt_logprobs", None) is None or not vllm_api.shares_lora(vllm_config):
+        return
+    from vllm_adafuse.serving.plain_loras import BOTH_LORA
+    from vllm_adafuse.serving.versions import AdapterRefused
+
+    raise AdapterRefused(
+        "prompt_logprobs",
+        [f"the engine has vLLM's own LoRA beside ours ({BOTH_LORA}); leave one of them out"],
     )
 
 

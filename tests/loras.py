@@ -65,6 +65,7 @@ def engine_config(model_config, pipelined=False, **options):
         model_config=model_config,
         parallel_config=SimpleNamespace(pipeline_parallel_size=1 + pipelined),
         load_config=SimpleNamespace(load_format="auto"),
+        lora_config=SimpleNamespace(max_loras=4, max_lora_rank=128),
         additional_config={"adafuse": options} if options else {},
     )
 

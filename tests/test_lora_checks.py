@@ -59,9 +59,9 @@ def reads(monkeypatch):
     """Directories that are read."""
     read = []
 
-    def open_adapter(path, backbone):
+    def open_adapter(path, *arguments):
         read.append(path)
-        return original(path, backbone)
+        return original(path, *arguments)
 
     original = seam.open_adapter
     monkeypatch.setattr(seam, "open_adapter", open_adapter)

@@ -71,7 +71,10 @@ def request(name, adapter):
 
 
 def told(calls):
-    return [([r.lora_int_id for r in found], list(ids), list(counts)) for found, ids, counts in calls]
+    return [
+        ([r.lora_int_id for r in found], list(ids), list(counts), list(rows))
+        for found, ids, counts, rows in calls
+    ]
 
 
 def test_the_newer_runner_tells_of_adapters_per_request():
@@ -87,7 +90,9 @@ def test_the_newer_runner_tells_of_adapters_per_request():
     runner._set_active_loras(*inputs)
     # As dummy runs say it: of samples, of tokens.
     runner._set_active_loras((1, 2), (1, 1, 2), {request("d", 1)}, None)
-    assert told(calls) == [([7, 9], [7, 9, 0], [5, 1, 2]), ([1], [1, 1, 2], [1, 1, 1])]
+    assert told(calls) == [
+        ([7, 9], [7, 9, 0], [5, 1, 2], [7, 9, 0]), ([1], [1, 1, 2], [1, 1, 1], [1, 2]),
+    ]  # fmt: skip
 
 
 def test_the_older_runner_tells_of_adapters_per_request():
@@ -98,7 +103,11 @@ def test_the_older_runner_tells_of_adapters_per_request():
         lora_id_to_lora_request={7: request("x", 7), 9: request("x", 9)},
     )  # fmt: skip
     runner.set_active_loras(batch, np.array([5, 1, 2]))
-    assert told(calls) == [([7, 9], [7, 0, 9], [5, 1, 2])]
+    runner.set_active_loras(batch, np.array([5, 1, 2]), np.array([2, 1, 3]))
+    assert told(calls) == [
+        ([7, 9], [7, 0, 9], [5, 1, 2], [7, 0, 9]),
+        ([7, 9], [7, 0, 9], [5, 1, 2], [7, 7, 0, 9, 9, 9]),
+    ]
 
 
 def test_one_kind_of_graph_with_adapters():

@@ -16,6 +16,7 @@ from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.random_adapter import make_random_adapter
 from vllm_adafuse.serving import resolvers
 from vllm_adafuse.serving.lora_start import check_start
+from vllm_adafuse.serving.plain_loras import BOTH_LORA
 from vllm_adafuse.serving.versions import AdapterRefused, Checks
 
 
@@ -43,6 +44,29 @@ def modules(root, *names):
 def test_good_modules_pass(root):
     check_start(config_of(root), modules(root, "adapter", "lora"))
     check_start(SimpleNamespace(lora_config=None), modules(root, "gone"))
+
+
+@pytest.mark.parametrize("lora, refused", [("adafuse", "adapts the output head"), ("both", "")])
+def test_what_has_no_pages_is_named_with_its_option(lora, refused, root, tmp_path):
+    make_lora(root / "base", tmp_path / "head", 1, r=4, lora_alpha=4, target_modules=["lm_head"])
+    head = [SimpleNamespace(name="head", path=str(tmp_path / "head"))]
+    config = config_of(root, lora=lora)
+    config.speculative_config = None
+    if not refused:
+        return check_start(config, head)
+    with pytest.raises(AdapterError) as found:
+        check_start(config, head)
+    assert refused in str(found.value) and BOTH_LORA in str(found.value)
+
+
+@pytest.mark.parametrize("pipelined", [True, False])
+def test_engines_where_vllms_lora_does_not_stand_beside_ours(pipelined, root):
+    model = SimpleNamespace(hf_config=AutoConfig.from_pretrained(root / "base"), model="base")
+    config = engine_config(model, pipelined, lora="both")
+    config.speculative_config = None if pipelined else object()
+    word = "pipeline parallelism" if pipelined else "speculative decoding"
+    with pytest.raises(AdapterError, match=f"does not stand beside ours with {word}"):
+        check_start(config, [])
 
 
 def test_every_bad_module_is_named(root):

@@ -14,11 +14,11 @@ from vllm_adafuse.format.random_adapter import make_random_adapter
 from vllm_adafuse.serving.adapters import (
     LORA,
     MIXTURE,
-    VLLM_LORA,
     open_adapter,
     split_path,
     stamp_path,
 )
+from vllm_adafuse.serving.plain_loras import VLLM_LORA
 from vllm_adafuse.tiny import make_tiny_backbone, tiny_config
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -133,7 +133,7 @@ def check_complete(source: Source, found: Iterable[str], backbone: Backbone) -> 
     if not isinstance(targets, list) or any(value not in (None, []) for value in limited):
         return
     targets, found = {name for name in targets if isinstance(name, str)}, set(found)
-    wanted = [name for name in backbone.linears if name.rsplit(".", 1)[1] in targets]
+    wanted = [name for name in backbone.linears if name.rpartition(".")[2] in targets]
     if missing := [name for name in wanted if name not in found]:
         source.problems.append(
             f"{source.file}: has no tensors of {some(missing)}, expected them because "

@@ -25,8 +25,8 @@ OPTIONS: tuple[str, ...] = ()
 LINEAR = r"(model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+))"
 _ENDING = r"\.lora_(?:A|B)\.weight"
 _PAIR = LINEAR + _ENDING
-# On any module, not only on the linears of a decoder's layers.
-ANY_PAIR = r"((?:\w+\.)*\w+)" + _ENDING
+# On any module, not only on the linears of a decoder's layers; embeddings have names of their own.
+ANY_PAIR = r"((?:\w+\.)*\w+)\.lora_(?:[AB]\.weight|embedding_[AB])"
 
 
 def recognises(source: Source) -> bool:
@@ -49,7 +49,8 @@ def find_pairs(source: Source, pattern: str = _PAIR) -> dict[str, tuple[str, str
     """
     pairs = {}
     for match in source.match(pattern):
-        pairs.setdefault(match[1], tuple(f"{match[1]}.lora_{side}.weight" for side in "AB"))
+        ending = "lora_embedding_{}" if ".lora_embedding_" in match[0] else "lora_{}.weight"
+        pairs.setdefault(match[1], tuple(f"{match[1]}.{ending.format(side)}" for side in "AB"))
     return pairs
 
 

@@ -20,11 +20,13 @@
 Where requests choose their adapters (`--enable-lora`):
 
     adapters.py    an adapter directory, opened and checked                   (both)
+    plain_loras.py the tensors of a PEFT LoRA: ours, vLLM's, refused          (both)
     versions.py    which content a request means; checks, done once           (front end)
     manager.py     the adapters of a worker, in the place of vLLM's manager   (worker)
     pool.py        which adapters lie on the device, on which pages           (worker)
     hosted.py      adapters in host memory, as this rank needs them           (worker)
     paged_model.py which linears get pages                                    (worker)
+    rest.py        vLLM's own LoRA on what gets none                          (worker)
     page_bank.py   the pages of one projection                                (worker)
     page_step.py   the step's buffers: whose each token is, and its gates     (worker)
     fits.py        whether a mixture may be chosen per request here           (both)

@@ -23,17 +23,12 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from vllm_adafuse.convert import peft_lora
-from vllm_adafuse.convert.peft_config import check_modules_to_save
-from vllm_adafuse.convert.refused import refused_directory, refused_source
-from vllm_adafuse.convert.registry import FORMATS
-from vllm_adafuse.convert.source import PICKLE_FILE, Source, read_json
-from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.convert.refused import refused_directory
+from vllm_adafuse.convert.source import PICKLE_FILE, read_json
 from vllm_adafuse.format.adapter import Adapter, list_directory, load_adapter
 from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.format.config import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig
@@ -41,32 +36,23 @@ from vllm_adafuse.format.digest import content_hash
 from vllm_adafuse.format.layout import ENTRANCE_ROUTER
 from vllm_adafuse.format.reading import FileProblem, open_regular
 from vllm_adafuse.format.tensor_file import machine_memory
+from vllm_adafuse.serving.plain_loras import (
+    as_adapter,
+    is_rest,
+    read_pairs,
+    read_parts,
+    refuse,
+)
 from vllm_adafuse.serving.pool import Size, pages_of_rank
 from vllm_adafuse.text import show
 
 MIXTURE, LORA = "mixture", "lora"
-VLLM_LORA = "--additional-config '{\"adafuse\": {\"lora\": \"vllm\"}}'"
-# Tensors of a PEFT directory that are no pair on a linear of a layer, in the order of the checks.
-_REST = {
-    r".*\.lora_embedding_[AB]\b.*|.*(?:embed_tokens|wte)\.(?:lora_|base_layer\.).*": (
-        "adapts the embedding, expected LoRA on linears"
-    ),
-    r".*\blm_head\..*": "adapts the output head, expected LoRA on linears",
-    r".*\.experts\..*": "adapts an expert of the backbone's own, expected LoRA on its linears",
-    r".*\bmodules_to_save\..*|.*\b(?:score|classifier)\.(?:weight|bias)": (
-        "replaces a module of the backbone (`modules_to_save`), expected LoRA on linears"
-    ),
-    r".*\.lora_magnitude_vector\b.*": "belongs to DoRA, expected plain LoRA",
-    r".*\.ia3_l\b.*": "belongs to IA3, expected plain LoRA",
-    r".*\.bias": 'is a trained bias, expected an adapter of `bias` "none"',
-}
 _NO_SIZE = Size(0)
 _STAMP = "#sha256="
 _STAMPED = re.compile(
     rf"(?P<path>.*){_STAMP}(?P<digest>[0-9a-f]{{64}})&pages=(?P<pages>\d+)&columns=(?P<columns>\d+)",
     re.DOTALL,
 )
-_WAY_OUT = f"train without it, or let vLLM's own LoRA try it ({VLLM_LORA})"
 
 
 @dataclass(frozen=True)
@@ -100,6 +86,8 @@ class OpenedAdapter:
         files: `files_state` before it was read.
         adapter: the mixture's files, router and routing; None for a LoRA. Whether a layer-wise
             one, or one with a router at a later layer, can be served is for the worker to say.
+        rest: of a LoRA the modules that get no pages: the embedding, from V inputs, and the output
+            head.
     """
 
     path: Path
@@ -109,6 +97,7 @@ class OpenedAdapter:
     linears: dict[str, AdaptedLinear]
     adapter: Adapter | None = None
     files: tuple = ()
+    rest: dict[str, AdaptedLinear] = field(default_factory=dict)
 
     def unchanged(self) -> bool:
         """Whether its files are still those, as far as that can be seen without reading them."""
@@ -134,7 +123,9 @@ class OpenedAdapter:
         config, columns = self.config, 0
         if config is not None:  # tables of all experts, or each token's k of them
             columns = config.num_experts if config.router_context else config.top_k
-        return Size(sum(map(pages_of_rank, self.ranks)), columns)
+        pages = sum(map(pages_of_rank, self.ranks))
+        # Tokens name an adapter by its first page, so one that has a rest alone takes one too.
+        return Size(max(pages, 1), columns, int(bool(self.rest)))
 
     def router(self) -> dict[str, torch.Tensor] | None:
         """The tensors of the entrance router by their names in the file, of the file's dtype; None
@@ -145,16 +136,16 @@ class OpenedAdapter:
             return {name: read(name) for name in ENTRANCE_ROUTER if name in self.adapter.tensors}
 
     def tensors(self) -> Iterator[tuple[str, int, torch.Tensor, torch.Tensor]]:
-        """Every expert of every linear: (linear, expert, lora_A [r, in], lora_B [out, r]), on the
-        CPU, of the file's dtypes, without the scale. Copy what you keep: they may be views of the
-        file.
+        """Every expert of every linear, the rest behind them: (linear, expert, lora_A [r, in],
+        lora_B [out, r]), on the CPU, of the file's dtypes, without the scale. Copy what you keep:
+        they may be views of the file.
 
         Raises:
             AdapterError: the files are no longer those that were checked. It comes after the
                 last tensor, so use none of them before the iterator has ended.
         """
         with _read_pairs(self) as pair:
-            for name, linear in self.linears.items():
+            for name, linear in (self.linears | self.rest).items():
                 a, b = pair(name)
                 for expert, rank in enumerate(linear.ranks):
                     side = a[expert % len(a)]  # one A may serve all experts
@@ -168,14 +159,16 @@ class OpenedAdapter:
             AdapterError: their content is another than when the adapter was opened.
         """
         if (found := content_digest(self.path)) != self.digest:
-            raise _refuse(
+            raise refuse(
                 self.path,
                 f"{self.path}: its content changed while it was read (hash {found[:16]}, expected "
                 f"{self.digest[:16]}); load it again when its files are complete",
             )
 
 
-def open_adapter(path: str | Path, backbone: Backbone | None = None) -> OpenedAdapter:
+def open_adapter(
+    path: str | Path, backbone: Backbone | None = None, rest: bool = False
+) -> OpenedAdapter:
     """Opens an adapter directory after every check that needs no device, values included.
 
     Args:
@@ -183,6 +176,7 @@ def open_adapter(path: str | Path, backbone: Backbone | None = None) -> OpenedAd
         backbone: what its names and shapes must fit. Its linears are all that may be adapted, of
             whatever class; they may be a mapping of the caller's own. None: where nothing is
             known of the backbone, names and shapes are left to the worker.
+        rest: whether a LoRA may have a rest, see `plain_loras.py`.
 
     Raises:
         AdapterError: with every problem found.
@@ -191,20 +185,20 @@ def open_adapter(path: str | Path, backbone: Backbone | None = None) -> OpenedAd
     files = files_state(root)
     _, problems = list_directory(root)
     if problems:
-        raise _refuse(root, *problems)
+        raise refuse(root, *problems)
     if reason := refused_directory(root):
-        raise _refuse(root, reason)
-    with _as_adapter(root):
+        raise refuse(root, reason)
+    with as_adapter(root):
         kind = read_json(root / CONFIG_FILE).get("peft_type")
     if kind == "ADAFUSE":
         return replace(_open_mixture(root, backbone), files=files)
     if kind != "LORA":
-        raise _refuse(
+        raise refuse(
             root,
             f'{root / CONFIG_FILE}: `peft_type` is {show(kind)}, expected "ADAFUSE" or "LORA"; '
             "docs/convert.md lists what `vllm-adafuse convert` makes an AdaFuse adapter of",
         )
-    return replace(_open_lora(root, backbone), files=files)
+    return replace(_open_lora(root, backbone, rest), files=files)
 
 
 def stamp_path(path: str, digest: str, size: Size = _NO_SIZE) -> str:
@@ -262,9 +256,9 @@ def content_digest(path: Path) -> str:
                 while chunk := opened.read(1 << 20):
                     digest.update(chunk)
     except OSError as e:
-        raise _refuse(path, f"{file}: cannot be read ({e.strerror})") from e
+        raise refuse(path, f"{file}: cannot be read ({e.strerror})") from e
     except FileProblem as e:
-        raise _refuse(path, str(e)) from e
+        raise refuse(path, str(e)) from e
     return digest.hexdigest()
 
 
@@ -273,19 +267,6 @@ def weights_file(path: Path) -> Path:
     pickled = path / PICKLE_FILE
     only_pickled = os.path.isfile(pickled) and not os.path.lexists(path / WEIGHTS_FILE)
     return pickled if only_pickled else path / WEIGHTS_FILE
-
-
-def _refuse(path: Path, *problems: str) -> AdapterError:
-    return AdapterError(f"adapter {path}", list(problems))
-
-
-@contextmanager
-def _as_adapter(path: Path) -> Iterator[None]:
-    """What readers of other formats call a source is an adapter to those who serve it."""
-    try:
-        yield
-    except AdapterError as e:
-        raise _refuse(path, *e.problems) from e
 
 
 def _open_mixture(path: Path, backbone: Backbone | None) -> OpenedAdapter:
@@ -302,64 +283,22 @@ def _open_mixture(path: Path, backbone: Backbone | None) -> OpenedAdapter:
     )
 
 
-def _open_lora(path: Path, backbone: Backbone | None) -> OpenedAdapter:
+def _open_lora(path: Path, backbone: Backbone | None, rest: bool) -> OpenedAdapter:
     if not os.path.lexists(weights_file(path)):
-        raise _refuse(
+        raise refuse(
             path,
             f"{path}: holds neither {WEIGHTS_FILE} nor {PICKLE_FILE}; name the directory that the "
             "training run saved",
         )
     digest = content_digest(path)
-    with _as_adapter(path):
-        source = _open_source(path)
-        parts = peft_lora.read_lora(source, backbone or _unknown(path), peft_lora.ANY_PAIR)
-        check_modules_to_save(source)
-        if not parts and not source.problems:
-            source.problems.append(
-                f"{source.file}: holds no lora_A / lora_B pair, expected at least one; nothing "
-                "would be adapted"
-            )
-        source.finish()
-    linears = {
-        name: AdaptedLinear(part.a.shape[1], part.b.shape[0], (part.rank,), (part.scale,))
-        for name, part in parts.items()
-    }
-    opened = OpenedAdapter(path, LORA, 1, digest, linears)
+    linears: dict[str, AdaptedLinear] = {}
+    others: dict[str, AdaptedLinear] = {}
+    for name, part in read_parts(path, backbone, rest).items():
+        adapted = AdaptedLinear(part.a.shape[1], part.b.shape[0], (part.rank,), (part.scale,))
+        (others if is_rest(name) else linears)[name] = adapted
+    opened = OpenedAdapter(path, LORA, 1, digest, linears, rest=others)
     opened.check_unchanged()
     return opened
-
-
-def _open_source(path: Path) -> Source:
-    """A PEFT directory whose tensors are pairs alone, as far as their names tell."""
-    source = Source.open(path)
-    if reason := refused_source(source):
-        raise _refuse(path, reason)
-    for format_ in FORMATS:
-        if format_ is not peft_lora and format_.recognises(source):
-            raise _refuse(
-                path,
-                f"{path}: is a {format_.KIND} adapter, expected AdaFuse's format or a plain PEFT "
-                f"LoRA; make one of it with: vllm-adafuse convert {path} OUT",
-            )
-    source.other_base = "serve it on the backbone that it was trained on"
-    for pattern, problem in _REST.items():
-        source.leave(pattern, f"{problem}; {_WAY_OUT}")
-    return source
-
-
-def _unknown(path: Path) -> Backbone:
-    """Stands for a backbone of which nothing is known."""
-    return Backbone(str(path), None, 0, 0, 0, 0.0, _AnyLinear())
-
-
-class _AnyLinear(dict):
-    """Linears of which neither names nor shapes are known: holds every name, lists none."""
-
-    def __contains__(self, name: Any) -> bool:
-        return True
-
-    def get(self, name: Any, default: Any = None) -> Any:
-        return default
 
 
 @contextmanager
@@ -369,18 +308,5 @@ def _read_pairs(opened: OpenedAdapter) -> Iterator:
         with opened.adapter.reader() as read:
             yield lambda name: (read(f"{name}.lora_A"), read(f"{name}.lora_B"))
         return
-    with _as_adapter(opened.path):
-        source = Source.open(opened.path)
-    names = peft_lora.find_pairs(source, peft_lora.ANY_PAIR)
-
-    def pair(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        if missing := {*names.get(name, (name,))} - source.tensors.keys():
-            raise _refuse(
-                opened.path,
-                f"{source.file}: tensor {min(missing)} is gone since the adapter was checked; "
-                "load it again when its files are complete",
-            )
-        a, b = names[name]
-        return source.tensors[a][None], source.tensors[b][None]
-
-    yield pair
+    with read_pairs(opened.path) as pair:
+        yield pair

@@ -6,14 +6,18 @@ from __future__ import annotations
 import functools
 
 from vllm.config import VllmConfig
+from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.architectures import ARCHITECTURES, PREFIX, Architecture
 from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.format.config import AdapterConfig
 from vllm_adafuse.format.origin import backbone_hash, origin_problem
 from vllm_adafuse.format.places import find_local_backbone
+from vllm_adafuse.serving import vllm_api
 from vllm_adafuse.serving.adapters import OpenedAdapter
 from vllm_adafuse.serving.attach import refuse_context, say_origin
 from vllm_adafuse.serving.options import option
+from vllm_adafuse.serving.plain_loras import BOTH_LORA, VLLM_LORA
+from vllm_adafuse.text import some
 
 
 class Fits:
@@ -25,6 +29,7 @@ class Fits:
     Attributes:
         architecture: of the backbone; None for a class outside the table, of whose modules vLLM's
             own model alone knows the names.
+        rest: whether adapters may have a rest, see `plain_loras.py`.
     """
 
     def __init__(self, vllm_config: VllmConfig):
@@ -33,6 +38,7 @@ class Fits:
         name = str(names[0]).removeprefix(PREFIX)
         self.architecture: Architecture | None = ARCHITECTURES.get(name)
         self._class, self._hash_of = name, functools.cache(backbone_hash)
+        self.rest = vllm_api.shares_lora(vllm_config)
 
     @functools.cached_property
     def backbone(self) -> Backbone | None:
@@ -47,10 +53,10 @@ class Fits:
         return self._config.parallel_config.pipeline_parallel_size > 1
 
     def problems(self, opened: OpenedAdapter, warn: bool) -> list[str]:
-        """Why a mixture cannot be served by request here.
+        """Why a mixture, or the rest of a plain LoRA, cannot be served by request here.
 
         Args:
-            opened: the adapter; a plain LoRA has none of these problems.
+            opened: the adapter.
             warn: log that it was made on another backbone, where that is no error.
 
         Raises:
@@ -59,7 +65,7 @@ class Fits:
         """
         config = opened.config
         if config is None:
-            return []
+            return self._rest_problems(opened)
         refuse_context(config, f"adapter {opened.path}", self._config)
         self._check_origin(opened, config, warn)
         reason = self._reason(config)
@@ -68,6 +74,17 @@ class Fits:
         return [
             f"{reason}, cannot be chosen per request yet; serve it alone: "
             "--hf-overrides '{\"adafuse_adapter\": DIR}' without --enable-lora"
+        ]
+
+    def _rest_problems(self, opened: OpenedAdapter) -> list[str]:
+        most = self._config.lora_config.max_lora_rank if opened.rest else 0
+        over = [name for name, module in opened.rest.items() if module.ranks[0] > most]
+        ranks = [opened.rest[name].ranks[0] for name in over]
+        if not over:
+            return []
+        return [
+            f"{some(over)}: rank {max(ranks)}, and --max-lora-rank is {most}, which is all that "
+            f"embeddings and output heads can have: set it to {max(ranks)} or more"
         ]
 
     def _reason(self, config: AdapterConfig) -> str:
@@ -88,3 +105,20 @@ class Fits:
         place = find_local_backbone(self._model.model, self._model.revision)
         problem = origin_problem(config, str(place or self._model.model), self._hash_of)
         say_origin(str(opened.path), problem, how)
+
+
+def check_engine(vllm_config: VllmConfig) -> None:
+    """Raises AdapterError where vLLM's own LoRA cannot stand beside ours: a draft's steps and rows of
+    logits have other adapters than the batch says, and stages hold some of the modules each."""
+    reasons = {
+        "pipeline parallelism": vllm_config.parallel_config.pipeline_parallel_size > 1,
+        "speculative decoding": vllm_config.speculative_config is not None,
+    }
+    if found := [name for name, is_so in reasons.items() if is_so]:
+        raise AdapterError(
+            BOTH_LORA,
+            [
+                f"vLLM's own LoRA does not stand beside ours with {' and '.join(found)}; leave one "
+                f"of them out, or let vLLM serve all adapters ({VLLM_LORA})"
+            ],
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -13,7 +14,6 @@ from vllm_adafuse.format.config import AdapterConfig
 from vllm_adafuse.serving import vllm_api
 from vllm_adafuse.serving.adapters import (
     LORA,
-    VLLM_LORA,
     OpenedAdapter,
     open_adapter,
     split_path,
@@ -22,8 +22,11 @@ from vllm_adafuse.serving.fits import Fits
 from vllm_adafuse.serving.page_bank import Packed, Packer, PageBank, sizes_of
 from vllm_adafuse.serving.page_step import PageStep
 from vllm_adafuse.serving.past import PastRouter
+from vllm_adafuse.serving.plain_loras import VLLM_LORA, read_base
 from vllm_adafuse.serving.pool import Place, Size, pages_of_rank
+from vllm_adafuse.serving.rest import Rest, rest_tensors
 from vllm_adafuse.serving.routes import Router
+from vllm_adafuse.serving.wrap.vllm_lora import without_lora
 from vllm_adafuse.text import some
 
 
@@ -41,6 +44,7 @@ class Hosted:
         passports: of a mixture, expert ids and weights [k, V]; of one that sees the past the bits
             of w, and c, [E, V] int32 and float32 (see `context_routes`).
         scale: of a LoRA, the weight of its pages.
+        rest: of a LoRA what vLLM's own adds, its `LoRAModel`.
     """
 
     kind: str
@@ -51,10 +55,12 @@ class Hosted:
     router: dict[str, torch.Tensor] | None = None
     passports: tuple[torch.Tensor, torch.Tensor] | None = None
     scale: float = 1.0
+    rest: Any = None
 
     @property
     def nbytes(self) -> int:
         tensors = [t for packed in self.packed if packed for t in (packed.a, packed.b)]
+        tensors += rest_tensors(self.rest) if self.rest else ()
         return sum(t.nbytes for t in [*tensors, *(self.passports or ())])
 
 
@@ -65,11 +71,19 @@ class Loader:
         model: wrapped.
         vllm_config: of the engine.
         banks: of the model.
+        rest: what else takes adapters there, if anything does.
     """
 
-    def __init__(self, model: torch.nn.Module, vllm_config: VllmConfig, banks: list[PageBank]):
-        self.model, self.banks, self.sizes = model, banks, sizes_of(banks)
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        vllm_config: VllmConfig,
+        banks: list[PageBank],
+        rest: Rest | None = None,
+    ):
+        self.model, self.banks, self.sizes, self.rest = model, banks, sizes_of(banks), rest
         self.model_config = vllm_config.model_config
+        self.load_format = vllm_config.load_config.load_format
         self.renamed = vllm_api.renamed(model)
         self.fits = Fits(vllm_config)
 
@@ -83,7 +97,9 @@ class Loader:
             AdapterError: it cannot be served on this model, or its content is another.
         """
         plain_path, digest = split_path(path)
-        opened = open_adapter(vllm_api.local_path(plain_path), self.fits.backbone)
+        opened = open_adapter(
+            vllm_api.local_path(plain_path), self.fits.backbone, self.rest is not None
+        )
         problems = self._misfits(opened)
         if digest is not None and digest != opened.digest:
             problems = [
@@ -97,6 +113,7 @@ class Loader:
         for expert, rank in enumerate(opened.ranks):
             first_pages.append(len(experts))
             experts += [expert] * pages_of_rank(rank)
+        experts += [0] * (opened.size.pages - len(experts))  # of one that has a rest alone
         packer = Packer(self.banks, first_pages, len(experts))
         plain = opened.kind == LORA
         # A mixture's scales are part of its passports. Of a LoRA the scale that most linears have
@@ -104,13 +121,17 @@ class Loader:
         common = 1.0
         if plain:
             scales = Counter(linear.scales[0] for linear in opened.linears.values())
-            common = scales.most_common(1)[0][0] or 1.0
+            common = scales.most_common(1)[0][0] if scales else 1.0
+        rest = {}
         for name, expert, a, b in opened.tensors():
+            if name in opened.rest:
+                rest[self.renamed(name)] = a, b, opened.rest[name].scales[0]
+                continue
             scale = opened.linears[name].scales[expert] / common if plain else 1.0
             packer.add(self._name(name), expert, a, b.float() * scale)
         return Hosted(
             opened.kind, opened.size, experts, packer.packed, opened.config, opened.router(),
-            scale=common,
+            scale=common, rest=self.rest.pack(rest) if rest else None,
         )  # fmt: skip
 
     def _name(self, name: str) -> str:
@@ -135,7 +156,21 @@ class Loader:
                     f"{name}: adapts a linear of {found[0]} inputs and {found[1]} outputs, the "
                     f"backbone's has {size[0]} and {size[1]}; serve it on its own backbone"
                 )
+        if opened.rest:
+            rest = {self.renamed(name): linear for name, linear in opened.rest.items()}
+            problems += self.rest.misfits(rest) or self._changed(opened)
         return problems + self.fits.problems(opened, warn=False)
+
+    def _changed(self, opened: OpenedAdapter) -> list[str]:
+        """PEFT saves an embedding and an output head whole beside a LoRA on them."""
+        if self.load_format == "dummy":
+            return []
+        return [
+            f"{name}.base_layer.weight: is another than the backbone's, which is all that is served "
+            "under a LoRA; merge the adapter into a backbone of its own (PEFT's merge_and_unload)"
+            for name, weight in read_base(opened.path)
+            if name in opened.rest and self.rest.changes(self.renamed(name), weight)
+        ]
 
     @torch.no_grad()
     def stamp(self, hosted: Hosted) -> None:
@@ -150,23 +185,26 @@ class Loader:
             else:
                 router = Router(hosted.config, None, *sizes)
         router.load(hosted.router.__getitem__, "router.bias" in hosted.router)
-        router.stamp(
-            self.model.embed_input_ids, self.model.model.layers[0].input_layernorm,
-            self.fits.architecture.norm_offset,
-        )  # fmt: skip
+        with without_lora(self.model):
+            router.stamp(
+                self.model.embed_input_ids, self.model.model.layers[0].input_layernorm,
+                self.fits.architecture.norm_offset,
+            )  # fmt: skip
         pinned = router.weight.is_cuda
         hosted.passports = tuple(
             t.pin_memory() if pinned else t for t in (c.cpu().contiguous() for c in router.columns)
         )
 
-    def write(self, hosted: Hosted, place: Place, step: PageStep) -> None:
-        """Puts an adapter on its pages and its passports into their columns, on the current
-        stream."""
+    def write(self, adapter: int, hosted: Hosted, place: Place, step: PageStep) -> None:
+        """Puts an adapter on its pages, its passports into their columns and its rest into a slot,
+        on the current stream."""
         device = step.slots.device
         pages = torch.tensor(place.pages).to(device, non_blocking=True)
         for bank, packed in zip(self.banks, hosted.packed):
             bank.write(pages, packed)
         self.write_passports(hosted, place, step)
+        if hosted.rest is not None:
+            self.rest.put(adapter, hosted.rest)
 
     def write_passports(self, hosted: Hosted, place: Place, step: PageStep) -> None:
         """Puts a mixture's passports into its columns."""

@@ -8,7 +8,8 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.serving import vllm_api
-from vllm_adafuse.serving.adapters import VLLM_LORA
+from vllm_adafuse.serving.fits import check_engine
+from vllm_adafuse.serving.plain_loras import VLLM_LORA
 from vllm_adafuse.serving.pool import misfits
 from vllm_adafuse.serving.versions import Checks
 
@@ -34,6 +35,8 @@ def check_start(vllm_config: VllmConfig, modules: Sequence[Any]) -> None:
                 f"({VLLM_LORA})"
             ],
         )
+    if vllm_api.shares_lora(vllm_config):
+        check_engine(vllm_config)
     lora, checks, problems = vllm_config.lora_config, Checks(vllm_config), []
     for module in modules:
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from vllm_adafuse.serving.page_step import LOST, NO_ADAPTER, PageStep
 from vllm_adafuse.serving.paged_model import wrap_model
 from vllm_adafuse.serving.pool import PAGE_RANKS, Place, Pool, Size, misfits, pool_size, total
 from vllm_adafuse.serving.reads import Reads, Uploads
+from vllm_adafuse.serving.rest import Rest
 from vllm_adafuse.serving.wrap.hooks import also_after_reloading
 from vllm_adafuse.serving.wrap.steps import watch
 
@@ -43,7 +45,8 @@ class AdapterManager:
     def __init__(self, vllm_config: VllmConfig, device: torch.device):
         self.device, lora = device, vllm_config.lora_config
         self.max_loras, self.max_lora_rank = lora.max_loras, lora.max_lora_rank
-        self.pool = Pool(pool_size(self.max_loras, self.max_lora_rank))
+        size = pool_size(self.max_loras, self.max_lora_rank)
+        self.pool = Pool(replace(size, rests=self.max_loras))
         # Adapters whose tensors are on the host; which, the front end decides (`holds.py`).
         self.hosted: dict[int, Hosted] = {}
         self.lost: dict[int, str] = {}
@@ -53,6 +56,7 @@ class AdapterManager:
         self.dummies: set[int] = set()
         self.step: PageStep
         self.banks: list[PageBank]
+        self.rest: Rest | None = None
         self.loader: Loader
         self.reads: Reads
         self.meter = Meter(vllm_config, self.pool.size.pages)
@@ -65,7 +69,9 @@ class AdapterManager:
             AdapterError: none of them can have any.
         """
         self.step, self.banks = wrap_model(model, vllm_config, self.pool.size, self.device)
-        self.loader = Loader(model, vllm_config, self.banks)
+        if vllm_api.shares_lora(vllm_config):
+            self.rest = Rest(model, vllm_config, self.device)
+        self.loader = Loader(model, vllm_config, self.banks, self.rest)
         self.reads = Reads(self.loader, self.device)
         self.uploads = Uploads(self.loader, self.step, self.device)
         watch(model, self.step)
@@ -158,6 +164,8 @@ class AdapterManager:
         if self.dummies:
             self.dummies.clear()
             self.step.has_adapters.fill_(False)
+            if self.rest:
+                self.rest.clear()
             return
         for adapter in [*self.hosted, *self.pool.placed]:
             self.remove_adapter(adapter)
@@ -183,24 +191,35 @@ class AdapterManager:
     def set_active_adapters(self, requests: Iterable[Any], mapping: Any | None) -> None:
         """Prepares a step: as vLLM says it, token by token."""
         ids = np.asarray(mapping.index_mapping if mapping else (), dtype=np.int64)
-        self.name_step(list(requests), ids, np.ones(len(ids), dtype=np.int32))
+        rows = np.asarray(mapping.prompt_mapping if mapping else (), dtype=np.int64)
+        self.name_step(list(requests), ids, np.ones(len(ids), dtype=np.int32), rows)
 
-    def name_step(self, requests: list[Any], ids: np.ndarray, counts: np.ndarray) -> None:
+    def name_step(
+        self, requests: list[Any], ids: np.ndarray, counts: np.ndarray, rows: np.ndarray
+    ) -> None:
         """Prepares a step.
 
         Args:
             requests: the step's LoRA requests.
             ids: [R] the `lora_int_id` of each request of the batch, 0 for none.
             counts: [R] tokens of each.
+            rows: likewise the id of each row that logits are computed of.
         """
         self.step.has_adapters.fill_(bool(requests))
         if not requests:
+            if self.rest:
+                self.rest.clear()
             return
         slots = np.full(len(ids), NO_ADAPTER, dtype=np.int32)
         here = self._ensure({r.lora_int_id: r for r in requests})
         for adapter in {r.lora_int_id for r in requests} - self.dummies:
             slots[ids == adapter] = self.pool.placed[adapter].slot if adapter in here else LOST
         self.step.name(slots, counts)
+        if self.rest and self.dummies:
+            self.rest.name_dummies(self.dummies, np.repeat(ids, counts), rows)
+        elif self.rest:
+            adapters = {a for a in here if self.hosted[a].rest is not None}
+            self.rest.name(adapters, np.repeat(ids, counts), rows)
 
     def _ensure(self, requests: dict[int, Any]) -> set[int]:
         """Has the adapters of a step on the device; returns those that are."""
@@ -243,7 +262,8 @@ class AdapterManager:
     def _place_beside(self, adapter: int) -> None:
         """Copies an adapter to the device while steps run, if there is room beside theirs; else it
         is copied when a step needs it."""
-        wanted = {a: p.size for a, p in self.pool.placed.items() if a in self.active}
+        stay = self.active | self.pool.pinned
+        wanted = {a: p.size for a, p in self.pool.placed.items() if a in stay}
         wanted[adapter] = self.hosted[adapter].size
         if total(wanted.values()).within(self.pool.size):
             self._hold(wanted)
@@ -254,6 +274,7 @@ class AdapterManager:
         gone = before.keys() - self.pool.placed.keys()
         for adapter in gone:
             self._strike(adapter, before[adapter])
+            self._remove_rest(before[adapter], adapter)
         if new:
             self.meter.moved(self.pool.taken.pages, len(new), len(gone))
         for adapter in new:
@@ -275,7 +296,12 @@ class AdapterManager:
         if place is not None:
             self.pool.release(adapter)
             self._strike(adapter, place)
+            self._remove_rest(place, adapter)
             self.meter.moved(self.pool.taken.pages)
+
+    def _remove_rest(self, place: Place, adapter: int) -> None:
+        if self.rest and place.rests:
+            self.rest.remove(adapter)
 
     # What vLLM runs before it serves.
 

@@ -31,6 +31,7 @@ from vllm_adafuse.serving.routes import ROUTE_IDS, ROUTE_WEIGHTS, Route, Router,
 from vllm_adafuse.serving.warm_up import warm_up
 from vllm_adafuse.serving.wrap import linears
 from vllm_adafuse.serving.wrap.hooks import after_loading, pass_routes_on, route_at
+from vllm_adafuse.serving.wrap.vllm_lora import without_lora
 
 # vLLM shows only what is logged below its own name.
 logger = init_logger("vllm.adafuse")
@@ -151,9 +152,10 @@ class AdaFuseMixin:
         """Whatever of the routes hangs on the backbone's weights."""
         if self._has_router:
             norm = self.model.layers[self.adafuse_adapter.config.router_layer].input_layernorm
-            self.adafuse_router.stamp(
-                self.embed_input_ids, norm, self.architecture.norm_offset
-            )
+            with without_lora(self):
+                self.adafuse_router.stamp(
+                    self.embed_input_ids, norm, self.architecture.norm_offset
+                )
             vllm_api.release_workspaces()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:

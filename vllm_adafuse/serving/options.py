@@ -20,7 +20,7 @@ from vllm_adafuse.text import show
 OVERRIDE = "adafuse_adapter"
 # Options under `adafuse` of --additional-config: values, the default first.
 OPTIONS: dict[str, tuple[str, ...]] = {
-    "lora": ("adafuse", "vllm"),
+    "lora": ("adafuse", "vllm", "both"),
     "backbone": ("warn", "refuse"),
 }
 

@@ -8,11 +8,11 @@ from vllm.logger import init_logger
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.architectures import ARCHITECTURES, Architecture
 from vllm_adafuse.serving import projections, vllm_api
-from vllm_adafuse.serving.adapters import VLLM_LORA
 from vllm_adafuse.serving.bank import place_banks
 from vllm_adafuse.serving.ops import make_known
 from vllm_adafuse.serving.page_bank import PageBank
 from vllm_adafuse.serving.page_step import PageStep
+from vllm_adafuse.serving.plain_loras import VLLM_LORA
 from vllm_adafuse.serving.pool import Size
 from vllm_adafuse.serving.requests import requests_of
 from vllm_adafuse.serving.routes import SharedRotary

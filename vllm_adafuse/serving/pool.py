@@ -19,28 +19,38 @@ COLUMNS_PER_ADAPTER, MIN_COLUMNS, MAX_COLUMNS = 4, 8, 64
 
 @dataclass(frozen=True)
 class Size:
-    """What an adapter takes: pages, and columns of passports (k of a mixture, 0 of a LoRA)."""
+    """What an adapter takes: pages, columns of passports (k of a mixture, 0 of a LoRA), and 1 of
+    vLLM's own slots if it has a rest (`plain_loras.py`)."""
 
     pages: int
     columns: int = 0
+    rests: int = 0
 
     def __add__(self, other: Size) -> Size:
-        return Size(self.pages + other.pages, self.columns + other.columns)
+        return Size(
+            self.pages + other.pages, self.columns + other.columns, self.rests + other.rests
+        )
 
     def within(self, other: Size) -> bool:
-        return self.pages <= other.pages and self.columns <= other.columns
+        return (
+            self.pages <= other.pages
+            and self.columns <= other.columns
+            and self.rests <= other.rests
+        )
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where an adapter lies: its pages, in the order of its experts, and its columns."""
+    """Where an adapter lies: its pages, in the order of its experts, and its columns. In which slot
+    its rest lies, vLLM knows."""
 
     pages: tuple[int, ...]
     columns: tuple[int, ...] = ()
+    rests: int = 0
 
     @property
     def size(self) -> Size:
-        return Size(len(self.pages), len(self.columns))
+        return Size(len(self.pages), len(self.columns), self.rests)
 
     @property
     def slot(self) -> int:
@@ -95,7 +105,7 @@ class Pool:
     """Places of adapters, by their ids.
 
     Args:
-        size: pages and columns there are.
+        size: what there is.
 
     Attributes:
         placed: id -> place, the one used least recently first.
@@ -148,9 +158,11 @@ class Pool:
         places = self.placed.values()
         pages = _free(self.size.pages, [p for place in places for p in place.pages])
         columns = _free(self.size.columns, [c for place in places for c in place.columns])
-        if len(pages) < size.pages or len(columns) < size.columns:
+        if not size.within(Size(len(pages), len(columns), self.size.rests - self.taken.rests)):
             return None
-        return Place(tuple(pages[: size.pages]), tuple(columns[: size.columns]))
+        return Place(
+            tuple(pages[: size.pages]), tuple(columns[: size.columns]), size.rests
+        )
 
 
 def _free(count: int, used: list[int]) -> list[int]:

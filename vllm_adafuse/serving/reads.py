@@ -75,11 +75,11 @@ class Uploads:
     def start(self, adapter: int, hosted: Hosted, place: Place) -> None:
         """Copies an adapter to where no later step reads before `finish`."""
         if self._stream is None:
-            return self._loader.write(hosted, place, self._step)
+            return self._loader.write(adapter, hosted, place, self._step)
         # Steps that were launched may read what lay there before.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            self._loader.write(hosted, place, self._step)
+            self._loader.write(adapter, hosted, place, self._step)
             self._ends[adapter] = torch.cuda.Event()
             self._ends[adapter].record()
 

@@ -100,7 +100,7 @@ class Checks:
             if not again and known == state and all(s[1] + SETTLED_NS < when for s in state):
                 return opened
             try:
-                opened = open_adapter(path, self._fits.backbone)
+                opened = open_adapter(path, self._fits.backbone, self._fits.rest)
                 if problems := self._fits.problems(opened, warn=True):
                     raise AdapterError(f"adapter {path}", problems)
             except AdapterError as e:

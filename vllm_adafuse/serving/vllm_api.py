@@ -72,7 +72,8 @@ def layer_name_class() -> tuple[type, str]:
 
 
 def lora_option(vllm_config: VllmConfig) -> str:
-    """Who serves LoRA requests: "adafuse", or "vllm" by `--additional-config`.
+    """Who serves LoRA requests: "adafuse", or by `--additional-config` "vllm", or "both": what has
+    no pages of ours (`serving/rest.py`) is vLLM's.
 
     Raises:
         ValueError: it says something else.
@@ -81,15 +82,20 @@ def lora_option(vllm_config: VllmConfig) -> str:
     value = section.get("lora", OPTIONS["lora"][0])
     if value not in OPTIONS["lora"]:
         raise ValueError(
-            f"vllm-adafuse: --additional-config has adafuse.lora {value!r}, expected \"adafuse\" "
-            'or "vllm" (vLLM\'s own LoRA, as without this plugin)'
+            f"vllm-adafuse: --additional-config has adafuse.lora {value!r}, expected \"adafuse\", "
+            '"vllm" (vLLM\'s own LoRA, as without this plugin) or "both"'
         )
     return value
 
 
 def serves_lora(vllm_config: VllmConfig) -> bool:
-    """Whether LoRA requests are ours."""
-    return vllm_config.lora_config is not None and lora_option(vllm_config) == "adafuse"
+    """Whether LoRA requests are ours, all of an adapter or what has pages."""
+    return vllm_config.lora_config is not None and lora_option(vllm_config) != "vllm"
+
+
+def shares_lora(vllm_config: VllmConfig) -> bool:
+    """Whether vLLM's own LoRA stands beside ours."""
+    return vllm_config.lora_config is not None and lora_option(vllm_config) == "both"
 
 
 def rust_front_end() -> bool:
@@ -151,6 +157,27 @@ def renamed(model: torch.nn.Module) -> Callable[[str], str]:
     if hasattr(mapper, "get_rename_mapper"):  # not in 0.26
         mapper = mapper.get_rename_mapper()
     return lambda name: mapper._map_name(name) or name
+
+
+def spare_lora_slots() -> int:
+    """Slots that vLLM's own LoRA needs beyond those in use: its kernels in plain torch give tokens
+    without an adapter what lies in the last."""
+    from vllm.platforms import current_platform
+
+    return 0 if current_platform.is_cuda_alike() else 1
+
+
+def restrict_lora(lora_config: Any, names: Sequence[str]) -> None:
+    """Leaves vLLM's own LoRA modules of these names alone, as far as the config can say it."""
+    if hasattr(lora_config, "target_modules"):  # not in 0.26
+        lora_config.target_modules = list(names)
+
+
+def vocab_weight(module: torch.nn.Module) -> torch.Tensor | None:
+    """[V on this rank, H] of an embedding or an output head; None where it is quantised."""
+    weight = getattr(module, "weight", None)
+    plain = weight is not None and weight.dim() == 2 and weight.is_floating_point()
+    return weight if plain else None
 
 
 def lora_targets(vllm_config: VllmConfig) -> Sequence[str] | None:
@@ -218,7 +245,7 @@ def everywhere(ok: bool, in_step: bool = False) -> bool:
 
 
 def name_steps_by_request(
-    runner: Any, name: Callable[[list, np.ndarray, np.ndarray], None]
+    runner: Any, name: Callable[[list, np.ndarray, np.ndarray, np.ndarray], None]
 ) -> None:
     """Has a model runner tell of each step's adapters per request, not per token.
 
@@ -228,7 +255,7 @@ def name_steps_by_request(
     Args:
         runner: of either kind.
         name: is called before each step with its LoRA requests, the id of each request of the batch
-            (0: none) [R] and its tokens [R].
+            (0: none) [R], its tokens [R], and the id that each row of logits has.
     """
     if hasattr(runner, "lora_state"):  # the newer one
 
@@ -237,9 +264,10 @@ def name_steps_by_request(
             return state.lora_ids[idx_mapping], num_scheduled_tokens, found
 
         def _set_active_loras(self, ids, counts, requests, mapping_type=None):
+            rows = np.asarray(ids, dtype=np.int32)
             if isinstance(ids, tuple):  # of a dummy run: of samples and of tokens
                 ids, counts = np.asarray(counts, dtype=np.int32), np.ones(len(counts), np.int32)
-            name(list(requests), ids, counts)
+            name(list(requests), ids, counts, rows)
 
         runner.lora_state.make_lora_inputs = MethodType(make_lora_inputs, runner.lora_state)
         runner._set_active_loras = MethodType(_set_active_loras, runner)
@@ -250,7 +278,8 @@ def name_steps_by_request(
     ):
         ids = input_batch.request_lora_mapping[: input_batch.num_reqs]
         found = list(input_batch.lora_id_to_lora_request.values())
-        name(found, ids, num_scheduled_tokens)
+        rows = ids if num_sampled_tokens is None else np.repeat(ids, num_sampled_tokens)
+        name(found, ids, num_scheduled_tokens, rows)
 
     runner.set_active_loras = MethodType(set_active_loras, runner)
 

@@ -5,6 +5,7 @@
     layer_wise.py  linear methods and activations where layers route themselves
     hooks.py       functions that vLLM's modules call: after loading, before a layer
     steps.py       what happens around the forward where requests name their adapters
+    vllm_lora.py   vLLM's own LoRA wrappers, and the backbone's modules behind them
     parts.py       the parts of a wrapped model that launch kernels, each to be run by itself
 
 What was put where is asked of the functions below, and of no attribute.

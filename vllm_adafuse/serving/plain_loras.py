@@ -1,0 +1,173 @@
+"""A plain PEFT LoRA as a server takes it: which of its tensors are understood, and what is refused.
+
+Its pairs on linears lie on pages of ours. The rest, on the embedding and on the output head, has no
+pages: it is for vLLM's own LoRA, where that stands beside ours (`serving/rest.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm_adafuse.convert import peft_lora
+from vllm_adafuse.convert.mixture import Part
+from vllm_adafuse.convert.peft_config import check_modules_to_save
+from vllm_adafuse.convert.refused import refused_source
+from vllm_adafuse.convert.registry import FORMATS
+from vllm_adafuse.convert.source import Source
+from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.format.backbone import Backbone
+
+VLLM_LORA = "--additional-config '{\"adafuse\": {\"lora\": \"vllm\"}}'"
+BOTH_LORA = VLLM_LORA.replace("vllm", "both")
+# What has no pages, by the last part of its name in a checkpoint.
+EMBEDDINGS, HEAD = ("embed_tokens", "wte"), "lm_head"
+# The backbone's own weights, which PEFT saves beside a LoRA on them.
+_BASE = r"(.*\b(?:embed_tokens|wte|lm_head))\.base_layer\.weight"
+# Tensors that are no pair on a linear, in the order of the checks: those of the rest, and others.
+_REST = {
+    r".*\.lora_embedding_[AB]\b.*|.*(?:embed_tokens|wte)\.(?:lora_|base_layer\.).*": (
+        "adapts the embedding, expected LoRA on linears"
+    ),
+    r".*\blm_head\.(?!modules_to_save\b).*": "adapts the output head, expected LoRA on linears",
+}
+_OTHERS = {
+    r".*\.experts\..*": "adapts an expert of the backbone's own, expected LoRA on its linears",
+    r".*\bmodules_to_save\..*|.*\b(?:score|classifier)\.(?:weight|bias)": (
+        "replaces a module of the backbone (`modules_to_save`), expected LoRA on linears"
+    ),
+    r".*\.lora_magnitude_vector\b.*": "belongs to DoRA, expected plain LoRA",
+    r".*\.ia3_l\b.*": "belongs to IA3, expected plain LoRA",
+    r".*\.bias": 'is a trained bias, expected an adapter of `bias` "none"',
+}
+_WAY_OUT = f"train without it, or let vLLM's own LoRA try it ({VLLM_LORA})"
+_REST_WAY_OUT = (
+    f"train without it, or let vLLM's own LoRA add it beside ours ({BOTH_LORA}), or serve all "
+    f"({VLLM_LORA})"
+)
+
+
+def is_rest(name: str) -> bool:
+    """Whether a module of a checkpoint gets no pages."""
+    return name.rpartition(".")[2] in (*EMBEDDINGS, HEAD)
+
+
+def refuse(path: Path, *problems: str) -> AdapterError:
+    """The error of an adapter that is not served, to raise."""
+    return AdapterError(f"adapter {path}", list(problems))
+
+
+@contextmanager
+def as_adapter(path: Path) -> Iterator[None]:
+    """What readers of other formats call a source is an adapter to those who serve it."""
+    try:
+        yield
+    except AdapterError as e:
+        raise refuse(path, *e.problems) from e
+
+
+def read_parts(path: Path, backbone: Backbone | None, rest: bool) -> dict[str, Part]:
+    """Every pair of a PEFT LoRA, by the name of its module, after all checks.
+
+    Args:
+        path: the directory.
+        backbone: whose names and shapes it must have; None where nothing is known of it.
+        rest: whether embedding and output head may have pairs.
+
+    Raises:
+        AdapterError: with every problem found.
+    """
+    known = backbone or Backbone(str(path), None, 0, 0, 0, 0.0, _AnyLinear())
+    if rest and backbone is not None:
+        known = _with_rest(backbone)
+    with as_adapter(path):
+        source = _open_source(path, rest)
+        parts = peft_lora.read_lora(source, known, peft_lora.ANY_PAIR)
+        check_modules_to_save(source)
+        if not parts and not source.problems:
+            source.problems.append(
+                f"{source.file}: holds no lora_A / lora_B pair, expected at least one; nothing "
+                "would be adapted"
+            )
+        source.finish()
+    return parts
+
+
+def _with_rest(backbone: Backbone) -> Backbone:
+    """A backbone whose embedding and output head are linears too, of V inputs and V outputs."""
+    hidden, vocab = backbone.hidden_size, backbone.vocab_size
+    rest = {f"model.{EMBEDDINGS[0]}": (vocab, hidden)}
+    if not backbone.inner:
+        rest[HEAD] = hidden, vocab
+    return replace(backbone, linears={**backbone.linears, **rest})
+
+
+def _open_source(path: Path, rest: bool) -> Source:
+    """A PEFT directory whose tensors are pairs alone, as far as their names tell."""
+    source = Source.open(path)
+    if reason := refused_source(source):
+        raise refuse(path, reason)
+    for format_ in FORMATS:
+        if format_ is not peft_lora and format_.recognises(source):
+            raise refuse(
+                path,
+                f"{path}: is a {format_.KIND} adapter, expected AdaFuse's format or a plain PEFT "
+                f"LoRA; make one of it with: vllm-adafuse convert {path} OUT",
+            )
+    source.other_base = "serve it on the backbone that it was trained on"
+    if rest:
+        source.taken.update(match[0] for match in source.match(_BASE))
+    else:
+        for pattern, problem in _REST.items():
+            source.leave(pattern, f"{problem}; {_REST_WAY_OUT}")
+    for pattern, problem in _OTHERS.items():
+        source.leave(pattern, f"{problem}; {_WAY_OUT}")
+    return source
+
+
+class _AnyLinear(dict):
+    """Linears of which neither names nor shapes are known: holds every name, lists none."""
+
+    def __contains__(self, name: Any) -> bool:
+        return True
+
+    def get(self, name: Any, default: Any = None) -> Any:
+        return default
+
+
+Pair = Callable[[str], tuple[torch.Tensor, torch.Tensor]]
+
+
+@contextmanager
+def read_pairs(path: Path) -> Iterator[Pair]:
+    """Yields `pair(module) -> (A [1, r, in], B [1, out, r])` of a PEFT directory that was checked.
+
+    Raises:
+        AdapterError: a tensor is gone since.
+    """
+    with as_adapter(path):
+        source = Source.open(path)
+    names = peft_lora.find_pairs(source, peft_lora.ANY_PAIR)
+
+    def pair(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        if missing := {*names.get(name, (name,))} - source.tensors.keys():
+            raise refuse(
+                path,
+                f"{source.file}: tensor {min(missing)} is gone since the adapter was checked; "
+                "load it again when its files are complete",
+            )
+        a, b = names[name]
+        return source.tensors[a][None], source.tensors[b][None]
+
+    yield pair
+
+
+def read_base(path: Path) -> list[tuple[str, torch.Tensor]]:
+    """The backbone's weights in a PEFT directory that was checked: module, weight."""
+    with as_adapter(path):
+        source = Source.open(path)
+    return [(match[1], source.tensors[match[0]]) for match in source.match(_BASE)]

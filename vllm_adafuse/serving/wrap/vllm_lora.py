@@ -1,0 +1,48 @@
+"""vLLM's own LoRA wrappers, where the backbone's modules are asked behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from vllm.lora.layers import (
+    BaseLayerWithLoRA,
+    LogitsProcessorWithLoRA,
+    VocabParallelEmbeddingWithLoRA,
+)
+
+
+def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """The backbone's module."""
+    return module.base_layer if isinstance(module, BaseLayerWithLoRA) else module
+
+
+@contextmanager
+def without_lora(model: torch.nn.Module) -> Iterator[None]:
+    """Embeddings that vLLM's own LoRA has wrapped are the backbone's meanwhile, to whoever calls
+    the modules themselves and not what was compiled of them."""
+    wrapped = [m for m in model.modules() if isinstance(m, VocabParallelEmbeddingWithLoRA)]
+    for module in wrapped:
+        module.forward = module.base_layer.forward
+    try:
+        yield
+    finally:
+        for module in wrapped:
+            del module.forward
+
+
+def decide_logits(module: LogitsProcessorWithLoRA, adapted: Callable[[int], bool]) -> None:
+    """Has an output head ask each time whether it computes with LoRA. No graph holds it.
+
+    Args:
+        module: of vLLM's, which reads the head itself.
+        adapted: from a number of rows.
+    """
+
+    def _get_logits(hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor | None:
+        if adapted(len(hidden_states)):
+            return type(module)._get_logits(module, hidden_states, *args, **kwargs)
+        return module.base_layer._get_logits(hidden_states, *args, **kwargs)
+
+    module._get_logits = _get_logits
