@@ -87,6 +87,15 @@ def save(
         "rows": rows,
     }
     new = path.with_suffix(".new")
-    new.write_text(json.dumps(content, indent=1))
+    new.write_text(in_lines(content))
     new.replace(path)
     return path
+
+
+def in_lines(content: dict[str, Any]) -> str:
+    """JSON with a line for each key, and for each row."""
+    keys = {key: json.dumps(value) for key, value in content.items()}
+    rows = ",\n".join(json.dumps(row) for row in content["rows"])
+    keys["rows"] = f"[\n{rows}\n]"
+    lines = ",\n".join(f"{json.dumps(key)}: {value}" for key, value in keys.items())
+    return f"{{\n{lines}\n}}\n"

@@ -12,7 +12,7 @@ from vllm_adafuse.format.architectures import ARCHITECTURES
 from vllm_adafuse.serving.vllm_api import BEFORE, MINIMUM
 
 ROOT = Path(__file__).resolve().parents[1]
-MAX_LINES, MAX_REPOSITORY_BYTES = 400, 8 << 20
+MAX_LINES, MAX_REPOSITORY_BYTES = 400, 5 << 20
 NOT_OPS = {"__init__", "configs", "operands", "plans", "registry", "whole", "workspace"}
 
 

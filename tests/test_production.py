@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,16 @@ def test_servers_get_options_that_there_are():
     assert options.enable_lora and (options.max_loras, options.max_lora_rank) == (4, 128)
     assert [module.name for module in options.lora_modules] == ["mix"]
     assert check_options(options.additional_config) == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/serving.md"])
+def test_servers_of_other_pages_get_options_that_there_are(page):
+    from test_readme import commands
+
+    found = [c for c in commands(ROOT / page, "vllm") if "serve" in c]
+    assert len(found) >= 2
+    for command in found:
+        parsed(["--model", *command[command.index("serve") + 1 :]])
 
 
 def test_requests_are_those_of_the_api():
@@ -146,3 +158,20 @@ def test_the_image_writes_where_the_manifest_lets_it():
     copied = next(rest for word, rest in words if word == "COPY").split()[0]
     assert copied == "dist/vllm_adafuse-*.whl"
     assert any(rest == "vllm-adafuse doctor" for word, rest in words if word == "RUN")
+
+
+PROMTOOL = shutil.which("promtool") or ""
+
+
+@pytest.mark.skipif(not PROMTOOL, reason="no promtool on this machine")
+def test_promtool_takes_the_rules_and_every_query_of_the_dashboard(tmp_path):
+    board = json.loads((ROOT / "deploy" / "grafana-dashboard.json").read_text("utf-8"))
+    queries = [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
+    assert len(queries) > 5
+    # Grafana's own variables are times, the others patterns of labels.
+    plain = [re.sub(r"\$\w+", ".+", re.sub(r"\$__\w+", "5m", query)) for query in queries]
+    rules = [{"record": f"panel:query{i}", "expr": query} for i, query in enumerate(plain)]
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "g", "rules": rules}]}))
+    for file in (tmp_path / "rules.yaml", ROOT / "deploy" / "prometheus-rules.yaml"):
+        done = subprocess.run([PROMTOOL, "check", "rules", file], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr

@@ -13,6 +13,7 @@ from benchmark_package import ROOT
 from transformers import AutoModelForCausalLM
 from vllm_adafuse.format.adapter import check_adapter
 from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.packed import unpack_directory
 
 from benchmarks.pages import Result as File
 from benchmarks.quality import demo, pool, publish, speed
@@ -265,14 +266,14 @@ def test_results_in_the_repository_are_shown():
 def test_the_demo_s_model_is_made_small_and_checked(corpus_root, tmp_path):
     size = dataclasses.replace(TOY, heads=2, experts=4)
     about = demo.make(tmp_path / "demo_model", size, [corpus_root])
+    unpack_directory(tmp_path / "demo_model", tmp_path / "pair")
     adapter, problems = check_adapter(
-        tmp_path / "demo_model" / "adapter",
-        Backbone.from_path(str(tmp_path / "demo_model" / "backbone")),
+        tmp_path / "pair" / "adapter", Backbone.from_path(str(tmp_path / "pair" / "backbone"))
     )
     assert problems == [] and len(adapter.config.expert_names) == 4
-    assert adapter.config.base_path(adapter.path) == str(tmp_path / "demo_model" / "backbone")
+    assert adapter.config.base_path(adapter.path) == str(tmp_path / "pair" / "backbone")
     assert set(about["usage"]) == {"python", "prose"}
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "demo_model" / "backbone", dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "pair" / "backbone", dtype="auto")
     assert model.dtype == torch.float32  # the config's; the file holds bfloat16
     assert all(torch.equal(p, p.bfloat16().float()) for p in model.parameters())
 

@@ -1,8 +1,9 @@
 """The whole way of an adapter, on a small model: `python -m vllm_adafuse.demo`.
 
 Takes the trained backbone and adapter beside this file (`benchmarks.quality.demo` made them), or
-makes a pair with random weights; generates offline through the plugin, shows how tokens were
-routed, then serves the same adapter and asks the server. Nothing is downloaded.
+makes a pair with random weights; generates offline through the plugin, shows how tokens were routed,
+and writes a page of it; then one server has the base, the mixture and two of its experts as plain
+LoRAs, chosen by `model=`, and takes a fourth adapter while it runs. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -26,11 +27,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
+from vllm_adafuse.cli.page import render_page
+from vllm_adafuse.cli.tokens import route_text
+from vllm_adafuse.demo_server import LATER, OPTIONS, Client, make_adapters, printable
 from vllm_adafuse.format.adapter import load_adapter
 from vllm_adafuse.format.random_adapter import make_random_adapter
 from vllm_adafuse.offline import reference
 from vllm_adafuse.offline.routing import OfflineRouter
-from vllm_adafuse.server import Server, running_server, vllm_serve
+from vllm_adafuse.packed import unpack_directory
+from vllm_adafuse.server import running_server, vllm_serve
 from vllm_adafuse.tiny import make_tiny_backbone, real_prompts
 
 COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_magenta")
@@ -121,9 +126,10 @@ def make_place(options: Options, on_gpu: bool) -> Place:
     for made in (base, adapter):
         if made.is_dir():
             shutil.rmtree(made)
-        if options.trained:
-            shutil.copytree(TRAINED / made.name, made)
-    if not options.trained:
+    if options.trained:
+        for made in (base, adapter):
+            unpack_directory(TRAINED / made.name, made)
+    else:
         make_tiny_backbone(base, seed=options.seed, **BACKBONE)
         make_random_adapter(
             base,
@@ -215,11 +221,6 @@ def show_effect(place: Place, outputs: Sequence[Any], tokens: int) -> None:
         raise RuntimeError("the texts are not those of the adapted model")
 
 
-def printable(text: str) -> Text:
-    """Text on one line: a small model says any byte."""
-    return Text("".join(c if c.isprintable() else " " for c in text).strip())
-
-
 def show_texts(outputs: Sequence[Any]) -> None:
     """Prompts and what the adapted model made of them."""
     table = Table("prompt", "goes on", title="LLM.generate", show_lines=True)
@@ -243,44 +244,31 @@ def show_routes(place: Place, tokens: Sequence[int], tokenizer: Any) -> None:
     console.print(table)
 
 
-def show_server(place: Place, server: Server, prompt: str, offline: str, tokens: int) -> None:
-    """A chat completion and a streamed completion, asked by the official client."""
-    import httpx
-    import openai
+def write_routes(place: Place, text: str) -> Path:
+    """A page with a text in the colours of its tokens' experts."""
+    adapter = load_adapter(place.adapter)
+    tokens, names = route_text(adapter, place.base, text), adapter.config.expert_names
+    page = place.base.with_name("routes.html")
+    facts = f"{len(tokens)} tokens, coloured by their first expert"
+    page.write_text(render_page("Routes of the demo's mixture", facts, names, tokens), "utf-8")
+    return page
 
-    for line in place.serve_log.read_text("utf-8", errors="replace").splitlines():
-        if "AdaFuse: " in line:
-            console.print(Text("  " + line.split("AdaFuse: ", 1)[1], "dim"))
-    # The server is on loopback: a proxy named in the environment has no part in it.
-    with httpx.Client(trust_env=False) as http:
-        client = openai.OpenAI(
-            base_url=server.api, api_key="none", http_client=http, timeout=60, max_retries=0
-        )
-        model = client.models.list().data[0].id
-        question = "Which experts does this token need?"
-        answer = client.chat.completions.create(
-            model=model,
-            messages=[{"role": "user", "content": question}],
-            max_tokens=tokens,
-            temperature=0,
-        )
-        console.print(Text("chat: ", "bold") + Text(question))
-        console.print(Text("  -> ") + printable(answer.choices[0].message.content or ""))
-        console.print(Text("streamed: ", "bold") + printable(prompt))
-        console.print("  ->", end=" ")
-        text = ""
-        stream = client.completions.create(
-            model=model, prompt=prompt, max_tokens=tokens, temperature=0, stream=True
-        )
-        for chunk in stream:
-            piece = chunk.choices[0].text if chunk.choices else ""
-            text += piece
-            console.print(Text("".join(c if c.isprintable() else " " for c in piece)), end="")
-        console.print()
-    if not text:
-        raise RuntimeError("the server streamed no text")
-    same = "the same text" if text == offline else "another text (a near tie in other company)"
-    console.print(f"[dim]{same} as offline for this prompt[/dim]")
+
+def show_server(client: Client, adapters: dict[str, Path], output: Any, tokens: int) -> None:
+    """Every model of one server on one prompt; another adapter loaded meanwhile; /metrics."""
+    served = ["base", *(name for name in adapters if name != LATER)]
+    if sorted(client.models()) != sorted(served):
+        raise RuntimeError(f"the server has {client.models()}, expected {served}")
+    before = client.metrics()
+    said = client.show_texts(served, output.prompt, tokens)
+    same = said["mixture"] == output.outputs[0].text
+    same = "the same text" if same else "another text (a near tie in other company)"
+    console.print(f"[dim]mixture: {same} as offline for this prompt[/dim]")
+    client.show_chat("mixture", "Which experts does this token need?", tokens)
+    console.print(f"[bold]loading {LATER} into the running server[/bold] (one expert a token)")
+    client.load(LATER, adapters[LATER])
+    client.show_texts([LATER], output.prompt, tokens)
+    client.show_metrics(before)
 
 
 class Stages:
@@ -327,20 +315,27 @@ def run(options: Options, stage: Stages) -> None:
         show_texts(outputs)
         show_effect(place, outputs, options.tokens)
     with stage("routing code and prose"):
+        page = write_routes(place, CODE_AND_PROSE)
         tokens = tokenizer(CODE_AND_PROSE)["input_ids"]
         show_routes(place, tokens if options.trained else outputs[0].prompt_token_ids, tokenizer)
-    overrides = json.dumps(place.overrides)
-    command = vllm_serve(place.base, "--hf-overrides", overrides)
-    shown = f"vllm serve {options.directory}/backbone --hf-overrides '{overrides}'"
+    adapters = make_adapters(place.adapter, place.base.parent)
+    modules = [f"{name}={path}" for name, path in adapters.items() if name != LATER]
+    command = vllm_serve(place.base, *OPTIONS, "--lora-modules", *modules)
+    shown = " ".join(["vllm serve", f"{options.directory}/backbone", *OPTIONS, "--lora-modules"])
+    shown += "".join(f" {m.replace(str(place.base.parent), options.directory)}" for m in modules)
     with stage(f"starting {shown}"):
         if not on_gpu:
             command += ["--enforce-eager", "--gpu-memory-utilization", "0.2", "--dtype", "float32"]
         env = {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
         with running_server(command, place.serve_log, options.timeout, env) as server:
             console.print(f"healthy at {server.url}; its log: {place.serve_log}", soft_wrap=True)
-            first = outputs[0]
-            show_server(place, server, first.prompt, first.outputs[0].text, options.tokens)
-    console.print("\n[bold]Done: the adapter was served offline and over the API.[/bold]")
+            show_server(Client(server, console), adapters, outputs[0], options.tokens)
+    console.print(
+        f"\n[bold]Done.[/bold] The routes of a text: {page}\nThe same live, while a server runs: "
+        "vllm-adafuse playground URL",
+        soft_wrap=True,
+    )
 
 
 def parse_options(argv: Sequence[str] | None = None) -> Options:

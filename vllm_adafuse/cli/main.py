@@ -19,6 +19,7 @@ from vllm_adafuse.cli import (
     cmd_explain,
     cmd_inspect,
     cmd_merge,
+    cmd_playground,
     cmd_random,
     cmd_route,
     cmd_train,
@@ -42,6 +43,7 @@ examples, in the order of a first visit:
   vllm-adafuse tune BASE                         fit the kernels to this machine's GPU
   vllm-adafuse explain BASE adapter --tokens 40  which kernels serve a step of 40 tokens
   vllm-adafuse doctor BASE adapter               what this machine would serve, and why not faster
+  vllm-adafuse playground http://localhost:8000  a page with the tokens of a server, by expert
 
 BASE is a checkpoint directory, or the name of one in the Hugging Face cache; nothing is
 downloaded. `vllm-adafuse COMMAND --help` says more.
@@ -73,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         cmd_tune,
         cmd_explain,
         cmd_doctor,
+        cmd_playground,
     ):
         command.add_parser(commands)
     return parser
