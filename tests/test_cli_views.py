@@ -97,6 +97,7 @@ TEXT = f"def wörld(x): 😀\n\treturn x  # {EVIL}\n"
 
 def test_route_json(adapter, base, capsys):
     report = run_json(capsys, "route", adapter, "--text", TEXT)
+    assert "settling" not in report  # a token's route hangs on nothing before it
     assert report["text"] == TEXT
     tokens = report["tokens"]
     # The parts are the text; a token of a character's later bytes shows ⋯ alone.
@@ -119,6 +120,26 @@ def test_route_terminal_shows_white_space_and_no_foreign_codes(adapter, capsys, 
     monkeypatch.setenv("COLORTERM", "truecolor")
     coloured = run(capsys, "route", adapter, "--text", TEXT)[1]
     assert "\x1b[30;48;2;" in coloured and "\x1b[31mred" not in coloured
+
+
+def test_route_shows_how_a_request_settles(base, tmp_path, capsys):  # noqa: F811
+    past = {"router_context": "mean", "num_experts": 3, "top_k": 2, "r": 2}
+    made, page = make_random_adapter(base, tmp_path / "past", **past), tmp_path / "page.html"
+    words = "def f(x): return x and the law " * 5
+    report = run_json(capsys, "route", made, "--text", words, "--html", page)
+    tokens, spans = report["tokens"], report["settling"]
+    assert 16 < len(tokens) <= 64
+    assert [(s["first"], s["last"]) for s in spans] == [(0, 3), (4, 15), (16, len(tokens) - 1)]
+    for span in spans:
+        said, shares = tokens[span["first"] : span["last"] + 1], [0.0] * 3
+        for expert in (e for token in said for e in token["experts"]):
+            shares[expert["expert"]] += expert["weight"] / len(said)
+        assert span["shares"] == pytest.approx(shares)
+    drawn = page.read_text("utf-8")
+    assert drawn.count('class="bar"') == len(spans)
+    assert all(f"width:{100 * part:.2f}%" in drawn for part in spans[0]["shares"] if part)
+    _, out, _ = run(capsys, "route", made, "--text", words)
+    assert "how the request settles" in out and "4-15" in out
 
 
 @pytest.mark.parametrize("columns", ["46", "60", "80"])

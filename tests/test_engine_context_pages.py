@@ -88,16 +88,20 @@ def test_requests_are_followed_only_where_a_router_needs_it(served):
     assert [type(f).__name__ for f in step.requests.followers] == ["PastRouter", "PageStep"]
 
 
-@pytest.mark.parametrize("option, said", [
-    ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+@pytest.mark.parametrize("section, option, value, said", [
+    ("parallel_config", "pipeline_parallel_size", 2, "pipeline parallelism"),
+    ("parallel_config", "prefill_context_parallel_size", 2, "of prefills (PCP)"),
+    ("parallel_config", "decode_context_parallel_size", 2, "of decodes (DCP)"),
+    ("model_config", "enable_prompt_embeds", True, "--enable-prompt-embeds"),
 ])  # fmt: skip
-def test_options_that_cannot_be_had(served, option, said):
+def test_options_that_cannot_be_had(served, section, option, value, said):
     from copy import copy
 
     from vllm_adafuse.serving.attach import options_problem
 
     config = copy(served[0].llm_engine.vllm_config)
     assert options_problem(config) is None
-    config.parallel_config = copy(config.parallel_config)
-    config.parallel_config.pipeline_parallel_size = option.get("pipeline_parallel_size", 1)
-    assert f"is not served with {said} yet" in options_problem(config)
+    changed = copy(getattr(config, section))
+    object.__setattr__(changed, option, value)
+    object.__setattr__(config, section, changed)
+    assert f"{said} yet; leave it out" in options_problem(config)

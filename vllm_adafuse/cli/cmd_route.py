@@ -18,19 +18,30 @@ from vllm_adafuse.cli.common import (
     share,
     usable,
 )
-from vllm_adafuse.cli.tokens import RoutedToken, describe, first_choices, route_text
+from vllm_adafuse.cli.tokens import (
+    RoutedToken,
+    describe,
+    first_choices,
+    route_text,
+    settling,
+)
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.text import printable, visible
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from vllm_adafuse.format.adapter import Adapter
+
+# Experts of a span that a terminal shows, those with most first.
+SHOWN = 4
 
 DESCRIPTION = """\
 Shows which experts each token of a text uses. AdaFuse decides once per token, from its embedding
 and, with `router.context`, from those of the tokens before it, so this needs the backbone's
 tokenizer, embedding and first norm, and no GPU. Adapters whose routers read hidden states of later
-layers are refused. Weights are the router's, before LoRA's scale alpha / r. In the text, · is a
-space, ↵ a newline, → a tab.
+layers are refused. Where routers see the past, it also shows how the request settles: each expert's
+share of the weights among its first tokens, and later. Weights are the router's, before LoRA's scale
+alpha / r. In the text, · is a space, ↵ a newline, → a tab.
 """
 
 
@@ -96,13 +107,16 @@ def _write_page(file: Path, adapter: Adapter, base: Path, tokens: list[RoutedTok
         f"{len(tokens)} tokens, coloured by their first expert. {config.num_experts} experts, "
         f"top-{config.top_k}. Backbone {base}"
     )
-    page = render_page(f"Routes of {adapter.path.name}", facts, config.expert_names, tokens)
+    spans = settling(tokens, config.num_experts) if config.router_context else []
+    title = f"Routes of {adapter.path.name}"
+    page = render_page(title, facts, config.expert_names, tokens, spans)
     file.write_text(page, "utf-8")
     print(printable(f"wrote {file}"), file=sys.stderr)
 
 
 def _report(adapter: Adapter, base: Path, text: str, tokens: list[RoutedToken]) -> dict:
-    names = adapter.config.expert_names
+    config, names = adapter.config, adapter.config.expert_names
+    spans = settling(tokens, config.num_experts) if config.router_context else None
     return {
         "adapter": str(adapter.path),
         "base": str(base),
@@ -118,7 +132,7 @@ def _report(adapter: Adapter, base: Path, text: str, tokens: list[RoutedToken]) 
             }
             for token in tokens
         ],
-    }
+    } | ({} if spans is None else {"settling": [vars(span) for span in spans]})
 
 
 def _show(adapter: Adapter, tokens: list[RoutedToken]) -> None:
@@ -146,6 +160,8 @@ def _show(adapter: Adapter, tokens: list[RoutedToken]) -> None:
         legend.append(f"({rest} of {len(names)} experts are no token's first)")
     out.print(legend)
     out.print()
+    if adapter.config.router_context:
+        _show_settling(adapter, tokens, out)
 
     table = Table(box=None, pad_edge=False)
     table.add_column("#", justify="right")
@@ -156,3 +172,20 @@ def _show(adapter: Adapter, tokens: list[RoutedToken]) -> None:
         shown = Text(visible(token.text), terminal_style(token.first))
         table.add_row(str(place), shown, str(token.id), Text(describe(token, names)))
     out.print(table)
+
+
+def _show_settling(adapter: Adapter, tokens: list[RoutedToken], out: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    names = adapter.config.expert_names
+    table = Table(box=None, pad_edge=False)
+    table.add_column("tokens", justify="right")
+    table.add_column("shares of the weights", overflow="fold")
+    for span in settling(tokens, len(names)):
+        most = sorted(range(len(names)), key=lambda e: -span.shares[e])[:SHOWN]
+        shown = ", ".join(f"{printable(names[e])} {share(span.shares[e])}" for e in most)
+        table.add_row(f"{span.first}-{span.last}", Text(shown))
+    out.print("how the request settles")
+    out.print(table)
+    out.print()

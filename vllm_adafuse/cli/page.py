@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 
 from vllm_adafuse.cli.colors import hue, level
 from vllm_adafuse.cli.common import share
-from vllm_adafuse.cli.tokens import RoutedToken, describe, first_choices
+from vllm_adafuse.cli.tokens import RoutedToken, Span, describe, first_choices
 from vllm_adafuse.text import printable, visible
 
 STYLE = """
@@ -30,6 +31,10 @@ h1 { font-size: 1.4rem; margin: 0; }
 .w { opacity: .45; }
 .legend { display: flex; flex-wrap: wrap; gap: .5rem; padding: 0; list-style: none; }
 .legend .e { padding: .1rem .6rem; font-size: .9rem; overflow-wrap: anywhere; }
+.bars { width: 100%; margin-bottom: 1.2rem; }
+.bars td:first-child { width: 6rem; }
+.bar { display: flex; padding: .15rem 0; }
+.bar .e { height: 1.2rem; border-radius: 0; }
 details { margin-top: 1.2rem; }
 summary { cursor: pointer; }
 table { border-collapse: collapse; font-size: .9rem; }
@@ -41,8 +46,9 @@ td code { white-space: pre-wrap; padding: 0 .2em; }
 
 
 def render_page(
-    title: str, facts: str, names: tuple[str, ...], tokens: list[RoutedToken]
-) -> str:
+    title: str, facts: str, names: tuple[str, ...], tokens: list[RoutedToken],
+    spans: Sequence[Span] = (),
+) -> str:  # fmt: skip
     """The page.
 
     Args:
@@ -50,6 +56,7 @@ def render_page(
         facts: one line under it.
         names: of all experts.
         tokens: the text.
+        spans: how the request settles, drawn as bars; none where routes see no past.
 
     Returns:
         HTML; everything given is escaped.
@@ -59,7 +66,7 @@ def render_page(
         f".e{e} {{ --h: {hue(e)}; --s: {level(e)}; }}\n"
         # Pointing at an expert in the legend fades the tokens of the others.
         f"body:has(.legend .e{e}:hover) .text .e:not(.e{e}) {{ opacity: .25; }}\n"
-        for e in counts
+        for e in {*counts, *(e for span in spans for e, part in enumerate(span.shares) if part)}
     )
     legend = "".join(
         f'<li class="e e{e}">{escape(printable(names[e]))} · '
@@ -67,7 +74,7 @@ def render_page(
         for e, count in counts.items()
     )
     rest = len(names) - len(counts)
-    spans = "<wbr>".join(_span(token, names) for token in tokens)
+    text = "<wbr>".join(_span(token, names) for token in tokens)
     rows = "".join(
         f'<tr><td>{place}</td><td><code class="e e{token.first}">'
         f"{escape(visible(token.text))}</code></td><td>{token.id}</td>"
@@ -88,7 +95,7 @@ def render_page(
 <ul class="legend">
 {legend}</ul>
 <p class="rest">{rest_sentence(rest)} Point at a token to see its experts and weights.</p>
-<div class="text">{spans}</div>
+{_bars(spans, names)}<div class="text">{text}</div>
 <details>
 <summary>All {len(tokens)} tokens</summary>
 <table>
@@ -98,6 +105,25 @@ def render_page(
 </body>
 </html>
 """
+
+
+def _bars(spans: Sequence[Span], names: tuple[str, ...]) -> str:
+    """The picture of how a request settles: a bar for each span, cut by the experts' shares."""
+    if not spans:
+        return ""
+    rows = ""
+    for span in spans:
+        parts = "".join(
+            f'<span class="e e{e}" style="width:{100 * part:.2f}%" '
+            f'title="{escape(printable(names[e]))} {share(part)}"></span>'
+            for e, part in enumerate(span.shares)
+            if part
+        )
+        rows += f'<tr><td>{span.first}-{span.last}</td><td class="bar">{parts}</td></tr>\n'
+    return (
+        '<p class="facts">How the request settles: the experts\' shares of the weights, from its '
+        f'first tokens on</p>\n<table class="bars">\n{rows}</table>\n'
+    )
 
 
 def rest_sentence(rest: int) -> str:

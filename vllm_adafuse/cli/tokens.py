@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # What stands for a token that adds no character of its own: the later bytes of one.
 CONTINUATION = "⋯"
+# Tokens of the first of the spans in which a request is seen to settle.
+FIRST_SPAN = 4
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,37 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, 
 def first_choices(tokens: list[RoutedToken]) -> dict[int, int]:
     """Expert -> tokens whose first expert it is, by index."""
     return dict(sorted(Counter(token.first for token in tokens).items()))
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens `first` to `last` of a request, and how much of their weights each expert had, in
+    shares of 1 [E]."""
+
+    first: int
+    last: int
+    shares: tuple[float, ...]
+
+
+def settling(tokens: list[RoutedToken], num_experts: int) -> list[Span]:
+    """How a request's experts settle: spans from its first tokens on, each three times as long as
+    all before it.
+
+    Args:
+        tokens: of the request, from its first.
+        num_experts: E.
+    """
+    spans, first, end = [], 0, FIRST_SPAN
+    while first < len(tokens):
+        sums = [0.0] * num_experts
+        for token in tokens[first:end]:
+            for expert, weight in token.experts:
+                sums[expert] += weight
+        total = sum(sums) or 1.0
+        shares = tuple(part / total for part in sums)
+        spans.append(Span(first, min(end, len(tokens)) - 1, shares))
+        first, end = end, 4 * end
+    return spans
 
 
 def describe(token: RoutedToken, names: tuple[str, ...]) -> str:
