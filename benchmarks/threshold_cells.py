@@ -145,17 +145,8 @@ def _untiled(limit: str) -> Iterator[Cell]:
             yield Cell(limit, {"MAX_STREAM_ONLY_TOKENS": tokens - 1}, tokens, *shape.split(), "default")
 
 
-def _wide(limit: str) -> Iterator[Cell]:
-    some, many = dispatch.WIDE_EXPAND_TOKENS
-    for shape in ("llama-3-8b", "llama-2-7b", "llama-3-70b"):
-        for tokens in (many, 2 * many):
-            yield Cell(limit, {limit: (some, tokens - (tokens == many))}, tokens, shape, "qkv")
-        for tokens in (some, 3 * some // 2):
-            yield Cell(limit, {limit: (tokens - (tokens == some), many)}, tokens, shape, "o")
-
-
 def _dense_norm(limit: str) -> Iterator[Cell]:
-    for experts, moved in ((64, 1023), (128, 2048)):
+    for experts, moved in ((64, 1023), (128, 2047)):
         for shape in ("llama-3-8b o", "llama-3-8b down", "llama-3-70b o"):
             yield Cell(limit, {limit: moved}, 8192, *shape.split(), "tuned", Mixture(experts))
 
@@ -170,22 +161,18 @@ CELLS: dict[str, Callable[[str], Iterable[Cell]]] = {
     ),
     "MAX_NORM_TILES": _tiles(((32, 64), "llama-3-8b down, llama-2-13b down, llama-3-70b down")),
     "MAX_STREAM_PROGRAMS": _tiles(((8, 16), "llama-3-8b o, llama-2-13b o, llama-3-70b o")),
-    "MAX_FEWEST_TOKENS": _sides(
-        (1, 2, 4, 8), "llama-3-8b o, llama-3-8b down, qwen2.5-7b o, llama-3.2-3b o", "default"
-    ),
     "MAX_LOW_TILE_TOKENS": _sides(
         (64, 128), "llama-3-8b o, llama-3-8b down, llama-2-7b qkv, llama-3-70b down", "default"
     ),
     "MAX_UNTILED_TOKENS": _untiled,
     "MIN_DENSE_TOKENS": _all(
-        _sides((1, 4, 8), "llama-3-8b qkv, llama-2-7b gate_up, llama-3-70b o", "quantised"),
-        _sides((1, 4, 8), "llama-3-8b qkv, llama-3-70b o", "quantised", Mixture(64)),
+        _sides((1, 2, 4), "llama-3-8b qkv, llama-2-7b gate_up, llama-3-70b o", "quantised", Mixture(64)),
     ),
     "MAX_SHORT_TOKENS": _sides(
         (256, 512, 1024),
         "llama-3-8b qkv, llama-3-8b gate_up, llama-2-7b qkv, llama-3-70b gate_up, llama-3-70b down",
     ),
-    "MAX_DENSE_NORM_RANKS": _dense_norm,
+    "MAX_DENSE_RANKS": _dense_norm,
     "MIN_FUSED_NORM_TOKENS": _sides((4096, 8192), "llama-3-8b o, llama-3-8b down, llama-3-70b o"),
     "MAX_SHRINK_TOKENS": _sides(
         (64, 128), "llama-3-8b qkv, llama-3-8b down, llama-3-70b o", "quantised"
@@ -205,5 +192,4 @@ CELLS: dict[str, Callable[[str], Iterable[Cell]]] = {
     "MAX_LAYER_FUSED_TOKENS": _sides(
         (256, 512), "llama-3-8b qkv, llama-3-8b gate_up, llama-3-70b o", "layer-wise"
     ),
-    "WIDE_EXPAND_TOKENS": _wide,
 }  # fmt: skip

@@ -48,7 +48,8 @@ from vllm_adafuse.kernels.whole import cdiv, power_of_2
 MAX_STREAM_ONLY_TOKENS = 16
 MAX_STREAM_TOKENS = 32
 MAX_TILE_TOKENS = 128
-# Up to so many tokens tiles are not worth a measurement.
+# Up to so many tokens tiles are not worth a measurement. (d08f767, 8 tokens: qkv 19.6 us streamed,
+# 27.0 tiled, gate_up 61.7 and 75.6.)
 MAX_UNTILED_TOKENS = 8
 # With more ranks over all experts 17 to 32 tokens are streamed: tiles would take inactive experts
 # along (3010da1: E 64, r 16, gate_up 72.5 us, 84.9 tiled), and 65 to 128 left to cuBLAS (d08f767: qkv
@@ -63,53 +64,62 @@ PROCESSORS, MIN_LONG_IN = 132, 8192
 # Rows of W, or pairs of them, with which whole tiles are programs enough: to add up split-K sums
 # within the kernel costs 0.9 to 1.8 us more than the norm does (87f739b). Tiles for a large GPU (b1bfbb7).
 MIN_TILED_ROWS = 3072
-MIN_TILES = 90
-# Tiles that are one round of a large GPU beside the shrink: of whole ones, of slices before a norm,
-# and programs up to which streamed tiles are cut into slices.
+# Of fewer programs tiles are halved (d08f767: qkv of 3072 rows of pairs, in 48 tiles 19.8 us, in 96
+# 18.8; of 5120, in 80 48.0, in 160 57.2; streamed, of 2304, in 72 17.1, in 144 22.0).
+MIN_TILES = 66
+# Tiles that are one round of a large GPU beside the shrink: of whole ones (d08f767: 75 pairs of
+# 14336 64.5 us, 76.1 in two rounds; 8192 even), of slices before a norm (down 36.9 us in 86, 44.9
+# in 129), and programs up to which streamed tiles are cut into slices (o in 192 13.6, in 128 14.6).
 MAX_ROUND_TILES, MAX_NORM_TILES, MAX_STREAM_PROGRAMS = 116, 112, 190
-# The fewest take two slices of `in` in place of three, where that is one round (b1bfbb7).
-MAX_FEWEST_TOKENS = 4
-# Tiles of few rows end here, and those of norms: beyond, cuBLAS and an expand (87f739b).
+# Tiles of few rows end here, and those of norms: beyond, cuBLAS and an expand, for shared memory
+# has no place for them. (d08f767, 64 tokens: o 16.5 us tiled, 18.7 by cuBLAS, down 38.1 and 41.3.)
 MAX_LOW_TILE_TOKENS = 64
 # The expand adds a bias at no cost; longer steps have no place for it (7fbd763: at once 6 to 115 us less).
 MAX_BIAS_TOKENS = 256
-# With fewer tokens the expand asks of each expert if it is active (30098f8); longer steps than the
-# second all have one config, and list no experts (439c8ee).
-MIN_DENSE_TOKENS = 8
+# With fewer tokens the expand asks of each expert if it is active, where one product has not all.
+# (d08f767, E 64, r 16: one token of qkv 11.4 us, 12.8 without, of o 11.7 and 10.8; four 19.0 and
+# 14.1; E 8, which one product has, 7.6 and 7.0.)
+MIN_DENSE_TOKENS = 2
+# Longer steps have long programs in the expand; two slices of `in` for cuBLAS end there too.
+# (d08f767: 256 tokens of qkv 28.9 us in short ones, 46.1 in long ones, gate_up 116.5 and 123.3;
+# 512 52.3 and 67.8, gate_up 195.5 and 192.8; down of 70B 180 us in slices, 194 without, at 512 332
+# and 322.)
 MAX_SHORT_TOKENS = 256
 # Below, steps wait for the CPU, which four descriptors take 110 us more than `expand` (2e1ac92).
 MIN_WIDE_TOKENS = 4096
-# Ranks of all experts, up to which long steps take cuBLAS for those beyond one product, and up to
-# which they do before a norm (f89d96f, an H100: 40 experts of rank 16). Beyond, as with 8 ranks an
-# expert, `expand` multiplies all experts, and takes two to four times as long: f34e476, E/r/k
-# 64/32/2 in 8192 tokens of Llama-3-8B, 375 us for 959 behind qkv, 1516 for 4235 behind gate_up;
+# Ranks of all experts, up to which long steps take cuBLAS for those beyond one product, or for all
+# before a norm (d08f767, 8192 tokens: o 633 us for 1060 at E r 1024, 791 for 1656 at 2048).
+# Beyond, as with 8 ranks an expert, `expand` multiplies all experts, and takes two to four times
+# as long: f34e476, E/r/k 64/32/2 in 8192 tokens, qkv 375 us for 959, gate_up 1516 for 4235;
 # 32/8/2 180 for 244 and 711 for 959. (An expand of tokens in the order of their experts, tried
 # there, was faster by 40 to 230 us in five cases of 40, and slower by up to 11 ms elsewhere.)
 MAX_DENSE_RANKS = 2048
-MAX_DENSE_NORM_RANKS = 1024
-# From so many tokens on the norm adds the deltas: before, its programs are too few. (d15c762.)
+# From so many tokens on the norm adds the deltas: before, its programs are too few. (d08f767: at
+# 4096 o takes 277 us so and 251 else, down 705 and 667; at 8192 488 and 490, 1357 and 1414.)
 MIN_FUSED_NORM_TOKENS = 8192
-# Over a quantised W: shrink by its own kernel; beyond, by one product over all experts (a24accf).
+# Over a quantised W: shrink by its own kernel; beyond, by one product over all experts. (d08f767,
+# with the expand: at 64 qkv 9.4 us for 12.9, down 12.0 for 12.8; at 128 12.0 for 13.7, 16.6 for 13.6.)
 MAX_SHRINK_TOKENS = 64
-# Up to so many tokens `active` tells the truth; longer steps touch all experts, and say so
-# (a24accf). A layer's own router tells it to fewer: one program has them all (fc1d6c5).
+# Up to so many tokens `active` tells the truth; longer steps touch all experts, and say so. One
+# program has to know them all. (d08f767, `spread_routes` at 256: E 8 2.0 us for 1.5, E 64 4.4 for
+# 5.7; at 512 2.3 for 1.5, 8.8 for 5.8.) A layer's own router tells it to fewer (d08f767, qkv of 16
+# experts: 8 tokens 26.1 us for 24.8, 16 28.0 for 23.9).
 MAX_ACTIVE_TOKENS = 256
 MAX_LAYER_ACTIVE_TOKENS = 8
-# Layer-wise: tokens of a program of `route_layer` change here (fc1d6c5); one product in float32 for
-# W, A and the routers would write and read too much beyond (b252aed). Where one product has all
-# experts its expand does not ask which are active, with few tokens either: then decision, deltas
-# and activation in one launch gain nothing (35af7a0: 2.2 us at qkv, -6.7 at gate_up, none a layer).
+# Layer-wise: tokens of a program of `route_layer` change here (d08f767: at 512 and at 1024 within
+# 2 % of the other choice); one product in float32 for W, A and the routers would write and read too
+# much beyond (d08f767: at 256 qkv 33.3 us for 38.8; at 512 57.2 for 58.5, gate_up 226 for 199).
+# Decision, deltas and activation in one launch gain nothing (35af7a0: 2.2 us at qkv, -6.7 at
+# gate_up, none a layer).
 MAX_SMALL_ROUTE_TOKENS = 512
 MAX_LAYER_FUSED_TOKENS = 256
-# Where `tma_expand` changes its config: few tokens want more programs, many want short loops.
-WIDE_EXPAND_TOKENS = 4096, 8192
 
 TOKEN_LIMITS = (
-    MAX_FEWEST_TOKENS, MIN_DENSE_TOKENS, MAX_LAYER_ACTIVE_TOKENS,
+    MIN_DENSE_TOKENS, MAX_LAYER_ACTIVE_TOKENS,
     MAX_STREAM_ONLY_TOKENS, MAX_STREAM_TOKENS, MAX_LOW_TILE_TOKENS, MAX_TILE_TOKENS,
     MAX_SHRINK_TOKENS,
     MAX_BIAS_TOKENS, MAX_SHORT_TOKENS, MAX_ACTIVE_TOKENS, MAX_LAYER_FUSED_TOKENS,
-    MAX_SMALL_ROUTE_TOKENS, MIN_WIDE_TOKENS, *WIDE_EXPAND_TOKENS, MIN_FUSED_NORM_TOKENS,
+    MAX_SMALL_ROUTE_TOKENS, MIN_WIDE_TOKENS, MIN_FUSED_NORM_TOKENS,
 )  # fmt: skip
 
 
@@ -142,7 +152,7 @@ def cublas_plan(shape: Shape, num_tokens: int, device: Device) -> Plan:
     aligned = s.fused_rows * s.itemsize % 16 == 0
     one_gemm = aligned and (not s.has_bias or num_tokens <= MAX_BIAS_TOKENS)
     if norm and num_tokens >= MIN_FUSED_NORM_TOKENS and not s.tile_blocks:
-        dense = BLOCK_ER < s.ranks <= MAX_DENSE_NORM_RANKS
+        dense = BLOCK_ER < s.ranks <= MAX_DENSE_RANKS
         return Plan(CUBLAS, None, 1, one_gemm, NONE if dense else ADD_NORM, 0 if dense else None)
     if not (s.has_bias and one_gemm):  # else a bias is to be added, which `expand` alone does
         if tma_expands(s, num_tokens, one_gemm, device):
@@ -285,8 +295,9 @@ def _streamed(tokens: int, rows: int, epilogue: str, itemsize: int, roomy: bool)
     # Programs that fill a second round by a fifth alone wait for that fifth.
     tiles = cdiv(rows, height)
     split_k = min(most, cdiv(MAX_STREAM_PROGRAMS, tiles))
-    few_norm = tokens <= MAX_FEWEST_TOKENS and epilogue == "norm"
-    if few_norm and split_k > 1 and roomy and 2 * tiles <= PROCESSORS:
+    # One round of two slices is better than one and a half of three. (d08f767, 3584 rows: 1 to 8
+    # tokens 10.7 to 11.2 us, 11.5 to 12.0.)
+    if few and epilogue == "norm" and split_k > 1 and roomy and 2 * tiles <= MAX_ROUND_TILES:
         return GemmConfig(height, cols, 2, 4, 6, 512, 2)
     shrink_split_k = 1 if split_k == 1 else 2 if few else 3
     stages = 3 if few and epilogue == "norm" else 4
@@ -299,7 +310,7 @@ def product_split_k(shape: Shape, num_tokens: int) -> int:
     all experts. Two, where whole tiles of W leave half of the processors idle, or `in` is long
     (measured at 87f739b: o at 96 tokens, down at 64 to 256)."""
     s, rows = shape, shape.fused_rows
-    if not MIN_DENSE_TOKENS <= num_tokens <= MAX_SHORT_TOKENS or s.itemsize != 2:
+    if num_tokens > MAX_SHORT_TOKENS or s.itemsize != 2:
         return 1
     small = 2048 <= s.size_in and rows <= 66 * 64 or s.size_in > 8192
     if not small or s.size_in % 32 or rows % 8:
@@ -355,17 +366,15 @@ def choose_wide(tokens: int, width: int, epilogue: str) -> ExpandConfig:
 
     width: of which the widths of all slices are multiples.
     """
-    some, many = WIDE_EXPAND_TOKENS
     # Two programs to a processor, and about as many as have a place at once: each begins by
     # fetching its s.
     if is_gate_up(epilogue):
         groups = max(2, (1 << 15) // power_of_2(tokens))
         return ExpandConfig(128, 32, cdiv(width // 32, groups), 8, 3)
-    if epilogue:
-        if tokens > many:  # 32 heads are 3 % faster, and take a register too many with pages
-            return ExpandConfig(128, 32, 16, 8, 3)
+    # One for all lengths: others gain or lose 4 % at 4096 to 16384 tokens (d08f767).
+    if epilogue:  # 32 heads take a register too many with pages
         return ExpandConfig(64, 32, 16, 4, 3)
-    return ExpandConfig(128, 64, 8 if tokens > some else 2, 8, 3)
+    return ExpandConfig(128, 64, 8, 8, 3)
 
 
 def choose_wide_many(config: ExpandConfig) -> ExpandConfig:

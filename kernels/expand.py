@@ -222,7 +222,6 @@ class _Key(NamedTuple):
         hopper, has_bias, kv: the device is one, there is a bias, there are KV slots.
         raw: s is not yet weighted.
         split_k: split-K sums to add up, 0 for none.
-        skip: with few tokens, each expert is asked whether it is there.
         listed: which blocks of experts tokens have is listed.
     """
 
@@ -241,7 +240,6 @@ class _Key(NamedTuple):
     kv: bool
     raw: bool
     split_k: int
-    skip: bool
     listed: bool
 
 
@@ -264,7 +262,6 @@ def launch_expand(
     of: tuple[Sequence[int], Sequence[int], int],
     config: ExpandConfig | None = None,
     kv_slots: KVSlots | None = None,
-    skip: bool = True,
 ) -> None:
     """One launch; of: adapted, widths, and the index of what follows."""
     (adapted, widths, index), is_split = of, y.dim() == 3
@@ -273,7 +270,7 @@ def launch_expand(
         min(tokens, MAX_SHORT_TOKENS + 1), tuple(widths), tuple(adapted),
         read.cos_sin.shape[1] // 2 if index == ROTARY else 0, index, out is not y,
         experts, rank, y.element_size(), config, on_hopper(y), read.bias is not None,
-        kv_slots is not None, read.gates is not None, y.shape[0] if is_split else 0, skip,
+        kv_slots is not None, read.gates is not None, y.shape[0] if is_split else 0,
         read.tile_blocks is not None,
     ))  # fmt: skip
     kernel(
@@ -288,7 +285,7 @@ def launch_expand(
 def _plan(key: _Key) -> tuple[int, int, Bound]:
     """Groups of tiles, tokens of a tile, and the kernel."""
     tokens, widths, adapted, half, index, all_slices, experts, rank, itemsize, config, *flags = key
-    hopper, has_bias, kv, raw, split_k, skip, listed = flags
+    hopper, has_bias, kv, raw, split_k, listed = flags
     if config is None:
         config = choose_expand(tokens, index != 0, itemsize)
     columns = min(config.columns, half) if index == ROTARY else config.columns
@@ -299,6 +296,8 @@ def _plan(key: _Key) -> tuple[int, int, Bound]:
         tiled = [w for w, linear_idx in zip(widths, adapted) if linear_idx >= 0 or all_slices]
     span = columns * config.loop
     all_adapted = min(adapted) >= 0
+    one = expert_blocks(experts, rank, False)["ONE"]
+    asks = tokens < MIN_DENSE_TOKENS and not one
     widths, adapted = (*widths, 0, 0)[:3], (*adapted, -1, -1)[:3]
     return sum(cdiv(w, span) for w in tiled), config.tokens, bind(
         _expand_kernel,
@@ -310,7 +309,7 @@ def _plan(key: _Key) -> tuple[int, int, Bound]:
         EVEN=all(w % span == 0 for w in tiled), ALL_ADAPTED=all_adapted,
         BLOCK_T=config.tokens, BLOCK_OUT=columns,
         LOOP=config.loop, STAGES=config.stages, num_warps=config.warps,
-        **expert_blocks(experts, rank, skip and tokens < MIN_DENSE_TOKENS), **overlap(hopper),
+        **expert_blocks(experts, rank, asks), **overlap(hopper),
     )  # fmt: skip
 
 

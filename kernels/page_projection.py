@@ -75,5 +75,5 @@ def epilogue_triton(
     # Of B and lora_a_out, of which none is read, the smallest there could be.
     read = Read(None, p.lora_b[:, :1], None, step.active, step.cos_sin)
     number = EPILOGUES.index(epilogue)
-    launch_expand(y, result, y, read, (adapted, widths, number), kv_slots=kv_slots, skip=False)
+    launch_expand(y, result, y, read, (adapted, widths, number), kv_slots=kv_slots)
     return result

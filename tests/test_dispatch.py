@@ -118,11 +118,25 @@ def test_long_tiles_take_one_round_of_processors_where_they_can(rows, height):
     assert default_config(128, 4096, rows, "silu", 2, True).rows == height
 
 
-@pytest.mark.parametrize("rows", [3072, 6144, 7680])  # of Mistral-7B, Llama-2-7B and 13B
+# Of Mistral-7B, Llama-3-70B, Llama-2-7B and 13B.
+@pytest.mark.parametrize("rows", [3072, 5120, 6144, 7680])
 @pytest.mark.parametrize("tokens", [1, 16, 32, 64, 128])
 def test_a_projection_of_heads_has_programs_for_a_large_gpu(rows, tokens):
     config = default_config(tokens, 4096, rows, "rotary", 2, True)
-    assert 90 <= -(-rows // config.rows) <= 240 and config.tma == (tokens > 16)
+    assert 66 <= -(-rows // config.rows) <= 240 and config.tma == (tokens > 16)
+
+
+@pytest.mark.parametrize("rows", [2304, 2560])  # of Qwen2.5-7B and Llama-3.2-3B
+def test_programs_are_not_halved_twice_for_a_second_round(rows):
+    assert {default_config(t, 4096, rows, "rotary", 2, True).rows for t in (1, 16)} == {32}
+
+
+def test_slices_before_a_norm_are_one_round():
+    def split_k(rows, tokens):
+        return default_config(tokens, 4096, rows, "norm", 2, True).split_k
+
+    assert [split_k(rows, 8) for rows in (3072, 3584, 4096, 8192)] == [2, 2, 3, 2]
+    assert split_k(3584, 17) == 3
 
 
 def test_every_limit_is_one_that_warm_up_steps_over():

@@ -115,8 +115,8 @@ def test_long_steps_of_many_ranks(mixture, widens, monkeypatch):
     p.x = torch.cat([p.x, p.x], 1)[:, :32]  # rows with gaps
     norm = Norm(weight, 1e-5)
     found = projection_norm_triton(p.x, residual, p.projection("norm", norm=norm), p.step(), way)
-    most = dispatch.MAX_DENSE_RANKS if widens else dispatch.MAX_DENSE_NORM_RANKS
-    assert calls == ([(128 // rank if widens else 0,)] if 128 < experts * rank <= most else [])
+    dense = 128 < experts * rank <= dispatch.MAX_DENSE_RANKS
+    assert calls == ([(128 // rank if widens else 0,)] if dense else [])
     for out, want in zip(found, truth(p, residual, weight)):
         assert out.is_contiguous() and error(out, want) <= 1e-5
 

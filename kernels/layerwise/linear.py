@@ -15,7 +15,6 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from vllm_adafuse.kernels.configs import expert_blocks
 from vllm_adafuse.kernels.device.epilogues import EPILOGUES, activate_torch, result_width
 from vllm_adafuse.kernels.dispatch import MAX_LAYER_FUSED_TOKENS, choose_expand
 from vllm_adafuse.kernels.expand import Read, expand_torch, launch_expand
@@ -48,9 +47,8 @@ def expand_weighted_triton(
     index = EPILOGUES.index(epilogue)
     result = weighted.new_empty(y.shape[0], result_width(widths, epilogue))
     config = choose_expand(y.shape[0], index != 0, weighted.element_size())
-    one = expert_blocks(*lora_b.shape[1:], False)["ONE"]
     read = Read(bias, lora_b, None, active)
-    launch_expand(y, result, weighted, read, (adapted, widths, index), config, skip=not one)
+    launch_expand(y, result, weighted, read, (adapted, widths, index), config)
     return result
 
 
