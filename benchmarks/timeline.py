@@ -40,8 +40,15 @@ Decoding: one step out of a replayed CUDA graph, as torch's profiler saw it, sam
 layer is what runs from one attention kernel up to the next. Kernels may overlap or
 leave gaps, so that their times do not add up to the step's, which goes from the first one's begin
 to the last one's end. Profiling stretches short kernels; the times of whole steps are in
-[benchmarks.md](benchmarks.md).
+[benchmarks.md](benchmarks.md). Our kernels stand here by today's names.
 """
+# Of kernels in older result files, what they are called now.
+RENAMED = {
+    "_stream_linear_kernel": "_decode_gemm_kernel",
+    "_tile_linear_kernel": "_tma_gemm_kernel",
+    "_residual_norm_kernel": "_add_norm_kernel",
+    "_wide_expand_kernel": "_tma_expand_kernel",
+}
 SHOWN = 30  # kernels of a prefill by name, the longest first
 GAPS = 10  # of a prefill, the longest first
 
@@ -281,7 +288,10 @@ def write_report(results: Path, page: Path) -> None:
             parts.append(table([f"{row['engine']}: kernel", "launches", "µs"], kernels))
             if row.get("gaps"):
                 parts.append(_gaps(row))
-    page.write_text("\n".join(parts))
+    text = "\n".join(parts)
+    for old, new in RENAMED.items():
+        text = text.replace(f"`{old}`", f"`{new}`")
+    page.write_text(text)
 
 
 def _steps(rows: list[dict[str, Any]]) -> str:

@@ -129,6 +129,7 @@ def test_the_page_is_written_from_the_file(tmp_path):
         row = {"engine": kind, "batch": 4, "kernels": 11, "busy": 120.4, "wall": 150.6}
         rows.append(row | {"what": "decode", "layer": one_layer(events(1), LAYERS)})
         named = [(f"gemm{i}", 2, 100.0 - i) for i in range(32)]
+        named[0] = ("_tile_linear_kernel", 2, 100.0)
         row |= {"what": "prefill", "totals": named}
         rows.append(row | {"length": 500})  # of an older file
         rows.append(row | {"length": 1000, "idle": 30.2, "gaps": gaps(COPIED)})
@@ -141,6 +142,7 @@ def test_the_page_is_written_from_the_file(tmp_path):
     assert "| adafuse | 11 | 120 | 151 |" in text and "| 3 | `qkv` | 20.0 | 18.0 |" in text
     assert "## Prefill, 4 x 1000 tokens" in text and "| `gemm1` | 2 | 99.0 |" in text
     assert "| `2 others` | 4 | 139.0 |" in text and "gemm31" not in text
+    assert "| `_tma_gemm_kernel` | 2 | 100.0 |" in text
     old, new = text.split("## Prefill")[1:]
     assert "no kernel" not in old and "| adafuse | 11 | 120 | 151 | 30 |" in new
     assert "| `overlaps` | `b` | 22 | 8.0 | 2.0 |" in new
