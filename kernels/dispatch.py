@@ -310,7 +310,7 @@ def product_split_k(shape: Shape, num_tokens: int) -> int:
     all experts. Two, where whole tiles of W leave half of the processors idle, or `in` is long
     (measured at 87f739b: o at 96 tokens, down at 64 to 256)."""
     s, rows = shape, shape.fused_rows
-    if num_tokens > MAX_SHORT_TOKENS or s.itemsize != 2:
+    if not MAX_STREAM_ONLY_TOKENS < num_tokens <= MAX_SHORT_TOKENS or s.itemsize != 2:
         return 1
     small = 2048 <= s.size_in and rows <= 66 * 64 or s.size_in > 8192
     if not small or s.size_in % 32 or rows % 8:
