@@ -82,17 +82,14 @@ MAX_BIAS_TOKENS = 256
 MIN_DENSE_TOKENS = 2
 # Longer steps have long programs in the expand; two slices of `in` for cuBLAS end there too.
 # (d08f767: 256 tokens of qkv 28.9 us in short ones, 46.1 in long ones, gate_up 116.5 and 123.3;
-# 512 52.3 and 67.8, gate_up 195.5 and 192.8; down of 70B 180 us in slices, 194 without, at 512 332
-# and 322.)
+# 512 52.3 and 67.8, gate_up 195.5 and 192.8; down of 70B 180 in slices, 194 without, 332 and 322.)
 MAX_SHORT_TOKENS = 256
 # Below, steps wait for the CPU, which four descriptors take 110 us more than `expand` (2e1ac92).
 MIN_WIDE_TOKENS = 4096
 # Ranks of all experts, up to which long steps take cuBLAS for those beyond one product, or for all
 # before a norm (d08f767, 8192 tokens: o 633 us for 1060 at E r 1024, 791 for 1656 at 2048).
 # Beyond, as with 8 ranks an expert, `expand` multiplies all experts, and takes two to four times
-# as long: f34e476, E/r/k 64/32/2 in 8192 tokens, qkv 375 us for 959, gate_up 1516 for 4235;
-# 32/8/2 180 for 244 and 711 for 959. (An expand of tokens in the order of their experts, tried
-# there, was faster by 40 to 230 us in five cases of 40, and slower by up to 11 ms elsewhere.)
+# as long: f34e476, E/r/k 64/32/2 in 8192 tokens, qkv 375 us for 959, gate_up 1516 for 4235.
 MAX_DENSE_RANKS = 2048
 # From so many tokens on the norm adds the deltas: before, its programs are too few. (d08f767: at
 # 4096 o takes 277 us so and 251 else, down 705 and 667; at 8192 488 and 490, 1357 and 1414.)
@@ -109,17 +106,14 @@ MAX_LAYER_ACTIVE_TOKENS = 8
 # Layer-wise: tokens of a program of `route_layer` change here (d08f767: at 512 and at 1024 within
 # 2 % of the other choice); one product in float32 for W, A and the routers would write and read too
 # much beyond (d08f767: at 256 qkv 33.3 us for 38.8; at 512 57.2 for 58.5, gate_up 226 for 199).
-# Decision, deltas and activation in one launch gain nothing (35af7a0: 2.2 us at qkv, -6.7 at
-# gate_up, none a layer).
 MAX_SMALL_ROUTE_TOKENS = 512
 MAX_LAYER_FUSED_TOKENS = 256
 
 TOKEN_LIMITS = (
-    MIN_DENSE_TOKENS, MAX_LAYER_ACTIVE_TOKENS,
-    MAX_STREAM_ONLY_TOKENS, MAX_STREAM_TOKENS, MAX_LOW_TILE_TOKENS, MAX_TILE_TOKENS,
-    MAX_SHRINK_TOKENS,
-    MAX_BIAS_TOKENS, MAX_SHORT_TOKENS, MAX_ACTIVE_TOKENS, MAX_LAYER_FUSED_TOKENS,
-    MAX_SMALL_ROUTE_TOKENS, MIN_WIDE_TOKENS, MIN_FUSED_NORM_TOKENS,
+    MIN_DENSE_TOKENS, MAX_LAYER_ACTIVE_TOKENS, MAX_STREAM_ONLY_TOKENS, MAX_STREAM_TOKENS,
+    MAX_LOW_TILE_TOKENS, MAX_SHRINK_TOKENS, MAX_TILE_TOKENS, MAX_BIAS_TOKENS, MAX_SHORT_TOKENS,
+    MAX_ACTIVE_TOKENS, MAX_LAYER_FUSED_TOKENS, MAX_SMALL_ROUTE_TOKENS, MIN_WIDE_TOKENS,
+    MIN_FUSED_NORM_TOKENS,
 )  # fmt: skip
 
 
@@ -231,8 +225,7 @@ def default_config(
 ) -> GemmConfig | None:
     """A sane config for any device; None: cuBLAS is faster.
 
-    Found on an H200 at the shapes of Llama-2-7B and 13B and Mistral-7B; docs/kernel-notes.md has
-    the figures. See `find_config` for the arguments.
+    Found on an H200, see docs/kernel-notes.md; `find_config` has the arguments.
     """
     config = None
     if tma and MAX_STREAM_ONLY_TOKENS < tokens <= MAX_TILE_TOKENS:
@@ -295,8 +288,7 @@ def _streamed(tokens: int, rows: int, epilogue: str, itemsize: int, roomy: bool)
     # Programs that fill a second round by a fifth alone wait for that fifth.
     tiles = cdiv(rows, height)
     split_k = min(most, cdiv(MAX_STREAM_PROGRAMS, tiles))
-    # One round of two slices is better than one and a half of three. (d08f767, 3584 rows: 1 to 8
-    # tokens 10.7 to 11.2 us, 11.5 to 12.0.)
+    # One round of two slices beats more of three (d08f767: 3584 rows, 8 tokens 11.2 us, 12.0).
     if few and epilogue == "norm" and split_k > 1 and roomy and 2 * tiles <= MAX_ROUND_TILES:
         return GemmConfig(height, cols, 2, 4, 6, 512, 2)
     shrink_split_k = 1 if split_k == 1 else 2 if few else 3
@@ -307,8 +299,7 @@ def _streamed(tokens: int, rows: int, epilogue: str, itemsize: int, roomy: bool)
 
 def product_split_k(shape: Shape, num_tokens: int) -> int:
     """Slices of `in` for cuBLAS before a norm, in short steps where one product of the expand has
-    all experts. Two, where whole tiles of W leave half of the processors idle, or `in` is long
-    (measured at 87f739b: o at 96 tokens, down at 64 to 256)."""
+    all experts. Two, where whole tiles of W leave half of the processors idle, or `in` is long."""
     s, rows = shape, shape.fused_rows
     if not MAX_STREAM_ONLY_TOKENS < num_tokens <= MAX_SHORT_TOKENS or s.itemsize != 2:
         return 1
