@@ -9,6 +9,8 @@ Rows, each an engine with what its requests name in turn:
     vllm_many      the same engine, N LoRAs
     one, many      ours (`--enable-lora` with this plugin), the same LoRAs
     base           the same engine with the LoRAs loaded, requests of the base
+    both_one, both_many, both_base  as one, many and base, with vLLM's own LoRA beside ours
+    both_rest      that engine, one LoRA that adapts embedding and output head too
     mixtures       ours, 4 mixtures of E experts, top-k, and the base
 
 Random weights (`load_format="dummy"`), random prompts, vLLM's default settings but for the share of
@@ -37,6 +39,7 @@ from benchmarks.engine import write_config as write_backbone
 from benchmarks.engine_options import SHAPES, Options, shapes
 
 MIXTURES = 4
+BOTH = {"adafuse": {"lora": "both"}}
 
 
 def start(options: argparse.Namespace, root: Path, **extra: Any) -> Any:
@@ -73,17 +76,43 @@ def make_adapters(options: argparse.Namespace, root: Path) -> tuple[list, list]:
     return requests
 
 
+def add_rest(base: Path, lora: Path, out: Path, r: int) -> Path:
+    """A copy of a LoRA that adapts the embedding and the output head too."""
+    from safetensors.torch import load_file, save_file
+    from vllm_adafuse.format.backbone import Backbone
+
+    backbone = Backbone.from_path(str(base))
+    vocab, hidden = backbone.vocab_size, backbone.hidden_size
+    tensors = load_file(lora / "adapter_model.safetensors")
+    for name, shape in {
+        "lm_head.lora_A.weight": (r, hidden), "lm_head.lora_B.weight": (vocab, r),
+        "model.embed_tokens.lora_embedding_A": (r, vocab),
+        "model.embed_tokens.lora_embedding_B": (hidden, r),
+    }.items():  # fmt: skip
+        tensors[f"base_model.model.{name}"] = (torch.randn(shape) * hidden**-0.5).bfloat16()
+    out.mkdir()
+    save_file(tensors, out / "adapter_model.safetensors")
+    shutil.copy(lora / "adapter_config.json", out)
+    return out
+
+
 def make_engines(options: argparse.Namespace, root: Path) -> dict[str, Engine]:
     """Row -> what is timed for it; rows of one engine share it."""
+    from vllm.lora.request import LoRARequest
+
     loras, mixtures = make_adapters(options, root)
     many = {"enable_lora": True, "max_loras": len(loras), "max_lora_rank": rank(options.r)}
     most = many | {"max_loras": MIXTURES, "max_lora_rank": rank(options.experts * options.r)}
     wanted: dict[str, dict] = {"stock": {}}
-    wanted |= {
-        name: extra for name, extra in
-        {"vllm": many | {"additional_config": VLLM_LORA}, "adafuse": many, "mixtures": most}.items()
-        if name in options.engines
+    kinds = {
+        "vllm": many | {"additional_config": VLLM_LORA}, "adafuse": many,
+        "both": many | {"additional_config": BOTH}, "mixtures": most,
     }  # fmt: skip
+    wanted |= {name: extra for name, extra in kinds.items() if name in options.engines}
+    rest = None
+    if "both" in wanted:
+        path = add_rest(root / "base", root / "lora0", root / "rest", options.r)
+        rest = LoRARequest("rest", len(loras) + 1, str(path))
     if options.cache is None:  # vLLM finds out what is free: one after the other
         llms = [start(options, root, **extra) for extra in wanted.values()]
     else:
@@ -99,6 +128,10 @@ def make_engines(options: argparse.Namespace, root: Path) -> dict[str, Engine]:
             "vllm": {"vllm_one": Engine(llm, loras[0]), "vllm_many": Engine(llm, loras)},
             "adafuse": {
                 "one": Engine(llm, loras[0]), "many": Engine(llm, loras), "base": Engine(llm)
+            },
+            "both": {
+                "both_one": Engine(llm, loras[0]), "both_many": Engine(llm, loras),
+                "both_base": Engine(llm), "both_rest": Engine(llm, rest),
             },
             "mixtures": {"mixtures": Engine(llm, [*mixtures, None])},
         }[name]  # fmt: skip

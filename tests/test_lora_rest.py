@@ -194,3 +194,18 @@ def test_refused_by_name(served, case, tmp_path):
         served.llm.llm_engine.add_lora(LoRARequest("bad", 99, str(tmp_path / "bad")))
     assert all(part in str(refused.value) for part in expected), str(refused.value)
     served.check("head", "default", prompts=PROMPTS[:2])
+
+
+@pytest.mark.parametrize(
+    "supported, only, wrapped",
+    [
+        (["qkv_proj", "embed_tokens", "lm_head"], None, ["model.embed_tokens", "lm_head"]),
+        (["qkv_proj"], None, []),  # Gemma 2: its embedding is the output head
+        (["qkv_proj", "embed_tokens", "lm_head"], ["lm_head", "q_proj"], ["lm_head"]),
+    ],
+)
+def test_vllms_part_has_what_the_class_and_the_options_allow(supported, only, wrapped):
+    modules = rest._Modules.__new__(rest._Modules)
+    modules.supported_lora_modules, modules._only = supported, only
+    names = ["model.embed_tokens", "lm_head", "model.layers.0.self_attn.qkv_proj"]
+    assert [name for name in names if modules._match_target_modules(name)] == wrapped

@@ -208,6 +208,21 @@ def test_a_reload_in_place(served):
     assert models(server)["live"]["root"] == load["lora_path"]
 
 
+def test_an_adapter_that_cannot_be_read_again_is_the_requests_fault(served):
+    """It had to make room, its name stands for it still, and its files are gone by then."""
+    server, references, root = served
+    for name in ("gone", "one", "two", "three"):  # --max-cpu-loras is 3
+        load = {"lora_name": name, "lora_path": copy_of(root, name)}
+        assert post(server, "/v1/load_lora_adapter", **load)[0] == 200
+        complete(server, name, "a")
+    shutil.rmtree(root / "copies" / "gone")
+    answer = post(server, "/v1/completions", model="gone", prompt="a", max_tokens=1)
+    status, kind, message = error_of(answer)
+    assert (status, kind) == (400, "BadRequestError") and "cannot be used:" in message, message
+    assert server.healthy()
+    check(server, references | {"three": references["patterns"]}, ["three", "base"])
+
+
 def test_the_file_system_resolver(served):
     server, references, root = served
     shutil.copytree(root / "patterns", root / "resolved" / "found")

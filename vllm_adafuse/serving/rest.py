@@ -211,8 +211,10 @@ class _Modules(LoRAModelManager):
 
     def _match_target_modules(self, module_name: str) -> bool:
         leaf = module_name.rpartition(".")[2]
-        only = self._only is None or not {leaf, module_name}.isdisjoint(self._only)
-        return leaf in (*EMBEDDINGS, HEAD) and only
+        if self._only is not None and {leaf, module_name}.isdisjoint(self._only):
+            return False
+        # Classes say which of them may be wrapped: of some the embedding is also the output head.
+        return leaf in (*EMBEDDINGS, HEAD) and leaf in self.supported_lora_modules
 
     @property
     def nbytes(self) -> int:
