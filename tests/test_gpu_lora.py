@@ -4,7 +4,7 @@ plain transformers and PEFT in bfloat16 are."""
 import pytest
 import torch
 from engines import completion, greedy, load_reference, logprobs_of
-from loras import FEW, PATTERNS, make_lora
+from loras import FEW, MODULES, PATTERNS, make_lora
 from test_gpu_engine import gpu_engine, gpu_pair
 from vllm_adafuse.format.random_adapter import make_random_adapter
 from vllm_adafuse.tiny import real_prompts
@@ -13,6 +13,7 @@ pytestmark = pytest.mark.gpu
 
 PROMPTS = real_prompts(30)
 NAMES = ["base", "mix", "few", "patterns", "mix8"]
+EVERY = [*NAMES, "rest"]
 LONG = [" ".join(PROMPTS[i : i + 9])[:800] for i in range(10)]
 # Sizes between and beyond those that are captured run, too.
 GRAPHS = {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 8, 64]}}
@@ -70,7 +71,7 @@ def generate(llm, root, names, prompts=PROMPTS, **options):
     from vllm.lora.request import LoRARequest
 
     every = [
-        None if name == "base" else LoRARequest(name, 1 + NAMES.index(name), str(root / name))
+        None if name == "base" else LoRARequest(name, 1 + EVERY.index(name), str(root / name))
         for name in names
     ]
     requests = [every[i % len(every)] for i in range(len(prompts))]
@@ -82,7 +83,7 @@ def assert_close(root, *batches):
     """The mean error of all tokens served is at most 1.2 times that of the references in bfloat16;
     that of any one adapter, over fewer tokens, at most twice."""
     served, plain = [], []
-    for name in NAMES:
+    for name in EVERY:
         outputs = [output for batch in batches for output in batch.get(name, ())]
         if not outputs:
             continue
@@ -106,6 +107,23 @@ def test_a_mixed_batch_is_as_close_as_bf16_references(pairs, runner, monkeypatch
     assert_close(pairs, *batches)
     for name in NAMES:  # hundreds of tokens each
         assert_close(pairs, {name: prompts[name]})
+
+
+@pytest.mark.parametrize("runner", ["0", "1"], ids=["v1", "v2"])
+def test_the_embedding_and_the_head_are_vllms_beside_ours(pairs, runner, monkeypatch):
+    import json
+
+    if "Gemma2" in json.loads((pairs / "base" / "config.json").read_text())["architectures"][0]:
+        pytest.skip("vLLM wraps neither of Gemma 2")
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    modules = [*MODULES, "embed_tokens", "lm_head"]
+    make_lora(pairs / "base", pairs / "rest", 7, r=16, lora_alpha=32, target_modules=modules)
+    names, both = ["base", "mix", "few", "rest"], {"adafuse": {"lora": "both"}}
+    with gpu_engine(pairs / "base", **LORA, **GRAPHS, additional_config=both) as llm:
+        batches = [generate(llm, pairs, names), generate(llm, pairs, names, LONG)]
+        batches += [generate(llm, pairs, [name], PROMPTS[:1]) for name in names]
+        batches.append(generate(llm, pairs, ["rest", "base"], PROMPTS[:3]))
+    assert_close(pairs, *batches)
 
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
