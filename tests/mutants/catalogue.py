@@ -352,14 +352,8 @@ TOOLS = [
         "a second round of programs: gate_up of 16 experts at 128 tokens takes 78 us, not 68",
     ),
     Mutant(
-        "room beside whole tiles", "kernels/dispatch.py",
-        "room = PROCESSORS - tiles * found.split_k", "room = PROCESSORS - tiles",
-        f"{CONFIGS}tiles_and_their_shrink_are_one_round",
-        "a second round of programs where tiles are split",
-    ),
-    Mutant(
         "few ranks are streamed too", "kernels/dispatch.py",
-        "streams = many and is_gate_up(", "streams = is_gate_up(",
+        "gate_up = many and is_gate_up(", "gate_up = is_gate_up(",
         f"{CONFIGS}many_ranks_go_ways_of_their_own",
         "gate_up of 17 to 32 tokens with few experts takes the slower kernel",
     ),
