@@ -122,6 +122,7 @@ def test_steps_without_such_adapters_leave_vllms_part_alone(served, monkeypatch)
     def fail(*arguments):
         raise AssertionError("a step without a rest asked vLLM's LoRA")
 
+    served.check("head", "all", prompts=PROMPTS[:2])
     served.check("default", "few")
     monkeypatch.setattr(rest._Modules, "map", fail)
     monkeypatch.setattr(rest.LogitsProcessorWithLoRA, "_get_logits", fail)
