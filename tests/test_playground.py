@@ -144,6 +144,8 @@ def test_tokens_have_the_experts_that_route_says(made, behind, playground, model
     ids = behind.tokenizer(TEXT)["input_ids"] + ANSWER
     assert [token["id"] for token in tokens] == ids
     assert "".join(token["text"] for token in tokens) == TEXT + behind.tokenizer.decode(ANSWER)
+    texts = [token["text"] for part in answers for token in part["tokens"]]
+    assert texts == [behind.tokenizer.decode([token]) for token in ANSWER]
     adapter = load_adapter(made.root / ("adapter" if model == "mix" else "past"))
     experts, weights = OfflineRouter(adapter, made.base).routes(torch.tensor(ids))
     for token, chosen, shares in zip(tokens, experts.tolist(), weights.tolist()):
@@ -210,6 +212,8 @@ def test_the_page_in_a_browser(behind, playground, tmp_path):
         assert page.js("document.querySelectorAll('#out .prompt').length") == count - len(ANSWER)
         assert page.js("document.querySelectorAll('#out b, #legend i').length") == 0  # text stays text
         assert "<b>width</b>" in page.js("$('out').textContent")
+        page.js("show({text: '<b>bold</b>'}, 'answer')")  # a token may be all of it
+        assert page.js("document.querySelectorAll('#out b').length") == 0
         # Legend and text have one colour for one expert, and colours differ.
         colours = page.js(
             "[...$('legend').children].map(l => getComputedStyle(l).backgroundColor).join(';')"
