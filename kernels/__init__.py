@@ -36,8 +36,9 @@
     plans          what choices are made of, and for: a shape, a device, a plan
     configs        how kernels are cut, and files of tuned configs
     device/        what device code shares: gates and B (gates), two columns that belong together
-                   (epilogues), tiles side by side (slices), steps of tiles (tma_steps), launches
-                   that begin early (pdl)
+                   (epilogues), tiles side by side (slices), steps of tiles (tma_steps), programs
+                   of a shrink (shrink) and how they share sums and wait (sync), launches that
+                   begin early (pdl)
     launch         how kernels are launched, or only compiled
 
 A route is a pair of [T, k] tensors, expert ids (int32) and weights (float32), written once per

@@ -35,20 +35,14 @@ from vllm_adafuse.kernels.device.epilogues import (
     tiled_widths,
 )
 from vllm_adafuse.kernels.device.pdl import prefetch
+from vllm_adafuse.kernels.device.shrink import shrink_program
+from vllm_adafuse.kernels.device.sync import last_sums, range_of_k, wait_for_shrink
 from vllm_adafuse.kernels.dispatch import MAX_SHRINK_TOKENS, MAX_STREAM_TOKENS, default_config
 from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, rows_in_kv, starts_of_head
 from vllm_adafuse.kernels.launch import launch, overlap
 from vllm_adafuse.kernels.operands import Projection, Step
 from vllm_adafuse.kernels.plans import on_hopper
-from vllm_adafuse.kernels.shrink import (
-    SHRINK_STAGES,
-    ShrinkGrid,
-    fit_cols,
-    last_sums,
-    range_of_k,
-    shrink_program,
-    wait_for_shrink,
-)
+from vllm_adafuse.kernels.shrink import SHRINK_STAGES, ShrinkGrid, fit_cols
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 

@@ -91,8 +91,8 @@ MIN_WIDE_TOKENS = 4096
 # Beyond, as with 8 ranks an expert, `expand` multiplies all experts, and takes two to four times
 # as long: f34e476, E/r/k 64/32/2 in 8192 tokens, qkv 375 us for 959, gate_up 1516 for 4235.
 MAX_DENSE_RANKS = 2048
-# From so many tokens on the norm adds the deltas: before, its programs are too few. (d08f767: at
-# 4096 o takes 277 us so and 251 else, down 705 and 667; at 8192 488 and 490, 1357 and 1414.)
+# From so many tokens on the norm adds the deltas: before, its programs are too few. (d08f767: o and
+# down 277 and 705 us so at 4096, 251 and 667 else; at 8192 488 and 1357, 490 and 1414.)
 MIN_FUSED_NORM_TOKENS = 8192
 # Over a quantised W: shrink by its own kernel; beyond, by one product over all experts. (d08f767,
 # with the expand: at 64 qkv 9.4 us for 12.9, down 12.0 for 12.8; at 128 12.0 for 13.7, 16.6 for 13.6.)
@@ -103,9 +103,9 @@ MAX_SHRINK_TOKENS = 64
 # experts: 8 tokens 26.1 us for 24.8, 16 28.0 for 23.9).
 MAX_ACTIVE_TOKENS = 256
 MAX_LAYER_ACTIVE_TOKENS = 8
-# Layer-wise: tokens of a program of `route_layer` change here (d08f767: at 512 and at 1024 within
-# 2 % of the other choice); one product in float32 for W, A and the routers would write and read too
-# much beyond (d08f767: at 256 qkv 33.3 us for 38.8; at 512 57.2 for 58.5, gate_up 226 for 199).
+# Layer-wise: tokens of a program of `route_layer` change here (d08f767: at 512 and 1024 within 2 %);
+# beyond, one float32 product for W, A and the routers would write too much (d08f767: at 256 qkv
+# 33.3 us for 38.8; at 512 57.2 for 58.5, gate_up 226 for 199).
 MAX_SMALL_ROUTE_TOKENS = 512
 MAX_LAYER_FUSED_TOKENS = 256
 

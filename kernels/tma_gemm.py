@@ -35,13 +35,7 @@ from vllm_adafuse.kernels.device.epilogues import (
     turns_of_heads,
 )
 from vllm_adafuse.kernels.device.pdl import prefetch_pairs
-from vllm_adafuse.kernels.device.tma_steps import active_blocks, apart, loop_over
-from vllm_adafuse.kernels.dispatch import MAX_TILE_TOKENS, default_config
-from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, rows_in_kv, starts_of_head
-from vllm_adafuse.kernels.launch import launch, overlap
-from vllm_adafuse.kernels.operands import Projection, Step
-from vllm_adafuse.kernels.plans import on_hopper, waits_in_loops
-from vllm_adafuse.kernels.shrink import (
+from vllm_adafuse.kernels.device.sync import (
     all_sums,
     fence,
     is_last,
@@ -49,6 +43,12 @@ from vllm_adafuse.kernels.shrink import (
     range_of_k,
     wait_for_shrink,
 )
+from vllm_adafuse.kernels.device.tma_steps import active_blocks, apart, loop_over
+from vllm_adafuse.kernels.dispatch import MAX_TILE_TOKENS, default_config
+from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, rows_in_kv, starts_of_head
+from vllm_adafuse.kernels.launch import launch, overlap
+from vllm_adafuse.kernels.operands import Projection, Step
+from vllm_adafuse.kernels.plans import on_hopper, waits_in_loops
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 # Rows of A in a tile.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.shrink import wait_now
+from vllm_adafuse.kernels.device.sync import wait_now
 
 
 @triton.jit

@@ -35,12 +35,12 @@ STRESS = "tests/test_gpu_stress.py::test_ten_thousand_launches_beside_a_busy_mem
 
 KERNELS = [
     Mutant(
-        "no wait for the shrink", "kernels/shrink.py",
+        "no wait for the shrink", "kernels/device/sync.py",
         'sem="acquire") < count', 'sem="acquire") < 0', f"{WAITS}[one-part-whole-decode_gemm_triton]",
         "tiles read s before it is written: wrong answers under load alone",
     ),
     Mutant(
-        "a wait for one too few", "kernels/shrink.py",
+        "a wait for one too few", "kernels/device/sync.py",
         'sem="acquire") < count', 'sem="acquire") < count - 1', f"{WAITS}[one-part-whole-decode_gemm_triton]",
         "the last part of s is missing now and then",
     ),
@@ -56,13 +56,13 @@ KERNELS = [
         "the pipelined loop reads s before it is written", gpu=True,
     ),
     Mutant(
-        "split-K semaphores stay", "kernels/shrink.py",
+        "split-K semaphores stay", "kernels/device/sync.py",
         "tl.store(split_k_semaphore_ptr, 0)", "pass",
         "tests/test_shrink.py::test_a_second_launch_finds_its_tickets_at_zero",
         "the next launch adds up sums that are not yet there",
     ),
     Mutant(
-        "a slice is not added", "kernels/shrink.py",
+        "a slice is not added", "kernels/device/sync.py",
         "for other in range(split_k):", "for other in range(1, split_k):",
         "tests/test_shrink.py::test_equals_float64_and_is_zero_where_not_chosen[slices-by_triton]",
         "s lacks a part of `in`",
