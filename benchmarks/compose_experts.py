@@ -31,7 +31,7 @@ def train_lora(domain: str, size: Size, data: Any, work: Path) -> Path:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from benchmarks.quality.train import _backbone, fit, generator
+    from benchmarks.quality.train import fit, generator, load_backbone
 
     out = work / "loras" / domain
     if (out / "adapter_model.safetensors").exists():
@@ -40,7 +40,7 @@ def train_lora(domain: str, size: Size, data: Any, work: Path) -> Path:
     torch.manual_seed(0)
     r = size.r * size.experts
     config = LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=2 * r, target_modules=MODULES)
-    model, rng = get_peft_model(_backbone(work), config), generator(0)
+    model, rng = get_peft_model(load_backbone(work), config), generator(0)
     shares = {name: float(name == domain) for name in DOMAINS}
     rates = sorted({rate for rate, _ in size.choices})
     fit(
@@ -76,12 +76,12 @@ def candidates(size: Size, data: Any, work: Path) -> Iterator[tuple[str, Any, di
     from vllm_adafuse.experts.compose import RouterOptions, compose_experts
     from vllm_adafuse.offline import reference
 
-    from benchmarks.quality.train import DEVICE, _backbone
+    from benchmarks.quality.train import DEVICE, load_backbone
 
-    yield "backbone", _backbone(work), {}
+    yield "backbone", load_backbone(work), {}
     loras = {domain: train_lora(domain, size, data, work) for domain in DOMAINS}
     for domain, path in loras.items():
-        yield f"LoRA of {domain}", PeftModel.from_pretrained(_backbone(work), path), {}
+        yield f"LoRA of {domain}", PeftModel.from_pretrained(load_backbone(work), path), {}
     samples = write_samples(data, work)
     fits = [(f"fitted, k = {k}", k) for k in range(1, len(loras) + 1)]
     for name, k in [("uniform", None), *fits]:

@@ -5,8 +5,7 @@ launchers branch on a plan and on nothing else. Choices hang on shapes, the numb
 device alone, never on routes: so that one captured CUDA graph per size is right for every routing.
 
 Every limit on tokens is a power of two, and one of `TOKEN_LIMITS`: warm-up runs steps on both sides
-of each. Figures are of an H200 unless they say otherwise, those of limits at the commit named;
-docs/kernel-notes.md has them in full.
+of each. Figures are of an H200 unless they say otherwise, those of limits at the commit named.
 """
 
 from __future__ import annotations
@@ -77,8 +76,7 @@ MAX_LOW_TILE_TOKENS = 64
 # The expand adds a bias at no cost; longer steps have no place for it (7fbd763: at once 6 to 115 us less).
 MAX_BIAS_TOKENS = 256
 # With fewer tokens the expand asks of each expert if it is active, where one product has not all.
-# (d08f767, E 64, r 16: one token of qkv 11.4 us, 12.8 without, of o 11.7 and 10.8; four 19.0 and
-# 14.1; E 8, which one product has, 7.6 and 7.0.)
+# (d08f767, E 64: one token of qkv 11.4 us, 12.8 without, o 11.7 and 10.8; four 19.0 and 14.1.)
 MIN_DENSE_TOKENS = 2
 # Longer steps have long programs in the expand; two slices of `in` for cuBLAS end there too.
 # (d08f767: 256 tokens of qkv 28.9 us in short ones, 46.1 in long ones, gate_up 116.5 and 123.3;

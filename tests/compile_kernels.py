@@ -204,6 +204,7 @@ def main() -> None:
             POINTERS["lora_a_out_desc"] = f"tensordesc<bf16[{config.tokens}, 128]>"
             name, kernel = f"tma_expand act={number} {tokens}", tma_expand._tma_expand_kernel
             name += f", E={experts}" if experts != 8 else ""
+            name += ", blocks in turn" if many else ""
             rows.append(build(name, kernel, constants, config.warps, config.stages))
     for tokens in (1, 100, 16000):
         split, expands = 2 * (tokens == 1), tokens > 1000

@@ -52,6 +52,7 @@ def test_kernels_store_vectors(built):
 
 def test_kernels_load_vectors(built):
     # What remains are scalars and short vectors: gates, semaphores, bits. A token's own row of a
-    # table, an expert at a time, is no vector.
+    # table, an expert at a time, is no vector; blocks in turn have gates for either member.
     narrow = {row["kernel"]: row["narrow"] for row in built if "context_routes" not in row["kernel"]}
-    assert {name: count for name, count in narrow.items() if count > 8} == {}
+    most = {name: 12 if "blocks in turn" in name else 8 for name in narrow}
+    assert {name: count for name, count in narrow.items() if count > most[name]} == {}

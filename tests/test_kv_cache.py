@@ -13,10 +13,9 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.attention import unified_kv_cache_update
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
-from vllm_adafuse.kernels.projection import projection
-from vllm_adafuse.serving import kv_cache
+from vllm_adafuse.kernels import projection
+from vllm_adafuse.serving import kv_cache, ops
 from vllm_adafuse.serving.kv_cache import can_write
-from vllm_adafuse.serving.ops import named, projection
 from vllm_adafuse.serving.wrap.hooks import take_cache
 
 NAME, HEADS, SIZE, TOKENS, BLOCK = "model.layers.0.self_attn.attn", 2, 32, 5, 16
@@ -217,9 +216,9 @@ def test_a_step_of_the_op_writes_the_cache_that_vllm_would():
     bank = OneBank(p.projection("rotary", cos_sin), p.step(cos_sin), "layer", cache)
 
     def step():
-        return projection(p.x, p.gates, named("layer"), 256, 256)
+        return ops.projection(p.x, p.gates, ops.named("layer"), 256, 256)
 
-    y = projection(p.x, bank.projection, bank.step)
+    y = projection.projection(p.x, bank.projection, bank.step)
     context = make_context(attention, slot_mapping={NAME: mapping})
     context.no_compile_layers["layer"] = bank
     with override_forward_context(context):
