@@ -227,6 +227,30 @@ ROUTING = [
         "requests that name a LoRA get the base model's answer",
     ),
     Mutant(
+        "every tile's first block alone", "kernels/page_routes.py",
+        "tl.store(listed_ptr, count)", "tl.store(listed_ptr, tl.minimum(count, 1))",
+        "tests/test_page_routes.py",
+        "tokens at the border of two prompts go without the second one's adapter",
+    ),
+    Mutant(
+        "blocks in turn but the last", "kernels/tma_expand.py",
+        "for i in range(count):", "for i in range(count - 1):",
+        "tests/test_tma_expand.py::test_blocks_of_pages_that_tiles_of_tokens_list",
+        "in long steps tokens between two prompts lose an adapter",
+    ),
+    Mutant(
+        "blocks in the order of the pool", "kernels/device/gates.py",
+        "chunk = tl.load(listed_ptr + 1 + chunk)", "pass",
+        "tests/test_expand.py::test_blocks_of_pages_that_tiles_of_tokens_list",
+        "steps of 257 to 4095 tokens take other adapters' experts",
+    ),
+    Mutant(
+        "a short shrink for many ranks", "kernels/dispatch.py",
+        "replace(found, shrink_cols=MANY_SHRINK_COLS, stages=stages)", "found",
+        "tests/test_dispatch.py::test_a_streamed_projection_of_many_ranks_has_a_shrink_in_long_steps",
+        "the shrink of many adapters outlasts the product: 10 % of a step of 8 requests",
+    ),
+    Mutant(
         "adapters in use make room", "vllm_adafuse/serving/pool.py",
         "self.placed.move_to_end(adapter)", "pass", "tests/test_pool.py",
         "the adapter that every request names is loaded anew again and again",
