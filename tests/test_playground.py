@@ -181,6 +181,8 @@ def test_what_goes_wrong_is_said(behind, playground):
     assert ask(playground, "nothing")[0] == 404 == ask(playground, "nothing", {})[0]
     status, text = ask(playground, "generate", asked("mix"), Origin="http://evil.example")
     assert status == 403 and "evil.example" in text
+    rebound = {"Origin": "http://evil.example", "Host": "evil.example"}
+    assert ask(playground, "generate", asked("mix"), **rebound)[0] == 403
     own = playground.url.rstrip("/")
     assert ask(playground, "generate", asked("mix"), Origin=own)[0] == 200
     behind.shutdown(), behind.server_close()
