@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ops import DEVICE
 from vllm_adafuse.kernels.page_routes import (
     PageGates,
     new_tile_blocks,
@@ -60,17 +61,18 @@ def expected(ids, slots, directory, table, weights):
 
 
 def outputs(rows: int, pages: int):
-    lists = new_active(pages), new_tile_blocks(rows, pages)
-    semaphores = torch.ones(300, 4, dtype=torch.int32)
-    return PageGates(torch.full((rows, pages), 7.0), *lists, semaphores)
+    lists = new_active(pages, DEVICE), new_tile_blocks(rows, pages, DEVICE)
+    semaphores = torch.ones(300, 4, dtype=torch.int32, device=DEVICE)
+    return PageGates(torch.full((rows, pages), 7.0, device=DEVICE), *lists, semaphores)
 
 
 @pytest.mark.parametrize("run", [page_routes_torch, page_routes_triton], ids=["torch", "triton"])
 @pytest.mark.parametrize("tokens, pages", [(1, 2), (7, 33), (40, 16), (60, 100), (300, 40), (257, 3)])
 def test_gates_of_each_token_are_its_adapters(run, tokens, pages):
     arguments = problem(tokens, pages)
-    gates, active, tile_blocks, semaphores = into = outputs(tokens + 3, pages)
-    run(*arguments, into)
+    into = outputs(tokens + 3, pages)
+    run(*(tensor.to(DEVICE) for tensor in arguments), into)
+    gates, active, tile_blocks, semaphores = (tensor.cpu() for tensor in into)
     reference = expected(*arguments)
     torch.testing.assert_close(gates[:tokens], reference)
     assert (gates[tokens:] == 7).all() and (semaphores == 0).all()
@@ -87,8 +89,9 @@ def test_gates_of_each_token_are_its_adapters(run, tokens, pages):
 
 
 def test_the_op_is_what_torch_compile_expects():
-    arguments = (*problem(9, 12), *outputs(12, 12))
-    torch.library.opcheck(torch.ops.vllm_adafuse.page_routes.default, arguments)
+    given = problem(9, 12)
+    arguments = [tensor.to(DEVICE) for tensor in given]
     into = outputs(12, 12)
-    page_routes(*arguments[:5], into)
-    torch.testing.assert_close(into.gates[:9], expected(*arguments[:5]))
+    torch.library.opcheck(torch.ops.vllm_adafuse.page_routes.default, (*arguments, *into))
+    page_routes(*arguments, into)
+    torch.testing.assert_close(into.gates[:9].cpu(), expected(*given))
