@@ -27,12 +27,7 @@ from vllm_adafuse.kernels.device.epilogues import (
     tiled_widths,
 )
 from vllm_adafuse.kernels.device.gates import add_deltas, load_both, load_gates, load_ranks, weigh
-from vllm_adafuse.kernels.dispatch import (
-    MAX_ACTIVE_TOKENS,
-    MAX_SHORT_TOKENS,
-    MIN_DENSE_TOKENS,
-    choose_expand,
-)
+from vllm_adafuse.kernels.dispatch import MAX_SHORT_TOKENS, MIN_DENSE_TOKENS, choose_expand
 from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, rows_in_kv, starts_of_head
 from vllm_adafuse.kernels.launch import Bound, bind, overlap
 from vllm_adafuse.kernels.operands import Projection, Step
@@ -366,9 +361,8 @@ def expand_raw_triton(
         result = y.new_empty(y.shape[1:])
     elif result is y and (index or bias is not None):
         result = torch.empty_like(y)
-    listed = p.shape.tile_blocks and y.shape[-2] > MAX_ACTIVE_TOKENS
-    blocks_of = step.tile_blocks if listed else None
-    read = Read(bias, p.lora_b, step.gates, step.active, step.cos_sin, blocks_of)
+    tile_blocks = step.blocks_of(p.shape, y.shape[-2])
+    read = Read(bias, p.lora_b, step.gates, step.active, step.cos_sin, tile_blocks)
     launch_expand(y, result, lora_a_out, read, (p.shape.adapted, widths, index), config, kv_slots)
     return result
 

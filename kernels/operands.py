@@ -98,6 +98,11 @@ class Step:
     cos_sin: torch.Tensor | None = None
     tile_blocks: torch.Tensor | None = None
 
+    def blocks_of(self, shape: Shape, tokens: int) -> torch.Tensor | None:
+        """`tile_blocks` for a projection that goes by them, in steps that list them; else None."""
+        listed = shape.tile_blocks and tokens > dispatch.MAX_ACTIVE_TOKENS
+        return self.tile_blocks if listed else None
+
 
 def stays_in_place(shape: Shape) -> bool:
     """Whether the result may have the rows of the product [T, out + S E R], gaps and all: what

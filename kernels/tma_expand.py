@@ -183,8 +183,8 @@ def tma_expand_triton(
     config: ExpandConfig | None = None,
     kv_slots: KVSlots | None = None,
 ) -> torch.Tensor:
-    """One launch; for what `dispatch.tma_expands` holds. Adds the deltas of the first
-    `dispatch.experts_at_once`.
+    """One launch, two on pages; for what `dispatch.tma_expands` holds. Adds the deltas of the first
+    `dispatch.experts_at_once`, or of the pages that `tile_blocks` lists.
 
     Args:
         y: [T, out], W x with the deltas of the other experts, if any; rows contiguous.
@@ -201,15 +201,18 @@ def tma_expand_triton(
     """
     tokens, widths, epilogue = y.shape[0], p.shape.widths, p.shape.kernel_epilogue
     config = config or choose_wide(tokens, math.gcd(*widths), epilogue)
-    result, listed = result_of(y, widths, epilogue, p.strided_out), step.tile_blocks is not None
+    result = result_of(y, widths, epilogue, p.strided_out)
+    tile_blocks = step.blocks_of(p.shape, tokens)
     operands = y, lora_a_out, result, p, step, kv_slots
-    _launch(operands, config, p.shape.tile_blocks and listed)
-    if p.shape.tile_blocks and listed:
-        _launch(operands, choose_wide_many(config), True, many=True)
+    _launch(operands, config, tile_blocks)
+    if tile_blocks is not None:
+        _launch(operands, choose_wide_many(config), tile_blocks, many=True)
     return result
 
 
-def _launch(operands: tuple, config: ExpandConfig, listed: bool, many: bool = False) -> None:
+def _launch(
+    operands: tuple, config: ExpandConfig, tile_blocks: torch.Tensor | None, many: bool = False
+) -> None:
     """One launch; many: for tiles of tokens with several blocks, which need registers that the
     others lack then."""
     y, lora_a_out, result, p, step, kv_slots = operands
@@ -226,8 +229,8 @@ def _launch(operands: tuple, config: ExpandConfig, listed: bool, many: bool = Fa
         _tma_expand_kernel, (groups, cdiv(tokens, config.tokens)),
         y_desc, TensorDescriptor(lora_b, [out, size], [size, 1], [columns, ranks]), out_desc,
         TensorDescriptor.from_tensor(lora_a_out, [config.tokens, ranks]), step.gates, step.cos_sin,
-        step.tile_blocks, tokens, experts, *(kv_slots or NO_KV_SLOTS),
-        KV=kv_slots is not None, LISTED=TILE_TOKENS if listed else 0, MANY=many, **constants,
+        tile_blocks, tokens, experts, *(kv_slots or NO_KV_SLOTS), KV=kv_slots is not None,
+        LISTED=0 if tile_blocks is None else TILE_TOKENS, MANY=many, **constants,
     )  # fmt: skip
 
 
