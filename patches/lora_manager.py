@@ -46,6 +46,7 @@ def wrap() -> None:
     @functools.wraps(original)
     def load_lora_model(self, model, vllm_config, device):
         from vllm_adafuse.serving.manager import AdapterManager
+        from vllm_adafuse.serving.wrap.vllm_lora import draft_without_lora
 
         if vllm_api.lora_option(vllm_config) == "vllm":
             return original(self, model, vllm_config, device)
@@ -54,6 +55,8 @@ def wrap() -> None:
         vllm_api.capture_one_kind_of_lora(self)
         vllm_api.keep_adapters_on_reload(self)
         vllm_api.name_steps_by_request(self, self.lora_manager.name_step)
+        if vllm_api.shares_lora(vllm_config):
+            draft_without_lora(self)
         return self.lora_manager.create_lora_manager(model, vllm_config)
 
     setattr(load_lora_model, _MARK, True)

@@ -1,9 +1,10 @@
-"""Requests choose their adapter with tensor parallelism: each rank holds its share of the pages."""
+"""Requests choose their adapter with tensor parallelism: each rank holds its share of the pages, and
+of what is vLLM's beside them; rows of logits are as many as drafts say."""
 
 import pytest
 import torch
 from engines import assert_greedy_equals, engine, greedy, load_reference, make_pair
-from loras import PATTERNS, make_lora
+from loras import MODULES, PATTERNS, make_lora
 from test_engine_company import counter
 from transformers import AutoModelForCausalLM
 from vllm.lora.request import LoRARequest
@@ -35,18 +36,22 @@ def test_two_tensor_ranks(tmp_path, monkeypatch):
     references.append(load_reference(base, past))
     requests = [None, LoRARequest("m", 1, str(mix)), LoRARequest("l", 2, str(tmp_path / "lora"))]
     requests.append(LoRARequest("past", 4, str(past)))
-    prompts = [f"{prompt} {prompt}" for prompt in real_prompts(8)]
-    options = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 128}
+    modules = [*MODULES, "embed_tokens", "lm_head"]
+    references.append(make_lora(base, tmp_path / "rest", 2, r=8, target_modules=modules))
+    requests.append(LoRARequest("rest", 5, str(tmp_path / "rest")))
+    prompts = [f"{prompt} {prompt}" for prompt in real_prompts(10)]
+    options = {"enable_lora": True, "max_loras": 4, "max_lora_rank": 128}
+    options |= {"additional_config": {"adafuse": {"lora": "both"}}}
     options |= {"speculative_config": DRAFTS, "disable_log_stats": False}
     with engine(base, tensor_parallel_size=2, **options) as llm:
-        named = [requests[i % 4] for i in range(len(prompts))]
+        named = [requests[i % 5] for i in range(len(prompts))]
         outputs = llm.generate(prompts, greedy(30), lora_request=named, use_tqdm=False)
         with pytest.raises(Exception, match="no such directory|could not|failed"):
             llm.llm_engine.add_lora(LoRARequest("gone", 3, str(tmp_path / "gone")))
-        again = llm.generate(prompts[:4], greedy(30), lora_request=named[:4], use_tqdm=False)
+        again = llm.generate(prompts[:5], greedy(30), lora_request=named[:5], use_tqdm=False)
         accepted, drafts = (counter(llm, f"vllm:spec_decode_num_{k}_tokens") for k in KINDS)
         one, other = llm.collective_rpc(look)
     assert 0 < accepted < drafts
     assert one[0].any() and all(torch.equal(*both) for both in zip(one, other))
     for i, reference in enumerate(references):
-        assert_greedy_equals(outputs[i::4] + again[i : i + 1], reference)
+        assert_greedy_equals(outputs[i::5] + again[i : i + 1], reference)

@@ -81,17 +81,22 @@ def test_the_newer_runner_tells_of_adapters_per_request():
     from vllm.v1.worker.gpu.lora_utils import LoraState
 
     runner, calls = SimpleNamespace(lora_state=LoraState(4)), []
+    runner.prepare_inputs = lambda logits: SimpleNamespace(cu_num_logits_np=np.array(logits))
     vllm_api.name_steps_by_request(runner, lambda *arguments: calls.append(arguments))
     state = runner.lora_state
     # Two contents of one name: LoRARequest calls them equal.
     for at, lora in enumerate([request("x", 7), None, request("x", 9)]):
         state.add_request("abc"[at], at, lora)
-    inputs = state.make_lora_inputs(["a", "c", "b"], np.array([0, 2, 1]), np.array([5, 1, 2]))
-    runner._set_active_loras(*inputs)
+    for logits in ([0, 1, 2, 3], [0, 3, 4, 6]):  # without drafts, and with
+        assert list(runner.prepare_inputs(logits).cu_num_logits_np) == logits
+        inputs = state.make_lora_inputs(["a", "c", "b"], np.array([0, 2, 1]), np.array([5, 1, 2]))
+        runner._set_active_loras(*inputs)
     # As dummy runs say it: of samples, of tokens.
     runner._set_active_loras((1, 2), (1, 1, 2), {request("d", 1)}, None)
     assert told(calls) == [
-        ([7, 9], [7, 9, 0], [5, 1, 2], [7, 9, 0]), ([1], [1, 1, 2], [1, 1, 1], [1, 2]),
+        ([7, 9], [7, 9, 0], [5, 1, 2], [7, 9, 0]),
+        ([7, 9], [7, 9, 0], [5, 1, 2], [7, 7, 7, 9, 0, 0]),
+        ([1], [1, 1, 2], [1, 1, 1], [1, 2]),
     ]  # fmt: skip
 
 
@@ -108,6 +113,36 @@ def test_the_older_runner_tells_of_adapters_per_request():
         ([7, 9], [7, 0, 9], [5, 1, 2], [7, 0, 9]),
         ([7, 9], [7, 0, 9], [5, 1, 2], [7, 7, 0, 9, 9, 9]),
     ]
+
+
+@pytest.mark.parametrize("name", ["drafter", "speculator"])
+def test_drafts_are_made_with_the_backbones_embedding(name):
+    from torch import nn
+    from vllm.lora.layers import VocabParallelEmbeddingWithLoRA
+    from vllm_adafuse.serving.wrap.vllm_lora import draft_without_lora
+
+    class Drafter:
+        model = None
+
+        def load_model(self, target):
+            self.model = nn.Module()
+            self.model.inner = nn.Module()
+            self.model.inner.embed_tokens, self.model.head = target.embed_tokens, target.head
+            return "loaded"
+
+    target, base = nn.Module(), nn.Linear(2, 2)
+    target.embed_tokens, target.head = VocabParallelEmbeddingWithLoRA(base), nn.Linear(2, 2)
+    wrapper, runner = target.embed_tokens, SimpleNamespace(**{name: Drafter()})
+    draft_without_lora(runner)
+    drafter = getattr(runner, name)
+    assert drafter.load_model(target) == "loaded"
+    assert drafter.model.inner.embed_tokens is base and drafter.model.head is target.head
+    assert target.embed_tokens is wrapper
+    # Of n-grams there is nothing to load, and no model.
+    ngrams = SimpleNamespace(load_model=lambda target: None)
+    draft_without_lora(SimpleNamespace(drafter=ngrams))
+    ngrams.load_model(target)
+    draft_without_lora(SimpleNamespace())
 
 
 def test_one_kind_of_graph_with_adapters():

@@ -51,7 +51,6 @@ def test_what_has_no_pages_is_named_with_its_option(lora, refused, root, tmp_pat
     make_lora(root / "base", tmp_path / "head", 1, r=4, lora_alpha=4, target_modules=["lm_head"])
     head = [SimpleNamespace(name="head", path=str(tmp_path / "head"))]
     config = config_of(root, lora=lora)
-    config.speculative_config = None
     if not refused:
         return check_start(config, head)
     with pytest.raises(AdapterError) as found:
@@ -59,13 +58,10 @@ def test_what_has_no_pages_is_named_with_its_option(lora, refused, root, tmp_pat
     assert refused in str(found.value) and BOTH_LORA in str(found.value)
 
 
-@pytest.mark.parametrize("pipelined", [True, False])
-def test_engines_where_vllms_lora_does_not_stand_beside_ours(pipelined, root):
+def test_stages_where_vllms_lora_does_not_stand_beside_ours(root):
     model = SimpleNamespace(hf_config=AutoConfig.from_pretrained(root / "base"), model="base")
-    config = engine_config(model, pipelined, lora="both")
-    config.speculative_config = None if pipelined else object()
-    word = "pipeline parallelism" if pipelined else "speculative decoding"
-    with pytest.raises(AdapterError, match=f"does not stand beside ours with {word}"):
+    config = engine_config(model, pipelined=True, lora="both")
+    with pytest.raises(AdapterError, match="not stand beside ours with pipeline parallelism"):
         check_start(config, [])
 
 

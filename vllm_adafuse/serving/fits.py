@@ -108,17 +108,13 @@ class Fits:
 
 
 def check_engine(vllm_config: VllmConfig) -> None:
-    """Raises AdapterError where vLLM's own LoRA cannot stand beside ours: a draft's steps and rows of
-    logits have other adapters than the batch says, and stages hold some of the modules each."""
-    reasons = {
-        "pipeline parallelism": vllm_config.parallel_config.pipeline_parallel_size > 1,
-        "speculative decoding": vllm_config.speculative_config is not None,
-    }
-    if found := [name for name, is_so in reasons.items() if is_so]:
+    """Raises AdapterError where vLLM's own LoRA cannot stand beside ours: stages of a pipeline hold
+    some of the modules each."""
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise AdapterError(
             BOTH_LORA,
             [
-                f"vLLM's own LoRA does not stand beside ours with {' and '.join(found)}; leave one "
+                "vLLM's own LoRA does not stand beside ours with pipeline parallelism; leave one "
                 f"of them out, or let vLLM serve all adapters ({VLLM_LORA})"
             ],
         )

@@ -259,16 +259,27 @@ def name_steps_by_request(
     """
     if hasattr(runner, "lora_state"):  # the newer one
 
+        prepare, logits = runner.prepare_inputs, np.zeros(0, dtype=np.int32)
+
+        def prepare_inputs(self, *arguments, **options):
+            nonlocal logits
+            batch = prepare(*arguments, **options)
+            logits = np.diff(batch.cu_num_logits_np)
+            return batch
+
         def make_lora_inputs(state, req_ids, idx_mapping, num_scheduled_tokens):
             found = [state.lora_requests[i] for i in req_ids if i in state.lora_requests]
             return state.lora_ids[idx_mapping], num_scheduled_tokens, found
 
         def _set_active_loras(self, ids, counts, requests, mapping_type=None):
-            rows = np.asarray(ids, dtype=np.int32)
             if isinstance(ids, tuple):  # of a dummy run: of samples and of tokens
+                rows = np.asarray(ids, dtype=np.int32)
                 ids, counts = np.asarray(counts, dtype=np.int32), np.ones(len(counts), np.int32)
+            else:  # a request has a row for each draft, too, which vLLM's own mapping leaves out
+                rows = np.repeat(ids, logits)
             name(list(requests), ids, counts, rows)
 
+        runner.prepare_inputs = MethodType(prepare_inputs, runner)
         runner.lora_state.make_lora_inputs = MethodType(make_lora_inputs, runner.lora_state)
         runner._set_active_loras = MethodType(_set_active_loras, runner)
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from vllm.lora.layers import (
@@ -46,3 +47,30 @@ def decide_logits(module: LogitsProcessorWithLoRA, adapted: Callable[[int], bool
         return module.base_layer._get_logits(hidden_states, *args, **kwargs)
 
     module._get_logits = _get_logits
+
+
+def draft_without_lora(runner: Any) -> None:
+    """Has a model that drafts tokens take the backbone's own embedding where it shares that: its
+    steps have other tokens than the batch says. What it drafts decides no token.
+
+    Args:
+        runner: of either kind, before it loads such a model, if it has one.
+    """
+    for drafter in (getattr(runner, "drafter", None), getattr(runner, "speculator", None)):
+        if hasattr(drafter, "load_model"):
+            _unwrap_when_loaded(drafter)
+
+
+def _unwrap_when_loaded(drafter: Any) -> None:
+    load = drafter.load_model
+
+    def load_model(*arguments: Any, **options: Any) -> Any:
+        result = load(*arguments, **options)
+        model = getattr(drafter, "model", None)
+        for module in model.modules() if isinstance(model, torch.nn.Module) else ():
+            for name, child in module.named_children():
+                if isinstance(child, VocabParallelEmbeddingWithLoRA):
+                    setattr(module, name, child.base_layer)
+        return result
+
+    drafter.load_model = load_model
