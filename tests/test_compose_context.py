@@ -10,7 +10,7 @@ from test_compose_experts import WORDS, base, loras, paths, write_text  # noqa: 
 from vllm_adafuse.cli.main import main
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.experts.compose import RouterOptions, compose_experts
-from vllm_adafuse.experts.context import ContextOptions, _model, _scales
+from vllm_adafuse.experts.context import ContextOptions, Form, _model, _scales
 from vllm_adafuse.experts.loras import read_experts, stack_experts
 from vllm_adafuse.format.adapter import check_adapter
 from vllm_adafuse.format.backbone import Backbone
@@ -58,7 +58,7 @@ def test_experts_stay_and_the_router_is_trained(base, loras, composed):  # noqa:
 def test_what_is_trained_is_what_is_written(base, loras, text, composed):  # noqa: F811
     bank = stack_experts(read_experts(paths(loras), Backbone.from_path(str(base)), []))
     assert _scales(bank) == check_adapter(composed.path)[0].config.scales
-    model = _model(base, bank, list(loras), 2, "first_norm", options(text).context).eval()
+    model = _model(base, bank, list(loras), Form(2), options(text).context).eval()
     router, saved = model.all_routers[0], tensors_of(composed.path)
     assert model.trainable() == [router.weight, router.context]
     with torch.no_grad():

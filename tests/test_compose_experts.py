@@ -266,6 +266,8 @@ def test_what_is_refused(base, loras, samples, tmp_path):
     refused([".pdf", ".html or .png"], dirs, tmp_path, base, samples, "report.pdf")
     refused(["needs samples"], dirs, tmp_path, base, None, "r.html", router="uniform")
     refused(["no LoRA"], {}, tmp_path, base)
+    many = {f"{i}": dirs["code"] for i in range(1025)}
+    refused(["1025 LoRAs, expected 1024 at most"], many, tmp_path, base, router="uniform")
     refused(["nowhere", "--base"], dirs, tmp_path, "nowhere", router="uniform")
     short = tmp_path / "short.txt"
     short.write_text("too short")

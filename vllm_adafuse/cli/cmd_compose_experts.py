@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_adafuse.cli.common import add_example, share
@@ -18,11 +19,16 @@ entrance chooses among them for every token. Ranks, alphas, rsLoRA and adapted m
 from LoRA to LoRA; nothing is retrained.
 
 With --router-context mean the router also sees what a request has said so far. It is trained on any
-text like that of your requests (--data), without labels, while the LoRAs stay as they are.
+text like that of your requests (--data), without labels, while the LoRAs stay as they are. Text whose
+LoRA is known (--labels) is a help, and not needed.
 
 Else the router is fitted to text of each LoRA's domain (a few dozen pages are enough). It sees a token
 and not its neighbours, so it can only be as good as the domains' words differ: the report says how
 good that is, on the last part of every text, which is not fitted.
+
+With --mixture ADAPTER the LoRAs are put beside the experts of a mixture that exists, and --remove takes
+experts out. Of the router only the rows of what is added are trained, in a minute or so: tokens that do
+not choose a new expert keep the experts and weights that they had.
 """
 EXAMPLE = """\
   vllm-adafuse compose-experts code=./lora-code law=./lora-law --base ./Llama-2-7b-hf \\
@@ -32,6 +38,10 @@ EXAMPLE = """\
 
   vllm-adafuse compose-experts code=./lora-code law=./lora-law --base ./Llama-2-7b-hf \\
       --router-context mean --data requests.jsonl --data pages.txt --output ./adapter
+
+  vllm-adafuse compose-experts tax=./lora-tax --mixture ./adapter --data pages.txt \\
+      --labels tax=tax.txt --output ./with-tax
+  vllm-adafuse compose-experts --mixture ./with-tax --remove law --output ./without-law
 
 Without text, --router uniform gives every LoRA the weight 1 / N for every token, which is their
 plain average. docs/compose-experts.md has more."""
@@ -52,12 +62,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     add_example(parser, EXAMPLE)
     add = parser.add_argument
-    add("loras", metavar="NAME=LORA", nargs="+", type=pair, help="an expert: a PEFT LoRA directory")
+    add("loras", metavar="NAME=LORA", nargs="*", type=pair, help="an expert: a PEFT LoRA directory")
     add("--output", required=True, metavar="ADAPTER", help="the adapter directory to make")
     add("--base", help="the backbone: a directory or a cached name (default: the first LoRA's)")
     add(
-        "--samples", action="append", default=[], type=pair, metavar="NAME=FILE",
-        help="UTF-8 text of an expert's domain; once or more for each",
+        "--samples", "--labels", dest="samples", action="append", default=[], type=pair,
+        metavar="NAME=FILE",
+        help="UTF-8 text of an expert's domain, that is text with a label; once or more for each. "
+        "Where a router is trained on --data, of any experts or none, and may be jsonl",
     )  # fmt: skip
     add("--router", choices=("fit", "uniform"), default="fit", help="fit to the samples (default)")
     add(
@@ -73,12 +85,18 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--mixed-backbones", action="store_true",
         help="take LoRAs that name different backbones, which are refused otherwise",
     )  # fmt: skip
+    change = parser.add_argument_group("a mixture that exists").add_argument
+    change("--mixture", type=Path, metavar="ADAPTER",
+           help="add the LoRAs to this one, and write the result to --output: the other experts and "
+           "their rows of the router stay, those of the LoRAs are trained on --data")  # fmt: skip
+    change("--remove", action="append", default=[], metavar="NAME",
+           help="take this expert out of it; needs no text and no backbone")  # fmt: skip
     past = parser.add_argument_group("a router that sees the past").add_argument
     past("--router-context", choices=CONTEXTS, help="train one that sees the request so far")
     past(
         "--data", action="append", default=[], type=Path, metavar="FILE",
         help="text to train it on, of any domain: jsonl as `train` takes it, or plain UTF-8; "
-        "--samples of some experts may stand beside it, as text with labels",
+        "--labels of some experts may stand beside it",
     )  # fmt: skip
     past("--router-from", type=Path, metavar="ADAPTER",
          help="keep the rows of experts of the same name; only those of others are trained")  # fmt: skip
@@ -123,8 +141,73 @@ def _context(args: argparse.Namespace):
     return ContextOptions(tuple(args.data), tuple(args.samples), **given)
 
 
-def _show_trained(trained, names: list[str]) -> None:
-    shares = ", ".join(f"{n} {share(part)}" for n, part in zip(names, trained.usage))
+# Options of a mixture that is made anew, and what they are where none is given.
+_MADE_ANEW = {
+    "router": "fit", "top_k": None, "router_input": ROUTER_INPUTS[0], "report": None,
+    "router_context": None, "router_context_scale": None, "router_from": None,
+}  # fmt: skip
+
+
+def _training(args: argparse.Namespace):
+    """How rows of a mixture that exists are trained; None where none are.
+
+    Raises:
+        ValueError: options that do not go with it.
+    """
+    from vllm_adafuse.experts.context import ContextOptions
+
+    named = [f"--{o.replace('_', '-')}" for o, v in _MADE_ANEW.items() if getattr(args, o) != v]
+    if named:
+        raise ValueError(f"{', '.join(named)}: expected none beside --mixture, which has its own")
+    given = {f: v for o, f in _OF_THE_PAST.items() if (v := getattr(args, o)) is not None}
+    if not args.loras:
+        named = [f"--{o.replace('_', '-')}" for o in _OF_THE_PAST if getattr(args, o) is not None]
+        named += [*(["--data"] if args.data else []), *(["--labels"] if args.samples else [])]
+        if named:
+            raise ValueError(f"{', '.join(named)}: expected a LoRA to add beside it, else nothing is "
+                             "trained")  # fmt: skip
+        return None
+    return ContextOptions(
+        tuple(args.data), tuple(args.samples), held_out=args.held_out, **given
+    )
+
+
+def _change(args: argparse.Namespace, loras: dict[str, str | Path]):
+    """A mixture that exists, changed."""
+    from vllm_adafuse.experts.change import change_mixture
+
+    try:
+        options = _training(args)
+    except ValueError as e:
+        raise AdapterError("options", [str(e)]) from e
+    return change_mixture(
+        args.mixture, args.output, loras, args.remove, args.base, options, progress=True,
+        mixed_backbones=args.mixed_backbones,
+    )  # fmt: skip
+
+
+def _compose(args: argparse.Namespace, loras: dict[str, str | Path]):
+    """A mixture made anew."""
+    from vllm_adafuse.experts.compose import RouterOptions, compose_experts
+
+    if args.remove:
+        raise AdapterError("options", ["--remove: expected --mixture beside it, to take them out of"])
+    samples: dict[str, Sequence[str | Path]] = {
+        name: [file for owner, file in args.samples if owner == name] for name, _ in args.samples
+    }
+    try:
+        context = _context(args)
+        options = RouterOptions(args.router, args.top_k, args.router_input, args.held_out, context)
+    except ValueError as e:
+        raise AdapterError("options", [str(e)]) from e
+    return compose_experts(
+        loras, args.output, args.base, {} if context else samples, options, args.report, progress=True,
+        mixed_backbones=args.mixed_backbones,
+    )  # fmt: skip
+
+
+def _show_trained(trained) -> None:
+    shares = ", ".join(f"{n} {share(part)}" for n, part in zip(trained.names, trained.usage))
     lines = [
         f"held-out text: {trained.tokens} tokens with loss",
         f"  perplexity {trained.before:.2f} -> {trained.after:.2f}",
@@ -139,29 +222,18 @@ def _show_trained(trained, names: list[str]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Composes with a progress bar on stderr; prints the report."""
-    from vllm_adafuse.experts.compose import RouterOptions, compose_experts
     from vllm_adafuse.experts.separability import text_report
 
-    loras, samples = dict(args.loras), {}
+    loras = dict(args.loras)
     if len(loras) < len(args.loras):
         raise AdapterError("mixture of LoRAs", ["a name is given to two LoRAs; use another"])
-    for name, file in args.samples:
-        samples.setdefault(name, []).append(file)
-    try:
-        context = _context(args)
-        options = RouterOptions(args.router, args.top_k, args.router_input, args.held_out, context)
-    except ValueError as e:
-        raise AdapterError("options", [str(e)]) from e
-    made = compose_experts(
-        loras, args.output, args.base, {} if context else samples, options, args.report, progress=True,
-        mixed_backbones=args.mixed_backbones,
-    )  # fmt: skip
+    made = (_change if args.mixture else _compose)(args, loras)
     if made.separability:
         for line in text_report(made.separability, made.telling).split("\n"):
             print(printable(line))
         print()
     if made.trained:
-        _show_trained(made.trained, list(loras))
+        _show_trained(made.trained)
     for note in made.notes:
         print(printable(f"note: {note}"))
     if args.report:

@@ -7,18 +7,32 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from vllm_adafuse.convert.source import read_json
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.experts.context import ContextOptions, ContextRouter, train_router
+from vllm_adafuse.experts.context import (
+    ContextOptions,
+    ContextRouter,
+    Form,
+    rows_from,
+    train_router,
+)
 from vllm_adafuse.experts.loras import read_experts, stack_experts
 from vllm_adafuse.experts.picture import check_suffix, write_report
 from vllm_adafuse.experts.router import PENALTIES, Features, fit_router, uniform_router
 from vllm_adafuse.experts.samples import read_samples
 from vllm_adafuse.experts.separability import Separability, measure
 from vllm_adafuse.format.backbone import Backbone, require_safetensors
-from vllm_adafuse.format.config import BASE_HASH, CONFIG_FILE, ROUTER_INPUTS, parse_config
-from vllm_adafuse.format.context_keys import CONTEXT_WEIGHT, context_json
+from vllm_adafuse.format.config import (
+    BASE_HASH,
+    CONFIG_FILE,
+    MAX_EXPERTS,
+    ROUTER_INPUTS,
+    parse_config,
+)
+from vllm_adafuse.format.context_keys import context_json
 from vllm_adafuse.format.origin import known_hash
 from vllm_adafuse.format.places import (
     output_problem,
@@ -160,8 +174,12 @@ def compose_experts(
         router, separability, telling = uniform_router(len(names), backbone.hidden_size), None, []
         trained = None
         if options.context:
+            form = Form(top_k, options.router_input, context_scale=options.context.scale)
+            path, kept = options.context.router_from, {}
+            if path is not None:
+                kept = rows_from(path, names, form, backbone)
             trained = train_router(
-                found_base, bank, names, top_k, options.router_input, options.context, progress
+                found_base, bank, names, form, kept, options.context, progress
             )
         if samples:
             bar.set_description("fit router")
@@ -197,10 +215,8 @@ def compose_experts(
         tensors = bank.tensors | {"router.weight": router.weight, "router.bias": router.bias}
         if trained:
             raw |= {"format_version": 2} | context_json("mean", options.context.scale)
-            tensors = bank.tensors | {
-                "router.weight": trained.weight, CONTEXT_WEIGHT: trained.context
-            }  # fmt: skip
-        _write(out, raw, tensors, backbone)
+            tensors = bank.tensors | trained.tensors
+        write_mixture(out, raw, tensors, backbone)
         if report is not None:
             write_report(Path(report), separability, telling)
         bar.update(bar.total - bar.n)
@@ -212,6 +228,8 @@ def _check_arguments(loras, out: Path, samples, options: RouterOptions, report) 
     problems, top_k = [], 1
     if not loras:
         problems.append("no LoRA was given; name at least one as NAME=DIRECTORY")
+    if len(loras) > MAX_EXPERTS:
+        problems.append(f"{len(loras)} LoRAs, expected {MAX_EXPERTS} at most, as many as a mixture has")
     if problem := output_problem(out):
         problems.append(f"output directory {out}: {problem}")
     for name in samples.keys() - loras.keys():
@@ -277,7 +295,20 @@ def _texts(telling: list[list[int]], base: Path) -> list[list[str]]:
     return [[visible(tokenizer.decode([token])) for token in ids] for ids in telling]
 
 
-def _write(out: Path, raw: dict, tensors: dict, backbone: Backbone) -> None:
+def write_mixture(
+    out: Path, raw: dict[str, Any], tensors: dict[str, torch.Tensor], backbone: Backbone | None
+) -> None:
+    """Writes an adapter, and leaves none that a check would refuse.
+
+    Args:
+        out: its directory.
+        raw: its config.
+        tensors: by name.
+        backbone: to check against, where it is known.
+
+    Raises:
+        AdapterError: with every problem found.
+    """
     from vllm_adafuse.format.adapter import load_adapter
     from vllm_adafuse.format.random_adapter import write_adapter
 

@@ -1,4 +1,5 @@
-"""A router that sees a request's past, trained over LoRAs that stay as they are.
+"""A router's rows trained over LoRAs that stay as they are, of a router that sees a request's past
+above all.
 
 The text needs no labels: the router learns what makes the mixture predict it best.
 """
@@ -6,7 +7,7 @@ The text needs no labels: the router learns what makes the mixture predict it be
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from vllm_adafuse.convert.bank import Bank
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.format.adapter import load_adapter
+from vllm_adafuse.format.adapter import Adapter, load_adapter
 from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.format.config import AdapterConfig
 from vllm_adafuse.format.context_keys import CONTEXT_KEY, CONTEXT_WEIGHT
+from vllm_adafuse.format.layout import ENTRANCE_ROUTER
 from vllm_adafuse.format.pretrained import load_tokenizer
 from vllm_adafuse.format.vocabulary import require_rows
 from vllm_adafuse.text import show
@@ -82,19 +84,37 @@ class ContextOptions:
 
 
 @dataclass(frozen=True)
+class Form:
+    """What a router computes, whatever its numbers: fields as in `MixtureConfig`."""
+
+    top_k: int
+    router_input: str = "first_norm"
+    router_context: str = "mean"
+    context_scale: float = CONTEXT_SCALE
+    router_weights: str = "topk_softmax"
+    router_bias: bool = False
+    temperature: float = 1.0
+
+
+# Of an expert, tensor's name -> its row.
+Rows = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
 class ContextRouter:
     """The result.
 
     Attributes:
-        weight, context: [E, hidden] float32.
+        names: of the experts.
+        tensors: the router's, float32, by their names in the format.
         kept: names of the experts whose rows were taken over.
         before, after: perplexity on the held-out blocks, of the bare backbone and of the mixture.
         tokens: with loss, held out.
         usage: share of the held-out slots that each expert got.
     """
 
-    weight: torch.Tensor
-    context: torch.Tensor
+    names: tuple[str, ...]
+    tensors: dict[str, torch.Tensor]
     kept: tuple[str, ...]
     before: float
     after: float
@@ -112,34 +132,33 @@ class ContextRouter:
 
 
 def train_router(
-    base: Path, bank: Bank, names: Sequence[str], top_k: int, router_input: str,
+    base: Path, bank: Bank, names: Sequence[str], form: Form, kept: Mapping[str, Rows],
     options: ContextOptions, progress: bool = False,
 ) -> ContextRouter:  # fmt: skip
-    """Trains the rows of W and C; experts and backbone stay.
+    """Trains the rows of a router; experts and backbone stay, and rows that are given.
 
     Args:
         base: the backbone's directory.
         bank: of the experts.
         names: theirs.
-        top_k: experts per token.
-        router_input: what the router reads, as in the format.
+        form: of the router.
+        kept: expert's name -> its rows; the others' are trained.
         options: of the training.
         progress: show a progress bar.
 
     Raises:
-        AdapterError: the text or `router_from` cannot be used, or training diverged.
+        AdapterError: the text cannot be used, or training diverged.
     """
     shapes = Backbone.from_path(str(base))
-    shapes.require_head("compose-experts --router-context")
+    shapes.require_head("compose-experts")
     blocks, judged, labels = _read_blocks(base, shapes, names, options)
-    kept = _rows_of(options.router_from, names, router_input, options.scale, shapes)
-    model = _model(base, bank, names, top_k, router_input, options)
-    router = model.all_routers[0]
+    model = _model(base, bank, names, form, options)
+    rows = _router_tensors(model)
     fresh = torch.tensor([name not in kept for name in names], device=model.device)
     with torch.no_grad():
         for e, name in enumerate(names):
-            if name in kept:
-                router.weight[0, e], router.context[e] = (t.to(model.device) for t in kept[name])
+            for tensor, row in kept.get(name, {}).items():
+                rows[tensor][e] = row.to(model.device)
     with model.disabled():
         before = next_token_scores(model, DataLoader(judged, options.batch_size))
     if not math.isfinite(before["loss"]):
@@ -153,20 +172,32 @@ def train_router(
     after = next_token_scores(model, DataLoader(judged, options.batch_size))
     usage = _usage(model, judged, options.batch_size)
     return ContextRouter(
-        router.weight[0].detach().cpu().float(), router.context.detach().cpu().float(),
-        tuple(kept), before["perplexity"], after["perplexity"], after["tokens"], usage,
+        tuple(names),
+        {name: tensor.detach().cpu().float() for name, tensor in rows.items()},
+        tuple(name for name in names if name in kept),
+        before["perplexity"], after["perplexity"], after["tokens"], usage,
     )  # fmt: skip
 
 
-def _model(base, bank, names, top_k, router_input, options: ContextOptions) -> AdaFuseModel:
+def _router_tensors(model: AdaFuseModel) -> Rows:
+    """Views of the router's parameters, an expert a row."""
+    router = model.all_routers[0]
+    views = {"router.weight": router.weight[0]}
+    if router.bias is not None:
+        views["router.bias"] = router.bias[0]
+    if router.context is not None:
+        views[CONTEXT_WEIGHT] = router.context
+    return views
+
+
+def _model(base, bank, names, form: Form, options: ContextOptions) -> AdaFuseModel:
     """The mixture on its backbone, only its router to be trained."""
     backbone = load_backbone(str(base), dtype=options.dtype)
     backbone.to("cuda" if torch.cuda.is_available() else "cpu")
     rank, linears = max(bank.ranks), [n.removesuffix(".lora_A") for n in bank.tensors]
     config = MixtureConfig(
-        num_experts=len(names), top_k=top_k, r=rank, lora_alpha=float(rank),
-        router_input=router_input, router_context="mean", context_scale=options.scale,
-        seed=options.seed, target_modules=tuple(sorted({n.split(".")[-2] for n in bank.tensors})),
+        num_experts=len(names), r=rank, lora_alpha=float(rank), seed=options.seed,
+        target_modules=tuple(sorted({n.split(".")[-2] for n in bank.tensors})), **vars(form),
     )  # fmt: skip
     linears = [name for name in linears if not name.endswith(".lora_B")]
     model = AdaFuseModel(backbone, config, str(base), linears)
@@ -231,41 +262,55 @@ def _examples(path: Path, tokenizer) -> list[Example]:
     return [Example(tuple(ids), (True,) * len(ids), str(path))]
 
 
-def _rows_of(path, names, router_input, scale, shapes) -> dict[str, tuple[torch.Tensor, ...]]:
-    """Rows of W and C of another adapter, for the experts that it shares."""
-    if path is None:
-        return {}
+def read_rows(adapter: Adapter) -> dict[str, Rows]:
+    """Expert's name -> its rows of the router at the entrance."""
+    with adapter.reader() as read:
+        tensors = {n: read(n).float() for n in ENTRANCE_ROUTER if n in adapter.tensors}
+    return {
+        name: {tensor: rows[e] for tensor, rows in tensors.items()}
+        for e, name in enumerate(adapter.config.expert_names)
+    }
+
+
+def rows_from(path: Path, names: Sequence[str], form: Form, shapes: Backbone) -> dict[str, Rows]:
+    """Rows of another adapter, for the experts that it shares.
+
+    Raises:
+        AdapterError: its rows mean something else, or there are none to share.
+    """
     adapter = load_adapter(path, shapes)
     config, problems = adapter.config, []
     if not config.router_context:
         problems.append(f"it has no `{CONTEXT_KEY}`, expected a router that sees the past")
     found = config.router_input, config.context_scale, config.temperature
-    if not problems and found != (router_input, scale, 1.0):
+    if not problems and found != (form.router_input, form.context_scale, form.temperature):
         problems.append(
             f"its router reads {found[0]} with scale {found[1]:g} at temperature {found[2]:g}, "
-            f"expected {router_input}, {scale:g} and 1: rows mean the same only so"
+            f"expected {form.router_input}, {form.context_scale:g} and {form.temperature:g}: rows "
+            "mean the same only so"
         )
     if "router.bias" in adapter.tensors:
-        problems.append("its router has a bias, which routers trained here have not")
+        problems.append(
+            "its router has a bias, which routers trained here have not; --mixture takes it as it is"
+        )
     if not set(names) & set(config.expert_names):
         problems.append(
             f"none of its experts ({show(list(config.expert_names))}) is one of {', '.join(names)}"
         )
     if problems:
         raise AdapterError(f"adapter {path}", problems)
-    with adapter.reader() as read:
-        weight, context = read("router.weight").float(), read(CONTEXT_WEIGHT).float()
-    place = {name: e for e, name in enumerate(config.expert_names)}
-    return {n: (weight[place[n]], context[place[n]]) for n in names if n in place}
+    return {name: rows for name, rows in read_rows(adapter).items() if name in names}
 
 
 def _fit(model, blocks, labels, fresh, options: ContextOptions, progress: bool) -> None:
     router = model.all_routers[0]
-    for parameter, axis in ((router.weight, 1), (router.context, 0)):
+    every = ((router.weight, 1), (router.context, 0), (router.bias, 1))
+    axes = [(parameter, axis) for parameter, axis in every if parameter is not None]
+    for parameter, axis in axes:
         keep = fresh.view([-1 if i == axis else 1 for i in range(parameter.dim())])
         parameter.register_hook(lambda grad, keep=keep: grad * keep)
     lr = options.lr or RATE_TIMES_HIDDEN / router.weight.shape[-1]
-    parameters = [router.weight, router.context]
+    parameters = [parameter for parameter, _ in axes]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     draw = torch.Generator().manual_seed(options.seed)
     model.train()

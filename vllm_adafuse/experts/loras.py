@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from vllm_adafuse.convert import peft_lora
@@ -19,7 +20,11 @@ from vllm_adafuse.text import show
 
 
 def read_experts(
-    loras: dict[str, Path], backbone: Backbone, notes: list[str], mixed_backbones: bool = False
+    loras: dict[str, Path],
+    backbone: Backbone,
+    notes: list[str],
+    mixed_backbones: bool = False,
+    others: Mapping[str, tuple[str, str]] | None = None,
 ) -> list[dict[str, Part]]:
     """The pairs of every LoRA, by linear.
 
@@ -28,11 +33,12 @@ def read_experts(
         backbone: what they are checked against.
         notes: gets a sentence for everything assumed.
         mixed_backbones: note that they name different backbones, instead of refusing them.
+        others: that the mixture has besides: name -> what their backbone is called, and its place.
 
     Raises:
         AdapterError: with the problems of all of them.
     """
-    experts, problems, named = [], [], {}
+    experts, problems, named = [], [], dict(others or {})
     for name, path in loras.items():
         try:
             source = Source.open(Path(path))
