@@ -128,6 +128,7 @@ def test_models_are_told_with_their_experts_or_why_they_have_none(playground):
     names = [expert["name"] for expert in models["mix"]["experts"]]
     assert names == ["code", "prose", "<i>law</i>", "numbers"]
     assert len(models["past"]["experts"]) == 3 and not models["past"]["plain"]
+    assert models["past"]["past"] and not models["mix"]["past"]
     for name, why in (("base", "no experts"), ("lora", "plain LoRA"), ("afar", "--adapter")):
         assert why in models[name]["plain"] and "experts" not in models[name]
 
@@ -231,7 +232,21 @@ def test_the_page_in_a_browser(behind, playground, tmp_path):
         assert page.js("$('out').classList.contains('dim')")
         assert page.js("$('out').children[0].classList.contains('on')")
 
+        assert page.js("$('settling').children.length") == 0  # routes by the token alone do not settle
+        page.js("delete document.body.dataset.done; $('model').value = 'past'; $('model').onchange()")
+        page.js("$('form').requestSubmit()")
+        page.until("document.body.dataset.done")
+        assert page.js("$('settling').children.length") == count
+        heights = page.js(
+            "[...$('settling').children].map(c => [...c.children].map("
+            "b => `${b.dataset.expert}:${b.getBoundingClientRect().height}`).join()).join(';')"
+        )
+        columns = [dict(part.split(":") for part in column.split(",")) for column in heights.split(";")]
+        assert all(list(column) == sorted(column) for column in columns)  # an expert's bands in a row
+        tall = page.js("$('settling').clientHeight")
+        assert all(abs(sum(map(float, column.values())) - tall) < 1 for column in columns)
         page.js("delete document.body.dataset.done; $('model').value = 'lora'; $('model').onchange()")
+        assert page.js("$('settling').children.length") == 0
         assert "plain LoRA" in page.js("$('plain').textContent")
         assert not page.js("$('out').classList.contains('dim')")
         page.js("$('form').requestSubmit()")

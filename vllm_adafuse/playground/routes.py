@@ -35,6 +35,10 @@ class Routed:
     router: Any
     names: tuple[str, ...]
 
+    @property
+    def sees_past(self) -> bool:
+        return bool(self.router.config.router_context)
+
 
 class Upstream:
     """An OpenAI-compatible server, and what of its models lies on this machine.
@@ -84,7 +88,8 @@ class Upstream:
             return json.loads(answer.read())["data"]
 
     def models(self) -> list[dict[str, Any]]:
-        """For the page: of each model its id, what it is, why it has no colours, its experts."""
+        """For the page: of each model its id, what it is, why it has no colours, its experts, and
+        whether they depend on the request's past."""
         cards, shown = self.cards(), []
         for card in cards:
             found = self.routed(card["id"], cards)
@@ -94,6 +99,7 @@ class Upstream:
                     {"name": printable(name), "hue": hue(e), "level": level(e)}
                     for e, name in enumerate(found.names)
                 ]
+                told["past"] = found.sees_past
             shown.append(told | {"plain": found if isinstance(found, str) else ""})
         return shown
 
@@ -231,7 +237,7 @@ def _tokens(
         token["id"] = number
     if isinstance(routed, Routed) and new:
         # A router that sees the past needs the whole request.
-        whole = ids if routed.router.config.router_context else new
+        whole = ids if routed.sees_past else new
         experts, weights = (part[-len(new) :].tolist() for part in
                             routed.router.routes(torch.tensor(whole)))  # fmt: skip
         for token, chosen, shares in zip(tokens, experts, weights):
