@@ -21,13 +21,11 @@ from vllm_adafuse.kernels.configs import BLOCK_ER, PAGE_RANKS
 from vllm_adafuse.kernels.dispatch import MAX_ACTIVE_TOKENS
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.registry import register_op
-from vllm_adafuse.kernels.spread_routes import list_active
+from vllm_adafuse.kernels.spread_routes import MAX_ACTIVE_BITS, list_active
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 # Rows of `directory`; from COLUMNS on the columns of a slot.
 OWNER, EXPERT, TOP_K, SCALE, COLUMNS = range(5)
-# Pages of which `active` has bits; with more of them it says that all are there.
-MAX_ACTIVE_BITS = 64
 # Pages of a block, which one product of the expands takes, and tokens of a tile.
 BLOCK_PAGES = BLOCK_ER // PAGE_RANKS
 TILE_TOKENS = 128
@@ -161,9 +159,8 @@ def page_routes_torch(token_ids, slots, directory, table_ids, table_weights, int
         rows += torch.where(match, table_weights[column, ids][:, None], 0.0)
     if tokens <= MAX_ACTIVE_TOKENS:
         list_active((rows != 0).any(0), active)
-    if tokens > MAX_ACTIVE_TOKENS:
+    else:
         list_blocks(rows, tile_blocks)
-    if tokens > MAX_ACTIVE_TOKENS or gates.shape[1] > MAX_ACTIVE_BITS:
         active[0] = -1
     semaphores.zero_()
 

@@ -18,6 +18,10 @@ from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
+# Experts of which `active` has bits (the kernel's blocks too: 64); with more its word says that all
+# are there.
+MAX_ACTIVE_BITS = 64
+
 
 def new_active(experts: int, device: torch.device | str | None = None) -> torch.Tensor:
     """[2 + E] int64 for `spread_routes` to write: no expert yet."""
@@ -25,10 +29,10 @@ def new_active(experts: int, device: torch.device | str | None = None) -> torch.
 
 
 def list_active(used: torch.Tensor, active: torch.Tensor) -> None:
-    """Writes the bits, the number and the list of experts [E] that are used."""
+    """Writes the bits, the number and the list of experts (or pages) [E] that are used."""
     experts = used.nonzero()[:, 0]
-    active[0], active[1] = (1 << experts).sum(), len(experts)
-    active[2 : 2 + len(experts)] = experts
+    active[0] = (1 << experts).sum() if len(used) <= MAX_ACTIVE_BITS else -1
+    active[1], active[2 : 2 + len(experts)] = len(experts), experts
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -50,7 +54,10 @@ def _spread_routes_kernel(
     if pid == 0:
         if ONE:
             used = tl.max((gates != 0.0).to(tl.int64), 0)
-            tl.store(active_ptr, tl.sum(used << experts.to(tl.int64), 0))
+            if BLOCK_E <= 64:
+                tl.store(active_ptr, tl.sum(used << experts.to(tl.int64), 0))
+            else:
+                tl.store(active_ptr, -1)
             place = tl.cumsum(used, 0)
             tl.store(active_ptr + 1, tl.max(place, 0))
             tl.store(active_ptr + 1 + place, experts.to(tl.int64), mask=used != 0)
@@ -132,7 +139,8 @@ def spread_routes(
         weights: [N, k] float32.
         gates: [N, E] float32, its first T rows written.
         active: [2 + E] int64, written: a bit for each expert with a gate, then their number, then
-            which they are, in rising order. In batches of more than 256 all bits, and no list.
+            which they are, in rising order. Of more than 64 experts all bits; in batches of more
+            than 256 all bits, and no list.
         semaphores: int32 of any shape, zeroed.
         tokens: T <= N.
     """

@@ -42,26 +42,27 @@ def test_after_many_tokens_it_is_still_right():
 
 
 VOCAB, COLUMNS, REQUESTS = 50, 12, 6
+KINDS = {0: (3, 2, 0), 4: (5, 5, 1), 8: (4, 1, 0)}  # of slots: experts, k, softmax over all
 
 
 class Problem:
     """Requests of adapters with a past and without, over several steps; and what they should get."""
 
-    def __init__(self, seed=0, device=DEVICE, ring=1):
+    def __init__(self, seed=0, device=DEVICE, ring=1, most=COLUMNS, kinds=KINDS):
         draw = torch.Generator().manual_seed(seed)
-        self.w, self.c = torch.randn(2, COLUMNS, VOCAB, generator=draw).to(device).unbind()
-        self.contexts = torch.zeros(3 + 2 * COLUMNS, 9, dtype=torch.int32)
-        self.kinds = {0: (3, 2, 0), 4: (5, 5, 1), 8: (4, 1, 0)}  # experts, k, softmax over all
-        columns, self.own = torch.randperm(COLUMNS, generator=draw), {}
+        self.w, self.c = torch.randn(2, most, VOCAB, generator=draw).to(device).unbind()
+        self.contexts = torch.zeros(3 + 2 * most, 9, dtype=torch.int32)
+        self.kinds, self.out_k = kinds, max(6, *(k for _, k, _ in kinds.values()))
+        columns, self.own = torch.randperm(most, generator=draw), {}
         for slot, (experts, k, first) in self.kinds.items():
             own, columns = columns[:experts], columns[experts:]
             scales = torch.rand(experts, generator=draw) + 0.5
             self.own[slot] = own, scales
             self.contexts[:3, slot] = torch.tensor([experts, k, first])
             self.contexts[3 : 3 + experts, slot] = own.int()
-            self.contexts[3 + COLUMNS :][:experts, slot] = scales.view(torch.int32)
+            self.contexts[3 + most :][:experts, slot] = scales.view(torch.int32)
         self.contexts = self.contexts.to(device)
-        shape = REQUESTS, ring, COLUMNS
+        shape = REQUESTS, ring, most
         self.sums = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
         self.device, self.draw = device, draw
         self.texts = {
@@ -89,8 +90,8 @@ class Problem:
         slots = torch.tensor(slots + [0] * (padding + 2), dtype=torch.int32).to(self.device)
         out = ContextRoutes(
             torch.full((total + 2,), -9, dtype=torch.int32, device=self.device),
-            torch.full((total + 2, 6), -9, dtype=torch.int32, device=self.device).t(),
-            torch.full((total + 2, 6), -9.0, device=self.device).t(),
+            torch.full((total + 2, self.out_k), -9, dtype=torch.int32, device=self.device).t(),
+            torch.full((total + 2, self.out_k), -9.0, device=self.device).t(),
         )
         tables = self.w, self.c
         run(token_ids, slots, self.contexts, tables, self.sums, requests.to(self.device), out)
@@ -157,6 +158,16 @@ def test_rejected_tokens_are_taken_back(run):
     problem.reject(0, 3)
     problem.reject(1, 3)
     problem.step({0: 1, 1: 1}, run)
+
+
+@pytest.mark.parametrize("run, kind", [
+    (context_routes_torch, (256, 256, 0)), (context_routes_torch, (256, 2, 1)),
+    (context_routes_triton, (256, 2, 0)), (context_routes_triton, (256, 2, 1)),
+])  # fmt: skip
+def test_256_experts(run, kind):
+    problem = Problem(ring=2, most=256, kinds={0: kind})
+    problem.step({0: 11, 2: 2}, run)
+    problem.step({0: 1}, run, padding=1)
 
 
 def test_a_seeded_ring_is_as_if_computed():

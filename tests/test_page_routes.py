@@ -88,6 +88,34 @@ def test_gates_of_each_token_are_its_adapters(run, tokens, pages):
     assert active[1] == len(used) and active[2 : 2 + len(used)].tolist() == used
 
 
+@pytest.mark.parametrize("run, tokens, k", [
+    (page_routes_torch, 3, 256), (page_routes_torch, 300, 256),  # a token uses all
+    (page_routes_triton, 3, 9), (page_routes_triton, 300, 2),
+])  # fmt: skip
+def test_256_experts(run, tokens, k):
+    """On 256 of 260 pages, with a column for each of a token's."""
+    draw, many = torch.Generator().manual_seed(tokens), 256
+    pages, columns = (torch.randperm(260, generator=draw)[:n] for n in (many, k))
+    slot = int(pages[0])
+    directory = torch.full((4 + 260, 260), -1, dtype=torch.int32)
+    directory[0, pages], directory[1, pages] = slot, torch.arange(many, dtype=torch.int32)
+    directory[2, slot], directory[4 : 4 + k, slot] = k, columns.int()
+    table = torch.zeros(260, VOCAB, dtype=torch.int32)
+    table[columns] = torch.rand(VOCAB, many, generator=draw).argsort(1)[:, :k].int().t()
+    weights = torch.rand(260, VOCAB, generator=draw)
+    ids = torch.randint(0, VOCAB, (tokens,), generator=draw, dtype=torch.int32)
+    slots = torch.full((tokens,), slot, dtype=torch.int32)
+    into = outputs(tokens, 260)
+    run(*(t.to(DEVICE) for t in (ids, slots, directory, table, weights)), into)
+    of_expert = torch.zeros(tokens, many)
+    of_expert.scatter_(1, table[columns][:, ids].t().long(), weights[columns][:, ids].t())
+    reference = torch.zeros(tokens, 260)
+    reference[:, pages] = of_expert
+    torch.testing.assert_close(into.gates.cpu(), reference)
+    used = (reference != 0).any(0).sum()
+    assert into.active[0] == -1 and (tokens > 256 or into.active[1] == used)
+
+
 def test_the_op_is_what_torch_compile_expects():
     given = problem(9, 12)
     arguments = [tensor.to(DEVICE) for tensor in given]

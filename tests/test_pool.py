@@ -11,7 +11,8 @@ def test_sizes_in_whole_pages():
     assert pool_size(4, 128) == Size(32, 16)
     assert pool_size(3, 8) == Size(3, 12)
     assert pool_size(1, 1) == Size(1, 8)
-    assert pool_size(100, 16) == Size(100, 64)
+    assert pool_size(64, 64) == Size(256, 256)  # 256 experts of a page each
+    assert pool_size(100, 16) == Size(100, 256)
 
 
 @pytest.mark.parametrize("rank", [1, 8, 16, 40])
@@ -33,8 +34,11 @@ def test_too_many_experts_per_token():
     assert "takes 9 columns" in problem and "8 are reserved" in problem
     assert "raise --max-loras to 3 or more" in problem
     assert not misfits(Size(1, 9), max_loras=3, max_lora_rank=16)
-    [problem] = misfits(Size(1, 65), max_loras=99, max_lora_rank=16)
-    assert "can have 64; serve it by hf_overrides" in problem
+    assert not misfits(Size(256, 256), max_loras=64, max_lora_rank=64)
+    [problem] = misfits(Size(1, 256), max_loras=63, max_lora_rank=16)
+    assert "252 are reserved: raise --max-loras to 64 or more" in problem
+    [problem] = misfits(Size(1, 257), max_loras=99, max_lora_rank=16)
+    assert "can have 256; serve it by hf_overrides" in problem
 
 
 def test_the_one_used_least_recently_makes_room():

@@ -45,6 +45,15 @@ def test_parts_without_experts_keep_every_bit(adapted, run):
         assert same == (part < 0)
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_more_experts_than_a_word_has_bits(tokens):
+    p = make_problem(tokens, 64, [40], 100, 2, 4, one=99)
+    y = outputs(p)
+    before = y.double()
+    by_triton(y, p)
+    assert error(y.double() - before, delta_truth(p)) <= 1e-5
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 )

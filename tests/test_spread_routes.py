@@ -43,5 +43,13 @@ def test_gates_active_experts_and_semaphores(run, tokens, experts, top_k):
         assert active[0] == -1
     else:
         chosen = used.nonzero()[:, 0].tolist()
-        wanted = [bits(used).item(), len(chosen), *chosen]
+        word = bits(used).item() if experts <= 64 else -1
+        wanted = [word, len(chosen), *chosen]
         assert active[: len(wanted)].tolist() == wanted
+
+
+@pytest.mark.parametrize("run", [spread_routes, spread_routes_torch, spread_routes_triton])
+@pytest.mark.parametrize("experts,top_k", [(65, 2), (256, 2), (256, 256)])
+def test_more_experts_than_the_word_has_bits(run, experts, top_k):
+    """It says that all are there, or a kernel would leave out those beyond."""
+    test_gates_active_experts_and_semaphores(run, 3, experts, top_k)

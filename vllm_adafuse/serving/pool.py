@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from vllm_adafuse.kernels.configs import PAGE_RANKS
 
 # Columns of passports that are reserved: so many for each adapter of a step, within these limits.
-COLUMNS_PER_ADAPTER, MIN_COLUMNS, MAX_COLUMNS = 4, 8, 64
+COLUMNS_PER_ADAPTER, MIN_COLUMNS, MAX_COLUMNS = 4, 8, 256
 
 
 @dataclass(frozen=True)
