@@ -208,5 +208,6 @@ def test_refused_by_name(served, case, tmp_path):
 def test_vllms_part_has_what_the_class_and_the_options_allow(supported, only, wrapped):
     modules = rest._Modules.__new__(rest._Modules)
     modules.supported_lora_modules, modules._only = supported, only
+    modules.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     names = ["model.embed_tokens", "lm_head", "model.layers.0.self_attn.qkv_proj"]
     assert [name for name in names if modules._match_target_modules(name)] == wrapped

@@ -86,8 +86,8 @@ class OpenedAdapter:
         files: `files_state` before it was read.
         adapter: the mixture's files, router and routing; None for a LoRA. Whether a layer-wise
             one, or one with a router at a later layer, can be served is for the worker to say.
-        rest: of a LoRA the modules that get no pages: the embedding, from V inputs, and the output
-            head.
+        rest: of a LoRA the modules that get no pages: the embedding, from V inputs, the output head,
+            and linears of the backbone's own experts.
     """
 
     path: Path

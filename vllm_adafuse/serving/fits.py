@@ -84,7 +84,7 @@ class Fits:
             return []
         return [
             f"{some(over)}: rank {max(ranks)}, and --max-lora-rank is {most}, which is all that "
-            f"embeddings and output heads can have: set it to {max(ranks)} or more"
+            f"vLLM's slots for these modules have: set it to {max(ranks)} or more"
         ]
 
     def _reason(self, config: AdapterConfig) -> str:

@@ -1,11 +1,13 @@
 """A plain PEFT LoRA as a server takes it: which of its tensors are understood, and what is refused.
 
-Its pairs on linears lie on pages of ours. The rest, on the embedding and on the output head, has no
-pages: it is for vLLM's own LoRA, where that stands beside ours (`serving/rest.py`).
+Its pairs on linears lie on pages of ours. The rest, on the embedding, on the output head and on the
+backbone's own experts, has no pages: it is for vLLM's own LoRA, where that stands beside ours
+(`serving/rest.py`).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,7 +27,8 @@ from vllm_adafuse.format.backbone import Backbone
 VLLM_LORA = "--additional-config '{\"adafuse\": {\"lora\": \"vllm\"}}'"
 BOTH_LORA = VLLM_LORA.replace("vllm", "both")
 # What has no pages, by the last part of its name in a checkpoint.
-EMBEDDINGS, HEAD = ("embed_tokens", "wte"), "lm_head"
+EMBEDDINGS, HEAD, EXPERTS = ("embed_tokens", "wte"), "lm_head", "experts"
+_EXPERT = rf".*\b{EXPERTS}\.\d+\..*"
 # The backbone's own weights, which PEFT saves beside a LoRA on them.
 _BASE = r"(.*\b(?:embed_tokens|wte|lm_head))\.base_layer\.weight"
 # Tensors that are no pair on a linear, in the order of the checks: those of the rest, and others.
@@ -34,9 +37,11 @@ _REST = {
         "adapts the embedding, expected LoRA on linears"
     ),
     r".*\blm_head\.(?!modules_to_save\b).*": "adapts the output head, expected LoRA on linears",
+    _EXPERT: "adapts an expert of the backbone's own, expected LoRA on linears of all tokens",
 }
 _OTHERS = {
-    r".*\.experts\..*": "adapts an expert of the backbone's own, expected LoRA on its linears",
+    rf".*\b{EXPERTS}\.(?!\d).*": "adapts the backbone's own experts in one tensor, expected LoRA on "
+    "linears, or on each expert's by itself",
     r".*\bmodules_to_save\..*|.*\b(?:score|classifier)\.(?:weight|bias)": (
         "replaces a module of the backbone (`modules_to_save`), expected LoRA on linears"
     ),
@@ -53,7 +58,8 @@ _REST_WAY_OUT = (
 
 def is_rest(name: str) -> bool:
     """Whether a module of a checkpoint gets no pages."""
-    return name.rpartition(".")[2] in (*EMBEDDINGS, HEAD)
+    leaf = name.rpartition(".")[2]
+    return leaf in (*EMBEDDINGS, HEAD) or re.fullmatch(_EXPERT, name, re.ASCII) is not None
 
 
 def refuse(path: Path, *problems: str) -> AdapterError:
@@ -76,7 +82,7 @@ def read_parts(path: Path, backbone: Backbone | None, rest: bool) -> dict[str, P
     Args:
         path: the directory.
         backbone: whose names and shapes it must have; None where nothing is known of it.
-        rest: whether embedding and output head may have pairs.
+        rest: whether embedding, output head and experts may have pairs.
 
     Raises:
         AdapterError: with every problem found.

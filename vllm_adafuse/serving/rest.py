@@ -1,21 +1,23 @@
 """What of an adapter has no pages: vLLM's own LoRA beside ours, restricted to the modules where we
 put no experts (`--additional-config '{"adafuse": {"lora": "both"}}'`).
 
-vLLM's manager wraps the embedding and the output head and has buffers of `max_loras` slots for each.
-Which adapters lie there is ours to say (`pool.py`); which slot, and whose a step's tokens are to
-vLLM's kernels, is its own bookkeeping. A step without such an adapter leaves all of it alone.
+vLLM's manager wraps the embedding, the output head and the backbone's own experts, and has buffers of
+`max_loras` slots for each. Which adapters lie there is ours to say (`pool.py`); which slot, and whose a
+step's tokens are to vLLM's kernels, is its own bookkeeping. A step without such an adapter leaves all of
+it alone.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.lora.layers import (
+    FusedMoEWithLoRA,
     LogitsProcessorWithLoRA,
     LoRAMapping,
     VocabParallelEmbeddingWithLoRA,
@@ -23,10 +25,12 @@ from vllm.lora.layers import (
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LoRAModelManager
+from vllm.lora.utils import is_in_target_modules
 from vllm_adafuse.serving import vllm_api
 from vllm_adafuse.serving.adapters import AdaptedLinear
+from vllm_adafuse.serving.expert_loras import Pair, completed, sizes_of, takes_lora
 from vllm_adafuse.serving.fits import check_engine
-from vllm_adafuse.serving.plain_loras import EMBEDDINGS, HEAD
+from vllm_adafuse.serving.plain_loras import EMBEDDINGS, EXPERTS, HEAD, VLLM_LORA
 from vllm_adafuse.serving.wrap.vllm_lora import decide_logits, unwrapped
 from vllm_adafuse.text import some
 
@@ -63,8 +67,12 @@ class Rest:
                 decide_logits(module, self._adapts)
         logger.info(
             "AdaFuse: vLLM's own LoRA takes what adapters have of %s: %d bytes of slots",
-            ", ".join(self._modules.modules) or "nothing", self._modules.nbytes,
+            self._there, self._modules.nbytes,
         )  # fmt: skip
+
+    @property
+    def _there(self) -> str:
+        return some(list(self._modules.modules)) or "nothing"
 
     def misfits(self, wanted: Mapping[str, AdaptedLinear]) -> list[str]:
         """Why an adapter's rest cannot be served here.
@@ -72,14 +80,15 @@ class Rest:
         Args:
             wanted: of each module, by vLLM's name, what the adapter has.
         """
-        problems, modules = [], self._modules.modules
-        if unknown := wanted.keys() - modules.keys():
+        problems, sizes = [], self._modules.sizes
+        if unknown := wanted.keys() - sizes.keys():
             problems.append(
-                f"adapts {some(sorted(unknown))}, which takes no adapter of vLLM's here (there are: "
-                f"{', '.join(modules) or 'none'}); train without it, or serve it on its own backbone"
+                f"adapts {some(sorted(unknown))}, which takes no adapter of vLLM's beside ours here "
+                f"(what does: {self._there}); train without it, or let vLLM's own LoRA try all "
+                f"({VLLM_LORA})"
             )
         for name, linear in wanted.items():
-            size = _size_of(modules[name]) if name in modules else None
+            size = sizes.get(name)
             if size is not None and size != (linear.size_in, linear.size_out):
                 problems.append(
                     f"{name}: adapts {linear.size_in} inputs and {linear.size_out} outputs, the "
@@ -109,14 +118,17 @@ class Rest:
                 return True
         return False
 
-    def pack(self, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor, float]]) -> LoRAModel:
+    def pack(self, pairs: Mapping[str, Pair]) -> LoRAModel:
         """An adapter's rest as vLLM keeps it on the host.
 
         Args:
             pairs: of each module, by vLLM's name, A [r, in], B [out, r] and the scale of B A.
         """
-        loras = {}
-        for name, (a, b, scale) in pairs.items():
+        loras, every = {}, dict(pairs)
+        for linears in self._modules.experts:
+            if here := pairs.keys() & linears.keys():
+                every |= completed({name: pairs[name] for name in here}, linears)
+        for name, (a, b, scale) in every.items():
             # Like ours: the scale rounds once, with B.
             own = a.to(self._dtype, copy=True), (b.float() * scale).to(self._dtype)
             loras[name] = LoRALayerWeights(name, len(a), len(a), *own, scaling=1.0)
@@ -158,8 +170,7 @@ class Rest:
     def clear(self) -> None:
         """Says that no token of the steps from now on has an adapter here."""
         if self._named:
-            # Of the longest step: embeddings look up where these say, also of none.
-            self._modules.map([0] * self._most, [])
+            self._modules.map_none(self._most)
             self._named = False
 
     def _adapts(self, rows: int) -> bool:
@@ -183,13 +194,15 @@ def _rank(lora: LoRALayerWeights) -> int:
     return lora.rank
 
 
-def _size_of(module: torch.nn.Module) -> tuple[int, int] | None:
-    """(in, out) of what a wrapper adapts, as the adapter's tensors have it."""
+def _sizes_of(name: str, module: torch.nn.Module, linears: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Of what a wrapper adapts, by vLLM's name, (in, out) as the adapter's tensors have it."""
+    if isinstance(module, FusedMoEWithLoRA):
+        return sizes_of(module, linears)
     if isinstance(module, LogitsProcessorWithLoRA):
-        return module.hidden_size, module.base_layer.org_vocab_size
+        return {name: (module.hidden_size, module.base_layer.org_vocab_size)}
     if isinstance(module, VocabParallelEmbeddingWithLoRA):
-        return module.base_layer.org_vocab_size, module.base_layer.embedding_dim
-    return None
+        return {name: (module.base_layer.org_vocab_size, module.base_layer.embedding_dim)}
+    raise vllm_api.moved(f"vLLM adapts {name} by {type(module).__name__}, which is not known here")
 
 
 class _Modules(LoRAModelManager):
@@ -200,7 +213,7 @@ class _Modules(LoRAModelManager):
         self._only = vllm_api.lora_targets(vllm_config)
         lora.max_loras += vllm_api.spare_lora_slots()
         lora.max_cpu_loras = max(lora.max_cpu_loras or 0, lora.max_loras)
-        vllm_api.restrict_lora(lora, [*EMBEDDINGS, HEAD])
+        vllm_api.restrict_lora(lora, [*EMBEDDINGS, HEAD, EXPERTS])
         scheduler = vllm_config.scheduler_config
         super().__init__(
             model=model, max_num_seqs=scheduler.max_num_seqs,
@@ -209,12 +222,31 @@ class _Modules(LoRAModelManager):
             device=device, vllm_config=vllm_config,
         )  # fmt: skip
 
+        by_name = {
+            name: _sizes_of(name, module, self.packed_modules.get(name, ()))
+            for name, module in self.modules.items()
+        }
+        self.sizes = {linear: size for own in by_name.values() for linear, size in own.items()}
+        # Of each block of experts, those of its linears.
+        self.experts = [
+            by_name[name]
+            for name, module in self.modules.items()
+            if isinstance(module, FusedMoEWithLoRA)
+        ]
+
     def _match_target_modules(self, module_name: str) -> bool:
         leaf = module_name.rpartition(".")[2]
-        if self._only is not None and {leaf, module_name}.isdisjoint(self._only):
+        if not is_in_target_modules(module_name, self._only, self.packed_modules_mapping):
             return False
         # Classes say which of them may be wrapped: of some the embedding is also the output head.
-        return leaf in (*EMBEDDINGS, HEAD) and leaf in self.supported_lora_modules
+        if leaf in (*EMBEDDINGS, HEAD):
+            return leaf in self.supported_lora_modules
+        return leaf == EXPERTS and self._takes_expert(self.model.get_submodule(module_name))
+
+    def _takes_expert(self, module: torch.nn.Module) -> bool:
+        """Whether these are experts with a pair of their own on each linear."""
+        together = getattr(self.lora_config, "enable_moe_shared_loras", False)
+        return not (self._is_3d_moe_model or together) and takes_lora(module)
 
     @property
     def nbytes(self) -> int:
@@ -239,3 +271,15 @@ class _Modules(LoRAModelManager):
         """Says whose a step's tokens and rows of logits are."""
         # Not vLLM's own test for an equal mapping: slots may have others in them.
         self._set_adapter_mapping(LoRAMapping(tuple(tokens), tuple(rows), is_prefill=True))
+
+    def map_none(self, tokens: int) -> None:
+        """Says that no token has an adapter here.
+
+        Args:
+            tokens: of the longest step: embeddings look up where these say, also of none.
+        """
+        self.map([0] * tokens, [])
+        for wrapper in self.punica_wrapper_mapping.values():
+            # Kernels for experts ask it whose a token is, and vLLM leaves there what was.
+            if (meta := getattr(wrapper, "token_mapping_meta", None)) is not None:
+                meta.token_lora_mapping.fill_(-1)
