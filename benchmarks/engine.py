@@ -2,7 +2,8 @@
 
     python -m benchmarks.engine --model llama-2-7b --batches 1,8,32,128 --repeats 5
     python -m benchmarks.engine --engines stock,lora,adafuse,adafuse:16/16/2 --group 3
-    python -m benchmarks.engine --prefill 16x1000,1x512,1x2048
+    python -m benchmarks.engine --prefill 16x1000,1x512,1x2048 --mixed 400
+    python -m benchmarks.engine --ids uniform,text --text-ids ids-32000.npy
 
 Engines: `stock`, the bare backbone; `lora`, vLLM's own LoRA with one static adapter of rank r;
 `granite`, Granite Switch with E LoRAs of rank r, one active (see benchmarks/granite.py), and
@@ -10,10 +11,18 @@ Engines: `stock`, the bare backbone; `lora`, vLLM's own LoRA with one static ada
 `adafuse`, or `adafuse:E/r/k` for other experts, ranks and top-k than the options say;
 `layer_wise`, or `layer_wise:E/r/k`, the same with a router in every linear.
 
-Random weights (`load_format="dummy"`), random prompts, full CUDA graphs, greedy. The engines live
-side by side in processes of their own and take turns, so that drift of the clock hits all alike.
-The first engine is what the others are compared with. With `--group N` at most N live at the same
-time, the first always among them and timed again beside each group.
+Random weights (`load_format="dummy"`), vLLM's default settings but for its share of memory, greedy.
+Prompts are uniform ids, or stretches of real text (benchmarks/prompts.py); a request behind one of
+text says one token of the text over and over, drawn anew for each, as random weights would not say
+text.
+
+The engines live side by side in processes of their own and take turns, so that drift of the clock
+hits all alike. The first engine is what the others are compared with. With `--group N` at most N
+live at the same time, the first always among them and timed again beside each group.
+
+With `--mixed N` also N requests of everyday lengths, all there from the start: the time of all.
+Beside each time stands the CPU time that a step takes of the worker's thread. Where issue 23 has
+figures to reach, they are printed beside what was found (benchmarks/bars.py).
 
 Decode time per step is the difference of a long and a short generation over the difference of
 their lengths. Prefill is the time until prompts have one token each; a single prompt's is the time
@@ -26,24 +35,22 @@ import argparse
 import functools
 import json
 import os
-import random
-import statistics
 import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from vllm_adafuse.cli.cmd_random import integers
 from vllm_adafuse.format.random_adapter import make_random_adapter
 
-from benchmarks import record
-from benchmarks.engine_options import GRANITE, OURS, SHAPES, Options, shapes, sizes
+from benchmarks import bars, record
+from benchmarks.engine_options import GRANITE, OURS, SHAPES, Options, add_work
+from benchmarks.turns import Engine, take_turns
 
+# Of what sends the same prompts again.
+FRESH = {"enable_prefix_caching": False}
 # Leaves LoRA requests to vLLM's own manager.
 VLLM_LORA = {"adafuse": {"lora": "vllm"}}
 
@@ -118,23 +125,6 @@ def make_adapter(
     )
 
 
-@dataclass
-class Engine:
-    """A running engine, and what each of its requests carries.
-
-    Attributes:
-        lora: of every request; of a list, requests carry one after the other in turn.
-        control: tokens that switch an adapter on; prompts begin with them in turn.
-    """
-
-    llm: Any
-    lora: Any = None
-    control: list[int] = field(default_factory=list)
-
-    def stop(self) -> None:
-        self.llm.llm_engine.engine_core.shutdown()
-
-
 def start(kind: str, options: Options, root: Path) -> tuple[Engine, dict]:
     """One engine of a kind on the shared backbone, and the figures of its start."""
     from vllm import LLM
@@ -158,16 +148,9 @@ def start(kind: str, options: Options, root: Path) -> tuple[Engine, dict]:
         count = options.experts if kind == "granite" else 0
         control = granite.write_config(base, root / name, count, options.r)
         base, extra = root / name, granite.ARGUMENTS
-    longest = [length + 8 for _, length in options.prefill]
-    longest.append(options.prompt + options.steps[1] + 8)
-    # 16 384 is vLLM's own value on large GPUs; here all prompts of a prefill fit into one step.
-    prefills = [count * length for count, length in options.prefill]
-    step = max([16384, *prefills])
-    # vLLM captures steps of up to 512 tokens by default, prompts among them.
-    captured = {*options.batches, *(tokens for tokens in prefills if tokens <= 512)}
     begin = time.perf_counter()
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for `_memory`
-    arguments = {"load_format": "dummy"} | extra
+    arguments = {"load_format": "dummy"} | options.settings | extra
     llm = LLM(
         str(base),
         skip_tokenizer_init=True,
@@ -175,11 +158,8 @@ def start(kind: str, options: Options, root: Path) -> tuple[Engine, dict]:
         quantization=options.quantization,
         gpu_memory_utilization=options.memory if options.cache is None else 0.05,
         kv_cache_memory_bytes=options.cache and int(options.cache * (1 << 30)),
-        max_model_len=max(longest),
-        max_num_seqs=max(options.batches + [count for count, _ in options.prefill]),
-        max_num_batched_tokens=step,
-        enable_prefix_caching=False,
-        compilation_config={"cudagraph_capture_sizes": sorted(captured)},
+        max_model_len=options.longest,
+        tensor_parallel_size=options.tp,
         **arguments,
     )
     seconds = time.perf_counter() - begin
@@ -213,74 +193,6 @@ def _tried(kind: str, options: Options, root: Path) -> tuple[Engine, dict] | Exc
     except Exception as e:  # told of in its row
         traceback.print_exc()
         return e
-
-
-def timed(
-    engine: Engine, count: int, length: int, tokens: int, vocab: int, rng: random.Random
-) -> float:
-    """Seconds from `count` random prompts of `length` ids to `tokens` tokens of each.
-
-    The prompts wait in the engine until all are there. Else the first would be prefilled alone,
-    and it would be chance how many join it.
-    """
-    from vllm import SamplingParams
-
-    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    control, lora, prompts = engine.control, engine.lora, []
-    if isinstance(lora, list):
-        lora = [lora[i % len(lora)] for i in range(count)]
-    for i in range(count):
-        ids = [rng.randrange(3, vocab - len(control)) for _ in range(length)]
-        if control:
-            ids[0] = control[i % len(control)]
-        prompts.append({"prompt_token_ids": ids})
-    engine.llm.sleep(level=0)  # holds the scheduler, and nothing else
-    engine.llm.enqueue(prompts, params, lora_request=lora, use_tqdm=False)
-    begin = time.perf_counter()
-    engine.llm.wake_up(tags=["scheduling"])
-    engine.llm.wait_for_completion(use_tqdm=False)
-    return time.perf_counter() - begin
-
-
-def decode_ms(
-    engine: Engine, count: int, length: int, steps: Sequence[int], vocab: int, rng: random.Random
-) -> float:
-    """Milliseconds of a decode step: of a long generation less a short one, per step more.
-
-    Args:
-        count, length, vocab, rng: as in `timed`.
-        steps: tokens of the short generation, and of the long one.
-    """
-    short, long = (timed(engine, count, length, tokens, vocab, rng) for tokens in steps)
-    return (long - short) / (steps[1] - steps[0]) * 1e3
-
-
-def take_turns(
-    options: Options | argparse.Namespace, engines: dict[str, Engine]
-) -> Iterator[dict]:
-    """Times engines at every size, a row for each; the overhead is over the first."""
-    vocab, rng = SHAPES[options.model][-1], random.Random(0)
-    for what, batch, length in sizes(vars(options)):
-        times: dict[str, list[float]] = {kind: [] for kind in engines}
-        for repeat in range(options.repeats + 1):
-            for kind, engine in engines.items():
-                if what == "decode":
-                    value = decode_ms(engine, batch, length, options.steps, vocab, rng)
-                else:
-                    value = timed(engine, batch, length, 1, vocab, rng) * 1e3
-                if repeat:  # the first is warm-up
-                    times[kind].append(value)
-        base = statistics.median(next(iter(times.values())))
-        for kind, values in times.items():
-            row = {"engine": kind, "what": what, "batch": batch, "length": length, "unit": "ms"}
-            row |= record.summary(values)
-            row["overhead"] = row["median"] / base - 1
-            print(
-                f"{what:8} {batch:4} x {length:<5} {kind:16} {row['median']:9.3f} ms "
-                f"({row['min']:.3f} to {row['max']:.3f}) {row['overhead']:+.1%}",
-                flush=True,
-            )
-            yield row
 
 
 def measure(options: Options) -> Iterator[dict]:
@@ -329,11 +241,7 @@ def main() -> None:
     parser.add_argument("--model", default="llama-2-7b", choices=SHAPES)
     parser.add_argument("--layers", type=int, help="fewer layers, while working")
     parser.add_argument("--engines", default="stock,adafuse", type=lambda t: t.split(","))
-    parser.add_argument("--batches", default="1,8,32,128", type=integers)
-    parser.add_argument("--prefill", default="16x1000", type=shapes, help="PROMPTSxTOKENS,…")
-    parser.add_argument("--prompt", default=128, type=int, help="tokens before decoding")
-    parser.add_argument("--steps", default="8,136", type=integers, help="short and long generation")
-    parser.add_argument("--repeats", default=5, type=int)
+    add_work(parser, "1,8,32,128", "16x1000")
     parser.add_argument("--experts", default=8, type=int)
     parser.add_argument("--top-k", default=2, type=int)
     parser.add_argument("--r", default=16, type=int)
@@ -343,6 +251,7 @@ def main() -> None:
         help="of keys and values, for each engine, enough for every size: then a group's engines "
         "start all at once, and neither their start nor their memory is timed",
     )  # fmt: skip
+    parser.add_argument("--tp", type=int, default=1, help="GPUs that share each engine")
     parser.add_argument("--group", type=int, help="engines at the same time; default all")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--quantization", help="of the backbone, as vLLM names it: fp8")
@@ -355,6 +264,8 @@ def main() -> None:
     for row in measure(options):
         rows.append(row)
         path = record.save("engine", rows, out, commit, path)
+    for line in bars.lines(rows):
+        print(line)
     print(json.dumps({"saved": str(path)}))
     if failed := [row["engine"] for row in rows[1:] if row["what"] == "failed"]:
         raise SystemExit(f"did not start: {', '.join(failed)}")

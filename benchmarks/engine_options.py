@@ -8,6 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_adafuse.cli.cmd_random import integers
+
+from benchmarks.prompts import OUTPUTS, PROMPTS, everyday
+
 SHAPES = {
     "llama-2-7b": ("LlamaForCausalLM", 4096, 11008, 32, 32, 32, 32000),
     "llama-3-8b": ("LlamaForCausalLM", 4096, 14336, 32, 32, 8, 128256),
@@ -22,7 +26,7 @@ SHAPES = {
 }
 
 BLOCK = 16  # tokens; what vLLM gives a sequence of the cache at a time
-Size = tuple[str, int, int]  # decode or prefill, sequences, tokens of each prompt
+Size = tuple[str, int, int]  # decode, prefill or mixed, sequences, tokens of each prompt (mixed: 0)
 
 # Our engines, and the routing of their adapters.
 GRANITE = ("granite", "granite_bare")
@@ -49,6 +53,11 @@ class Options:
     memory: float = 0.4
     cache: float | None = None
     group: int | None = None
+    tp: int = 1
+    mixed: int = 0
+    ids: list[str] = field(default_factory=lambda: ["uniform"])
+    text_ids: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.model not in SHAPES:
@@ -59,12 +68,18 @@ class Options:
             raise ValueError(f"engines has {', '.join(self.engines)}, expected each one once")
         if self.group is not None and self.group < 2:
             raise ValueError(f"group is {self.group}, expected at least 2: an engine and the first")
+        check_ids(self.ids, self.text_ids)
         if large := too_large(vars(self)):
             size, need = max(large.items(), key=lambda item: item[1])
             raise ValueError(
                 f"cache is {self.cache:g} GiB, expected at least {math.ceil(100 * need) / 100:g}: "
                 f"the keys and values of {name_of(size)}, all sequences at once"
             )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return longest(vars(self))
 
     @property
     def groups(self) -> list[list[str]]:
@@ -105,14 +120,38 @@ def shapes(text: str) -> list[tuple[int, int]]:
     return [(int(count), int(length)) for count, length in parts]
 
 
+def check_ids(kinds: list[str], text_ids: str | None) -> None:
+    """Whether token ids of these kinds are to be had.
+
+    Raises:
+        ValueError: a kind is unknown, or there is no file for real text.
+    """
+    if not kinds or (unknown := set(kinds) - {"uniform", "text"}):
+        raise ValueError(f"ids has {', '.join(unknown) if kinds else 'nothing'}, "
+                         "expected uniform, text or both")  # fmt: skip
+    if "text" in kinds and text_ids is None:
+        raise ValueError("ids has text: name the file with --text-ids; "
+                         "python -m benchmarks.prompts writes one")  # fmt: skip
+
+
 def sizes(options: Mapping[str, Any]) -> list[Size]:
     """What a run of these options measures, in order."""
     decode = [("decode", batch, options["prompt"]) for batch in options["batches"]]
-    return decode + [("prefill", count, length) for count, length in options["prefill"]]
+    found = decode + [("prefill", count, length) for count, length in options["prefill"]]
+    return found + ([("mixed", options["mixed"], 0)] if options.get("mixed") else [])
 
 
 def name_of(size: Size) -> str:
-    return "{} {} x {}".format(*size)
+    what, count, length = size
+    return f"{count} mixed requests" if what == "mixed" else f"{what} {count} x {length}"
+
+
+def longest(options: Mapping[str, Any]) -> int:
+    """Tokens of the longest sequence of a run of these options, and a few to spare."""
+    found = [length for _, length in options["prefill"]]
+    found += [options["prompt"] + options["steps"][1]] if options["batches"] else []
+    found += [PROMPTS[-1] + OUTPUTS[-1]] if options.get("mixed") else []
+    return max(found) + 8
 
 
 def too_large(options: Mapping[str, Any]) -> dict[Size, float]:
@@ -126,11 +165,28 @@ def too_large(options: Mapping[str, Any]) -> dict[Size, float]:
     _, hidden, _, layers, heads, kv_heads, _ = SHAPES[options["model"]]
     width = 4 if options["dtype"] in ("float", "float32") else 2  # bytes
     a_token = 2 * (options["layers"] or layers) * kv_heads * (hidden // heads) * width
+    a_token /= options.get("tp", 1)
     found = {}
     for size in sizes(options):
         what, count, length = size
-        tokens = length + (options["steps"][1] if what == "decode" else 8)
-        need = count * math.ceil(tokens / BLOCK) * BLOCK * a_token / (1 << 30)
+        if what == "mixed":
+            tokens = [sum(request) for request in everyday(count)]
+        else:
+            tokens = [length + (options["steps"][1] if what == "decode" else 8)] * count
+        need = sum(math.ceil(n / BLOCK) for n in tokens) * BLOCK * a_token / (1 << 30)
         if need > options["cache"]:
             found[size] = need
     return found
+
+
+def add_work(parser: argparse.ArgumentParser, batches: str, prefill: str) -> None:
+    """The options that say what is measured, with the defaults of two of them."""
+    add = parser.add_argument
+    add("--batches", default=batches, type=integers)
+    add("--prefill", default=prefill, type=shapes, help="PROMPTSxTOKENS,…")
+    add("--mixed", default=0, type=int, metavar="N", help="also N requests of everyday lengths")
+    add("--prompt", default=128, type=int, help="tokens before decoding")
+    add("--steps", default="8,136", type=integers, help="short and long generation")
+    add("--repeats", default=5, type=int)
+    add("--ids", default=["uniform"], type=lambda t: t.split(","), help="uniform, text or both")
+    add("--text-ids", help="ids of real text, for text: see benchmarks.prompts")

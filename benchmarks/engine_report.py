@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine_options import Size, name_of, sizes, too_large
+from benchmarks import bars
+from benchmarks.engine_options import Options, Size, name_of, sizes, too_large
 from benchmarks.pages import Result, percent, plot, table
 
 MIB = 1 << 20
@@ -42,13 +44,15 @@ def asked(result: Result) -> list[Size]:
 
 
 def timed(result: Result) -> dict[tuple[int, str, Size], dict[str, Any]]:
-    """Rows of times by group, engine and size; not of sizes that the run's cache did not hold."""
+    """Rows of times by group, engine (`NAME, text` with ids of text) and size; not of sizes that
+    the run's cache did not hold."""
     large, found = too_large(result.options), {}
     for row in result.rows:
-        if row["what"] in ("decode", "prefill"):
+        if row["what"] in ("decode", "prefill", "mixed"):
             size = row["what"], row["batch"], length_of(row, result)
+            text = ", text" if row.get("ids") == "text" else ""
             if size not in large:
-                found[row.get("group", 0), row["engine"], size] = row
+                found[row.get("group", 0), row["engine"] + text, size] = row
     return found
 
 
@@ -126,15 +130,17 @@ def engine_section(result: Result, picture: Path) -> str:
         cells = [name[1]]
         for size in columns:
             row = by.get((*name, size))
-            more = "" if row is None or name[1] == first else f" ({percent(row['overhead'])})"
+            stock = row is None or row["engine"] == first
+            more = "" if stock else f" ({percent(row['overhead'])})"
             if row is not None and is_unsteady(row):
                 more, unsteady = more + " ~", True
             cells.append("–" if row is None else f"{row['median']:.3f} ms{more}")
         rows.append(cells)
     header = ["engine", *map(name_of, columns)]
+    mixed = "; or of all requests" if any(what == "mixed" for what, *_ in columns) else ""
     text = (
         "Milliseconds of a decode step, batch x tokens of its prompts; of a prefill, prompts x "
-        f"tokens. Overheads are over `{first}` of the same turns.\n\n{table(header, rows)}"
+        f"tokens{mixed}. Overheads are over `{first}` of the same turns.\n\n{table(header, rows)}"
     )
     if unsteady:
         text += "\n~ More than one turn in five lies further than 5 % from the median.\n"
@@ -150,8 +156,12 @@ def engine_section(result: Result, picture: Path) -> str:
     for row in result.rows:
         if row["what"] == "failed":
             text += f"\n`{row['engine']}` did not start: {row['error'].splitlines()[0]}\n"
+    known = {field.name for field in dataclasses.fields(Options)}
+    options = Options(**{k: v for k, v in result.options.items() if k in known} | {"cache": None})
+    for title, lines, told in bars.tables(options, result.rows):
+        text += f"\nIssue 23's figures to reach, {title}: {told}.\n\n{table(['', *bars.HEADS], lines)}"
     text += memory_table(result)
-    others = [name for name in names if name[1] != first]
+    others = [name for name in names if name[1].removesuffix(", text") != first]
     if not others:
         return text
 
@@ -162,7 +172,7 @@ def engine_section(result: Result, picture: Path) -> str:
             values = [100 * by[(*name, columns[x])]["overhead"] for x in at]
             axes.bar([x + i * width for x in at], values, width, label=name[1])
         middle = width * (len(others) - 1) / 2
-        labels = [f"{what}\n{batch} x {length}" for what, batch, length in columns]
+        labels = [name_of(size).replace(" ", "\n", 1) for size in columns]
         axes.set_xticks([x + middle for x in range(len(columns))], labels, fontsize=8)
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_ylabel(f"% over {first}")

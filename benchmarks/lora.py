@@ -13,7 +13,7 @@ Rows, each an engine with what its requests name in turn:
     both_rest      that engine, one LoRA that adapts embedding and output head too
     mixtures       ours, 4 mixtures of E experts, top-k, and the base
 
-Random weights (`load_format="dummy"`), random prompts, vLLM's default settings but for the share of
+Random weights (`load_format="dummy"`), vLLM's default settings but for the share of
 memory, greedy. Engines take turns as in `benchmarks.engine`, where the terms are explained.
 """
 
@@ -31,12 +31,12 @@ from typing import Any
 
 import torch
 from vllm.plugins import load_general_plugins
-from vllm_adafuse.cli.cmd_random import integers
 
 from benchmarks import record
-from benchmarks.engine import VLLM_LORA, Engine, make_adapter, make_lora, take_turns
+from benchmarks.engine import VLLM_LORA, make_adapter, make_lora
 from benchmarks.engine import write_config as write_backbone
-from benchmarks.engine_options import SHAPES, Options, shapes
+from benchmarks.engine_options import SHAPES, Options, add_work, check_ids, longest
+from benchmarks.turns import Engine, take_turns
 
 MIXTURES = 4
 BOTH = {"adafuse": {"lora": "both"}}
@@ -159,11 +159,7 @@ def main() -> None:
     parser.add_argument("--model", default="llama-3-8b", choices=SHAPES)
     parser.add_argument("--layers", type=int, help="fewer layers, while working")
     parser.add_argument("--engines", default="vllm,adafuse,mixtures", type=lambda t: t.split(","))
-    parser.add_argument("--batches", default="1,8,32,64,128", type=integers)
-    parser.add_argument("--prefill", default="16x500", type=shapes, help="PROMPTSxTOKENS,…")
-    parser.add_argument("--prompt", default=128, type=int, help="tokens before decoding")
-    parser.add_argument("--steps", default="8,136", type=integers, help="short and long generation")
-    parser.add_argument("--repeats", default=5, type=int)
+    add_work(parser, "1,8,32,64,128", "16x500")
     parser.add_argument("--loras", default=16, type=int)
     parser.add_argument("--r", default=16, type=int, help="of the LoRAs and of each expert")
     parser.add_argument("--experts", default=8, type=int, help="of each mixture")
@@ -178,8 +174,8 @@ def main() -> None:
     parser.add_argument("--commit", default="", help="of the measured code")
     options = parser.parse_args()
     out, commit = options.out, options.commit
-    lengths = [length + 8 for _, length in options.prefill]
-    options.longest = max([*lengths, options.prompt + options.steps[1] + 8])
+    check_ids(options.ids, options.text_ids)
+    options.longest = longest(vars(options))
     told = {k: v for k, v in vars(options).items() if k not in ("out", "commit")}
     rows, path = [{"options": told}], None
     for row in measure(options):

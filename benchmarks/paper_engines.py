@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import engine, record
 from benchmarks.engine import SHAPES
 from benchmarks.profile import counted, launch_profiler
+from benchmarks.prompts import Ids
+from benchmarks.turns import decode_ms, timed
 
 if TYPE_CHECKING:
     from benchmarks.paper import Options
@@ -38,7 +40,7 @@ def launches_per_token(one: engine.Engine, prompt: int, vocab: int) -> dict[str,
     found = []
     for tokens in (SHORT, LONG):
         one.llm.collective_rpc(_start_profile)
-        engine.timed(one, 1, prompt, tokens, vocab, random.Random(1))
+        timed(one, [(prompt, tokens)], Ids(vocab, random.Random(1)))
         found.append(one.llm.collective_rpc(_stop_profile)[0])
     short, long = found
     return {key: round((long[key] - short[key]) / (LONG - SHORT)) for key in long if key in short}
@@ -52,9 +54,10 @@ def measure_vllm(options: Options, model: str) -> list[dict[str, Any]]:
         model=model, layers=options.layers, engines=options.engines, batches=[1], prefill=[(1, 8)],
         prompt=options.prompt, repeats=options.repeats, experts=options.experts,
         top_k=options.top_k, r=options.r, dtype=options.dtype, memory=options.memory,
-        cache=options.cache,
+        cache=options.cache, settings=engine.FRESH,
     )  # fmt: skip
-    vocab, rng, rows = SHAPES[model][-1], random.Random(0), []
+    vocab, rows = SHAPES[model][-1], []
+    ids = Ids(vocab, random.Random(0))
     with tempfile.TemporaryDirectory() as scratch:
         root, engines = Path(scratch), {}
         engine.write_config(settings, root / "base")
@@ -70,7 +73,7 @@ def measure_vllm(options: Options, model: str) -> list[dict[str, Any]]:
             times[kind] = []
         for repeat in range(options.repeats + 1):
             for kind, one in engines.items():
-                value = engine.decode_ms(one, 1, options.prompt, settings.steps, vocab, rng)
+                value = decode_ms(one, 1, options.prompt, settings.steps, ids)
                 if repeat:  # the first is warm-up
                     times[kind].append(value)
         base = statistics.median(times[options.engines[0]])

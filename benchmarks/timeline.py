@@ -26,8 +26,11 @@ from typing import Any
 from vllm_adafuse.cli.cmd_random import integers
 
 from benchmarks import engine, record
+from benchmarks.engine_options import shapes
 from benchmarks.pages import ROOT, plot, read_results, table
 from benchmarks.profile import COPIES, launch_profiler, listed
+from benchmarks.prompts import Ids
+from benchmarks.turns import timed
 
 SHORT, LONG = 6, 18  # tokens of two generations: their difference is decoding alone
 PAGE = ROOT / "docs" / "timeline.md"
@@ -75,7 +78,7 @@ class Options:
         Raises:
             ValueError: an unknown model or engine.
         """
-        return engine.Options(**vars(self), repeats=1)
+        return engine.Options(**vars(self), repeats=1, settings=engine.FRESH)
 
 
 Event = tuple[str, float, float]  # name, begin and duration in microseconds
@@ -211,7 +214,7 @@ def profiled(
 ) -> list[Event]:
     """The kernels and copies of `count` prompts of `length` ids that get `tokens` tokens each."""
     one.llm.collective_rpc(_start)
-    engine.timed(one, count, length, tokens, vocab, random.Random(1))
+    timed(one, [(length, tokens)] * count, Ids(vocab, random.Random(1)))
     return [(name, at, us) for name, at, us in one.llm.collective_rpc(_stop)[0]]
 
 
@@ -340,7 +343,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers, while working")
     parser.add_argument("--engines", default=defaults.engines, type=lambda t: t.split(","))
     parser.add_argument("--batches", default=defaults.batches, type=integers)
-    parser.add_argument("--prefill", default=defaults.prefill, type=engine.shapes)
+    parser.add_argument("--prefill", default=defaults.prefill, type=shapes)
     parser.add_argument("--prompt", default=defaults.prompt, type=int)
     parser.add_argument("--experts", default=defaults.experts, type=int)
     parser.add_argument("--top-k", default=defaults.top_k, type=int)

@@ -15,7 +15,7 @@ import benchmark_package  # noqa: F401
 import pytest
 
 from benchmarks import engine, lora_load, record, serve
-from benchmarks.engine import Options, shapes
+from benchmarks.engine_options import Options, shapes
 from benchmarks.engine_report import is_unsteady
 from benchmarks.pages import read_results
 from benchmarks.report import write_report

@@ -24,9 +24,10 @@ from typing import Any
 import torch
 
 from benchmarks import record
-from benchmarks.engine import Engine, decode_ms
+from benchmarks.prompts import Ids
 from benchmarks.quality.methods import Method, methods
 from benchmarks.quality.sizes import SIZES, Size
+from benchmarks.turns import Engine, decode_ms
 
 BATCHES, REPEATS, STEPS, PROMPT = (1, 32), 5, (8, 136), 64
 STOCK = "stock"
@@ -112,9 +113,9 @@ def serve_times(answer: Connection, name: str, size: Size, work: Path) -> None:
         return
     try:
         answer.send("ready")
-        rng = random.Random(0)
+        ids = Ids(size.vocab, random.Random(0))
         while batch := answer.recv():
-            answer.send(decode_ms(engine, batch, PROMPT, STEPS, size.vocab, rng))
+            answer.send(decode_ms(engine, batch, PROMPT, STEPS, ids))
     except EOFError:
         pass
     finally:
