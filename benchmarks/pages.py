@@ -134,10 +134,26 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def smaller(svg: str) -> str:
-    """The same picture in fewer bytes: to a hundredth of a point, no comments, no indentation."""
+    """The same picture in half the bytes: to a hundredth of a point, no comments, no indentation, a class
+    for each style, no names that nobody asks for."""
     svg = re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), svg)
     svg = re.sub(r"<!--.*?-->\n?", "", svg, flags=re.S)
-    return re.sub(r"\n\s+", "\n", svg)
+    svg = re.sub(r"\n\s+", "\n", svg).replace(" \n", "\n")
+    svg = re.sub(r'<g id="([^"]+)"', lambda m: m[0] if f"#{m[1]}" in svg else "<g", svg)
+    svg = re.sub(r'(?<= d=")[^"]+', _dense, svg)
+    styles: dict[str, int] = {}
+
+    def class_of(style: re.Match) -> str:
+        return f'class="s{styles.setdefault(style[1], len(styles))}"'
+
+    svg = re.sub(r'style="([^"]+)"', class_of, svg)
+    rules = "".join(f".s{number}{{{style}}}" for style, number in styles.items())
+    return svg.replace("</style>", f"{rules}</style>", 1)
+
+
+def _dense(path: re.Match) -> str:
+    """The same steps, with blanks between numbers alone."""
+    return re.sub(r"(?<=[A-Za-z]) | (?=[A-Za-z])", "", " ".join(path[0].split()))
 
 
 def percent(value: float) -> str:

@@ -73,8 +73,10 @@ def draw_usage(result: Result, folder: Path) -> str:
         axis.axis("off")
     for axis, m in zip(axes.flat, shown):
         usage = [m.runs[0]["usage"][domain] for domain in result.domains]
-        axis.imshow(usage, aspect="auto", vmin=0, vmax=0.5, cmap="viridis")
+        # Not a pixel for each of the screen: the picture is tracked.
+        axis.imshow(usage, aspect="auto", vmin=0, vmax=0.5, cmap="viridis", interpolation="none")
         axis.set_title(m.label, fontsize=8)
-        axis.set_yticks(range(len(result.domains)), result.domains, fontsize=7)
+        first = axis in axes[:, 0]  # the others have the same
+        axis.set_yticks(range(len(result.domains)), result.domains if first else [], fontsize=7)
         axis.set_xticks(range(len(usage[0])), range(len(usage[0])), fontsize=7)
     return _save(figure, folder / "quality-usage.svg", "expert usage")
