@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 from vllm_adafuse.kernels.configs import (
@@ -32,6 +31,7 @@ from vllm_adafuse.kernels.plans import (
     DECODE_GEMM,
     EXPAND,
     NONE,
+    PAGE_SHRINK,
     SHRINK,
     TMA_EXPAND,
     TMA_GEMM,
@@ -84,6 +84,10 @@ MIN_DENSE_TOKENS = 2
 MAX_SHORT_TOKENS = 256
 # Below, steps wait for the CPU, which four descriptors take 110 us more than `expand` (2e1ac92).
 MIN_WIDE_TOKENS = 4096
+# Rows of A from which those steps shrink by the pages that their tiles list, fewer all of them with W
+# (3cc4061, requests of 500 tokens in turn, with W: qkv of 32 pages, 1536 rows, 651 us, by lists 593; of 16
+# 581 and 584; down of 32, 512 rows, 1404 and 1484).
+MIN_PAGE_SHRINK_ROWS = 1536
 # Ranks of all experts, up to which long steps take cuBLAS for those beyond one product, or for all
 # before a norm (d08f767, 8192 tokens: o 633 us for 1060 at E r 1024, 791 for 1656 at 2048).
 # Beyond, as with 8 ranks an expert, `expand` multiplies all experts, and takes two to four times
@@ -142,16 +146,18 @@ def cublas_plan(shape: Shape, num_tokens: int, device: Device) -> Plan:
         return Plan(CUBLAS, None, product_split_k(s, num_tokens), True, EXPAND)
     # Rows of the result begin at multiples of 16 bytes, which cuBLAS's best kernels need.
     aligned = s.fused_rows * s.itemsize % 16 == 0
-    one_gemm = aligned and (not s.has_bias or num_tokens <= MAX_BIAS_TOKENS)
+    lists = lists_shrink(s, num_tokens, device)
+    one_gemm = aligned and not lists and (not s.has_bias or num_tokens <= MAX_BIAS_TOKENS)
+    kernel = PAGE_SHRINK if lists else CUBLAS
     if norm and num_tokens >= MIN_FUSED_NORM_TOKENS and not s.tile_blocks:
         dense = BLOCK_ER < s.ranks <= MAX_DENSE_RANKS
-        return Plan(CUBLAS, None, 1, one_gemm, NONE if dense else ADD_NORM, 0 if dense else None)
+        return Plan(kernel, None, 1, one_gemm, NONE if dense else ADD_NORM, 0 if dense else None)
     if not (s.has_bias and one_gemm):  # else a bias is to be added, which `expand` alone does
         if tma_expands(s, num_tokens, one_gemm, device):
             first = experts_at_once(s.num_experts, s.rank)
             dense_from = first if first < s.num_experts and not s.tile_blocks else None
-            return Plan(CUBLAS, None, 1, one_gemm, TMA_EXPAND, dense_from)
-    return Plan(CUBLAS, None, 1, one_gemm, EXPAND)
+            return Plan(kernel, None, 1, one_gemm, TMA_EXPAND, dense_from)
+    return Plan(kernel, None, 1, one_gemm, EXPAND)
 
 
 def gemm_config(shape: Shape, num_tokens: int, device: Device) -> GemmConfig | None:
@@ -309,6 +315,12 @@ def product_split_k(shape: Shape, num_tokens: int) -> int:
     return 2 if expert_blocks(s.num_experts, s.rank, False)["ONE"] else 1
 
 
+def lists_shrink(shape: Shape, num_tokens: int, device: Device) -> bool:
+    """Whether a step takes `page_shrink`: long, and over many pages."""
+    many = shape.tile_blocks and shape.fused_rows - shape.size_out >= MIN_PAGE_SHRINK_ROWS
+    return many and num_tokens >= MIN_WIDE_TOKENS and shape.itemsize == 2 and can_tile(shape, device)
+
+
 def in_wide_ranks(experts: int, rank: int) -> bool:
     """Whether `tma_expand` takes experts of this rank, after `dense_expand` if they are many. Of 8
     ranks it takes no fewer than one whole product."""
@@ -382,19 +394,3 @@ def choose_norm(width: int, expand: bool, is_split: bool, itemsize: int) -> Norm
     if itemsize > 2:
         return NormConfig(32, 32, 32, 8)
     return NormConfig(64, 64, 128, 8, 3)
-
-
-def token_counts(most: int) -> list[int]:
-    """Numbers of tokens up to `most`, one of each kind that kernels tell apart, falling.
-
-    Blocks are powers of two, and every limit stands at one: so those, their neighbours, and what
-    lies between.
-    """
-    powers = [1 << i for i in range(most.bit_length())]
-    near = {p + d for p in powers for d in (-1, 0, 1)} | {p * 3 // 2 for p in powers}
-    return sorted((n for n in near | {most} if 1 <= n <= most), reverse=True)
-
-
-def slowest_first(counts: Sequence[int]) -> list[int]:
-    """Numbers of tokens, first those whose kernels take the compiler longest."""
-    return sorted(counts, key=lambda tokens: tokens > MAX_TILE_TOKENS)

@@ -12,8 +12,9 @@ import torch
 from vllm_adafuse.kernels.configs import BLOCK_ER, GemmConfig
 from vllm_adafuse.kernels.device.epilogues import tiled_widths
 
-# What a plan may name, after its file; cuBLAS has none. SHRINK, over a quantised W, is of A alone.
-DECODE_GEMM, TMA_GEMM, CUBLAS, SHRINK = "decode_gemm", "tma_gemm", "cublas", "shrink"
+# What a plan may name, after its file; cuBLAS has none.
+DECODE_GEMM, TMA_GEMM, CUBLAS = "decode_gemm", "tma_gemm", "cublas"
+SHRINK, PAGE_SHRINK = "shrink", "page_shrink"
 NONE, EXPAND, TMA_EXPAND, ADD_NORM = "none", "expand", "tma_expand", "add_norm"
 
 
@@ -122,7 +123,8 @@ class Plan:
     """What runs for a projection and a number of tokens.
 
     Attributes:
-        kernel: of W and A; SHRINK or CUBLAS of A alone where W is quantised.
+        kernel: of W and A; SHRINK or CUBLAS of A alone where W is quantised; PAGE_SHRINK of A,
+            while cuBLAS takes W.
         config: how it is cut; None for cuBLAS.
         split_k: slices of `in`, whose sums the norm adds up.
         one_gemm: cuBLAS takes W and A together.

@@ -21,7 +21,8 @@ from vllm_adafuse.kernels.device.epilogues import activate_torch, result_width, 
 from vllm_adafuse.kernels.expand import expand_raw_triton, expand_torch
 from vllm_adafuse.kernels.kv_slots import KVSlots, kv_slots_torch
 from vllm_adafuse.kernels.operands import Projection, Step
-from vllm_adafuse.kernels.plans import TMA_EXPAND, Plan, Shape
+from vllm_adafuse.kernels.page_shrink import page_shrink_triton
+from vllm_adafuse.kernels.plans import PAGE_SHRINK, TMA_EXPAND, Plan, Shape
 from vllm_adafuse.kernels.shrink import shrink_torch
 from vllm_adafuse.kernels.tma_expand import tma_expand_triton
 from vllm_adafuse.kernels.tma_gemm import tma_gemm_triton
@@ -97,7 +98,7 @@ def projection_triton(
     if way.config:
         out = new_result(x, p.shape, p.strided_out)
         return one_launch(x, p, step, way.config, out, kv_slots)
-    y, lora_a_out, bias = fused_product(x, p, way.one_gemm)
+    y, lora_a_out, bias = long_product(x, p, step, way)
     return expand_long(y, lora_a_out, bias, p, step, way, kv_slots)
 
 
@@ -146,16 +147,19 @@ def split_k_product(
     return y, lora_a_out
 
 
-def fused_product(
-    x: torch.Tensor, p: Projection, one_gemm: bool
+def long_product(
+    x: torch.Tensor, p: Projection, step: Step, way: Plan
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """W x and A x by cuBLAS, and the bias if it is still to be added.
+    """W x and A x, and the bias if it is still to be added, by cuBLAS but for A x of many pages.
 
     One product of both: a few rows more cost nearly nothing at any number of tokens, a second
     launch 6 to 30 us (H200, shapes of Llama-2-7B; docs/kernel-notes.md).
     """
     out = p.shape.size_out
-    if one_gemm:
+    if way.kernel == PAGE_SHRINK:
+        lora_a_out = page_shrink_triton(x, p.lora_a, step.tile_blocks)
+        return F.linear(x, p.weight, p.bias), lora_a_out, None
+    if way.one_gemm:
         gemm_out = F.linear(x, p.fused_weight)
         sizes = out, gemm_out.shape[1] - out
         y, lora_a_out = torch.split_with_sizes(gemm_out, sizes, 1)  # cheaper than slices

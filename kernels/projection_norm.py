@@ -24,7 +24,7 @@ from vllm_adafuse.kernels.operands import Projection, Step
 from vllm_adafuse.kernels.plans import ADD_NORM, NONE, Plan
 from vllm_adafuse.kernels.projection import (
     expand_long,
-    fused_product,
+    long_product,
     one_launch,
     projection_torch,
     split_k_product,
@@ -86,7 +86,7 @@ def projection_norm_triton(
     if way.split_k > 1:
         y, lora_a_out = split_k_product(x, p, way.split_k)
     else:
-        y, lora_a_out, _ = fused_product(x, p, way.one_gemm)
+        y, lora_a_out, _ = long_product(x, p, step, way)
     if way.expand == ADD_NORM:
         return add_norm_triton(y, lora_a_out, *behind)
     if way.expand == NONE:

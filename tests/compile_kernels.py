@@ -22,6 +22,7 @@ from vllm_adafuse.kernels import (
     dense_expand,
     dispatch,
     expand,
+    page_shrink,
     shrink,
     spread_routes,
     switch,
@@ -226,6 +227,15 @@ def main() -> None:
     constants = {"BLOCK_T": 64, "BLOCK_R": 16, "BLOCK_IN": block_in, "STAGES": 3}
     constants["PDL"] = True
     rows.append(build("shrink", shrink._shrink_kernel, constants, 4, 3))
+    config = page_shrink.CONFIG
+    POINTERS["x_desc"] = f"tensordesc<bf16[{config.tokens}, {config.columns}]>"
+    POINTERS["a_desc"] = f"tensordesc<bf16[128, {config.columns}]>"
+    constants = {
+        "RANKS": 512, "TILE_TOKENS": 128, "BLOCK_T": config.tokens, "BLOCK_R": 128,
+        "BLOCK_IN": config.columns, "STAGES": config.stages, "PDL": True,
+    }  # fmt: skip
+    kernel = page_shrink._page_shrink_kernel
+    rows.append(build("page_shrink", kernel, constants, config.warps, config.stages))
     constants = {"BLOCK_T": 256, "BLOCK_E": 8, "ONE": True}
     kernel = spread_routes._spread_routes_kernel
     rows.append(build("spread_routes", kernel, constants, 8, 3))

@@ -33,7 +33,6 @@ import vllm_adafuse.kernels
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 from vllm_adafuse.kernels import add_norm, configs, dense_expand, dispatch, expand, launch, operands
-from vllm_adafuse.kernels.dispatch import token_counts
 from vllm_adafuse.kernels.gather_routes import gather_routes
 from vllm_adafuse.kernels.kv_slots import KVSlots
 from vllm_adafuse.kernels.layerwise.ffn_down import ffn_down
@@ -50,6 +49,7 @@ from vllm_adafuse.kernels.projection_norm import projection_norm
 from vllm_adafuse.kernels.registry import IMPLEMENTATIONS
 from vllm_adafuse.kernels.sgmm import sgmm
 from vllm_adafuse.kernels.spread_routes import spread_routes
+from vllm_adafuse.kernels.whole import token_counts
 from vllm_adafuse.kernels.workspace import Workspace
 
 ROOT = Path(__file__).parents[1]

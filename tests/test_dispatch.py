@@ -13,10 +13,10 @@ from vllm_adafuse.kernels.dispatch import (
     find_config,
     gemm_config,
     plan,
-    token_counts,
 )
 from vllm_adafuse.kernels.plans import Device, Shape
 from vllm_adafuse.kernels.shrink import ShrinkGrid
+from vllm_adafuse.kernels.whole import token_counts
 
 SHAPE = (4096, 11008, "silu", 2)
 GATE_UP = Shape(4096, (11008, 11008), (0, 1), 8, 16, 2, "silu")

@@ -8,7 +8,7 @@ from engines import assert_greedy_equals, engine, greedy, load_reference, make_p
 from launches import MOST, kernel_modules, layer_wise, on_pages, one_decision, recording
 from ops import DEVICE
 from test_gpu_engine import GRAPHS, gpu_pair, run_apart
-from vllm_adafuse.kernels.dispatch import token_counts
+from vllm_adafuse.kernels.whole import token_counts
 from vllm_adafuse.serving.warm_up import run_parts
 from vllm_adafuse.tiny import real_prompts
 

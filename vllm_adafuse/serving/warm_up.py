@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from vllm.logger import init_logger
-from vllm_adafuse.kernels.dispatch import slowest_first, token_counts
+from vllm_adafuse.kernels.dispatch import MAX_TILE_TOKENS
 from vllm_adafuse.kernels.launch import compile_only
+from vllm_adafuse.kernels.whole import token_counts
 from vllm_adafuse.serving.wrap.parts import parts_of
 
 # vLLM shows only what is logged below its own name.
@@ -58,3 +59,8 @@ def run_parts(model: torch.nn.Module, counts: Sequence[int], prepare: Callable[[
         for run in parts:
             run(tokens)
     return len(parts)
+
+
+def slowest_first(counts: Sequence[int]) -> list[int]:
+    """Numbers of tokens, first those whose kernels take the compiler longest."""
+    return sorted(counts, key=lambda tokens: tokens > MAX_TILE_TOKENS)
