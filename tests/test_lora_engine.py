@@ -7,6 +7,7 @@ import threading
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from engines import (
@@ -25,6 +26,7 @@ from vllm.lora.request import LoRARequest
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.random_adapter import make_random_adapter
 from vllm_adafuse.patches.lora_requests import versions_of
+from vllm_adafuse.serving import hosted, routes
 from vllm_adafuse.serving.adapters import stamp_path
 from vllm_adafuse.serving.hosted import Loader
 from vllm_adafuse.serving.versions import AdapterRefused
@@ -349,6 +351,39 @@ def test_steps_go_on_while_an_adapter_is_read(served, monkeypatch):
     add_to(manager, stamped)
     assert len(readers) == 1 and readers[0] is not threading.current_thread()
     served.check(["third"], served.generate(["third"], PROMPTS[:2]))
+
+
+def test_steps_go_on_while_passports_are_stamped(served, monkeypatch):
+    """A piece of the vocabulary at a time; whoever drops the adapter meanwhile drops what there is
+    of it, and a step that needs it has all of it."""
+    engine_, manager = served.llm.llm_engine, manager_of(served.llm)
+    monkeypatch.setattr(hosted, "PIECES_AT_ONCE", 1)
+    monkeypatch.setattr(routes, "PASSPORT_CHUNK", 32)
+    stamped = versions_of(engine_).stamp(served.request("mix8"))
+
+    def add_some(calls):
+        """Begins anew, and asks so often once the files are read."""
+        engine_.remove_lora(served.request("mix8").lora_int_id)
+        manager.reads.start(stamped.lora_int_id, stamped.lora_path).result()
+        return [manager.add_adapter(stamped) for _ in range(calls)]
+
+    assert add_some(2) == [False, False] and stamped.lora_int_id in manager.coming
+    manager.remove_adapter(stamped.lora_int_id)
+    assert not manager.coming and stamped.lora_int_id not in manager.hosted
+    add_some(2)
+    manager.stamp_again()  # the backbone's weights are others: what was stamped is of no use
+    assert not manager.coming
+    add_some(2)
+    engine_.add_request("runs", PROMPTS[0], greedy(6), lora_request=None)
+    done = []
+    while engine_.has_unfinished_requests():
+        assert not manager.add_adapter(stamped)
+        done += [output for output in engine_.step() if output.finished]
+    served.check(["base"], done)
+    manager.name_step([stamped], np.array([stamped.lora_int_id]), np.array([1]), np.array([0]))
+    assert stamped.lora_int_id in manager.active and not manager.coming
+    add_to(manager, stamped)
+    served.check(["mix8"], served.generate(["mix8"], PROMPTS[:2]))
 
 
 def test_an_adapter_is_on_its_pages_before_a_step_needs_it(served):

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -136,9 +137,10 @@ class OpenedAdapter:
             return {name: read(name) for name in ENTRANCE_ROUTER if name in self.adapter.tensors}
 
     def tensors(self) -> Iterator[tuple[str, int, torch.Tensor, torch.Tensor]]:
-        """Every expert of every linear, the rest behind them: (linear, expert, lora_A [r, in],
-        lora_B [out, r]), on the CPU, of the file's dtypes, without the scale. Copy what you keep:
-        they may be views of the file.
+        """Every expert of every linear, the rest behind them, as many at once as follow on each
+        other and have one rank: (linear, the first of n experts, lora_A [n or 1, r, in], one for all
+        of them, lora_B [n, out, r]), on the CPU, of the file's dtypes, without the scale. Copy what
+        you keep: they may be views of the file.
 
         Raises:
             AdapterError: the files are no longer those that were checked. It comes after the
@@ -147,9 +149,13 @@ class OpenedAdapter:
         with _read_pairs(self) as pair:
             for name, linear in (self.linears | self.rest).items():
                 a, b = pair(name)
-                for expert, rank in enumerate(linear.ranks):
-                    side = a[expert % len(a)]  # one A may serve all experts
-                    yield name, expert, side[:rank], b[expert][:, :rank]
+                for rank, run in itertools.groupby(
+                    range(len(linear.ranks)), linear.ranks.__getitem__
+                ):
+                    first, *others = run
+                    experts = slice(first, first + 1 + len(others))
+                    side = a if len(a) == 1 else a[experts]  # one A may serve all experts
+                    yield name, first, side[:, :rank], b[experts, :, :rank]
         self.check_unchanged()
 
     def check_unchanged(self) -> None:

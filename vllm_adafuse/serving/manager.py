@@ -8,7 +8,7 @@ step lie on the device and says whose each token is (`page_step.py`).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -50,6 +50,8 @@ class AdapterManager:
         # Adapters whose tensors are on the host; which, the front end decides (`holds.py`).
         self.hosted: dict[int, Hosted] = {}
         self.lost: dict[int, str] = {}
+        # Read, and not all ready yet.
+        self.coming: dict[int, Iterator[None]] = {}
         # Of the last step with adapters, and those that steps know the pages of.
         self.active: set[int] = set()
         self.listed: set[int] = set()
@@ -74,6 +76,7 @@ class AdapterManager:
         self.loader = Loader(model, vllm_config, self.banks, self.rest)
         self.reads = Reads(self.loader, self.device)
         self.uploads = Uploads(self.loader, self.step, self.device)
+        self.uploads.rehearse()
         watch(model, self.step)
         also_after_reloading(model, self.stamp_again)
         pages = self.pool.size.pages
@@ -112,10 +115,29 @@ class AdapterManager:
         if adapter in self.hosted and not request.load_inplace:
             return True
         self.meter.begin(adapter)
+        coming = self.coming.pop(adapter, None)
+        if coming is None:
+            hosted = self._read(request, wait, in_step)
+            if hosted is None:
+                return False
+            coming = self._take_in(request, hosted, in_step)
+        for _ in coming:
+            if not wait:
+                self.coming[adapter] = coming
+                return False
+        return True
+
+    def _read(self, request: Any, wait: bool, in_step: bool) -> Hosted | None:
+        """An adapter from its files; None while they are read.
+
+        Raises:
+            AdapterError: it cannot be served, or another rank says so.
+        """
+        adapter = request.lora_int_id
         read, everywhere = self.reads.start(adapter, request.lora_path), vllm_api.everywhere
         # Ranks that read their own copies of the files go the same way.
         if not everywhere(wait or read.done(), in_step):
-            return False
+            return None
         self.reads.forget(adapter)
         hosted, error = None, None
         try:
@@ -130,7 +152,13 @@ class AdapterManager:
                 f"adapter {request.lora_name}",
                 [f"{request.path}: another rank could not read it; its log says why"],
             )
-        self.loader.stamp(hosted)
+        return hosted
+
+    def _take_in(self, request: Any, hosted: Hosted, in_step: bool) -> Iterator[None]:
+        """Makes what was read ready for steps, a little at a time: a step that waits for a whole
+        vocabulary's passports is seen by everybody's users."""
+        adapter = request.lora_int_id
+        yield from self.loader.stamp(hosted)
         self._release(adapter)
         self.hosted[adapter] = hosted
         self.meter.loaded(request, hosted)
@@ -140,13 +168,14 @@ class AdapterManager:
             "AdaFuse: adapter %s (%s) is loaded: %s, %d pages, %d bytes on the host",
             request.lora_name, request.path, hosted.kind, hosted.size.pages, hosted.nbytes,
         )  # fmt: skip
-        return True
 
     def stamp_again(self) -> None:
         """Makes the passports of all mixtures anew: the backbone's weights are others (see
         patches/reload.py)."""
+        self.coming.clear()  # to be read again
         for adapter, hosted in self.hosted.items():
-            self.loader.stamp(hosted)
+            for _ in self.loader.stamp(hosted):
+                pass
             if (place := self.pool.placed.get(adapter)) is not None:
                 self.uploads.finish(adapter)
                 self.loader.write_passports(hosted, place, self.step)
@@ -155,6 +184,7 @@ class AdapterManager:
         """Forgets an adapter; returns whether it was there."""
         self._release(adapter)
         self.reads.forget(adapter)
+        self.coming.pop(adapter, None)
         self.pool.pinned.discard(adapter)
         self.meter.forgot(adapter)
         return self.hosted.pop(adapter, None) is not None

@@ -153,9 +153,10 @@ class AdaFuseMixin:
         if self._has_router:
             norm = self.model.layers[self.adafuse_adapter.config.router_layer].input_layernorm
             with without_lora(self):
-                self.adafuse_router.stamp(
+                for _ in self.adafuse_router.stamp(
                     self.embed_input_ids, norm, self.architecture.norm_offset
-                )
+                ):
+                    pass
             vllm_api.release_workspaces()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:

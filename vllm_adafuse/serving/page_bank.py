@@ -13,7 +13,7 @@ from vllm_adafuse.kernels.plans import Shape, on_pages
 from vllm_adafuse.serving import ops
 from vllm_adafuse.serving.bank import ExpertBank
 from vllm_adafuse.serving.page_step import PageStep
-from vllm_adafuse.serving.pool import PAGE_RANKS
+from vllm_adafuse.serving.pool import PAGE_RANKS, pages_of_rank
 from vllm_adafuse.serving.projections import own_rows
 
 
@@ -132,19 +132,24 @@ class Packer:
         }  # fmt: skip
 
     def add(self, name: str, expert: int, a: torch.Tensor, b: torch.Tensor) -> None:
-        """Takes one expert of one linear: A [r, in] and B [out, r] of the whole linear; one of
-        another pipeline stage's is left out."""
+        """Takes n experts of one linear, which follow on each other: A [n or 1, r, in] and B
+        [n, out, r] of the whole linear; those of another pipeline stage's are left out."""
         if name not in self._places:
             return
         index, linear = self._places[name]
         bank = self.banks[index]
         if self.packed[index] is None:
             self.packed[index] = Packed.zeros(bank, self.pages)
-        packed, rank, first = self.packed[index], len(a), self.first_pages[expert] * PAGE_RANKS
-        packed.a[linear].flatten(0, 1)[first : first + rank].copy_(a[:, bank.input_slice])
+        packed, (experts, _, rank) = self.packed[index], b.shape
+        first, each = self.first_pages[expert], pages_of_rank(rank)
+        pages = slice(first, first + experts * each)
         row = sum(shard.width for group in bank.linear_shards[:linear] for shard in group)
-        own = own_rows(b, bank.linear_shards[linear])
-        packed.b.flatten(1)[row : row + len(own), first : first + rank].copy_(own)
+        own = own_rows(b, bank.linear_shards[linear]).transpose(0, 1)
+        # As few copies as can be: each has to wait for whatever else this process does.
+        of_a = packed.a[linear, pages].view(experts, each * PAGE_RANKS, -1)
+        of_a[:, :rank].copy_(a[..., bank.input_slice])
+        of_b = packed.b[row : row + len(own), pages].unflatten(1, (experts, each)).flatten(2)
+        of_b[..., :rank].copy_(own)
 
 
 def sizes_of(banks: Sequence[PageBank]) -> Mapping[str, tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from vllm_adafuse.format.config import AdapterConfig
@@ -118,13 +118,14 @@ class PastRouter(Router):
         embed: Callable[[torch.Tensor], torch.Tensor],
         norm: torch.nn.Module,
         norm_offset: float,
-    ) -> None:
+    ) -> Iterator[None]:
         """As `Router.stamp`: both tables, of the whole vocabulary."""
         self.norm_weight.copy_(norm.weight.float() + norm_offset)
         scale = self.config.context_scale
         for own, embeddings in self._vocabulary(embed, self.w.shape[1]):
             w, c = context_rows(embeddings, self._gate, self.context_weight, scale)
             self.w[:, own], self.c[:, own] = w.t(), c.t()
+            yield
         for requests in self._requests:
             requests.forget()  # what their tokens add up to was another table's
 

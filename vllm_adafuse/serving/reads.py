@@ -72,6 +72,14 @@ class Uploads:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ends: dict[int, torch.cuda.Event] = {}
 
+    def rehearse(self) -> None:
+        """Has the device meet all that a load needs of it, before anybody waits for a step."""
+        if self._stream is None:
+            return
+        self._loader.rehearse_stamp()
+        with torch.cuda.stream(self._stream):
+            self._loader.rehearse_write()
+
     def start(self, adapter: int, hosted: Hosted, place: Place) -> None:
         """Copies an adapter to where no later step reads before `finish`."""
         if self._stream is None:

@@ -224,9 +224,10 @@ class Router(torch.nn.Module):
         embed: Callable[[torch.Tensor], torch.Tensor],
         norm: torch.nn.Module,
         norm_offset: float,
-    ) -> None:
+    ) -> Iterator[None]:
         """Takes what it needs of the backbone's weights, as they are now: the norm's factors, and
-        the passports, if any, of the whole vocabulary.
+        the passports, if any, of the whole vocabulary; in pieces, so that other work of the device
+        may come in between.
 
         Args:
             embed: token ids [T] -> embeddings [T, H] as they enter layer 0.
@@ -238,6 +239,7 @@ class Router(torch.nn.Module):
             ids, weights = self.decide(embeddings)
             self.passport_ids[own].copy_(ids)
             self.passport_weights[own].copy_(weights)
+            yield
 
     def _vocabulary(
         self, embed: Callable[[torch.Tensor], torch.Tensor], vocab_size: int
