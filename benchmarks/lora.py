@@ -24,7 +24,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,16 @@ from vllm.plugins import load_general_plugins
 from benchmarks import record
 from benchmarks.engine import VLLM_LORA, make_adapter, make_lora
 from benchmarks.engine import write_config as write_backbone
-from benchmarks.engine_options import SHAPES, Options, add_work, check_ids, longest
+from benchmarks.engine_options import (
+    SHAPES,
+    Options,
+    add_work,
+    check_ids,
+    longest,
+    name_of,
+    too_large,
+)
+from benchmarks.spawn import spawned_with
 from benchmarks.turns import Engine, take_turns
 
 MIXTURES = 4
@@ -57,23 +66,29 @@ def start(options: argparse.Namespace, root: Path, **extra: Any) -> Any:
     )  # fmt: skip
 
 
-def make_adapters(options: argparse.Namespace, root: Path) -> tuple[list, list]:
-    """Requests of the LoRAs and of the mixtures; those of a kind are copies under other names."""
+def make_loras(options: argparse.Namespace, root: Path, count: int) -> list:
+    """Writes the backbone and LoRAs under `root`; returns requests of the LoRAs."""
+    write_backbone(Options(model=options.model, layers=options.layers), root / "base")
+    return _copies(make_lora(root / "base", root / "lora0", options.r), count)
+
+
+def make_mixtures(options: argparse.Namespace, root: Path) -> list:
+    """Requests of mixtures for the backbone under `root`."""
+    mixture = options.experts, options.r, options.top_k
+    return _copies(make_adapter(root / "base", root / "mix0", mixture), MIXTURES)
+
+
+def _copies(first: Path, count: int) -> list:
+    """Requests of so many adapters, copies of the first, NAME0, under other names."""
     from vllm.lora.request import LoRARequest
 
-    write_backbone(Options(model=options.model, layers=options.layers), root / "base")
-    mixture = options.experts, options.r, options.top_k
-    kinds = (
-        ("lora", options.loras, make_lora(root / "base", root / "lora0", options.r)),
-        ("mix", MIXTURES, make_adapter(root / "base", root / "mix0", mixture)),
-    )
-    requests: tuple[list, list] = ([], [])
-    for found, (kind, count, first) in zip(requests, kinds):
-        for i in range(count):
-            if i:
-                shutil.copytree(first, root / f"{kind}{i}", copy_function=os.link)
-            found.append(LoRARequest(f"{kind}{i}", i + 1, str(root / f"{kind}{i}")))
-    return requests
+    found = []
+    for i in range(count):
+        path = first.with_name(f"{first.name[:-1]}{i}")
+        if i:
+            shutil.copytree(first, path, copy_function=os.link)
+        found.append(LoRARequest(path.name, i + 1, str(path)))
+    return found
 
 
 def add_rest(base: Path, lora: Path, out: Path, r: int) -> Path:
@@ -96,11 +111,33 @@ def add_rest(base: Path, lora: Path, out: Path, r: int) -> Path:
     return out
 
 
+def start_all(
+    options: argparse.Namespace, root: Path, wanted: Mapping[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """An engine for each name, by the arguments that it has beside those of `start`; of these,
+    `env` are variables of its process.
+
+    One after the other; all at once if each is told its share of the GPU (`options.cache`).
+    """
+    def one(arguments: dict[str, Any]) -> Any:
+        extra = dict(arguments)
+        with spawned_with(extra.pop("env", {})):
+            return start(options, root, **extra)
+
+    if any("env" in arguments for arguments in wanted.values()) or options.cache is not None:
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    if options.cache is None:  # vLLM finds out what is free
+        return {name: one(arguments) for name, arguments in wanted.items()}
+    load_general_plugins()  # the first thread would, and the others would not wait for it
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        return dict(zip(wanted, pool.map(one, wanted.values())))
+
+
 def make_engines(options: argparse.Namespace, root: Path) -> dict[str, Engine]:
     """Row -> what is timed for it; rows of one engine share it."""
     from vllm.lora.request import LoRARequest
 
-    loras, mixtures = make_adapters(options, root)
+    loras, mixtures = make_loras(options, root, options.loras), make_mixtures(options, root)
     many = {"enable_lora": True, "max_loras": len(loras), "max_lora_rank": rank(options.r)}
     most = many | {"max_loras": MIXTURES, "max_lora_rank": rank(options.experts * options.r)}
     wanted: dict[str, dict] = {"stock": {}}
@@ -113,16 +150,8 @@ def make_engines(options: argparse.Namespace, root: Path) -> dict[str, Engine]:
     if "both" in wanted:
         path = add_rest(root / "base", root / "lora0", root / "rest", options.r)
         rest = LoRARequest("rest", len(loras) + 1, str(path))
-    if options.cache is None:  # vLLM finds out what is free: one after the other
-        llms = [start(options, root, **extra) for extra in wanted.values()]
-    else:
-        load_general_plugins()  # the first thread would, and the others would not wait for it
-        # Threads that start processes must not copy the locks of one another.
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-        with ThreadPoolExecutor(len(wanted)) as pool:
-            llms = list(pool.map(lambda extra: start(options, root, **extra), wanted.values()))
     rows: dict[str, Engine] = {}
-    for name, llm in zip(wanted, llms):
+    for name, llm in start_all(options, root, wanted).items():
         rows |= {
             "stock": {"stock": Engine(llm)},
             "vllm": {"vllm_one": Engine(llm, loras[0]), "vllm_many": Engine(llm, loras)},
@@ -152,36 +181,58 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
             llm.stop()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="llama-3-8b", choices=SHAPES)
-    parser.add_argument("--layers", type=int, help="fewer layers, while working")
-    parser.add_argument("--engines", default="vllm,adafuse,mixtures", type=lambda t: t.split(","))
-    add_work(parser, "1,8,32,64,128", "16x500")
-    parser.add_argument("--loras", default=16, type=int)
-    parser.add_argument("--r", default=16, type=int, help="of the LoRAs and of each expert")
-    parser.add_argument("--experts", default=8, type=int, help="of each mixture")
-    parser.add_argument("--top-k", default=2, type=int)
-    parser.add_argument("--memory", default=0.2, type=float, help="of the GPU, for each engine")
-    parser.add_argument(
-        "--cache", type=float, metavar="GIB",
-        help="of keys and values, for each engine: then all start at once",
-    )  # fmt: skip
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--out", type=Path, help="folder of the result file")
-    parser.add_argument("--commit", default="", help="of the measured code")
-    options = parser.parse_args()
+def add_options(parser: argparse.ArgumentParser, batches: str, prefill: str) -> None:
+    """What every benchmark of many adapters takes."""
+    add = parser.add_argument
+    add("--model", default="llama-3-8b", choices=SHAPES)
+    add("--layers", type=int, help="fewer layers, while working")
+    add_work(parser, batches, prefill)
+    add("--r", default=16, type=int, help="of the LoRAs and of each expert")
+    add("--memory", default=0.2, type=float, help="of the GPU, for each engine")
+    add("--cache", type=float, metavar="GIB",
+        help="of keys and values, for each engine: then all start at once")  # fmt: skip
+    add("--dtype", default="bfloat16")
+    add("--out", type=Path, help="folder of the result file")
+    add("--commit", default="", help="of the measured code")
+
+
+def run(
+    name: str,
+    options: argparse.Namespace,
+    measure: Callable[[argparse.Namespace], Iterator[dict[str, Any]]],
+) -> list[dict[str, Any]]:
+    """Saves rows as they come, behind one of the options; returns them.
+
+    Raises:
+        ValueError: the sizes do not fit the options.
+    """
     out, commit = options.out, options.commit
     check_ids(options.ids, options.text_ids)
+    if large := too_large(vars(options)):
+        size, need = max(large.items(), key=lambda item: item[1])
+        raise ValueError(
+            f"cache is {options.cache:g} GiB, expected at least {need:.2f} for {name_of(size)}"
+        )
     options.longest = longest(vars(options))
     told = {k: v for k, v in vars(options).items() if k not in ("out", "commit")}
     rows, path = [{"options": told}], None
     for row in measure(options):
         rows.append(row)
-        path = record.save("lora", rows, out, commit, path)
+        path = record.save(name, rows, out, commit, path)
     print(json.dumps({"saved": str(path)}))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_options(parser, "1,8,32,64,128", "16x500")
+    parser.add_argument("--engines", default="vllm,adafuse,mixtures", type=lambda t: t.split(","))
+    parser.add_argument("--loras", default=16, type=int)
+    parser.add_argument("--experts", default=8, type=int, help="of each mixture")
+    parser.add_argument("--top-k", default=2, type=int)
+    run("lora", parser.parse_args(), measure)
 
 
 if __name__ == "__main__":

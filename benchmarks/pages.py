@@ -70,18 +70,25 @@ class Result:
         )
 
 
+def read_file(path: Path) -> Result:
+    """One result file.
+
+    Raises:
+        ValueError: it is none.
+    """
+    content = json.loads(path.read_text())
+    if not {"benchmark", "commit", "time", "versions", "rows"} <= content.keys():
+        raise ValueError(f"{path} is no result file of benchmarks.record")
+    return Result(path, content)
+
+
 def read_results(folder: Path) -> list[Result]:
     """All result files, oldest first.
 
     Raises:
         ValueError: a file is no result file.
     """
-    results = []
-    for path in sorted(folder.glob("*.json")):
-        content = json.loads(path.read_text())
-        if not {"benchmark", "commit", "time", "versions", "rows"} <= content.keys():
-            raise ValueError(f"{path} is no result file of benchmarks.record")
-        results.append(Result(path, content))
+    results = [read_file(path) for path in sorted(folder.glob("*.json"))]
     return sorted(results, key=lambda result: result.content["time"])
 
 

@@ -86,7 +86,7 @@ SECTIONS = {
 # Of docs/paper.md, timeline.md, quality.md, many-adapters.md, or told of in the pages on training.
 ON_OTHER_PAGES = (
     "paper", "switch", "layer_linear", "layerwise", "timeline", "quality", "compose-experts",
-    "training", "lora", "lora_load", "thresholds",
+    "training", "lora", "lora_load", "thresholds", "peers",
 )  # fmt: skip
 
 

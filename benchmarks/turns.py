@@ -7,7 +7,7 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -133,21 +133,25 @@ def _once(options: Options | argparse.Namespace, engine: Engine, size: Size, ids
 
 
 def take_turns(
-    options: Options | argparse.Namespace, engines: dict[str, Engine], seed: int = 0
+    options: Options | argparse.Namespace,
+    engines: dict[str, Engine],
+    is_asked: Callable[[str, Size], bool] = lambda kind, size: True,
 ) -> Iterator[dict]:
-    """Times engines at every size, a row for each; overheads are over the first.
+    """Times engines at every size that they are asked for, a row for each; overheads are over the
+    first.
 
     The row's `ids` say what prompts were made of; `host_ms` is as in `host_ms`.
     """
-    rng, vocab = random.Random(seed), SHAPES[options.model][-1]
+    rng, vocab = random.Random(0), SHAPES[options.model][-1]
     kinds = [Ids(vocab, rng)] if "uniform" in options.ids else []
     if "text" in options.ids:
         kinds.append(Ids(vocab, rng, read_ids(options.text_ids)))
     for engine in {id(engine.llm): engine for engine in engines.values()}.values():
         engine.llm.collective_rpc(_watch)
     for size in sizes(vars(options)):
+        asked = {kind: engine for kind, engine in engines.items() if is_asked(kind, size)}
         for ids in kinds:
-            yield from _rows(options, engines, size, ids)
+            yield from _rows(options, asked, size, ids)
 
 
 def _rows(
