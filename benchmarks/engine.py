@@ -4,12 +4,15 @@
     python -m benchmarks.engine --engines stock,lora,adafuse,adafuse:16/16/2 --group 3
     python -m benchmarks.engine --prefill 16x1000,1x512,1x2048 --mixed 400
     python -m benchmarks.engine --ids uniform,text --text-ids ids-32000.npy
+    python -m benchmarks.engine --engines stock,adafuse,context,pages,pages_context
 
 Engines: `stock`, the bare backbone; `lora`, vLLM's own LoRA with one static adapter of rank r;
 `granite`, Granite Switch with E LoRAs of rank r, one active (see benchmarks/granite.py), and
 `granite_bare`, its model without any;
 `adafuse`, or `adafuse:E/r/k` for other experts, ranks and top-k than the options say;
-`layer_wise`, or `layer_wise:E/r/k`, the same with a router in every linear.
+`layer_wise`, or `layer_wise:E/r/k`, the same with a router in every linear; `context`, with a
+router that sees the request's past; `pages` and `pages_context`, the mixtures of `adafuse` and
+`context` where every request names its adapter (`--enable-lora`).
 
 Random weights (`load_format="dummy"`), vLLM's default settings but for its share of memory, greedy.
 Prompts are uniform ids, or stretches of real text (benchmarks/prompts.py); a request behind one of
@@ -38,19 +41,21 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from vllm_adafuse.format.random_adapter import make_random_adapter
+from vllm_adafuse.serving.pool import COLUMNS_PER_ADAPTER, PAGE_RANKS, pages_of_rank
 
 from benchmarks import bars, record
-from benchmarks.engine_options import GRANITE, OURS, SHAPES, Options, add_work
+from benchmarks.engine_options import GRANITE, OURS, PAGES, SHAPES, Options, add_work
 from benchmarks.turns import Engine, take_turns
 
 # Of what sends the same prompts again.
 FRESH = {"enable_prefix_caching": False}
+NO_KEYS: dict[str, str] = {}
 # Leaves LoRA requests to vLLM's own manager.
 VLLM_LORA = {"adafuse": {"lora": "vllm"}}
 
@@ -116,13 +121,22 @@ def make_lora(base: Path, out: Path, r: int) -> Path:
 
 
 def make_adapter(
-    base: Path, out: Path, mixture: tuple[int, int, int], routing: str = "pre_gated"
+    base: Path, out: Path, mixture: tuple[int, int, int], keys: Mapping[str, str] = NO_KEYS
 ) -> Path:
-    """A random adapter of (E, r, k) on all linears of a backbone."""
+    """A random adapter of (E, r, k) on all linears of a backbone; keys: more of its config."""
     experts, r, top_k = mixture
     return make_random_adapter(
-        base, out, num_experts=experts, top_k=top_k, r=r, dtype=torch.bfloat16, routing=routing
+        base, out, num_experts=experts, top_k=top_k, r=r, dtype=torch.bfloat16, **keys
     )
+
+
+def room_for(experts: int, r: int) -> dict[str, int]:
+    """vLLM's options for a pool that one mixture of E experts fills, also if it sees the past."""
+    from benchmarks.lora import rank
+
+    loras = max(1, -(-experts // COLUMNS_PER_ADAPTER))
+    ranks = -(-experts * pages_of_rank(r) // loras) * PAGE_RANKS
+    return {"enable_lora": True, "max_loras": loras, "max_lora_rank": rank(ranks)}
 
 
 def start(kind: str, options: Options, root: Path) -> tuple[Engine, dict]:
@@ -135,9 +149,12 @@ def start(kind: str, options: Options, root: Path) -> tuple[Engine, dict]:
     base, name = root / "base", kind.replace("/", "-").replace(":", "-")
     extra, lora, control = {}, None, []
     if mixture := options.mixture(kind):
-        routing = OURS[kind.partition(":")[0]]
-        adapter = make_adapter(base, root / name, mixture, routing)
-        extra["hf_overrides"] = {"adafuse_adapter": str(adapter)}
+        own = kind.partition(":")[0]
+        adapter = str(make_adapter(base, root / name, mixture, OURS[own]))
+        if own in PAGES:
+            lora, extra = LoRARequest(own, 1, adapter), room_for(*mixture[:2])
+        else:
+            extra["hf_overrides"] = {"adafuse_adapter": adapter}
     elif kind == "lora":
         lora = LoRARequest("lora", 1, str(make_lora(base, root / name, options.r)))
         extra |= {"enable_lora": True, "max_lora_rank": max(8, options.r), "max_loras": 1}

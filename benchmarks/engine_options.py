@@ -28,9 +28,13 @@ SHAPES = {
 BLOCK = 16  # tokens; what vLLM gives a sequence of the cache at a time
 Size = tuple[str, int, int]  # decode, prefill or mixed, sequences, tokens of each prompt (mixed: 0)
 
-# Our engines, and the routing of their adapters.
 GRANITE = ("granite", "granite_bare")
-OURS = {"adafuse": "pre_gated", "layer_wise": "layer_wise"}
+# Our engines, and keys of their adapters; of those that requests name.
+OURS = {
+    "adafuse": {}, "layer_wise": {"routing": "layer_wise"}, "context": {"router_context": "mean"},
+}  # fmt: skip
+OURS |= {"pages": OURS["adafuse"], "pages_context": OURS["context"]}
+PAGES = ("pages", "pages_context")
 
 
 @dataclass
@@ -102,7 +106,7 @@ class Options:
         parts = numbers.split("/")
         if name not in OURS or len(parts) != 3 or not all(part.isdigit() for part in parts):
             raise ValueError(
-                f"engine {kind}: expected stock, lora, granite, adafuse, layer_wise, or "
+                f"engine {kind}: expected stock, lora, granite, {', '.join(OURS)}, or "
                 "adafuse:E/r/k"
             )
         return int(parts[0]), int(parts[1]), int(parts[2])

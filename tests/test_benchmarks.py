@@ -202,6 +202,37 @@ def test_prefills_are_prompts_by_tokens():
             shapes(text)
 
 
+@pytest.mark.parametrize("kind", ["context", "pages", "pages_context:12/24/3"])
+def test_engines_of_routers_that_see_the_past_and_of_requests_that_name_theirs(
+    kind, monkeypatch, tmp_path
+):
+    """An engine is asked for the adapter that is meant, in a pool that it fits into."""
+    from vllm_adafuse.serving.adapters import open_adapter
+    from vllm_adafuse.serving.pool import misfits
+
+    asked = {}
+
+    class Asked:
+        collective_rpc = staticmethod(lambda _: [{}])
+
+    def llm(path, **options):
+        asked.update(options)
+        return Asked()
+
+    monkeypatch.setattr("vllm.LLM", llm)
+    options = Options(model="tiny", engines=["stock", kind], experts=8, r=16)
+    engine.write_config(options, tmp_path / "base")
+    one, _ = engine.start(kind, options, tmp_path)
+    path = asked["hf_overrides"]["adafuse_adapter"] if kind == "context" else one.lora.lora_path
+    adapter = open_adapter(path)
+    assert adapter.config.router_context == ("" if kind == "pages" else "mean")
+    assert adapter.num_experts == (12 if "12" in kind else 8)
+    assert ("enable_lora" in asked) is (kind != "context")
+    if kind != "context":
+        room = asked["max_loras"], asked["max_lora_rank"]
+        assert misfits(adapter.size, *room) == [] and room == ((3, 128) if "12" in kind else (2, 64))
+
+
 def test_the_first_engine_is_in_every_group():
     kinds = ["stock", "adafuse", "lora", "adafuse:4/8/1"]
     groups = [["stock", "adafuse", "lora"], ["stock", "adafuse:4/8/1"]]
