@@ -26,12 +26,12 @@ pytestmark = pytest.mark.skipif(not os.environ.get("MANY_EXPERTS"), reason="MANY
 
 MANY = 256
 TARGETS = (["q_proj", "v_proj"], ["up_proj", "down_proj"], ["k_proj", "o_proj", "gate_proj"])
-PAST = {"router_context": "mean", "router_context_scale": 4.0, "dtype": torch.float32, "r": 4}
+PAST = {"router_context": "mean", "router_context_scale": 4.0, "r": 4}
 KINDS = {
     "even": {"top_k": 2, **PAST},
-    "token": {"top_k": 2, **PAST, "router_context": "", "r": 8},
+    "token": {"top_k": 2, "r": 8},
     "all": {"top_k": MANY, "router_weights": "softmax_topk", **PAST},
-}  # fmt: skip
+}
 
 
 def write_lora(backbone, path, seed):
@@ -66,7 +66,9 @@ def made(tmp_path_factory):
         ).path
     }  # fmt: skip
     for name, options in KINDS.items():
-        adapters[name] = make_random_adapter(base, root / name, num_experts=MANY, **options)
+        adapters[name] = make_random_adapter(
+            base, root / name, num_experts=MANY, dtype=torch.float32, **options
+        )
     return base, adapters
 
 
