@@ -115,6 +115,26 @@ def assert_greedy_equals(outputs, model) -> None:
     assert worst <= MAX_LOGPROB_ERROR
 
 
+def assert_logprobs_equal(output, model) -> None:
+    """Of every sequence of a request the logprobs are the model's own, whatever was drawn."""
+    for sequence in output.outputs:
+        tokens = list(sequence.token_ids)
+        expected = logprobs_of(model, output.prompt_token_ids, tokens)
+        expected = expected.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        found = torch.tensor([at[t].logprob for t, at in zip(tokens, sequence.logprobs)])
+        torch.testing.assert_close(found, expected, rtol=0, atol=MAX_LOGPROB_ERROR)
+
+
+def assert_best_beam(output, model, prompt: list[int], max_tokens: int) -> None:
+    """The best of a beam search of width 3 is the one that transformers finds."""
+    ids = torch.tensor([prompt])
+    expected = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), num_beams=3, do_sample=False,
+        max_new_tokens=max_tokens, eos_token_id=None, pad_token_id=1, use_cache=False,
+    )  # fmt: skip
+    assert output.sequences[0].tokens == expected[0].tolist()
+
+
 def assert_same_completions(outputs, others, tolerance: float = 1e-4) -> None:
     """Greedy tokens that begin alike, as far as the other's go, and logprobs within a tolerance.
 

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from engines import (
+    assert_best_beam,
     assert_greedy_equals,
     assert_greedy_tokens,
+    assert_logprobs_equal,
     engine,
     greedy,
     load_reference,
@@ -85,14 +87,7 @@ def test_samples_of_one_prompt(llm, model):
     (output,) = llm.generate(prompts(40, seed=3), greedy(8, n=3, temperature=1.0, seed=7))
     found = {tuple(sequence.token_ids) for sequence in output.outputs}
     assert len(found) == 3
-    for sequence in output.outputs:
-        tokens = list(sequence.token_ids)
-        logprobs = torch.tensor([at[t].logprob for t, at in zip(tokens, sequence.logprobs)])
-        ids = torch.tensor([output.prompt_token_ids + tokens])
-        with torch.no_grad():
-            logits = model(ids).logits[0, 39:-1]
-        expected = torch.log_softmax(logits, -1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
-        torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-3)
+    assert_logprobs_equal(output, model)
 
 
 def test_beams(llm, model):
@@ -100,12 +95,7 @@ def test_beams(llm, model):
 
     (prompt,) = prompts(20, seed=4)
     (output,) = llm.beam_search([prompt], BeamSearchParams(beam_width=3, max_tokens=6, ignore_eos=True))
-    ids = torch.tensor([prompt["prompt_token_ids"]])
-    expected = model.generate(
-        ids, attention_mask=torch.ones_like(ids), num_beams=3, max_new_tokens=6, do_sample=False,
-        eos_token_id=None, pad_token_id=1, use_cache=False,
-    )  # fmt: skip
-    assert output.sequences[0].tokens[20:] == expected[0, 20:].tolist()
+    assert_best_beam(output, model, prompt["prompt_token_ids"], 6)
 
 
 def test_the_past_is_read(llm, model):
@@ -122,6 +112,17 @@ def test_the_past_is_read(llm, model):
     assert_greedy_equals([output], model)
     with pytest.raises(AssertionError):
         assert_greedy_tokens(model, other.prompt_token_ids, list(other.outputs[0].token_ids))
+
+
+def test_what_it_has_outlives_a_sleep(llm):
+    """vLLM's sleep of level 2 keeps the buffers of the model, and nothing else."""
+    model = model_of(llm)
+    parts = model.adafuse_router, model.adafuse_router.route, model.adafuse_requests
+    kept = {buffer.untyped_storage().data_ptr() for buffer in model.buffers()}
+    needed = [t for part in parts for t in [*vars(part).values(), *part.buffers()]]
+    needed = [t for t in needed if isinstance(t, torch.Tensor) and t.numel() > 1]
+    assert len(needed) > 10
+    assert all(tensor.untyped_storage().data_ptr() in kept for tensor in needed)
 
 
 def test_a_dummy_step_moves_no_sums(llm, model):

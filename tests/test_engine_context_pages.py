@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from engines import assert_greedy_equals, engine, greedy, load_reference, make_pair
+from engines import (
+    assert_best_beam,
+    assert_greedy_equals,
+    assert_logprobs_equal,
+    engine,
+    greedy,
+    load_reference,
+    make_pair,
+)
 from loras import FEW, make_lora, manager_of
 from test_engine_company import counter
 from test_engine_context import CONTEXT, prompts
@@ -40,12 +48,16 @@ def served(tmp_path_factory):
         yield llm, root, references
 
 
-def generate(served, names, texts, **options):
-    llm, root, references = served
-    ids = {name: 1 + NAMES.index(name) for name in NAMES}
-    requests = [
+def requests_of(served, names):
+    root, ids = served[1], {name: 1 + NAMES.index(name) for name in NAMES}
+    return [
         None if name == "base" else LoRARequest(name, ids[name], str(root / name)) for name in names
     ]
+
+
+def generate(served, names, texts, **options):
+    llm, _, references = served
+    requests = requests_of(served, names)
     outputs = llm.generate(texts, greedy(**options), lora_request=requests, use_tqdm=False)
     for name, output in zip(names, outputs):
         assert_greedy_equals([output], references[name])
@@ -68,6 +80,27 @@ def test_prefix_hits_and_others_pasts(served):
 def test_preempted_requests_go_on(served):
     names = ["past", "past", "wide", "lora", "base"]
     generate(served, names, prompts(*[33] * 5, seed=2), max_tokens=70)
+
+
+def test_samples_of_one_prompt(served):
+    names = ["past", "base", "wide"]
+    outputs = served[0].generate(
+        prompts(20, 30, 40, seed=4), greedy(8, n=3, temperature=1.0),
+        lora_request=requests_of(served, names), use_tqdm=False,
+    )  # fmt: skip
+    for name, output in zip(names, outputs, strict=True):
+        assert len({tuple(sequence.token_ids) for sequence in output.outputs}) == 3
+        assert_logprobs_equal(output, served[2][name])
+
+
+def test_beams(served):
+    from vllm.sampling_params import BeamSearchParams
+
+    names, texts = ["past", "wide"], prompts(20, 20, seed=5)
+    params = BeamSearchParams(beam_width=3, max_tokens=5, ignore_eos=True)
+    outputs = served[0].beam_search(texts, params, lora_request=requests_of(served, names))
+    for name, text, output in zip(names, texts, outputs, strict=True):
+        assert_best_beam(output, served[2][name], text["prompt_token_ids"], 5)
 
 
 def test_drafts_are_accepted_and_rejected(served, monkeypatch):

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from engines import (
+    assert_best_beam,
     assert_greedy_equals,
+    assert_logprobs_equal,
     assert_same_completions,
     completion,
     engine,
     greedy,
     load_reference,
-    logprobs_of,
     make_pair,
 )
 from loras import FEW, MODULES, PATTERNS, add_to, make_lora, manager_of
@@ -131,12 +132,7 @@ def test_samples_of_one_prompt(served):
     options = {"n": 3, "temperature": 1.0}
     for name, output in zip(names, served.generate(names, PROMPTS[:3], **options), strict=True):
         assert len({tuple(sequence.token_ids) for sequence in output.outputs}) == 3
-        for sequence in output.outputs:
-            tokens = list(sequence.token_ids)
-            expected = logprobs_of(served.references[name], output.prompt_token_ids, tokens)
-            expected = expected.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
-            found = [at[token].logprob for token, at in zip(tokens, sequence.logprobs)]
-            assert found == pytest.approx(expected, abs=1e-3)
+        assert_logprobs_equal(output, served.references[name])
 
 
 def test_allowed_tokens(served):
@@ -157,14 +153,9 @@ def test_beams(served):
         BeamSearchParams(beam_width=3, max_tokens=5, ignore_eos=True),
         lora_request=[served.request(name) for name in names],
     )
-    prompt, said = torch.tensor(ids[:1]), []
+    said = [output.sequences[0].tokens for output in outputs]
     for name, output in zip(names, outputs, strict=True):
-        expected = served.references[name].generate(
-            input_ids=prompt, attention_mask=torch.ones_like(prompt), num_beams=3,
-            max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=1, use_cache=False,
-        )  # fmt: skip
-        said.append(output.sequences[0].tokens)
-        assert said[-1] == expected[0].tolist()
+        assert_best_beam(output, served.references[name], ids[0], 5)
     assert said[0] != said[1] != said[2] != said[0]
 
 

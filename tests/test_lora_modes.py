@@ -1,5 +1,5 @@
-"""A mixture, a LoRA and the base in one batch, in modes of vLLM that take engines of their own. They
-run where they are asked for:
+"""Mixtures, of which one sees the past, a LoRA and the base in one batch, in modes of vLLM that take
+engines of their own. They run where they are asked for:
 
     LORA_MODES=1 pytest tests/test_lora_modes.py
 """
@@ -12,9 +12,11 @@ import pytest
 import torch
 from engines import assert_greedy_equals, engine, greedy, load_reference, make_pair
 from loras import PATTERNS, make_lora
+from test_engine_context import CONTEXT
 from test_lora_server import OPTIONS, check, models, post
 from transformers import AutoModelForCausalLM
 from vllm.lora.request import LoRARequest
+from vllm_adafuse.format.random_adapter import make_random_adapter
 from vllm_adafuse.server import running_server, vllm_serve
 from vllm_adafuse.tiny import real_prompts
 
@@ -34,20 +36,24 @@ def made(tmp_path_factory):
         "mix": load_reference(base, root / "mix"),
         "lora": make_lora(base, root / "lora", 1, **PATTERNS),
     }
+    past = {"num_experts": 3, "top_k": 2, "r": 4, "dtype": torch.float32}
+    make_random_adapter(base, root / "past", **past, **CONTEXT)
+    references["past"] = load_reference(base, root / "past")
     return root, references
 
 
 def test_ngrams_are_guessed(made):
     root, references = made
-    requests = [None, *(LoRARequest(n, i, str(root / n)) for i, n in ((1, "mix"), (2, "lora")))]
-    prompts = [f"{text} {text} {text}" for text in real_prompts(9, words=6)]
+    names = "mix", "lora", "past"
+    requests = [None, *(LoRARequest(n, i, str(root / n)) for i, n in enumerate(names, 1))]
+    prompts = [f"{text} {text} {text}" for text in real_prompts(12, words=6)]
     options = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 128, "disable_log_stats": False}
     with engine(root / "base", speculative_config=NGRAM, **options) as llm:
-        named = [requests[i % 3] for i in range(len(prompts))]
+        named = [requests[i % 4] for i in range(len(prompts))]
         outputs = llm.generate(prompts, greedy(40), lora_request=named, use_tqdm=False)
         found = {metric.name: metric for metric in llm.get_metrics()}
-    for i, name in enumerate(("base", "mix", "lora")):
-        assert_greedy_equals(outputs[i::3], references[name])
+    for i, name in enumerate(("base", *names)):
+        assert_greedy_equals(outputs[i::4], references[name])
     assert found["vllm:spec_decode_num_accepted_tokens"].value > 0
 
 
@@ -57,12 +63,13 @@ def test_loads_reach_both_engines(made, tmp_path):
     env = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_RPC_BASE_PATH": str(tmp_path)}
     env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     options = [*OPTIONS, "--data-parallel-size", "2", "--api-server-count", "1"]
-    command = vllm_serve(root / "base", *options, "--lora-modules", f"mix={root / 'mix'}")
+    loaded = [f"{name}={root / name}" for name in ("mix", "past")]
+    command = vllm_serve(root / "base", *options, "--lora-modules", *loaded)
     with running_server(command, tmp_path / "log", env=env) as server:
         load = {"lora_name": "lora", "lora_path": str(root / "lora")}
         assert post(server, "/v1/load_lora_adapter", **load)[0] == 200
         for _ in range(3):
-            check(server, references, ["base", "mix", "lora"])
+            check(server, references, ["base", "mix", "lora", "past"])
         with urllib.request.urlopen(f"{server.url}/metrics") as answer:
             text = answer.read().decode()
         served = re.findall(r'^vllm:request_success_total{engine="(\d)".*"length".* (\S+)$', text, re.M)
@@ -72,4 +79,4 @@ def test_loads_reach_both_engines(made, tmp_path):
         load["lora_path"] = str(root / "mix")
         assert post(server, "/v1/load_lora_adapter", **load)[0] == 200
         check(server, references | {"lora": references["mix"]}, ["lora", "base"])
-        assert set(models(server)) == {"base", "mix", "lora"}
+        assert set(models(server)) == {"base", "mix", "lora", "past"}

@@ -186,6 +186,11 @@ ROUTING = [
         "of k experts the last one is left",
     ),
     Mutant(
+        "a bit for each of any number of experts", "kernels/spread_routes.py",
+        "if BLOCK_E <= 64:", "if BLOCK_E <= 512:", "tests/test_spread_routes.py",
+        "of more than 64 experts those beyond are left out over a quantised weight",
+    ),
+    Mutant(
         "ids outside the vocabulary", "kernels/gather_routes.py",
         "token_ids.clamp(0, table_ids.shape[0] - 1)", "token_ids",
         "tests/test_gather_routes.py", "padding rows of a graph read past the passports",
