@@ -31,6 +31,7 @@ from vllm_adafuse.serving import hosted, routes
 from vllm_adafuse.serving.adapters import stamp_path
 from vllm_adafuse.serving.hosted import Loader
 from vllm_adafuse.serving.versions import AdapterRefused
+from vllm_adafuse.serving.wrap.blocks import FusedNorm
 from vllm_adafuse.tiny import real_prompts
 
 PROMPTS = real_prompts(20)
@@ -375,6 +376,18 @@ def test_steps_go_on_while_passports_are_stamped(served, monkeypatch):
     assert stamped.lora_int_id in manager.active and not manager.coming
     add_to(manager, stamped)
     served.check(["mix8"], served.generate(["mix8"], PROMPTS[:2]))
+
+
+def test_the_backbones_weights_are_loaded_anew(served):
+    """Fused weights and norms that took others' places among them."""
+    norms = [m for m in served.llm.apply_model(lambda model: list(model.modules()))[0]
+             if isinstance(m, FusedNorm)]  # fmt: skip
+    assert bool(norms) == served.fused
+    fused = [bank for bank in manager_of(served.llm).banks if bank.is_fused]
+    for weight in [norm.weight for norm in norms] + [bank.weight for bank in fused]:
+        weight.data.zero_()
+    served.llm.collective_rpc("reload_weights")
+    served.check(TOGETHER, served.generate(TOGETHER))
 
 
 def test_an_adapter_is_on_its_pages_before_a_step_needs_it(served):

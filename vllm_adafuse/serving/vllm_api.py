@@ -295,6 +295,15 @@ def name_steps_by_request(
     runner.set_active_loras = MethodType(set_active_loras, runner)
 
 
+def load_in_place_of(new: torch.nn.Module, old: torch.nn.Module) -> None:
+    """Has a reload of weights find the parameters of a module that took another's place when all
+    was loaded: vLLM takes what it has no record of off the modules meanwhile."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    record, known = get_layerwise_info(new), get_layerwise_info(old)
+    record.restore_metadata, record.restore_device = known.restore_metadata, known.restore_device
+
+
 def keep_adapters_on_reload(runner: Any) -> None:
     """New weights of the backbone leave adapters as they are; newer vLLM would forget them all.
     Passports are made anew (patches/reload.py)."""

@@ -7,6 +7,7 @@ import torch
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import LinearBase
 from vllm_adafuse.kernels.operands import Norm
+from vllm_adafuse.serving import vllm_api
 from vllm_adafuse.serving.bank import ExpertBank
 from vllm_adafuse.serving.projections import NormPlace, activation_of, can_turn
 from vllm_adafuse.serving.routes import SharedRotary
@@ -40,7 +41,10 @@ class FusedNorm(torch.nn.Module):
 
 def put_norm(place: NormPlace, bank: ExpertBank) -> None:
     """Puts a `FusedNorm` in the place of a norm, under the same name."""
-    setattr(place.owner, place.name, FusedNorm(place.norm, bank))
+    norm = place.norm
+    fused = FusedNorm(norm, bank)
+    setattr(place.owner, place.name, fused)
+    vllm_api.load_in_place_of(fused, norm)
 
 
 class Turned(torch.nn.Module):
