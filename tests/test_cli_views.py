@@ -111,6 +111,42 @@ def test_route_json(adapter, base, capsys):
     assert {e["name"] for t in tokens for e in t["experts"]} >= {"prose", "code"}
 
 
+def test_route_of_a_request_that_was_served(adapter, base, tmp_path, capsys):
+    """Its very tokens, which its text made into tokens again need not be."""
+    ids, said = [70, 71, 300, 9, 9, 9, 301, 5], {"token_ids": [9, 9, 301, 5]}
+    expected = OfflineRouter(load_adapter(adapter), base).routes(torch.tensor(ids))[0].tolist()
+    completion = {"choices": [said | {"text": "x", "prompt_token_ids": ids[:4]}]}
+    chat = {"choices": [said | {"message": {}}], "prompt_token_ids": ids[:4]}
+    for answer in (completion, chat):
+        (tmp_path / "answer.json").write_text(json.dumps(answer))
+        report = run_json(capsys, "route", adapter, "--answer", tmp_path / "answer.json")
+        assert [token["id"] for token in report["tokens"]] == ids
+        assert [[e["expert"] for e in t["experts"]] for t in report["tokens"]] == expected
+        assert report["text"] == "".join(token["text"] for token in report["tokens"])
+    assert "first expert:" in run(capsys, "route", adapter, "--answer", tmp_path / "answer.json")[1]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "{", "[]", "{}", {"choices": []}, {"choices": [{"token_ids": [1]}]},
+        {"choices": [{"text": "x"}], "prompt_token_ids": [1]}, {"choices": 2 * [{"token_ids": [1]}]},
+        {"choices": [{"token_ids": None}], "prompt_token_ids": [1]},
+        {"choices": [{"token_ids": [-1]}], "prompt_token_ids": [1]},
+        {"choices": [{"token_ids": ["a"]}], "prompt_token_ids": [1]},
+        {"error": {"message": "no"}}, b"\xff",
+    ],
+)  # fmt: skip
+def test_answers_that_tell_no_tokens_are_refused(answer, adapter, tmp_path, capsys):
+    file, data = tmp_path / "answer", answer
+    if not isinstance(answer, bytes):
+        data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+    file.write_bytes(data)
+    code, out, err = run(capsys, "route", adapter, "--answer", file)
+    assert code == 1 and not out and str(file) in err and "Traceback" not in err
+    assert "return_token_ids" in err or "UTF-8" in err
+
+
 def test_route_terminal_shows_white_space_and_no_foreign_codes(adapter, capsys, monkeypatch):
     code, out, _ = run(capsys, "route", adapter, "--text", TEXT)
     assert code == 0

@@ -15,7 +15,10 @@ from loras import FEW, make_lora, manager_of
 from test_engine_company import counter
 from test_engine_context import CONTEXT, prompts
 from vllm.lora.request import LoRARequest
+from vllm_adafuse.format.adapter import load_adapter
 from vllm_adafuse.format.random_adapter import make_random_adapter
+from vllm_adafuse.offline.routing import OfflineRouter
+from vllm_adafuse.serving.metrics import experts_counter
 
 MIXTURES = {
     "past": {"num_experts": 5, "r": [4, 20, 8, 33, 4], **CONTEXT},
@@ -138,3 +141,25 @@ def test_options_that_cannot_be_had(served, section, option, value, said):
     object.__setattr__(changed, option, value)
     object.__setattr__(config, section, changed)
     assert f"{said} yet; leave it out" in options_problem(config)
+
+
+def test_tokens_of_experts_are_counted_when_requests_end(served):
+    """Of pages and of the default, of routers that see the past and of one that does not."""
+    llm, root, references = served
+
+    def told(name):
+        return [int(experts_counter().labels(name, str(e))._value.get()) for e in range(6)]
+
+    names = ["past", "base", "token", "wide", "lora"]
+    shown = {"base": "adapter", **{name: name for name in names if name != "base"}}
+    before = {name: told(shown[name]) for name in names}
+    outputs = generate(served, names, prompts(30, 20, 40, 55, 20, seed=11), max_tokens=8)
+    for name, output in zip(names, outputs):
+        grown = [now - then for now, then in zip(told(shown[name]), before[name])]
+        ids = [*output.prompt_token_ids, *output.outputs[0].token_ids]
+        expected = torch.zeros(0, dtype=torch.long)
+        if name != "lora":
+            folder = root / "pair" / "adapter" if name == "base" else root / name
+            router = OfflineRouter(load_adapter(folder), root / "pair" / "base")
+            expected = router.routes(torch.tensor(ids))[0].flatten()
+        assert grown == torch.bincount(expected, minlength=6).tolist(), name

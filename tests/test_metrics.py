@@ -11,7 +11,7 @@ import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from vllm_adafuse.patches import metrics as patch
-from vllm_adafuse.serving import meter, metrics
+from vllm_adafuse.serving import metrics, scratch
 from vllm_adafuse.serving.adapters import stamp_path
 from vllm_adafuse.serving.meter import Meter
 from vllm_adafuse.serving.metrics import AdapterCollector, counts_refusals
@@ -35,7 +35,7 @@ def request(adapter, name, content):
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path, monkeypatch):
-    monkeypatch.setattr(meter.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(scratch.tempfile, "gettempdir", lambda: str(tmp_path))
 
 
 def shown(collector):
@@ -49,7 +49,7 @@ def test_what_a_worker_counts_is_what_a_scrape_says():
     one, two = Meter(config, 8), Meter(engine(index=1), 4)
     collector = AdapterCollector()
     collector.follow(config)
-    hosted = SimpleNamespace(kind="mixture", size=Size(4, 2))
+    hosted = SimpleNamespace(kind="mixture", size=Size(4, 2), config=None, passports=None)
     one.begin(7), one.begin(8)
     one.loaded(request(7, 'a"b\n', "e"), hosted)
     one.moved(4, 1)
@@ -77,9 +77,9 @@ def test_what_a_worker_counts_is_what_a_scrape_says():
 def test_other_ranks_write_nothing_and_a_worker_without_room_serves_on(tmp_path, monkeypatch):
     assert Meter(engine(rank=1), 8).file is None and not list(tmp_path.iterdir())
     said = []
-    monkeypatch.setattr(meter.logger, "warning", lambda text, *args: said.append(text % args))
+    monkeypatch.setattr(scratch.logger, "warning", lambda text, *args: said.append(text % args))
     (tmp_path / "file").touch()
-    monkeypatch.setattr(meter.tempfile, "gettempdir", lambda: str(tmp_path / "file"))
+    monkeypatch.setattr(scratch.tempfile, "gettempdir", lambda: str(tmp_path / "file"))
     blind = Meter(engine(), 8)
     blind.moved(3)
     assert len(said) == 1 and "set TMPDIR" in said[0] and blind.counts.pages_used == 3
@@ -87,9 +87,9 @@ def test_other_ranks_write_nothing_and_a_worker_without_room_serves_on(tmp_path,
 
 def test_a_folder_of_another_user_is_not_written(monkeypatch):
     Meter(engine(), 8)
-    folder = meter.directory_of(engine())
-    monkeypatch.setattr(meter, "directory_of", lambda config: folder)
-    monkeypatch.setattr(meter.os, "getuid", lambda: 12345)
+    folder = scratch.directory_of(engine())
+    monkeypatch.setattr(scratch, "directory_of", lambda config: folder)
+    monkeypatch.setattr(scratch.os, "getuid", lambda: 12345)
     assert Meter(engine(), 8).file is None
 
 
@@ -129,9 +129,11 @@ def test_vllms_statistics_of_an_ended_request_are_counted(monkeypatch):
     patch.apply()
     counted = []
     monkeypatch.setattr(metrics.COLLECTOR, "count", lambda *args: counted.append(args))
+    monkeypatch.setattr(metrics.COLLECTOR, "count_experts", lambda *args: counted.append(args))
     stats = SimpleNamespace(num_generation_tokens=3)
+    answer = SimpleNamespace(output_token_ids=[7, 8, 9])
     state = SimpleNamespace(
-        stats=stats, lora_name="a", prompt_len=5, external_req_id="r", request_id="r",
+        stats=stats, lora_name="a", lora_request="l", detokenizer=answer, prompt_token_ids=[1, 2, 3, 4, 5], prompt_len=5, external_req_id="r", request_id="r",
         max_tokens_param=1, num_cached_tokens=0, parent_req=None,
     )  # fmt: skip
     processor = SimpleNamespace(
@@ -145,7 +147,10 @@ def test_vllms_statistics_of_an_ended_request_are_counted(monkeypatch):
 
     OutputProcessor._update_stats_from_finished(processor, state, FinishReason.STOP, iteration)
     OutputProcessor._update_stats_from_finished(processor, state, FinishReason.STOP, None)
-    assert counted == [("a", 5, 3, "stop")]
+    assert counted == [("a", 5, 3, "stop"), ("l", [1, 2, 3, 4, 5, 7, 8, 9])]
+    state.prompt_token_ids = None  # embeddings
+    OutputProcessor._update_stats_from_finished(processor, state, FinishReason.STOP, iteration)
+    assert counted[2:] == [("a", 5, 3, "stop")]
 
 
 def test_the_registry_of_metrics_has_ours_once(monkeypatch):
@@ -186,7 +191,7 @@ def known_metrics():
     names = {metrics.INFO, *(name for name, _ in metrics.GAUGES.values())}
     names |= {f"{name}_total" for name, _ in metrics.COUNTERS.values()}
     names |= {f"adafuse_adapter_load_seconds_{end}" for end in ("sum", "count")}
-    counters = metrics.tokens_counter, metrics.requests_counter, metrics.refusals_counter
+    counters = [getattr(metrics, f"{what}s_counter") for what in ("token", "request", "refusal", "expert")]
     return names | {f"{counter()._name}_total" for counter in counters}
 
 

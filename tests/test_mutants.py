@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 from mutants import run
-from mutants.catalogue import MUTANTS, Mutant
+from mutants.catalogue import MUTANTS
+from mutants.mutant import Mutant
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_mutant_can_be_made_of_this_tree(mutant):
-    ast.parse(run.mutated(mutant, ROOT))
+    new = run.mutated(mutant, ROOT)
+    if mutant.file.endswith(".py"):
+        ast.parse(new)
     assert mutant.why
     for test in mutant.test.split():
         file, _, function = test.partition("::")

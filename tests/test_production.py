@@ -57,6 +57,8 @@ def place(tmp_path_factory):
 def test_our_own_commands_run(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    answer = {"choices": [{"prompt_token_ids": [5, 6], "token_ids": [7]}]}
+    Path("answer.json").write_text(json.dumps(answer))  # of the command before it
     for command in of("vllm-adafuse"):
         if command[0] == "vllm-adafuse":
             assert main(command[1:]) == 0, capsys.readouterr().err
@@ -81,12 +83,14 @@ def test_servers_of_other_pages_get_options_that_there_are(page):
 
 
 def test_requests_are_those_of_the_api():
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.entrypoints.serve.lora.protocol import (
         LoadLoRAAdapterRequest,
         UnloadLoRAAdapterRequest,
     )
 
     kinds = {
+        "/v1/completions": CompletionRequest,
         "/v1/load_lora_adapter": LoadLoRAAdapterRequest,
         "/v1/unload_lora_adapter": UnloadLoRAAdapterRequest,
     }
@@ -117,6 +121,12 @@ def test_the_page_lists_the_metrics():
     assert asked(table) | {"adafuse_adapter_load_seconds_count"} == known_metrics()
 
 
+def vllm_variables():
+    from vllm import envs
+
+    return set(envs.environment_variables)
+
+
 def test_the_manifests_fit_together():
     kinds = {one["kind"]: one for one in MANIFESTS}
     pod = kinds["Deployment"]["spec"]["template"]
@@ -137,9 +147,21 @@ def test_the_manifests_fit_together():
         kinds["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"],
     ]
     assert all(selector == labels for selector in selectors)
-    ports = {port["name"] for port in container["ports"]}
-    probes = [container[f"{name}Probe"]["httpGet"]["port"] for name in ("startup", "readiness", "liveness")]
-    assert ports == {*probes, kinds["Service"]["spec"]["ports"][0]["targetPort"]}
+    read = [f"{m['mountPath']}/" for m in container["volumeMounts"] if m.get("readOnly")]
+    paths = [path for word in container["args"] for path in re.findall(r"=(/\S+)", word)]
+    assert len(paths) == 2 and all(path.startswith(tuple(read)) for path in paths)
+    (port,) = container["ports"]
+    probes = [container[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")]
+    assert probes == [{"path": "/health", "port": port["name"]}] * 3
+    (allowed,) = kinds["NetworkPolicy"]["spec"]["ingress"]
+    assert allowed["ports"] == [{"port": port["name"]}]
+    assert kinds["Service"]["spec"]["ports"][0]["targetPort"] == port["name"]
+    scraped = {f"prometheus.io/{key}": value for key, value in
+               (("scrape", "true"), ("port", str(port["containerPort"])), ("path", "/metrics"))}  # fmt: skip
+    assert pod["metadata"]["annotations"] == scraped
+    (scraper,) = [who for who in allowed["from"] if "namespaceSelector" in who]
+    assert scraper["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "prometheus"}
+    assert {variable["name"] for variable in container["env"]} <= vllm_variables()
 
 
 def test_the_image_writes_where_the_manifest_lets_it():
@@ -158,6 +180,8 @@ def test_the_image_writes_where_the_manifest_lets_it():
     copied = next(rest for word, rest in words if word == "COPY").split()[0]
     assert copied == "dist/vllm_adafuse-*.whl"
     assert any(rest == "vllm-adafuse doctor" for word, rest in words if word == "RUN")
+    names = {pair.partition("=")[0] for pair in env.split() if pair.startswith("VLLM_")}
+    assert names and names <= vllm_variables()
 
 
 PROMTOOL = shutil.which("promtool") or ""

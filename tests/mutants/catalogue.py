@@ -3,30 +3,8 @@ once: keep them short, so that they outlive refactorings."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-
-class Mutant(NamedTuple):
-    """A fault and who sees it.
-
-    Attributes:
-        name: by which it is told.
-        file: relative to the root.
-        old: text that stands in the file exactly once.
-        new: what stands there instead.
-        test: the test, or several separated by spaces, as pytest is given them; one must fail.
-        why: what would go wrong.
-        gpu: the test needs a GPU; skipped, and not counted, where there is none.
-    """
-
-    name: str
-    file: str
-    old: str
-    new: str
-    test: str
-    why: str
-    gpu: bool = False
-
+from mutants.mutant import Mutant
+from mutants.production import DEPLOY, METRICS
 
 WAITS = "tests/test_waits.py::test_tiles_wait_for_all_of_the_shrink"
 GPU_WAY = "tests/test_gpu_way.py::test_"
@@ -294,7 +272,6 @@ CACHE = [
 ]
 
 DOCTOR = "tests/test_doctor.py::test_"
-METRICS = "tests/test_metrics.py::test_"
 CONFIGS = "tests/test_dispatch.py::test_"
 
 TOOLS = [
@@ -363,8 +340,8 @@ TOOLS = [
         "the mean time of a load is upside down",
     ),
     Mutant(
-        "every rank counts", "vllm_adafuse/serving/meter.py",
-        "if parallel.rank == 0:", "if parallel.rank >= 0:",
+        "every rank counts", "vllm_adafuse/serving/scratch.py",
+        "if parallel.rank != 0:", "if parallel.rank < 0:",
         f"{METRICS}other_ranks_write_nothing_and_a_worker_without_room_serves_on",
         "with tensor parallelism every load counts as often as there are ranks",
     ),
@@ -388,4 +365,4 @@ TOOLS = [
     ),
 ]
 
-MUTANTS = [*KERNELS, *DISPATCH, *SHARDING, *ROUTING, *CACHE, *TOOLS]
+MUTANTS = [*KERNELS, *DISPATCH, *SHARDING, *ROUTING, *CACHE, *TOOLS, *DEPLOY]

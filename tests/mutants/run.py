@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mutants.catalogue import Mutant
+    from mutants.mutant import Mutant
 
 ROOT = Path(__file__).parents[2]
 # Which copies of the tree have no use for.
@@ -81,7 +81,9 @@ def environment(tree: Path) -> dict[str, str]:
 
 def foreign_modules(mutants: Sequence[Mutant], tree: Path) -> list[str]:
     """The files of mutants for which Python would import another than that of the copy."""
-    files = sorted({mutant.file for mutant in mutants})
+    files = sorted({mutant.file for mutant in mutants if mutant.file.endswith(".py")})
+    if not files:
+        return []
     names = [file.removesuffix(".py").replace("/", ".") for file in files]
     packages = tuple(f"{name}." for name in IN_PACKAGE)
     names = [f"vllm_adafuse.{n}" if n.startswith(packages) else n for n in names]

@@ -22,6 +22,7 @@ from vllm_adafuse.cli.tokens import (
     RoutedToken,
     describe,
     first_choices,
+    route_ids,
     route_text,
     settling,
 )
@@ -42,6 +43,8 @@ tokenizer, embedding and first norm, and no GPU. Adapters whose routers read hid
 layers are refused. Where routers see the past, it also shows how the request settles: each expert's
 share of the weights among its first tokens, and later. Weights are the router's, before LoRA's scale
 alpha / r. In the text, · is a space, ↵ a newline, → a tab.
+
+With --answer it tells of a request that was served: of its very tokens, prompt and answer.
 """
 
 
@@ -55,6 +58,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", help="the text")
     source.add_argument("--file", metavar="FILE", help="a UTF-8 file with the text; - for stdin")
+    source.add_argument(
+        "--answer", metavar="FILE",
+        help="what a server answered to a request with \"return_token_ids\": true; - for stdin",
+    )  # fmt: skip
     parser.add_argument("--base", help=BASE_HELP)
     parser.add_argument("--html", metavar="FILE", help="also write a standalone page")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead")
@@ -65,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
     """Routes the text, then prints it in colours or as JSON, and writes the page."""
     from vllm_adafuse.format.backbone import require_safetensors
 
-    text = _read(args)
+    answered = _answered(args) if args.answer else None
+    text = _read(args) if answered is None else ""
     opened = open_adapter(args.adapter, args.base)
     adapter = usable(args.adapter, opened)
     if opened.base is None:
@@ -77,7 +85,11 @@ def run(args: argparse.Namespace) -> int:
             ],
         )
     require_safetensors(str(opened.base), "route")
-    tokens = route_text(adapter, opened.base, text)
+    if answered is None:
+        tokens = route_text(adapter, opened.base, text)
+    else:
+        tokens = route_ids(adapter, opened.base, answered)
+        text = "".join(token.text for token in tokens)
     if args.html:
         _write_page(Path(args.html), adapter, opened.base, tokens)
     if args.json:
@@ -87,15 +99,36 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read(args: argparse.Namespace) -> str:
+def _answered(args: argparse.Namespace) -> list[int]:
+    """Token ids of the request that --answer is of."""
     try:
-        if args.file is None:
+        answer = json.loads(_read(args))
+        (choice,) = answer["choices"]
+        prompt = choice.get("prompt_token_ids") or answer["prompt_token_ids"]  # of a chat
+        ids = [*prompt, *choice["token_ids"]]
+        if not all(type(token) is int and token >= 0 for token in ids):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise AdapterError(
+            f"answer {args.answer}",
+            [
+                "is not one answer of /v1/completions or /v1/chat/completions with the ids of its "
+                'tokens; ask with "return_token_ids": true, without "stream", "n" or a list of prompts'
+            ],
+        ) from e
+    return ids
+
+
+def _read(args: argparse.Namespace) -> str:
+    file = args.file or args.answer
+    try:
+        if file is None:
             args.text.encode("utf-8")  # a shell may hand over any bytes
             return args.text
-        data = sys.stdin.buffer.read() if args.file == "-" else Path(args.file).read_bytes()
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         return data.decode("utf-8")
     except UnicodeError as e:
-        where = args.file or "--text"
+        where = file or "--text"
         raise AdapterError(f"text of {where}", [f"it is not UTF-8 ({e}); convert it first"]) from e
 
 

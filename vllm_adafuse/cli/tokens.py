@@ -52,11 +52,24 @@ def route_text(adapter: Adapter, base: Path, text: str) -> list[RoutedToken]:
     Raises:
         AdapterError: no usable tokenizer or weights in `base`.
     """
+    tokenizer = load_tokenizer(base)
+    return _routed(adapter, base, tokenizer, _tokenize(tokenizer, text))
+
+
+def route_ids(adapter: Adapter, base: Path, token_ids: list[int]) -> list[RoutedToken]:
+    """Routes the tokens of a request, from its first on; arguments and errors as of `route_text`."""
+    tokenizer = load_tokenizer(base)
+    pieces = ((token, tokenizer.decode([token])) for token in token_ids)
+    shown = [(token, CONTINUATION if "\ufffd" in piece else piece) for token, piece in pieces]
+    return _routed(adapter, base, tokenizer, shown)
+
+
+def _routed(
+    adapter: Adapter, base: Path, tokenizer: PreTrainedTokenizerBase, pieces: list[tuple[int, str]]
+) -> list[RoutedToken]:
     import torch
     from vllm_adafuse.offline.routing import OfflineRouter
 
-    tokenizer = load_tokenizer(base)
-    pieces = _tokenize(tokenizer, text)
     token_ids = torch.tensor([token for token, _ in pieces], dtype=torch.long)
     router = OfflineRouter(adapter, base)
     require_rows(token_ids.tolist(), router.vocab_size, tokenizer, base)

@@ -39,12 +39,13 @@ class Content:
         expected: content hash that the front end found.
 
     Attributes:
+        start: hash of the values at start, by which the front end knows the adapter.
         hash: of the values that are loaded.
         loaded: whether they are.
     """
 
     def __init__(self, adapter: Adapter, expected: str):
-        self.adapter, self.hash = adapter, expected
+        self.adapter, self.start, self.hash = adapter, expected, expected
         self.loaded = False
         self._identity: tuple = ()
 

@@ -110,7 +110,8 @@ class Holds:
 
 class RequestStates(dict):
     """vLLM's table of a front end's requests, by their internal ids: each needs its adapter until
-    it leaves the table. Outputs show the request's LoRA as the user gave it.
+    it leaves the table. Outputs show the request's LoRA as the user gave it; the state has it as the
+    engine got it, too, in `stamped_lora`.
 
     Args:
         holds: of the engine.
@@ -131,6 +132,7 @@ class RequestStates(dict):
         if state.lora_request is not None:
             self._adapters[name] = state.lora_request.lora_int_id
             self._holds.add(self._adapters[name])
+            state.stamped_lora = state.lora_request
             state.lora_request = self._users_request(state.lora_request)
 
     def __delitem__(self, name: str) -> None:

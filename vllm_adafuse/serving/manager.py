@@ -176,6 +176,7 @@ class AdapterManager:
         for adapter, hosted in self.hosted.items():
             for _ in self.loader.stamp(hosted):
                 pass
+            self.meter.stamped(adapter, hosted)
             if (place := self.pool.placed.get(adapter)) is not None:
                 self.uploads.finish(adapter)
                 self.loader.write_passports(hosted, place, self.step)

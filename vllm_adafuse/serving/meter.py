@@ -2,30 +2,19 @@
 
 The worker is another process than the server that answers `/metrics`. It writes a small file when an
 adapter comes or goes, and never in a step in which none does; the server reads it when it is
-scraped (`serving/metrics.py`).
+scraped (`serving/metrics.py`). What experts mixtures give to tokens lies beside it (`expert_tables.py`).
 """
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import time
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from vllm.logger import init_logger
 from vllm_adafuse.serving.adapters import split_path
-
-# vLLM shows only what is logged below its own name.
-logger = init_logger("vllm.adafuse")
-
-
-def directory_of(vllm_config: Any) -> Path:
-    """Where the workers of an engine leave their files: all its processes have its instance's id."""
-    whose = f"{os.getuid()}-{str(vllm_config.instance_id).partition('_dp')[0]}"
-    return Path(tempfile.gettempdir()) / f"vllm-adafuse-{whose}"
+from vllm_adafuse.serving.expert_tables import Tables
+from vllm_adafuse.serving.scratch import lacks, place_of, private
 
 
 @dataclass
@@ -61,13 +50,9 @@ class Meter:
     """
 
     def __init__(self, vllm_config: Any, pages: int):
-        parallel = vllm_config.parallel_config
         self.counts, self._began = Counts(pages=pages), {}
-        self.file: Path | None = None
-        if parallel.rank == 0:
-            # vLLM runs engines of a dense model that share data as instances of their own.
-            engine = str(vllm_config.instance_id).partition("_dp")[2] or parallel.data_parallel_rank
-            self.file = directory_of(vllm_config) / f"{engine}.json"
+        place = place_of(vllm_config)
+        self.file, self.tables = place and place.with_suffix(".json"), Tables(place)
         self.write()
 
     def begin(self, adapter: int) -> None:
@@ -83,6 +68,12 @@ class Meter:
             "content": split_path(request.lora_path)[1] or "",
         }  # fmt: skip
         self.write()
+        self.stamped(request.lora_int_id, hosted)
+
+    def stamped(self, adapter: int, hosted: Any) -> None:
+        """What its router says of token ids is known, or is another."""
+        content = self.counts.adapters[adapter]["content"]
+        self.tables.leave(content, hosted.config, hosted.passports)
 
     def failed(self, adapter: int) -> None:
         """It could not be read."""
@@ -99,22 +90,21 @@ class Meter:
 
     def forgot(self, adapter: int) -> None:
         """An adapter is no longer in host memory."""
-        if self.counts.adapters.pop(adapter, None) is not None:
+        gone = self.counts.adapters.pop(adapter, None)
+        if gone is not None:
             self.write()
+            if gone["content"] not in {one["content"] for one in self.counts.adapters.values()}:
+                self.tables.forget(gone["content"])
 
     def write(self) -> None:
         """Replaces the file. Where there is no place for it the metrics lack, and serving goes on."""
         if self.file is None:
             return
         try:
-            self.file.parent.mkdir(mode=0o700, exist_ok=True)
-            if self.file.parent.stat().st_uid != os.getuid():
-                raise PermissionError(f"{self.file.parent} belongs to another user")
+            private(self.file.parent)
             part = self.file.with_suffix(".part")
             part.write_text(json.dumps(asdict(self.counts)), encoding="utf-8")
             part.replace(self.file)
         except OSError as e:
-            logger.warning(
-                "AdaFuse: /metrics lacks the pool's: %s; set TMPDIR to a folder that can be written", e
-            )
+            lacks("the pool's", e)
             self.file = None

@@ -1,7 +1,8 @@
 """What `/metrics` says of adapters.
 
-Tokens and requests are counted here, in the front end, when a request ends; what only a worker knows
-is read from its file when somebody scrapes (`serving/meter.py`). No step waits for either.
+Tokens and requests are counted here, in the front end, when a request ends, those of experts by
+tables that a worker left (`serving/expert_tables.py`); what only a worker knows is read from its file
+when somebody scrapes (`serving/meter.py`). No step waits for either.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from vllm.logger import init_logger
 from vllm_adafuse.format.config import ADAPTER_KEY, CONTENT_KEY, SECTION
-from vllm_adafuse.serving.meter import Counts, directory_of
+from vllm_adafuse.serving.adapters import size_in_path, split_path
+from vllm_adafuse.serving.expert_tables import Experts
+from vllm_adafuse.serving.meter import Counts
+from vllm_adafuse.serving.scratch import directory_of
 
 # vLLM shows only what is logged below its own name.
 logger = init_logger("vllm.adafuse")
@@ -48,6 +52,22 @@ def tokens_counter() -> Counter:
         "adafuse_tokens", "Tokens of ended requests; adapter is empty for the bare backbone",
         ["adapter", "kind"],
     )  # fmt: skip
+
+
+@functools.cache
+def experts_counter() -> Counter:
+    """See `tokens_counter`."""
+    return Counter(
+        "adafuse_expert_tokens",
+        "Tokens of ended requests that took an expert of a mixture; each counts for all of its experts",
+        ["adapter", "expert"],
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def expert_counter(adapter: str, expert: int) -> Any:
+    """One of them, which costs a request less than to ask for it by its labels."""
+    return experts_counter().labels(adapter, str(expert))
 
 
 @functools.cache
@@ -84,6 +104,8 @@ class AdapterCollector(Collector):
     def __init__(self) -> None:
         self.directories: set[Path] = set()
         self.pinned: dict[str, str] = {}  # name -> content hash of everybody's adapter
+        self.experts = Experts()
+        self.begun: set[str] = set()  # adapters whose experts are counted
 
     def follow(self, vllm_config: Any) -> None:
         """An engine has begun; its requests will be counted here."""
@@ -100,6 +122,29 @@ class AdapterCollector(Collector):
         tokens_counter().labels(name, "prompt").inc(prompt)
         tokens_counter().labels(name, "generation").inc(generated)
         requests_counter().labels(name, reason).inc()
+
+    def count_experts(self, lora_request: Any | None, token_ids: list[int]) -> None:
+        """The same request, by its tokens from the first on."""
+        name, content = next(iter(self.pinned.items()), ("", None))
+        if lora_request is not None:
+            path = lora_request.lora_path
+            name = lora_request.lora_name
+            content = split_path(path)[1] if size_in_path(path).columns else None
+        if content is None or not token_ids:
+            return
+        try:
+            counts = self.experts.count(self.directories, content, token_ids)
+        except (OSError, ValueError) as e:
+            logger.warning("AdaFuse: /metrics leaves out experts of %s: %s", name, e)
+            return
+        if counts is None:
+            return
+        if name not in self.begun:  # those that no token takes are to be seen, too
+            self.begun.add(name)
+            for expert in range(len(counts)):
+                expert_counter(name, expert)
+        for expert in counts.nonzero()[0].tolist():
+            expert_counter(name, expert).inc(int(counts[expert]))
 
     def describe(self) -> list[Metric]:
         """Nothing: what there is shows when it is collected."""

@@ -23,11 +23,13 @@ from vllm_adafuse.serving import layer_wise, projections, vllm_api
 from vllm_adafuse.serving.attach import refuse_context, refuse_micro_batches
 from vllm_adafuse.serving.bank import ExpertBank, place_banks
 from vllm_adafuse.serving.content import Content, open_checked
+from vllm_adafuse.serving.expert_tables import Tables
 from vllm_adafuse.serving.ops import make_known
 from vllm_adafuse.serving.past import PastRouter
 from vllm_adafuse.serving.projections import NormPlace, norms_behind
 from vllm_adafuse.serving.requests import requests_of
 from vllm_adafuse.serving.routes import ROUTE_IDS, ROUTE_WEIGHTS, Route, Router, SharedRotary
+from vllm_adafuse.serving.scratch import place_of
 from vllm_adafuse.serving.warm_up import warm_up
 from vllm_adafuse.serving.wrap import linears
 from vllm_adafuse.serving.wrap.hooks import after_loading, pass_routes_on, route_at
@@ -48,6 +50,7 @@ class AdaFuseMixin:
         hf_config = vllm_config.model_config.hf_config
         self.adafuse_adapter = open_checked(hf_config.adafuse)
         self.adafuse_content = Content(self.adafuse_adapter, hf_config.adafuse[CONTENT_KEY])
+        self.adafuse_tables = Tables(place_of(vllm_config))
         adapter_config = self.adafuse_adapter.config
         self.adafuse_rows = vllm_api.max_tokens(vllm_config)
         self.adafuse_cold = current_platform.is_cuda_alike()
@@ -157,6 +160,9 @@ class AdaFuseMixin:
                     self.embed_input_ids, norm, self.architecture.norm_offset
                 ):
                     pass
+            if self.adafuse_router.by_id:
+                config, columns = self.adafuse_adapter.config, self.adafuse_router.columns
+                self.adafuse_tables.leave(self.adafuse_content.start, config, columns)
             vllm_api.release_workspaces()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:

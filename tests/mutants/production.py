@@ -1,0 +1,120 @@
+"""Faults of what is deployed and seen; as catalogue.py."""
+
+from __future__ import annotations
+
+from mutants.mutant import Mutant
+
+METRICS = "tests/test_metrics.py::test_"
+PRODUCTION = "tests/test_production.py::test_"
+MANIFEST = "deploy/kubernetes.yaml"
+FITS = f"{PRODUCTION}the_manifests_fit_together"
+IMAGE = f"{PRODUCTION}the_image_writes_where_the_manifest_lets_it"
+TABLES = "tests/test_expert_tables.py::test_"
+
+DEPLOY = [
+    Mutant(
+        "an image of another version", MANIFEST, "image: vllm-adafuse:", "image: vllm-adafuse:1", FITS,
+        "the pod waits for an image that nobody built",
+    ),
+    Mutant(
+        "a probe of no port", MANIFEST, "port: http}, periodSeconds: 20", "port: web}, periodSeconds: 20",
+        FITS, "the manifest is refused",
+    ),
+    Mutant(
+        "a probe of another page", MANIFEST, "/health, port: http}, periodSeconds: 5",
+        "/ready, port: http}, periodSeconds: 5", FITS, "the server never gets a request",
+    ),
+    Mutant(
+        "a service of nobody", MANIFEST, "selector: {app: adafuse}", "selector: {app: server}", FITS,
+        "every request is refused a connection",
+    ),
+    Mutant(
+        "a model that is not mounted", MANIFEST, "mountPath: /models,", "mountPath: /model,", FITS,
+        "the server does not start",
+    ),
+    Mutant(
+        "a volume of no name", MANIFEST, "{name: shm, mountPath", "{name: memory, mountPath", FITS,
+        "the manifest is refused",
+    ),
+    Mutant(
+        "adapters can be written", MANIFEST, "mountPath: /adapters, readOnly: true", "mountPath: /adapters",
+        FITS, "who breaks into a server changes what all servers say",
+    ),
+    Mutant(
+        "the root can be written", MANIFEST, "readOnlyRootFilesystem: true", "readOnlyRootFilesystem: false",
+        FITS, "who breaks into a server changes its programs",
+    ),
+    Mutant(
+        "an option that there is not", MANIFEST, '{"backbone":"refuse"}', '{"backbones":"refuse"}', FITS,
+        "the server does not start",
+    ),
+    Mutant(
+        "Prometheus is kept out", MANIFEST, "app.kubernetes.io/name: prometheus", "app: prometheus", FITS,
+        "the dashboard stays empty",
+    ),
+    Mutant(
+        "metrics of another port", MANIFEST, 'prometheus.io/port: "8000"', 'prometheus.io/port: "80"', FITS,
+        "the dashboard stays empty",
+    ),
+    Mutant(
+        "a folder that cannot be written", "deploy/Dockerfile", "TMPDIR=/cache/tmp", "TMPDIR=/tmp", IMAGE,
+        "with a read-only root the server does not start",
+    ),
+    Mutant(
+        "another user", "deploy/Dockerfile", "USER 2000:2000", "USER 1000:1000", IMAGE,
+        "the caches are another user's",
+    ),
+    Mutant(
+        "an image that nobody tried", "deploy/Dockerfile", "RUN vllm-adafuse doctor", "RUN true", IMAGE,
+        "an image whose vLLM does not see the plugin serves the bare backbone",
+    ),
+    Mutant(
+        "a command with a wrong option", "docs/production.md", "models/base --served-model-name base",
+        "models/base --serve-the-model-as base", f"{PRODUCTION}servers_get_options_that_there_are",
+        "who copies the command gets an error",
+    ),
+    Mutant(
+        "a command of no file", "docs/production.md", "check adapters/mix/2", "check adapters/mix/two",
+        f"{PRODUCTION}our_own_commands_run", "who copies the command gets an error",
+    ),
+    Mutant(
+        "a body that vLLM does not take", "docs/production.md",
+        '"lora_name": "mix-next"}', '"name": "mix-next"}', f"{PRODUCTION}requests_are_those_of_the_api",
+        "who copies the command gets an error",
+    ),
+    Mutant(
+        "an alert on nothing", "deploy/prometheus-rules.yaml", "(adafuse_adapter_load_failures_total[",
+        "(adafuse_adapter_load_failure_total[", f"{METRICS}the_rules_ask_for_what_there_is",
+        "nobody hears of adapters that cannot be read",
+    ),
+    Mutant(
+        "a panel of nothing", "deploy/grafana-dashboard.json", "(adafuse_expert_tokens_total{",
+        "(adafuse_experts_tokens_total{", f"{METRICS}the_dashboard_asks_for_what_there_is",
+        "a panel stays empty",
+    ),
+    Mutant(
+        "experts of the first tokens alone", "vllm_adafuse/serving/expert_tables.py",
+        "chosen.ravel(), minlength", "chosen[:1].ravel(), minlength",
+        f"{TABLES}counts_are_those_of_the_routes", "an expert that works looks idle",
+    ),
+    Mutant(
+        "a past without its length", "vllm_adafuse/serving/expert_tables.py",
+        " / np.arange(1, len(rows) + 1)", "", f"{TABLES}counts_are_those_of_the_routes",
+        "experts are counted that no token took",
+    ),
+    Mutant(
+        "a table once read is kept", "vllm_adafuse/serving/expert_tables.py",
+        "if known is None or known.state != state:", "if known is None:",
+        f"{TABLES}a_table_may_be_replaced_and_go", "counts by the routes of weights that were replaced",
+    ),
+    Mutant(
+        "a table of a content that is still served", "vllm_adafuse/serving/meter.py",
+        'if gone["content"] not in', 'if gone["content"] in',
+        f"{TABLES}requests_count_for_experts_of_their_adapter",
+        "two names of one content: without one the other's experts are not counted",
+    ),
+    Mutant(
+        "files stay", "vllm_adafuse/serving/scratch.py", "Finalize(None, _remove, (place,), exitpriority=0)",
+        "pass", f"{TABLES}a_process_takes_its_files_away", "the temporary directory fills up",
+    ),
+]

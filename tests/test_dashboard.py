@@ -1,0 +1,163 @@
+"""benchmarks.dashboard and benchmarks.metrics without a server: a recorded Prometheus, recorded turns. And
+plots as they are saved."""
+
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+from urllib.parse import parse_qs, urlsplit
+from xml.etree import ElementTree
+
+import benchmark_package  # noqa: F401
+import pytest
+
+from benchmarks import dashboard, metrics
+from benchmarks.pages import smaller
+
+BOARD = json.loads(dashboard.BOARD.read_text("utf-8"))
+# Labels of what Prometheus had, by a word of the query.
+RECORDED = {
+    "expert_tokens": [{"adapter": "code", "expert": "0"}, {"adapter": "code", "expert": "3"}],
+    "tokens_total": [{"adapter": "code", "kind": "prompt"}, {"adapter": "", "kind": "generation"}],
+    "requests": [{"adapter": "law", "reason": "length"}],
+    "refusals": [{"reason": "AdapterAbsent"}],
+    "info": [
+        {"adapter": "code", "kind": "mixture", "content": "abc" * 20, "instance": "s:1"},
+        {"adapter": "gone", "kind": "lora", "content": "def" * 20, "instance": "s:1"},
+    ],
+}
+
+
+class Prometheus(BaseHTTPRequestHandler):
+    """Answers a range of any query: a value every second, none at the third, and NaN at first."""
+
+    def do_GET(self):
+        asked = {key: value[0] for key, value in parse_qs(urlsplit(self.path).query).items()}
+        self.server.asked.append(asked)
+        start, query = float(asked["start"]), asked["query"]
+        labels = next((found for word, found in RECORDED.items() if word in query), [{}])
+        if self.server.empty and self.server.empty in query:
+            labels = []
+        times = [start + second for second in (0, 1, 2, 4)]
+        result = [
+            {"metric": one, "values": [[t, "NaN" if t == start else str(i)] for i, t in enumerate(times)]}
+            for one in labels
+        ]
+        for one in result:
+            if one["metric"].get("adapter") == "gone":
+                one["values"].pop()
+        body = json.dumps({"status": "success", "data": {"result": result}}).encode()
+        self.send_response(400 if "broken" in query else 200)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def prometheus():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Prometheus)
+    server.asked, server.empty = [], ""
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server, f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+
+
+def test_every_panel_is_asked_and_drawn(prometheus, tmp_path):
+    server, url = prometheus
+    panels = dashboard.asked(url, BOARD, 1000.0, 1100.0)
+    assert {panel.title for panel in panels} == {panel["title"] for panel in BOARD["panels"]}
+    queries = [asked["query"] for asked in server.asked]
+    assert len(queries) == sum(len(panel["targets"]) for panel in BOARD["panels"])
+    assert not any("$" in query for query in queries) and any("[100s]" in query for query in queries)
+    lines = {panel.title: panel.lines for panel in panels}
+    assert lines["Tokens per second by adapter"] == [
+        (name, [(1.0, 1.0), (2.0, 2.0), (4.0, 3.0)]) for name in ("code prompt", "(base) generation")
+    ]
+    dashboard.draw(panels, tmp_path / "picture.svg")
+    drawn = (tmp_path / "picture.svg").read_text("utf-8")
+    words = re.findall(r">([^<>\n]+)</text>", drawn)
+    assert {panel.title for panel in panels} <= set(words)
+    assert {"code 3", "law length", "AdapterAbsent", "abcabcabcabc", "mixture"} <= set(words)
+    assert "defdefdefdef" not in words  # it had gone by the end
+    ElementTree.fromstring(drawn)
+
+
+def test_answers_that_were_kept_are_drawn_again(prometheus, tmp_path):
+    """Lines keep their ends and their bends, and no other points."""
+    _, url = prometheus
+    kept = tmp_path / "answers.json"
+    panels = dashboard.asked(url, BOARD, 1000.0, 1100.0)
+    panels[0].lines.append(("<&>", [(0.0, 0.0), (1.0, 3.0), (2.0, 3.0), (3.0, 3.0), (4.0, 0.0)]))
+    kept.write_text(json.dumps([vars(panel) for panel in panels]))
+    assert dashboard.main(["--answers", str(kept), "--out", str(tmp_path / "picture.svg")]) == 0
+    drawn = (tmp_path / "picture.svg").read_text("utf-8")
+    ElementTree.fromstring(drawn)
+    left, (width, height) = dashboard.LEFT, dashboard.PLOT
+    low, at = dashboard.TOP + height, [left + width * i / 4 for i in range(5)]
+    assert (
+        f'd="M{left} {low}L{at[1]:.0f} {dashboard.TOP}L{at[3]:.0f} {dashboard.TOP}L{at[4]:.0f} {low}"' in drawn
+    )
+
+
+def test_what_shows_nothing_is_an_error(prometheus):
+    server, url = prometheus
+    server.empty = "adafuse_pool_pages"
+    with pytest.raises(ValueError, match="Pages of the pool: no data"):
+        dashboard.asked(url, BOARD, 1000.0, 1100.0)
+    panel = BOARD["panels"][0] | {"targets": [{"expr": "broken"}]}
+    with pytest.raises(ValueError, match=f"{panel['title']}: .*status"):
+        dashboard.asked(url, {"panels": [panel]}, 1000.0, 1100.0)
+    with pytest.raises(ValueError, match="a variable that is not known"):
+        dashboard.filled("rate(x[$__interval])", 5)
+
+
+def test_the_picture_in_the_documents_is_of_this_dashboard():
+    drawn = dashboard.PICTURE.read_text("utf-8")
+    assert all(f">{panel['title']}<" in drawn for panel in BOARD["panels"])
+    assert len(drawn) <= 25 << 10
+
+
+def test_a_machine_without_prometheus_is_told_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(RuntimeError, match="apt-get install prometheus"):
+        with dashboard.prometheus("127.0.0.1:1", tmp_path):
+            pass
+
+
+def test_turns_are_counted_or_not(monkeypatch):
+    done = []
+    collector = SimpleNamespace(
+        count=lambda *args: done.append(args), count_experts=lambda *args: done.append(args)
+    )
+    monkeypatch.setattr("vllm_adafuse.serving.metrics.COLLECTOR", collector)
+    for on in (True, False):
+        with metrics.counted(on) as seconds:
+            collector.count("a", 1, 2, "stop")
+            collector.count_experts(None, [1])
+        assert len(seconds) == (2 if on else 0) and len(done) == 2
+
+
+def test_what_counting_costs():
+    times = {True: [1.01, 1.02, 2.04], False: [1.0, 1.0, 2.0]}
+    row = metrics.row_of(4, 10, times, [0.001, 0.002])
+    assert row["overhead"] == pytest.approx(0.02) and row["with"]["median"] == pytest.approx(102)
+    assert row["counts"] == pytest.approx(0.003 / 4.07)
+    assert row["us_a_request"] == pytest.approx(250)
+    with pytest.raises(RuntimeError, match="no request was counted"):
+        metrics.row_of(4, 10, times, [])
+
+
+def test_plots_in_fewer_bytes():
+    svg = (
+        '<svg><defs><style type="text/css">*{a: b}</style></defs>\n<!-- no -->\n   <g id="axes_1">\n'
+        '<path d="M 1.23456 2 \nL 3 -4.0001 \nz\n" style="fill: none"/><g id="used"/>'
+        '<use xlink:href="#used" style="fill: none"/><text style="x: y">M 1 L 2</text></g></svg>'
+    )
+    assert smaller(svg) == (
+        '<svg><defs><style type="text/css">*{a: b}.s0{fill: none}.s1{x: y}</style></defs>\n<g>\n'
+        '<path d="M1.23 2L3 -4z" class="s0"/><g id="used"/>'
+        '<use xlink:href="#used" class="s0"/><text class="s1">M 1 L 2</text></g></svg>'
+    )

@@ -1,0 +1,189 @@
+"""Tokens of experts in `/metrics`: tables that workers leave, and what a front end counts by them. Engines
+are asked in test_engine_context_pages.py, a server in test_lora_server.py."""
+
+from multiprocessing import get_context
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm_adafuse.kernels.context_routes import choose_by_past
+from vllm_adafuse.serving import metrics, scratch
+from vllm_adafuse.serving.adapters import stamp_path
+from vllm_adafuse.serving.expert_tables import KEPT, MAPPED, Experts, Tables
+from vllm_adafuse.serving.meter import Meter
+from vllm_adafuse.serving.metrics import AdapterCollector
+from vllm_adafuse.serving.pool import Size
+
+VOCABULARY = 50
+
+
+def mixture(experts, top_k, past=False, seed=0):
+    """Config and columns of a router."""
+    draw = torch.Generator().manual_seed(seed)
+    config = SimpleNamespace(num_experts=experts, top_k=top_k, router_context="mean" if past else "")
+    if past:
+        w, c = torch.randn(2, experts, VOCABULARY, generator=draw)
+        return config, (w.view(torch.int32), c)
+    order = torch.rand(VOCABULARY, experts, generator=draw).argsort(1)[:, :top_k]
+    return config, (order.t().int(), torch.ones(top_k, VOCABULARY))
+
+
+def expected(config, columns, ids):
+    if config.router_context:
+        w, c = (t.view(torch.float32).t()[ids] for t in columns)
+        chosen, _ = choose_by_past(w, c, torch.ones(config.num_experts), config.top_k, False)
+    else:
+        chosen = columns[0].t()[ids]
+    return torch.bincount(chosen.flatten(), minlength=config.num_experts).tolist()
+
+
+@pytest.fixture
+def place(tmp_path):
+    return tmp_path / "engines" / "0"
+
+
+@pytest.mark.parametrize("past", [False, True])
+@pytest.mark.parametrize("experts,top_k", [(2, 1), (5, 2), (3, 3), (300, 2)])
+def test_counts_are_those_of_the_routes(place, experts, top_k, past):
+    config, columns = mixture(experts, top_k, past)
+    Tables(place).leave("a", config, columns)
+    ids = torch.randint(0, VOCABULARY, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    found = Experts().count([place.parent], "a", ids).tolist()
+    assert found == expected(config, columns, ids) and sum(found) == 40 * top_k
+    beyond = Experts().count([place.parent], "a", [VOCABULARY + 7]).tolist()
+    assert beyond == expected(config, columns, [VOCABULARY - 1])  # as kernels clamp it
+
+
+def test_what_has_no_table_is_not_counted(place):
+    config, columns = mixture(2, 1)
+    for content, *rest in (("", config, columns), ("lora", None, None), ("inside", config, None)):
+        Tables(place).leave(content, *rest)
+    assert not place.exists() and Experts().count([place.parent], "lora", [1]) is None
+    Tables(None).leave("a", config, columns)  # another rank
+
+
+def test_a_table_may_be_replaced_and_go(place):
+    (config, one), (_, other) = mixture(4, 1), mixture(4, 1, seed=2)
+    tables, experts, ids = Tables(place), Experts(), list(range(VOCABULARY))
+    tables.leave("a", config, one)
+    assert experts.count([place.parent], "a", ids).tolist() == expected(config, one, ids)
+    tables.leave("a", config, other)  # the backbone's weights are others
+    now = expected(config, other, ids)
+    assert experts.count([place.parent], "a", ids).tolist() == now != expected(config, one, ids)
+    next(place.glob("a.*")).unlink()
+    assert experts.count([place.parent], "a", ids).tolist() == now
+    assert Experts().count([place.parent], "a", ids) is None
+    Tables(place.with_name("1")).leave("a", config, one)
+    assert experts.count([place.parent], "a", ids).tolist() == expected(config, one, ids)
+
+
+def test_tables_of_adapters_that_went_stay_for_a_while(place):
+    config, columns = mixture(4, 1)
+    tables = Tables(place)
+    for number in range(KEPT + 2):
+        tables.leave(f"{number}", config, columns)
+        tables.forget(f"{number}")
+    assert len(list(place.iterdir())) == KEPT and not list(place.glob("1.*"))
+    tables.leave("2", config, columns)  # is back
+    for number in range(KEPT):
+        tables.forget(f"again{number}")
+    assert [file.name for file in place.iterdir()] == ["2.4.1.npy"]
+
+
+def test_few_tables_are_mapped(place):
+    config, columns = mixture(4, 1)
+    tables, experts = Tables(place), Experts()
+    for number in range(MAPPED + 3):
+        tables.leave(f"{number}", config, columns)
+        assert experts.count([place.parent], f"{number}", [1]) is not None
+    assert len(experts._mapped) == MAPPED and "0" not in experts._mapped
+
+
+def engine_config(index=0, section=None):
+    return SimpleNamespace(
+        instance_id=f"abc_dp{index}",
+        parallel_config=SimpleNamespace(rank=0, data_parallel_rank=0),
+        model_config=SimpleNamespace(hf_config=SimpleNamespace(adafuse=section)),
+    )
+
+
+def request(adapter, name, digit, columns):
+    path = stamp_path("/p", digit * 64, Size(4, columns))
+    return SimpleNamespace(lora_int_id=adapter, lora_name=name, lora_path=path)
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    monkeypatch.setattr(scratch.tempfile, "gettempdir", lambda: str(tmp_path))
+
+
+def told(name, experts):
+    return [metrics.experts_counter().labels(name, str(e))._value.get() for e in range(experts)]
+
+
+def test_requests_count_for_experts_of_their_adapter(temporary):
+    config, columns = mixture(3, 2)
+    vllm_config = engine_config(section={"adapter": "/x/everybodys", "content": "9" * 64})
+    worker, collector = Meter(vllm_config, 8), AdapterCollector()
+    collector.follow(vllm_config)
+    hosted = SimpleNamespace(kind="mixture", size=Size(4, 2), config=config, passports=columns)
+    for adapter, name in ((1, "u-one"), (2, "u-two")):  # of one content
+        worker.begin(adapter)
+        worker.loaded(request(adapter, name, "e", 2), hosted)
+    collector.count_experts(request(1, "u-one", "e", 2), [4])
+    shown = {tuple(labels) for labels in metrics.experts_counter()._metrics}  # the idle one, too
+    assert {("u-one", expert) for expert in "012"} <= shown
+    collector.count_experts(request(1, "u-one", "e", 2), [5, 6])
+    collector.count_experts(request(1, "u-one", "e", 2), [7])
+    assert told("u-one", 3) == expected(config, columns, [4, 5, 6, 7])
+    collector.count_experts(request(3, "u-lora", "e", 0), [4])
+    collector.count_experts(request(2, "u-two", "e", 2), [])
+    assert told("u-lora", 3) == told("u-two", 3) == [0, 0, 0]
+    worker.tables.leave("9" * 64, config, columns)
+    collector.count_experts(None, [8])
+    assert told("everybodys", 3) == expected(config, columns, [8])
+    worker.forgot(1)
+    assert worker.tables._gone == []
+    worker.forgot(2)
+    assert worker.tables._gone == ["e" * 64]
+
+
+def test_a_damaged_table_is_told_of(temporary, monkeypatch):
+    vllm_config, collector, said = engine_config(), AdapterCollector(), []
+    monkeypatch.setattr(metrics.logger, "warning", lambda text, *args: said.append(text % args))
+    collector.follow(vllm_config)
+    folder = scratch.place_of(vllm_config)
+    folder.mkdir(parents=True)
+    (folder / f"{'e' * 64}.3.2.npy").write_bytes(b"no array")
+    collector.count_experts(request(1, "u-bad", "e", 2), [1])
+    assert len(said) == 1 and "experts of u-bad" in said[0]
+
+
+def test_a_worker_without_room_says_so_once(place, monkeypatch):
+    said = []
+    monkeypatch.setattr(scratch.logger, "warning", lambda text, *args: said.append(text % args))
+    place.parent.parent.mkdir(exist_ok=True)
+    place.parent.write_text("a file")
+    tables = Tables(place)
+    for _ in range(2):
+        tables.leave("a", *mixture(2, 1))
+    assert len(said) == 1 and "the experts'" in said[0] and "set TMPDIR" in said[0]
+
+
+def test_a_process_takes_its_files_away(temporary, tmp_path):
+    """Workers are processes of multiprocessing; one engine's others stay."""
+    other = Meter(engine_config(index=1), 8)
+
+    def work():
+        worker = Meter(engine_config(), 8)
+        worker.tables.leave("a", *mixture(2, 1))
+        (tmp_path / "seen").write_text(str(worker.file.exists() and list(worker.tables.place.iterdir())))
+
+    child = get_context("fork").Process(target=work)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0 and "a.2.1.npy" in (tmp_path / "seen").read_text()
+    folder = other.file.parent
+    assert [file.name for file in folder.iterdir()] == ["1.json"]
+    scratch._remove(other.file.with_suffix(""))
+    assert not folder.exists()

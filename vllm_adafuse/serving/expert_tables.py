@@ -1,0 +1,145 @@
+"""Which experts the tokens of an ended request took, for `/metrics`.
+
+A mixture's routes follow from token ids: by its passports, or, where its router sees the past, by two
+tables. The worker that made them leaves a copy beside what it counts (`meter.py`); the front end asks
+it when a request ends, and no step takes part. Routers inside the layers have no tables.
+
+A file is `<engine>/<content hash>.<E>.<k>.npy`: expert ids [k, V], or w and c [2, E, V] float32, see
+`context_routes`. It is mapped, not read, and outlives its removal for who has it mapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from vllm_adafuse.format.config import AdapterConfig
+from vllm_adafuse.serving.scratch import lacks, private
+
+# Tables that stay for requests which end after their adapter has gone.
+KEPT = 16
+# Tables that a front end has mapped at a time.
+MAPPED = 64
+
+
+class Tables:
+    """The files of one worker.
+
+    Args:
+        place: `scratch.place_of` the worker; None writes nothing.
+    """
+
+    def __init__(self, place: Path | None):
+        self.place = place
+        self._gone: list[str] = []
+
+    def leave(
+        self, content: str, config: AdapterConfig | None, columns: Sequence[torch.Tensor] | None
+    ) -> None:
+        """Writes the table of an adapter, or replaces it.
+
+        Args:
+            content: hash of the adapter; of one without nothing is written.
+            config: of a mixture.
+            columns: of its router, see `Router.columns`.
+        """
+        if content in self._gone:
+            self._gone.remove(content)
+        if self.place is None or config is None or columns is None or not content:
+            return
+        experts, top_k = config.num_experts, config.top_k
+        if config.router_context:
+            parts = [t.cpu().view(torch.float32).numpy() for t in columns]
+            shape = 2, *parts[0].shape
+        else:
+            parts = [columns[0].cpu().numpy().astype(np.min_scalar_type(experts))]
+            shape = parts[0].shape
+        described = {"descr": parts[0].dtype.str, "fortran_order": False, "shape": shape}
+        file = self.place / f"{content}.{experts}.{top_k}.npy"
+        try:
+            private(self.place.parent)
+            self.place.mkdir(exist_ok=True)
+            part = file.with_suffix(".part")
+            with part.open("wb") as out:
+                np.lib.format.write_array_header_1_0(out, described)
+                for one in parts:  # between two steps: not stacked before
+                    out.write(np.ascontiguousarray(one).data)
+            part.replace(file)
+        except OSError as e:
+            lacks("the experts'", e)
+            self.place = None
+
+    def forget(self, content: str) -> None:
+        """An adapter has gone; its table stays for a while."""
+        if content in self._gone:
+            return
+        self._gone.append(content)
+        while len(self._gone) > KEPT:
+            old = self._gone.pop(0)
+            for file in self.place.glob(f"{old}.*.npy") if self.place else ():
+                file.unlink(missing_ok=True)
+
+
+class _Mapped(NamedTuple):
+    """A table, and the file that it is of."""
+
+    file: Path
+    state: tuple[int, int]
+    table: np.ndarray
+
+
+class Experts:
+    """Counts by the tables of the engines that a front end serves."""
+
+    def __init__(self) -> None:
+        self._mapped: dict[str, _Mapped] = {}  # content hash -> table, the one used last at the end
+
+    def count(
+        self, folders: Iterable[Path], content: str, ids: Sequence[int]
+    ) -> np.ndarray | None:
+        """How many tokens of a request took each expert.
+
+        Args:
+            folders: `scratch.directory_of` the engines.
+            content: hash of the request's adapter.
+            ids: of the request's tokens, from its first on.
+
+        Returns:
+            [E] int64, which add up to k for each token; None: nobody left a table of the adapter.
+        """
+        if (mapped := self._find(folders, content)) is None:
+            return None
+        table, (experts, top_k) = mapped.table, map(int, mapped.file.name.split(".")[1:3])
+        rows = np.minimum(np.asarray(ids, dtype=np.int64), table.shape[-1] - 1)
+        chosen = table[:, rows] if table.ndim == 2 else _by_past(table, rows, top_k)
+        return np.bincount(chosen.ravel(), minlength=experts)
+
+    def _find(self, folders: Iterable[Path], content: str) -> _Mapped | None:
+        known = self._mapped.pop(content, None)
+        others = (f for folder in sorted(folders) for f in folder.glob(f"*/{content}.*.npy"))
+        for file in chain([known.file] if known else [], others):
+            try:
+                found = file.stat()
+                state = found.st_ino, found.st_mtime_ns
+                if known is None or known.state != state:
+                    table = np.load(file, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+                    known = _Mapped(file, state, table)
+                break
+            except FileNotFoundError:  # removed: of another engine, or as it was
+                continue
+        if known is not None:
+            self._mapped[content] = known
+            if len(self._mapped) > MAPPED:
+                del self._mapped[next(iter(self._mapped))]
+        return known
+
+
+def _by_past(table: np.ndarray, rows: np.ndarray, top_k: int) -> np.ndarray:
+    """As `context_routes` chooses: [k, T]."""
+    w, c = table[:, :, rows]
+    z = w + c.cumsum(1, dtype=np.float64) / np.arange(1, len(rows) + 1)
+    return np.argpartition(-z, top_k - 1, axis=0)[:top_k]

@@ -1,0 +1,69 @@
+"""Where a worker leaves files for the server that answers `/metrics`, in the temporary directory."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shutil
+import tempfile
+from multiprocessing.util import Finalize
+from pathlib import Path
+from typing import Any
+
+from vllm.logger import init_logger
+
+# vLLM shows only what is logged below its own name.
+logger = init_logger("vllm.adafuse")
+
+
+def directory_of(vllm_config: Any) -> Path:
+    """Of an engine: all its processes have its instance's id."""
+    whose = f"{os.getuid()}-{str(vllm_config.instance_id).partition('_dp')[0]}"
+    return Path(tempfile.gettempdir()) / f"vllm-adafuse-{whose}"
+
+
+def place_of(vllm_config: Any) -> Path | None:
+    """Of a worker, a path without suffix in that directory; removed when its process ends by itself.
+
+    Returns:
+        None: what the first rank leaves stands for this one too.
+    """
+    parallel = vllm_config.parallel_config
+    if parallel.rank != 0:
+        return None
+    # vLLM runs engines of a dense model that share data as instances of their own.
+    engine = str(vllm_config.instance_id).partition("_dp")[2] or parallel.data_parallel_rank
+    return _removed_at_end(directory_of(vllm_config) / str(engine))
+
+
+@functools.cache
+def _removed_at_end(place: Path) -> Path:
+    # Workers are processes of multiprocessing, in which nothing of atexit is run.
+    Finalize(None, _remove, (place,), exitpriority=0)
+    return place
+
+
+def _remove(place: Path) -> None:
+    shutil.rmtree(place, ignore_errors=True)
+    with contextlib.suppress(OSError):  # other engines need the directory, or it is gone
+        place.with_suffix(".json").unlink(missing_ok=True)
+        place.parent.rmdir()
+
+
+def private(folder: Path) -> None:
+    """Makes a directory for this user alone.
+
+    Raises:
+        OSError: it cannot be made, or another user has it.
+    """
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to another user")
+
+
+def lacks(what: str, error: OSError) -> None:
+    """Warns that a file could not be left; serving goes on."""
+    logger.warning(
+        "AdaFuse: /metrics lacks %s: %s; set TMPDIR to a folder that can be written", what, error
+    )
