@@ -1,10 +1,14 @@
-"""Kernels that wait within a launch, ten thousand times beside a stream that takes the memory's
-bandwidth: the same bits each time, and those as near to float64 as plain torch's.
+"""Every kernel ten thousand times beside a stream of random work: the same bits each time; those
+that wait within a launch at a served model's sizes, and as near to float64 as plain torch.
 
 A wait that is missing, or for too few, shows only where programs are late. So s is NaN before each
 launch, and another stream keeps processors and memory busy.
 """
 
+import random
+from collections.abc import Callable
+
+import every_kernel
 import pytest
 import torch
 from ops import DEVICE, Problem, error, linear_truth, make_problem
@@ -61,6 +65,30 @@ class Stress:
         assert error(found, truth) <= max(1e-5, 1.2 * error(plain, truth))
 
 
+def beside_random_work(some: Callable[[], None]) -> int:
+    """Runs `some` of PER_GRAPH launches until there were LAUNCHES, while another stream streams
+    memory and multiplies matrices of random sizes; how much of that there was."""
+    draw, side, done = random.Random(0), torch.cuda.Stream(), torch.cuda.Event()
+    a, b = torch.ones(1 << 28, device=DEVICE), torch.empty(1 << 28, device=DEVICE)  # 1 GiB each
+    matrix = torch.randn(4096, 4096, dtype=torch.bfloat16, device=DEVICE)
+    torch.cuda.synchronize()
+    beside = 0
+    for _ in range(LAUNCHES // PER_GRAPH):
+        some()
+        done.record()
+        busy = False
+        while not (busy and done.query()):
+            with torch.cuda.stream(side):
+                count = draw.randrange(1 << 20, 1 << 28)
+                torch.add(a[:count], 1, out=b[:count])
+                rows = draw.randrange(64, 4096)
+                torch.mm(matrix[:rows], matrix)
+            side.synchronize()
+            busy, beside = True, beside + 1
+    torch.cuda.synchronize()
+    return beside
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_ten_thousand_launches_beside_a_busy_memory(name):
@@ -79,22 +107,24 @@ def test_ten_thousand_launches_beside_a_busy_memory(name):
         for _ in range(PER_GRAPH):
             one_more()
     others.zero_()
-    side, done = torch.cuda.Stream(), torch.cuda.Event()
-    a, b = torch.ones(1 << 28, device=DEVICE), torch.empty(1 << 28, device=DEVICE)  # 1 GiB each
-    torch.cuda.synchronize()
-    beside = 0
-    for _ in range(LAUNCHES // PER_GRAPH):
-        graph.replay()
-        done.record()
-        while not done.query():
-            with torch.cuda.stream(side):
-                torch.add(a, 1, out=b)
-            side.synchronize()
-            beside += 1
-    torch.cuda.synchronize()
+    assert beside_random_work(graph.replay) >= LAUNCHES // PER_GRAPH  # busy all along
     assert others.item() == 0
-    assert beside >= LAUNCHES // PER_GRAPH  # the memory was busy all along
     stress.assert_near(stress.launch())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", every_kernel.CASES)
+def test_every_kernel_ten_thousand_times_beside_random_work(name):
+    run = every_kernel.CASES[name]()
+    first = [tensor.clone() for tensor in run()]
+    others = torch.zeros((), dtype=torch.int64, device=DEVICE)
+
+    def some() -> None:
+        for _ in range(PER_GRAPH):
+            others.add_(every_kernel.differ(run(), first))
+
+    assert beside_random_work(some) >= LAUNCHES // PER_GRAPH
+    assert others.item() == 0
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the same, once and small, where there is no GPU")
