@@ -178,7 +178,7 @@ def test_pairs_are_completed():
 
 
 @pytest.mark.parametrize("shown, takes", [
-    ({"is_monolithic": True}, False),
+    ({"is_monolithic": True, "supports_internal_mk": True, "kernel": True}, False),
     ({"supports_internal_mk": True, "moe_kernel": None}, False),
     ({"supports_internal_mk": True, "kernel": False}, False),
     ({"supports_internal_mk": True, "kernel": True}, True),

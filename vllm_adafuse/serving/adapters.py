@@ -89,6 +89,7 @@ class OpenedAdapter:
             one, or one with a router at a later layer, can be served is for the worker to say.
         rest: of a LoRA the modules that get no pages: the embedding, from V inputs, the output head,
             and linears of the backbone's own experts.
+        heads: of a LoRA classifier's heads that it replaces, (in, labels).
     """
 
     path: Path
@@ -99,6 +100,7 @@ class OpenedAdapter:
     adapter: Adapter | None = None
     files: tuple = ()
     rest: dict[str, AdaptedLinear] = field(default_factory=dict)
+    heads: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def unchanged(self) -> bool:
         """Whether its files are still those, as far as that can be seen without reading them."""
@@ -126,7 +128,7 @@ class OpenedAdapter:
             columns = config.num_experts if config.router_context else config.top_k
         pages = sum(map(pages_of_rank, self.ranks))
         # Tokens name an adapter by its first page, so one that has a rest alone takes one too.
-        return Size(max(pages, 1), columns, int(bool(self.rest)))
+        return Size(max(pages, 1), columns, int(bool(self.rest or self.heads)))
 
     def router(self) -> dict[str, torch.Tensor] | None:
         """The tensors of the entrance router by their names in the file, of the file's dtype; None
@@ -299,10 +301,12 @@ def _open_lora(path: Path, backbone: Backbone | None, rest: bool) -> OpenedAdapt
     digest = content_digest(path)
     linears: dict[str, AdaptedLinear] = {}
     others: dict[str, AdaptedLinear] = {}
-    for name, part in read_parts(path, backbone, rest).items():
+    parts, heads = read_parts(path, backbone, rest)
+    for name, part in parts.items():
         adapted = AdaptedLinear(part.a.shape[1], part.b.shape[0], (part.rank,), (part.scale,))
         (others if is_rest(name) else linears)[name] = adapted
-    opened = OpenedAdapter(path, LORA, 1, digest, linears, rest=others)
+    sizes = {name: (weight.shape[1], len(weight)) for name, (weight, _) in heads.items()}
+    opened = OpenedAdapter(path, LORA, 1, digest, linears, rest=others, heads=sizes)
     opened.check_unchanged()
     return opened
 

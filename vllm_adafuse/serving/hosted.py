@@ -21,11 +21,12 @@ from vllm_adafuse.serving.adapters import (
     open_adapter,
     split_path,
 )
+from vllm_adafuse.serving.expert_loras import Pair
 from vllm_adafuse.serving.fits import Fits
 from vllm_adafuse.serving.page_bank import Packed, Packer, PageBank, sizes_of
 from vllm_adafuse.serving.page_step import PageStep
 from vllm_adafuse.serving.past import PastRouter
-from vllm_adafuse.serving.plain_loras import VLLM_LORA, read_base
+from vllm_adafuse.serving.plain_loras import VLLM_LORA, read_base, read_heads
 from vllm_adafuse.serving.pool import Place, Size, pages_of_rank
 from vllm_adafuse.serving.rest import Rest, rest_tensors
 from vllm_adafuse.serving.routes import PASSPORT_CHUNK, Router
@@ -138,8 +139,15 @@ class Loader:
             packer.add(self._name(name), expert, a, b)
         return Hosted(
             opened.kind, opened.size, experts, packer.packed, opened.config, opened.router(),
-            scale=common, rest=self.rest.pack(rest) if rest else None,
+            scale=common, rest=self._pack_rest(opened, rest) if opened.size.rests else None,
         )  # fmt: skip
+
+    def _pack_rest(self, opened: OpenedAdapter, pairs: dict[str, Pair]) -> Any:
+        heads = {}
+        if opened.heads:
+            heads = {self.renamed(name): head for name, head in read_heads(opened.path).items()}
+            opened.check_unchanged()
+        return self.rest.pack(pairs, heads)
 
     def _name(self, name: str) -> str:
         """A linear's name in vLLM's model."""
@@ -163,6 +171,9 @@ class Loader:
                     f"{name}: adapts a linear of {found[0]} inputs and {found[1]} outputs, the "
                     f"backbone's has {size[0]} and {size[1]}; serve it on its own backbone"
                 )
+        if opened.heads:
+            heads = {self.renamed(name): size for name, size in opened.heads.items()}
+            problems += self.rest.unfit_heads(heads)
         if opened.rest:
             rest = {self.renamed(name): linear for name, linear in opened.rest.items()}
             problems += self.rest.misfits(rest) or self._changed(opened)

@@ -2,7 +2,7 @@
 
 Its pairs on linears lie on pages of ours. The rest, on the embedding, on the output head and on the
 backbone's own experts, has no pages: it is for vLLM's own LoRA, where that stands beside ours
-(`serving/rest.py`).
+(`serving/rest.py`). So is a classifier's head that was trained whole.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ BOTH_LORA = VLLM_LORA.replace("vllm", "both")
 # What has no pages, by the last part of its name in a checkpoint.
 EMBEDDINGS, HEAD, EXPERTS = ("embed_tokens", "wte"), "lm_head", "experts"
 _EXPERT = rf".*\b{EXPERTS}\.\d+\..*"
+# Heads that PEFT trains whole for a classifier, whichever of them there is.
+CLASSIFIERS = "score", "classifier"
+_CLASSIFIER = rf"((?:\w+\.)*(?:{'|'.join(CLASSIFIERS)}))\.(weight|bias)"
 # The backbone's own weights, which PEFT saves beside a LoRA on them.
 _BASE = r"(.*\b(?:embed_tokens|wte|lm_head))\.base_layer\.weight"
 # Tensors that are no pair on a linear, in the order of the checks: those of the rest, and others.
@@ -37,12 +40,13 @@ _REST = {
         "adapts the embedding, expected LoRA on linears"
     ),
     r".*\blm_head\.(?!modules_to_save\b).*": "adapts the output head, expected LoRA on linears",
+    _CLASSIFIER: "replaces a classifier's head (`modules_to_save`), expected LoRA on linears",
     _EXPERT: "adapts an expert of the backbone's own, expected LoRA on linears of all tokens",
 }
 _OTHERS = {
     rf".*\b{EXPERTS}\.(?!\d).*": "adapts the backbone's own experts in one tensor, expected LoRA on "
     "linears, or on each expert's by itself",
-    r".*\bmodules_to_save\..*|.*\b(?:score|classifier)\.(?:weight|bias)": (
+    r".*\bmodules_to_save\..*": (
         "replaces a module of the backbone (`modules_to_save`), expected LoRA on linears"
     ),
     r".*\.lora_magnitude_vector\b.*": "belongs to DoRA, expected plain LoRA",
@@ -59,7 +63,7 @@ _REST_WAY_OUT = (
 def is_rest(name: str) -> bool:
     """Whether a module of a checkpoint gets no pages."""
     leaf = name.rpartition(".")[2]
-    return leaf in (*EMBEDDINGS, HEAD) or re.fullmatch(_EXPERT, name, re.ASCII) is not None
+    return leaf in (*EMBEDDINGS, HEAD, *CLASSIFIERS) or re.fullmatch(_EXPERT, name, re.ASCII) is not None
 
 
 def refuse(path: Path, *problems: str) -> AdapterError:
@@ -76,13 +80,17 @@ def as_adapter(path: Path) -> Iterator[None]:
         raise refuse(path, *e.problems) from e
 
 
-def read_parts(path: Path, backbone: Backbone | None, rest: bool) -> dict[str, Part]:
-    """Every pair of a PEFT LoRA, by the name of its module, after all checks.
+Heads = dict[str, tuple[torch.Tensor, torch.Tensor | None]]
+
+
+def read_parts(path: Path, backbone: Backbone | None, rest: bool) -> tuple[dict[str, Part], Heads]:
+    """Every pair of a PEFT LoRA, by the name of its module, and the classifier's heads that it has
+    whole, weight [labels, in] and bias [labels] or none, after all checks.
 
     Args:
         path: the directory.
         backbone: whose names and shapes it must have; None where nothing is known of it.
-        rest: whether embedding, output head and experts may have pairs.
+        rest: whether embedding, output head and experts may have pairs, and heads be whole.
 
     Raises:
         AdapterError: with every problem found.
@@ -93,14 +101,29 @@ def read_parts(path: Path, backbone: Backbone | None, rest: bool) -> dict[str, P
     with as_adapter(path):
         source = _open_source(path, rest)
         parts = peft_lora.read_lora(source, known, peft_lora.ANY_PAIR)
-        check_modules_to_save(source)
+        heads = take_heads(source)
+        # PEFT names both heads, whichever the backbone has.
+        named = set(source.config.get("modules_to_save") or ())
+        check_modules_to_save(source, CLASSIFIERS if heads and named <= {*CLASSIFIERS} else ())
         if not parts and not source.problems:
             source.problems.append(
                 f"{source.file}: holds no lora_A / lora_B pair, expected at least one; nothing "
                 "would be adapted"
             )
         source.finish()
-    return parts
+    return parts, heads
+
+
+def take_heads(source: Source) -> Heads:
+    """The classifier's heads of a source, by their names."""
+    found: Heads = {}
+    why = "a head's, which PEFT saved whole"
+    for name in dict.fromkeys(match[1] for match in source.match(_CLASSIFIER)):
+        weight = source.take(f"{name}.weight", ("labels", "in"), why)
+        bias = f"{name}.bias"
+        has_bias = bias in source.tensors
+        found[name] = weight, source.take(bias, (len(weight),), why) if has_bias else None
+    return found
 
 
 def _with_rest(backbone: Backbone) -> Backbone:
@@ -177,3 +200,9 @@ def read_base(path: Path) -> list[tuple[str, torch.Tensor]]:
     with as_adapter(path):
         source = Source.open(path)
     return [(match[1], source.tensors[match[0]]) for match in source.match(_BASE)]
+
+
+def read_heads(path: Path) -> Heads:
+    """The classifier's heads in a PEFT directory that was checked."""
+    with as_adapter(path):
+        return take_heads(Source.open(path))

@@ -142,22 +142,36 @@ def bias_of(layer: LinearBase) -> torch.Tensor | None:
 def linears_of(
     model: torch.nn.Module, packed: Mapping[str, Sequence[str]], prefixes: Sequence[str] | None
 ) -> Iterator[tuple[LinearBase, torch.nn.Module, list[str]]]:
-    """The linears of a model, their blocks (attention, MLP), and the full names of the linears that
-    they consist of.
+    """The linears of a model that see its tokens, their blocks (attention, MLP), and the full names of
+    the linears that they consist of.
 
     Args:
         model: as vLLM built it.
         packed: leaf name of a projection -> leaf names of its linears.
         prefixes: only below one of these modules; None: everywhere.
     """
+    pooled = _called_by(getattr(model, "pooler", None))
     for name, module in list(model.named_modules()):
-        if not isinstance(module, LinearBase) or module.quant_method is None:
+        if not isinstance(module, LinearBase) or module.quant_method is None or module in pooled:
             continue
         if prefixes is not None and not name.startswith(tuple(f"{p}." for p in prefixes)):
             continue
         block, _, leaf = name.rpartition(".")
         names = [f"{block}.{part}" if block else part for part in packed.get(leaf, [leaf])]
         yield module, model.get_submodule(block), names
+
+
+def _called_by(pooler: torch.nn.Module | None) -> set[torch.nn.Module]:
+    """A pooler and all that it calls, a classifier's head among it: their rows are of requests."""
+    found: set[torch.nn.Module] = set()
+    left = [pooler]
+    while left:
+        if isinstance(module := left.pop(), torch.nn.Module) and module not in found:
+            found.add(module)
+            # Poolers of several tasks lie in a dictionary that torch knows nothing of.
+            held = (value for value in vars(module).values() if isinstance(value, Mapping))
+            left += [child for own in held for child in own.values()]
+    return found
 
 
 def adapted_linears(

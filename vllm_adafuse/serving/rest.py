@@ -26,12 +26,13 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.utils import is_in_target_modules
+from vllm.utils.torch_utils import PIN_MEMORY
 from vllm_adafuse.serving import vllm_api
 from vllm_adafuse.serving.adapters import AdaptedLinear
 from vllm_adafuse.serving.expert_loras import Pair, completed, sizes_of, takes_lora
 from vllm_adafuse.serving.fits import check_engine
-from vllm_adafuse.serving.plain_loras import EMBEDDINGS, EXPERTS, HEAD, VLLM_LORA
-from vllm_adafuse.serving.wrap.vllm_lora import decide_logits, unwrapped
+from vllm_adafuse.serving.plain_loras import EMBEDDINGS, EXPERTS, HEAD, VLLM_LORA, Heads
+from vllm_adafuse.serving.wrap.vllm_lora import decide_head, decide_logits, unwrapped
 from vllm_adafuse.text import some
 
 # vLLM shows only what is logged below its own name.
@@ -65,6 +66,8 @@ class Rest:
         for module in self._modules.modules.values():
             if isinstance(module, LogitsProcessorWithLoRA):
                 decide_logits(module, self._adapts)
+            elif isinstance(module, vllm_api.classifier_wrapper()):
+                decide_head(module, self._adapts)
         logger.info(
             "AdaFuse: vLLM's own LoRA takes what adapters have of %s: %d bytes of slots",
             self._there, self._modules.nbytes,
@@ -96,6 +99,32 @@ class Rest:
                 )
         return problems
 
+    def unfit_heads(self, wanted: Mapping[str, tuple[int, int]]) -> list[str]:
+        """Why a classifier's heads that an adapter has whole cannot be served here.
+
+        Args:
+            wanted: of each, by vLLM's name, (in, labels).
+        """
+        problems, heads = [], self._modules.heads
+        for name, (size_in, labels) in wanted.items():
+            if name not in heads:
+                problems.append(
+                    f"replaces {name} (`modules_to_save`), which vLLM's own LoRA does in newer "
+                    "versions, of classifiers of whole prompts alone: merge the adapter into a "
+                    "backbone of its own (PEFT's merge_and_unload)"
+                )
+            elif size_in != heads[name].input_size:
+                problems.append(
+                    f"{name}: has {size_in} inputs, the backbone's has {heads[name].input_size}; "
+                    "serve it on its own backbone"
+                )
+            elif labels > (most := heads[name].max_lora_cls_labels):
+                problems.append(
+                    f"{name}: has {labels} labels, and there is room for {most}: start with "
+                    f"--max-lora-cls-labels {labels}"
+                )
+        return problems
+
     def changes(self, name: str, weight: torch.Tensor) -> bool:
         """Whether weights that an adapter has of the backbone's own [V, H] are others than those that
         are served.
@@ -118,11 +147,12 @@ class Rest:
                 return True
         return False
 
-    def pack(self, pairs: Mapping[str, Pair]) -> LoRAModel:
+    def pack(self, pairs: Mapping[str, Pair], heads: Heads) -> LoRAModel:
         """An adapter's rest as vLLM keeps it on the host.
 
         Args:
             pairs: of each module, by vLLM's name, A [r, in], B [out, r] and the scale of B A.
+            heads: of each classifier's head, likewise, weight [labels, in] and bias [labels].
         """
         loras, every = {}, dict(pairs)
         for linears in self._modules.experts:
@@ -132,7 +162,12 @@ class Rest:
             # Like ours: the scale rounds once, with B.
             own = a.to(self._dtype, copy=True), (b.float() * scale).to(self._dtype)
             loras[name] = LoRALayerWeights(name, len(a), len(a), *own, scaling=1.0)
-        return self._modules.merged(LoRAModel(1, max(map(_rank, loras.values())), loras))
+        lora = LoRAModel(1, max(map(_rank, loras.values()), default=1), loras)
+        for name, (weight, bias) in heads.items():
+            lora.modules_to_save[name] = vllm_api.full_weights(
+                name, weight.to(self._dtype, copy=True), None if bias is None else bias.clone()
+            )
+        return self._modules.merged(lora)
 
     def put(self, adapter: int, lora: LoRAModel) -> None:
         """Copies an adapter into a slot, of which one is free, on the current stream."""
@@ -186,6 +221,8 @@ class Rest:
 def rest_tensors(lora: LoRAModel) -> list[torch.Tensor]:
     """All tensors of an adapter's rest."""
     found = [side for own in lora.loras.values() for side in (own.lora_a, own.lora_b)]
+    for head in getattr(lora, "modules_to_save", {}).values():
+        found += [head.weight, head.bias]
     lists = (side if isinstance(side, list) else [side] for side in found)
     return [tensor for own in lists for tensor in own if tensor is not None]
 
@@ -202,6 +239,8 @@ def _sizes_of(name: str, module: torch.nn.Module, linears: Sequence[str]) -> dic
         return {name: (module.hidden_size, module.base_layer.org_vocab_size)}
     if isinstance(module, VocabParallelEmbeddingWithLoRA):
         return {name: (module.base_layer.org_vocab_size, module.base_layer.embedding_dim)}
+    if isinstance(module, vllm_api.classifier_wrapper()):
+        return {name: (module.input_size, module.output_size)}
     raise vllm_api.moved(f"vLLM adapts {name} by {type(module).__name__}, which is not known here")
 
 
@@ -227,6 +266,13 @@ class _Modules(LoRAModelManager):
             for name, module in self.modules.items()
         }
         self.sizes = {linear: size for own in by_name.values() for linear, size in own.items()}
+        # A classifier's head that may be replaced.
+        self.heads = {
+            name: module
+            for name, module in self.modules.items()
+            if isinstance(module, vllm_api.classifier_wrapper())
+            and self._pooling_task != "token_classify"
+        }
         # Of each block of experts, those of its linears.
         self.experts = [
             by_name[name]
@@ -253,14 +299,21 @@ class _Modules(LoRAModelManager):
         """Of the slots."""
         stacked = [
             tensor for module in self.modules.values()
-            for own in (module.lora_a_stacked, module.lora_b_stacked)
+            for own in (
+                module.lora_a_stacked, module.lora_b_stacked,
+                *(getattr(module, n) for n in ("full_weight_stacked",) if hasattr(module, n)),
+            )
             for tensor in (own if isinstance(own, (tuple, list)) else [own])
         ]  # fmt: skip
         return sum(tensor.nbytes for tensor in stacked)
 
     def merged(self, lora: LoRAModel) -> LoRAModel:
         """An adapter in the form of the slots; may be called beside steps."""
-        self._create_merged_loras_inplace(lora)
+        if lora.loras:
+            self._create_merged_loras_inplace(lora)
+        elif PIN_MEMORY:
+            for head in lora.modules_to_save.values():
+                head.pin_memory()
         return lora
 
     def put(self, lora: LoRAModel) -> None:

@@ -159,6 +159,22 @@ def renamed(model: torch.nn.Module) -> Callable[[str], str]:
     return lambda name: mapper._map_name(name) or name
 
 
+def classifier_wrapper() -> tuple[Any, ...]:
+    """vLLM's own wrapper of a classifier's head, which also takes another head in its place; none
+    where this vLLM has not got it."""
+    from vllm.lora import layers
+
+    found = getattr(layers, "ClassificationHeadWithLoRA", None)  # not in 0.26
+    return () if found is None else (found,)
+
+
+def full_weights(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+    """Another head as such a wrapper takes it."""
+    from vllm.lora.lora_weights import LoRAFullModuleWeights
+
+    return LoRAFullModuleWeights(name, weight, bias)
+
+
 def spare_lora_slots() -> int:
     """Slots that vLLM's own LoRA needs beyond those in use: its kernels in plain torch give tokens
     without an adapter what lies in the last."""

@@ -49,6 +49,23 @@ def decide_logits(module: LogitsProcessorWithLoRA, adapted: Callable[[int], bool
     module._get_logits = _get_logits
 
 
+def decide_head(module: BaseLayerWithLoRA, adapted: Callable[[int], bool]) -> None:
+    """Has a classifier's head ask each time whether it is adapted, or another.
+
+    Args:
+        module: of vLLM's.
+        adapted: from a number of rows.
+    """
+
+    def forward(hidden_states: torch.Tensor) -> Any:
+        if adapted(len(hidden_states)):
+            return type(module).forward(module, hidden_states)
+        result = module.base_layer(hidden_states)
+        return result[0] if isinstance(result, tuple) else result
+
+    module.forward = forward
+
+
 def draft_without_lora(runner: Any) -> None:
     """Has a model that drafts tokens take the backbone's own embedding where it shares that: its
     steps have other tokens than the batch says. What it drafts decides no token.
