@@ -84,6 +84,16 @@ def test_turns_are_timed_over_the_first_and_so_is_the_hosts_share(clock, capsys)
     assert len(stock.sent) == 3 * 2 + 3 * turns.PREFILLS + 3
 
 
+def test_engines_are_timed_at_the_sizes_that_they_are_asked_for(clock):
+    options = Options(model="tiny", batches=[1, 4], prefill=[(4, 8)], steps=(1, 2), repeats=1)
+    engines = {"stock": turns.Engine(FakeLLM(1.0)), "two": turns.Engine(FakeLLM(1.0))}
+    asked = lambda kind, size: kind == "stock" or size[1] >= 2  # noqa: E731
+    rows = turns.take_turns(options, engines, asked)
+    assert [(row["engine"], row["batch"]) for row in rows] == [
+        ("stock", 1), ("stock", 4), ("two", 4), ("stock", 4), ("two", 4),
+    ]  # fmt: skip
+
+
 def test_requests_of_text_are_stretches_of_it_and_say_its_tokens(clock, tmp_path):
     np.save(tmp_path / "text.npy", TEXT)
     options = Options(
