@@ -166,7 +166,11 @@ def test_the_command(base, loras, text, two, tmp_path, capsys):  # noqa: F811
     less = ["compose-experts", "--mixture", three, "--remove", "code", "--output", f"{three}-code"]
     assert main(less) == 0
     assert main(["check", f"{three}-code", "--base", str(base)]) == 0
-    assert load_adapter(f"{three}-code").config.expert_names == ("math", "law")
+    left = load_adapter(f"{three}-code")
+    assert left.config.expert_names == ("math", "law")
+    # What only the expert that is gone adapted is adapted no more.
+    assert left.config.target_modules == ("o_proj", "q_proj", "up_proj")
+    assert [name for name in left.projections if "up_proj" in name] == ["model.layers.1.mlp.up_proj"]
 
 
 @pytest.mark.parametrize(
