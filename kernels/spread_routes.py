@@ -18,8 +18,8 @@ from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
-# Experts of which `active` has bits (the kernel's blocks too: 64); with more its word says that all
-# are there.
+# Experts of which `active` has bits; with more its word says that all are there. Of more a program
+# takes some after the other, too: the gates of all would not stay in its registers.
 MAX_ACTIVE_BITS = 64
 
 
@@ -35,15 +35,12 @@ def list_active(used: torch.Tensor, active: torch.Tensor) -> None:
     active[1], active[2 : 2 + len(experts)] = len(experts), experts
 
 
-@triton.jit(do_not_specialize=["n_tokens"])
-def _spread_routes_kernel(
-    ids_ptr, weights_ptr, gates_ptr, active_ptr, semaphores_ptr,
-    n_tokens, top_k, n_experts, n_semaphores,
-    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, ONE: tl.constexpr,
+@triton.jit
+def _block_of_gates(
+    ids_ptr, weights_ptr, gates_ptr, rows, experts, token_mask, top_k, n_experts,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    rows, experts = pid * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E)
-    token_mask = rows < n_tokens
+    """Writes and returns the gates [BLOCK_T, BLOCK_E] of rows and experts."""
     gates = tl.zeros([BLOCK_T, BLOCK_E], dtype=tl.float32)
     for slot in range(top_k):
         ids = tl.load(ids_ptr + rows * top_k + slot, mask=token_mask, other=-1)
@@ -51,18 +48,37 @@ def _spread_routes_kernel(
         gates += tl.where(ids[:, None] == experts[None, :], weights[:, None], 0.0)
     mask = token_mask[:, None] & (experts < n_experts)[None, :]
     tl.store(gates_ptr + rows[:, None] * n_experts + experts[None, :], gates, mask=mask)
-    if pid == 0:
-        if ONE:
+    return gates
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def _spread_routes_kernel(
+    ids_ptr, weights_ptr, gates_ptr, active_ptr, semaphores_ptr,
+    n_tokens, top_k, n_experts, n_semaphores,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, ONE: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    rows = pid * BLOCK_T + tl.arange(0, BLOCK_T)
+    token_mask = rows < n_tokens
+    AT_ONCE: tl.constexpr = BLOCK_E if BLOCK_E <= 64 else 32
+    bits, count = tl.full([], -1, tl.int64), tl.zeros([], tl.int64)
+    for first in range(0, BLOCK_E, AT_ONCE):
+        experts = first + tl.arange(0, AT_ONCE)
+        gates = _block_of_gates(
+            ids_ptr, weights_ptr, gates_ptr, rows, experts, token_mask, top_k, n_experts,
+            BLOCK_T, AT_ONCE,
+        )  # fmt: skip
+        if ONE:  # one program
             used = tl.max((gates != 0.0).to(tl.int64), 0)
             if BLOCK_E <= 64:
-                tl.store(active_ptr, tl.sum(used << experts.to(tl.int64), 0))
-            else:
-                tl.store(active_ptr, -1)
-            place = tl.cumsum(used, 0)
-            tl.store(active_ptr + 1, tl.max(place, 0))
+                bits = tl.sum(used << experts.to(tl.int64), 0)
+            place = count + tl.cumsum(used, 0)
             tl.store(active_ptr + 1 + place, experts.to(tl.int64), mask=used != 0)
-        else:
-            tl.store(active_ptr, -1)
+            count += tl.sum(used, 0)
+    if pid == 0:
+        tl.store(active_ptr, bits)
+        if ONE:
+            tl.store(active_ptr + 1, count)
         at = tl.arange(0, 256)
         for start in range(0, n_semaphores, 256):
             tl.store(semaphores_ptr + start + at, at * 0, mask=start + at < n_semaphores)

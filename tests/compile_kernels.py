@@ -236,9 +236,10 @@ def main() -> None:
     }  # fmt: skip
     kernel = page_shrink._page_shrink_kernel
     rows.append(build("page_shrink", kernel, constants, config.warps, config.stages))
-    constants = {"BLOCK_T": 256, "BLOCK_E": 8, "ONE": True}
     kernel = spread_routes._spread_routes_kernel
-    rows.append(build("spread_routes", kernel, constants, 8, 3))
+    for experts in (8, 256):
+        constants = {"BLOCK_T": 256, "BLOCK_E": experts, "ONE": True}
+        rows.append(build(f"spread_routes E={experts}", kernel, constants, 8, 3))
     for ring in (1, 4):
         constants = {"BLOCK_T": 16, "BLOCK_E": 8, "RING": ring}
         kernel = context_routes._context_routes_kernel

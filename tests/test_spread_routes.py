@@ -43,13 +43,25 @@ def test_gates_active_experts_and_semaphores(run, tokens, experts, top_k):
         assert active[0] == -1
     else:
         chosen = used.nonzero()[:, 0].tolist()
-        word = bits(used).item() if experts <= 64 else -1
-        wanted = [word, len(chosen), *chosen]
+        wanted = [bits(used).item(), len(chosen), *chosen]
         assert active[: len(wanted)].tolist() == wanted
 
 
 @pytest.mark.parametrize("run", [spread_routes, spread_routes_torch, spread_routes_triton])
-@pytest.mark.parametrize("experts,top_k", [(65, 2), (256, 2), (256, 256)])
-def test_more_experts_than_the_word_has_bits(run, experts, top_k):
+@pytest.mark.parametrize("experts,top_k", [(65, 2), (256, 3), (200, 20)])
+@pytest.mark.parametrize("tokens", [3, MAX_ACTIVE_TOKENS + 1])
+def test_more_experts_than_the_word_has_bits(run, experts, top_k, tokens):
     """It says that all are there, or a kernel would leave out those beyond."""
-    test_gates_active_experts_and_semaphores(run, 3, experts, top_k)
+    draw = torch.Generator().manual_seed(tokens)
+    ids = torch.rand(tokens + 2, experts, generator=draw).argsort(1)[:, :top_k].int().to(DEVICE)
+    weights = torch.rand(tokens + 2, top_k, generator=draw).to(DEVICE)
+    gates = torch.full((tokens + 2, experts), 7.0, device=DEVICE)
+    active = torch.full((2 + experts,), 7, dtype=torch.int64, device=DEVICE)
+    run(ids, weights, gates, active, torch.ones(5, dtype=torch.int32, device=DEVICE), tokens)
+    expected = torch.zeros(tokens, experts, device=DEVICE)
+    expected[torch.arange(tokens, device=DEVICE)[:, None], ids[:tokens].long()] = weights[:tokens]
+    assert torch.equal(gates[:tokens], expected) and (gates[tokens:] == 7).all()
+    used = (expected != 0).any(0).nonzero()[:, 0].tolist()
+    assert active[0] == -1
+    if tokens <= MAX_ACTIVE_TOKENS:
+        assert active[1 : 2 + len(used)].tolist() == [len(used), *used]
