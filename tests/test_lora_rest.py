@@ -137,6 +137,21 @@ def test_passports_are_made_of_the_backbones_embedding(served):
     served.check("default", "mix", "embed", prompts=PROMPTS[:6])
 
 
+def test_slots_that_a_sleep_took_are_written_anew(served):
+    served.check("head", "embed", prompts=PROMPTS[:2])
+    manager, [wrapper] = served.manager, served.manager.rest._modules.punica_wrapper_mapping.values()
+    placed, slots = dict(manager.pool.placed), sorted(served.slots)
+    for module in manager.rest._modules.modules.values():
+        module.lora_a_stacked.fill_(torch.nan), module.lora_b_stacked.fill_(torch.nan)
+    wrapper._embeddings_indices.fill_(1 << 40)
+    manager.stamp_again()
+    assert manager.pool.placed == placed and sorted(served.slots) == slots
+    assert not wrapper._embeddings_indices.any()
+    served.llm.reset_prefix_cache()
+    served.check("default", "head", "few", "embed", prompts=PROMPTS[:4])
+    served.check("head", "embed", "all", prompts=PROMPTS[:3])
+
+
 def test_dummy_steps_run_vllms_part(served, monkeypatch):
     mapped, map_ = [], rest._Modules.map
     monkeypatch.setattr(

@@ -170,8 +170,8 @@ class AdapterManager:
         )  # fmt: skip
 
     def stamp_again(self) -> None:
-        """Makes the passports of all mixtures anew: the backbone's weights are others (see
-        patches/reload.py)."""
+        """Makes the passports of all mixtures anew, and vLLM's slots: the backbone's weights are others,
+        maybe after a sleep in which all went that is no buffer (see patches/reload.py)."""
         self.coming.clear()  # to be read again
         for adapter, hosted in self.hosted.items():
             for _ in self.loader.stamp(hosted):
@@ -180,6 +180,9 @@ class AdapterManager:
             if (place := self.pool.placed.get(adapter)) is not None:
                 self.uploads.finish(adapter)
                 self.loader.write_passports(hosted, place, self.step)
+        if self.rest:
+            placed = {adapter: self.hosted[adapter].rest for adapter in self.pool.placed}
+            self.rest.restore({a: rest for a, rest in placed.items() if rest is not None})
 
     def remove_adapter(self, adapter: int) -> bool:
         """Forgets an adapter; returns whether it was there."""

@@ -178,6 +178,26 @@ class Rest:
         """Frees an adapter's slot."""
         self._modules.remove_adapter(adapter)
 
+    def restore(self, loras: Mapping[int, LoRAModel]) -> None:
+        """Writes all anew that lies on the device: sleep may have taken it, of level 2.
+
+        Args:
+            loras: of the adapters that have a slot.
+        """
+        for module in self._modules.modules.values():
+            for slot in range(self._modules.lora_slots):
+                module.reset_lora(slot)
+            if isinstance(module, FusedMoEWithLoRA):
+                module.adapter_enabled.zero_()
+            mapping = getattr(module, "sharded_to_full_mapping_gpu", None)
+            if mapping is not None:
+                mapping.copy_(torch.tensor(module.sharded_to_full_mapping))
+        for adapter, lora in loras.items():
+            self.remove(adapter)
+            self.put(adapter, lora)
+        self._named = True
+        self.clear()
+
     def name(self, adapters: Iterable[int], tokens: np.ndarray, rows: np.ndarray) -> None:
         """Says whose a step's tokens are.
 
