@@ -117,4 +117,30 @@ DEPLOY = [
         "files stay", "vllm_adafuse/serving/scratch.py", "Finalize(None, _remove, (place,), exitpriority=0)",
         "pass", f"{TABLES}a_process_takes_its_files_away", "the temporary directory fills up",
     ),
+    Mutant(
+        "a request without its prompt", "vllm_adafuse/cli/cmd_route.py",
+        'ids = [*prompt, *choice["token_ids"]]', 'ids = [*choice["token_ids"]]',
+        "tests/test_cli_views.py::test_route_of_a_request_that_was_served",
+        "the report is of half a request, and wrong where the router sees the past",
+    ),
+    Mutant(
+        "ids below zero", "vllm_adafuse/cli/cmd_route.py", "is int and token >= 0", "is int",
+        "tests/test_cli_views.py::test_answers_that_tell_no_tokens_are_refused",
+        "the last token's route is told for one that there is not",
+    ),
+    Mutant(
+        "an empty panel", "benchmarks/dashboard.py", "        if not lines:", "        if False:",
+        "tests/test_dashboard.py::test_what_shows_nothing_is_an_error",
+        "a picture of a dashboard that shows nothing",
+    ),
+    Mutant(
+        "an adapter that has gone", "benchmarks/dashboard.py", "if points[-1][0] == last", "if last",
+        "tests/test_dashboard.py::test_every_panel_is_asked_and_drawn",
+        "the picture's table has adapters that are no longer there",
+    ),
+    Mutant(
+        "uncounted turns are counted", "benchmarks/metrics.py",
+        "if on else lambda *args: None", "if True else lambda *args: None",
+        "tests/test_dashboard.py::test_turns_are_counted_or_not", "the benchmark compares a thing with itself",
+    ),
 ]
