@@ -5,6 +5,7 @@ import pytest
 import torch
 from engines import completion, greedy, load_reference, logprobs_of
 from loras import FEW, MODULES, PATTERNS, make_lora
+from test_engine_context import CONTEXT
 from test_gpu_engine import gpu_engine, gpu_pair
 from vllm_adafuse.format.random_adapter import make_random_adapter
 from vllm_adafuse.tiny import real_prompts
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.gpu
 
 PROMPTS = real_prompts(30)
 NAMES = ["base", "mix", "few", "patterns", "mix8"]
-EVERY = [*NAMES, "rest"]
+EVERY = [*NAMES, "rest", "mixpast"]
 LONG = [" ".join(PROMPTS[i : i + 9])[:800] for i in range(10)]
 # Sizes between and beyond those that are captured run, too.
 GRAPHS = {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 8, 64]}}
@@ -145,6 +146,46 @@ MODES = {"sync": {"async_scheduling": False}, "ngram": {"speculative_config": NG
 def test_other_modes(pairs, mode):
     with gpu_engine(pairs / "base", **LORA, **GRAPHS, **MODES[mode]) as llm:
         assert_close(pairs, generate(llm, pairs, NAMES), generate(llm, pairs, NAMES, LONG))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("runner", ["0", "1"], ids=["v1", "v2"])
+def test_two_pipeline_stages(pairs, runner, monkeypatch):
+    """The first stage routes for both, also by requests' pasts; one mixture is loaded later."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    past = {"num_experts": 4, "top_k": 2, "r": 8, "seed": 6, **CONTEXT}
+    make_random_adapter(pairs / "base", pairs / "mixpast", **past)
+    names, later = ["base", "mix", "few", "patterns", "mixpast"], ["mix8", "base", "mixpast"]
+    with gpu_engine(pairs / "base", pipeline_parallel_size=2, **LORA, **GRAPHS) as llm:
+        batches = [generate(llm, pairs, names), generate(llm, pairs, names, LONG)]
+        batches += [generate(llm, pairs, later), generate(llm, pairs, later, LONG)]
+        batches += [generate(llm, pairs, [name], PROMPTS[:1]) for name in [*names, "mix8"]]
+    assert_close(pairs, *batches)
+
+
+def test_prompt_embeddings(pairs):
+    """Every other prompt by embeddings, as the first layer gets them, the rest by ids."""
+    model = reference(pairs, "base", torch.bfloat16)
+    embed, gemma = model.get_input_embeddings(), model.config.model_type.startswith("gemma")
+    options = {**LORA, **GRAPHS, "enable_prompt_embeds": True}
+    with gpu_engine(pairs / "base", **options) as llm:
+        batches = []
+        for texts in (PROMPTS, LONG):
+            batches.append(generate(llm, pairs, NAMES, texts))
+            ids = {n: [o.prompt_token_ids for o in batches[-1][n]] for n in NAMES}
+            given = [ids[NAMES[i % len(NAMES)]][i // len(NAMES)] for i in range(len(texts))]
+            prompts = [{"prompt_token_ids": own} for own in given]
+            for i in range(0, len(given), 2):
+                rows = embed(torch.tensor(given[i], device="cuda")).detach()
+                # transformers scales Gemma's embeddings when it looks them up or behind it.
+                if gemma and not hasattr(embed, "embed_scale"):
+                    rows = rows * torch.tensor(model.config.hidden_size**0.5, dtype=rows.dtype)
+                prompts[i] = {"prompt_embeds": rows.cpu()}
+            batches.append(generate(llm, pairs, NAMES, prompts))
+            for name in NAMES:
+                for output, own in zip(batches[-1][name], ids[name], strict=True):
+                    output.prompt_token_ids = own
+    assert_close(pairs, *batches)
 
 
 @pytest.mark.parametrize("lora", ["adafuse", "both"])

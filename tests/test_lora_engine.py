@@ -89,7 +89,7 @@ def fuse_as_on_a_gpu(patch):
     )
 
 
-@pytest.fixture(scope="module", params=["added", "fused"])
+@pytest.fixture(scope="module", params=["embeds", "fused"])
 def served(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("many")
     base, _ = make_pair(root, num_experts=2, r=2)
@@ -105,6 +105,8 @@ def served(request, tmp_path_factory):
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         if request.param == "fused":
             fuse_as_on_a_gpu(patch)
+        else:  # vLLM embeds all tokens then, and hands the model no ids
+            options["enable_prompt_embeds"] = True
         llm = stack.enter_context(engine(base, max_num_batched_tokens=256, **options))
         yield Served(llm, root, references, names, request.param == "fused")
 
@@ -119,6 +121,44 @@ def test_one_batch_of_base_mixtures_and_loras(served):
     assert manager.list_adapters() == {1, 2, 3, 4}
     # Ranks 4, 20, 33, 8 of mix; eight experts; rank 8; rank 40.
     assert manager.pool.taken.pages == 7 + 8 + 1 + 3
+
+
+def test_prompts_of_embeddings(served):
+    """Of no token's, between others that vLLM embeds; prompts of ids in the same batch."""
+    if served.fused:
+        pytest.skip("this engine takes none")
+    embed = served.references["base"].get_input_embeddings()
+    draw, prompts = torch.Generator().manual_seed(0), []
+    for i in range(2 * len(TOGETHER)):
+        ids = torch.randint(3, 400, (6 + i,), generator=draw)
+        rows = embed(ids).detach()
+        rows[::2] += torch.randn(rows[::2].shape, generator=draw) * rows.std()
+        prompts.append({"prompt_embeds": rows})
+    prompts[3::4] = [{"prompt_token_ids": [*range(9, 25)]}] * len(prompts[3::4])
+    outputs = served.generate(TOGETHER, prompts)
+    for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        tokens, logprobs = completion(output)
+        rows = prompt.get("prompt_embeds")
+        rows = embed(torch.tensor(prompt["prompt_token_ids"])) if rows is None else rows
+        with torch.no_grad():
+            whole = torch.cat([rows, embed(torch.tensor(tokens))])[None]
+            logits = served.references[TOGETHER[i % len(TOGETHER)]](inputs_embeds=whole).logits[0]
+        expected = torch.log_softmax(logits[len(rows) - 1 : -1], -1)
+        assert tokens == expected.argmax(-1).tolist()
+        assert logprobs == pytest.approx(expected.amax(-1).tolist(), abs=1e-3)
+
+
+def test_routers_asked_about_embeddings_follow_the_weights(served):
+    routers = manager_of(served.llm).step.routers
+    assert (routers is None) == served.fused
+    if routers is None:
+        return
+    model = served.llm.apply_model(lambda model: model)[0]
+    norm = model.model.layers[0].input_layernorm.weight
+    for factor in (2, 0.5):
+        norm.data.mul_(factor)
+        model.reload_adapter()
+        assert torch.equal(routers.norm_weight, norm)
 
 
 def test_alone_and_in_company(served):

@@ -30,8 +30,6 @@ def loader_of(base, family="LlamaForCausalLM", linears=None, pipelined=False, em
     [
         ({"routing": "layer_wise"}, {}, "`routing` layer_wise"),
         ({"router_layer": 2}, {}, "`router.layer` 2"),
-        ({}, {"pipelined": True}, "pipeline parallelism"),
-        ({}, {"embeds": True}, "--enable-prompt-embeds"),
         ({}, {"family": "OtherForCausalLM"}, "whose embedding is not known"),
     ],
 )
@@ -65,7 +63,7 @@ def test_another_size_of_a_family_that_is_not_in_the_table(tmp_path):
 
 def test_a_whole_adapter_is_taken(tmp_path):
     base, mix = make_pair(tmp_path, r=[4, 20, 33, 8])
-    hosted = loader_of(base).read(str(mix))
+    hosted = loader_of(base, pipelined=True, embeds=True).read(str(mix))
     assert hosted.kind == "mixture" and (hosted.size.pages, hosted.size.columns) == (7, 2)
     assert hosted.experts == [0, 1, 1, 2, 2, 2, 3]
     make_random_adapter(base, tmp_path / "one", num_experts=3, top_k=1, r=16)

@@ -26,6 +26,7 @@ Where requests choose their adapters (`--enable-lora`):
     pool.py        which adapters lie on the device, on which pages           (worker)
     hosted.py      adapters in host memory, as this rank needs them           (worker)
     paged_model.py which linears get pages                                    (worker)
+    page_routers.py their mixtures' routers, where tokens have no ids         (worker)
     rest.py        vLLM's own LoRA on what gets none                          (worker)
     page_bank.py   the pages of one projection                                (worker)
     page_step.py   the step's buffers: whose each token is, and its gates     (worker)

@@ -73,7 +73,6 @@ def options_problem(vllm_config: Any) -> str | None:
     """What of an engine's options keeps routers from seeing a request's past; None: nothing."""
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     found = {
-        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "context parallelism of prefills (PCP)": parallel.prefill_context_parallel_size > 1,
         "context parallelism of decodes (DCP)": parallel.decode_context_parallel_size > 1,
         "--enable-prompt-embeds": model.enable_prompt_embeds,

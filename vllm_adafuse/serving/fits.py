@@ -94,9 +94,7 @@ class Fits:
             return "`routing` layer_wise, a router in every linear or block"
         if config.router_layer:
             return f"`router.layer` {config.router_layer}, a router behind the entrance"
-        if self._model.enable_prompt_embeds:
-            return "a mixture with --enable-prompt-embeds"
-        return "a mixture with pipeline parallelism" if self.pipelined else ""
+        return ""
 
     def _check_origin(self, opened: OpenedAdapter, config: AdapterConfig, warn: bool) -> None:
         how = option(self._config.additional_config, "backbone")

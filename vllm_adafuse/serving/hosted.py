@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.config import AdapterConfig
 from vllm_adafuse.kernels.gate import Gate, gate
@@ -24,6 +25,7 @@ from vllm_adafuse.serving.adapters import (
 from vllm_adafuse.serving.expert_loras import Pair
 from vllm_adafuse.serving.fits import Fits
 from vllm_adafuse.serving.page_bank import Packed, Packer, PageBank, sizes_of
+from vllm_adafuse.serving.page_routers import PageRouters
 from vllm_adafuse.serving.page_step import PageStep
 from vllm_adafuse.serving.past import PastRouter
 from vllm_adafuse.serving.plain_loras import VLLM_LORA, read_base, read_heads
@@ -190,6 +192,24 @@ class Loader:
             if name in opened.rest and self.rest.changes(self.renamed(name), weight)
         ]
 
+    def routers(self, step: PageStep) -> PageRouters | None:
+        """What decides by embeddings for a step, where this stage gets those and mixtures are taken."""
+        if not (self.model_config.enable_prompt_embeds and get_pp_group().is_first_rank):
+            return None
+        if self.fits.architecture is None:
+            return None
+        text = self.model_config.hf_config
+        with torch.device(step.slots.device):
+            routers = PageRouters(step.gates.shape[1], text.hidden_size, text.rms_norm_eps)
+        self.read_norm(routers)
+        return routers
+
+    @torch.no_grad()
+    def read_norm(self, routers: PageRouters) -> None:
+        """Gives routers the norm's factors, as they are now."""
+        norm = self.model.model.layers[0].input_layernorm
+        routers.norm_weight.copy_(norm.weight.float() + self.fits.architecture.norm_offset)
+
     @torch.no_grad()
     def rehearse_stamp(self) -> None:
         """Asks a router about nothing: kernels that a device has not met yet take it 0.1 s."""
@@ -209,9 +229,9 @@ class Loader:
 
     @torch.no_grad()
     def stamp(self, hosted: Hosted) -> Iterator[None]:
-        """Asks a mixture's router about every token id, in pieces between which steps may run; on
-        all ranks together, piece by piece."""
-        if hosted.config is None:
+        """Asks a mixture's router about every token id, where the model is given those, in pieces
+        between which steps may run; on all ranks of a pipeline stage together, piece by piece."""
+        if hosted.config is None or not vllm_api.has_token_ids(self.model_config):
             return
         text = self.model_config.hf_config
         sizes = text.hidden_size, text.vocab_size, text.rms_norm_eps
@@ -243,6 +263,8 @@ class Loader:
         for bank, packed in zip(self.banks, hosted.packed):
             bank.write(pages, packed)
         self.write_passports(hosted, place, step)
+        if hosted.config is not None and step.routers is not None:
+            step.routers.put(pages, hosted.experts, hosted.config, hosted.router)
         if hosted.rest is not None:
             self.rest.put(adapter, hosted.rest)
 

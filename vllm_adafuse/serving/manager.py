@@ -74,6 +74,7 @@ class AdapterManager:
         if vllm_api.shares_lora(vllm_config):
             self.rest = Rest(model, vllm_config, self.device)
         self.loader = Loader(model, vllm_config, self.banks, self.rest)
+        self.step.routers = self.loader.routers(self.step)
         self.reads = Reads(self.loader, self.device)
         self.uploads = Uploads(self.loader, self.step, self.device)
         self.uploads.rehearse()
@@ -173,6 +174,8 @@ class AdapterManager:
         """Makes the passports of all mixtures anew, and vLLM's slots: the backbone's weights are others,
         maybe after a sleep in which all went that is no buffer (see patches/reload.py)."""
         self.coming.clear()  # to be read again
+        if self.step.routers is not None:
+            self.loader.read_norm(self.step.routers)
         for adapter, hosted in self.hosted.items():
             for _ in self.loader.stamp(hosted):
                 pass

@@ -28,11 +28,16 @@ from vllm_adafuse.serving.ops import make_known
 from vllm_adafuse.serving.past import PastRouter
 from vllm_adafuse.serving.projections import NormPlace, norms_behind
 from vllm_adafuse.serving.requests import requests_of
-from vllm_adafuse.serving.routes import ROUTE_IDS, ROUTE_WEIGHTS, Route, Router, SharedRotary
+from vllm_adafuse.serving.routes import ROUTES, Route, Router, SharedRotary
 from vllm_adafuse.serving.scratch import place_of
 from vllm_adafuse.serving.warm_up import warm_up
 from vllm_adafuse.serving.wrap import linears
-from vllm_adafuse.serving.wrap.hooks import after_loading, pass_routes_on, route_at
+from vllm_adafuse.serving.wrap.hooks import (
+    after_loading,
+    pass_routes_on,
+    route_at,
+    take_routes,
+)
 from vllm_adafuse.serving.wrap.vllm_lora import without_lora
 
 # vLLM shows only what is logged below its own name.
@@ -74,7 +79,7 @@ class AdaFuseMixin:
         self.adafuse_banks = self._wrap_projections(route, dtype, alone, behind)
         for bank in self.adafuse_banks:
             make_known(bank, vllm_config)
-        pass_routes_on(self, adapter_config.top_k)
+        pass_routes_on(self, ROUTES, adapter_config.top_k)
         stamps = get_pp_group().is_first_rank and not adapter_config.router_layer
         sizes = hf_config.hidden_size, hf_config.vocab_size if stamps else 0, hf_config.rms_norm_eps
         if adapter_config.router_context:
@@ -230,12 +235,10 @@ class AdaFuseMixin:
         router = self.adafuse_router
         at_layer = router.config.router_layer
         if intermediate_tensors is not None:
-            tensors = dict(intermediate_tensors.tensors)
-            received = tensors.pop(ROUTE_IDS), tensors.pop(ROUTE_WEIGHTS)
+            received, intermediate_tensors = take_routes(intermediate_tensors, ROUTES)
             # Before the layer at which the router stands, nothing is decided yet.
             if at_layer < self.model.start_layer:
                 router.receive(*received)
-            intermediate_tensors = IntermediateTensors(tensors)
         elif at_layer == 0:
             router(input_ids, inputs_embeds)
         if (step := getattr(self, "adafuse_step", None)) is not None:
@@ -243,8 +246,8 @@ class AdaFuseMixin:
         out = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
         if isinstance(out, IntermediateTensors):
             rows = positions.shape[-1]
-            out[ROUTE_IDS] = router.route.expert_ids[:rows]
-            out[ROUTE_WEIGHTS] = router.route.weights[:rows]
+            own = router.route.expert_ids[:rows], router.route.weights[:rows]
+            out.tensors.update(zip(ROUTES, own))
         return out
 
 

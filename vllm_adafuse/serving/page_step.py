@@ -19,6 +19,7 @@ from vllm_adafuse.kernels.page_routes import (
     new_tile_blocks,
     page_routes,
 )
+from vllm_adafuse.serving.page_routers import PageRouters
 from vllm_adafuse.serving.past import context_of, seed_ring
 from vllm_adafuse.serving.pool import Place, Size
 from vllm_adafuse.serving.requests import Requests, copy_to
@@ -34,7 +35,9 @@ class PageStep(Step):
     Args:
         rows: N, of the largest step.
         size: of the pool.
-        vocab_size: V, the rows of the passports.
+        vocab_size: V, the rows of the passports; 0 where there are none: in later pipeline stages,
+            and with prompt embeddings.
+        requests: of the engine.
 
     Attributes:
         has_adapters: [1] bool on the CPU. Ops read it when they run: a compiled model serves both
@@ -47,11 +50,13 @@ class PageStep(Step):
             those that tokens of the step have whose router sees the past.
         contexts, sums: as `context_routes` takes them.
         requests: of the engine.
+        routers: that decide by embeddings, where vLLM hands the model those; or None.
     """
 
     def __init__(self, rows: int, size: Size, vocab_size: int, requests: Requests):
         super().__init__(rows, size.pages)
         self.rotary: SharedRotary | None = None
+        self.routers: PageRouters | None = None
         self.vocab_size, self.requests = vocab_size, requests
         requests.followers.append(self)
         # Not a buffer: those follow the model to its device.
@@ -66,7 +71,8 @@ class PageStep(Step):
             ("directory", directory),
             ("contexts", contexts),
             ("sums", sums),
-            ("token_rows", torch.zeros(rows, dtype=torch.int32)),
+            # Without passports every token's routes are of this step alone.
+            ("token_rows", torch.arange(rows, dtype=torch.int32)),
             ("table_ids", torch.zeros(tables, dtype=torch.int32)),
             ("table_weights", torch.zeros(tables, dtype=torch.float32)),
         ):
@@ -111,8 +117,10 @@ class PageStep(Step):
         listed, pages = self._listed, list(place.pages)
         listed[OWNER, pages], listed[EXPERT, pages] = place.slot, experts
         listed[SCALE, place.slot] = np.float32(scale).view(np.int32)
-        columns, sees = place.columns, config is not None and bool(config.router_context)
-        if sees:  # its tokens' rows are of this step, in which any columns are theirs
+        columns = place.columns
+        sees = config is not None and bool(config.router_context) and self.vocab_size > 0
+        # Where its tokens' rows are of this step, any columns are theirs.
+        if config is not None and (sees or not self.vocab_size):
             columns = tuple(range(config.top_k))
         listed[TOP_K, place.slot] = len(columns)
         listed[COLUMNS : COLUMNS + len(columns), place.slot] = columns
@@ -159,10 +167,52 @@ class PageStep(Step):
             self.sums, self.requests.table,
             ContextRoutes(self.token_rows, self.table_ids[:, vocab_size:], c[:, vocab_size:]),
         )  # fmt: skip
+        self.spread(token_ids.shape[0])
+
+    def decide(self, embeddings: torch.Tensor) -> None:
+        """Writes the gates of a step of T tokens, from their embeddings [T, H]."""
+        columns, tokens = self.table_ids.shape[0], embeddings.shape[0]
+        slots = self.slots[:tokens]
+        ids, weights = self.routers.decide(embeddings, slots, self.directory, columns)
+        self.table_ids[: ids.shape[1], :tokens].copy_(ids.t())
+        self.table_weights[: ids.shape[1], :tokens].copy_(weights.t())
+        self.spread(tokens)
+
+    def spread(self, tokens: int) -> None:
+        """Writes the gates of so many tokens, from their rows in the tables."""
         page_routes(
-            self.token_rows[: token_ids.shape[0]], self.slots, self.directory, self.table_ids, c,
+            self.token_rows[:tokens], self.slots, self.directory, self.table_ids,
+            self.table_weights,
             PageGates(self.gates, self.active, self.tile_blocks, self.semaphores),
         )  # fmt: skip
+
+    def hand_on(self) -> None:
+        """Another pipeline stage follows: makes room for what it is told."""
+        shape = self.slots.shape[0], self.table_ids.shape[0]
+        for name, dtype in (("sent_ids", torch.int32), ("sent_weights", torch.float32)):
+            tensor = torch.zeros(shape, dtype=dtype, device=self.slots.device)
+            self.register_buffer(name, tensor, persistent=False)
+
+    def sent(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the next stage is told of so many tokens: expert ids (LOST of those whose adapter
+        is) and weights [tokens, C], in static buffers; in steps without adapters, of no step."""
+        ids, weights = self.sent_ids[:tokens], self.sent_weights[:tokens]
+        if self.adapts:
+            slots = self.slots[:tokens]
+            columns = self.directory[COLUMNS:, slots.clamp(min=0)].clamp(min=0).long()
+            at = columns * self.table_ids.shape[1] + self.token_rows[:tokens]
+            ids.copy_(self.table_ids.take(at).t())
+            ids.masked_fill_((slots == LOST)[:, None], LOST)
+            weights.copy_(self.table_weights.take(at).t())
+        return ids, weights
+
+    def receive(self, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """Writes the gates of a step, from what the stage before has `sent`."""
+        tokens = ids.shape[0]
+        self.table_ids[:, :tokens].copy_(ids.t())
+        self.table_weights[:, :tokens].copy_(weights.t())
+        self.slots[:tokens].masked_fill_(ids[:, 0] == LOST, LOST)
+        self.spread(tokens)
 
     def take_from(self, route: Route, tokens: int) -> None:
         """Leaves a mixture that is everybody's default to the requests that name no adapter: the

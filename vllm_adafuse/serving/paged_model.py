@@ -45,7 +45,8 @@ def wrap_model(
     with torch.device(device):
         rows, family = vllm_api.max_tokens(vllm_config), _family(model)
         requests = getattr(model, "adafuse_requests", None) or requests_of(vllm_config)
-        step = PageStep(rows, size, config.get_vocab_size(), requests)
+        vocab_size = config.get_vocab_size() if vllm_api.has_token_ids(config) else 0
+        step = PageStep(rows, size, vocab_size, requests)
         step.rotary, behind = SharedRotary(rows, family.rotary_follows), {}
         if family.residual_norms:
             behind = projections.norms_behind(model.model, vllm_config, residual_norms=True)

@@ -131,8 +131,8 @@ class PastRouter(Router):
 
     @property
     def follows(self) -> bool:
-        """See `Follower`."""
-        return True
+        """See `Follower`; a later pipeline stage has no tables, and is told routes."""
+        return self.c.numel() > 0
 
     def sees(self, place: int) -> bool:
         """See `Follower`."""

@@ -14,8 +14,10 @@ from vllm_adafuse.kernels.workspace import Workspace
 
 # Rows whose routes are computed at once when the passports are stamped.
 PASSPORT_CHUNK = 1024
-# Names under which routes travel to later pipeline stages.
-ROUTE_IDS, ROUTE_WEIGHTS = "adafuse_expert_ids", "adafuse_weights"
+# Names under which routes travel to later pipeline stages: everybody's, and those of requests'
+# own adapters.
+ROUTES = "adafuse_expert_ids", "adafuse_weights"
+PAGE_ROUTES = "adafuse_page_expert_ids", "adafuse_page_weights"
 
 
 class Step(torch.nn.Module):

@@ -207,6 +207,14 @@ def max_tokens(vllm_config: VllmConfig) -> int:
     return max(vllm_config.scheduler_config.max_num_batched_tokens, *sizes)
 
 
+def has_token_ids(model_config: Any) -> bool:
+    """Whether this rank's model is given the ids of a step's tokens: later pipeline stages get hidden
+    states, and with --enable-prompt-embeds the first one gets embeddings, of all tokens."""
+    from vllm.distributed import get_pp_group
+
+    return get_pp_group().is_first_rank and not model_config.enable_prompt_embeds
+
+
 # What decoder layers of all families take first.
 LAYER_TAKES = ("positions", "hidden_states", "residual")
 

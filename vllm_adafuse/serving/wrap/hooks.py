@@ -10,7 +10,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.sequence import IntermediateTensors
 from vllm_adafuse.serving import vllm_api
 from vllm_adafuse.serving.kv_cache import LayerCache, can_write
-from vllm_adafuse.serving.routes import ROUTE_IDS, ROUTE_WEIGHTS, Router
+from vllm_adafuse.serving.routes import Router
 
 
 class AfterLoading(QuantizeMethodBase):
@@ -67,20 +67,29 @@ def _route_at(layer: torch.nn.Module, args: tuple) -> None:
     layer.adafuse_router.enter(hidden, residual)
 
 
-def pass_routes_on(model: torch.nn.Module, top_k: int) -> None:
-    """Has a pipeline stage expect routes beside the hidden states that it is sent."""
+def pass_routes_on(model: torch.nn.Module, names: tuple[str, str], columns: int) -> None:
+    """Has a pipeline stage expect routes, [T, columns] ids and weights under these names, beside the
+    hidden states that it is sent."""
     stock_factory = model.make_empty_intermediate_tensors
 
     def make_empty_intermediate_tensors(
         batch_size: int, dtype: torch.dtype, device: torch.device
     ) -> IntermediateTensors:
         tensors = stock_factory(batch_size, dtype, device)
-        shape = (batch_size, top_k)
-        tensors[ROUTE_IDS] = torch.zeros(shape, dtype=torch.int32, device=device)
-        tensors[ROUTE_WEIGHTS] = torch.zeros(shape, dtype=torch.float32, device=device)
+        for name, kind in zip(names, (torch.int32, torch.float32)):
+            tensors[name] = torch.zeros(batch_size, columns, dtype=kind, device=device)
         return tensors
 
     model.make_empty_intermediate_tensors = make_empty_intermediate_tensors
+
+
+def take_routes(
+    intermediate_tensors: IntermediateTensors, names: tuple[str, str]
+) -> tuple[tuple[torch.Tensor, torch.Tensor], IntermediateTensors]:
+    """The routes that another stage has sent under these names, and what else it sent."""
+    tensors = dict(intermediate_tensors.tensors)
+    ids, weights = (tensors.pop(name) for name in names)
+    return (ids, weights), IntermediateTensors(tensors)
 
 
 def take_cache(attention: torch.nn.Module | None) -> LayerCache | None:

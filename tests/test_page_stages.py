@@ -1,0 +1,197 @@
+"""Gates of pages are the same whether a stage looks routes up by id, hears of them from the stage
+before, or decides them by embeddings."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from vllm.sequence import IntermediateTensors
+from vllm_adafuse.kernels.gate import Gate, gate
+from vllm_adafuse.serving.page_routers import PageRouters
+from vllm_adafuse.serving.page_step import LOST, NO_ADAPTER, PageStep
+from vllm_adafuse.serving.past import PastRouter
+from vllm_adafuse.serving.pool import Place, Size
+from vllm_adafuse.serving.requests import Requests
+from vllm_adafuse.serving.routes import PAGE_ROUTES
+from vllm_adafuse.serving.wrap import steps
+
+VOCAB, HIDDEN, ROWS, EPS = 50, 24, 40, 1e-5
+# Experts' pages, then columns among the passports.
+PLACES = {
+    "two": Place((0, 1, 2, 3, 4), (2, 0)), "all": Place((6, 7, 8), (1, 3)), "one": Place((9, 10), (4,)),
+}  # fmt: skip
+EXPERTS = {"two": [0, 0, 1, 2, 2], "all": [0, 1, 2], "one": [0, 1]}
+CONFIGS = {
+    "two": {"num_experts": 3, "top_k": 2, "scales": (2.0, 0.5, 1.0), "temperature": 0.3},
+    "all": {
+        "num_experts": 3, "top_k": 2, "scales": (1.0, 4.0, 0.5), "router_weights": "softmax_topk",
+    },
+    "one": {"num_experts": 2, "top_k": 1, "scales": (3.0, 1.5), "router_input": "embedding"},
+}  # fmt: skip
+LORA = Place((5, 11))
+
+
+DEFAULTS = {
+    "temperature": 1.0, "router_weights": "topk_softmax", "router_input": "first_norm",
+    "router_context": "",
+}  # fmt: skip
+
+
+def config(name):
+    return SimpleNamespace(**DEFAULTS | CONFIGS[name])
+
+
+def draw(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+EMBEDDING, NORM = draw(VOCAB, HIDDEN), draw(HIDDEN) + 1
+ROUTERS = {name: draw(c["num_experts"], HIDDEN) + i for i, (name, c) in enumerate(CONFIGS.items())}
+BIAS = draw(3)
+
+
+def tensors(name):
+    own = {"router.weight": ROUTERS[name]}
+    return own | ({"router.bias": BIAS} if name == "two" else {})
+
+
+def passports(name):
+    own = config(name)
+    norm = NORM if own.router_input == "first_norm" else None
+    bias = tensors(name).get("router.bias")
+    made = Gate(
+        ROUTERS[name], bias, norm, torch.tensor(own.scales), EPS, own.temperature, own.top_k,
+        own.router_weights == "softmax_topk",
+    )  # fmt: skip
+    return gate(EMBEDDING, made)
+
+
+def new_step(vocab_size):
+    step = PageStep(ROWS, Size(12, 8), vocab_size, Requests(4))
+    step.reserve(1, [(1, 1, 1)])
+    for name, place in PLACES.items():
+        step.list(place, EXPERTS[name], 1.0, config(name))
+        if vocab_size:
+            for column, ids, weights in zip(place.columns, *(t.t() for t in passports(name))):
+                step.table_ids[column, :VOCAB], step.table_weights[column, :VOCAB] = ids, weights
+    step.list(LORA, [0, 0], 0.75)
+    return step
+
+
+def name(step, lost=()):
+    """Seven requests of 40 tokens, one of them of no adapter."""
+    slots = [PLACES["two"].slot, LORA.slot, PLACES["one"].slot, NO_ADAPTER, PLACES["all"].slot]
+    slots += [PLACES["one"].slot, PLACES["two"].slot]
+    slots = [LOST if i in lost else slot for i, slot in enumerate(slots)]
+    step.has_adapters.fill_(True)
+    step.name(np.array(slots, dtype=np.int32), np.array([9, 3, 4, 5, 8, 1, 10]))
+    return step
+
+
+IDS = torch.randint(VOCAB, (ROWS,), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def first():
+    step = name(new_step(VOCAB))
+    step.route(IDS)
+    assert (step.gates != 0).sum(1).tolist()[:9] != [0] * 9
+    return step
+
+
+def test_a_later_stage_is_told(first):
+    first.hand_on()
+    middle, last = name(new_step(0)), name(new_step(0))
+    middle.hand_on()
+    middle.receive(*first.sent(ROWS))
+    last.receive(*middle.sent(ROWS))
+    for step in (middle, last):
+        assert torch.equal(step.gates, first.gates) and torch.equal(step.active, first.active)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_an_adapter_lost_at_one_stage_is_lost_at_the_last(stage):
+    steps = [name(new_step(V), lost=[4] if i == stage else []) for i, V in enumerate((VOCAB, 0, 0))]
+    steps[0].route(IDS)
+    for before, step in zip(steps, steps[1:]):
+        before.hand_on()
+        step.receive(*before.sent(ROWS))
+    lost = steps[2].slots == LOST
+    assert lost.nonzero().flatten().tolist() == list(range(21, 29))
+    assert not steps[2].gates[lost].any() and steps[2].gates[:3].any()
+
+
+def test_steps_without_adapters_pass_nothing_on(first):
+    first.hand_on()
+    told = [tensor.clone() for tensor in first.sent(ROWS)]
+    first.has_adapters.fill_(False)
+    first.table_weights.zero_()
+    assert all(torch.equal(*both) for both in zip(told, first.sent(ROWS)))
+
+
+class Stage(torch.nn.Module):
+    """A model of which a pipeline stage is here; keeps what its forward is given."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.last = last
+
+    def make_empty_intermediate_tensors(self, batch_size, dtype, device):
+        return IntermediateTensors({"hidden_states": torch.zeros(batch_size, HIDDEN)})
+
+    def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None):
+        self.given = intermediate_tensors and set(intermediate_tensors.tensors)
+        hidden = torch.ones(len(positions), HIDDEN)
+        return hidden if self.last else IntermediateTensors({"hidden_states": hidden})
+
+
+def staged(monkeypatch, last):
+    model, step = Stage(last), new_step(0 if last else VOCAB)
+    stages = SimpleNamespace(world_size=2, is_last_rank=last)
+    monkeypatch.setattr(steps, "get_pp_group", lambda: stages)
+    steps.watch(model, step)
+    return model, step
+
+
+def test_routes_travel_beside_hidden_states_in_all_steps(monkeypatch):
+    (one, first), (other, last) = (staged(monkeypatch, is_last) for is_last in (False, True))
+    positions, expected = torch.arange(ROWS), {"hidden_states", *PAGE_ROUTES}
+    made = other.make_empty_intermediate_tensors(ROWS, torch.float32, "cpu")
+    for adapters in (False, True):
+        if adapters:
+            name(first), name(last, lost=[4])
+        sent = one(input_ids=IDS, positions=positions)
+        assert one.given is None and set(sent.tensors) == expected
+        for key in expected:
+            assert (made[key].shape, made[key].dtype) == (sent[key].shape, sent[key].dtype)
+        hidden = other(input_ids=None, positions=positions, intermediate_tensors=sent)
+        assert other.given == {"hidden_states"}
+        assert hidden.all(1).sum() == ROWS - 8 * adapters  # those lost at the last stage say nothing
+    kept = last.slots != LOST
+    assert torch.equal(last.gates[kept], first.gates[kept]) and last.gates.any()
+
+
+def test_a_stage_without_tables_follows_nobody():
+    past = SimpleNamespace(**DEFAULTS | CONFIGS["one"] | {"router_context": "mean"})
+    step, own = new_step(0), new_step(VOCAB)
+    for each in (step, own):
+        each.list(Place((9, 10), (4, 5)), EXPERTS["one"], 1.0, past)
+    assert own.follows and not step.follows
+    for vocab_size in (0, VOCAB):
+        route = SimpleNamespace(expert_ids=torch.zeros(ROWS, 1, dtype=torch.int32))
+        router = PastRouter(past, route, HIDDEN, vocab_size, EPS, Requests(4))
+        assert router.follows == (vocab_size > 0)
+
+
+def test_embeddings_are_routed_as_their_ids(first):
+    step = name(new_step(0))
+    step.routers = PageRouters(12, HIDDEN, EPS)
+    step.routers.norm_weight.copy_(NORM)
+    for adapter, place in PLACES.items():
+        pages = torch.tensor(place.pages)
+        step.routers.put(pages, EXPERTS[adapter], config(adapter), tensors(adapter))
+    step.decide(EMBEDDING[IDS])
+    assert torch.equal(step.gates != 0, first.gates != 0)
+    torch.testing.assert_close(step.gates, first.gates, rtol=1e-6, atol=1e-7)
+    assert torch.equal(step.active, first.active)
