@@ -6,6 +6,7 @@ from engines import assert_greedy_equals, engine, greedy, load_reference, make_p
 from loras import PATTERNS, make_lora
 from vllm.lora.request import LoRARequest
 from vllm_adafuse.format.random_adapter import make_random_adapter
+from vllm_adafuse.serving.versions import AdapterRefused
 from vllm_adafuse.tiny import real_prompts
 
 PAST = {"router_context": "mean", "router_context_scale": 4.0, "top_k": 2, "num_experts": 3}
@@ -38,6 +39,12 @@ def test_two_pipeline_stages(tmp_path, monkeypatch):
         if worker.rank == 1:
             del worker.model_runner.lora_manager.loader.read
 
+    def lose(worker, adapter):
+        """The first stage has given it up in a step."""
+        lost = worker.model_runner.lora_manager.lost
+        if worker.rank == 0 and lost.pop(adapter, None) is None:
+            lost[adapter] = "it could not be read"
+
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     # A default that sees the past itself.
     base, default = make_pair(tmp_path, r=4, seed=9, **PAST)
@@ -62,9 +69,13 @@ def test_two_pipeline_stages(tmp_path, monkeypatch):
 
         check(["base", "lora", "mix", "past"])
         llm.collective_rpc(spoil)
-        with pytest.raises(Exception, match="spoilt|another rank|failed"):
+        with pytest.raises(AdapterRefused, match="spoilt"):
             llm.llm_engine.add_lora(requests["late"])
         assert llm.collective_rpc("list_loras") == [{1, 2, 3}] * 2
         llm.collective_rpc(mend)
+        llm.collective_rpc(lose, args=(4,))
+        with pytest.raises(AdapterRefused, match="another rank has lost it"):
+            llm.llm_engine.add_lora(requests["late"])
+        llm.collective_rpc(lose, args=(4,))
         assert llm.llm_engine.add_lora(requests["late"])
         check(list(references))

@@ -8,13 +8,15 @@ step lie on the device and says whose each token is (`page_step.py`).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.serving import vllm_api
@@ -32,6 +34,24 @@ from vllm_adafuse.serving.wrap.steps import watch
 
 # vLLM shows only what is logged below its own name.
 logger = init_logger("vllm.adafuse")
+
+
+def _raised_once(ask: Callable[..., bool]) -> Callable[..., bool]:
+    """What an engine asks of all ranks, and all refuse by a ValueError or none: the last one alone
+    raises it, the others say no. vLLM reads answers up to the first error, and would take those
+    behind it for answers to what it asks next."""
+
+    @functools.wraps(ask)
+    def asked(*arguments: Any) -> bool:
+        try:
+            return ask(*arguments)
+        except ValueError as e:
+            if get_pp_group().is_last_rank and get_tp_group().is_last_rank:
+                raise
+            logger.error("AdaFuse: %s", e)
+            return False
+
+    return asked
 
 
 class AdapterManager:
@@ -92,6 +112,7 @@ class AdapterManager:
 
     # Adapters come and go.
 
+    @_raised_once
     def add_adapter(self, request: Any) -> bool:
         """Reads an adapter beside the steps, unless it is there; returns whether it is there now.
 
@@ -101,18 +122,19 @@ class AdapterManager:
         Raises:
             AdapterError: it cannot be served; what is there stays as it is.
         """
+        lost = self.lost.get(request.lora_int_id)
+        if not vllm_api.everywhere(lost is None):
+            raise AdapterError(
+                f"adapter {request.lora_name}",
+                [
+                    f"{lost or 'another rank has lost it'}; requests were under way then, and what "
+                    "they left in the KV cache is not this adapter's: load it under another name"
+                ],
+            )
         return self._add(request, wait=split_path(request.lora_path)[1] is None)
 
     def _add(self, request: Any, wait: bool, in_step: bool = False) -> bool:
         adapter = request.lora_int_id
-        if adapter in self.lost:
-            raise AdapterError(
-                f"adapter {request.lora_name}",
-                [
-                    f"{self.lost[adapter]}; requests were under way then, and what they left in "
-                    "the KV cache is not this adapter's: load it under another name"
-                ],
-            )
         if adapter in self.hosted and not request.load_inplace:
             return True
         self.meter.begin(adapter)
@@ -207,6 +229,7 @@ class AdapterManager:
         for adapter in [*self.hosted, *self.pool.placed]:
             self.remove_adapter(adapter)
 
+    @_raised_once
     def pin_adapter(self, adapter: int) -> bool:
         """Keeps an adapter on the host, and on the device as long as steps can run so.
 

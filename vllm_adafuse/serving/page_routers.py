@@ -58,7 +58,8 @@ class PageRouters(torch.nn.Module):
         numbers = torch.zeros(6, len(experts))
         if (bias := tensors.get("router.bias")) is not None:
             numbers[BIAS] = bias[index].float()
-        numbers[TEMPERATURE], numbers[SCALE] = config.temperature, torch.tensor(config.scales)[index]
+        numbers[TEMPERATURE] = config.temperature
+        numbers[SCALE] = torch.tensor(config.scales)[index]
         numbers[NORMED] = float(config.router_input == "first_norm")
         numbers[SOFTMAX_FIRST] = float(config.router_weights == "softmax_topk")
         numbers[FIRST] = (index.diff(prepend=index.new_full((1,), -1)) != 0).float()

@@ -45,7 +45,8 @@ def _route(
         return args, kwargs | {"intermediate_tensors": others}
     if not step.adapts:
         return None
-    token_ids, embeddings = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
+    token_ids = kwargs.get("input_ids", args[0] if args else None)
+    embeddings = kwargs.get("inputs_embeds")
     if step.routers is not None:
         step.decide(embeddings)
     elif token_ids is not None and step.vocab_size:
