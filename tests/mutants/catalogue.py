@@ -374,7 +374,7 @@ STAGES = [
     ),
     Mutant(
         "a stage keeps its loss to itself", "vllm_adafuse/serving/page_step.py",
-        "ids.masked_fill_((slots == LOST)[:, None], LOST)", "pass",
+        "ids.masked_fill_((slots == LOST)[:, None], LOST)", "...",
         f"{PAGE_STAGES}an_adapter_lost_at_one_stage_is_lost_at_the_last",
         "half of an adapter's layers answer in its name",
     ),
@@ -420,7 +420,7 @@ STAGES = [
         "weights of embeddings' routes do not add up",
     ),
     Mutant(
-        "the norm for all or none", "vllm_adafuse/serving/page_routers.py",
+        "the norm for all", "vllm_adafuse/serving/page_routers.py",
         "self.numbers[NORMED] != 0", "self.numbers[NORMED] < 2",
         f"{PAGE_STAGES}embeddings_are_routed_as_their_ids",
         "a router that reads the embedding itself is asked about another vector",
