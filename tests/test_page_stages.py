@@ -195,3 +195,7 @@ def test_embeddings_are_routed_as_their_ids(first):
     assert torch.equal(step.gates != 0, first.gates != 0)
     torch.testing.assert_close(step.gates, first.gates, rtol=1e-6, atol=1e-7)
     assert torch.equal(step.active, first.active)
+    step.hand_on()
+    later = name(new_step(0))
+    later.receive(*step.sent(ROWS))
+    assert torch.equal(later.gates, step.gates)
