@@ -126,6 +126,11 @@ def test_it_learns_whose_text_it_is(base, tmp_path):  # noqa: F811
     ("changes", "said"),
     [
         ({"--router-context": None}, "--data: expected --router-context mean beside it"),
+        (
+            {"--router-context": None, "--data": None, "--labels": "code=x.txt"},
+            "--labels: expected --router-context mean beside it",
+        ),
+        ({"--labels": "other=x.txt"}, "samples of other: no such expert"),
         ({"--data": None}, "there is no text to train the router on"),
         ({"--router": "uniform"}, "--router is uniform, expected none"),
         ({"--report": "a.html"}, "--report draws what a router sees in single tokens"),
@@ -162,7 +167,7 @@ def test_the_command(base, loras, text, tmp_path, capsys):  # noqa: F811
     small = ["--steps", "2", "--length", "32", "--batch-size", "2", "--dtype", "float32"]
     code = write_text(tmp_path / "code.txt", WORDS["code"], 1, tokens=300)
     command = ["compose-experts", *named, "--base", str(base), "--output", str(tmp_path / "out")]
-    past = ["--router-context", "mean", "--data", str(text), "--samples", f"code={code}"]
+    past = ["--router-context", "mean", "--data", str(text), "--samples", f"code={code}", "--labels", f"law={code}"]
     assert main([*command, *past, *small]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "tokens with loss perplexity" in said and "experts code" in said

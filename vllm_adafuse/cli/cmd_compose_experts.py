@@ -66,10 +66,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--output", required=True, metavar="ADAPTER", help="the adapter directory to make")
     add("--base", help="the backbone: a directory or a cached name (default: the first LoRA's)")
     add(
-        "--samples", "--labels", dest="samples", action="append", default=[], type=pair,
-        metavar="NAME=FILE",
-        help="UTF-8 text of an expert's domain, that is text with a label; once or more for each. "
-        "Where a router is trained on --data, of any experts or none, and may be jsonl",
+        "--samples", action="append", default=[], type=pair, metavar="NAME=FILE",
+        help="UTF-8 text of an expert's domain; once or more for each",
     )  # fmt: skip
     add("--router", choices=("fit", "uniform"), default="fit", help="fit to the samples (default)")
     add(
@@ -95,8 +93,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     past("--router-context", choices=CONTEXTS, help="train one that sees the request so far")
     past(
         "--data", action="append", default=[], type=Path, metavar="FILE",
-        help="text to train it on, of any domain: jsonl as `train` takes it, or plain UTF-8; "
-        "--labels of some experts may stand beside it",
+        help="text to train it on, of any domain: jsonl as `train` takes it, or plain UTF-8",
+    )  # fmt: skip
+    past(
+        "--labels", action="append", default=[], type=pair, metavar="NAME=FILE",
+        help="text whose expert is known, of either kind, to train it on besides; of any experts or "
+        "none (--samples are taken so too)",
     )  # fmt: skip
     past("--router-from", type=Path, metavar="ADAPTER",
          help="keep the rows of experts of the same name; only those of others are trained")  # fmt: skip
@@ -119,6 +121,11 @@ _OF_THE_PAST = {
 }  # fmt: skip
 
 
+def _texts(args: argparse.Namespace) -> list[str]:
+    """Options that name text to train a router on, of those that are given."""
+    return [f"--{name}" for name in ("data", "labels") if getattr(args, name)]
+
+
 def _context(args: argparse.Namespace):
     """The options of a router that sees the past; None without one.
 
@@ -130,7 +137,7 @@ def _context(args: argparse.Namespace):
     given = {f: v for o, f in _OF_THE_PAST.items() if (v := getattr(args, o)) is not None}
     if not args.router_context:
         named = [f"--{o.replace('_', '-')}" for o in _OF_THE_PAST if getattr(args, o) is not None]
-        if named := [*named, *(["--data"] if args.data else [])]:
+        if named := [*named, *_texts(args)]:
             raise ValueError(f"{', '.join(named)}: expected --router-context mean beside it")
         return None
     if args.router != "fit":
@@ -138,7 +145,7 @@ def _context(args: argparse.Namespace):
     if args.report:
         raise ValueError("--report draws what a router sees in single tokens; leave it out")
     given["held_out"] = args.held_out
-    return ContextOptions(tuple(args.data), tuple(args.samples), **given)
+    return ContextOptions(tuple(args.data), (*args.samples, *args.labels), **given)
 
 
 # Options of a mixture that is made anew, and what they are where none is given.
@@ -162,14 +169,12 @@ def _training(args: argparse.Namespace):
     given = {f: v for o, f in _OF_THE_PAST.items() if (v := getattr(args, o)) is not None}
     if not args.loras:
         named = [f"--{o.replace('_', '-')}" for o in _OF_THE_PAST if getattr(args, o) is not None]
-        named += [*(["--data"] if args.data else []), *(["--labels"] if args.samples else [])]
-        if named:
+        if named := [*named, *_texts(args), *(["--samples"] if args.samples else [])]:
             raise ValueError(f"{', '.join(named)}: expected a LoRA to add beside it, else nothing is "
                              "trained")  # fmt: skip
         return None
-    return ContextOptions(
-        tuple(args.data), tuple(args.samples), held_out=args.held_out, **given
-    )
+    labelled = (*args.samples, *args.labels)
+    return ContextOptions(tuple(args.data), labelled, held_out=args.held_out, **given)
 
 
 def _change(args: argparse.Namespace, loras: dict[str, str | Path]):
