@@ -29,7 +29,8 @@ from unittest.mock import patch
 from vllm_adafuse.cli.cmd_random import integers
 
 from benchmarks import lora, record
-from benchmarks.engine_options import SHAPES
+from benchmarks.engine import write_config
+from benchmarks.engine_options import SHAPES, Options
 from benchmarks.prompts import Ids
 from benchmarks.turns import Engine, timed
 
@@ -62,7 +63,8 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
     """A row for each size."""
     ids = Ids(SHAPES[options.model][-1], random.Random(0))
     with tempfile.TemporaryDirectory() as scratch:
-        _, mixtures = lora.make_adapters(options, Path(scratch))
+        write_config(Options(model=options.model, layers=options.layers), Path(scratch) / "base")
+        mixtures = lora.make_mixtures(options, Path(scratch))
         llm = lora.start(
             options, Path(scratch), disable_log_stats=False, enable_lora=True,
             max_loras=lora.MIXTURES, max_lora_rank=lora.rank(options.experts * options.r),
@@ -125,7 +127,7 @@ def main() -> None:
     add("--out", type=Path, help="folder of the result file")
     add("--commit", default="", help="of the measured code")
     options = parser.parse_args()
-    options.loras, options.cache, options.longest = 1, None, options.prompt + options.tokens + 8
+    options.cache, options.longest = None, options.prompt + options.tokens + 8
     told = {k: v for k, v in vars(options).items() if k not in ("out", "commit")}
     rows, path = [{"options": told}], None
     for row in measure(options):

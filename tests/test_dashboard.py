@@ -3,6 +3,7 @@ plots as they are saved."""
 
 import json
 import re
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from xml.etree import ElementTree
 
 import benchmark_package  # noqa: F401
 import pytest
+from vllm_adafuse.serving.metrics import COLLECTOR
 
 from benchmarks import dashboard, metrics
 from benchmarks.pages import smaller
@@ -138,6 +140,33 @@ def test_turns_are_counted_or_not(monkeypatch):
             collector.count("a", 1, 2, "stop")
             collector.count_experts(None, [1])
         assert len(seconds) == (2 if on else 0) and len(done) == 2
+
+
+def test_turns_of_each_size_are_saved(tmp_path, monkeypatch):
+    started, ended = [], []
+    core = SimpleNamespace(shutdown=lambda: ended.append(True))
+    llm = SimpleNamespace(llm_engine=SimpleNamespace(engine_core=core))
+
+    def start(options, root, **extra):
+        started.append((options.longest, extra["disable_log_stats"], extra["max_lora_rank"]))
+        assert (root / "base" / "config.json").is_file() and (root / "mix3").is_dir()
+        return llm
+
+    def timed(engine, lengths, ids):
+        assert len(engine.lora) == 4 and set(lengths) == {(5, 7)} and len(ids.prompt(9)) == 9
+        for _ in lengths:
+            COLLECTOR.count("a", 5, 7, "stop")
+        return 1.0
+
+    monkeypatch.setattr(metrics.lora, "start", start)
+    monkeypatch.setattr(metrics, "timed", timed)
+    words = f"metrics --model tiny --batches 1,3 --prompt 5 --tokens 7 --repeats 2 --out {tmp_path}"
+    monkeypatch.setattr(sys, "argv", words.split())
+    metrics.main()
+    (file,) = tmp_path.glob("metrics-*.json")
+    _, one, three = json.loads(file.read_text())["rows"]
+    assert (one["batch"], three["batch"], one["overhead"], len(one["with"]["all"])) == (1, 3, 0, 2)
+    assert started == [(20, False, 128)] and ended == [True]
 
 
 def test_what_counting_costs():
