@@ -63,7 +63,7 @@ USAGE = {
     "check ''": "'' is empty; is a variable of the shell unset?",
     "check adapter base": "base is one argument too many",
     "inspect adapter --jsn": "did you mean --json?",
-    "route adapter": "one of the arguments --text --file is required",
+    "route adapter": "one of the arguments --text --file --answer is required",
     "route adapter --txt hello": "there is no option --txt; did you mean --text?",
     "route adapter --file ''": "--file is empty",
     "route adapter --text a --file b": "not allowed with argument --text",

@@ -28,6 +28,7 @@ Where requests choose their adapters (`--enable-lora`):
     paged_model.py which linears get pages                                    (worker)
     page_routers.py their mixtures' routers, where tokens have no ids         (worker)
     rest.py        vLLM's own LoRA on what gets none                          (worker)
+    expert_loras.py  LoRA on a backbone's own experts, for vLLM's own LoRA    (worker)
     page_bank.py   the pages of one projection                                (worker)
     page_step.py   the step's buffers: whose each token is, and its gates     (worker)
     fits.py        whether a mixture may be chosen per request here           (both)
