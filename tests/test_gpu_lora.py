@@ -1,6 +1,8 @@
 """Requests that choose their adapter on a GPU, in bfloat16 and CUDA graphs: as close to float32 as
 plain transformers and PEFT in bfloat16 are."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from engines import completion, greedy, load_reference, logprobs_of
@@ -204,6 +206,8 @@ def test_adapters_sleep_and_wake(pairs, lora):
         batches = [generate(llm, pairs, names)]
         llm.sleep(level=1), llm.wake_up()
         batches.append(generate(llm, pairs, names))
+        if lora == "both" and not find_spec("vllm.model_executor.model_loader.reload.inplace"):
+            return assert_close(pairs, *batches)  # older: finds no weights in what vLLM has wrapped
         llm.sleep(level=2), llm.wake_up(tags=["weights"])
         llm.collective_rpc("reload_weights")
         llm.wake_up(tags=["kv_cache"])

@@ -137,9 +137,12 @@ def test_refused_by_name(served, case, tmp_path):
 def test_another_whole_module_is_refused(served, tmp_path):
     shutil.copytree(served[1] / "whole", tmp_path / "bad")
     config = json.loads((tmp_path / "bad" / "adapter_config.json").read_text())
-    for named in (["classifier", "score", "norm"], ["norm"]):
+    file = tmp_path / "bad" / "adapter_model.safetensors"
+    for named in (["classifier", "score", "norm"], ["norm"], ["classifier", "score"]):
         config["modules_to_save"] = named
         (tmp_path / "bad" / "adapter_config.json").write_text(json.dumps(config))
+        if "norm" not in named:  # nor is a head there that is named
+            save_file({k: t for k, t in load_file(file).items() if "score" not in k}, file)
         with pytest.raises(AdapterError, match="`modules_to_save` is"):
             open_adapter(tmp_path / "bad", rest=True)
 

@@ -144,7 +144,7 @@ def test_slots_that_a_sleep_took_are_written_anew(served):
     for module in manager.rest._modules.modules.values():
         module.lora_a_stacked.fill_(torch.nan), module.lora_b_stacked.fill_(torch.nan)
     wrapper._embeddings_indices.fill_(1 << 40)
-    manager.stamp_again()
+    served.llm.collective_rpc("reload_weights")
     assert manager.pool.placed == placed and sorted(served.slots) == slots
     assert not wrapper._embeddings_indices.any()
     served.llm.reset_prefix_cache()

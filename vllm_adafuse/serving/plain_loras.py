@@ -103,8 +103,7 @@ def read_parts(path: Path, backbone: Backbone | None, rest: bool) -> tuple[dict[
         parts = peft_lora.read_lora(source, known, peft_lora.ANY_PAIR)
         heads = take_heads(source)
         # PEFT names both heads, whichever the backbone has.
-        named = set(source.config.get("modules_to_save") or ())
-        check_modules_to_save(source, CLASSIFIERS if heads and named <= {*CLASSIFIERS} else ())
+        check_modules_to_save(source, CLASSIFIERS if heads else ())
         if not parts and not source.problems:
             source.problems.append(
                 f"{source.file}: holds no lora_A / lora_B pair, expected at least one; nothing "
