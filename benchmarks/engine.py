@@ -95,8 +95,9 @@ def _memory(worker) -> dict[str, int]:
     }
 
 
-def make_lora(base: Path, out: Path, r: int) -> Path:
-    """A random PEFT LoRA on all linears of a backbone."""
+def make_lora(base: Path, out: Path, r: int, scale: float = 2.0) -> Path:
+    """A random PEFT LoRA on all linears of a backbone; scale: of B A, both of which keep what they
+    are given as large as it is."""
     from safetensors.torch import save_file
     from vllm_adafuse.format.backbone import Backbone
 
@@ -111,7 +112,7 @@ def make_lora(base: Path, out: Path, r: int) -> Path:
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": r,
-        "lora_alpha": 2 * r,
+        "lora_alpha": scale * r,
         "target_modules": sorted(backbone.modules()),
         "base_model_name_or_path": str(base),
         "bias": "none",

@@ -47,6 +47,9 @@ from benchmarks.soak_traffic import (
 from benchmarks.soak_truth import BASE, Names, Truth
 
 GROWTH = 0.01  # of memory after the warm-up, allowed
+# Of the LoRAs: less than what the backbone's linears say, or errors of bfloat16 would grow from layer
+# to layer, by plain torch too, until no tolerance could tell them from another adapter's tokens.
+LORA_SCALE = 0.125
 DEAD = "EngineDeadError"  # in the log of a server whose engine has ended
 
 
@@ -70,7 +73,7 @@ def make_world(root: Path, options: argparse.Namespace, dtype: torch.dtype) -> d
         )
     for number, rank in enumerate((8, 16, 40)):
         torch.manual_seed(number)
-        contents[f"lora{number}"] = make_lora(base, root / f"lora{number}", rank)
+        contents[f"lora{number}"] = make_lora(base, root / f"lora{number}", rank, LORA_SCALE)
     shutil.copytree(contents["lora0"], root / "place")
     make_random_adapter(base, root / "large", num_experts=64, top_k=2, r=64)
     return contents
@@ -198,7 +201,7 @@ def soak(options: argparse.Namespace, root: Path, logs: Path) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if on_gpu else torch.float32
     contents = make_world(root, options, dtype)
-    tolerance = options.tolerance or (0.3 if on_gpu else 1e-3)
+    tolerance = options.tolerance or (0.6 if on_gpu else 1e-3)
     truth = Truth(root / "base", contents, tolerance, "cuda" if on_gpu else "cpu")
     meanings = {name: name for name in contents} | {BASE: BASE, "moving": "lora1"}
     names = Names(meanings | {"place": "lora0", "guest": None}, [*contents, BASE])
@@ -242,7 +245,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--hidden", type=int, default=128, help="its width, a multiple of 128")
     add("--vocabulary", type=int, default=1003, help="its tokens")
     add("--tolerance", type=float, metavar="NATS",
-        help="of a near tie; default 0.001 in float32, 0.3 in bfloat16, on a GPU")  # fmt: skip
+        help="of a near tie; default 0.001 in float32, 0.6 in bfloat16, on a GPU: plain torch loses 0.23")  # fmt: skip
     add("--leave-out", nargs="+", default=[], help="clients, to find out whose a fault is",
         choices=("other_request", "disconnect", "change", "hostile"))  # fmt: skip
     add("--seed", type=int, default=0)

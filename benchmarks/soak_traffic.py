@@ -161,7 +161,7 @@ def probe(world: World, draw: random.Random) -> None:
     prompt = world.truth.prompt_ids(text, chat)
     contents = {content for content in possible if content is not None}
     if len(tokens) != count or not world.truth.fits(contents, prompt, tokens):
-        losses = {c: world.truth.loss(c, prompt, tokens) for c in world.truth.models if tokens}
+        losses = world.truth.losses(prompt, tokens)
         world.tally.fault("wrong tokens", f"{about}{tokens}, of {contents}; nats off: {losses}")
 
 

@@ -80,7 +80,8 @@ class Truth:
 
     @torch.no_grad()
     def loss(self, content: str, prompt: Sequence[int], tokens: Sequence[int]) -> float:
-        """The most nats by which one of the tokens is less likely than the likeliest."""
+        """The most nats by which one of the tokens is less likely than the likeliest; one at a
+        time, as the references keep a batch's gates."""
         key = (content, tuple(prompt), tuple(tokens))
         if key not in self.known:
             model = self.models[content]
@@ -92,6 +93,11 @@ class Truth:
             if self.known[key] <= self.tolerance:
                 self.ties += int((lost > 0).sum())
         return self.known[key]
+
+    def losses(self, prompt: Sequence[int], tokens: Sequence[int]) -> dict[str, float]:
+        """`loss` of every content; {} of no tokens."""
+        with self.lock:
+            return {content: self.loss(content, prompt, tokens) for content in self.models if tokens}
 
     def fits(self, contents: set[str], prompt: Sequence[int], tokens: Sequence[int]) -> bool:
         """Whether greedy tokens are those of one of the contents.
