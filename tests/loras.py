@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from engines import assert_greedy_equals, greedy
+from vllm.lora.request import LoRARequest
+from vllm_adafuse.tiny import real_prompts
 
 MODULES = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 # Nothing in common: ranks that are no whole pages, patterns, rsLoRA, few modules.
@@ -45,8 +49,6 @@ def manager_of(llm):
 
 def ask(versions, name, user_id, path, **options):
     """What `process_inputs` does with a request."""
-    from vllm.lora.request import LoRARequest
-
     request = LoRARequest(name, user_id, path, **options)
     before = repr(request)
     stamped = versions.adopt(request, versions.stamp(request))
@@ -74,3 +76,58 @@ def add_to(manager, request) -> None:
     """Asks a worker's manager for an adapter until it is there."""
     while not manager.add_adapter(request):
         time.sleep(0.001)
+
+
+PROMPTS = real_prompts(20)
+# Mixtures and LoRAs of one engine.
+MIXTURES = {
+    "mix": {"num_experts": 4, "top_k": 2, "r": [4, 20, 33, 8], "lora_alpha": [8, 20, 33, 8]},
+    "mix8": {
+        "num_experts": 8, "top_k": 3, "r": 4, "seed": 5, "router_input": "embedding",
+        "router_bias": True, "use_rslora": True, "target_modules": ["o_proj", "up_proj"],
+    },
+}  # fmt: skip
+LORAS = {
+    "few": FEW,
+    "patterns": PATTERNS,
+    "third": {"r": 16, "lora_alpha": 32, "target_modules": MODULES},
+    "fourth": {"r": 17, "lora_alpha": 17, "target_modules": MODULES[3:]},
+}
+
+
+@dataclass
+class Served:
+    llm: object
+    root: object
+    references: dict
+    names: list
+    fused: bool
+
+    def request(self, name, **options):
+        if name == "base":
+            return None
+        return LoRARequest(name, 1 + self.names.index(name), str(self.root / name), **options)
+
+    def generate(self, names, prompts=PROMPTS, **options):
+        """One batch; prompts and names in turns."""
+        requests = [self.request(names[i % len(names)]) for i in range(len(prompts))]
+        return self.llm.generate(prompts, greedy(**options), lora_request=requests, use_tqdm=False)
+
+    def check(self, names, outputs):
+        for i, name in enumerate(names):
+            assert_greedy_equals(outputs[i :: len(names)], self.references[name])
+
+
+def fuse_as_on_a_gpu(patch):
+    """On a GPU a plain projection and its pages are one op: here too."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm_adafuse.serving import projections
+
+    def can_fuse(layer):
+        return type(layer.quant_method) is UnquantizedLinearMethod
+
+    patch.setattr(projections, "can_fuse", can_fuse)
+    # vLLM's CPU build packs weights for a product of its own.
+    patch.setattr(
+        UnquantizedLinearMethod, "process_weights_after_loading", lambda self, layer: None
+    )

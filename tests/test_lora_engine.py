@@ -5,14 +5,12 @@ import os
 import shutil
 import threading
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from engines import (
     assert_best_beam,
-    assert_greedy_equals,
     assert_logprobs_equal,
     assert_same_completions,
     completion,
@@ -21,7 +19,16 @@ from engines import (
     load_reference,
     make_pair,
 )
-from loras import FEW, MODULES, PATTERNS, add_to, make_lora, manager_of
+from loras import (
+    LORAS,
+    MIXTURES,
+    PROMPTS,
+    Served,
+    add_to,
+    fuse_as_on_a_gpu,
+    make_lora,
+    manager_of,
+)
 from transformers import AutoModelForCausalLM
 from vllm.lora.request import LoRARequest
 from vllm_adafuse.errors import AdapterError
@@ -32,61 +39,8 @@ from vllm_adafuse.serving.adapters import stamp_path
 from vllm_adafuse.serving.hosted import Loader
 from vllm_adafuse.serving.versions import AdapterRefused
 from vllm_adafuse.serving.wrap.blocks import FusedNorm
-from vllm_adafuse.tiny import real_prompts
 
-PROMPTS = real_prompts(20)
-MIXTURES = {
-    "mix": {"num_experts": 4, "top_k": 2, "r": [4, 20, 33, 8], "lora_alpha": [8, 20, 33, 8]},
-    "mix8": {
-        "num_experts": 8, "top_k": 3, "r": 4, "seed": 5, "router_input": "embedding",
-        "router_bias": True, "use_rslora": True, "target_modules": ["o_proj", "up_proj"],
-    },
-}  # fmt: skip
-LORAS = {
-    "few": FEW,
-    "patterns": PATTERNS,
-    "third": {"r": 16, "lora_alpha": 32, "target_modules": MODULES},
-    "fourth": {"r": 17, "lora_alpha": 17, "target_modules": MODULES[3:]},
-}
 TOGETHER = ["base", "mix", "mix8", "few", "patterns"]
-
-
-@dataclass
-class Served:
-    llm: object
-    root: object
-    references: dict
-    names: list
-    fused: bool
-
-    def request(self, name, **options):
-        if name == "base":
-            return None
-        return LoRARequest(name, 1 + self.names.index(name), str(self.root / name), **options)
-
-    def generate(self, names, prompts=PROMPTS, **options):
-        """One batch; prompts and names in turns."""
-        requests = [self.request(names[i % len(names)]) for i in range(len(prompts))]
-        return self.llm.generate(prompts, greedy(**options), lora_request=requests, use_tqdm=False)
-
-    def check(self, names, outputs):
-        for i, name in enumerate(names):
-            assert_greedy_equals(outputs[i :: len(names)], self.references[name])
-
-
-def fuse_as_on_a_gpu(patch):
-    """On a GPU a plain projection and its pages are one op: here too."""
-    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-    from vllm_adafuse.serving import projections
-
-    def can_fuse(layer):
-        return type(layer.quant_method) is UnquantizedLinearMethod
-
-    patch.setattr(projections, "can_fuse", can_fuse)
-    # vLLM's CPU build packs weights for a product of its own.
-    patch.setattr(
-        UnquantizedLinearMethod, "process_weights_after_loading", lambda self, layer: None
-    )
 
 
 @pytest.fixture(scope="module", params=["embeds", "fused"])
