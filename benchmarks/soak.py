@@ -245,7 +245,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--hidden", type=int, default=128, help="its width, a multiple of 128")
     add("--vocabulary", type=int, default=1003, help="its tokens")
     add("--tolerance", type=float, metavar="NATS",
-        help="of a near tie; default 0.001 in float32, 0.6 in bfloat16, on a GPU (torch loses 0.23)")  # fmt: skip
+        help="of a near tie; default 0.001 in float32, 0.6 in bfloat16 (torch loses 0.23)")  # fmt: skip
     add("--leave-out", nargs="+", default=[], help="clients, to find out whose a fault is",
         choices=("other_request", "disconnect", "change", "hostile"))  # fmt: skip
     add("--seed", type=int, default=0)

@@ -36,12 +36,13 @@ CHANGED = {
 }  # fmt: skip
 CHANGES = re.compile(r"register_\w*hook|(add|register)_module|setattr")
 TRANSFORMERS = ("vllm_adafuse/offline/", "vllm_adafuse/training/", "vllm_adafuse/experts/")
-# What blocks and linears of some families lack; every other look whether something is there asks
+# What modules of some families and kinds lack; every other look whether something is there asks
 # which vLLM this is.
 API = "vllm_adafuse/serving/vllm_api.py"
 LACKED = {
-    "act_fn", "attn", "bias", "down_proj", "gate_up_proj", "qk_norm", "qkv_proj", "quant_method",
-    "rotary_emb",
+    "act_fn", "attn", "bias", "down_proj", "full_weight_stacked", "gate_up_proj", "model", "pooler",
+    "qk_norm", "qkv_proj", "quant_method", "rotary_emb", "sharded_to_full_mapping_gpu",
+    "token_mapping_meta",
 }  # fmt: skip
 # Numbers of tokens by these names; what `len(x)` or `x.shape[0]` is compared with, too.
 TOKENS = {"tokens", "num_tokens", "n_tokens", "max_tokens"}

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from mutants.mutant import Mutant
 from mutants.production import DEPLOY, METRICS
+from mutants.serving import LOADS, STAGES
 
 WAITS = "tests/test_waits.py::test_tiles_wait_for_all_of_the_shrink"
 GPU_WAY = "tests/test_gpu_way.py::test_"
 STREAM = "tests/test_decode_gemm.py::test_"
-PAGE_STAGES = "tests/test_page_stages.py::test_"
 STRESS = "tests/test_gpu_stress.py::test_ten_thousand_launches_beside_a_busy_memory"
 
 KERNELS = [
@@ -366,65 +366,4 @@ TOOLS = [
     ),
 ]
 
-STAGES = [
-    Mutant(
-        "columns of no passports", "vllm_adafuse/serving/page_step.py",
-        "(sees or not self.vocab_size)", "sees", f"{PAGE_STAGES}a_later_stage_is_told",
-        "a later pipeline stage reads an adapter's routes from another's columns",
-    ),
-    Mutant(
-        "a stage keeps its loss to itself", "vllm_adafuse/serving/page_step.py",
-        "ids.masked_fill_((slots == LOST)[:, None], LOST)", "...",
-        f"{PAGE_STAGES}an_adapter_lost_at_one_stage_is_lost_at_the_last",
-        "half of an adapter's layers answer in its name",
-    ),
-    Mutant(
-        "a loss that nobody hears of", "vllm_adafuse/serving/page_step.py",
-        "self.slots[:tokens].masked_fill_(ids[:, 0] == LOST, LOST)", "pass",
-        f"{PAGE_STAGES}an_adapter_lost_at_one_stage_is_lost_at_the_last",
-        "half of an adapter's layers answer in its name",
-    ),
-    Mutant(
-        "steps without adapters pass on", "vllm_adafuse/serving/page_step.py",
-        "if self.adapts:\n            slots", "if True:\n            slots",
-        f"{PAGE_STAGES}steps_without_adapters_pass_nothing_on",
-        "launches in a step that has no use for them",
-    ),
-    Mutant(
-        "pasts are followed without tables", "vllm_adafuse/serving/page_step.py",
-        "bool(config.router_context) and self.vocab_size > 0", "bool(config.router_context)",
-        f"{PAGE_STAGES}a_stage_without_tables_follows_nobody",
-        "a later pipeline stage seeds sums from a table that it has not",
-    ),
-    Mutant(
-        "a pinned router follows without tables", "vllm_adafuse/serving/past.py",
-        "return self.c.numel() > 0", "return True",
-        f"{PAGE_STAGES}a_stage_without_tables_follows_nobody",
-        "a later pipeline stage seeds sums from a table that it has not",
-    ),
-    Mutant(
-        "routes stay among what the model gets", "vllm_adafuse/serving/wrap/hooks.py",
-        "tensors.pop(name) for name in names", "tensors[name] for name in names",
-        f"{PAGE_STAGES}routes_travel_beside_hidden_states_in_all_steps",
-        "torch.compile takes them for inputs of the model",
-    ),
-    Mutant(
-        "every page is an expert", "vllm_adafuse/serving/page_routers.py",
-        " & (number[FIRST] != 0)", "", f"{PAGE_STAGES}embeddings_are_routed_as_their_ids",
-        "an expert of two pages is chosen twice",
-    ),
-    Mutant(
-        "k of whoever has most", "vllm_adafuse/serving/page_routers.py",
-        "place >= directory[TOP_K, at][:, None]", "place < 0",
-        f"{PAGE_STAGES}embeddings_are_routed_as_their_ids",
-        "weights of embeddings' routes do not add up",
-    ),
-    Mutant(
-        "the norm for all", "vllm_adafuse/serving/page_routers.py",
-        "self.numbers[NORMED] != 0", "self.numbers[NORMED] < 2",
-        f"{PAGE_STAGES}embeddings_are_routed_as_their_ids",
-        "a router that reads the embedding itself is asked about another vector",
-    ),
-]
-
-MUTANTS = [*KERNELS, *DISPATCH, *SHARDING, *ROUTING, *STAGES, *CACHE, *TOOLS, *DEPLOY]
+MUTANTS = [*KERNELS, *DISPATCH, *SHARDING, *ROUTING, *STAGES, *LOADS, *CACHE, *TOOLS, *DEPLOY]

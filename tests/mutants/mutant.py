@@ -1,4 +1,4 @@
-"""What a mutant is; those there are stand in catalogue.py and production.py."""
+"""What a mutant is; those there are stand in catalogue.py, serving.py and production.py."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import pad
 from vllm.lora.layers import FusedMoEWithLoRA
 from vllm.model_executor.layers.fused_moe import MoERunner
+from vllm_adafuse.serving import vllm_api
 
 # Of a module, A [r, in], B [out, r] and the scale of B A.
 Pair = tuple[torch.Tensor, torch.Tensor, float]
@@ -21,11 +22,7 @@ def takes_lora(module: torch.nn.Module) -> bool:
     if not isinstance(module, MoERunner):
         return False
     method = module.routed_experts.quant_method
-    if method.is_monolithic:
-        return False
-    if not getattr(method, "supports_internal_mk", False):
-        return hasattr(method, "select_gemm_impl")  # of older versions, which ask it for a kernel
-    return method.moe_kernel is not None and method.moe_kernel.supports_lora()
+    return not method.is_monolithic and vllm_api.kernel_takes_lora(method)
 
 
 def sizes_of(experts: FusedMoEWithLoRA, linears: Iterable[str]) -> dict[str, tuple[int, int]]:

@@ -241,7 +241,7 @@ class Rest:
 def rest_tensors(lora: LoRAModel) -> list[torch.Tensor]:
     """All tensors of an adapter's rest."""
     found = [side for own in lora.loras.values() for side in (own.lora_a, own.lora_b)]
-    for head in getattr(lora, "modules_to_save", {}).values():
+    for head in vllm_api.whole_modules(lora):
         found += [head.weight, head.bias]
     lists = (side if isinstance(side, list) else [side] for side in found)
     return [tensor for own in lists for tensor in own if tensor is not None]
@@ -311,7 +311,7 @@ class _Modules(LoRAModelManager):
 
     def _takes_expert(self, module: torch.nn.Module) -> bool:
         """Whether these are experts with a pair of their own on each linear."""
-        together = getattr(self.lora_config, "enable_moe_shared_loras", False)
+        together = vllm_api.shares_expert_loras(self.lora_config)
         return not (self._is_3d_moe_model or together) and takes_lora(module)
 
     @property
@@ -321,7 +321,7 @@ class _Modules(LoRAModelManager):
             tensor for module in self.modules.values()
             for own in (
                 module.lora_a_stacked, module.lora_b_stacked,
-                *(getattr(module, n) for n in ("full_weight_stacked",) if hasattr(module, n)),
+                getattr(module, "full_weight_stacked", ()),
             )
             for tensor in (own if isinstance(own, (tuple, list)) else [own])
         ]  # fmt: skip

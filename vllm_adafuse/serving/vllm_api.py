@@ -183,6 +183,31 @@ def spare_lora_slots() -> int:
     return 0 if current_platform.is_cuda_alike() else 1
 
 
+def kernel_takes_lora(experts_method: Any) -> bool:
+    """Whether the kernel of a backbone's own experts computes LoRA too; older versions ask their
+    method for one."""
+    if getattr(experts_method, "supports_internal_mk", False):
+        kernel = experts_method.moe_kernel
+        return kernel is not None and kernel.supports_lora()
+    return hasattr(experts_method, "select_gemm_impl")
+
+
+def shares_expert_loras(lora_config: Any) -> bool:
+    """Whether one pair serves all of a backbone's own experts; older versions have no such option."""
+    return getattr(lora_config, "enable_moe_shared_loras", False)
+
+
+def whole_modules(lora: Any) -> list[Any]:
+    """What a `LoRAModel` has of PEFT's modules_to_save, which older versions do not serve."""
+    return list(getattr(lora, "modules_to_save", {}).values())
+
+
+def drafters(runner: Any) -> list[Any]:
+    """What of a runner, of either kind, loads a model that drafts tokens."""
+    found = (getattr(runner, name, None) for name in ("drafter", "speculator"))
+    return [drafter for drafter in found if hasattr(drafter, "load_model")]
+
+
 def restrict_lora(lora_config: Any, names: Sequence[str]) -> None:
     """Leaves vLLM's own LoRA modules of these names alone, as far as the config can say it."""
     if hasattr(lora_config, "target_modules"):  # not in 0.26

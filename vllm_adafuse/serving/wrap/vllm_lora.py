@@ -12,6 +12,7 @@ from vllm.lora.layers import (
     LogitsProcessorWithLoRA,
     VocabParallelEmbeddingWithLoRA,
 )
+from vllm_adafuse.serving import vllm_api
 
 
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
@@ -73,9 +74,8 @@ def draft_without_lora(runner: Any) -> None:
     Args:
         runner: of either kind, before it loads such a model, if it has one.
     """
-    for drafter in (getattr(runner, "drafter", None), getattr(runner, "speculator", None)):
-        if hasattr(drafter, "load_model"):
-            _unwrap_when_loaded(drafter)
+    for drafter in vllm_api.drafters(runner):
+        _unwrap_when_loaded(drafter)
 
 
 def _unwrap_when_loaded(drafter: Any) -> None:

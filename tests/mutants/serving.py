@@ -1,0 +1,116 @@
+"""Faults of an engine whose requests choose their adapters: stages of a pipeline, loads, long steps."""
+
+from __future__ import annotations
+
+from mutants.mutant import Mutant
+
+PAGE_STAGES = "tests/test_page_stages.py::test_"
+SHRINK = "tests/test_page_shrink.py::test_"
+ENGINE = "tests/test_lora_engine.py::test_"
+STAMPED = f"{ENGINE}steps_go_on_while_passports_are_stamped[fused]"
+
+STAGES = [
+    Mutant(
+        "columns of no passports", "vllm_adafuse/serving/page_step.py",
+        "(sees or not self.vocab_size)", "sees", f"{PAGE_STAGES}a_later_stage_is_told",
+        "a later pipeline stage reads an adapter's routes from another's columns",
+    ),
+    Mutant(
+        "a stage keeps its loss to itself", "vllm_adafuse/serving/page_step.py",
+        "ids.masked_fill_((slots == LOST)[:, None], LOST)", "...",
+        f"{PAGE_STAGES}an_adapter_lost_at_one_stage_is_lost_at_the_last",
+        "half of an adapter's layers answer in its name",
+    ),
+    Mutant(
+        "a loss that nobody hears of", "vllm_adafuse/serving/page_step.py",
+        "self.slots[:tokens].masked_fill_(ids[:, 0] == LOST, LOST)", "pass",
+        f"{PAGE_STAGES}an_adapter_lost_at_one_stage_is_lost_at_the_last",
+        "half of an adapter's layers answer in its name",
+    ),
+    Mutant(
+        "steps without adapters pass on", "vllm_adafuse/serving/page_step.py",
+        "if self.adapts:\n            slots", "if True:\n            slots",
+        f"{PAGE_STAGES}steps_without_adapters_pass_nothing_on",
+        "launches in a step that has no use for them",
+    ),
+    Mutant(
+        "pasts are followed without tables", "vllm_adafuse/serving/page_step.py",
+        "bool(config.router_context) and self.vocab_size > 0", "bool(config.router_context)",
+        f"{PAGE_STAGES}a_stage_without_tables_follows_nobody",
+        "a later pipeline stage seeds sums from a table that it has not",
+    ),
+    Mutant(
+        "a pinned router follows without tables", "vllm_adafuse/serving/past.py",
+        "return self.c.numel() > 0", "return True",
+        f"{PAGE_STAGES}a_stage_without_tables_follows_nobody",
+        "a later pipeline stage seeds sums from a table that it has not",
+    ),
+    Mutant(
+        "routes stay among what the model gets", "vllm_adafuse/serving/wrap/hooks.py",
+        "tensors.pop(name) for name in names", "tensors[name] for name in names",
+        f"{PAGE_STAGES}routes_travel_beside_hidden_states_in_all_steps",
+        "torch.compile takes them for inputs of the model",
+    ),
+    Mutant(
+        "every page is an expert", "vllm_adafuse/serving/page_routers.py",
+        " & (number[FIRST] != 0)", "", f"{PAGE_STAGES}embeddings_are_routed_as_their_ids",
+        "an expert of two pages is chosen twice",
+    ),
+    Mutant(
+        "k of whoever has most", "vllm_adafuse/serving/page_routers.py",
+        "place >= directory[TOP_K, at][:, None]", "place < 0",
+        f"{PAGE_STAGES}embeddings_are_routed_as_their_ids",
+        "weights of embeddings' routes do not add up",
+    ),
+    Mutant(
+        "the norm for all", "vllm_adafuse/serving/page_routers.py",
+        "self.numbers[NORMED] != 0", "self.numbers[NORMED] < 2",
+        f"{PAGE_STAGES}embeddings_are_routed_as_their_ids",
+        "a router that reads the embedding itself is asked about another vector",
+    ),
+]
+
+LOADS = [
+    Mutant(
+        "another tile's list", "kernels/page_shrink.py", "first_token // TILE_TOKENS *",
+        "first_token // BLOCK_T *", f"{SHRINK}equals_float64_where_tiles_list_blocks",
+        "long steps over many pages shrink by pages that their tokens do not have",
+    ),
+    Mutant(
+        "the first linear's A", "kernels/page_shrink.py", "[linear_idx * RANKS + first_rank, k]",
+        "[first_rank, k]", f"{SHRINK}equals_float64_where_tiles_list_blocks",
+        "keys and values get the deltas of queries",
+    ),
+    Mutant(
+        "lists of few pages", "kernels/dispatch.py", ">= MIN_PAGE_SHRINK_ROWS",
+        "> MIN_PAGE_SHRINK_ROWS", f"{SHRINK}which_steps_take_it",
+        "the limit is not where its figures say",
+    ),
+    Mutant(
+        "a whole vocabulary at once", "vllm_adafuse/serving/hosted.py",
+        "itertools.islice(pieces, PIECES_AT_ONCE)", "pieces", STAMPED,
+        "everybody's tokens wait for a load",
+    ),
+    Mutant(
+        "half of an adapter that is gone", "vllm_adafuse/serving/manager.py",
+        "self.reads.forget(adapter)\n        self.coming.pop(adapter, None)",
+        "self.reads.forget(adapter)", STAMPED, "an adapter that was removed comes back",
+    ),
+    Mutant(
+        "passports of old weights", "vllm_adafuse/serving/manager.py",
+        "        self.coming.clear()  # to be read again\n", "", STAMPED,
+        "a router decides by a backbone that is gone",
+    ),
+    Mutant(
+        "one expert of a run", "vllm_adafuse/serving/adapters.py",
+        "slice(first, first + 1 + len(others))", "slice(first, first + 1)",
+        f"{ENGINE}one_batch_of_base_mixtures_and_loras[fused]",
+        "experts of a rank that others have say nothing",
+    ),
+    Mutant(
+        "a norm without a record", "vllm_adafuse/serving/wrap/blocks.py",
+        "    vllm_api.load_in_place_of(fused, norm)\n", "",
+        f"{ENGINE}the_backbones_weights_are_loaded_anew[fused]",
+        "weights cannot be reloaded, nor an engine wake from sleep of level 2",
+    ),
+]
