@@ -20,7 +20,7 @@ export PYTHONPATH=$SITE VLLM_USE_FLASHINFER_SAMPLER=0 VLLM_NO_USAGE_STATS=1 HF_H
 python3 -m pip install -q --no-deps --no-build-isolation --upgrade --target $SITE . 2>&1 | grep -v -i warn
 # Jobs run where no package of ours lies: vLLM's processes would take that for the installed one,
 # and it lacks its kernels.
-rm -rf $RUN && mkdir -p $RUN && cp -r benchmarks tests pyproject.toml $RUN && cd $RUN
+rm -rf $RUN && mkdir -p $RUN && cp -r benchmarks deploy docs tests *.md pyproject.toml $RUN && cd $RUN
 
 until_then() { END=$(( $(date +%s) + $1 )); }
 

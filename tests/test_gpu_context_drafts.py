@@ -5,7 +5,7 @@ import pytest
 from engines import greedy
 from test_engine_context import CONTEXT, prompts
 from test_gpu_context import check_sums
-from test_gpu_engine import gpu_engine, gpu_pair
+from test_gpu_engine import engine_if_it_can, gpu_pair
 from vllm.lora.request import LoRARequest
 
 pytestmark = pytest.mark.gpu
@@ -30,15 +30,8 @@ def served(request, tmp_path_factory):
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(runner == "newer")))
-        try:
-            entered = gpu_engine(base, None, **options)
-            llm = entered.__enter__()
-        except ValueError as e:
-            if "not yet support" not in str(e) and "not supported" not in str(e):
-                raise
-            pytest.skip(f"this vLLM: {e}")
-        yield llm, LoRARequest("past", 1, str(adapter))
-        entered.__exit__(None, None, None)
+        with engine_if_it_can(base, None, **options) as llm:
+            yield llm, LoRARequest("past", 1, str(adapter))
 
 
 def test_sums_are_those_of_what_was_accepted(served):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
@@ -39,6 +40,19 @@ def gpu_engine(base, adapter=None, **options):
         "kv_cache_memory_bytes": 2 << 30,
     }
     return engine(base, adapter, **defaults | options)
+
+
+@contextmanager
+def engine_if_it_can(base, adapter=None, **options):
+    """A `gpu_engine`; the test is skipped where vLLM says that it does not support this."""
+    with ExitStack() as stack:
+        try:
+            llm = stack.enter_context(gpu_engine(base, adapter, **options))
+        except ValueError as e:
+            if "not yet support" not in str(e) and "not supported" not in str(e):
+                raise
+            pytest.skip(f"this vLLM: {e}")
+        yield llm
 
 
 def distances(outputs, base, adapter) -> tuple[float, float]:

@@ -8,7 +8,7 @@ import torch
 from engines import completion, greedy, load_reference, logprobs_of
 from loras import FEW, MODULES, PATTERNS, make_lora
 from test_engine_context import CONTEXT
-from test_gpu_engine import gpu_engine, gpu_pair
+from test_gpu_engine import engine_if_it_can, gpu_engine, gpu_pair
 from vllm_adafuse.format.random_adapter import make_random_adapter
 from vllm_adafuse.tiny import real_prompts
 
@@ -134,7 +134,7 @@ def test_the_embedding_and_the_head_are_vllms_beside_ours(pairs, runner, drafts,
         "draft_model": {"method": drafts, "model": str(pairs / "base"), "num_speculative_tokens": 3},
     }  # fmt: skip
     options = LORA | GRAPHS | {"speculative_config": methods.get(drafts)}
-    with gpu_engine(pairs / "base", **options, additional_config=both) as llm:
+    with engine_if_it_can(pairs / "base", **options, additional_config=both) as llm:
         batches = [generate(llm, pairs, names), generate(llm, pairs, names, LONG)]
         batches += [generate(llm, pairs, [name], PROMPTS[:1]) for name in names]
         batches.append(generate(llm, pairs, ["rest", "base"], PROMPTS[:3]))

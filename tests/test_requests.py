@@ -82,6 +82,28 @@ def test_who_takes_drafts_back_goes_on(requests):
     assert len(step(requests, a=(9, 1))[1]) == 1  # further than it was
 
 
+def test_upper_bounds_may_have_drafts_that_were_taken_back_before_they_ran():
+    """As of n-grams on a GPU: the scheduler counts three drafts, the runner finds none."""
+    requests = Requests(2, ring=4)
+    requests.followers.append(Told())
+    told = requests.followers[0]
+
+    def bounded(names, starts, true_starts, counts):
+        told.seeds.clear()
+        requests.begin(
+            names, np.array(starts), np.array(counts), lambda place, count: torch.arange(count),
+            (torch.tensor(true_starts), None),
+        )  # fmt: skip
+        assert requests.table[1, : len(names)].tolist() == true_starts
+        return [ids for _, _, ids in told.seeds]
+
+    assert not bounded(["a", "b"], [0, 0], [0, 0], [1, 1])
+    assert not bounded(["a", "b"], [1, 1], [1, 1], [1, 1])
+    assert not bounded(["a", "b"], [5, 2], [2, 2], [1, 1])  # of 1 + 3 tokens
+    assert bounded(["b"], [7], [7], [1]) == [list(range(7))]  # no draft could be so many
+    assert bounded(["a", "b"], [9, 8], [3, 8], [1, 1]) == [list(range(9))]  # back, from elsewhere
+
+
 def test_rows_of_the_batch_are_nobody_elses(requests):
     (a, b, c), _ = step(requests, a=(0, 1), b=(0, 1), c=(0, 1))
     step(requests, b=(1, 1), c=(1, 1))
