@@ -87,9 +87,18 @@ def save(
         "rows": rows,
     }
     new = path.with_suffix(".new")
-    new.write_text(in_lines(content))
+    new.write_text(in_lines(shortened(content)))
     new.replace(path)
     return path
+
+
+def shortened(value: Any) -> Any:
+    """The same with numbers to six digits: no measurement here is good to more."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: shortened(of) for key, of in value.items()}
+    return [shortened(of) for of in value] if isinstance(value, (list, tuple)) else value
 
 
 def in_lines(content: dict[str, Any]) -> str:
