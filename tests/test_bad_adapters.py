@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import pickle
 import random
 import resource
@@ -30,6 +31,7 @@ from broken_adapters import (
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.adapter import check_adapter, load_adapter
 from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.format.values import all_finite
 
 ENGINE = {
     "gpu_memory_utilization": 0.2,
@@ -259,3 +261,13 @@ def test_random_damage_never_raises(bases, good, tmp_path):
         assert all(problem.isprintable() for problem in problems), (step, problems)
         refused += bool(problems)
     assert 100 < refused < 200
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_finite_values_may_overflow_their_sum(dtype):
+    most = torch.full((100,), torch.finfo(dtype).max, dtype=dtype)
+    assert all_finite(most) and all_finite(-most) and all_finite(most[:0])
+    for wrong in ([math.nan], [math.inf], [-math.inf], [math.inf, -math.inf]):
+        bad = torch.zeros(100, dtype=dtype)
+        bad[7 : 7 + len(wrong)] = torch.tensor(wrong)
+        assert not all_finite(bad)

@@ -18,6 +18,7 @@ from vllm_adafuse.format.config import CONFIG_FILE, MAX_RANK, WEIGHTS_FILE
 from vllm_adafuse.format.places import adapter_problem
 from vllm_adafuse.format.reading import FileProblem, open_regular, read_object, where
 from vllm_adafuse.format.tensor_file import TensorFile, machine_memory
+from vllm_adafuse.format.values import all_finite
 from vllm_adafuse.text import show, some
 
 PICKLE_FILE = "adapter_model.bin"
@@ -131,7 +132,7 @@ class Source:
                 name, f"shape {list(tensor.shape)}, expected [{expected}] ({why}); it is damaged, "
                 f"or made for another backbone: {self.other_base}",
             )
-        elif not tensor.isfinite().all():
+        elif not all_finite(tensor):
             self.blame(name, "holds NaN or Inf, expected finite numbers; train or save it again")
         else:
             return tensor

@@ -26,6 +26,13 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or Inf. A sum tells it in a twentieth of the time that it takes to
+    look at each, unless finite values overflow it."""
+    wide = torch.promote_types(values.dtype, torch.float32)
+    return bool(values.sum(dtype=wide).isfinite()) or bool(values.isfinite().all())
+
+
 @one_thread()
 def check_values(
     weights: TensorFile, names: Iterable[str], config: AdapterConfig | None
@@ -63,8 +70,8 @@ def _count_bad(weights: TensorFile, entry: Entry) -> tuple[int, int]:
     """How many values are not finite; the index of the first."""
     count, first, seen = 0, 0, 0
     for piece in weights.pieces(entry.start, entry.end, TORCH_DTYPES[entry.dtype]):
-        finite = piece.isfinite()
-        if not finite.all():
+        if not all_finite(piece):
+            finite = piece.isfinite()
             if not count:
                 first = seen + int((~finite).nonzero()[0])
             count += int((~finite).sum())

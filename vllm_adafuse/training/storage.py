@@ -12,6 +12,7 @@ from vllm_adafuse.format.backbone import EMBEDDING, FIRST_NORM
 from vllm_adafuse.format.config import BASE_HASH, WEIGHTS_FILE, parse_config
 from vllm_adafuse.format.origin import tensors_hash
 from vllm_adafuse.format.random_adapter import write_adapter
+from vllm_adafuse.format.values import all_finite
 from vllm_adafuse.training.config import MixtureConfig
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def save(model: AdaFuseModel, path: str | Path, dtype: torch.dtype) -> Path:
         f"{WEIGHTS_FILE}: tensor {name} is not finite; the training diverged: try a lower learning "
         "rate"
         for name, tensor in made.items()
-        if not tensor.isfinite().all()
+        if not all_finite(tensor)
     ]
     if problems:
         raise AdapterError(f"adapter {path}", problems)
