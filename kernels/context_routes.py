@@ -2,6 +2,7 @@
 
     w_t = (W u_t + b) / temperature          c_t = scale * C u_t / temperature
     z_t = w_t + 1 / (t + 1) Σ_{s <= t} c_s                         t counts from the request's start
+    z_t = w_t + Σ_{s <= t} l^(t - s) c_s / Σ_{s <= t} l^(t - s)    of a memory that fades, 0 < l < 1
     T, g                                     of z_t as in `gate`
 
 w and c follow from the token's id: rows of tables, float32. Sums are float64, so that after any
@@ -13,6 +14,7 @@ are rejected, the next one starts before that step's end, and finds its sum ther
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -23,8 +25,12 @@ from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.whole import power_of_2
 
-# Rows of `contexts`; from CONTEXT_COLUMNS on the C columns of a slot, then LoRA's scales as bits.
-EXPERTS, CHOSEN, SOFTMAX_FIRST, CONTEXT_COLUMNS = range(4)
+# Rows of `contexts`; FADING's double takes two; from CONTEXT_COLUMNS on the C columns of a slot, then
+# LoRA's scales as bits.
+EXPERTS, CHOSEN, SOFTMAX_FIRST, FADING = range(4)
+CONTEXT_COLUMNS = 5
+# The least log l: powers over half of a LONG_BLOCK stay finite. One token on 2e-9 is left.
+LEAST_FADING = -20.0
 # Rows of `requests`.
 SUM_ROW, START, OFFSET = range(3)
 # Numbers that a program holds of each kind: tokens at once times columns.
@@ -48,6 +54,15 @@ class ContextRoutes(NamedTuple):
     weights: torch.Tensor
 
 
+@triton.jit
+def _expm1(x):
+    """e^x - 1 of x <= 0, to the last digits: what rounding does to the power cancels."""
+    power = tl.exp(x)
+    near = (power < 1) & (x > -1)
+    exact = (power - 1) * x / tl.log(tl.where(near, power, 0.5))
+    return tl.where(near, exact, tl.where(x > -1, x, power - 1))
+
+
 @triton.jit(do_not_specialize=["n_tokens"])
 def _context_routes_kernel(
     token_ptr, slots_ptr, contexts_ptr, w_ptr, c_ptr, sums_ptr, requests_ptr,
@@ -67,7 +82,10 @@ def _context_routes_kernel(
     softmax_first = tl.load(contexts_ptr + 2 * n_slots + slot)
     e = tl.arange(0, BLOCK_E)
     inside = e < experts
-    own = contexts_ptr + (3 + e) * n_slots + slot
+    low = tl.load(contexts_ptr + 3 * n_slots + slot).to(tl.int64) & 0xFFFFFFFF
+    high = tl.load(contexts_ptr + 4 * n_slots + slot).to(tl.int64) << 32
+    fading = (high | low).to(tl.float64, bitcast=True)
+    own = contexts_ptr + (5 + e) * n_slots + slot
     column = tl.load(own, mask=inside, other=0).to(tl.int64)
     scale = tl.load(own + n_columns * n_slots, mask=inside, other=0).to(tl.float32, bitcast=True)
     start = tl.load(requests_ptr + n_offsets + request)
@@ -76,8 +94,14 @@ def _context_routes_kernel(
     past = tl.load(sum_at + start % RING * n_columns, mask=summed, other=0.0)
     if RING > 1:
         tl.debug_barrier()  # the past of other threads, before it is written over
+    # Of tokens s <= t in a block: l^(t - s) = rising_s * falling_t, counted from its middle. Sums of
+    # rising terms have none that outweighs the last.
+    turn = tl.arange(0, BLOCK_T)
+    rising = tl.exp(fading * (BLOCK_T // 2 - turn))
+    falling = tl.exp(fading * (turn - BLOCK_T // 2))
+    since = tl.exp(fading * (turn + 1))
     for at in range(begin, end, BLOCK_T):
-        row = at + tl.arange(0, BLOCK_T)
+        row = at + turn
         here = row < end
         token = tl.load(token_ptr + row, mask=here, other=0).to(tl.int64)
         token = tl.minimum(tl.maximum(token, 0), vocab_size - 1)
@@ -86,15 +110,19 @@ def _context_routes_kernel(
         mask = here[:, None] & inside[None, :]
         c = tl.load(c_ptr + column[None, :] * c_stride + token[:, None], mask=mask, other=0.0)
         w = tl.load(w_ptr + column[None, :] * w_stride + token[:, None], mask=mask, other=0.0)
-        c = c.to(tl.float64)
+        c = c.to(tl.float64) * rising[:, None]
         count = (start + row - begin + 1).to(tl.float64)
-        sums = past[None, :] + tl.cumsum(c, 0)
+        faded = _expm1(fading * count) / _expm1(tl.minimum(fading, -1e-300))
+        count = tl.where(fading < 0, faded, count)
+        sums = past[None, :] * since[:, None] + tl.cumsum(c, 0) * falling[:, None]
         z = w.to(tl.float64) + sums / count[:, None]
         if RING > 1:
             to = (start + row - begin + 1) % RING
             last = mask & (row >= end - RING)[:, None]
             tl.store(sum_at[None, :] + to[:, None] * n_columns, sums, mask=last)
-        past += tl.sum(c, 0)
+        turns = tl.minimum(end - at, BLOCK_T)
+        said = tl.sum(c, 0) * tl.exp(fading * (turns - 1 - BLOCK_T // 2))
+        past = past * tl.exp(fading * turns) + said
         z = tl.where(inside[None, :], z.to(tl.float32), float("-inf"))
         best = tl.max(z, 1)
         powers = tl.where(inside[None, :], tl.exp(z - best[:, None]), 0.0)
@@ -143,6 +171,29 @@ def context_routes_triton(token_ids, slots, contexts, tables, sums, requests, ou
     )  # fmt: skip
 
 
+def fading_of(half_life: float | None) -> float:
+    """log l of a memory where what was said counts half after so many tokens; None: 0, it is kept."""
+    return 0.0 if half_life is None else max(-math.log(2) / half_life, LEAST_FADING)
+
+
+def faded_sums(c: torch.Tensor, fading: float) -> torch.Tensor:
+    """Σ_{s <= t} l^(t - s) c_s of each t: [T, E] float64 of c [T, E], any float dtype."""
+    sums, step = c.double(), 1
+    if fading == 0:
+        return sums.cumsum(0)
+    while step < len(sums):  # so many terms are in each sum
+        sums = torch.cat([sums[:step], sums[step:] + math.exp(fading * step) * sums[:-step]])
+        step *= 2
+    return sums
+
+
+def faded_counts(counts: torch.Tensor, fading: float) -> torch.Tensor:
+    """Σ_{s < n} l^s of each n of `counts`, in float64; of a memory that is kept n as it is."""
+    if fading == 0:
+        return counts
+    return torch.expm1(fading * counts.double()) / math.expm1(fading)
+
+
 def context_routes_torch(token_ids, slots, contexts, tables, sums, requests, out) -> None:
     """The reference; see `context_routes`."""
     (w, c), (rows, ids, weights) = tables, out
@@ -163,7 +214,10 @@ def context_routes_torch(token_ids, slots, contexts, tables, sums, requests, out
         row, start = int(requests[SUM_ROW, request]), int(requests[START, request])
         ring, steps = sums[row, :, :experts], torch.arange(1, end - begin + 1, device=c.device)
         past = ring[start % len(ring)] if start > 0 else torch.zeros_like(ring[0])
-        added, counts = past + own_c.cumsum(0), (start + steps)[:, None]
+        fading = float(own[FADING:CONTEXT_COLUMNS].clone().view(torch.float64))
+        kept = torch.exp(fading * steps.double())[:, None]
+        added = past * kept + faded_sums(own_c, fading)
+        counts = faded_counts(start + steps, fading)[:, None]
         top_k, softmax_first = int(own[CHOSEN]), bool(own[SOFTMAX_FIRST])
         found = choose((own_w + added / counts).float(), scales, top_k, softmax_first)
         ids[:top_k, begin:end], weights[:top_k, begin:end] = (t.t() for t in found)
@@ -206,12 +260,14 @@ def context_routes(
         token_ids: [T] int32 or int64; ids outside the vocabulary are clamped into it.
         slots: [N] int32, N >= T: of each token the slot of its adapter, below 0 for none; the same
             for all tokens of a request.
-        contexts: [3 + 2 C, P] int32: of each slot the number of its experts (0: it sees no past),
-            k, whether the softmax is over all of them; the columns that they have in the tables;
-            the bits of their float32 LoRA scales.
+        contexts: [5 + 2 C, P] int32: of each slot the number of its experts (0: it sees no past),
+            k, whether the softmax is over all of them; the two halves of log l as float64, the
+            lower first (see `fading_of`); the columns that they have in the tables; the bits of
+            their float32 LoRA scales.
         tables: w and c [C, V] float32, an expert a row; rows contiguous.
-        sums: [S, R, C] float64, of each request its experts' c added up over its first n tokens, at
-            n % R; of the last R such n after a step, as far as they were computed or seeded.
+        sums: [S, R, C] float64, of each request its experts' c added up over its first n tokens, as
+            they have faded by the last of them, at n % R; of the last R such n after a step, as far
+            as they were computed or seeded.
         requests: [3, R + 1] int32: of each request of the step its row of `sums`, how many of its
             tokens came before (0: its row is not read), and where its tokens begin; from the last
             one on all offsets are the number of tokens that are requests'.
@@ -242,7 +298,8 @@ def context_rows(
 
 
 def choose_by_past(
-    w: torch.Tensor, c: torch.Tensor, scales: torch.Tensor, top_k: int, softmax_first: bool
+    w: torch.Tensor, c: torch.Tensor, scales: torch.Tensor, top_k: int, softmax_first: bool,
+    fading: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Routes a request from its first token on.
 
@@ -251,10 +308,11 @@ def choose_by_past(
         scales: [E] float32, multiplied into the weights.
         top_k: k.
         softmax_first: as in `gate`.
+        fading: see `fading_of`.
 
     Returns:
         Expert ids [T, k] int32 by falling logit, and their weights [T, k] float32.
     """
-    counts = torch.arange(1, len(c) + 1, device=c.device)[:, None]
-    z = w.double() + c.double().cumsum(0) / counts
+    counts = faded_counts(torch.arange(1, len(c) + 1, device=c.device), fading)[:, None]
+    z = w.double() + faded_sums(c, fading) / counts
     return choose(z.float(), scales, top_k, softmax_first)

@@ -82,6 +82,7 @@ def test_one_less(base, loras, text, two, tmp_path):  # noqa: F811
     whole = make_random_adapter(
         base, tmp_path / "whole", num_experts=4, top_k=2, r=[4, 8, 2, 4], lora_alpha=[8, 4, 2, 1],
         router_bias=True, router_temperature=0.7, router_context="mean", router_context_scale=2.0,
+        router_context_half_life=9.0,
         router_weights="topk_softmax", dtype=torch.float32, expert_names=["a", "b", "c", "d"],
     )  # fmt: skip
     elsewhere = tmp_path / "elsewhere"
@@ -94,7 +95,7 @@ def test_one_less(base, loras, text, two, tmp_path):  # noqa: F811
     assert config.expert_names == ("a", "c", "d") and config.scales == (
         before.scales[0], *before.scales[2:]
     )  # fmt: skip
-    for same in ("base_model", "top_k", "temperature", "context_scale", "router_weights"):
+    for same in ("base_model", "top_k", "temperature", "context_scale", "router_weights", "context_half_life"):
         assert getattr(config, same) == getattr(before, same)
     old, new = tensors_of(elsewhere), tensors_of(out)
     for name in ("router.weight", "router.bias", "router.context.weight"):
@@ -123,6 +124,7 @@ def test_a_router_of_tokens_alone_gets_a_row_and_a_bias(base, loras, samples, tm
 def test_the_router_stays_of_its_form(base, loras, text, tmp_path, monkeypatch):  # noqa: F811
     """What it is trained as is what it was, and what is written."""
     form = {"router_context": "mean", "router_context_scale": 2.0, "router_temperature": 0.7}
+    form |= {"router_context_half_life": 9.0}
     form |= {"router_input": "embedding", "router_weights": "softmax_topk", "router_bias": True}
     old = make_random_adapter(base, tmp_path / "old", num_experts=3, r=4, dtype=torch.float32, **form)
     asked, train = [], change.train_router
@@ -134,12 +136,12 @@ def test_the_router_stays_of_its_form(base, loras, text, tmp_path, monkeypatch):
     monkeypatch.setattr(change, "train_router", record)
     law = {"law": paths(loras)["law"]}
     made = change_mixture(old, tmp_path / "new", law, ["expert_1"], options=training(text, steps=1))
-    assert asked[3] == Form(2, "embedding", "mean", 2.0, "softmax_topk", True, 0.7)
+    assert asked[3] == Form(2, "embedding", "mean", 2.0, "softmax_topk", True, 0.7, 9.0)
     before, after = load_adapter(old).config, load_adapter(made.path).config
     assert after.expert_names == ("expert_0", "expert_2", "law") and "their share" in made.notes[-1]
     for same in ("base_model", "base_hash", "router_input", "router_weights", "temperature"):
         assert getattr(after, same) == getattr(before, same)
-    assert (after.router_context, after.context_scale) == ("mean", 2.0)
+    assert (after.router_context, after.context_scale, after.context_half_life) == ("mean", 2.0, 9.0)
     assert {"router.bias", "router.context.weight"} < tensors_of(made.path).keys()
 
 
@@ -182,6 +184,7 @@ def test_the_command(base, loras, text, two, tmp_path, capsys):  # noqa: F811
         ({"--labels": "math=a.txt"}, "--labels: expected a LoRA to add beside it"),
         ({"--top-k": "3"}, "--top-k: expected none beside --mixture, which has its own"),
         ({"--router-context": "mean"}, "--router-context: expected none beside --mixture"),
+        ({"--router-context-half-life": "16"}, "--router-context-half-life: expected none beside --mixture"),
         ({"--mixture": None}, "--remove: expected --mixture beside it"),
         ({"+code": "LORA"}, "there is no text to train the router on"),
         ({"+code": "LORA", "--data": "a.txt"}, "it has an expert code already; name the LoRA"),

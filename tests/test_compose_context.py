@@ -135,6 +135,12 @@ def test_it_learns_whose_text_it_is(base, tmp_path):  # noqa: F811
         ({"--router": "uniform"}, "--router is uniform, expected none"),
         ({"--report": "a.html"}, "--report draws what a router sees in single tokens"),
         ({"--router-context-scale": "0"}, "expected numbers above 0"),
+        ({"--router-context-half-life": "0"}, "half_life is 0.0, expected a number of tokens above 0"),
+        ({"--router-context-half-life": "nan"}, "half_life is nan, expected a number of tokens"),
+        (
+            {"--router-context": None, "--data": None, "--router-context-half-life": "16"},
+            "--router-context-half-life: expected --router-context mean beside it",
+        ),
         ({"--length": "1"}, "length is 1, expected 2 or more"),
         ({"--samples": "other=x.txt"}, "samples of other: no such expert"),
         ({"--data": "nowhere.txt"}, "cannot be read as UTF-8 text (No such file"),
@@ -156,6 +162,11 @@ def test_rows_of_another_kind_are_refused(base, loras, text, composed, tmp_path)
             paths(loras), tmp_path / "out", base,
             options=options(text, scale=2.0, router_from=composed.path),
         )  # fmt: skip
+    with pytest.raises(AdapterError, match="remembers all tokens alike, expected with a half-life of 16"):
+        compose_experts(
+            paths(loras), tmp_path / "out", base,
+            options=options(text, half_life=16.0, router_from=composed.path),
+        )  # fmt: skip
     with pytest.raises(AdapterError, match="one LoRA needs no router"):
         compose_experts(
             dict([*paths(loras).items()][:1]), tmp_path / "out", base, options=options(text)
@@ -168,7 +179,11 @@ def test_the_command(base, loras, text, tmp_path, capsys):  # noqa: F811
     code = write_text(tmp_path / "code.txt", WORDS["code"], 1, tokens=300)
     command = ["compose-experts", *named, "--base", str(base), "--output", str(tmp_path / "out")]
     past = ["--router-context", "mean", "--data", str(text), "--samples", f"code={code}", "--labels", f"law={code}"]
+    past += ["--router-context-half-life", "16"]
     assert main([*command, *past, *small]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "tokens with loss perplexity" in said and "experts code" in said
     assert main(["check", str(tmp_path / "out"), "--base", str(base)]) == 0
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "and the mean of the past, scale 4, half-life 16 tokens" in said

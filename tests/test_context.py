@@ -45,12 +45,15 @@ def adapter(llama, tmp_path_factory):
     return make(llama, tmp_path_factory.mktemp("made") / "adapter")
 
 
-@pytest.fixture(scope="module")
-def model(llama, adapter):
+@pytest.fixture(scope="module", params=[None, 4.0])
+def model(llama, adapter, request, tmp_path_factory):
+    if request.param is not None:
+        options = {"router_context_half_life": request.param}
+        adapter = make(llama, tmp_path_factory.mktemp("made") / "fading", **options)
     return reference.load(llama, adapter, dtype=torch.float32)
 
 
-def gates_by_hand(base, adapter, ids, model):
+def gates_by_hand(base, adapter, ids, model, half_life=None):
     """The formula in numpy float64, a token and an expert at a time."""
     weights = load_file(base / "model.safetensors")
     tensors = {n: t.double().numpy() for n, t in load_file(adapter / "adapter_model.safetensors").items()}
@@ -63,7 +66,8 @@ def gates_by_hand(base, adapter, ids, model):
         u = e / np.sqrt(np.mean(e * e) + 1e-6) * norm
         said.append(tensors["router.context.weight"] @ u)
         z = tensors["router.weight"] @ u + tensors["router.bias"]
-        z = (z + SCALE / (t + 1) * np.sum(said, 0)) / TEMPERATURE
+        left = [1.0 if half_life is None else 2 ** (-(t - s) / half_life) for s in range(t + 1)]
+        z = (z + SCALE * np.average(said, axis=0, weights=left)) / TEMPERATURE
         chosen = np.argsort(-z, kind="stable")[:2]
         g = np.zeros(len(z))
         g[chosen] = np.exp(z[chosen]) / np.exp(z[chosen]).sum()
@@ -71,12 +75,14 @@ def gates_by_hand(base, adapter, ids, model):
     return np.array(gates)
 
 
-def test_reference_and_offline_routes_equal_the_formula(base, tmp_path):
-    path = make(base, tmp_path / "adapter")
+@pytest.mark.parametrize("half_life", [None, 3.0, 0.4])
+def test_reference_and_offline_routes_equal_the_formula(base, tmp_path, half_life):
+    memory = {} if half_life is None else {"router_context_half_life": half_life}
+    path = make(base, tmp_path / "adapter", **memory)
     model = reference.load(base, path, dtype=torch.float32)
     with torch.no_grad():
         model(IDS)
-    expected = gates_by_hand(base, path, IDS[0].tolist(), model)
+    expected = gates_by_hand(base, path, IDS[0].tolist(), model, half_life)
     np.testing.assert_allclose(model.adafuse.gates[0].numpy(), expected, atol=2e-6)
     ids, gates = OfflineRouter(load_adapter(path), base).routes(IDS[0])
     found = torch.zeros(len(ids), EXPERTS).scatter(1, ids.long(), gates)
@@ -132,6 +138,10 @@ def test_padding_is_no_past(model):
         expected = model.adafuse.gates[0]
         model(left, attention_mask=mask)
         torch.testing.assert_close(model.adafuse.gates[0, 9:], expected)
+        # In the middle too: no time passes.
+        split = [torch.cat([t[:, :20], t.new_zeros(1, 6), t[:, 20:]], 1) for t in (IDS, mask[:, 9:])]
+        model(split[0], attention_mask=split[1])
+        torch.testing.assert_close(model.adafuse.gates[0, 26:], expected[20:])
         with pytest.raises(ValueError, match="attention_mask has 4 dimensions"):
             model(IDS, attention_mask=torch.ones(1, 1, 40, 40).bool())
 
@@ -162,6 +172,11 @@ def test_config_goes_there_and_back():
     assert parse_config(written) == (config, [])
     nested = raw(**{"router.context": None, "router.context_scale": None})
     assert parse_config(nested | {"router": {"context": "mean"}})[0].context_scale == 1.0
+    assert config.context_half_life is None and "router.context_half_life" not in written
+    fading, problems = parse_config(raw(**{"router.context_half_life": 16}))
+    assert not problems and fading.context_half_life == 16.0
+    assert fading.to_json()["router.context_half_life"] == 16.0
+    assert parse_config(fading.to_json()) == (fading, [])
     plain, _ = parse_config(nested | {"format_version": 1})
     assert plain.format_version == 1 and not [k for k in plain.to_json() if "context" in k]
 
@@ -175,6 +190,19 @@ def test_config_goes_there_and_back():
         ({"router.context_scale": 0}, "`router.context_scale` is 0, expected a finite number"),
         ({"router.context_scale": "4"}, "`router.context_scale` is"),
         ({"router.context": None}, "`router.context_scale` is 4.0, expected `router.context`"),
+        *[
+            ({"router.context_half_life": bad}, f"`router.context_half_life` is {said}, expected a finite")
+            for bad, said in ((0, "0"), (-16.0, "-16.0"), (math.nan, "NaN"), (math.inf, "Infinity"),
+                              ("16", '"16"'), (True, "true"), ([16], "[16]"))
+        ],
+        (
+            {"router.context": None, "router.context_scale": None, "router.context_half_life": 16},
+            "`router.context_half_life` is 16, expected `router.context` beside it",
+        ),
+        ({"format_version": 1, "router.context_half_life": 16},
+         "`router.context_half_life` belongs to format version 2"),
+        ({"routing": "layer_wise", "router.context_half_life": 16},
+         'key `router.context_half_life` is 16, but goes with `routing` "pre_gated" only'),
         ({"router.layer": 1}, "`router.layer` 1, expected one of the two"),
         ({"routing": "layer_wise"}, 'goes with `routing` "pre_gated" only'),
         ({"format_version": 1}, "`router.context` belongs to format version 2"),
@@ -225,11 +253,13 @@ def test_what_cannot_use_the_past_says_so(adapter, llama, capsys):
 def test_random_check_and_route(llama, tmp_path, capsys):
     out = str(tmp_path / "adapter")
     options = ["--router-context", "mean", "--router-context-scale", "4", "--num-experts", "4"]
+    options += ["--router-context-half-life", "1.5"]
     assert main(["random", str(llama), out, "--r", "2", *options]) == 0
     assert main(["check", out, "--base", str(llama)]) == 0
     capsys.readouterr()
     assert main(["route", out, "--base", str(llama), "--text", "return return return", "--json"]) == 0
     tokens = json.loads(capsys.readouterr().out)["tokens"]
+    assert load_adapter(out).config.context_half_life == 1.5
     ids, gates = OfflineRouter(load_adapter(out), llama).routes(
         torch.tensor([token["id"] for token in tokens])
     )

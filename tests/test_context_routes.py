@@ -13,8 +13,9 @@ from vllm_adafuse.kernels.context_routes import (
     context_routes_torch,
     context_routes_triton,
     context_rows,
+    fading_of,
 )
-from vllm_adafuse.kernels.gate import Gate, gate
+from vllm_adafuse.kernels.gate import Gate, choose, gate
 from vllm_adafuse.serving.past import seed_ring
 
 
@@ -42,7 +43,18 @@ def test_after_many_tokens_it_is_still_right():
 
 
 VOCAB, COLUMNS, REQUESTS = 50, 12, 6
-KINDS = {0: (3, 2, 0), 4: (5, 5, 1), 8: (4, 1, 0)}  # of slots: experts, k, softmax over all
+# Of slots: experts, k, softmax over all; tokens after which what was said counts half.
+KINDS = {0: (3, 2, 0, None), 4: (5, 5, 1, 16.0), 8: (4, 1, 0, 1.0)}
+
+
+def means(c, half_life):
+    """Of [T, E]: the formula, a token at a time."""
+    kept = 1.0 if half_life is None else 0.5 ** (1 / half_life)
+    found, total, count = [], np.zeros(c.shape[1]), 0.0
+    for row in c.double().numpy():
+        total, count = kept * total + row, kept * count + 1
+        found.append(total / count)
+    return torch.tensor(np.array(found))
 
 
 class Problem:
@@ -51,16 +63,18 @@ class Problem:
     def __init__(self, seed=0, device=DEVICE, ring=1, most=COLUMNS, kinds=KINDS):
         draw = torch.Generator().manual_seed(seed)
         self.w, self.c = torch.randn(2, most, VOCAB, generator=draw).to(device).unbind()
-        self.contexts = torch.zeros(3 + 2 * most, 9, dtype=torch.int32)
-        self.kinds, self.out_k = kinds, max(6, *(k for _, k, _ in kinds.values()))
+        self.contexts = torch.zeros(5 + 2 * most, 9, dtype=torch.int32)
+        self.kinds, self.out_k = kinds, max(6, *(k for _, k, *_ in kinds.values()))
         columns, self.own = torch.randperm(most, generator=draw), {}
-        for slot, (experts, k, first) in self.kinds.items():
+        for slot, (experts, k, first, half_life) in self.kinds.items():
             own, columns = columns[:experts], columns[experts:]
             scales = torch.rand(experts, generator=draw) + 0.5
             self.own[slot] = own, scales
             self.contexts[:3, slot] = torch.tensor([experts, k, first])
-            self.contexts[3 : 3 + experts, slot] = own.int()
-            self.contexts[3 + most :][:experts, slot] = scales.view(torch.int32)
+            fading = torch.tensor([fading_of(half_life)], dtype=torch.float64)
+            self.contexts[3:5, slot] = fading.view(torch.int32)
+            self.contexts[5 : 5 + experts, slot] = own.int()
+            self.contexts[5 + most :][:experts, slot] = scales.view(torch.int32)
         self.contexts = self.contexts.to(device)
         shape = REQUESTS, ring, most
         self.sums = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
@@ -123,11 +137,11 @@ class Problem:
 
     def expected(self, request, count):
         own, scales = self.own[self.slot_of[request]]
-        _, k, first = self.kinds[self.slot_of[request]]
+        _, k, first, half_life = self.kinds[self.slot_of[request]]
         ids = self.texts[request][: self.done[request] + count].clamp(0, VOCAB - 1)
         w, c = (t.cpu()[own][:, ids].t() for t in (self.w, self.c))
-        found = choose_by_past(w, c, scales, k, bool(first))
-        return [t[-count:] for t in found]
+        z = (w.double() + means(c, half_life)).float()
+        return [t[-count:] for t in choose(z, scales, k, bool(first))]
 
 
 RUNS = [context_routes_torch, context_routes_triton]
@@ -161,8 +175,8 @@ def test_rejected_tokens_are_taken_back(run):
 
 
 @pytest.mark.parametrize("run, kind", [
-    (context_routes_torch, (256, 256, 0)), (context_routes_torch, (256, 2, 1)),
-    (context_routes_triton, (256, 2, 0)), (context_routes_triton, (256, 2, 1)),
+    (context_routes_torch, (256, 256, 0, None)), (context_routes_torch, (256, 2, 1, 7.0)),
+    (context_routes_triton, (256, 2, 0, 7.0)), (context_routes_triton, (256, 2, 1, None)),
 ])  # fmt: skip
 def test_256_experts(run, kind):
     problem = Problem(ring=2, most=256, kinds={0: kind})
@@ -172,11 +186,13 @@ def test_256_experts(run, kind):
 
 def test_a_seeded_ring_is_as_if_computed():
     c = torch.randn(3, 9, generator=torch.Generator().manual_seed(0))
-    for count, ring in ((9, 4), (2, 4), (9, 1), (4, 4)):
+    for count, ring, half_life in ((9, 4, None), (2, 4, 3.0), (9, 1, 3.0), (4, 4, None), (9, 4, 1.0)):
         seeded = torch.full((ring, 3), torch.nan, dtype=torch.float64)
-        seed_ring(seeded, c[:, :count])
+        seed_ring(seeded, c[:, :count], fading_of(half_life))
         for n in range(max(1, count - ring + 1), count + 1):
-            torch.testing.assert_close(seeded[n % ring], c[:, :n].double().sum(1))
+            ages = torch.arange(n - 1, -1, -1)
+            left = torch.ones(n) if half_life is None else 0.5 ** (ages.double() / half_life)
+            torch.testing.assert_close(seeded[n % ring], (c[:, :n].double() * left).sum(1))
         assert seeded.isnan().any() == (count < ring)
 
 
@@ -204,11 +220,28 @@ def test_equal_logits_go_to_the_lower_expert(run):
     problem.step({0: 3, 3: 2}, run)
 
 
+@pytest.mark.parametrize("run", RUNS, ids=["torch", "triton"])
+@pytest.mark.parametrize("half_life", [1e-30, 0.02, 1.0, 64.0, 1e6, 1e38])
+def test_memories_of_any_length(run, half_life):
+    """No power of what fades in a block over- or underflows into something else; a memory without end
+    is the mean of all."""
+    problem = Problem(seed=6, kinds=KINDS | {4: (5, 5, 1, half_life)})
+    problem.step({1: 90, 0: 3}, run)
+    problem.step({0: 1, 1: 70, 3: 20}, run)
+    problem.step({1: 1, 3: 1}, run)
+    if half_life == 1e38:
+        text = problem.texts[1][:161].clamp(0, VOCAB - 1)
+        expected = problem.c.cpu()[problem.own[4][0]][:, text].double().sum(1)
+        torch.testing.assert_close(problem.sums[2, 0, :5].cpu(), expected)
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_decoding_after_32_000_tokens(device):
+@pytest.mark.parametrize("half_life", [None, 1.0, 300.0, 1e6])
+def test_decoding_after_32_000_tokens(device, half_life):
     """Prefill in chunks, then tokens one by one and drafts, some taken back: each route is within
     1e-5 of what float64 gives over all that was said. What is added up grows all the while."""
-    problem, length = Problem(seed=3, device=device, ring=4), 32_000
+    kinds = {0: (3, 2, 0, half_life)}
+    problem, length = Problem(seed=3, device=device, ring=4, kinds=kinds), 32_000
     problem.c += 0.5
     problem.texts[0] = torch.randint(0, VOCAB, (length + 40,), generator=problem.draw)
     for _ in range(4):
@@ -220,7 +253,9 @@ def test_decoding_after_32_000_tokens(device):
         w, c = (table.cpu()[own].double().numpy() for table in (problem.w, problem.c))
         for at in range(count):
             said = text[: len(text) - count + at + 1]
-            z = w[:, said[-1]] + c @ np.bincount(said, minlength=VOCAB) / len(said)
+            ages = np.arange(len(said))[::-1]
+            left = np.ones(len(said)) if half_life is None else 0.5 ** (ages / half_life)
+            z = w[:, said[-1]] + c @ np.bincount(said, left, minlength=VOCAB) / left.sum()
             best = np.argsort(-z)[:2]
             expected = np.exp(z[best]) / np.exp(z[best]).sum() * scales.double().numpy()[best]
             assert ids[:2, at].tolist() == best.tolist()

@@ -10,6 +10,7 @@ from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.offline import reference
 from vllm_adafuse.tiny import make_tiny_backbone
 from vllm_adafuse.training import AdaFuseModel, MixtureConfig
+from vllm_adafuse.training.layers import faded_sums
 
 IDS = torch.randint(2, 1003, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -25,8 +26,9 @@ def fresh(base, **options):
     return randomise(AdaFuseModel.from_backbone(backbone_of(base), config, str(base)))
 
 
-def test_saved_is_what_was_trained(base, tmp_path):
-    model = fresh(base, router_bias=True)
+@pytest.mark.parametrize("half_life", [None, 3.0])
+def test_saved_is_what_was_trained(base, tmp_path, half_life):
+    model = fresh(base, router_bias=True, context_half_life=half_life)
     optimizer = torch.optim.AdamW(model.parameter_groups(1e-2))
     before = model.all_routers[0].context.detach().clone()
     for _ in range(3):
@@ -55,7 +57,20 @@ def test_saved_is_what_was_trained(base, tmp_path):
     again = AdaFuseModel.from_pretrained(backbone_of(base), tmp_path / "adapter")
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(saved[name], t) for name, t in again.state_dict().items())
-    assert again.mixture.context_scale == 4.0
+    assert (again.mixture.context_scale, again.mixture.context_half_life) == (4.0, half_life)
+
+
+def test_no_time_passes_in_padding():
+    """Sums of a memory that fades, by the formula and with padding in the middle."""
+    said = torch.randn(2, 50, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    real = torch.ones(2, 50, 1, dtype=torch.float64)
+    real[1, 20:31] = 0
+    found = faded_sums(said * real, real, 5.0)
+    for row, kept in ((0, range(50)), (1, [*range(20), *range(31, 50)])):
+        total = torch.zeros(3, dtype=torch.float64)
+        for t in kept:
+            total = 0.5 ** (1 / 5) * total + said[row, t]
+            torch.testing.assert_close(found[row, t], total, rtol=1e-6, atol=1e-6)
 
 
 def test_a_cache_is_refused(base):
@@ -69,7 +84,9 @@ def test_a_cache_is_refused(base):
 
 
 @pytest.mark.parametrize("options", [{"router_layer": 1}, {"routing": "layer_wise"},
-                                     {"router_context": "max"}, {"context_scale": 0}])  # fmt: skip
+                                     {"router_context": "max"}, {"context_scale": 0},
+                                     {"context_half_life": 0}, {"context_half_life": float("nan")},
+                                     {"router_context": "", "context_half_life": 8}])  # fmt: skip
 def test_bad_options(options):
     with pytest.raises(AdapterError, match="context"):
         MixtureConfig(**{"router_context": "mean"} | options)
@@ -85,8 +102,10 @@ def test_the_command(base, tmp_path):
         "train", "--base", str(base), "--data", str(data), "--output", str(tmp_path / "out"),
         "--num-experts", "3", "--r", "2", "--layers", "0", "--steps", "2", "--length", "32",
         "--batch-size", "2", "--router-context", "mean", "--quiet",
+        "--router-context-half-life", "12",
     ])  # fmt: skip
     assert done == 0
     adapter, problems = check_adapter(tmp_path / "out", Backbone.from_path(str(base)))
     assert not problems
     assert (adapter.config.router_context, adapter.config.context_scale) == ("mean", 4.0)
+    assert adapter.config.context_half_life == 12.0

@@ -24,7 +24,7 @@ MIXTURES = {
     "past": {"num_experts": 5, "r": [4, 20, 8, 33, 4], **CONTEXT},
     "wide": {
         "num_experts": 3, "top_k": 3, "r": 4, "seed": 9, "router_weights": "softmax_topk",
-        **CONTEXT, "router_bias": False, "lora_alpha": [3, 9, 6],
+        **CONTEXT, "router_bias": False, "lora_alpha": [3, 9, 6], "router_context_half_life": 8.0,
     },
     "token": {"num_experts": 4, "top_k": 2, "r": 4, "seed": 5},
 }  # fmt: skip
@@ -36,7 +36,8 @@ NAMES = ["past", "base", "token", "wide", "lora"]
 def served(tmp_path_factory):
     root = tmp_path_factory.mktemp("pages")
     # Of another shape than what requests choose; a router that sees the past itself.
-    base, default = make_pair(root / "pair", num_experts=2, seed=3, **CONTEXT)
+    default = {"num_experts": 2, "seed": 3, "router_context_half_life": 3.0}
+    base, default = make_pair(root / "pair", **default, **CONTEXT)
     references = {"base": load_reference(base, default)}
     for name, options in MIXTURES.items():
         path = make_random_adapter(base, root / name, dtype=torch.float32, **{"top_k": 2} | options)
@@ -75,9 +76,12 @@ def test_prefix_hits_and_others_pasts(served):
     (first,) = prompts(70, seed=1)
     ids = first["prompt_token_ids"]
     generate(served, ["past", "wide"], [first, first], max_tokens=2)
+    generate(served, ["base"], [first], max_tokens=2)
     again = [{"prompt_token_ids": ids[:64] + tail} for tail in ([5, 6], [7], [8, 9, 10])]
     outputs = generate(served, ["past", "wide", "past"], again, max_tokens=8)
     assert [output.num_cached_tokens for output in outputs] == [64, 64, 64]
+    (output,) = generate(served, ["base"], again[:1], max_tokens=8)
+    assert output.num_cached_tokens == 64
 
 
 def test_preempted_requests_go_on(served):

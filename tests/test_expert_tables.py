@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from vllm_adafuse.kernels.context_routes import choose_by_past
+from vllm_adafuse.kernels.context_routes import choose_by_past, fading_of
 from vllm_adafuse.serving import metrics, scratch
 from vllm_adafuse.serving.adapters import stamp_path
 from vllm_adafuse.serving.expert_tables import KEPT, MAPPED, Experts, Tables
@@ -17,10 +17,13 @@ from vllm_adafuse.serving.pool import Size
 VOCABULARY = 50
 
 
-def mixture(experts, top_k, past=False, seed=0):
+def mixture(experts, top_k, past=False, seed=0, half_life=None):
     """Config and columns of a router."""
     draw = torch.Generator().manual_seed(seed)
-    config = SimpleNamespace(num_experts=experts, top_k=top_k, router_context="mean" if past else "")
+    config = SimpleNamespace(
+        num_experts=experts, top_k=top_k, router_context="mean" if past else "",
+        context_half_life=half_life,
+    )  # fmt: skip
     if past:
         w, c = torch.randn(2, experts, VOCABULARY, generator=draw)
         return config, (w.view(torch.int32), c)
@@ -31,7 +34,8 @@ def mixture(experts, top_k, past=False, seed=0):
 def expected(config, columns, ids):
     if config.router_context:
         w, c = (t.view(torch.float32).t()[ids] for t in columns)
-        chosen, _ = choose_by_past(w, c, torch.ones(config.num_experts), config.top_k, False)
+        fading = fading_of(config.context_half_life)
+        chosen, _ = choose_by_past(w, c, torch.ones(config.num_experts), config.top_k, False, fading)
     else:
         chosen = columns[0].t()[ids]
     return torch.bincount(chosen.flatten(), minlength=config.num_experts).tolist()
@@ -42,10 +46,10 @@ def place(tmp_path):
     return tmp_path / "engines" / "0"
 
 
-@pytest.mark.parametrize("past", [False, True])
+@pytest.mark.parametrize("past, half_life", [(False, None), (True, None), (True, 2.5), (True, 1e-5)])
 @pytest.mark.parametrize("experts,top_k", [(2, 1), (5, 2), (3, 3), (300, 2)])
-def test_counts_are_those_of_the_routes(place, experts, top_k, past):
-    config, columns = mixture(experts, top_k, past)
+def test_counts_are_those_of_the_routes(place, experts, top_k, past, half_life):
+    config, columns = mixture(experts, top_k, past, half_life=half_life)
     Tables(place).leave("a", config, columns)
     ids = torch.randint(0, VOCABULARY, (40,), generator=torch.Generator().manual_seed(1)).tolist()
     found = Experts().count([place.parent], "a", ids).tolist()
@@ -87,7 +91,7 @@ def test_tables_of_adapters_that_went_stay_for_a_while(place):
     tables.leave("2", config, columns)  # is back
     for number in range(KEPT):
         tables.forget(f"again{number}")
-    assert [file.name for file in place.iterdir()] == ["2.4.1.npy"]
+    assert [file.name for file in place.iterdir()] == ["2.4.1.0.0.npy"]
 
 
 def test_few_tables_are_mapped(place):
@@ -182,7 +186,7 @@ def test_a_process_takes_its_files_away(temporary, tmp_path):
     child = get_context("fork").Process(target=work)
     child.start()
     child.join(60)
-    assert child.exitcode == 0 and "a.2.1.npy" in (tmp_path / "seen").read_text()
+    assert child.exitcode == 0 and "a.2.1.0.0.npy" in (tmp_path / "seen").read_text()
     folder = other.file.parent
     assert [file.name for file in folder.iterdir()] == ["1.json"]
     scratch._remove(other.file.with_suffix(""))

@@ -55,7 +55,7 @@ def on_device(served, sequences):
             found_ids, found = router.route.expert_ids[0], router.route.weights[0]
         else:
             step = model.adafuse_step
-            columns, behind = list(next(iter(step._seeing.values()))), step.vocab_size
+            columns, behind = list(next(iter(step._seeing.values()))[0]), step.vocab_size
             w = step.table_ids.view(torch.float32)[columns, :behind]
             c, sums = step.table_weights[columns, :behind], step.sums
             found_ids, found = step.table_ids[:2, behind], step.table_weights[:2, behind]

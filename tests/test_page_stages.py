@@ -34,7 +34,7 @@ LORA = Place((5, 11))
 
 DEFAULTS = {
     "temperature": 1.0, "router_weights": "topk_softmax", "router_input": "first_norm",
-    "router_context": "",
+    "router_context": "", "context_half_life": None,
 }  # fmt: skip
 
 

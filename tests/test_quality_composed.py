@@ -247,13 +247,6 @@ def test_manual_pages_become_an_archive_of_domains(tmp_path, corpus_root, text):
         write(tmp_path / "none.tar.xz", [text])
 
 
-def test_a_memory_that_decays_forgets():
-    weights = composed.decaying(200, 10.0)
-    assert torch.allclose(weights.sum(1), torch.ones(200)) and (weights.triu(1) == 0).all()
-    assert weights[199, 189].item() == pytest.approx(weights[199, 199].item() / 2, rel=1e-4)
-    assert weights[0, 0] == 1
-
-
 def router(**options):
     made = Router(MixtureConfig(num_experts=4, r=2, **options), 1, 8, torch.Generator())
     torch.nn.init.normal_(made.weight)

@@ -104,13 +104,6 @@ FIRST = ("oracle", "context-k2", "uniform", *MERGES, "centroid", "classifier", "
 LATE = ("context-k2-plain", "base", "oracle-each")
 
 
-def decaying(length: int, half_life: float) -> torch.Tensor:
-    """float32 [length, length]: row t has the weights of the tokens up to t, of sum 1."""
-    ages = torch.arange(length)[:, None] - torch.arange(length)
-    weights = torch.where(ages >= 0, 0.5 ** (ages / half_life), 0.0)
-    return weights / weights.sum(-1, keepdim=True)
-
-
 class Worker:
     """The pieces of one seed."""
 
@@ -133,13 +126,12 @@ class Worker:
         what, k, *how = name.split("-")
         size, seed = self.size, self.unit.seed
         context = "mean" if what == "context" else ""
+        half_life = float(how[0][4:]) if how and how[0].startswith("half") else None
         model = compose(
-            self.work, self.loras, top_k=int(k[1:]), router_context=context, seed=seed
-        )
+            self.work, self.loras, top_k=int(k[1:]), router_context=context,
+            context_half_life=half_life, seed=seed,
+        )  # fmt: skip
         router, rng = model.all_routers[0], generator(2000 + seed)
-        if how and how[0].startswith("half"):
-            weights = decaying(size.length, float(how[0][4:])).to(DEVICE)
-            router._mean = lambda said: weights[: said.shape[1], : said.shape[1]] @ said
         asked = ("plain",) if how == ["plain"] else KINDS
         count = max(1, size.batch // ROUTER_STEPS)
         steps = ROUTER_STEPS * self.unit.steps

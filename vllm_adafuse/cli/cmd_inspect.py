@@ -119,7 +119,11 @@ def _router(adapter: Adapter) -> dict[str, Any]:
         "bias": any(name.endswith("router.bias") for name in adapter.tensors),
     }
     if not config.layer_wise:
-        past = {"context": config.router_context, "context_scale": config.context_scale}
+        past = {
+            "context": config.router_context,
+            "context_scale": config.context_scale,
+            "context_half_life": config.context_half_life,
+        }
         return {
             **common,
             "input": config.router_input,
@@ -194,6 +198,8 @@ def _show(report: dict[str, Any]) -> None:
         reads += f" at layer {router['layer']}"
     elif router.get("context"):
         reads += f" and the {router['context']} of the past, scale {router['context_scale']:g}"
+        if router["context_half_life"] is not None:
+            reads += f", half-life {router['context_half_life']:g} tokens"
     out.print(
         f"{report['num_experts']} experts, top-{top_k}; router: {reads}, "
         f"weights {router['weights']}, temperature {router['temperature']:g}, {bias} bias"

@@ -104,6 +104,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--router-context", choices=CONTEXTS, help="the router sees the request's past too")
     add("--router-context-scale", type=float, metavar="S",
         help="of what the past says (default 1)")  # fmt: skip
+    add("--router-context-half-life", type=float, metavar="N",
+        help="what was said counts half after N tokens (default: all counts alike)")  # fmt: skip
     group = parser.add_argument_group("layer-wise routing")
     group.add_argument("--routing", choices=(PRE_GATED, LAYER_WISE), default=PRE_GATED,
                        help="layer_wise: routers inside the layers")  # fmt: skip
@@ -133,8 +135,8 @@ def run(args: argparse.Namespace) -> int:
     alphas = args.lora_alpha
     options = {
         key: getattr(args, key)
-        for key in ("router_layer", "router_context", "router_context_scale", "router_scope",
-                    "router_logits", "mix", "always_r", "always_alpha")
+        for key in ("router_layer", "router_context", "router_context_scale",
+                    "router_context_half_life", "router_scope", "router_logits", "mix", "always_r", "always_alpha")
         if getattr(args, key) is not None
     }  # fmt: skip
     if args.shared_A:

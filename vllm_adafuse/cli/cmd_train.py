@@ -74,6 +74,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "far")  # fmt: skip
     add("--router-context-scale", dest="context_scale", type=float, default=4.0, metavar="S",
         help="how much that counts (default 4)")  # fmt: skip
+    add("--router-context-half-life", dest="context_half_life", type=float, metavar="N",
+        help="what was said counts half after N tokens (default: all counts alike)")  # fmt: skip
     add("--routing", choices=("pre_gated", "layer_wise"), default="pre_gated",
         help="layer_wise: a router in every layer, slower to serve")  # fmt: skip
     add("--router-scope", choices=("linear", "block"), default="linear",
@@ -131,8 +133,8 @@ def run(args: argparse.Namespace) -> int:
         name: getattr(args, name)
         for name in (
             "num_experts top_k r lora_alpha use_rslora target_modules layers expert_names routing "
-            "router_scope router_layer router_context context_scale router_input router_weights "
-            "temperature temperature_start jitter seed"
+            "router_scope router_layer router_context context_scale context_half_life router_input "
+            "router_weights temperature temperature_start jitter seed"
         ).split()
     }
     mixture = MixtureConfig(balance_coef=args.balance, z_loss_coef=args.z_loss, **shared)

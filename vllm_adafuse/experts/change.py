@@ -78,6 +78,7 @@ def change_mixture(
             form = Form(
                 top_k, config.router_input, config.router_context, config.context_scale,
                 config.router_weights, "router.bias" in old.tensors, config.temperature,
+                config.context_half_life,
             )  # fmt: skip
             kept_rows = {name: rows[name] for name in kept}
             trained = train_router(found, bank, names, form, kept_rows, options, progress)

@@ -174,7 +174,10 @@ def compose_experts(
         router, separability, telling = uniform_router(len(names), backbone.hidden_size), None, []
         trained = None
         if options.context:
-            form = Form(top_k, options.router_input, context_scale=options.context.scale)
+            form = Form(
+                top_k, options.router_input, context_scale=options.context.scale,
+                context_half_life=options.context.half_life,
+            )  # fmt: skip
             path, kept = options.context.router_from, {}
             if path is not None:
                 kept = rows_from(path, names, form, backbone)
@@ -214,7 +217,9 @@ def compose_experts(
         raw |= {BASE_HASH: base_hash} if (base_hash := known_hash(str(found_base))) else {}
         tensors = bank.tensors | {"router.weight": router.weight, "router.bias": router.bias}
         if trained:
-            raw |= {"format_version": 2} | context_json("mean", options.context.scale)
+            raw |= {"format_version": 2} | context_json(
+                "mean", options.context.scale, options.context.half_life
+            )
             tensors = bank.tensors | trained.tensors
         write_mixture(out, raw, tensors, backbone)
         if report is not None:

@@ -21,7 +21,7 @@ from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.adapter import Adapter, load_adapter
 from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.format.config import AdapterConfig
-from vllm_adafuse.format.context_keys import CONTEXT_KEY, CONTEXT_WEIGHT
+from vllm_adafuse.format.context_keys import CONTEXT_KEY, CONTEXT_WEIGHT, show_half_life
 from vllm_adafuse.format.layout import ENTRANCE_ROUTER
 from vllm_adafuse.format.pretrained import load_tokenizer
 from vllm_adafuse.format.vocabulary import require_rows
@@ -46,6 +46,7 @@ class ContextOptions:
         data: texts without labels: jsonl, or else plain UTF-8.
         labelled: expert's name -> texts of its domain; may be empty.
         scale: `router.context_scale`.
+        half_life: `router.context_half_life`; None: the mean of all.
         steps: of the optimizer.
         length: tokens of a block: how much past the router meets.
         batch_size: blocks of a step.
@@ -70,6 +71,7 @@ class ContextOptions:
     dtype: str = "auto"
     seed: int = 0
     router_from: Path | None = None
+    half_life: float | None = None
 
     def __post_init__(self):
         for name, low in (("steps", 1), ("length", 2), ("batch_size", 1)):
@@ -77,6 +79,8 @@ class ContextOptions:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {low} or more")
         if not (0 < self.scale < math.inf and (self.lr is None or 0 < self.lr < math.inf)):
             raise ValueError(f"scale is {self.scale} and lr {self.lr}, expected numbers above 0")
+        if self.half_life is not None and not 0 < self.half_life < math.inf:
+            raise ValueError(f"half_life is {self.half_life}, expected a number of tokens above 0")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}, expected a share above 0 and below 1")
         if not self.data and not self.labelled:
@@ -94,6 +98,7 @@ class Form:
     router_weights: str = "topk_softmax"
     router_bias: bool = False
     temperature: float = 1.0
+    context_half_life: float | None = None
 
 
 # Of an expert, tensor's name -> its row.
@@ -289,6 +294,9 @@ def rows_from(path: Path, names: Sequence[str], form: Form, shapes: Backbone) ->
             f"expected {form.router_input}, {form.context_scale:g} and {form.temperature:g}: rows "
             "mean the same only so"
         )
+    halves = [show_half_life(which.context_half_life) for which in (config, form)]
+    if not problems and halves[0] != halves[1]:
+        problems.append(f"its router remembers {halves[0]}, expected {halves[1]}: rows mean the same only so")
     if "router.bias" in adapter.tensors:
         problems.append(
             "its router has a bias, which routers trained here have not; --mixture takes it as it is"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_adafuse.format.context_keys import CONTEXT_KEY, SCALE_KEY, context_json, parse_context
+from vllm_adafuse.format.context_keys import CONTEXT_KEYS, context_json, parse_context
 from vllm_adafuse.format.keys import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -50,7 +50,7 @@ REQUIRED = (
     "lora_alpha",
     "target_modules",
 )
-_PRE_GATED_ONLY = ("router.input", "router.layer", CONTEXT_KEY, SCALE_KEY)
+_PRE_GATED_ONLY = ("router.input", "router.layer", *CONTEXT_KEYS)
 _LAYER_WISE_ONLY = (
     "router.scope",
     "router.logits",
@@ -59,7 +59,7 @@ _LAYER_WISE_ONLY = (
     "always_r",
     "always_alpha",
 )
-VERSION_2 = ("router.layer", CONTEXT_KEY, SCALE_KEY, *_LAYER_WISE_ONLY)
+VERSION_2 = ("router.layer", *CONTEXT_KEYS, *_LAYER_WISE_ONLY)
 OPTIONAL = (
     "use_rslora",
     "routing",
@@ -92,6 +92,7 @@ class AdapterConfig:
         router_layer: the router reads what enters this layer (pre-gated).
         router_context: "" or one of CONTEXTS: the router sees the request's past too (pre-gated).
         context_scale: of what the past says.
+        context_half_life: tokens after which what was said counts half; None: all counts alike.
         router_scope: what has a router of its own, one of ROUTER_SCOPES (layer-wise, as below).
         router_logits: one of ROUTER_LOGITS.
         top_k_blocks: k of the blocks, in the order of BLOCKS, where they differ.
@@ -118,6 +119,7 @@ class AdapterConfig:
     router_layer: int = 0
     router_context: str = ""
     context_scale: float = 1.0
+    context_half_life: float | None = None
     router_scope: str = "linear"
     router_logits: str = "linear"
     top_k_blocks: tuple[int, ...] = ()
@@ -196,7 +198,7 @@ class AdapterConfig:
             "always_alpha": self.always_alpha,
             "expert_names": list(self.expert_names),
             BASE_HASH: self.base_hash,
-            **context_json(self.router_context, self.context_scale),
+            **context_json(self.router_context, self.context_scale, self.context_half_life),
         }
         absent = set(_PRE_GATED_ONLY if self.layer_wise else _LAYER_WISE_ONLY)
         absent |= set() if self.router_layer else {"router.layer"}

@@ -23,8 +23,8 @@ class _Past:
     of keys and values, so that each conversation has its own.
 
     Attributes:
-        sums: [batch, 1, E] float64, what the router says of their tokens, added up; or 0.
-        counts: [batch, 1] float64, their tokens without padding; or 0.
+        sums: [batch, E] float64, what the router says of their tokens, added up as it is remembered.
+        counts: [batch, 1] float64, of how much that is; padding is none.
         tokens: those in the cache, padding included.
     """
 
@@ -126,7 +126,7 @@ class _Reference(torch.nn.Module):
 
     def _decide_by_past(self, u: torch.Tensor, cache: Any) -> torch.Tensor:
         """Gates [batch, T, E] of what the router reads, u [batch, T, hidden], and of its mean over
-        each sequence so far: in float64, where padding counts for nothing."""
+        each sequence so far: in float64, where padding counts for nothing, and no time passes."""
         told, seen, mask = _Past.of(cache), u.double(), self.attention_mask
         if mask is not None and mask.dim() != 2:
             raise ValueError(
@@ -135,9 +135,15 @@ class _Reference(torch.nn.Module):
             )
         real = torch.ones_like(seen[..., 0]) if mask is None else mask[:, -u.shape[1] :].double()
         said = seen @ self.tensors["router.context.weight"].double().T * real[..., None]
-        sums, counts = told.sums + said.cumsum(1), told.counts + real.cumsum(1)
-        told.sums, told.counts, told.tokens = sums[:, -1:], counts[:, -1:], told.tokens + u.shape[1]
-        mean = sums / counts.clamp(min=1)[..., None]
+        half_life, means = self.config.get("router.context_half_life"), []
+        kept = 1.0 if half_life is None else 0.5 ** (1 / half_life)
+        for t in range(u.shape[1]):
+            token = real[:, t, None]
+            remembered = torch.where(token > 0, kept * token, 1.0)
+            told.sums = remembered * told.sums + said[:, t]
+            told.counts = remembered * told.counts + token
+            means.append(told.sums / told.counts.clamp(min=1))
+        told.tokens, mean = told.tokens + u.shape[1], torch.stack(means, 1)
         z = self._logits(seen, "") + self.config.get("router.context_scale", 1.0) * mean
         return self._gates(z, self.config["top_k"]).float()
 

@@ -10,7 +10,7 @@ from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.adapter import Adapter
 from vllm_adafuse.format.backbone import EMBEDDING, FIRST_NORM, Backbone, load_backbone_tensors
 from vllm_adafuse.format.context_keys import CONTEXT_KEY, CONTEXT_WEIGHT
-from vllm_adafuse.kernels.context_routes import choose_by_past, context_rows
+from vllm_adafuse.kernels.context_routes import choose_by_past, context_rows, fading_of
 from vllm_adafuse.kernels.gate import Gate, gate
 
 # Rows routed at once: bounds the float64 copy of their embeddings.
@@ -98,7 +98,7 @@ class OfflineRouter:
         config = self.config
         return choose_by_past(
             first, second, torch.ones(config.num_experts), config.top_k,
-            config.router_weights == "softmax_topk",
+            config.router_weights == "softmax_topk", fading_of(config.context_half_life),
         )  # fmt: skip
 
     def _context_rows(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

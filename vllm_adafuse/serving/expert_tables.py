@@ -4,7 +4,7 @@ A mixture's routes follow from token ids: by its passports, or, where its router
 tables. The worker that made them leaves a copy beside what it counts (`meter.py`); the front end asks
 it when a request ends, and no step takes part. Routers inside the layers have no tables.
 
-A file is `<engine>/<content hash>.<E>.<k>.npy`: expert ids [k, V], or w and c [2, E, V] float32, see
+A file is `<engine>/<content hash>.<E>.<k>.<fading>.npy`: expert ids [k, V], or w and c [2, E, V] float32, see
 `context_routes`. It is mapped, not read, and outlives its removal for who has it mapped.
 """
 
@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from vllm_adafuse.format.config import AdapterConfig
+from vllm_adafuse.kernels.context_routes import faded_counts, faded_sums, fading_of
 from vllm_adafuse.serving.scratch import lacks, private
 
 # Tables that stay for requests which end after their adapter has gone.
@@ -51,15 +52,15 @@ class Tables:
             self._gone.remove(content)
         if self.place is None or config is None or columns is None or not content:
             return
-        experts, top_k = config.num_experts, config.top_k
+        experts, top_k, fading = config.num_experts, config.top_k, 0.0
         if config.router_context:
             parts = [t.cpu().view(torch.float32).numpy() for t in columns]
-            shape = 2, *parts[0].shape
+            shape, fading = (2, *parts[0].shape), fading_of(config.context_half_life)
         else:
             parts = [columns[0].cpu().numpy().astype(np.min_scalar_type(experts))]
             shape = parts[0].shape
         described = {"descr": parts[0].dtype.str, "fortran_order": False, "shape": shape}
-        file = self.place / f"{content}.{experts}.{top_k}.npy"
+        file = self.place / f"{content}.{experts}.{top_k}.{fading!r}.npy"
         try:
             private(self.place.parent)
             self.place.mkdir(exist_ok=True)
@@ -113,10 +114,11 @@ class Experts:
         """
         if (mapped := self._find(folders, content)) is None:
             return None
-        table, (experts, top_k) = mapped.table, map(int, mapped.file.name.split(".")[1:3])
+        _, experts, top_k, fading = mapped.file.stem.split(".", 3)
+        table = mapped.table
         rows = np.minimum(np.asarray(ids, dtype=np.int64), table.shape[-1] - 1)
-        chosen = table[:, rows] if table.ndim == 2 else _by_past(table, rows, top_k)
-        return np.bincount(chosen.ravel(), minlength=experts)
+        chosen = table[:, rows] if table.ndim == 2 else _by_past(table, rows, int(top_k), float(fading))
+        return np.bincount(chosen.ravel(), minlength=int(experts))
 
     def _find(self, folders: Iterable[Path], content: str) -> _Mapped | None:
         known = self._mapped.pop(content, None)
@@ -138,8 +140,9 @@ class Experts:
         return known
 
 
-def _by_past(table: np.ndarray, rows: np.ndarray, top_k: int) -> np.ndarray:
+def _by_past(table: np.ndarray, rows: np.ndarray, top_k: int, fading: float) -> np.ndarray:
     """As `context_routes` chooses: [k, T]."""
     w, c = table[:, :, rows]
-    z = w + c.cumsum(1, dtype=np.float64) / np.arange(1, len(rows) + 1)
+    said = faded_sums(torch.from_numpy(c).t(), fading).t()
+    z = w + (said / faded_counts(torch.arange(1, len(rows) + 1), fading)).numpy()
     return np.argpartition(-z, top_k - 1, axis=0)[:top_k]

@@ -8,7 +8,12 @@ import numpy as np
 import torch
 from vllm.platforms import current_platform
 from vllm_adafuse.format.config import AdapterConfig
-from vllm_adafuse.kernels.context_routes import CONTEXT_COLUMNS, ContextRoutes, context_routes
+from vllm_adafuse.kernels.context_routes import (
+    CONTEXT_COLUMNS,
+    ContextRoutes,
+    context_routes,
+    fading_of,
+)
 from vllm_adafuse.kernels.page_routes import (
     COLUMNS,
     EXPERT,
@@ -77,7 +82,8 @@ class PageStep(Step):
             ("table_weights", torch.zeros(tables, dtype=torch.float32)),
         ):
             self.register_buffer(name, tensor, persistent=False)
-        self._seeing: dict[int, tuple[int, ...]] = {}  # slot -> columns of its experts
+        # slot -> columns of its experts, and how its memory fades
+        self._seeing: dict[int, tuple[tuple[int, ...], float]] = {}
         self._batch = np.zeros(0, dtype=np.int32)
         self._listed = np.full(directory.shape, -1, dtype=np.int32)
         self._named = 0
@@ -128,7 +134,7 @@ class PageStep(Step):
         self._seeing.pop(place.slot, None)
         context = torch.zeros(self.contexts.shape[0], dtype=torch.int32)
         if sees:
-            self._seeing[place.slot] = place.columns
+            self._seeing[place.slot] = place.columns, fading_of(config.context_half_life)
             context = context_of(config, list(place.columns), self.table_ids.shape[0])
         copy_to(self.contexts[:, place.slot], context.numpy())
 
@@ -154,9 +160,11 @@ class PageStep(Step):
 
     def seed(self, place: int, row: int, token_ids: torch.Tensor) -> None:
         """See `Follower`."""
-        columns = torch.tensor(self._seeing[int(self._batch[place])]).to(token_ids.device)
+        own, fading = self._seeing[int(self._batch[place])]
+        columns = torch.tensor(own).to(token_ids.device)
         ids = token_ids.long().clamp(0, self.vocab_size - 1)
-        seed_ring(self.sums[row, :, : len(columns)], self.table_weights[columns[:, None], ids])
+        said = self.table_weights[columns[:, None], ids]
+        seed_ring(self.sums[row, :, : len(columns)], said, fading)
 
     def route(self, token_ids: torch.Tensor) -> None:
         """Writes the gates of a step of T tokens, from their ids [T]."""

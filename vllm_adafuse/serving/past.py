@@ -11,17 +11,20 @@ from vllm_adafuse.kernels.context_routes import (
     CHOSEN,
     CONTEXT_COLUMNS,
     EXPERTS,
+    FADING,
     SOFTMAX_FIRST,
     ContextRoutes,
     context_routes,
     context_rows,
+    faded_sums,
+    fading_of,
 )
 from vllm_adafuse.serving.requests import Requests
 from vllm_adafuse.serving.routes import Route, Router
 
 
 def context_of(config: AdapterConfig, columns: list[int], most: int) -> torch.Tensor:
-    """What `context_routes` needs to know of an adapter: a column [3 + 2 C] int32 of `contexts`.
+    """What `context_routes` needs to know of an adapter: a column [5 + 2 C] int32 of `contexts`.
 
     Args:
         config: the adapter's.
@@ -31,24 +34,30 @@ def context_of(config: AdapterConfig, columns: list[int], most: int) -> torch.Te
     column = torch.zeros(CONTEXT_COLUMNS + 2 * most, dtype=torch.int32)
     column[EXPERTS], column[CHOSEN] = config.num_experts, config.top_k
     column[SOFTMAX_FIRST] = int(config.router_weights == "softmax_topk")
+    fading = torch.tensor([fading_of(config.context_half_life)], dtype=torch.float64)
+    column[FADING:CONTEXT_COLUMNS] = fading.view(torch.int32)
     column[CONTEXT_COLUMNS:][: len(columns)] = torch.tensor(columns)
     scales = torch.tensor(config.scales, dtype=torch.float32).view(torch.int32)
     column[CONTEXT_COLUMNS + most :][: len(columns)] = scales
     return column
 
 
-def seed_ring(ring: torch.Tensor, c: torch.Tensor) -> None:
+def seed_ring(ring: torch.Tensor, c: torch.Tensor, fading: float) -> None:
     """Sets the sums of a request after the last R of T tokens and as many before as there are.
 
     Args:
         ring: [R, E] float64, as `context_routes` takes it.
         c: [E, T] float32, of its tokens; T >= 1.
+        fading: of what was said, see `fading_of`.
     """
     count, kept = c.shape[1], min(c.shape[1], len(ring))
-    first = c[:, : count - kept + 1].double().sum(1, keepdim=True)
-    sums = torch.cat([first, first + c[:, count - kept + 1 :].double().cumsum(1)], 1)
-    for at, column in zip(range(count - kept + 1, count + 1), sums.t()):
-        ring[at % len(ring)] = column
+    start = count - kept + 1
+    left = torch.exp(fading * torch.arange(start - 1, -1, -1, dtype=torch.float64, device=c.device))
+    first = (c[:, :start].double() * left).sum(1)
+    more = torch.arange(1, kept, dtype=torch.float64, device=c.device)[:, None]
+    sums = first * torch.exp(fading * more) + faded_sums(c[:, start:].t(), fading)
+    for at, row in zip(range(start, count + 1), [first, *sums]):
+        ring[at % len(ring)] = row
 
 
 class PastRouter(Router):
@@ -141,7 +150,7 @@ class PastRouter(Router):
     def seed(self, place: int, row: int, token_ids: torch.Tensor) -> None:
         """See `Follower`."""
         ids = token_ids.long().clamp(0, self.c.shape[1] - 1)
-        seed_ring(self.sums[row], self.c[:, ids])
+        seed_ring(self.sums[row], self.c[:, ids], fading_of(self.config.context_half_life))
 
     def forward(self, input_ids: torch.Tensor | None, embeddings: torch.Tensor | None) -> None:
         """As `Router.forward`, from token ids alone.

@@ -37,6 +37,7 @@ class MixtureConfig:
         router_context: "mean": the router also sees the mean of what `context_scale` times a second
             matrix says of the tokens so far (pre-gated, at the entrance); or "".
         context_scale: how much that counts.
+        context_half_life: tokens after which what was said counts half in it; None: never less.
         router_weights: "topk_softmax" or "softmax_topk", see docs/format.md.
         router_bias: give routers a bias.
         temperature: divides the logits; the value that is saved and served.
@@ -65,6 +66,7 @@ class MixtureConfig:
     router_layer: int = 0
     router_context: str = ""
     context_scale: float = CONTEXT_SCALE
+    context_half_life: float | None = None
     router_weights: str = "topk_softmax"
     router_bias: bool = False
     temperature: float = 1.0
@@ -122,6 +124,13 @@ class MixtureConfig:
             )
         check("router_context", self.router_context in ("", *CONTEXTS), f"one of {CONTEXTS} or ''")
         check("context_scale", number("context_scale", 1e-6), "a number above 0")
+        if self.context_half_life is not None:
+            fine = number("context_half_life", 1e-6)
+            check("context_half_life", fine, "a number of tokens above 0, or None")
+            if not self.router_context:
+                problems.append(
+                    "`context_half_life` is of what `router_context` remembers; give both or neither"
+                )
         if self.router_context and (self.router_layer or self.routing == "layer_wise"):
             problems.append(
                 "`router_context` belongs to a router at the entrance; later layers have seen the "
@@ -185,7 +194,9 @@ class MixtureConfig:
             raw["router.input"] = self.router_input
         if self.router_layer:
             raw["router.layer"] = self.router_layer
-        raw |= context_json(self.router_context, float(self.context_scale))
+        half_life = self.context_half_life
+        half_life = None if half_life is None else float(half_life)
+        raw |= context_json(self.router_context, float(self.context_scale), half_life)
         if self.expert_names:
             raw["expert_names"] = list(self.expert_names)
         return raw

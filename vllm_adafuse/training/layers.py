@@ -86,10 +86,30 @@ class Router(nn.Module):
         return self.gates
 
     def _mean(self, said: torch.Tensor) -> torch.Tensor:
-        """The mean of [batch, length, E] over each sequence so far."""
+        """The mean of [batch, length, E] over each sequence so far, as it is remembered."""
         real = torch.ones_like(said[..., :1]) if self.mask is None else self.mask[..., None]
-        counts = real.to(said.dtype).cumsum(1).clamp(min=1)
-        return (said * real).cumsum(1) / counts
+        real, half_life = real.to(said.dtype), self.config.context_half_life
+        if half_life is None:
+            return (said * real).cumsum(1) / real.cumsum(1).clamp(min=1)
+        told = faded_sums(torch.cat([said * real, real], -1), real, half_life)
+        return told[..., :-1] / told[..., -1:].clamp(min=1)
+
+
+def faded_sums(said: torch.Tensor, real: torch.Tensor, half_life: float) -> torch.Tensor:
+    """What is said over each sequence so far, added up, where it counts half after a while.
+
+    Args:
+        said: [batch, length, n].
+        real: [batch, length, 1], 0 for padding, in which no time passes; of the same dtype.
+        half_life: in tokens.
+    """
+    # Each sum has `step` terms, and what came before it fades by `left` until its end.
+    left, step = torch.where(real > 0, 0.5 ** (1 / half_life), 1.0).to(said.dtype), 1
+    while step < said.shape[1]:
+        said = torch.cat([said[:, :step], said[:, step:] + left[:, step:] * said[:, :-step]], 1)
+        left = torch.cat([left[:, :step], left[:, step:] * left[:, :-step]], 1)
+        step *= 2
+    return said
 
 
 class ExpertGroup(nn.Module):

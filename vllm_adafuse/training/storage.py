@@ -144,6 +144,7 @@ def read(
         router_layer=raw.get("router.layer", 0),
         router_context=saved.router_context,
         context_scale=saved.context_scale,
+        context_half_life=saved.context_half_life,
         router_weights=raw["router.weights"],
         router_bias=any(name.endswith("router.bias") for name in tensors),
         temperature=raw["router.temperature"],
