@@ -121,8 +121,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 # Option -> field of ContextOptions.
 _OF_THE_PAST = {
-    "router_context_scale": "scale", "router_context_half_life": "half_life", "router_from": "router_from", "steps": "steps",
-    "length": "length", "batch_size": "batch_size", "lr": "lr", "seed": "seed", "dtype": "dtype",
+    "router_context_scale": "scale", "router_context_half_life": "half_life",
+    "router_from": "router_from", "steps": "steps", "length": "length",
+    "batch_size": "batch_size", "lr": "lr", "seed": "seed", "dtype": "dtype",
 }  # fmt: skip
 
 

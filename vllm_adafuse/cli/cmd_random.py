@@ -136,7 +136,8 @@ def run(args: argparse.Namespace) -> int:
     options = {
         key: getattr(args, key)
         for key in ("router_layer", "router_context", "router_context_scale",
-                    "router_context_half_life", "router_scope", "router_logits", "mix", "always_r", "always_alpha")
+                    "router_context_half_life", "router_scope", "router_logits", "mix", "always_r",
+                    "always_alpha")
         if getattr(args, key) is not None
     }  # fmt: skip
     if args.shared_A:
