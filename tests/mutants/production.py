@@ -99,7 +99,7 @@ DEPLOY = [
     ),
     Mutant(
         "a past without its length", "vllm_adafuse/serving/expert_tables.py",
-        " / np.arange(1, len(rows) + 1)", "", f"{TABLES}counts_are_those_of_the_routes",
+        " / faded_counts(torch.arange(1, len(rows) + 1), fading)", "", f"{TABLES}counts_are_those_of_the_routes",
         "experts are counted that no token took",
     ),
     Mutant(
