@@ -98,7 +98,7 @@ LOADS = [
     ),
     Mutant(
         "passports of old weights", "vllm_adafuse/serving/manager.py",
-        "        self.coming.clear()  # to be read again\n", "", STAMPED,
+        "(begin, begin()) for adapter, (begin, _) in", "(begin, left) for adapter, (begin, left) in", STAMPED,
         "a router decides by a backbone that is gone",
     ),
     Mutant(

@@ -70,8 +70,8 @@ class AdapterManager:
         # Adapters whose tensors are on the host; which, the front end decides (`holds.py`).
         self.hosted: dict[int, Hosted] = {}
         self.lost: dict[int, str] = {}
-        # Read, and not all ready yet.
-        self.coming: dict[int, Iterator[None]] = {}
+        # Read, and not all ready yet: how that begins, and what is left of it.
+        self.coming: dict[int, tuple[Callable[[], Iterator[None]], Iterator[None]]] = {}
         # Of the last step with adapters, and those that steps know the pages of.
         self.active: set[int] = set()
         self.listed: set[int] = set()
@@ -143,8 +143,9 @@ class AdapterManager:
             hosted = self._read(request, wait, in_step)
             if hosted is None:
                 return False
-            coming = self._take_in(request, hosted, in_step)
-        for _ in coming:
+            begin = functools.partial(self._take_in, request, hosted, in_step)
+            coming = begin, begin()
+        for _ in coming[1]:
             if not wait:
                 self.coming[adapter] = coming
                 return False
@@ -195,7 +196,9 @@ class AdapterManager:
     def stamp_again(self) -> None:
         """Makes the passports of all mixtures anew, and vLLM's slots: the backbone's weights are others,
         maybe after a sleep in which all went that is no buffer (see patches/reload.py)."""
-        self.coming.clear()  # to be read again
+        # Not read again: a later stage of a pipeline, which stamps nothing, may have it all by now, and
+        # ranks read together.
+        self.coming = {adapter: (begin, begin()) for adapter, (begin, _) in self.coming.items()}
         if self.step.routers is not None:
             self.loader.read_norm(self.step.routers)
         for adapter, hosted in self.hosted.items():
