@@ -1,5 +1,6 @@
 """Which content a LoRA request means: stamps, ids, keys of the prefix cache."""
 
+import asyncio
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -12,6 +13,8 @@ from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.patches import lora_requests
 from vllm_adafuse.serving import versions as seam
 from vllm_adafuse.serving.adapters import split_path, stamp_path
+from vllm_adafuse.serving.engine_loads import AsyncEngineLoads
+from vllm_adafuse.serving.holds import Holds
 from vllm_adafuse.serving.pool import Size
 from vllm_adafuse.serving.versions import MAX_ID, AdapterAbsent, AdapterRefused, Versions, loading
 
@@ -161,6 +164,43 @@ def test_contents_that_are_used_stay_remembered(monkeypatch):
         ask(versions, "a", i, f"p{i}")
         assert versions.known(kept) is kept
     assert len(versions._contents) == 8
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_load_whose_client_went_is_forgotten_when_it_ends(stays):
+    """Unless another wants the adapter."""
+    ready, end, has = asyncio.Event(), asyncio.Event(), set()
+
+    async def add(stamped):
+        await asyncio.sleep(0)
+        has.update([stamped.lora_int_id] if ready.is_set() else [])
+        return ready.is_set()
+
+    async def remove(adapter):
+        has.remove(adapter)
+
+    async def work():
+        holds = Holds(4, lambda adapter: False)  # nor could it make room: its files have gone too
+        core = SimpleNamespace(add_lora_async=add, remove_lora_async=remove)
+        loads = AsyncEngineLoads(core, holds)
+
+        async def want():
+            with holds.held(7):
+                await loads.load_beside(LoRARequest("a", 7, "/a"))
+                await end.wait()
+
+        clients = [asyncio.create_task(want()) for _ in range(1 + stays)]
+        await asyncio.sleep(0)
+        clients[0].cancel()
+        await asyncio.sleep(0.01)
+        ready.set()
+        while loads._loads or loads._removals or holds.resident != ({7} if stays else set()):
+            await asyncio.sleep(0.01)
+        assert has == holds.resident == ({7} if stays else set())
+        end.set()
+        await asyncio.gather(*clients, return_exceptions=True)
+
+    asyncio.run(asyncio.wait_for(work(), 30))
 
 
 def test_outputs_show_the_users_request():

@@ -74,6 +74,18 @@ def test_what_a_worker_counts_is_what_a_scrape_says():
     assert two.file.parent.stat().st_mode & 0o777 == 0o700
 
 
+def test_a_load_that_was_given_up_is_not_waited_for(monkeypatch):
+    now = iter([1.0, 50.0, 50.5])
+    meter = Meter(engine(), 8)
+    monkeypatch.setattr("vllm_adafuse.serving.meter.time.monotonic", lambda: next(now))
+    hosted = SimpleNamespace(kind="lora", size=Size(1), config=None, passports=None)
+    meter.begin(7)
+    meter.forgot(7)
+    meter.begin(7)
+    meter.loaded(request(7, "a", "e"), hosted)
+    assert meter.counts.load_seconds == 0.5
+
+
 def test_other_ranks_write_nothing_and_a_worker_without_room_serves_on(tmp_path, monkeypatch):
     assert Meter(engine(rank=1), 8).file is None and not list(tmp_path.iterdir())
     said = []

@@ -78,8 +78,10 @@ class Holds:
             return adapter in self._requests
 
     def loaded(self, adapter: int) -> None:
-        """The engine has it now."""
+        """The engine has it now; whoever wanted it may have gone meanwhile."""
         self.resident.add(adapter)
+        if not self.needed(adapter):
+            self.forget(adapter)
         self.make_room()
 
     def gone(self, adapter: int) -> None:

@@ -89,7 +89,8 @@ class Meter:
         self.write()
 
     def forgot(self, adapter: int) -> None:
-        """An adapter is no longer in host memory."""
+        """An adapter is no longer in host memory, or on its way there."""
+        self._began.pop(adapter, None)
         gone = self.counts.adapters.pop(adapter, None)
         if gone is not None:
             self.write()
