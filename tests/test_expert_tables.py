@@ -1,9 +1,11 @@
 """Tokens of experts in `/metrics`: tables that workers leave, and what a front end counts by them. Engines
 are asked in test_engine_context_pages.py, a server in test_lora_server.py."""
 
+import errno
 from multiprocessing import get_context
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from vllm_adafuse.kernels.context_routes import choose_by_past, fading_of
@@ -172,6 +174,19 @@ def test_a_worker_without_room_says_so_once(place, monkeypatch):
     for _ in range(2):
         tables.leave("a", *mixture(2, 1))
     assert len(said) == 1 and "the experts'" in said[0] and "set TMPDIR" in said[0]
+
+
+def test_a_full_disk_is_left_and_no_old_table_with_it(place, monkeypatch):
+    tables = Tables(place)
+    tables.leave("a", *mixture(2, 1))
+    assert Experts().count([place.parent], "a", [0]) is not None
+
+    def write(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", write)
+    tables.leave("a", *mixture(2, 1, seed=1))
+    assert not place.exists() and Experts().count([place.parent], "a", [0]) is None
 
 
 def test_a_process_takes_its_files_away(temporary, tmp_path):

@@ -10,6 +10,7 @@ A file is `<engine>/<content hash>.<E>.<k>.<fading>.npy`: expert ids [k, V], or 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -72,6 +73,9 @@ class Tables:
             part.replace(file)
         except OSError as e:
             lacks("the experts'", e)
+            # Nothing is kept of a place that may be full; and after new weights tables would tell of
+            # old routes.
+            shutil.rmtree(self.place, ignore_errors=True)
             self.place = None
 
     def forget(self, content: str) -> None:
