@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_compose_context import SMALL, options, tensors_of, text  # noqa: F401
 from test_compose_experts import WORDS, base, loras, paths, samples, write_text  # noqa: F401
 from transformers import AutoTokenizer
@@ -101,6 +102,13 @@ def test_one_less(base, loras, text, two, tmp_path):  # noqa: F811
     for name in ("router.weight", "router.bias", "router.context.weight"):
         assert torch.equal(new[name], old[name][[0, 2, 3]])
     assert_others_stay(routes(elsewhere, base, text), routes(out, base, text), "b")
+    softmax = {"router_weights": "softmax_topk", "dtype": torch.float32}
+    of_all = make_random_adapter(base, tmp_path / "of_all", num_experts=3, top_k=1, r=2, **softmax)
+    less = change_mixture(of_all, tmp_path / "of_two", {}, ["expert_1"])
+    (before_, weights), (after_, more) = (routes(p, base, text) for p in (of_all, less.path))
+    stay = torch.tensor([b == a for b, a in zip(before_, after_)])
+    assert 20 < stay.sum() and (more[stay] > weights[stay]).all()
+    assert any("those removed leave their share to the others" in n for n in less.notes)
     alone = change_mixture(out, tmp_path / "alone", {}, ["a", "c"])
     assert load_adapter(alone.path).config.top_k == 1 and "1 of 1 experts" in alone.notes[0]
 
@@ -227,6 +235,14 @@ def test_what_cannot_be_changed(base, loras, two, tmp_path):  # noqa: F811
     file.write_text(json.dumps(raw))
     with pytest.raises(AdapterError, match="different backbones .the mixture adapter: .*some/where"):
         change_mixture(two, tmp_path / "out", {"law": other}, options=training("a.txt"))
+    idle = make_random_adapter(base, tmp_path / "idle", num_experts=2, r=2)
+    file = idle / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for name in (name for name in tensors if ".lora_" in name):
+        tensors[name][1] = 0
+    save_file(tensors, file)
+    with pytest.raises(AdapterError, match="of expert_1, which would stay, are all zeros"):
+        change_mixture(idle, tmp_path / "out", {}, ["expert_0"])
     later = make_random_adapter(base, tmp_path / "later", num_experts=3, r=2, router_layer=1)
     with pytest.raises(AdapterError, match="its routers stand inside the layers"):
         change_mixture(later, tmp_path / "out", {}, ["expert_0"])

@@ -34,7 +34,8 @@ def change_mixture(
     """Puts plain PEFT LoRAs beside the experts of a mixture, and takes experts out of it.
 
     The other experts' weights and rows of the router are kept, so that tokens for which no added
-    expert is among the k keep their routes, and those that chose no removed one.
+    expert is among the k keep their routes, and those that chose no removed one; of a softmax over
+    all experts their experts, while the weights change.
 
     Args:
         mixture: a pre-gated adapter whose router stands at the entrance.
@@ -66,12 +67,27 @@ def change_mixture(
             said = {f"the mixture {old.path.name}": (config.base_model, os.path.realpath(found))}
             paths = {name: Path(path) for name, path in add.items()}
             experts += read_experts(paths, backbone, notes, mixed_backbones, said)
+        if not any(experts):
+            raise AdapterError(
+                f"change of mixture {old.path}",
+                [
+                    f"lora_A and lora_B of {some(kept)}, which would stay, are all zeros: expected one "
+                    "expert at least that changes something; keep another"
+                ],
+            )
         bank, rows = stack_experts(experts), read_rows(old)
         top_k = min(config.top_k, len(names))
         if top_k < config.top_k:
             notes.append(f"tokens use {top_k} of {len(names)} experts, where they used {config.top_k}")
-        if add and config.router_weights == "softmax_topk":
-            notes.append("weights are of a softmax over all experts: those added take their share of all")
+        if config.router_weights == "softmax_topk":
+            notes += [
+                f"weights are of a softmax over all experts: {what}"
+                for changed, what in (
+                    (add, "those added take their share of all"),
+                    (remove, "those removed leave their share to the others"),
+                )
+                if changed
+            ]
         bar.update()
         trained = None
         if add:
