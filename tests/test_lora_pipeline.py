@@ -6,6 +6,7 @@ from engines import assert_greedy_equals, engine, greedy, load_reference, make_p
 from loras import PATTERNS, make_lora
 from vllm.lora.request import LoRARequest
 from vllm_adafuse.format.random_adapter import make_random_adapter
+from vllm_adafuse.patches.lora_requests import versions_of
 from vllm_adafuse.serving.versions import AdapterRefused
 from vllm_adafuse.tiny import real_prompts
 
@@ -38,6 +39,15 @@ def test_two_pipeline_stages(tmp_path, monkeypatch):
     def mend(worker):
         if worker.rank == 1:
             del worker.model_runner.lora_manager.loader.read
+
+    def stamp_slowly(worker):
+        """A few token ids at a time."""
+        from vllm_adafuse.serving import hosted, routes
+
+        hosted.PIECES_AT_ONCE, routes.PASSPORT_CHUNK = 1, 32
+
+    def is_ready(worker, adapter):
+        return adapter in worker.model_runner.lora_manager.hosted
 
     def lose(worker, adapter):
         """The first stage has given it up in a step."""
@@ -77,5 +87,11 @@ def test_two_pipeline_stages(tmp_path, monkeypatch):
         with pytest.raises(AdapterRefused, match="another rank has lost it"):
             llm.llm_engine.add_lora(requests["late"])
         llm.collective_rpc(lose, args=(4,))
+        # Weights are loaded anew when the last stage, which stamps nothing, has all of an adapter.
+        llm.collective_rpc(stamp_slowly)
+        stamped = versions_of(llm.llm_engine).stamp(requests["late"])
+        while llm.collective_rpc(is_ready, args=(4,)) != [False, True]:
+            assert not llm.llm_engine.engine_core.add_lora(stamped)
+        llm.collective_rpc("reload_weights")
         assert llm.llm_engine.add_lora(requests["late"])
         check(list(references))
