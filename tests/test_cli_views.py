@@ -134,6 +134,7 @@ def test_route_of_a_request_that_was_served(adapter, base, tmp_path, capsys):
         {"choices": [{"token_ids": None}], "prompt_token_ids": [1]},
         {"choices": [{"token_ids": [-1]}], "prompt_token_ids": [1]},
         {"choices": [{"token_ids": ["a"]}], "prompt_token_ids": [1]},
+        {"choices": [{"token_ids": [1 << 80]}], "prompt_token_ids": [1]}, 100_000 * "[",
         {"error": {"message": "no"}}, b"\xff",
     ],
 )  # fmt: skip

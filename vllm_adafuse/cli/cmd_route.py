@@ -106,9 +106,9 @@ def _answered(args: argparse.Namespace) -> list[int]:
         (choice,) = answer["choices"]
         prompt = choice.get("prompt_token_ids") or answer["prompt_token_ids"]  # of a chat
         ids = [*prompt, *choice["token_ids"]]
-        if not all(type(token) is int and token >= 0 for token in ids):
+        if not all(type(token) is int and 0 <= token < 1 << 31 for token in ids):
             raise TypeError
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise AdapterError(
             f"answer {args.answer}",
             [
