@@ -94,12 +94,12 @@ def _context_routes_kernel(
     past = tl.load(sum_at + start % RING * n_columns, mask=summed, other=0.0)
     if RING > 1:
         tl.debug_barrier()  # the past of other threads, before it is written over
-    # Of tokens s <= t in a block: l^(t - s) = rising_s * falling_t, counted from its middle. Sums of
-    # rising terms have none that outweighs the last.
+    # Of tokens s <= t in a block: l^(t - s) = rising_s / rising_t, counted from its middle. Sums of
+    # rising terms have none that outweighs the last; in a mean rising_t falls out.
     turn = tl.arange(0, BLOCK_T)
     rising = tl.exp(fading * (BLOCK_T // 2 - turn))
-    falling = tl.exp(fading * (turn - BLOCK_T // 2))
-    since = tl.exp(fading * (turn + 1))
+    risen = tl.cumsum(rising, 0)
+    before = tl.exp(fading * (BLOCK_T // 2 + 1))
     for at in range(begin, end, BLOCK_T):
         row = at + turn
         here = row < end
@@ -111,14 +111,15 @@ def _context_routes_kernel(
         c = tl.load(c_ptr + column[None, :] * c_stride + token[:, None], mask=mask, other=0.0)
         w = tl.load(w_ptr + column[None, :] * w_stride + token[:, None], mask=mask, other=0.0)
         c = c.to(tl.float64) * rising[:, None]
-        count = (start + row - begin + 1).to(tl.float64)
-        faded = _expm1(fading * count) / _expm1(tl.minimum(fading, -1e-300))
-        count = tl.where(fading < 0, faded, count)
-        sums = past[None, :] * since[:, None] + tl.cumsum(c, 0) * falling[:, None]
+        told = (start + at - begin).to(tl.float64)
+        faded = _expm1(fading * told) / _expm1(tl.minimum(fading, -1e-300))
+        count = tl.where(fading < 0, faded, told) * before + risen
+        sums = (past * before)[None, :] + tl.cumsum(c, 0)
         z = w.to(tl.float64) + sums / count[:, None]
         if RING > 1:
             to = (start + row - begin + 1) % RING
             last = mask & (row >= end - RING)[:, None]
+            sums = sums / rising[:, None]
             tl.store(sum_at[None, :] + to[:, None] * n_columns, sums, mask=last)
         turns = tl.minimum(end - at, BLOCK_T)
         said = tl.sum(c, 0) * tl.exp(fading * (turns - 1 - BLOCK_T // 2))

@@ -240,10 +240,10 @@ def main() -> None:
     for experts in (8, 256):
         constants = {"BLOCK_T": 256, "BLOCK_E": experts, "ONE": True}
         rows.append(build(f"spread_routes E={experts}", kernel, constants, 8, 3))
-    for ring in (1, 4):
-        constants = {"BLOCK_T": 16, "BLOCK_E": 8, "RING": ring}
+    for ring, experts in ((1, 8), (4, 8), (4, 128)):
+        constants = {"BLOCK_T": 16, "BLOCK_E": experts, "RING": ring}
         kernel = context_routes._context_routes_kernel
-        rows.append(build(f"context_routes ring={ring}", kernel, constants, 4, 3))
+        rows.append(build(f"context_routes ring={ring} E={experts}", kernel, constants, 4, 3))
     for dtype, rank in ((tl.bfloat16, 16), (tl.bfloat16, 64), (tl.float32, 64)):
         config = switch.SwitchConfig.choose(dtype.primitive_bitwidth // 8, 2 * rank, [4096])
         constants = {

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from test_compose_experts import WORDS, base, loras, paths, write_text  # noqa: F401
 from vllm_adafuse.cli.main import main
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.experts import compose
 from vllm_adafuse.experts.compose import RouterOptions, compose_experts
 from vllm_adafuse.experts.context import ContextOptions, Form, _model, _scales
 from vllm_adafuse.experts.loras import read_experts, stack_experts
@@ -173,7 +174,14 @@ def test_rows_of_another_kind_are_refused(base, loras, text, composed, tmp_path)
         )
 
 
-def test_the_command(base, loras, text, tmp_path, capsys):  # noqa: F811
+def test_the_command(base, loras, text, tmp_path, capsys, monkeypatch):  # noqa: F811
+    forms, train = [], compose.train_router
+
+    def record(*arguments, **options):
+        forms.append(arguments[3])
+        return train(*arguments, **options)
+
+    monkeypatch.setattr(compose, "train_router", record)
     named = [f"{name}={path}" for name, path in paths(loras).items()]
     small = ["--steps", "2", "--length", "32", "--batch-size", "2", "--dtype", "float32"]
     code = write_text(tmp_path / "code.txt", WORDS["code"], 1, tokens=300)
@@ -181,6 +189,7 @@ def test_the_command(base, loras, text, tmp_path, capsys):  # noqa: F811
     past = ["--router-context", "mean", "--data", str(text), "--samples", f"code={code}", "--labels", f"law={code}"]
     past += ["--router-context-half-life", "16"]
     assert main([*command, *past, *small]) == 0
+    assert forms == [Form(2, context_half_life=16.0)]
     said = " ".join(capsys.readouterr().out.split())
     assert "tokens with loss perplexity" in said and "experts code" in said
     assert main(["check", str(tmp_path / "out"), "--base", str(base)]) == 0

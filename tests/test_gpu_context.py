@@ -7,7 +7,7 @@ from engines import greedy
 from test_engine_context import CONTEXT, prompts
 from test_gpu_engine import gpu_engine, gpu_pair, graphs
 from vllm.lora.request import LoRARequest
-from vllm_adafuse.kernels.context_routes import choose_by_past
+from vllm_adafuse.kernels.context_routes import choose_by_past, faded_sums
 
 pytestmark = pytest.mark.gpu
 
@@ -28,7 +28,8 @@ ENGINES = [
 def served(request, tmp_path_factory):
     runner, where = request.param
     number, mode = RUNNERS[runner]
-    base, adapter = gpu_pair(tmp_path_factory.mktemp("past"), num_experts=5, top_k=2, **CONTEXT)
+    memory = {"router_context_half_life": 40.0} if where == "pages" else {}
+    base, adapter = gpu_pair(tmp_path_factory.mktemp("past"), num_experts=5, top_k=2, **CONTEXT, **memory)
     options = {"max_model_len": 512, "max_num_batched_tokens": 512, "max_num_seqs": 32}
     # A step is scheduled before the tokens of the last are known; on a CPU vLLM does not do that.
     options |= {"async_scheduling": True, "enable_sleep_mode": True}
@@ -51,21 +52,22 @@ def on_device(served, sequences):
         model = worker.get_model()
         if pinned:
             router = model.adafuse_router
-            w, c, sums = router.w, router.c, router.sums
+            w, c, sums, fading = router.w, router.c, router.sums, 0.0
             found_ids, found = router.route.expert_ids[0], router.route.weights[0]
         else:
             step = model.adafuse_step
-            columns, behind = list(next(iter(step._seeing.values()))[0]), step.vocab_size
+            columns, fading = next(iter(step._seeing.values()))
+            columns, behind = list(columns), step.vocab_size
             w = step.table_ids.view(torch.float32)[columns, :behind]
             c, sums = step.table_weights[columns, :behind], step.sums
             found_ids, found = step.table_ids[:2, behind], step.table_weights[:2, behind]
         offs = []
         for ids in sequences:
-            expected = c[:, ids].double().sum(1)
+            expected = faded_sums(c[:, ids].t(), fading)[-1]
             offs.append((sums.flatten(0, 1)[:, : len(expected)] - expected).abs().amax(1).min().item())
         scales = torch.full((5,), 2.0, device=w.device)  # alpha 2 r
         ids = sequences[-1]
-        expected_ids, expected = choose_by_past(w[:, ids].t(), c[:, ids].t(), scales, 2, False)
+        expected_ids, expected = choose_by_past(w[:, ids].t(), c[:, ids].t(), scales, 2, False, fading)
         off = (found - expected[-1]).abs().max().item()
         return offs, found_ids.tolist(), expected_ids[-1].tolist(), off
 

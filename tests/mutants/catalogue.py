@@ -3,6 +3,7 @@ once: keep them short, so that they outlive refactorings."""
 
 from __future__ import annotations
 
+from mutants.fading import FADING
 from mutants.mutant import Mutant
 from mutants.production import DEPLOY, METRICS
 from mutants.serving import LOADS, STAGES
@@ -366,4 +367,5 @@ TOOLS = [
     ),
 ]
 
-MUTANTS = [*KERNELS, *DISPATCH, *SHARDING, *ROUTING, *STAGES, *LOADS, *CACHE, *TOOLS, *DEPLOY]
+MUTANTS = [*KERNELS, *DISPATCH, *SHARDING, *ROUTING, *STAGES, *LOADS, *CACHE, *TOOLS, *DEPLOY,
+           *FADING]  # fmt: skip
