@@ -135,6 +135,7 @@ def test_requests_count_for_experts_of_their_adapter(temporary):
     hosted = SimpleNamespace(kind="mixture", size=Size(4, 2), config=config, passports=columns)
     for adapter, name in ((1, "u-one"), (2, "u-two")):  # of one content
         worker.begin(adapter)
+        worker.leave_table("e" * 64, hosted).result()
         worker.loaded(request(adapter, name, "e", 2), hosted)
     collector.count_experts(request(1, "u-one", "e", 2), [4])
     shown = {tuple(labels) for labels in metrics.experts_counter()._metrics}  # the idle one, too
@@ -149,9 +150,20 @@ def test_requests_count_for_experts_of_their_adapter(temporary):
     collector.count_experts(None, [8])
     assert told("everybodys", 3) == expected(config, columns, [8])
     worker.forgot(1)
+    worker.leave_table("", hosted).result()  # behind all that was to be written
     assert worker.tables._gone == []
     worker.forgot(2)
+    worker.leave_table("", hosted).result()
     assert worker.tables._gone == ["e" * 64]
+
+
+def test_a_table_that_cannot_be_made_is_told_of(temporary, monkeypatch):
+    worker, said = Meter(engine_config(), 8), []
+    monkeypatch.setattr(scratch.logger, "error", lambda text, *args: said.append(text % args))
+    hosted = SimpleNamespace(config=mixture(3, 2)[0], passports=("no tensor",))
+    assert worker.leave_table("e" * 64, hosted).exception() is not None
+    worker.leave_table("", hosted).result()  # behind the other's callback
+    assert len(said) == 1 and "experts of an adapter" in said[0]
 
 
 def test_a_damaged_table_is_told_of(temporary, monkeypatch):

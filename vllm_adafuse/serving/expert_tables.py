@@ -68,7 +68,7 @@ class Tables:
             part = file.with_suffix(".part")
             with part.open("wb") as out:
                 np.lib.format.write_array_header_1_0(out, described)
-                for one in parts:  # between two steps: not stacked before
+                for one in parts:  # not stacked before: of many experts they are large
                     out.write(np.ascontiguousarray(one).data)
             part.replace(file)
         except OSError as e:

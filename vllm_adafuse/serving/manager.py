@@ -183,6 +183,10 @@ class AdapterManager:
         vocabulary's passports is seen by everybody's users."""
         adapter = request.lora_int_id
         yield from self.loader.stamp(hosted)
+        left = self.meter.leave_table(split_path(request.lora_path)[1] or "", hosted)
+        # Ranks are not asked: one alone writes, and what it does then is of no other's concern.
+        while not (in_step or left.done()):
+            yield
         self._release(adapter)
         self.hosted[adapter] = hosted
         self.meter.loaded(request, hosted)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vllm_adafuse.serving.adapters import split_path
 from vllm_adafuse.serving.expert_tables import Tables
-from vllm_adafuse.serving.scratch import lacks, place_of, private
+from vllm_adafuse.serving.scratch import lacks, logger, place_of, private
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Meter:
         self.counts, self._began = Counts(pages=pages), {}
         place = place_of(vllm_config)
         self.file, self.tables = place and place.with_suffix(".json"), Tables(place)
+        self._writer = ThreadPoolExecutor(1, "adafuse-tables")
         self.write()
 
     def begin(self, adapter: int) -> None:
@@ -68,12 +70,17 @@ class Meter:
             "content": split_path(request.lora_path)[1] or "",
         }  # fmt: skip
         self.write()
-        self.stamped(request.lora_int_id, hosted)
+
+    def leave_table(self, content: str, hosted: Any) -> Future:
+        """What an adapter's router says of token ids is known, or is another. Of many experts that is
+        too much to write between two steps: it is done when the result is there."""
+        left = self._writer.submit(self.tables.leave, content, hosted.config, hosted.passports)
+        left.add_done_callback(_tell)
+        return left
 
     def stamped(self, adapter: int, hosted: Any) -> None:
-        """What its router says of token ids is known, or is another."""
-        content = self.counts.adapters[adapter]["content"]
-        self.tables.leave(content, hosted.config, hosted.passports)
+        """`leave_table` of an adapter that is in host memory."""
+        self.leave_table(self.counts.adapters[adapter]["content"], hosted)
 
     def failed(self, adapter: int) -> None:
         """It could not be read."""
@@ -95,7 +102,7 @@ class Meter:
         if gone is not None:
             self.write()
             if gone["content"] not in {one["content"] for one in self.counts.adapters.values()}:
-                self.tables.forget(gone["content"])
+                self._writer.submit(self.tables.forget, gone["content"]).add_done_callback(_tell)
 
     def write(self) -> None:
         """Replaces the file. Where there is no place for it the metrics lack, and serving goes on."""
@@ -109,3 +116,9 @@ class Meter:
         except OSError as e:
             lacks("the pool's", e)
             self.file = None
+
+
+def _tell(done: Future) -> None:
+    """Serving goes on without a table; what went wrong is said."""
+    if (error := done.exception()) is not None:
+        logger.error("AdaFuse: /metrics may lack experts of an adapter: %r", error)
