@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from vllm_adafuse.patches import lora_manager, on_import
 from vllm_adafuse.serving import vllm_api
+from vllm_adafuse.serving.pool import Pool, Size
 
 MODULE = "json.tool"  # which nothing here imports
 
@@ -152,3 +153,14 @@ def test_one_kind_of_graph_with_adapters():
     newer = SimpleNamespace(lora_capture_cases=[0, 1, 2, 4, 5])
     vllm_api.capture_one_kind_of_lora(newer)
     assert newer.lora_capture_cases == [0, 5]
+
+
+def test_all_are_forgotten_and_those_that_are_half_loaded():
+    from vllm_adafuse.serving.manager import AdapterManager
+
+    manager = AdapterManager.__new__(AdapterManager)
+    manager.dummies, manager.hosted, manager.pool = set(), {}, Pool(Size(1))
+    manager.coming, manager.reads = {7: (None, None)}, SimpleNamespace(forget=id)
+    manager.meter = SimpleNamespace(forgot=id)
+    manager.remove_all_adapters()
+    assert not manager.coming

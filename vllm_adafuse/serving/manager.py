@@ -233,7 +233,7 @@ class AdapterManager:
             if self.rest:
                 self.rest.clear()
             return
-        for adapter in [*self.hosted, *self.pool.placed]:
+        for adapter in [*self.hosted, *self.pool.placed, *self.coming]:
             self.remove_adapter(adapter)
 
     @_raised_once
