@@ -164,3 +164,15 @@ def test_all_are_forgotten_and_those_that_are_half_loaded():
     manager.meter = SimpleNamespace(forgot=id)
     manager.remove_all_adapters()
     assert not manager.coming
+
+
+def test_ranks_that_share_layers_take_an_adapter_in_together(monkeypatch):
+    """One writes its table; stamping, which a reload asks for again, is a matter of all of them."""
+    from vllm_adafuse.serving.manager import AdapterManager
+
+    manager = AdapterManager.__new__(AdapterManager)
+    manager.loader = SimpleNamespace(stamp=lambda hosted: iter(()))
+    manager.meter = SimpleNamespace(leave_table=lambda *_: SimpleNamespace(done=lambda: True))
+    monkeypatch.setattr(vllm_api, "everywhere", lambda ok, in_step=False: not in_step)
+    request = SimpleNamespace(lora_int_id=7, lora_path="/a")
+    assert next(manager._take_in(request, None, in_step=False)) is None

@@ -184,8 +184,9 @@ class AdapterManager:
         adapter = request.lora_int_id
         yield from self.loader.stamp(hosted)
         left = self.meter.leave_table(split_path(request.lora_path)[1] or "", hosted)
-        # Ranks are not asked: one alone writes, and what it does then is of no other's concern.
-        while not (in_step or left.done()):
+        # One rank alone writes. Those that share its layers wait: should weights be reloaded now, all of
+        # them stamp at the same time, or none.
+        while not (in_step or vllm_api.everywhere(left.done(), in_step=True)):
             yield
         self._release(adapter)
         self.hosted[adapter] = hosted
