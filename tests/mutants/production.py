@@ -124,7 +124,7 @@ DEPLOY = [
         "the report is of half a request, and wrong where the router sees the past",
     ),
     Mutant(
-        "ids below zero", "vllm_adafuse/cli/cmd_route.py", "is int and token >= 0", "is int",
+        "ids below zero", "vllm_adafuse/cli/cmd_route.py", "is int and 0 <= token <", "is int and token <",
         "tests/test_cli_views.py::test_answers_that_tell_no_tokens_are_refused",
         "the last token's route is told for one that there is not",
     ),
