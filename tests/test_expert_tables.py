@@ -3,6 +3,7 @@ are asked in test_engine_context_pages.py, a server in test_lora_server.py."""
 
 import errno
 from multiprocessing import get_context
+from threading import current_thread
 from types import SimpleNamespace
 
 import numpy as np
@@ -155,6 +156,24 @@ def test_requests_count_for_experts_of_their_adapter(temporary):
     worker.forgot(2)
     worker.leave_table("", hosted).result()
     assert worker.tables._gone == ["e" * 64]
+
+
+def test_many_tokens_are_counted_beside_the_event_loop(temporary, monkeypatch):
+    monkeypatch.setattr(metrics, "AT_ONCE", 2 * 40)
+    config, columns = mixture(3, 2)
+    worker, collector, where = Meter(engine_config(), 8), AdapterCollector(), []
+    collector.follow(engine_config())
+    hosted = SimpleNamespace(kind="mixture", size=Size(4, 2), config=config, passports=columns)
+    worker.leave_table("e" * 64, hosted).result()
+    count = collector.experts.count
+    collector.experts.count = lambda *arguments: where.append(current_thread()) or count(*arguments)
+    few, many = list(range(40)), list(range(41))
+    collector.count_experts(request(1, "u-few", "e", 2), few)
+    collector.count_experts(request(1, "u-many", "e", 2), many)
+    collector._beside.submit(int).result()
+    assert where[0] is current_thread() is not where[1]
+    assert told("u-few", 3) == expected(config, columns, few)
+    assert told("u-many", 3) == expected(config, columns, many)
 
 
 def test_a_table_that_cannot_be_made_is_told_of(temporary, monkeypatch):

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -102,6 +103,7 @@ class Experts:
 
     def __init__(self) -> None:
         self._mapped: dict[str, _Mapped] = {}  # content hash -> table, the one used last at the end
+        self._lock = Lock()
 
     def count(
         self, folders: Iterable[Path], content: str, ids: Sequence[int]
@@ -116,7 +118,9 @@ class Experts:
         Returns:
             [E] int64, which add up to k for each token; None: nobody left a table of the adapter.
         """
-        if (mapped := self._find(folders, content)) is None:
+        with self._lock:
+            mapped = self._find(folders, content)
+        if mapped is None:
             return None
         _, experts, top_k, fading = mapped.file.stem.split(".", 3)
         table = mapped.table

@@ -12,6 +12,7 @@ import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,9 @@ COUNTERS = {
     "evictions": ("adafuse_adapter_evictions", "Adapters that made room on the device"),
 }
 INFO = "adafuse_adapter_info"
+# Experts times tokens of a request that are counted while an event loop waits, some milliseconds; of
+# everybody's default the experts are taken to be so many.
+AT_ONCE, PINNED_EXPERTS = 1 << 16, 8
 
 
 @functools.cache
@@ -105,6 +109,7 @@ class AdapterCollector(Collector):
         self.directories: set[Path] = set()
         self.pinned: dict[str, str] = {}  # name -> content hash of everybody's adapter
         self.experts = Experts()
+        self._beside = ThreadPoolExecutor(1, "adafuse-count")
         self.begun: set[str] = set()  # adapters whose experts are counted
 
     def follow(self, vllm_config: Any) -> None:
@@ -126,12 +131,18 @@ class AdapterCollector(Collector):
     def count_experts(self, lora_request: Any | None, token_ids: list[int]) -> None:
         """The same request, by its tokens from the first on."""
         name, content = next(iter(self.pinned.items()), ("", None))
+        columns = PINNED_EXPERTS
         if lora_request is not None:
             path = lora_request.lora_path
-            name = lora_request.lora_name
-            content = split_path(path)[1] if size_in_path(path).columns else None
+            name, columns = lora_request.lora_name, size_in_path(path).columns
+            content = split_path(path)[1] if columns else None
         if content is None or not token_ids:
             return
+        if columns * len(token_ids) <= AT_ONCE:
+            return self._count_experts(name, content, token_ids)
+        self._beside.submit(self._count_experts, name, content, token_ids).add_done_callback(_tell)
+
+    def _count_experts(self, name: str, content: str, token_ids: list[int]) -> None:
         try:
             counts = self.experts.count(self.directories, content, token_ids)
         except (OSError, ValueError) as e:
@@ -174,6 +185,12 @@ class AdapterCollector(Collector):
         for engine, counts in found:
             seconds.add_metric([engine], counts.loads, counts.load_seconds)
         yield seconds
+
+
+def _tell(done: Future) -> None:
+    """Serving goes on without a count; what went wrong is said."""
+    if (error := done.exception()) is not None:
+        logger.error("AdaFuse: /metrics leaves out experts of a request: %r", error)
 
 
 def _filled(family: Any, key: str, found: list[tuple[str, Counts]]) -> Metric:
