@@ -72,8 +72,8 @@ STAGES = [
 
 LOADS = [
     Mutant(
-        "another tile's list", "kernels/page_shrink.py", "first_token // TILE_TOKENS *",
-        "first_token // BLOCK_T *", f"{SHRINK}equals_float64_where_tiles_list_blocks",
+        "the first tile's list", "kernels/page_shrink.py", "first_token // TILE_TOKENS *",
+        "first_token * 0 *", f"{SHRINK}equals_float64_where_tiles_list_blocks",
         "long steps over many pages shrink by pages that their tokens do not have",
     ),
     Mutant(
