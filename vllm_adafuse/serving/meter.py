@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vllm_adafuse.serving.adapters import split_path
 from vllm_adafuse.serving.expert_tables import Tables
-from vllm_adafuse.serving.scratch import lacks, logger, place_of, private
+from vllm_adafuse.serving.scratch import Beside, lacks, place_of, private
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Meter:
         self.counts, self._began = Counts(pages=pages), {}
         place = place_of(vllm_config)
         self.file, self.tables = place and place.with_suffix(".json"), Tables(place)
-        self._writer = ThreadPoolExecutor(1, "adafuse-tables")
+        self._writer = Beside("adafuse-tables", "experts of an adapter")
         self.write()
 
     def begin(self, adapter: int) -> None:
@@ -74,9 +74,7 @@ class Meter:
     def leave_table(self, content: str, hosted: Any) -> Future:
         """What an adapter's router says of token ids is known, or is another. Of many experts that is
         too much to write between two steps: it is done when the result is there."""
-        left = self._writer.submit(self.tables.leave, content, hosted.config, hosted.passports)
-        left.add_done_callback(_tell)
-        return left
+        return self._writer.submit(self.tables.leave, content, hosted.config, hosted.passports)
 
     def stamped(self, adapter: int, hosted: Any) -> None:
         """`leave_table` of an adapter that is in host memory."""
@@ -102,7 +100,7 @@ class Meter:
         if gone is not None:
             self.write()
             if gone["content"] not in {one["content"] for one in self.counts.adapters.values()}:
-                self._writer.submit(self.tables.forget, gone["content"]).add_done_callback(_tell)
+                self._writer.submit(self.tables.forget, gone["content"])
 
     def write(self) -> None:
         """Replaces the file. Where there is no place for it the metrics lack, and serving goes on."""
@@ -116,9 +114,3 @@ class Meter:
         except OSError as e:
             lacks("the pool's", e)
             self.file = None
-
-
-def _tell(done: Future) -> None:
-    """Serving goes on without a table; what went wrong is said."""
-    if (error := done.exception()) is not None:
-        logger.error("AdaFuse: /metrics may lack experts of an adapter: %r", error)

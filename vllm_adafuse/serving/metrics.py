@@ -12,7 +12,6 @@ import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from vllm_adafuse.format.config import ADAPTER_KEY, CONTENT_KEY, SECTION
 from vllm_adafuse.serving.adapters import size_in_path, split_path
 from vllm_adafuse.serving.expert_tables import Experts
 from vllm_adafuse.serving.meter import Counts
-from vllm_adafuse.serving.scratch import directory_of
+from vllm_adafuse.serving.scratch import Beside, directory_of
 
 # vLLM shows only what is logged below its own name.
 logger = init_logger("vllm.adafuse")
@@ -109,7 +108,7 @@ class AdapterCollector(Collector):
         self.directories: set[Path] = set()
         self.pinned: dict[str, str] = {}  # name -> content hash of everybody's adapter
         self.experts = Experts()
-        self._beside = ThreadPoolExecutor(1, "adafuse-count")
+        self._beside = Beside("adafuse-count", "experts of a request")
         self.begun: set[str] = set()  # adapters whose experts are counted
 
     def follow(self, vllm_config: Any) -> None:
@@ -140,7 +139,7 @@ class AdapterCollector(Collector):
             return
         if columns * len(token_ids) <= AT_ONCE:
             return self._count_experts(name, content, token_ids)
-        self._beside.submit(self._count_experts, name, content, token_ids).add_done_callback(_tell)
+        self._beside.submit(self._count_experts, name, content, token_ids)
 
     def _count_experts(self, name: str, content: str, token_ids: list[int]) -> None:
         try:
@@ -185,12 +184,6 @@ class AdapterCollector(Collector):
         for engine, counts in found:
             seconds.add_metric([engine], counts.loads, counts.load_seconds)
         yield seconds
-
-
-def _tell(done: Future) -> None:
-    """Serving goes on without a count; what went wrong is said."""
-    if (error := done.exception()) is not None:
-        logger.error("AdaFuse: /metrics leaves out experts of a request: %r", error)
 
 
 def _filled(family: Any, key: str, found: list[tuple[str, Counts]]) -> Metric:

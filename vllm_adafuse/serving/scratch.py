@@ -1,4 +1,5 @@
-"""Where a worker leaves files for the server that answers `/metrics`, in the temporary directory."""
+"""Where a worker leaves files for the server that answers `/metrics`, in the temporary directory; and a
+thread for what either does beside its work."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ import functools
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
@@ -49,6 +52,29 @@ def _remove(place: Path) -> None:
     with contextlib.suppress(OSError):  # other engines need the directory, or it is gone
         place.with_suffix(".json").unlink(missing_ok=True)
         place.parent.rmdir()
+
+
+class Beside:
+    """A thread that does what nobody is to wait for, one after the other. What goes wrong is said, and
+    serving goes on.
+
+    Args:
+        name: of the thread.
+        missing: what `/metrics` may lack then.
+    """
+
+    def __init__(self, name: str, missing: str):
+        self._thread, self._missing = ThreadPoolExecutor(1, name), missing
+
+    def submit(self, function: Callable, *arguments: Any) -> Future:
+        """Calls a function there, behind all that was submitted before."""
+        done = self._thread.submit(function, *arguments)
+        done.add_done_callback(self._tell)
+        return done
+
+    def _tell(self, done: Future) -> None:
+        if (error := done.exception()) is not None:
+            logger.error("AdaFuse: /metrics may lack %s: %r", self._missing, error)
 
 
 def private(folder: Path) -> None:
