@@ -172,8 +172,8 @@ def lasting(samples: list[tuple[float, dict[str, Any]]]) -> None:
         figures["bytes"] = sum(figures["by_process"].get(process, 0) for process in last)
 
 
-def verdict(world: World, samples: list, warm_up: float, log: Path) -> dict[str, Any]:
-    """The row of the result; growth and an engine that died are faults too."""
+def verdict(world: World, samples: list, warm_up: float) -> dict[str, Any]:
+    """The row of the result; growth is a fault too."""
     truth, tally = world.truth, world.tally
     probes = sum(n for what, n in tally.counts.items() if what.startswith("probes"))
     row: dict[str, Any] = {"probes": probes, "tokens": truth.tokens, "worst_nats": truth.worst}
@@ -186,8 +186,6 @@ def verdict(world: World, samples: list, warm_up: float, log: Path) -> dict[str,
         row[f"{key}_last"] = samples[-1][1][key]
         if key.endswith("bytes") and row[f"{key}_growth"] > GROWTH:
             tally.fault("growth", f"{key} grew by {row[f'{key}_growth']:.2%}")
-    if DEAD in log.read_text("utf-8", errors="replace"):
-        tally.fault("log", f"{DEAD} in {log}")
     if not probes:
         tally.fault("probes", "none was answered")
     if truth.mistaken > truth.held / 10:
@@ -226,10 +224,13 @@ def soak(options: argparse.Namespace, root: Path, logs: Path) -> dict[str, Any]:
             thread.join()
         if not server.healthy():
             world.tally.fault("server", "it is not healthy at the end")
+        # Before it is told to end: that ends requests whose clients have gone, which vLLM logs alike.
+        if DEAD in log.read_text("utf-8", errors="replace"):
+            world.tally.fault("log", f"{DEAD} in {log}")
     if server.process.returncode:
         world.tally.fault("server", f"it ended with {server.process.returncode}")
     warm_up = 60 * (options.minutes / 4 if options.warm_up is None else options.warm_up)
-    return {"options": vars(options)} | verdict(world, samples, warm_up, log)
+    return {"options": vars(options)} | verdict(world, samples, warm_up)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

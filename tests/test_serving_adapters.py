@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import convert_sources as sources
@@ -9,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.format.adapter import load_adapter
 from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.format.digest import content_hash
 from vllm_adafuse.format.random_adapter import make_random_adapter
 from vllm_adafuse.serving.adapters import (
     LORA,
@@ -18,6 +21,7 @@ from vllm_adafuse.serving.adapters import (
     split_path,
     stamp_path,
 )
+from vllm_adafuse.serving.content import Content
 from vllm_adafuse.serving.plain_loras import VLLM_LORA
 from vllm_adafuse.tiny import make_tiny_backbone, tiny_config
 
@@ -161,6 +165,33 @@ def test_files_that_change_while_they_are_read(lora, base, backbone, tmp_path):
         edit_tensors(path, lambda t: t[max(t)].mul_(2))
         with pytest.raises(AdapterError, match="changed while it was read"):
             list(reading)
+
+
+def test_tensors_that_are_others_when_they_are_read(base, tmp_path):
+    mix = make_random_adapter(base, tmp_path / "mix", num_experts=2, top_k=1)
+    adapter = load_adapter(mix)
+    name = min(adapter.tensors)
+    for change in (lambda t: t.update({name: t[name][..., :1].clone()}), lambda t: t.pop(name)):
+        edit_tensors(mix, change)
+        with pytest.raises(AdapterError, match=rf"changed since .*\({re.escape(name)}\); try"):
+            with adapter.reader():
+                pass
+
+
+def test_values_of_a_pinned_adapter_that_change_while_they_are_read(base, tmp_path):
+    mix = make_random_adapter(base, tmp_path / "mix", num_experts=2, top_k=1)
+
+    def double():
+        edit_tensors(mix, lambda t: t[max(t)].mul_(2))
+
+    for load in (Content.load, Content.load_changed):
+        content = Content(load_adapter(mix), content_hash(mix) if load is Content.load else "")
+        with pytest.raises(AdapterError, match="may be of both"):
+            load(content, double)
+        assert not content.loaded
+        content.hash = content_hash(mix)
+        content.load(lambda: None)
+        assert content.loaded and not content.load_changed(double)
 
 
 def test_a_tensor_that_is_gone_when_it_is_read(lora, backbone):

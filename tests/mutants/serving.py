@@ -7,6 +7,7 @@ from mutants.mutant import Mutant
 PAGE_STAGES = "tests/test_page_stages.py::test_"
 SHRINK = "tests/test_page_shrink.py::test_"
 ENGINE = "tests/test_lora_engine.py::test_"
+REPLACED = f"{ENGINE}files_that_another_adapter_takes_the_place_of[fused-"
 STAMPED = f"{ENGINE}steps_go_on_while_passports_are_stamped[fused]"
 
 STAGES = [
@@ -100,6 +101,29 @@ LOADS = [
         "passports of old weights", "vllm_adafuse/serving/manager.py",
         "(begin, begin()) for adapter, (begin, _) in", "(begin, left) for adapter, (begin, left) in", STAMPED,
         "a router decides by a backbone that is gone",
+    ),
+    Mutant(
+        "a router behind the check", "vllm_adafuse/serving/hosted.py",
+        "packer.packed, opened.config, router,", "packer.packed, opened.config, opened.router(),", f"{REPLACED}alike]",
+        "experts of one adapter are served by the router of another",
+    ),
+    Mutant(
+        "a hash behind what it is of", "vllm_adafuse/serving/adapters.py",
+        'digest = "" if problems else content_digest(path)\n    adapter = load_adapter(path, backbone)',
+        "adapter = load_adapter(path, backbone)\n    digest = content_digest(path)", f"{REPLACED}alike]",
+        "an adapter is served by the config of another",
+    ),
+    Mutant(
+        "a header that nobody knows", "vllm_adafuse/format/adapter.py",
+        "(found := _table(weights, Alike())) != self.tensors", "(found := self.tensors) != found",
+        "tests/test_serving_adapters.py::test_tensors_that_are_others_when_they_are_read",
+        "values are read by an old header's shapes",
+    ),
+    Mutant(
+        "a pinned adapter of two", "vllm_adafuse/serving/content.py",
+        "file_identity(path := self.adapter.path) != identity", "file_identity(path := self.adapter.path) is None",
+        "tests/test_serving_adapters.py::test_values_of_a_pinned_adapter_that_change_while_they_are_read",
+        "values of two adapters are served as one",
     ),
     Mutant(
         "one expert of a run", "vllm_adafuse/serving/adapters.py",

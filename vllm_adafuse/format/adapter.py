@@ -35,7 +35,7 @@ from vllm_adafuse.format.places import adapter_problem
 from vllm_adafuse.format.reading import FileProblem, read_json, reason, where
 from vllm_adafuse.format.tensor_file import TensorFile, machine_memory
 from vllm_adafuse.format.values import check_values
-from vllm_adafuse.text import clip_all, show
+from vllm_adafuse.text import clip_all, show, some
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
@@ -86,8 +86,20 @@ class Adapter:
 
     @contextmanager
     def reader(self) -> Iterator:
-        """Opens the weights file; yields `read(name) -> tensor` (CPU, dtype of the file)."""
+        """Opens the weights file; yields `read(name) -> tensor` (CPU, dtype of the file).
+
+        Raises:
+            AdapterError: its tensors are no longer those that were checked, or cannot be read.
+        """
         with open_weights(self.path / WEIGHTS_FILE) as weights:
+            if (found := _table(weights, Alike())) != self.tensors:
+                changed = sorted(found.keys() ^ self.tensors.keys()) or [
+                    name for name, info in self.tensors.items() if found[name] != info
+                ]
+                raise FileProblem(
+                    f"{where(weights.file)}: tensors have changed since it was checked "
+                    f"({some(changed)}); try again when its files are complete"
+                )
             yield weights.read
 
 

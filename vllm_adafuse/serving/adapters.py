@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from vllm_adafuse.convert.refused import refused_directory
 from vllm_adafuse.convert.source import PICKLE_FILE, read_json
-from vllm_adafuse.format.adapter import Adapter, list_directory, load_adapter
+from vllm_adafuse.format.adapter import Adapter, check_adapter, list_directory, load_adapter
 from vllm_adafuse.format.backbone import Backbone
 from vllm_adafuse.format.config import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig
 from vllm_adafuse.format.digest import content_hash
@@ -49,6 +49,7 @@ from vllm_adafuse.text import show
 
 MIXTURE, LORA = "mixture", "lora"
 _NO_SIZE = Size(0)
+_COMPLETE = "load it again when its files are complete"  # the way out
 _STAMP = "#sha256="
 _STAMPED = re.compile(
     rf"(?P<path>.*){_STAMP}(?P<digest>[0-9a-f]{{64}})&pages=(?P<pages>\d+)&columns=(?P<columns>\d+)",
@@ -170,7 +171,7 @@ class OpenedAdapter:
             raise refuse(
                 self.path,
                 f"{self.path}: its content changed while it was read (hash {found[:16]}, expected "
-                f"{self.digest[:16]}); load it again when its files are complete",
+                f"{self.digest[:16]}); {_COMPLETE}",
             )
 
 
@@ -278,7 +279,13 @@ def weights_file(path: Path) -> Path:
 
 
 def _open_mixture(path: Path, backbone: Backbone | None) -> OpenedAdapter:
+    # The hash comes first, of files that are worth it: what is read behind it is of that content, or
+    # `check_unchanged` tells in the end.
+    _, problems = check_adapter(path, backbone, values=False)
+    digest = "" if problems else content_digest(path)
     adapter = load_adapter(path, backbone)
+    if problems:
+        raise refuse(path, f"{path}: its files changed while they were read; {_COMPLETE}")
     config, linears = adapter.config, {}
     for name in adapter.projections:
         shape_a = adapter.tensors[f"{name}.lora_A"].shape
@@ -286,9 +293,7 @@ def _open_mixture(path: Path, backbone: Backbone | None) -> OpenedAdapter:
         linears[name] = AdaptedLinear(
             shape_a[2], size_out, config.ranks[:experts], config.scales[:experts]
         )
-    return OpenedAdapter(
-        path, MIXTURE, config.num_experts, content_digest(path), linears, adapter
-    )
+    return OpenedAdapter(path, MIXTURE, config.num_experts, digest, linears, adapter)
 
 
 def _open_lora(path: Path, backbone: Backbone | None, rest: bool) -> OpenedAdapter:

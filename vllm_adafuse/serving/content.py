@@ -64,7 +64,7 @@ class Content:
                     "those checked at start; give every machine the same adapter"
                 ],
             )
-        read_values()
+        self._read(read_values, identity)
         self._identity, self.loaded = identity, True
 
     def load_changed(self, read_values: Callable[[], None]) -> bool:
@@ -75,7 +75,7 @@ class Content:
 
         Raises:
             AdapterError: the files on disk cannot be used, or are of another shape than the
-                model was built for; nothing is loaded.
+                model was built for, and nothing is loaded; or they change meanwhile.
         """
         path, identity = self.adapter.path, file_identity(self.adapter.path)
         if identity == self._identity:
@@ -90,6 +90,22 @@ class Content:
                 ]
             if problems:
                 raise AdapterError(f"adapter {path}", problems)
-            read_values()
+            self._read(read_values, identity)
         again, self.hash, self._identity = found != self.hash, found, identity
         return again
+
+    def _read(self, read_values: Callable[[], None], identity: tuple) -> None:
+        """Reads values of files that were the same before and are behind it.
+
+        Raises:
+            AdapterError: they are not, and what was read may be of both.
+        """
+        read_values()
+        if file_identity(path := self.adapter.path) != identity:
+            raise AdapterError(
+                f"adapter {path}",
+                [
+                    "its files changed while they were read, and the values in this worker may be of "
+                    "both; load it again when they are complete"
+                ],
+            )

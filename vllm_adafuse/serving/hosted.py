@@ -131,7 +131,7 @@ class Loader:
         if plain:
             scales = Counter(linear.scales[0] for linear in opened.linears.values())
             common = scales.most_common(1)[0][0] if scales else 1.0
-        rest = {}
+        rest, router = {}, opened.router()  # before the iterator's end, which tells of changes
         for name, expert, a, b in opened.tensors():
             if name in opened.rest:
                 rest[self.renamed(name)] = a[0], b[0], opened.rest[name].scales[0]
@@ -140,7 +140,7 @@ class Loader:
                 b = b.float() * (opened.linears[name].scales[0] / common)
             packer.add(self._name(name), expert, a, b)
         return Hosted(
-            opened.kind, opened.size, experts, packer.packed, opened.config, opened.router(),
+            opened.kind, opened.size, experts, packer.packed, opened.config, router,
             scale=common, rest=self._pack_rest(opened, rest) if opened.size.rests else None,
         )  # fmt: skip
 
