@@ -46,6 +46,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from vllm_adafuse.format.backbone import Backbone
+from vllm_adafuse.format.files import save_tensors
+from vllm_adafuse.format.keys import CONFIG_FILE, WEIGHTS_FILE
+from vllm_adafuse.format.normals import Normals
 from vllm_adafuse.format.random_adapter import make_random_adapter
 from vllm_adafuse.serving.pool import COLUMNS_PER_ADAPTER, PAGE_RANKS, pages_of_rank
 
@@ -98,16 +102,14 @@ def _memory(worker) -> dict[str, int]:
 def make_lora(base: Path, out: Path, r: int, scale: float = 2.0) -> Path:
     """A random PEFT LoRA on all linears of a backbone; scale: of B A, both of which keep what they
     are given as large as it is."""
-    from safetensors.torch import save_file
-    from vllm_adafuse.format.backbone import Backbone
-
     backbone, tensors = Backbone.from_path(str(base)), {}
+    normals = Normals(torch.default_generator, torch.bfloat16)
     for name, (size_in, size_out) in backbone.linears.items():
         for part, shape in (("A", (r, size_in)), ("B", (size_out, r))):
-            value = torch.randn(shape) * shape[1] ** -0.5
-            tensors[f"base_model.model.{name}.lora_{part}.weight"] = value.bfloat16()
+            value = normals.take(*shape, scale=shape[1] ** -0.5)
+            tensors[f"base_model.model.{name}.lora_{part}.weight"] = value
     out.mkdir()
-    save_file(tensors, out / "adapter_model.safetensors")
+    save_tensors(tensors, out / WEIGHTS_FILE)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -117,7 +119,7 @@ def make_lora(base: Path, out: Path, r: int, scale: float = 2.0) -> Path:
         "base_model_name_or_path": str(base),
         "bias": "none",
     }
-    (out / "adapter_config.json").write_text(json.dumps(config))
+    (out / CONFIG_FILE).write_text(json.dumps(config))
     return out
 
 

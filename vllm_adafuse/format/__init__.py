@@ -15,5 +15,6 @@
     tensor_file.py         safetensors files that strangers wrote
     files.py, tree.py      files written, files taken along
     random_adapter.py      writes adapters
+    normals.py             its values
     compose.py, merge.py   make checkpoints of a backbone and adapters
 """

@@ -25,6 +25,7 @@ from vllm_adafuse.format.config import (
 from vllm_adafuse.format.context_keys import CONTEXT_WEIGHT
 from vllm_adafuse.format.files import save_tensors
 from vllm_adafuse.format.layout import router_of
+from vllm_adafuse.format.normals import Normals
 
 
 def write_adapter(
@@ -85,7 +86,9 @@ class RandomOptions:
 def make_random_adapter(
     base: str | Path, path: str | Path, *, progress: bool = False, **options: Any
 ) -> Path:
-    """Writes an adapter for a backbone with normal weights, so sized that deltas matter.
+    """Writes an adapter for a backbone with normal weights, so sized that deltas matter. Those of a
+    large one repeat one another in part (`Normals`): what it computes is as random, and it is there
+    in a second.
 
     Args:
         base: the backbone's directory; only its config.json is read.
@@ -149,7 +152,7 @@ def make_random_adapter(
     if problems:
         raise AdapterError(f"random adapter {path}", problems)
 
-    weights = _Weights(torch.Generator().manual_seed(own.seed), own.dtype, own.router_bias)
+    weights = _Weights(Normals(torch.Generator().manual_seed(own.seed), own.dtype), own.router_bias)
     if not config.layer_wise:
         weights.router("", num_experts, backbone.hidden_size)
         if config.router_context:
@@ -177,12 +180,9 @@ def make_random_adapter(
 class _Weights:
     """Normal tensors by name, in the order in which they are asked for."""
 
-    def __init__(self, generator: torch.Generator, dtype: torch.dtype, bias: bool):
-        self.generator, self.dtype, self.bias = generator, dtype, bias
+    def __init__(self, normals: Normals, bias: bool):
+        self.normal, self.bias = normals.take, bias
         self.tensors: dict[str, torch.Tensor] = {}
-
-    def normal(self, *shape: int, scale: float) -> torch.Tensor:
-        return (torch.randn(*shape, generator=self.generator) * scale).to(self.dtype)
 
     def router(self, owner: str, experts: int, size_in: int) -> None:
         """A router of `owner` ("" or a name that ends in a dot), once."""
@@ -198,6 +198,8 @@ class _Weights:
         shared = 1 if config.shared_A else experts
         a = self.normal(shared, config.rank, size_in, scale=size_in**-0.5)
         b = self.normal(experts, size_out, config.rank, scale=0.3 / math.sqrt(config.rank))
+        if min(config.ranks[:experts]) < config.rank:
+            a, b = a.clone(), b.clone()
         for expert, rank in enumerate(config.ranks[:experts]):
             b[expert, :, rank:] = 0
             if not config.shared_A:
