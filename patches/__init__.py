@@ -14,6 +14,7 @@ def apply_patches() -> None:
         lora_requests,
         lora_scheduler,
         lora_server,
+        lora_sleep,
         metrics,
         reload,
         requests,
@@ -21,6 +22,6 @@ def apply_patches() -> None:
 
     for patch in (
         hf_config, engine_args, fingerprint, lora_manager, lora_requests, lora_scheduler,
-        lora_server, metrics, reload, requests,
+        lora_server, lora_sleep, metrics, reload, requests,
     ):  # fmt: skip
         patch.apply()

@@ -78,6 +78,21 @@ def test_one_batch_of_base_mixtures_and_loras(served):
     assert manager.pool.taken.pages == 7 + 8 + 1 + 3
 
 
+def test_an_engine_that_sleeps_loads_nothing(served, monkeypatch):
+    if served.fused:
+        pytest.skip("the other engine tells it")
+    served.check(["few"], served.generate(["few"], PROMPTS[:1]))
+    core = served.llm.llm_engine.engine_core.engine_core
+    monkeypatch.setattr(type(core.model_executor), "is_sleeping", True)
+    asked = LoRARequest("late", 40, str(served.root / "third"))
+    with pytest.raises(AdapterRefused, match="the engine sleeps, .*; wake it up"):
+        served.llm.generate(PROMPTS[0], greedy(2), lora_request=asked, use_tqdm=False)
+    served.check(["few"], served.generate(["few"], PROMPTS[:1]))  # which it has
+    monkeypatch.undo()
+    said = served.llm.generate(PROMPTS[:1], greedy(12), lora_request=asked, use_tqdm=False)
+    served.check(["third"], said)
+
+
 def whole(hosted):
     """What an adapter on the host says, in one number."""
     router = hosted.router or {}

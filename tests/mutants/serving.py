@@ -126,6 +126,16 @@ LOADS = [
         "values of two adapters are served as one",
     ),
     Mutant(
+        "asleep", "patches/lora_sleep.py", "if asleep and", "if not asleep and",
+        f"{ENGINE}an_engine_that_sleeps_loads_nothing[embeds]",
+        "a load reads weights that are not there, which ends the engine",
+    ),
+    Mutant(
+        "asleep with all that it has", "patches/lora_sleep.py", " not in self.list_loras()", " != 0",
+        f"{ENGINE}an_engine_that_sleeps_loads_nothing[embeds]",
+        "requests of adapters that are there are refused while the engine sleeps",
+    ),
+    Mutant(
         "one expert of a run", "vllm_adafuse/serving/adapters.py",
         "slice(first, first + 1 + len(others))", "slice(first, first + 1)",
         f"{ENGINE}one_batch_of_base_mixtures_and_loras[fused]",
