@@ -91,9 +91,10 @@ def _count_requests() -> None:
             )  # fmt: skip
             prompt, answer = req_state.prompt_token_ids, req_state.detokenizer
             if prompt is not None and answer is not None:  # else embeddings, or an answer without words
-                ids = [*prompt, *answer.output_token_ids]
                 stamped = getattr(req_state, "stamped_lora", None)  # of serving/holds.py
-                COLLECTOR.count_experts(stamped or req_state.lora_request, ids)
+                COLLECTOR.count_experts(
+                    stamped or req_state.lora_request, prompt, answer.output_token_ids
+                )
 
         return _update_stats_from_finished
 

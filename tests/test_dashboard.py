@@ -5,6 +5,7 @@ import json
 import re
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from urllib.parse import parse_qs, urlsplit
@@ -12,7 +13,7 @@ from xml.etree import ElementTree
 
 import benchmark_package  # noqa: F401
 import pytest
-from vllm_adafuse.serving.metrics import COLLECTOR
+from vllm_adafuse.serving.metrics import COLLECTOR, AdapterCollector
 
 from benchmarks import dashboard, metrics
 from benchmarks.pages import smaller
@@ -130,16 +131,50 @@ def test_a_machine_without_prometheus_is_told_what_to_do(tmp_path, monkeypatch):
 
 
 def test_turns_are_counted_or_not(monkeypatch):
-    done = []
+    done, flushed = [], []
+
+    def flush():
+        end = time.thread_time() + 0.01
+        while time.thread_time() < end:
+            pass
+        flushed.append(len(done))
+
     collector = SimpleNamespace(
-        count=lambda *args: done.append(args), count_experts=lambda *args: done.append(args)
+        count=lambda *args: done.append(args), count_experts=lambda *args: done.append(args), flush=flush
     )
     monkeypatch.setattr("vllm_adafuse.serving.metrics.COLLECTOR", collector)
     for on in (True, False):
-        with metrics.counted(on) as seconds:
+        with metrics.counted(on) as spent:
             collector.count("a", 1, 2, "stop")
             collector.count_experts(None, [1])
-        assert len(seconds) == (2 if on else 0) and len(done) == 2
+        assert len(spent.ending) == (2 if on else 0) and len(done) == 2
+        assert len(spent.batches) == 1 and spent.batches[0] >= 0.01
+    assert flushed == [2, 2]
+
+
+def test_what_is_counted_beside_is_timed(monkeypatch):
+    """By the processor's time, not by the clock."""
+    monkeypatch.setattr("vllm_adafuse.serving.metrics.COLLECTOR", AdapterCollector())
+    worked, end = threading.Event(), threading.Event()
+
+    def work():
+        until = time.thread_time() + 0.05
+        while time.thread_time() < until:
+            pass
+        worked.set()
+        end.wait()
+
+    def begin(name):
+        worked.clear()
+        threading.Thread(target=work, name=name).start()
+        worked.wait()
+
+    begin(metrics.BESIDE[0])  # in a turn before
+    with metrics.counted(False) as spent:
+        for name in (*metrics.BESIDE, "another"):
+            begin(name)
+    end.set()
+    assert 0.1 <= spent.batches[0] < 0.15
 
 
 def test_turns_of_each_size_are_saved(tmp_path, monkeypatch):
@@ -171,12 +206,14 @@ def test_turns_of_each_size_are_saved(tmp_path, monkeypatch):
 
 def test_what_counting_costs():
     times = {True: [1.01, 1.02, 2.04], False: [1.0, 1.0, 2.0]}
-    row = metrics.row_of(4, 10, times, [0.001, 0.002])
+    row = metrics.row_of(4, 10, times, metrics.Spent([0.001, 0.002], [0.006]))
     assert row["overhead"] == pytest.approx(0.02) and row["with"]["median"] == pytest.approx(102)
-    assert row["counts"] == pytest.approx(0.003 / 4.07)
-    assert row["us_a_request"] == pytest.approx(250)
+    assert row["ending"] == pytest.approx(0.003 / 4.07)
+    assert row["batches"] == pytest.approx(0.006 / 4.07)
+    assert row["counts"] == pytest.approx(0.009 / 4.07)
+    assert row["us_a_request"] == pytest.approx(750)
     with pytest.raises(RuntimeError, match="no request was counted"):
-        metrics.row_of(4, 10, times, [])
+        metrics.row_of(4, 10, times, metrics.Spent([], [0.006]))
 
 
 def test_plots_in_fewer_bytes():

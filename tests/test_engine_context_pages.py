@@ -18,7 +18,7 @@ from vllm.lora.request import LoRARequest
 from vllm_adafuse.format.adapter import load_adapter
 from vllm_adafuse.format.random_adapter import make_random_adapter
 from vllm_adafuse.offline.routing import OfflineRouter
-from vllm_adafuse.serving.metrics import experts_counter
+from vllm_adafuse.serving.metrics import COLLECTOR, experts_counter
 
 MIXTURES = {
     "past": {"num_experts": 5, "r": [4, 20, 8, 33, 4], **CONTEXT},
@@ -151,6 +151,7 @@ def test_tokens_of_experts_are_counted_when_requests_end(served):
     llm, root, references = served
 
     def told(name):
+        COLLECTOR.flush()
         return [int(experts_counter().labels(name, str(e))._value.get()) for e in range(6)]
 
     names = ["past", "base", "token", "wide", "lora"]

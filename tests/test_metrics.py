@@ -129,11 +129,21 @@ def test_requests_count_for_their_adapter_and_else_for_the_pinned_one():
     bare.count(None, 2, 1, "length")
     pinned.count(None, 7, 4, "stop")
     pinned.count("unit-a", 1, 1, "stop")
+    bare.flush(), pinned.flush()
     assert value("tokens_counter", "unit-a", "prompt") == 6
     assert value("tokens_counter", "unit-a", "generation") == 4
     assert value("requests_counter", "unit-a", "stop") == 2
     assert value("tokens_counter", "", "prompt") == others + 2
     assert value("tokens_counter", "mine", "generation") == 4
+
+
+def test_an_engines_counters_are_there_before_a_scrape(monkeypatch):
+    """One that is made while a registry is asked would lack in the answer."""
+    made, names = [], ["tokens_counter", "experts_counter", "requests_counter"]
+    for name in names:
+        monkeypatch.setattr(metrics, name, lambda name=name: made.append(name))
+    AdapterCollector().follow(engine())
+    assert made == names
 
 
 def test_vllms_statistics_of_an_ended_request_are_counted(monkeypatch):
@@ -160,7 +170,7 @@ def test_vllms_statistics_of_an_ended_request_are_counted(monkeypatch):
 
     OutputProcessor._update_stats_from_finished(processor, state, FinishReason.STOP, iteration)
     OutputProcessor._update_stats_from_finished(processor, state, FinishReason.STOP, None)
-    assert counted == [("a", 5, 3, "stop"), ("l", [1, 2, 3, 4, 5, 7, 8, 9])]
+    assert counted == [("a", 5, 3, "stop"), ("l", [1, 2, 3, 4, 5], [7, 8, 9])]
     state.prompt_token_ids = None  # embeddings
     OutputProcessor._update_stats_from_finished(processor, state, FinishReason.STOP, iteration)
     assert counted[2:] == [("a", 5, 3, "stop")]

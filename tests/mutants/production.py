@@ -94,13 +94,101 @@ DEPLOY = [
     ),
     Mutant(
         "experts of the first tokens alone", "vllm_adafuse/serving/expert_tables.py",
-        "chosen.ravel(), minlength", "chosen[:1].ravel(), minlength",
+        "chosen.ravel(), minlength=int", "chosen[:1].ravel(), minlength=int",
         f"{TABLES}counts_are_those_of_the_routes", "an expert that works looks idle",
     ),
     Mutant(
         "a past without its length", "vllm_adafuse/serving/expert_tables.py",
-        " / faded_counts(torch.arange(1, len(rows) + 1), fading)", "", f"{TABLES}counts_are_those_of_the_routes",
+        "said / -counts[: len(ids), None]", "-said", f"{TABLES}counts_are_those_of_the_routes",
         "experts are counted that no token took",
+    ),
+    Mutant(
+        "one past for all requests", "vllm_adafuse/serving/expert_tables.py",
+        "for ids in requests:", "for ids in [np.concatenate(requests)]:",
+        f"{TABLES}counts_are_those_of_the_routes", "experts are counted that no token took",
+    ),
+    Mutant(
+        "a table goes before its requests are counted", "vllm_adafuse/serving/expert_tables.py",
+        "if now - since < LINGERS:", "if now < since:", f"{TABLES}tables_of_adapters_that_went_stay_for_a_while",
+        "where many adapters come and go, experts of the last requests of each are not counted",
+    ),
+    Mutant(
+        "tables stay for good", "vllm_adafuse/serving/expert_tables.py",
+        "if now - since < LINGERS:", "if now >= since:", f"{TABLES}tables_of_adapters_that_went_stay_for_a_while",
+        "the temporary directory fills up",
+    ),
+    Mutant(
+        "a scrape before what ended is counted", "vllm_adafuse/serving/metrics.py",
+        "        COLLECTOR.flush()", "        pass", f"{TABLES}what_ended_is_counted_together_when_somebody_asks",
+        "a scrape lacks the requests of the last second",
+    ),
+    Mutant(
+        "experts are asked for the time before", "vllm_adafuse/serving/metrics.py",
+        'return Upto(\n        "adafuse_expert_tokens"', 'return Counter(\n        "adafuse_expert_tokens"',
+        f"{TABLES}each_counter_tells_of_all_that_ended", "a scrape lacks the experts of the last second",
+    ),
+    Mutant(
+        "requests are asked for the time before", "vllm_adafuse/serving/metrics.py",
+        'return Upto("adafuse_requests"', 'return Counter("adafuse_requests"',
+        f"{TABLES}each_counter_tells_of_all_that_ended", "a scrape lacks the requests of the last second",
+    ),
+    Mutant(
+        "a counter that is made while a scrape asks", "vllm_adafuse/serving/metrics.py",
+        "        tokens_counter(), experts_counter(), requests_counter()\n", "",
+        f"{METRICS}an_engines_counters_are_there_before_a_scrape", "the first scrape lacks all requests",
+    ),
+    Mutant(
+        "one request at a time", "vllm_adafuse/serving/metrics.py",
+        "in batches.items():\n                self._count_experts(name, content, batch)",
+        "in batches.items():\n                for one in batch:\n                    self._count_experts(name, content, [one])",
+        f"{TABLES}what_ended_is_counted_together_when_somebody_asks", "counting costs the time of before",
+    ),
+    Mutant(
+        "many tokens wait", "vllm_adafuse/serving/metrics.py", "self._waiting > MANY", "False",
+        f"{TABLES}many_tokens_do_not_wait", "under load what waits takes memory, and a scrape is slow",
+    ),
+    Mutant(
+        "all that came before waits", "vllm_adafuse/serving/metrics.py",
+        "with self._lock:\n            self._waiting = 0", "with self._lock:\n            self._waiting += 0",
+        f"{TABLES}many_tokens_do_not_wait", "requests are counted one at a time once there were many",
+    ),
+    Mutant(
+        "ids that are no numbers", "vllm_adafuse/serving/metrics.py",
+        "except struct.error as e:", "except OverflowError as e:",
+        f"{TABLES}no_request_fails_for_what_cannot_be_counted", "a request fails for a metric",
+    ),
+    Mutant(
+        "what ended last is lost", "vllm_adafuse/serving/metrics.py",
+        "            Finalize(None, self.flush, exitpriority=0)\n", "",
+        f"{TABLES}what_ended_last_is_counted_when_the_process_ends",
+        "with several API servers the last second of one that ends is not counted",
+    ),
+    Mutant(
+        "tables go before the last requests are counted", "vllm_adafuse/serving/metrics.py",
+        "            atexit.register(self.flush)\n", "",
+        f"{TABLES}what_ended_last_is_counted_when_the_process_ends",
+        "the last second of a process that ends is not counted",
+    ),
+    Mutant(
+        "no thread, no request", "vllm_adafuse/serving/scratch.py",
+        "except RuntimeError as e:  # as many", "except OSError as e:  # as many",
+        f"{TABLES}no_request_fails_for_what_cannot_be_counted", "a request fails for a metric",
+    ),
+    Mutant(
+        "the thread beside ends with an error", "vllm_adafuse/serving/scratch.py",
+        "except Exception as e:  # noqa: BLE001\n                _tell(self._missing, e)",
+        "except Exception as e:  # noqa: BLE001\n                _tell(self._missing, e)\n                return",
+        f"{TABLES}what_nobody_asks_for_is_counted_soon", "after one error what ends waits for a scrape",
+    ),
+    Mutant(
+        "nobody hurries", "vllm_adafuse/serving/scratch.py",
+        "            self._hurry.set()", "            pass",
+        f"{TABLES}many_tokens_do_not_wait", "under load what waits takes memory, and a scrape is slow",
+    ),
+    Mutant(
+        "due once", "vllm_adafuse/serving/scratch.py",
+        "            self._due.clear()\n            try:", "            try:",
+        f"{TABLES}what_nobody_asks_for_is_counted_soon", "a thread that wakes every second of a server's life",
     ),
     Mutant(
         "a table once read is kept", "vllm_adafuse/serving/expert_tables.py",
@@ -142,5 +230,19 @@ DEPLOY = [
         "uncounted turns are counted", "benchmarks/metrics.py",
         "if on else lambda *args: None", "if True else lambda *args: None",
         "tests/test_dashboard.py::test_turns_are_counted_or_not", "the benchmark compares a thing with itself",
+    ),
+    Mutant(
+        "batches for nothing", "benchmarks/metrics.py", "    COLLECTOR.flush()\n", "",
+        "tests/test_dashboard.py::test_turns_are_counted_or_not", "the benchmark leaves out what it put off",
+    ),
+    Mutant(
+        "threads for nothing", "benchmarks/metrics.py", " + beside() - begin)", ")",
+        "tests/test_dashboard.py::test_what_is_counted_beside_is_timed",
+        "the benchmark leaves out what is done beside",
+    ),
+    Mutant(
+        "threads of all times", "benchmarks/metrics.py", " + beside() - begin)", " + beside())",
+        "tests/test_dashboard.py::test_what_is_counted_beside_is_timed",
+        "the benchmark counts the seconds of turns before once more",
     ),
 ]

@@ -40,6 +40,6 @@ Where requests choose their adapters (`--enable-lora`):
     reads.py       reads and copies adapters beside the steps                 (worker)
     metrics.py     what /metrics says of adapters                             (front end)
     meter.py       what a worker counts of them                               (worker)
-    expert_tables.py  which experts a request's tokens took, when it ends     (both)
+    expert_tables.py  which experts a request's tokens took, when it ended    (both)
     scratch.py     where a worker leaves files for /metrics                   (both)
 """

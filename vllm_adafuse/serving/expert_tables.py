@@ -2,7 +2,7 @@
 
 A mixture's routes follow from token ids: by its passports, or, where its router sees the past, by two
 tables. The worker that made them leaves a copy beside what it counts (`meter.py`); the front end asks
-it when a request ends, and no step takes part. Routers inside the layers have no tables.
+it when requests have ended, and no step takes part. Routers inside the layers have no tables.
 
 A file is `<engine>/<content hash>.<E>.<k>.<fading>.npy`: expert ids [k, V], or w and c [2, E, V] float32, see
 `context_routes`. It is mapped, not read, and outlives its removal for who has it mapped.
@@ -11,6 +11,7 @@ A file is `<engine>/<content hash>.<E>.<k>.<fading>.npy`: expert ids [k, V], or 
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -23,8 +24,9 @@ from vllm_adafuse.format.config import AdapterConfig
 from vllm_adafuse.kernels.context_routes import faded_counts, faded_sums, fading_of
 from vllm_adafuse.serving.scratch import lacks, private
 
-# Tables that stay for requests which end after their adapter has gone.
-KEPT = 16
+# Tables that stay for requests which end after their adapter has gone, and seconds for which any does:
+# a front end counts a moment after a request's end.
+KEPT, LINGERS = 16, 10.0
 # Tables that a front end has mapped at a time.
 MAPPED = 64
 
@@ -38,7 +40,7 @@ class Tables:
 
     def __init__(self, place: Path | None):
         self.place = place
-        self._gone: list[str] = []
+        self._gone: dict[str, float] = {}  # content hash -> since when
 
     def leave(
         self, content: str, config: AdapterConfig | None, columns: Sequence[torch.Tensor] | None
@@ -50,8 +52,7 @@ class Tables:
             config: of a mixture.
             columns: of its router, see `Router.columns`.
         """
-        if content in self._gone:
-            self._gone.remove(content)
+        self._gone.pop(content, None)
         if self.place is None or config is None or columns is None or not content:
             return
         experts, top_k, fading = config.num_experts, config.top_k, 0.0
@@ -81,11 +82,12 @@ class Tables:
 
     def forget(self, content: str) -> None:
         """An adapter has gone; its table stays for a while."""
-        if content in self._gone:
-            return
-        self._gone.append(content)
-        while len(self._gone) > KEPT:
-            old = self._gone.pop(0)
+        now = time.monotonic()
+        self._gone.setdefault(content, now)
+        for old, since in list(self._gone.items())[:-KEPT]:
+            if now - since < LINGERS:
+                break
+            del self._gone[old]
             for file in self.place.glob(f"{old}.*.npy") if self.place else ():
                 file.unlink(missing_ok=True)
 
@@ -106,14 +108,14 @@ class Experts:
         self._lock = Lock()
 
     def count(
-        self, folders: Iterable[Path], content: str, ids: Sequence[int]
+        self, folders: Iterable[Path], content: str, *requests: Sequence[int] | np.ndarray
     ) -> np.ndarray | None:
-        """How many tokens of a request took each expert.
+        """How many tokens of requests took each expert.
 
         Args:
             folders: `scratch.directory_of` the engines.
-            content: hash of the request's adapter.
-            ids: of the request's tokens, from its first on.
+            content: hash of the requests' adapter.
+            requests: ids of the tokens of each, from its first on.
 
         Returns:
             [E] int64, which add up to k for each token; None: nobody left a table of the adapter.
@@ -124,9 +126,16 @@ class Experts:
             return None
         _, experts, top_k, fading = mapped.file.stem.split(".", 3)
         table = mapped.table
-        rows = np.minimum(np.asarray(ids, dtype=np.int64), table.shape[-1] - 1)
-        chosen = table[:, rows] if table.ndim == 2 else _by_past(table, rows, int(top_k), float(fading))
-        return np.bincount(chosen.ravel(), minlength=int(experts))
+        if table.ndim == 2:
+            chosen = table.take(np.concatenate(requests), 1, mode="clip")
+            return np.bincount(chosen.ravel(), minlength=int(experts))
+        counts = np.zeros(int(experts), np.int64)
+        lengths = torch.arange(1, max(map(len, requests)) + 1)
+        said = faded_counts(lengths, float(fading)).numpy()
+        for ids in requests:  # each has a past of its own
+            chosen = _by_past(table, np.asarray(ids), int(top_k), float(fading), said)
+            counts += np.bincount(chosen.ravel(), minlength=len(counts))
+        return counts
 
     def _find(self, folders: Iterable[Path], content: str) -> _Mapped | None:
         known = self._mapped.pop(content, None)
@@ -148,9 +157,11 @@ class Experts:
         return known
 
 
-def _by_past(table: np.ndarray, rows: np.ndarray, top_k: int, fading: float) -> np.ndarray:
-    """As `context_routes` chooses: [k, T]."""
-    w, c = table[:, :, rows]
-    said = faded_sums(torch.from_numpy(c).t(), fading).t()
-    z = w + (said / faded_counts(torch.arange(1, len(rows) + 1), fading)).numpy()
-    return np.argpartition(-z, top_k - 1, axis=0)[:top_k]
+def _by_past(
+    table: np.ndarray, ids: np.ndarray, top_k: int, fading: float, counts: np.ndarray
+) -> np.ndarray:
+    """As `context_routes` chooses: [T, k]. `counts`: `faded_counts` of 1, 2, …, at least T."""
+    w, c = table.take(ids, 2, mode="clip")
+    said = faded_sums(torch.from_numpy(c).t(), fading).numpy()
+    z = said / -counts[: len(ids), None] - w.T
+    return np.argpartition(z, top_k - 1, axis=1)[:, :top_k]

@@ -1,5 +1,5 @@
-"""Where a worker leaves files for the server that answers `/metrics`, in the temporary directory; and a
-thread for what either does beside its work."""
+"""Where a worker leaves files for the server that answers `/metrics`, in the temporary directory; and
+threads for what either does beside its work."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.util import Finalize
 from pathlib import Path
+from threading import Event, Lock, Thread
 from typing import Any
 
 from vllm.logger import init_logger
 
 # vLLM shows only what is logged below its own name.
 logger = init_logger("vllm.adafuse")
+# Between something to do and what `Soon` does of it.
+SECONDS = 1.0
 
 
 def directory_of(vllm_config: Any) -> Path:
@@ -74,7 +77,55 @@ class Beside:
 
     def _tell(self, done: Future) -> None:
         if (error := done.exception()) is not None:
-            logger.error("AdaFuse: /metrics may lack %s: %r", self._missing, error)
+            _tell(self._missing, error)
+
+
+class Soon:
+    """A thread that calls a function some time after there is something to do for it, so that much is
+    done at a time. Errors as of `Beside`. It ends with its process, whatever is left to do.
+
+    Args:
+        name, missing: as of `Beside`.
+        function: does all that there is to do.
+    """
+
+    def __init__(self, name: str, missing: str, function: Callable[[], None]):
+        self._name, self._missing, self._function = name, missing, function
+        self._due, self._hurry, self._lock = Event(), Event(), Lock()
+        self._thread: Thread | None = None
+
+    def due(self, at_once: bool = False) -> None:
+        """There is something to do, within `SECONDS` or at once. Costs next to nothing, and never fails."""
+        if at_once:
+            self._hurry.set()
+        if not self._due.is_set():
+            self._due.set()
+            self._begin()
+
+    def _begin(self) -> None:
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():  # as after a fork
+                self._thread = Thread(target=self._run, name=self._name, daemon=True)
+                try:
+                    self._thread.start()
+                except RuntimeError as e:  # as many threads as there may be
+                    _tell(self._missing, e)
+
+    def _run(self) -> None:
+        while True:
+            self._due.wait()
+            self._hurry.wait(SECONDS)
+            # Before the call: what comes during it is for the next.
+            self._hurry.clear()
+            self._due.clear()
+            try:
+                self._function()
+            except Exception as e:  # noqa: BLE001
+                _tell(self._missing, e)
+
+
+def _tell(missing: str, error: BaseException) -> None:
+    logger.error("AdaFuse: /metrics may lack %s: %r", missing, error)
 
 
 def private(folder: Path) -> None:
