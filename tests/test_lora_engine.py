@@ -88,6 +88,8 @@ def test_an_engine_that_sleeps_loads_nothing(served, monkeypatch):
     with pytest.raises(AdapterRefused, match="the engine sleeps, .*; wake it up"):
         served.llm.generate(PROMPTS[0], greedy(2), lora_request=asked, use_tqdm=False)
     served.check(["few"], served.generate(["few"], PROMPTS[:1]))  # which it has
+    here = min(manager_of(served.llm).list_adapters())  # and another front end may ask for
+    assert core.add_lora(LoRARequest("here", here, str(served.root / "few")))
     monkeypatch.undo()
     said = served.llm.generate(PROMPTS[:1], greedy(12), lora_request=asked, use_tqdm=False)
     served.check(["third"], said)
