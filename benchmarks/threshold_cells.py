@@ -169,8 +169,10 @@ CELLS: dict[str, Callable[[str], Iterable[Cell]]] = {
         _sides((1, 2, 4), "llama-3-8b qkv, llama-2-7b gate_up, llama-3-70b o", "quantised", Mixture(64)),
     ),
     "MAX_SHORT_TOKENS": _sides(
-        (256, 512, 1024),
-        "llama-3-8b qkv, llama-3-8b gate_up, llama-2-7b qkv, llama-3-70b gate_up, llama-3-70b down",
+        (256, 512, 1024), "llama-3-8b qkv, llama-3-8b o, llama-2-7b qkv, llama-3-70b down"
+    ),
+    "MAX_SHORT_EXPAND_TOKENS": _sides(
+        (1024, 2048), "llama-3-8b qkv, llama-3-8b gate_up, llama-3-70b o", "default", Mixture(8, 24)
     ),
     "MAX_DENSE_RANKS": _dense_norm,
     "MIN_FUSED_NORM_TOKENS": _sides((4096, 8192), "llama-3-8b o, llama-3-8b down, llama-3-70b o"),

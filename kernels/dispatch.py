@@ -78,11 +78,15 @@ MAX_BIAS_TOKENS = 256
 # With fewer tokens the expand asks of each expert if it is active, where one product has not all.
 # (d08f767, E 64: one token of qkv 11.4 us, 12.8 without, o 11.7 and 10.8; four 19.0 and 14.1.)
 MIN_DENSE_TOKENS = 2
-# Longer steps have long programs in the expand; two slices of `in` for cuBLAS end there too.
-# (d08f767: 256 tokens of qkv 28.9 us in short ones, 46.1 in long ones, gate_up 116.5 and 123.3;
-# 512 52.3 and 67.8, gate_up 195.5 and 192.8; down of 70B 180 in slices, 194 without, 332 and 322.)
+# Two slices of `in` for cuBLAS end here (d08f767: down of 70B 180 us in slices, 194 without, 512
+# tokens 332 and 322), and `expand`, where `tma_expand` takes the ranks: of gate_up beyond tiles already
+# (e1dd462, gate_up, qkv: 200 tokens 99.6 us for 93.0, 28.3 for 28.7; 512 197 for 186, 66.8 for 51.9;
+# 1000 419 for 381, 102 for 88; E 64, 1504 tokens 1102 for 728, 352 for 213).
 MAX_SHORT_TOKENS = 256
-# Below, steps wait for the CPU, which four descriptors take 110 us more than `expand` (2e1ac92).
+# Longer steps have long programs in `expand` (e1dd462: 512 tokens of qkv 51.9 us in short ones, 66.8
+# else, 1000 88.9 and 101.5; gate_up 402 and 419, 1504 570 and 569).
+MAX_SHORT_EXPAND_TOKENS = 1024
+# Below, pages are for `expand`, which goes by lists too; longer steps have large programs.
 MIN_WIDE_TOKENS = 4096
 # Rows of A from which those steps shrink by the pages that their tiles list, fewer all of them with W
 # (3cc4061, requests of 500 tokens in turn, with W: qkv of 32 pages, 1536 rows, 651 us, by lists 593; of 16
@@ -114,8 +118,8 @@ MAX_LAYER_FUSED_TOKENS = 256
 TOKEN_LIMITS = (
     MIN_DENSE_TOKENS, MAX_LAYER_ACTIVE_TOKENS, MAX_STREAM_ONLY_TOKENS, MAX_STREAM_TOKENS,
     MAX_LOW_TILE_TOKENS, MAX_SHRINK_TOKENS, MAX_TILE_TOKENS, MAX_BIAS_TOKENS, MAX_SHORT_TOKENS,
-    MAX_ACTIVE_TOKENS, MAX_LAYER_FUSED_TOKENS, MAX_SMALL_ROUTE_TOKENS, MIN_WIDE_TOKENS,
-    MIN_FUSED_NORM_TOKENS,
+    MAX_ACTIVE_TOKENS, MAX_LAYER_FUSED_TOKENS, MAX_SMALL_ROUTE_TOKENS, MAX_SHORT_EXPAND_TOKENS,
+    MIN_WIDE_TOKENS, MIN_FUSED_NORM_TOKENS,
 )  # fmt: skip
 
 
@@ -346,38 +350,38 @@ def tma_expands(shape: Shape, num_tokens: int, one_gemm: bool, device: Device) -
     """Whether `tma_expand` is the one to take: many tokens, ranks that it has, columns in whole
     tiles, and the tensor memory accelerator can read the product."""
     s = shape
-    if num_tokens < MIN_WIDE_TOKENS or not device.hopper or s.itemsize != 2:
+    most = MAX_TILE_TOKENS if is_gate_up(s.kernel_epilogue) else MAX_SHORT_TOKENS
+    short = num_tokens < MIN_WIDE_TOKENS if s.tile_blocks else num_tokens <= most
+    rows = s.fused_rows if one_gemm else s.size_out
+    if short or not device.hopper or s.itemsize != 2 or rows % 8:
         return False
-    if (s.fused_rows if one_gemm else s.size_out) % 8:
-        return False
-    fits = s.tile_blocks or in_wide_ranks(s.num_experts, s.rank)
-    return fits and in_whole_tiles(s)
+    return (s.tile_blocks or in_wide_ranks(s.num_experts, s.rank)) and in_whole_tiles(s)
 
 
 @functools.cache
 def choose_expand(tokens: int, epilogue: bool, itemsize: int) -> ExpandConfig:
-    """How `expand` is cut. Found on an H200 at the shapes of Llama-2-7B."""
-    if tokens <= MAX_SHORT_TOKENS or itemsize > 2:
+    """How `expand` is cut."""
+    if tokens <= MAX_SHORT_EXPAND_TOKENS or itemsize > 2:
         block_t = min(64 if itemsize == 2 else 32, max(16, power_of_2(tokens)))
         return ExpandConfig(block_t, 64, 1, 4, 1)
     return ExpandConfig(64, 64, 8, 4, 1 if epilogue else 3)
 
 
 @functools.cache
-def choose_wide(tokens: int, width: int, epilogue: str) -> ExpandConfig:
-    """How `tma_expand` is cut. Found on an H200 at the shapes of Llama-2-7B.
-
-    width: of which the widths of all slices are multiples.
-    """
+def choose_wide(tokens: int, widths: tuple[int, ...], epilogue: str) -> ExpandConfig:
+    """How `tma_expand` is cut. Found on an H200 at the shapes of Llama-2-7B."""
     # Two programs to a processor, and about as many as have a place at once: each begins by
     # fetching its s.
+    if tokens < MIN_WIDE_TOKENS:
+        columns = 32 if epilogue else 64
+        tiles = sum(tiled_widths(widths, epilogue)) // columns * cdiv(tokens, 64)
+        loop = round(math.log2(max(1, tiles / (2 * PROCESSORS))))
+        return ExpandConfig(64, columns, 1 << min(4, loop), 4, 3)
     if is_gate_up(epilogue):
         groups = max(2, (1 << 15) // power_of_2(tokens))
-        return ExpandConfig(128, 32, cdiv(width // 32, groups), 8, 3)
-    # One for all lengths: others gain or lose 4 % at 4096 to 16384 tokens (d08f767).
-    if epilogue:  # 32 heads take a register too many with pages
-        return ExpandConfig(64, 32, 16, 4, 3)
-    return ExpandConfig(128, 64, 8, 8, 3)
+        return ExpandConfig(128, 32, cdiv(widths[0] // 32, groups), 8, 3)
+    # Others gain or lose 4 % (d08f767); 32 heads take a register too many with pages.
+    return ExpandConfig(64, 32, 16, 4, 3) if epilogue else ExpandConfig(128, 64, 8, 8, 3)
 
 
 def choose_wide_many(config: ExpandConfig) -> ExpandConfig:

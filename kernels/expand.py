@@ -27,7 +27,7 @@ from vllm_adafuse.kernels.device.epilogues import (
     tiled_widths,
 )
 from vllm_adafuse.kernels.device.gates import add_deltas, load_both, load_gates, load_ranks, weigh
-from vllm_adafuse.kernels.dispatch import MAX_SHORT_TOKENS, MIN_DENSE_TOKENS, choose_expand
+from vllm_adafuse.kernels.dispatch import MAX_SHORT_EXPAND_TOKENS, MIN_DENSE_TOKENS, choose_expand
 from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, rows_in_kv, starts_of_head
 from vllm_adafuse.kernels.launch import Bound, bind, overlap
 from vllm_adafuse.kernels.operands import Projection, Step
@@ -208,7 +208,7 @@ class _Key(NamedTuple):
     """What groups of tiles, and a kernel's constants, hang on.
 
     Attributes:
-        tokens: of the step, or any more than MAX_SHORT_TOKENS.
+        tokens: of the step, or any more than MAX_SHORT_EXPAND_TOKENS.
         widths, adapted, half: of the projection; half a head, 0 without "rotary".
         index: of the epilogue in `EPILOGUES`.
         all_slices: those without experts have tiles too.
@@ -262,7 +262,7 @@ def launch_expand(
     (adapted, widths, index), is_split = of, y.dim() == 3
     tokens, (_, experts, rank) = y.shape[-2], read.lora_b.shape
     groups, block_t, kernel = _plan(_Key(
-        min(tokens, MAX_SHORT_TOKENS + 1), tuple(widths), tuple(adapted),
+        min(tokens, MAX_SHORT_EXPAND_TOKENS + 1), tuple(widths), tuple(adapted),
         read.cos_sin.shape[1] // 2 if index == ROTARY else 0, index, out is not y,
         experts, rank, y.element_size(), config, on_hopper(y), read.bias is not None,
         kv_slots is not None, read.gates is not None, y.shape[0] if is_split else 0,

@@ -15,7 +15,6 @@ arXiv 2603.11873, section 3).
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 import triton
@@ -200,7 +199,7 @@ def tma_expand_triton(
         [T, out], or [T, I] after silu or gelu_tanh; contiguous, or in y.
     """
     tokens, widths, epilogue = y.shape[0], p.shape.widths, p.shape.kernel_epilogue
-    config = config or choose_wide(tokens, math.gcd(*widths), epilogue)
+    config = config or choose_wide(tokens, widths, epilogue)
     result = result_of(y, widths, epilogue, p.strided_out)
     tile_blocks = step.blocks_of(p.shape, tokens)
     operands = y, lora_a_out, result, p, step, kv_slots

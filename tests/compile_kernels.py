@@ -192,7 +192,7 @@ def main() -> None:
                 rows.append(build(name, expand._expand_kernel, constants, config.warps, 2))
         widths = [shape[f"WIDTH{i}"] for i in range(3) if shape[f"WIDTH{i}"]]
         for tokens, experts, many in ((2048, 8, 0), (16000, 8, 0), (16000, 16, 0), (16000, 32, 1)):
-            config, half = dispatch.choose_wide(tokens, widths[0], act), shape["HALF"]
+            config, half = dispatch.choose_wide(tokens, tuple(widths), act), shape["HALF"]
             config = dispatch.choose_wide_many(config) if many else config
             _, constants = tma_expand._plan(experts, 16, tuple(widths), act, half, config, True)
             constants = {k: v for k, v in constants.items() if k.isupper()} | paged

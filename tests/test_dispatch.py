@@ -9,12 +9,13 @@ from vllm_adafuse.kernels import configs
 from vllm_adafuse.kernels.configs import GemmConfig, configs_file, save_configs, shape_key
 from vllm_adafuse.kernels.dispatch import (
     TOKEN_LIMITS,
+    choose_wide,
     default_config,
     find_config,
     gemm_config,
     plan,
 )
-from vllm_adafuse.kernels.plans import Device, Shape
+from vllm_adafuse.kernels.plans import TMA_EXPAND, Device, Shape, on_pages
 from vllm_adafuse.kernels.shrink import ShrinkGrid
 from vllm_adafuse.kernels.whole import token_counts
 
@@ -189,6 +190,25 @@ def test_many_ranks_go_ways_of_their_own():
     assert kernels(16, 128) == [tiled, cublas, tiled, tiled]
     assert kernels(32, 32) == [tiled, streamed, tiled, tiled]
     assert kernels(64, 32) == [streamed] * 4 and kernels(64, 65) == [cublas] * 4
+
+
+def test_where_the_wide_expand_begins():
+    def least(shape):
+        return min(t for t in (128, 129, 256, 257, 4095, 4096)
+                   if plan(shape, t, Device("NVIDIA H200", 9)).expand == TMA_EXPAND)  # fmt: skip
+
+    for experts in (8, 64):
+        assert least(llama3(experts, "qkv")) == 257 == least(llama3(experts, "down"))
+        assert least(llama3(experts, "gate_up")) == 129
+    assert least(on_pages(llama3(64, "gate_up"))) == 4096  # by lists
+
+
+@pytest.mark.parametrize("tokens, loops", [(129, (1, 4, 1)), (304, (2, 8, 1)), (4095, (16, 16, 16))])
+def test_short_steps_have_two_programs_of_the_wide_expand_to_a_processor(tokens, loops):
+    for name, loop in zip(("qkv", "gate_up", "o"), loops):
+        shape = llama3(8, name)
+        config = choose_wide(tokens, shape.widths, shape.kernel_epilogue)
+        assert config.loop == loop and config.tokens == 64 and config.warps == 4
 
 
 def test_a_streamed_projection_of_many_ranks_has_a_shrink_in_long_steps():

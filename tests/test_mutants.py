@@ -28,7 +28,7 @@ def test_a_mutant_can_be_made_of_this_tree(mutant):
 
 def test_there_are_enough_of_them():
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
-    assert len({(mutant.file, mutant.new) for mutant in MUTANTS}) == len(MUTANTS)
+    assert len({(mutant.file, mutant.old, mutant.new) for mutant in MUTANTS}) == len(MUTANTS)
     assert sum(not mutant.gpu for mutant in MUTANTS) >= 20
 
 

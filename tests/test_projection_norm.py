@@ -107,7 +107,7 @@ def test_long_steps_of_many_ranks(mixture, widens, monkeypatch):
     for place in module, projection:
         monkeypatch.setattr(place, "dense_expand_triton", count)
     experts, _, rank = mixture
-    limit = "MIN_WIDE_TOKENS" if widens else "MIN_FUSED_NORM_TOKENS"
+    limit = "MAX_SHORT_TOKENS" if widens else "MIN_FUSED_NORM_TOKENS"
     monkeypatch.setattr(dispatch, limit, 40)
     of = Shape(32, (128,), (0,), experts, rank, 2, "norm")  # as if of two bytes
     way = cublas_plan.__wrapped__(of, 70, Device("a GPU", 9))

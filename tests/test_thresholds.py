@@ -44,12 +44,13 @@ def test_a_limit_is_moved_as_far_as_the_tokens_and_put_back():
     least = dispatch.MIN_DENSE_TOKENS
     assert beyond("MIN_DENSE_TOKENS", least) == {"MIN_DENSE_TOKENS": least + 1}
     assert beyond("MIN_DENSE_TOKENS", least - 1) == {"MIN_DENSE_TOKENS": least - 1}
+    limit, now = "MAX_SHORT_EXPAND_TOKENS", dispatch.MAX_SHORT_EXPAND_TOKENS
     before = dispatch.choose_expand(now, False, 2)
-    with pytest.raises(ZeroDivisionError), limits({"MAX_SHORT_TOKENS": now - 1}, tuned=False):
-        assert expand.MAX_SHORT_TOKENS == now - 1 and dispatch.configs_of("NVIDIA H200") == {}
+    with pytest.raises(ZeroDivisionError), limits({limit: now - 1}, tuned=False):
+        assert expand.MAX_SHORT_EXPAND_TOKENS == now - 1 and dispatch.configs_of("NVIDIA H200") == {}
         assert dispatch.choose_expand(now, False, 2) != before
         _ = 1 / 0
-    assert expand.MAX_SHORT_TOKENS == dispatch.MAX_SHORT_TOKENS == now
+    assert expand.MAX_SHORT_EXPAND_TOKENS == dispatch.MAX_SHORT_EXPAND_TOKENS == now
     assert dispatch.choose_expand(now, False, 2) == before and dispatch.configs_of("NVIDIA H200")
 
 

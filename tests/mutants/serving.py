@@ -88,6 +88,23 @@ LOADS = [
         "the limit is not where its figures say",
     ),
     Mutant(
+        "gate_up waits for the others", "kernels/dispatch.py",
+        "MAX_TILE_TOKENS if is_gate_up(s.kernel_epilogue) else MAX_SHORT_TOKENS", "MAX_SHORT_TOKENS",
+        "tests/test_dispatch.py::test_where_the_wide_expand_begins",
+        "steps of 129 to 256 tokens take the slower of two kernels",
+    ),
+    Mutant(
+        "pages take two launches", "kernels/dispatch.py",
+        "num_tokens < MIN_WIDE_TOKENS if s.tile_blocks else num_tokens <= most", "num_tokens <= most",
+        "tests/test_dispatch.py::test_where_the_wide_expand_begins",
+        "steps of some hundred tokens on pages have launches without work",
+    ),
+    Mutant(
+        "a few large programs", "kernels/dispatch.py", "tiles / (2 * PROCESSORS)", "tiles",
+        "tests/test_dispatch.py::test_short_steps_have_two_programs_of_the_wide_expand_to_a_processor",
+        "most processors have nothing to do",
+    ),
+    Mutant(
         "a whole vocabulary at once", "vllm_adafuse/serving/hosted.py",
         "itertools.islice(pieces, PIECES_AT_ONCE)", "pieces", STAMPED,
         "everybody's tokens wait for a load",
