@@ -385,8 +385,9 @@ def choose_wide(tokens: int, widths: tuple[int, ...], epilogue: str) -> ExpandCo
 
 
 def choose_wide_many(config: ExpandConfig) -> ExpandConfig:
-    """The same for tokens with several blocks of pages: few tiles of tokens, each a long way."""
-    return replace(config, tokens=min(config.tokens, 64), warps=4, stages=1, loop=min(config.loop, 4))
+    """The same for tokens with several blocks of pages: few tiles of tokens, whose programs hold s
+    of two blocks."""
+    return replace(config, tokens=min(config.tokens, 64), warps=4, stages=2, loop=min(config.loop, 8))
 
 
 @functools.cache

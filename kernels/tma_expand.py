@@ -47,14 +47,15 @@ def _weighed(
 
 @triton.jit
 def _add_delta(
-    y_desc, b_desc, lora_a_out_desc, lora_a_out, gates_ptr, listed_ptr, count, rows, token_mask, n_experts,
-    first_token, column, first_rank, first_block, MANY: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr, RANK: tl.constexpr,
+    y_desc, b_desc, lora_a_out_desc, lora_a_out, of_second, gates_ptr, listed_ptr, count, rows,
+    token_mask, n_experts, first_token, column, first_rank, first_block, second_block,
+    BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of y, and to it s B, [BLOCK_T, COLS] float32; MANY: of all blocks that are listed."""
+    """A tile of y, and to it s B, [BLOCK_T, COLS] float32, of one or two BLOCKS, whose s is there,
+    or of all that are listed if it is 0."""
     y = y_desc.load([first_token, column]).to(tl.float32)
-    if MANY:
-        for i in range(count):
+    if BLOCKS == 0:
+        for i in tl.range(0, count, num_stages=1):
             block = tl.load(listed_ptr + i)
             b = b_desc.load([column, block * BLOCK_E * RANK])
             of_block = _weighed(
@@ -65,6 +66,9 @@ def _add_delta(
     else:
         b = b_desc.load([column, first_block * BLOCK_E * RANK])
         y = tl.dot(lora_a_out, b.T, y, input_precision="ieee")
+        if BLOCKS == 2:
+            b = b_desc.load([column, second_block * BLOCK_E * RANK])
+            y = tl.dot(of_second, b.T, y, input_precision="ieee")
     return y
 
 
@@ -81,15 +85,27 @@ def _walk(
     first_block, first_token, n_tokens, n_experts, slice_idx, first_tile, end, offset, piece,
     keys_ptr, values_ptr, kv_starts, slot_mask, head_stride,
     EPILOGUE: tl.constexpr, APART: tl.constexpr, STEP: tl.constexpr, KV: tl.constexpr,
-    RANK: tl.constexpr, SIZE: tl.constexpr, BLOCK_E: tl.constexpr, MANY: tl.constexpr,
+    RANK: tl.constexpr, SIZE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCKS: tl.constexpr,
     BLOCK_T: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program's tiles, side by side."""
+    """A program's tiles, side by side; BLOCKS: how many its tokens have, 0 for any number."""
     rows = first_token + tl.arange(0, BLOCK_T)
     token_mask = rows < n_tokens
     of_up = SIZE if EPILOGUE == 1 or EPILOGUE == 2 else slice_idx * SIZE
-    lora_a_out, lora_a_out_up = 0, 0
-    if not MANY:  # those of one block stay in registers
+    lora_a_out, lora_a_out_up, of_second, of_second_up, second_block = 0, 0, 0, 0, 0
+    if BLOCKS == 2:
+        second_block = tl.load(listed_ptr + 1)
+        of_second = _weighed(
+            lora_a_out_desc, gates_ptr, rows, token_mask, n_experts, second_block, first_token,
+            slice_idx * SIZE, BLOCK_T, BLOCK_E, RANK,
+        )  # fmt: skip
+        of_second_up = of_second
+        if EPILOGUE == 1 or EPILOGUE == 2:
+            of_second_up = _weighed(
+                lora_a_out_desc, gates_ptr, rows, token_mask, n_experts, second_block, first_token,
+                of_up, BLOCK_T, BLOCK_E, RANK,
+            )  # fmt: skip
+    if BLOCKS:  # those of one or two stay in registers
         lora_a_out = _weighed(
             lora_a_out_desc, gates_ptr, rows, token_mask, n_experts, first_block, first_token,
             slice_idx * SIZE, BLOCK_T, BLOCK_E, RANK,
@@ -105,15 +121,15 @@ def _walk(
     for tile in tl.range(first_tile, end, num_stages=STAGES):
         within = tile * STEP + piece
         y = _add_delta(
-            y_desc, b_desc, lora_a_out_desc, lora_a_out, gates_ptr, listed_ptr, count, rows, token_mask,
-            n_experts, first_token, offset + within, slice_idx * SIZE, first_block, MANY, BLOCK_T,
-            BLOCK_E, RANK,
+            y_desc, b_desc, lora_a_out_desc, lora_a_out, of_second, gates_ptr, listed_ptr, count, rows,
+            token_mask, n_experts, first_token, offset + within, slice_idx * SIZE, first_block,
+            second_block, BLOCKS, BLOCK_T, BLOCK_E, RANK,
         )  # fmt: skip
         if EPILOGUE != 0:
             up = _add_delta(
-                y_desc, b_desc, lora_a_out_desc, lora_a_out_up, gates_ptr, listed_ptr, count, rows,
-                token_mask, n_experts, first_token, offset + within + APART, of_up, first_block,
-                MANY, BLOCK_T, BLOCK_E, RANK,
+                y_desc, b_desc, lora_a_out_desc, lora_a_out_up, of_second_up, gates_ptr, listed_ptr,
+                count, rows, token_mask, n_experts, first_token, offset + within + APART, of_up,
+                first_block, second_block, BLOCKS, BLOCK_T, BLOCK_E, RANK,
             )  # fmt: skip
             if EPILOGUE == 3:
                 y, up = rotate(y, up, cos.to(tl.float32), sin.to(tl.float32))
@@ -137,8 +153,7 @@ def _walk(
 @triton.jit(do_not_specialize=["n_tokens"])
 def _tma_expand_kernel(
     y_desc, b_desc, out_desc, lora_a_out_desc, gates_ptr, cos_sin_ptr, tile_blocks_ptr,
-    n_tokens, n_experts,
-    keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
+    n_tokens, keys_ptr, values_ptr, slots_ptr, block_size, block_stride, row_stride, head_stride,
     TILES0: tl.constexpr, TILES1: tl.constexpr, TILES2: tl.constexpr,
     EPILOGUE: tl.constexpr, APART: tl.constexpr, KV: tl.constexpr, PIECES: tl.constexpr,
     RANK: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, LISTED: tl.constexpr,
@@ -165,13 +180,21 @@ def _tma_expand_kernel(
         count = tl.load(listed_ptr)
         listed_ptr += 1
         first_block = tl.load(listed_ptr, mask=count > 0, other=0)
-    if (count > 1) == MANY:
+    if ((count == 2) if MANY else (count < 2)):
         _walk(
             y_desc, b_desc, out_desc, lora_a_out_desc, gates_ptr, cos_sin_ptr, listed_ptr,
-            count, first_block, first_token, n_tokens, n_experts, slice_idx, first_tile, end,
+            count, first_block, first_token, n_tokens, EXPERTS, slice_idx, first_tile, end,
             offset, piece, keys_ptr, values_ptr, kv_starts, slot_mask, head_stride,
-            EPILOGUE, APART, STEP, KV, RANK, SIZE, BLOCK_E, MANY, BLOCK_T, COLS, STAGES,
+            EPILOGUE, APART, STEP, KV, RANK, SIZE, BLOCK_E, 2 if MANY else 1, BLOCK_T, COLS, STAGES,
         )  # fmt: skip
+    if MANY:  # in turn: that many adapters in a tile are few tiles
+        if count > 2:
+            _walk(
+                y_desc, b_desc, out_desc, lora_a_out_desc, gates_ptr, cos_sin_ptr, listed_ptr,
+                count, first_block, first_token, n_tokens, EXPERTS, slice_idx, first_tile, end,
+                offset, piece, keys_ptr, values_ptr, kv_starts, slot_mask, head_stride,
+                EPILOGUE, APART, STEP, KV, RANK, SIZE, BLOCK_E, 0, BLOCK_T, COLS, 1,
+            )  # fmt: skip
 
 
 def tma_expand_triton(
@@ -228,7 +251,7 @@ def _launch(
         _tma_expand_kernel, (groups, cdiv(tokens, config.tokens)),
         y_desc, TensorDescriptor(lora_b, [out, size], [size, 1], [columns, ranks]), out_desc,
         TensorDescriptor.from_tensor(lora_a_out, [config.tokens, ranks]), step.gates, step.cos_sin,
-        tile_blocks, tokens, experts, *(kv_slots or NO_KV_SLOTS), KV=kv_slots is not None,
+        tile_blocks, tokens, *(kv_slots or NO_KV_SLOTS), KV=kv_slots is not None,
         LISTED=0 if tile_blocks is None else TILE_TOKENS, MANY=many, **constants,
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -136,15 +136,15 @@ def make_problem(
     )
 
 
-def leave_pages_to_tiles(p: Problem) -> torch.Tensor:
+def leave_pages_to_tiles(p: Problem, also: Sequence[tuple[int, int]] = ()) -> torch.Tensor:
     """Takes from the problem's tokens the gates of some blocks of pages, others in every 128 of
-    them; the lists that say so."""
+    them; the lists that say so. also: (tile, block) to leave beside (0, 1), (1, 0) and (1, 2)."""
     tokens, pages = len(p.x), p.gates.shape[1]
     blocks = -(-pages // 8)
     for tile in range(-(-tokens // 128)):
         of_tile = p.gates[tile * 128 : min(tokens, tile * 128 + 128)]
         for block in range(blocks):
-            if (tile, block) not in ((0, 1), (1, 0), (1, 2)):
+            if (tile, block) not in ((0, 1), (1, 0), (1, 2), *also):
                 of_tile[:, block * 8 : block * 8 + 8] = 0
     tile_blocks = new_tile_blocks(tokens, pages, p.x.device)
     list_blocks(p.gates[:tokens], tile_blocks)

@@ -125,11 +125,13 @@ def test_what_others_see_of_an_expert_does_not_matter(name):
 )
 @pytest.mark.parametrize("tokens_at_once", [32, 128])
 def test_blocks_of_pages_that_tiles_of_tokens_list(widths, pages, epilogue, tokens_at_once):
-    p = make_problem(290, 32, widths, pages, 3, 16)
-    tile_blocks, cos_sin = leave_pages_to_tiles(p), None
+    """One block, two, three, and none."""
+    p = make_problem(400, 32, widths, pages, 3, 16)
+    tile_blocks, cos_sin = leave_pages_to_tiles(p, [(2, 0), (2, 1), (2, 2)]), None
+    assert tile_blocks[:, 0].tolist() == [1, 2, 3, 0]
     want = linear_truth(p, "" if epilogue == "rotary" else epilogue)
     if epilogue == "rotary":
-        cos_sin = torch.randn(300, 64, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+        cos_sin = torch.randn(400, 64, generator=torch.Generator().manual_seed(3)).to(DEVICE)
         want = rotate_torch(want, cos_sin.double(), p.widths[0] + p.widths[1])
     y, s = from_fused(p)
     hide_from_others(p, s)

@@ -219,9 +219,19 @@ ROUTING = [
     ),
     Mutant(
         "blocks in turn but the last", "kernels/tma_expand.py",
-        "for i in range(count):", "for i in range(count - 1):",
+        "tl.range(0, count, num_stages=1)", "tl.range(0, count - 1, num_stages=1)",
         "tests/test_tma_expand.py::test_blocks_of_pages_that_tiles_of_tokens_list",
         "in long steps tokens between two prompts lose an adapter",
+    ),
+    Mutant(
+        "one block twice", "kernels/tma_expand.py", "[column, second_block *", "[column, first_block *",
+        "tests/test_tma_expand.py::test_blocks_of_pages_that_tiles_of_tokens_list",
+        "in long steps the second of two prompts in a tile gets the first one's experts",
+    ),
+    Mutant(
+        "no more than two blocks", "kernels/tma_expand.py", "if count > 2:", "if count > 3:",
+        "tests/test_tma_expand.py::test_blocks_of_pages_that_tiles_of_tokens_list",
+        "in long steps of short prompts whole tiles of tokens have no result",
     ),
     Mutant(
         "blocks in the order of the pool", "kernels/device/gates.py",
