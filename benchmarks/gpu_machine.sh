@@ -38,7 +38,8 @@ job() { # NAME MOST LEAST COMMAND...: at most MOST seconds, not at all if fewer 
   fi
   begin=$(date +%s)
   mkdir -p $RESULTS/$name
-  timeout -k 5 $(( left < most ? left : most )) taskset -c $CORES "$@" > $RESULTS/$name/log 2>&1
+  # By SIGINT, so that servers and engines go with who began them, and their memory with them.
+  timeout -s INT -k 15 $(( left < most ? left : most )) taskset -c $CORES "$@" > $RESULTS/$name/log 2>&1
   local code=$?
   echo "$name: exit code $code after $(( $(date +%s) - begin )) s" >> $RESULTS/status
   return $code

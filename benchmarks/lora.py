@@ -48,6 +48,7 @@ from benchmarks.spawn import spawned_with
 from benchmarks.turns import Engine, take_turns
 
 MIXTURES = 4
+ENGINES = "vllm", "adafuse", "both", "mixtures"
 BOTH = {"adafuse": {"lora": "both"}}
 
 
@@ -223,12 +224,23 @@ def run(
     return rows
 
 
+def engine_names(text: str) -> list[str]:
+    """Engines of a command line, each known."""
+    names = text.split(",")
+    if unknown := [name for name in names if name not in ENGINES]:
+        raise argparse.ArgumentTypeError(
+            f"{', '.join(unknown)}: expected some of {', '.join(ENGINES)} (stock is always there)"
+        )
+    return names
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_options(parser, "1,8,32,64,128", "16x500")
-    parser.add_argument("--engines", default="vllm,adafuse,mixtures", type=lambda t: t.split(","))
+    parser.add_argument("--engines", default=["vllm", "adafuse", "mixtures"], type=engine_names,
+                        help=f"beside stock: {', '.join(ENGINES)}; each has its rows")  # fmt: skip
     parser.add_argument("--loras", default=16, type=int)
     parser.add_argument("--experts", default=8, type=int, help="of each mixture")
     parser.add_argument("--top-k", default=2, type=int)

@@ -385,8 +385,7 @@ def choose_wide(tokens: int, widths: tuple[int, ...], epilogue: str) -> ExpandCo
 
 
 def choose_wide_many(config: ExpandConfig) -> ExpandConfig:
-    """The same for tokens with several blocks of pages: few tiles of tokens, whose programs hold s
-    of two blocks."""
+    """The same for tokens with several blocks of pages: few tiles, whose programs have s of two."""
     return replace(config, tokens=min(config.tokens, 64), warps=4, stages=2, loop=min(config.loop, 8))
 
 
