@@ -53,7 +53,8 @@ def place(tmp_path):
 
 @pytest.mark.parametrize("past, half_life", [(False, None), (True, None), (True, 2.5), (True, 1e-5)])
 @pytest.mark.parametrize("experts,top_k", [(2, 1), (5, 2), (3, 3), (300, 2)])
-def test_counts_are_those_of_the_routes(place, experts, top_k, past, half_life):
+def test_counts_are_those_of_the_routes(place, monkeypatch, experts, top_k, past, half_life):
+    monkeypatch.setattr(expert_tables, "STRETCH", 20)
     config, columns = mixture(experts, top_k, past, half_life=half_life)
     Tables(place).leave("a", config, columns)
     ids = torch.randint(0, VOCABULARY, (40,), generator=torch.Generator().manual_seed(1)).tolist()

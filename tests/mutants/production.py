@@ -103,6 +103,11 @@ DEPLOY = [
         "experts are counted that no token took",
     ),
     Mutant(
+        "the first stretch of a table alone", "vllm_adafuse/serving/expert_tables.py",
+        "t[i : i + STRETCH] for t in turned for i", "t[:STRETCH] for t in turned for i",
+        f"{TABLES}counts_are_those_of_the_routes", "experts are counted that no token took",
+    ),
+    Mutant(
         "one past for all requests", "vllm_adafuse/serving/expert_tables.py",
         "for ids in requests:", "for ids in [np.concatenate(requests)]:",
         f"{TABLES}counts_are_those_of_the_routes", "experts are counted that no token took",

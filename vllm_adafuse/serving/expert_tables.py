@@ -4,8 +4,9 @@ A mixture's routes follow from token ids: by its passports, or, where its router
 tables. The worker that made them leaves a copy beside what it counts (`meter.py`); the front end asks
 it when requests have ended, and no step takes part. Routers inside the layers have no tables.
 
-A file is `<engine>/<content hash>.<E>.<k>.<fading>.npy`: expert ids [k, V], or w and c [2, E, V] float32, see
-`context_routes`. It is mapped, not read, and outlives its removal for who has it mapped.
+A file is `<engine>/<content hash>.<E>.<k>.<fading>.npy`: expert ids [k, V], or w and c [2, V, E] float32, see
+`context_routes`; the terms of a token lie together. It is mapped, not read, and outlives its removal for who
+has it mapped.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from vllm_adafuse.serving.scratch import lacks, private
 KEPT, LINGERS = 16, 10.0
 # Tables that a front end has mapped at a time.
 MAPPED = 64
+# Ids whose terms are turned at a time when a table is written.
+STRETCH = 1 << 12
 
 
 class Tables:
@@ -57,8 +60,10 @@ class Tables:
             return
         experts, top_k, fading = config.num_experts, config.top_k, 0.0
         if config.router_context:
-            parts = [t.cpu().view(torch.float32).numpy() for t in columns]
-            shape, fading = (2, *parts[0].shape), fading_of(config.context_half_life)
+            turned = [t.cpu().view(torch.float32).numpy().T for t in columns]
+            shape, fading = (2, *turned[0].shape), fading_of(config.context_half_life)
+            # Not whole: of many experts they are large.
+            parts = [t[i : i + STRETCH] for t in turned for i in range(0, len(t), STRETCH)]
         else:
             parts = [columns[0].cpu().numpy().astype(np.min_scalar_type(experts))]
             shape = parts[0].shape
@@ -70,7 +75,7 @@ class Tables:
             part = file.with_suffix(".part")
             with part.open("wb") as out:
                 np.lib.format.write_array_header_1_0(out, described)
-                for one in parts:  # not stacked before: of many experts they are large
+                for one in parts:
                     out.write(np.ascontiguousarray(one).data)
             part.replace(file)
         except OSError as e:
@@ -161,7 +166,7 @@ def _by_past(
     table: np.ndarray, ids: np.ndarray, top_k: int, fading: float, counts: np.ndarray
 ) -> np.ndarray:
     """As `context_routes` chooses: [T, k]. `counts`: `faded_counts` of 1, 2, …, at least T."""
-    w, c = table.take(ids, 2, mode="clip")
-    said = faded_sums(torch.from_numpy(c).t(), fading).numpy()
-    z = said / -counts[: len(ids), None] - w.T
+    w, c = table.take(ids, 1, mode="clip")
+    said = faded_sums(torch.from_numpy(c), fading).numpy()
+    z = said / -counts[: len(ids), None] - w
     return np.argpartition(z, top_k - 1, axis=1)[:, :top_k]
