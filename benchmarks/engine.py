@@ -12,7 +12,8 @@ Engines: `stock`, the bare backbone; `lora`, vLLM's own LoRA with one static ada
 `adafuse`, or `adafuse:E/r/k` for other experts, ranks and top-k than the options say;
 `layer_wise`, or `layer_wise:E/r/k`, the same with a router in every linear; `context`, with a
 router that sees the request's past; `pages` and `pages_context`, the mixtures of `adafuse` and
-`context` where every request names its adapter (`--enable-lora`).
+`context` where every request names its adapter (`--enable-lora`). All of ours take `:E/r/k`, so that
+`adafuse:64/16/2,pages:64/16/2` puts a mixture that requests name beside the same one pinned.
 
 Random weights (`load_format="dummy"`), vLLM's default settings but for its share of memory, greedy.
 Prompts are uniform ids, or stretches of real text (benchmarks/prompts.py); a request behind one of

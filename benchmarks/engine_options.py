@@ -106,8 +106,8 @@ class Options:
         parts = numbers.split("/")
         if name not in OURS or len(parts) != 3 or not all(part.isdigit() for part in parts):
             raise ValueError(
-                f"engine {kind}: expected stock, lora, granite, {', '.join(OURS)}, or "
-                "adafuse:E/r/k"
+                f"engine {kind}: expected stock, lora, granite, {', '.join(OURS)}, or one of the "
+                f"last {len(OURS)} with experts, rank and top-k, as in pages:E/r/k"
             )
         return int(parts[0]), int(parts[1]), int(parts[2])
 

@@ -202,7 +202,10 @@ def test_prefills_are_prompts_by_tokens():
             shapes(text)
 
 
-@pytest.mark.parametrize("kind", ["context", "pages", "pages_context:12/24/3"])
+@pytest.mark.parametrize(
+    "kind", ["context", "pages", "pages:64/16/2", "pages:8/64/2", "context:12/4/1",
+             "pages_context:12/24/3"],
+)  # fmt: skip
 def test_engines_of_routers_that_see_the_past_and_of_requests_that_name_theirs(
     kind, monkeypatch, tmp_path
 ):
@@ -225,12 +228,16 @@ def test_engines_of_routers_that_see_the_past_and_of_requests_that_name_theirs(
     one, _ = engine.start(kind, options, tmp_path)
     path = asked["hf_overrides"]["adafuse_adapter"] if kind == "context" else one.lora.lora_path
     adapter = open_adapter(path)
-    assert adapter.config.router_context == ("" if kind == "pages" else "mean")
-    assert adapter.num_experts == (12 if "12" in kind else 8)
-    assert ("enable_lora" in asked) is (kind != "context")
-    if kind != "context":
+    name, _, numbers = kind.partition(":")
+    experts, r, top_k = map(int, (numbers or "8/16/2").split("/"))
+    config = adapter.config
+    assert config.router_context == ("mean" if "context" in name else "")
+    assert (config.num_experts, config.ranks, config.top_k) == (experts, (r,) * experts, top_k)
+    assert ("enable_lora" in asked) is (name != "context")
+    if name != "context":
         room = asked["max_loras"], asked["max_lora_rank"]
-        assert misfits(adapter.size, *room) == [] and room == ((3, 128) if "12" in kind else (2, 64))
+        asked_for = {"12/24/3": (3, 128), "64/16/2": (16, 64), "8/64/2": (2, 256)}
+        assert misfits(adapter.size, *room) == [] and room == asked_for.get(numbers, (2, 64))
 
 
 def test_the_first_engine_is_in_every_group():
@@ -244,7 +251,8 @@ def test_the_first_engine_is_in_every_group():
 @pytest.mark.parametrize(
     "changed,said",
     [
-        ({"engines": ["stock", "adafuse:8/16"]}, "engine adafuse:8/16: expected .* adafuse:E/r/k"),
+        ({"engines": ["stock", "adafuse:8/16"]}, "engine adafuse:8/16: expected .* pages:E/r/k"),
+        ({"engines": ["stock", "lora:8/16/2"]}, "engine lora:8/16/2: expected stock, lora"),
         ({"engines": ["stock", "lora", "lora"]}, "engines has stock, lora, lora, expected each"),
         ({"group": 1}, "group is 1, expected at least 2"),
         # 128 sequences of 17 blocks of 16 tokens of 512 KiB; Mistral's, in float32, of 256 KiB.
