@@ -226,9 +226,9 @@ def test_engines_of_routers_that_see_the_past_and_of_requests_that_name_theirs(
     options = Options(model="tiny", engines=["stock", kind], experts=8, r=16)
     engine.write_config(options, tmp_path / "base")
     one, _ = engine.start(kind, options, tmp_path)
-    path = asked["hf_overrides"]["adafuse_adapter"] if kind == "context" else one.lora.lora_path
-    adapter = open_adapter(path)
     name, _, numbers = kind.partition(":")
+    path = asked["hf_overrides"]["adafuse_adapter"] if name == "context" else one.lora.lora_path
+    adapter = open_adapter(path)
     experts, r, top_k = map(int, (numbers or "8/16/2").split("/"))
     config = adapter.config
     assert config.router_context == ("mean" if "context" in name else "")
