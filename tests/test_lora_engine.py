@@ -1,7 +1,6 @@
 """Requests that choose their adapter: mixtures, PEFT LoRAs and the base in one batch of an engine
 say what each says alone in plain transformers."""
 
-import hashlib
 import os
 import shutil
 import threading
@@ -76,72 +75,6 @@ def test_one_batch_of_base_mixtures_and_loras(served):
     assert manager.list_adapters() == {1, 2, 3, 4}
     # Ranks 4, 20, 33, 8 of mix; eight experts; rank 8; rank 40.
     assert manager.pool.taken.pages == 7 + 8 + 1 + 3
-
-
-def test_an_engine_that_sleeps_loads_nothing(served, monkeypatch):
-    if served.fused:
-        pytest.skip("the other engine tells it")
-    served.check(["few"], served.generate(["few"], PROMPTS[:1]))
-    core = served.llm.llm_engine.engine_core.engine_core
-    monkeypatch.setattr(type(core.model_executor), "is_sleeping", True)
-    asked = LoRARequest("late", 40, str(served.root / "third"))
-    with pytest.raises(AdapterRefused, match="the engine sleeps, .*; wake it up"):
-        served.llm.generate(PROMPTS[0], greedy(2), lora_request=asked, use_tqdm=False)
-    served.check(["few"], served.generate(["few"], PROMPTS[:1]))  # which it has
-    here = min(manager_of(served.llm).list_adapters())  # and another front end may ask for
-    assert core.add_lora(LoRARequest("here", here, str(served.root / "few")))
-    monkeypatch.undo()
-    said = served.llm.generate(PROMPTS[:1], greedy(12), lora_request=asked, use_tqdm=False)
-    served.check(["third"], said)
-
-
-def whole(hosted):
-    """What an adapter on the host says, in one number."""
-    router = hosted.router or {}
-    tensors = [router[name] for name in sorted(router)]
-    tensors += [t for packed in hosted.packed if packed for t in (packed.a, packed.b)]
-    digest = hashlib.sha256(repr((hosted.kind, hosted.experts, hosted.config, hosted.scale)).encode())
-    for tensor in tensors:
-        digest.update(tensor.float().numpy().tobytes())
-    return digest.hexdigest()
-
-
-@pytest.mark.parametrize("other", ["alike", "more", "few", "rank"])
-def test_files_that_another_adapter_takes_the_place_of(served, other, tmp_path):
-    """Whichever file is opened when it comes: one of the two, whole, or a refusal."""
-    loader, base = manager_of(served.llm).loader, served.root / "base"
-    options = {"num_experts": 4, "top_k": 2, "r": 4, "dtype": torch.float32}
-    first, second = served.root / "few", served.root / "patterns"  # two LoRAs
-    if other != "rank":
-        first = make_random_adapter(base, tmp_path / "first", **options)
-        second = served.root / other
-    if other in ("alike", "more"):
-        differs = {"alike": {"seed": 1, "lora_alpha": 3}, "more": {"num_experts": 8}}[other]
-        second = make_random_adapter(base, tmp_path / other, **options | differs)
-    place, opened, told = tmp_path / "place", os.open, []
-
-    def opens(path, *args, **kwargs):
-        if str(path).startswith(f"{place}/"):
-            told.append(path)
-            if len(told) == swap_at:
-                shutil.rmtree(place)
-                shutil.copytree(second, place)
-        return opened(path, *args, **kwargs)
-
-    either = {whole(loader.read(str(path))) for path in (first, second)}
-    assert len(either) == 2
-    refusals, swap_at = 0, 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "open", opens)
-        while len(told) >= swap_at:
-            swap_at, told[:] = swap_at + 1, []
-            shutil.rmtree(place, ignore_errors=True)
-            shutil.copytree(first, place)
-            try:
-                assert whole(loader.read(str(place))) in either, f"of both: {told[swap_at - 1]}"
-            except AdapterError:
-                refusals += 1
-    assert 4 < refusals < swap_at - 1
 
 
 def test_prompts_of_embeddings(served):

@@ -1,14 +1,18 @@
 """An adapter is replaced at its path while an engine serves it: every request has one content, the
 one that its load was told of, whatever lies in the KV cache and whoever else is in the batch."""
 
+import hashlib
+import os
 import shutil
 from contextlib import ExitStack
 
 import pytest
+import torch
 from engines import assert_greedy_equals, completion, engine, greedy, load_reference, make_pair
 from loras import FEW, MODULES, add_to, make_lora, manager_of
 from transformers import AutoModelForCausalLM
 from vllm.lora.request import LoRARequest
+from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.random_adapter import make_random_adapter
 from vllm_adafuse.serving.adapters import stamp_path
 from vllm_adafuse.serving.versions import AdapterAbsent, AdapterRefused
@@ -186,3 +190,67 @@ def test_many_versions_say_different_things(live):
         outputs = live.generate(live.request(load_inplace=True))
         said[name] = tuple(tuple(completion(output)[0]) for output in outputs)
     assert len(set(said.values())) == 4
+
+
+def test_an_engine_that_sleeps_loads_nothing(live, monkeypatch):
+    live.put("few")
+    live.check(live.generate(live.request()), "few")
+    core = live.llm.llm_engine.engine_core.engine_core
+    monkeypatch.setattr(type(core.model_executor), "is_sleeping", True)
+    asked = LoRARequest("late", 40, str(live.root / "one"))
+    with pytest.raises(AdapterRefused, match="the engine sleeps, .*; wake it up"):
+        live.generate(asked)
+    live.check(live.generate(live.request()), "few")  # which it has
+    here = min(manager_of(live.llm).list_adapters())  # and another front end may ask for
+    assert core.add_lora(LoRARequest("here", here, str(live.path)))
+    monkeypatch.undo()
+    live.check(live.generate(asked), "one")
+
+
+def whole(hosted):
+    """What an adapter on the host says, in one number."""
+    router = hosted.router or {}
+    tensors = [router[name] for name in sorted(router)]
+    tensors += [t for packed in hosted.packed if packed for t in (packed.a, packed.b)]
+    digest = hashlib.sha256(repr((hosted.kind, hosted.experts, hosted.config, hosted.scale)).encode())
+    for tensor in tensors:
+        digest.update(tensor.float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("other", ["alike", "more", "few", "rank"])
+def test_files_that_another_adapter_takes_the_place_of(live, other, tmp_path):
+    """Whichever file is opened when it comes: one of the two, whole, or a refusal."""
+    loader, base = manager_of(live.llm).loader, live.root / "base"
+    options = {"num_experts": 4, "top_k": 2, "r": 4, "dtype": torch.float32}
+    first, second = live.root / "few", live.root / "one"  # two LoRAs
+    if other != "rank":
+        first = make_random_adapter(base, tmp_path / "first", **options)
+        second = live.root / other
+    if other in ("alike", "more"):
+        differs = {"alike": {"seed": 1, "lora_alpha": 3}, "more": {"num_experts": 8}}[other]
+        second = make_random_adapter(base, tmp_path / other, **options | differs)
+    place, opened, told = tmp_path / "place", os.open, []
+
+    def opens(path, *args, **kwargs):
+        if str(path).startswith(f"{place}/"):
+            told.append(path)
+            if len(told) == swap_at:
+                shutil.rmtree(place)
+                shutil.copytree(second, place)
+        return opened(path, *args, **kwargs)
+
+    either = {whole(loader.read(str(path))) for path in (first, second)}
+    assert len(either) == 2
+    refusals, swap_at = 0, 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "open", opens)
+        while len(told) >= swap_at:
+            swap_at, told[:] = swap_at + 1, []
+            shutil.rmtree(place, ignore_errors=True)
+            shutil.copytree(first, place)
+            try:
+                assert whole(loader.read(str(place))) in either, f"of both: {told[swap_at - 1]}"
+            except AdapterError:
+                refusals += 1
+    assert 4 < refusals < swap_at - 1

@@ -7,7 +7,8 @@ from mutants.mutant import Mutant
 PAGE_STAGES = "tests/test_page_stages.py::test_"
 SHRINK = "tests/test_page_shrink.py::test_"
 ENGINE = "tests/test_lora_engine.py::test_"
-REPLACED = f"{ENGINE}files_that_another_adapter_takes_the_place_of[fused-"
+RELOAD = "tests/test_lora_reload.py::test_"
+REPLACED = f"{RELOAD}files_that_another_adapter_takes_the_place_of["
 STAMPED = f"{ENGINE}steps_go_on_while_passports_are_stamped[fused]"
 
 STAGES = [
@@ -144,12 +145,12 @@ LOADS = [
     ),
     Mutant(
         "asleep", "patches/lora_sleep.py", "if asleep and", "if not asleep and",
-        f"{ENGINE}an_engine_that_sleeps_loads_nothing[embeds]",
+        f"{RELOAD}an_engine_that_sleeps_loads_nothing",
         "a load reads weights that are not there, which ends the engine",
     ),
     Mutant(
         "asleep with all that it has", "patches/lora_sleep.py", " not in self.list_loras()", " != 0",
-        f"{ENGINE}an_engine_that_sleeps_loads_nothing[embeds]",
+        f"{RELOAD}an_engine_that_sleeps_loads_nothing",
         "requests of adapters that are there are refused while the engine sleeps",
     ),
     Mutant(
