@@ -172,6 +172,15 @@ def lasting(samples: list[tuple[float, dict[str, Any]]]) -> None:
         figures["bytes"] = sum(figures["by_process"].get(process, 0) for process in last)
 
 
+def ask_health(server: Server, tally: Tally) -> None:
+    """What is wrong with a server, before it is told to end: that ends requests whose clients have gone,
+    which vLLM logs like an engine's death."""
+    if not server.healthy():
+        tally.fault("server", "it is not healthy at the end")
+    if DEAD in server.log.read_text("utf-8", errors="replace"):
+        tally.fault("log", f"{DEAD} in {server.log}")
+
+
 def verdict(world: World, samples: list, warm_up: float) -> dict[str, Any]:
     """The row of the result; growth is a fault too."""
     truth, tally = world.truth, world.tally
@@ -222,11 +231,7 @@ def soak(options: argparse.Namespace, root: Path, logs: Path) -> dict[str, Any]:
         samples = watch(server, world, tell=30)
         for thread in threads:
             thread.join()
-        if not server.healthy():
-            world.tally.fault("server", "it is not healthy at the end")
-        # Before it is told to end: that ends requests whose clients have gone, which vLLM logs alike.
-        if DEAD in log.read_text("utf-8", errors="replace"):
-            world.tally.fault("log", f"{DEAD} in {log}")
+        ask_health(server, world.tally)
     if server.process.returncode:
         world.tally.fault("server", f"it ended with {server.process.returncode}")
     warm_up = 60 * (options.minutes / 4 if options.warm_up is None else options.warm_up)

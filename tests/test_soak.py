@@ -14,7 +14,7 @@ import torch
 from engines import make_pair
 from loras import FEW, make_lora
 
-from benchmarks.soak import growth, verdict
+from benchmarks.soak import ask_health, growth, verdict
 from benchmarks.soak_hostile import DAMAGES, hostile, make_damaged, requests
 from benchmarks.soak_traffic import Tally, World, ask, disconnect, probe
 from benchmarks.soak_truth import BASE, Names, Truth
@@ -164,15 +164,25 @@ def test_a_client_that_leaves_is_no_fault(world):
     assert ask(world.url, "/v1/completions", {"model": "no"}).status == 404
 
 
-def test_growth_is_of_the_last_fifth_after_the_warm_up(tmp_path, world):
+def test_growth_is_of_the_last_fifth_after_the_warm_up(world):
     world, _ = world
     samples = [(t, {"bytes": 100 if t > 20 else t}) for t in range(101)]
     assert growth(samples, "bytes", 25) == 0
     assert growth(samples[:81] + [(t, {"bytes": 103}) for t in range(81, 101)], "bytes", 25) > 0.02
     with pytest.raises(ValueError, match="too few"):
         growth(samples[:3], "bytes", 50)
-    (tmp_path / "log").write_text("EngineDeadError")
     grown = [(t, {"bytes": 0, "by_process": {1: 100 + t, 2 + t: 10**6}}) for t in range(100)]
-    row = verdict(world, grown, 25, tmp_path / "log")
+    row = verdict(world, grown, 25)
     assert row["bytes_last"] == 199  # processes that come and go are not counted
-    assert [fault.split(":")[0] for fault in row["faults"]] == ["growth", "log", "probes"]
+    assert [fault.split(":")[0] for fault in row["faults"]] == ["growth", "probes"]
+
+
+@pytest.mark.parametrize("healthy, said, faults", [
+    (True, "INFO: all is well", []), (True, "EngineDeadError", ["log"]),
+    (False, "bytes \udcff", ["server"]), (False, "EngineDeadError", ["server", "log"]),
+])  # fmt: skip
+def test_a_server_that_is_ill_at_the_end(healthy, said, faults, tmp_path):
+    log, tally = tmp_path / "log", Tally()
+    log.write_bytes(said.encode("utf-8", "surrogateescape"))
+    ask_health(SimpleNamespace(healthy=lambda: healthy, log=log), tally)
+    assert [fault.split(":")[0] for fault in tally.faults] == faults
