@@ -46,6 +46,25 @@ def _weighed(
 
 
 @triton.jit
+def _of_members(
+    lora_a_out_desc, gates_ptr, rows, token_mask, n_experts, block, first_token, first_rank, of_up,
+    EPILOGUE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """`_weighed` of both members of pairs, which are the same but for gate_up."""
+    of_block = _weighed(
+        lora_a_out_desc, gates_ptr, rows, token_mask, n_experts, block, first_token, first_rank,
+        BLOCK_T, BLOCK_E, RANK,
+    )  # fmt: skip
+    of_block_up = of_block
+    if EPILOGUE == 1 or EPILOGUE == 2:
+        of_block_up = _weighed(
+            lora_a_out_desc, gates_ptr, rows, token_mask, n_experts, block, first_token, of_up,
+            BLOCK_T, BLOCK_E, RANK,
+        )  # fmt: skip
+    return of_block, of_block_up
+
+
+@triton.jit
 def _add_delta(
     y_desc, b_desc, lora_a_out_desc, lora_a_out, of_second, gates_ptr, listed_ptr, count, rows,
     token_mask, n_experts, first_token, column, first_rank, first_block, second_block,
@@ -95,27 +114,15 @@ def _walk(
     lora_a_out, lora_a_out_up, of_second, of_second_up, second_block = 0, 0, 0, 0, 0
     if BLOCKS == 2:
         second_block = tl.load(listed_ptr + 1)
-        of_second = _weighed(
+        of_second, of_second_up = _of_members(
             lora_a_out_desc, gates_ptr, rows, token_mask, n_experts, second_block, first_token,
-            slice_idx * SIZE, BLOCK_T, BLOCK_E, RANK,
+            slice_idx * SIZE, of_up, EPILOGUE, BLOCK_T, BLOCK_E, RANK,
         )  # fmt: skip
-        of_second_up = of_second
-        if EPILOGUE == 1 or EPILOGUE == 2:
-            of_second_up = _weighed(
-                lora_a_out_desc, gates_ptr, rows, token_mask, n_experts, second_block, first_token,
-                of_up, BLOCK_T, BLOCK_E, RANK,
-            )  # fmt: skip
     if BLOCKS:  # those of one or two stay in registers
-        lora_a_out = _weighed(
+        lora_a_out, lora_a_out_up = _of_members(
             lora_a_out_desc, gates_ptr, rows, token_mask, n_experts, first_block, first_token,
-            slice_idx * SIZE, BLOCK_T, BLOCK_E, RANK,
+            slice_idx * SIZE, of_up, EPILOGUE, BLOCK_T, BLOCK_E, RANK,
         )  # fmt: skip
-        lora_a_out_up = lora_a_out
-        if EPILOGUE == 1 or EPILOGUE == 2:
-            lora_a_out_up = _weighed(
-                lora_a_out_desc, gates_ptr, rows, token_mask, n_experts, first_block, first_token,
-                of_up, BLOCK_T, BLOCK_E, RANK,
-            )  # fmt: skip
     if EPILOGUE == 3:  # a program's tiles are the same piece of their heads, so all turn alike
         cos, sin = turns_of_heads(cos_sin_ptr, rows, token_mask, slice_idx, piece, APART, COLS)
     for tile in tl.range(first_tile, end, num_stages=STAGES):

@@ -38,6 +38,7 @@ from vllm_adafuse.format.layout import ENTRANCE_ROUTER
 from vllm_adafuse.format.reading import FileProblem, open_regular
 from vllm_adafuse.format.tensor_file import machine_memory
 from vllm_adafuse.serving.plain_loras import (
+    LOAD_AGAIN,
     as_adapter,
     is_rest,
     read_pairs,
@@ -49,7 +50,6 @@ from vllm_adafuse.text import show
 
 MIXTURE, LORA = "mixture", "lora"
 _NO_SIZE = Size(0)
-_COMPLETE = "load it again when its files are complete"  # the way out
 _STAMP = "#sha256="
 _STAMPED = re.compile(
     rf"(?P<path>.*){_STAMP}(?P<digest>[0-9a-f]{{64}})&pages=(?P<pages>\d+)&columns=(?P<columns>\d+)",
@@ -171,7 +171,7 @@ class OpenedAdapter:
             raise refuse(
                 self.path,
                 f"{self.path}: its content changed while it was read (hash {found[:16]}, expected "
-                f"{self.digest[:16]}); {_COMPLETE}",
+                f"{self.digest[:16]}); {LOAD_AGAIN}",
             )
 
 
@@ -285,7 +285,7 @@ def _open_mixture(path: Path, backbone: Backbone | None) -> OpenedAdapter:
     digest = "" if problems else content_digest(path)
     adapter = load_adapter(path, backbone)
     if problems:
-        raise refuse(path, f"{path}: its files changed while they were read; {_COMPLETE}")
+        raise refuse(path, f"{path}: its files changed while they were read; {LOAD_AGAIN}")
     config, linears = adapter.config, {}
     for name in adapter.projections:
         shape_a = adapter.tensors[f"{name}.lora_A"].shape

@@ -54,6 +54,7 @@ _OTHERS = {
     r".*\.bias": 'is a trained bias, expected an adapter of `bias` "none"',
 }
 _WAY_OUT = f"train without it, or let vLLM's own LoRA try it ({VLLM_LORA})"
+LOAD_AGAIN = "load it again when its files are complete"
 _REST_WAY_OUT = (
     f"train without it, or let vLLM's own LoRA add it beside ours ({BOTH_LORA}), or serve all "
     f"({VLLM_LORA})"
@@ -186,7 +187,7 @@ def read_pairs(path: Path) -> Iterator[Pair]:
             raise refuse(
                 path,
                 f"{source.file}: tensor {min(missing)} is gone since the adapter was checked; "
-                "load it again when its files are complete",
+                f"{LOAD_AGAIN}",
             )
         a, b = names[name]
         return source.tensors[a][None], source.tensors[b][None]
