@@ -164,8 +164,13 @@ def too_large(options: Mapping[str, Any]) -> dict[Size, float]:
     Some of their sequences would wait for others, or be thrown out and computed again: no time of
     such a step is one of its size. None where vLLM chooses the cache itself.
     """
-    if options.get("cache") is None:
+    if (cache := options.get("cache")) is None:
         return {}
+    return {size: need for size, need in cache_needs(options).items() if need > cache}
+
+
+def cache_needs(options: Mapping[str, Any]) -> dict[Size, float]:
+    """GiB of keys and values of each size of a run, all sequences at once."""
     _, hidden, _, layers, heads, kv_heads, _ = SHAPES[options["model"]]
     width = 4 if options["dtype"] in ("float", "float32") else 2  # bytes
     a_token = 2 * (options["layers"] or layers) * kv_heads * (hidden // heads) * width
@@ -177,9 +182,7 @@ def too_large(options: Mapping[str, Any]) -> dict[Size, float]:
             tokens = [sum(request) for request in everyday(count)]
         else:
             tokens = [length + (options["steps"][1] if what == "decode" else 8)] * count
-        need = sum(math.ceil(n / BLOCK) for n in tokens) * BLOCK * a_token / (1 << 30)
-        if need > options["cache"]:
-            found[size] = need
+        found[size] = sum(math.ceil(n / BLOCK) for n in tokens) * BLOCK * a_token / (1 << 30)
     return found
 
 

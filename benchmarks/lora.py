@@ -15,6 +15,9 @@ Rows, each an engine with what its requests name in turn:
 
 Random weights (`load_format="dummy"`), vLLM's default settings but for the share of
 memory, greedy. Engines take turns as in `benchmarks.engine`, where the terms are explained.
+
+Engines start all at once, and each loads its adapters while others start: all of them are there
+before the first turn. What that takes is printed by phases.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from vllm.plugins import load_general_plugins
@@ -39,17 +44,21 @@ from benchmarks.engine_options import (
     SHAPES,
     Options,
     add_work,
+    cache_needs,
     check_ids,
     longest,
     name_of,
     too_large,
 )
+from benchmarks.phases import imported, phase
 from benchmarks.spawn import spawned_with
 from benchmarks.turns import Engine, take_turns
 
 MIXTURES = 4
 ENGINES = "vllm", "adafuse", "both", "mixtures"
 BOTH = {"adafuse": {"lora": "both"}}
+# Adapters that one engine is asked for at the same time; its worker reads as many at once.
+LOADS = 4
 
 
 def start(options: argparse.Namespace, root: Path, **extra: Any) -> Any:
@@ -59,12 +68,32 @@ def start(options: argparse.Namespace, root: Path, **extra: Any) -> Any:
     torch.set_num_threads(1)  # vLLM forks this process
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     arguments = {"load_format": "dummy", "dtype": options.dtype, "max_model_len": options.longest}
-    if options.cache is not None:
+    if options.cache is None:
+        arguments["gpu_memory_utilization"] = options.memory
+    else:  # the share is what must be free, and no more is asked of it
+        arguments["gpu_memory_utilization"] = 0.05
         arguments["kv_cache_memory_bytes"] = int(options.cache * (1 << 30))
-    return LLM(
-        str(root / "base"), skip_tokenizer_init=True, gpu_memory_utilization=options.memory,
-        **arguments | extra,
-    )  # fmt: skip
+    return LLM(str(root / "base"), skip_tokenizer_init=True, **arguments | extra)
+
+
+def load(llm: Any, requests: list) -> None:
+    """Has an engine load adapters, LOADS at a time.
+
+    Ours says at once whether it has an adapter by now, so it is asked for several; vLLM's own manager
+    answers when it has loaded one.
+    """
+    if not requests:
+        return
+    engine, one = llm.llm_engine, Lock()
+    ask = engine.engine_core.add_lora
+
+    def ask_alone(request: Any) -> bool:  # vLLM's client of a process takes one thread at a time
+        with one:
+            return ask(request)
+
+    with patch.object(engine.engine_core, "add_lora", ask_alone), ThreadPoolExecutor(LOADS) as pool:
+        engine.add_lora(requests[0])  # by itself: it makes what the others share
+        list(pool.map(engine.add_lora, requests[1:]))
 
 
 def make_loras(options: argparse.Namespace, root: Path, count: int) -> list:
@@ -116,41 +145,55 @@ def start_all(
     options: argparse.Namespace, root: Path, wanted: Mapping[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """An engine for each name, by the arguments that it has beside those of `start`; of these,
-    `env` are variables of its process.
+    `env` are variables of its process, and `loads` requests whose adapters it is to have.
 
     One after the other; all at once if each is told its share of the GPU (`options.cache`).
     """
-    def one(arguments: dict[str, Any]) -> Any:
+    def one(name: str, arguments: dict[str, Any]) -> Any:
         extra = dict(arguments)
-        with spawned_with(extra.pop("env", {})):
-            return start(options, root, **extra)
+        loads = extra.pop("loads", [])
+        with spawned_with(extra.pop("env", {})), phase(f"start of {name}"):
+            llm = start(options, root, **extra)
+        with phase(f"loads of {name}"):
+            load(llm, loads)
+        return llm
 
     if any("env" in arguments for arguments in wanted.values()) or options.cache is not None:
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     if options.cache is None:  # vLLM finds out what is free
-        return {name: one(arguments) for name, arguments in wanted.items()}
+        return {name: one(name, arguments) for name, arguments in wanted.items()}
     load_general_plugins()  # the first thread would, and the others would not wait for it
     with ThreadPoolExecutor(len(wanted)) as pool:
-        return dict(zip(wanted, pool.map(one, wanted.values())))
+        return dict(zip(wanted, pool.map(one, wanted, wanted.values())))
 
 
 def make_engines(options: argparse.Namespace, root: Path) -> dict[str, Engine]:
     """Row -> what is timed for it; rows of one engine share it."""
     from vllm.lora.request import LoRARequest
 
-    loras, mixtures = make_loras(options, root, options.loras), make_mixtures(options, root)
-    many = {"enable_lora": True, "max_loras": len(loras), "max_lora_rank": rank(options.r)}
-    most = many | {"max_loras": MIXTURES, "max_lora_rank": rank(options.experts * options.r)}
-    wanted: dict[str, dict] = {"stock": {}}
+    rest, mixtures = None, []
+    with phase("adapters are made"):
+        loras = make_loras(options, root, options.loras)
+        if "mixtures" in options.engines:
+            mixtures = make_mixtures(options, root)
+        if "both" in options.engines:
+            path = add_rest(root / "base", root / "lora0", root / "rest", options.r)
+            rest = LoRARequest("rest", len(loras) + 1, str(path))
+    many = {
+        "enable_lora": True, "max_loras": len(loras), "max_lora_rank": rank(options.r), "loads": loras
+    }  # fmt: skip
     kinds = {
         "vllm": many | {"additional_config": VLLM_LORA}, "adafuse": many,
-        "both": many | {"additional_config": BOTH}, "mixtures": most,
+        "both": many | {
+            "additional_config": BOTH, "max_cpu_loras": len(loras) + 1, "loads": [*loras, rest],
+        },
+        "mixtures": many | {
+            "max_loras": MIXTURES, "max_lora_rank": rank(options.experts * options.r),
+            "loads": mixtures,
+        },
     }  # fmt: skip
+    wanted: dict[str, dict] = {"stock": {}}
     wanted |= {name: extra for name, extra in kinds.items() if name in options.engines}
-    rest = None
-    if "both" in wanted:
-        path = add_rest(root / "base", root / "lora0", root / "rest", options.r)
-        rest = LoRARequest("rest", len(loras) + 1, str(path))
     rows: dict[str, Engine] = {}
     for name, llm in start_all(options, root, wanted).items():
         rows |= {
@@ -177,9 +220,11 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
     """A row for each size and engine: times of every repeat, overhead over stock."""
     with tempfile.TemporaryDirectory() as scratch:
         engines = make_engines(options, Path(scratch))
-        yield from take_turns(options, engines)
-        for llm in {id(engine.llm): engine for engine in engines.values()}.values():
-            llm.stop()
+        with phase("turns"):
+            yield from take_turns(options, engines)
+        with phase("engines stop"):
+            for llm in {id(engine.llm): engine for engine in engines.values()}.values():
+                llm.stop()
 
 
 def add_options(parser: argparse.ArgumentParser, batches: str, prefill: str) -> None:
@@ -189,9 +234,11 @@ def add_options(parser: argparse.ArgumentParser, batches: str, prefill: str) -> 
     add("--layers", type=int, help="fewer layers, while working")
     add_work(parser, batches, prefill)
     add("--r", default=16, type=int, help="of the LoRAs and of each expert")
-    add("--memory", default=0.2, type=float, help="of the GPU, for each engine")
     add("--cache", type=float, metavar="GIB",
-        help="of keys and values, for each engine: then all start at once")  # fmt: skip
+        help="of keys and values, for each engine; default what the sizes need")  # fmt: skip
+    add("--memory", type=float,
+        help="of the GPU, for each engine, where vLLM is to choose the cache: then one starts after "
+        "the other")  # fmt: skip
     add("--dtype", default="bfloat16")
     add("--out", type=Path, help="folder of the result file")
     add("--commit", default="", help="of the measured code")
@@ -207,8 +254,11 @@ def run(
     Raises:
         ValueError: the sizes do not fit the options.
     """
+    imported()
     out, commit = options.out, options.commit
     check_ids(options.ids, options.text_ids)
+    if options.cache is None and options.memory is None:
+        options.cache = round(max(cache_needs(vars(options)).values()) * 1.1 + 0.5, 1)
     if large := too_large(vars(options)):
         size, need = max(large.items(), key=lambda item: item[1])
         raise ValueError(

@@ -1,6 +1,6 @@
 """Ours beside vLLM's own LoRA, plain and dual-stream, a merged checkpoint and the bare backbone.
 
-    python -m benchmarks.peers --model llama-3-8b --loras 1,4 --cache 2.2 --prompt 32 --steps 8,72
+    python -m benchmarks.peers --model llama-3-8b --loras 1,4 --prompt 32 --steps 8,72
     python -m benchmarks.peers --report benchmarks/results/peers-*.json --out docs/plots
 
 Rows, of N LoRAs of rank r that requests name in turn:
@@ -50,7 +50,10 @@ def make_engines(options: argparse.Namespace, root: Path) -> dict[str, Engine]:
     wanted: dict[str, dict[str, Any]] = {"stock": {}}
 
     def room(count: int) -> dict[str, Any]:
-        return {"enable_lora": True, "max_loras": count, "max_lora_rank": lora.rank(options.r)}
+        return {
+            "enable_lora": True, "max_loras": count, "max_lora_rank": lora.rank(options.r),
+            "loads": requests[:count],
+        }  # fmt: skip
 
     if "ours" in options.engines:
         wanted["ours"] = room(max(options.loras))
