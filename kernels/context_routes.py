@@ -198,7 +198,7 @@ def faded_counts(counts: torch.Tensor, fading: float) -> torch.Tensor:
 def context_routes_torch(token_ids, slots, contexts, tables, sums, requests, out) -> None:
     """The reference; see `context_routes`."""
     (w, c), (rows, ids, weights) = tables, out
-    tokens, (columns, vocab_size) = token_ids.shape[0], w.shape
+    tokens, vocab_size, columns = token_ids.shape[0], w.shape[1], sums.shape[2]
     token = token_ids.long().clamp(0, vocab_size - 1)
     rows[:tokens] = token
     offsets = requests[OFFSET].tolist()
@@ -263,9 +263,10 @@ def context_routes(
             for all tokens of a request.
         contexts: [5 + 2 C, P] int32: of each slot the number of its experts (0: it sees no past),
             k, whether the softmax is over all of them; the two halves of log l as float64, the
-            lower first (see `fading_of`); the columns that they have in the tables; the bits of
+            lower first (see `fading_of`); the rows that they have in the tables; the bits of
             their float32 LoRA scales.
-        tables: w and c [C, V] float32, an expert a row; rows contiguous.
+        tables: w and c [D, V] float32, an expert a row; rows contiguous. Of embeddings, which have no
+            ids, V is N, the terms of the step's own tokens, and ids are their places in the step.
         sums: [S, R, C] float64, of each request its experts' c added up over its first n tokens, as
             they have faded by the last of them, at n % R; of the last R such n after a step, as far
             as they were computed or seeded.

@@ -90,7 +90,9 @@ def _count_requests() -> None:
                 str(finish_reason),
             )  # fmt: skip
             prompt, answer = req_state.prompt_token_ids, req_state.detokenizer
-            if prompt is not None and answer is not None:  # else embeddings, or an answer without words
+            if req_state.prompt_embeds is not None:  # ids of a part of it would tell wrong routes
+                return
+            if prompt is not None and answer is not None:  # else an answer without words
                 stamped = getattr(req_state, "stamped_lora", None)  # of serving/holds.py
                 COLLECTOR.count_experts(
                     stamped or req_state.lora_request, prompt, answer.output_token_ids

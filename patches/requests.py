@@ -63,15 +63,21 @@ def _true_starts(runner: Any) -> torch.Tensor | None:
 def _begin_older(
     requests: Any, batch: Any, scheduled: dict[str, int], true_starts: torch.Tensor | None
 ) -> None:
-    def tokens_of(place: int, count: int) -> torch.Tensor:
-        token_ids = batch.token_ids_cpu[place, :count].copy()
+    from vllm_adafuse.serving.requests import Tokens
+
+    def tokens_of(place: int, count: int) -> Tokens:
+        token_ids, given, by_id = batch.token_ids_cpu[place, :count].copy(), None, None
+        if requests.embed is not None:
+            given, by_id = batch.req_prompt_embeds.get(place), batch.is_token_ids[place, :count]
+            token_ids[~by_id] = 0  # what stands there is nobody's
+            by_id = torch.from_numpy(by_id.copy())
         if (token_ids < 0).any():
             raise RuntimeError(
                 f"vllm-adafuse: request {batch.req_ids[place]} goes on after {count} tokens of "
                 "which some are not known here, so its experts cannot be chosen; run with "
                 "--no-async-scheduling"
             )
-        return torch.from_numpy(token_ids)
+        return Tokens(torch.from_numpy(token_ids), given, by_id)
 
     ids = batch.req_ids[: batch.num_reqs]
     starts = batch.num_computed_tokens_cpu[: batch.num_reqs]
@@ -102,10 +108,13 @@ def _follow_state(runner: Any, state: Any) -> None:
         RuntimeError: it cannot, and a router waits for it.
     """
     from vllm_adafuse.serving.attach import UNSEEN
+    from vllm_adafuse.serving.requests import Tokens
 
     told = "all_token_ids", "num_computed_tokens_np", "num_computed_tokens"
-    wanted = {state: ("prepare_inputs", "add_request"), runner.req_states: told}
-    if lacking := [n for owner, names in wanted.items() for n in names if not hasattr(owner, n)]:
+    wanted = [(state, ("prepare_inputs", "add_request")), (runner.req_states, told)]
+    if embedded := _requests_of(runner).embed is not None:
+        wanted.append((getattr(state, "prompt_embeds_state", None), ("gpu_tensors",)))
+    if lacking := [n for owner, names in wanted for n in names if not hasattr(owner, n)]:
         UNSEEN["newer"] = f"its newer model runner has no {', '.join(lacking)}"
         if _requests_of(runner).wanted:
             raise RuntimeError(
@@ -114,11 +123,14 @@ def _follow_state(runner: Any, state: Any) -> None:
             )
         return
     prepare, add = state.prepare_inputs, state.add_request
+    given_of = state.prompt_embeds_state.gpu_tensors if embedded else {}
 
     @functools.wraps(prepare)
     def prepare_inputs(batch, req_states):
-        def tokens_of(place: int, count: int) -> torch.Tensor:
-            return req_states.all_token_ids.gpu[int(batch.idx_mapping_np[place]), :count]
+        def tokens_of(place: int, count: int) -> Tokens:
+            ids = req_states.all_token_ids.gpu[int(batch.idx_mapping_np[place]), :count]
+            given, by_id = given_of.get(batch.req_ids[place], (None, None))
+            return Tokens(ids, given, None if by_id is None else by_id.bool())
 
         requests = _requests_of(runner)
         if not requests.wanted:

@@ -87,6 +87,7 @@ MIXTURES = {
         "router_bias": True, "use_rslora": True, "target_modules": ["o_proj", "up_proj"],
     },
 }  # fmt: skip
+PAST = {"past": {"num_experts": 3, "r": [4, 20, 8], "router_context": "mean", "router_context_scale": 4.0}}
 LORAS = {
     "few": FEW,
     "patterns": PATTERNS,

@@ -60,12 +60,13 @@ def means(c, half_life):
 class Problem:
     """Requests of adapters with a past and without, over several steps; and what they should get."""
 
-    def __init__(self, seed=0, device=DEVICE, ring=1, most=COLUMNS, kinds=KINDS):
+    def __init__(self, seed=0, device=DEVICE, ring=1, most=COLUMNS, kinds=KINDS, rows=None):
         draw = torch.Generator().manual_seed(seed)
-        self.w, self.c = torch.randn(2, most, VOCAB, generator=draw).to(device).unbind()
+        rows = rows or most
+        self.w, self.c = torch.randn(2, rows, VOCAB, generator=draw).to(device).unbind()
         self.contexts = torch.zeros(5 + 2 * most, 9, dtype=torch.int32)
         self.kinds, self.out_k = kinds, max(6, *(k for _, k, *_ in kinds.values()))
-        columns, self.own = torch.randperm(most, generator=draw), {}
+        columns, self.own = torch.randperm(rows, generator=draw), {}
         for slot, (experts, k, first, half_life) in self.kinds.items():
             own, columns = columns[:experts], columns[experts:]
             scales = torch.rand(experts, generator=draw) + 0.5
@@ -148,8 +149,9 @@ RUNS = [context_routes_torch, context_routes_triton]
 
 
 @pytest.mark.parametrize("run", RUNS, ids=["torch", "triton"])
-def test_chunks_of_requests_add_up(run):
-    problem = Problem()
+@pytest.mark.parametrize("rows", [COLUMNS, 3 * COLUMNS])
+def test_chunks_of_requests_add_up(run, rows):
+    problem = Problem(rows=rows)
     problem.step({0: 5}, run)
     problem.step({1: 40, 0: 1, 2: 3, 4: 2}, run)
     problem.step({0: 1, 3: 17, 2: 1, 1: 33, 4: 1}, run, padding=0)

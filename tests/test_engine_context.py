@@ -41,9 +41,9 @@ def seeds(llm):
     router, found = model_of(llm).adafuse_router, []
     original = router.seed
 
-    def seed(place, row, token_ids):
-        found.append((row, len(token_ids)))
-        original(place, row, token_ids)
+    def seed(place, row, tokens):
+        found.append((row, len(tokens.ids)))
+        original(place, row, tokens)
 
     router.seed = seed
     yield found

@@ -131,7 +131,6 @@ def test_requests_are_followed_only_where_a_router_needs_it(served):
 @pytest.mark.parametrize("section, option, value, said", [
     ("parallel_config", "prefill_context_parallel_size", 2, "of prefills (PCP)"),
     ("parallel_config", "decode_context_parallel_size", 2, "of decodes (DCP)"),
-    ("model_config", "enable_prompt_embeds", True, "--enable-prompt-embeds"),
 ])  # fmt: skip
 def test_options_that_cannot_be_had(served, section, option, value, said):
     from copy import copy

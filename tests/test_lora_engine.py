@@ -22,6 +22,7 @@ from engines import (
 from loras import (
     LORAS,
     MIXTURES,
+    PAST,
     PROMPTS,
     Served,
     add_to,
@@ -48,12 +49,12 @@ def served(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("many")
     base, _ = make_pair(root, num_experts=2, r=2)
     references = {"base": AutoModelForCausalLM.from_pretrained(base, dtype="float32").eval()}
-    for name, options in MIXTURES.items():
+    for name, options in (MIXTURES | PAST).items():
         make_random_adapter(base, root / name, **{"dtype": references["base"].dtype} | options)
         references[name] = load_reference(base, root / name)
     for seed, (name, options) in enumerate(LORAS.items()):
         references[name] = make_lora(base, root / name, seed, **options)
-    names = [*MIXTURES, *LORAS, "huge", "lost", "wide", "wider"]
+    names = [*MIXTURES, *LORAS, "huge", "lost", "wide", "wider", *PAST]
     options = {"enable_lora": True, "max_loras": 4, "max_lora_rank": 128, "max_cpu_loras": 4}
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
@@ -77,26 +78,25 @@ def test_one_batch_of_base_mixtures_and_loras(served):
     assert manager.pool.taken.pages == 7 + 8 + 1 + 3
 
 
-def test_prompts_of_embeddings(served):
+@pytest.mark.parametrize("names", [TOGETHER, ["past", "base", "mix8"]], ids=["all", "past"])
+def test_prompts_of_embeddings(served, names):
     """Of no token's, between others that vLLM embeds; prompts of ids in the same batch."""
     if served.fused:
         pytest.skip("this engine takes none")
     embed = served.references["base"].get_input_embeddings()
     draw, prompts = torch.Generator().manual_seed(0), []
     for i in range(2 * len(TOGETHER)):
-        ids = torch.randint(3, 400, (6 + i,), generator=draw)
-        rows = embed(ids).detach()
+        rows = embed(torch.randint(3, 400, (6 + i,), generator=draw)).detach()
         rows[::2] += torch.randn(rows[::2].shape, generator=draw) * rows.std()
         prompts.append({"prompt_embeds": rows})
     prompts[3::4] = [{"prompt_token_ids": [*range(9, 25)]}] * len(prompts[3::4])
-    outputs = served.generate(TOGETHER, prompts)
-    for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+    for i, (prompt, output) in enumerate(zip(prompts, served.generate(names, prompts), strict=True)):
         tokens, logprobs = completion(output)
         rows = prompt.get("prompt_embeds")
         rows = embed(torch.tensor(prompt["prompt_token_ids"])) if rows is None else rows
         with torch.no_grad():
             whole = torch.cat([rows, embed(torch.tensor(tokens))])[None]
-            logits = served.references[TOGETHER[i % len(TOGETHER)]](inputs_embeds=whole).logits[0]
+            logits = served.references[names[i % len(names)]](inputs_embeds=whole).logits[0]
         expected = torch.log_softmax(logits[len(rows) - 1 : -1], -1)
         assert tokens == expected.argmax(-1).tolist()
         assert logprobs == pytest.approx(expected.amax(-1).tolist(), abs=1e-3)

@@ -156,7 +156,7 @@ def test_vllms_statistics_of_an_ended_request_are_counted(monkeypatch):
     stats = SimpleNamespace(num_generation_tokens=3)
     answer = SimpleNamespace(output_token_ids=[7, 8, 9])
     state = SimpleNamespace(
-        stats=stats, lora_name="a", lora_request="l", detokenizer=answer, prompt_token_ids=[1, 2, 3, 4, 5], prompt_len=5, external_req_id="r", request_id="r",
+        stats=stats, lora_name="a", lora_request="l", detokenizer=answer, prompt_token_ids=[1, 2, 3, 4, 5], prompt_embeds=None, prompt_len=5, external_req_id="r", request_id="r",
         max_tokens_param=1, num_cached_tokens=0, parent_req=None,
     )  # fmt: skip
     processor = SimpleNamespace(
@@ -171,9 +171,11 @@ def test_vllms_statistics_of_an_ended_request_are_counted(monkeypatch):
     OutputProcessor._update_stats_from_finished(processor, state, FinishReason.STOP, iteration)
     OutputProcessor._update_stats_from_finished(processor, state, FinishReason.STOP, None)
     assert counted == [("a", 5, 3, "stop"), ("l", [1, 2, 3, 4, 5], [7, 8, 9])]
-    state.prompt_token_ids = None  # embeddings
+    state.prompt_embeds = object()  # beside ids
     OutputProcessor._update_stats_from_finished(processor, state, FinishReason.STOP, iteration)
-    assert counted[2:] == [("a", 5, 3, "stop")]
+    state.prompt_token_ids = None
+    OutputProcessor._update_stats_from_finished(processor, state, FinishReason.STOP, iteration)
+    assert counted[2:] == [("a", 5, 3, "stop")] * 2
 
 
 def test_the_registry_of_metrics_has_ours_once(monkeypatch):

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from vllm.sequence import IntermediateTensors
+from vllm_adafuse.format.context_keys import CONTEXT_WEIGHT
 from vllm_adafuse.kernels.gate import Gate, gate
 from vllm_adafuse.serving.page_routers import PageRouters
 from vllm_adafuse.serving.page_step import LOST, NO_ADAPTER, PageStep
 from vllm_adafuse.serving.past import PastRouter
 from vllm_adafuse.serving.pool import Place, Size
-from vllm_adafuse.serving.requests import Requests
+from vllm_adafuse.serving.requests import Requests, Tokens
 from vllm_adafuse.serving.routes import PAGE_ROUTES
 from vllm_adafuse.serving.wrap import steps
 
@@ -34,7 +35,7 @@ LORA = Place((5, 11))
 
 DEFAULTS = {
     "temperature": 1.0, "router_weights": "topk_softmax", "router_input": "first_norm",
-    "router_context": "", "context_half_life": None,
+    "router_context": "", "context_half_life": None, "context_scale": 1.0,
 }  # fmt: skip
 
 
@@ -67,9 +68,10 @@ def passports(name):
     return gate(EMBEDDING, made)
 
 
-def new_step(vocab_size):
-    step = PageStep(ROWS, Size(12, 8), vocab_size, Requests(4))
+def new_step(vocab_size, routers=None):
+    step = PageStep(ROWS, Size(12, 8), ROWS if routers else vocab_size, Requests(8, embed=embed))
     step.reserve(1, [(1, 1, 1)])
+    step.routers = routers
     for name, place in PLACES.items():
         step.list(place, EXPERTS[name], 1.0, config(name))
         if vocab_size:
@@ -87,6 +89,10 @@ def name(step, lost=()):
     step.has_adapters.fill_(True)
     step.name(np.array(slots, dtype=np.int32), np.array([9, 3, 4, 5, 8, 1, 10]))
     return step
+
+
+def embed(ids):
+    return EMBEDDING[ids]
 
 
 IDS = torch.randint(VOCAB, (ROWS,), generator=torch.Generator().manual_seed(0))
@@ -184,13 +190,17 @@ def test_a_stage_without_tables_follows_nobody():
         assert router.follows == (vocab_size > 0)
 
 
-def test_embeddings_are_routed_as_their_ids(first):
-    step = name(new_step(0))
-    step.routers = PageRouters(12, HIDDEN, EPS)
+def embedded_step():
+    step = name(new_step(0, PageRouters(ROWS, 12, HIDDEN, EPS)))
     step.routers.norm_weight.copy_(NORM)
     for adapter, place in PLACES.items():
         pages = torch.tensor(place.pages)
         step.routers.put(pages, EXPERTS[adapter], config(adapter), tensors(adapter))
+    return step
+
+
+def test_embeddings_are_routed_as_their_ids(first):
+    step = embedded_step()
     step.decide(EMBEDDING[IDS])
     assert torch.equal(step.gates != 0, first.gates != 0)
     torch.testing.assert_close(step.gates, first.gates, rtol=1e-6, atol=1e-7)
@@ -199,3 +209,61 @@ def test_embeddings_are_routed_as_their_ids(first):
     later = name(new_step(0))
     later.receive(*step.sent(ROWS))
     assert torch.equal(later.gates, step.gates)
+
+
+def as_given(ids, kind):
+    """A request's tokens, as ids, as embeddings, or as both: the last one is an answer's."""
+    if kind == "ids":
+        return Tokens(ids)
+    if kind == "embeddings":
+        return Tokens(torch.zeros_like(ids), embed(ids).double())
+    by_id = torch.arange(len(ids) - 1) % 3 == 0
+    kept = torch.cat([by_id, torch.ones(1, dtype=torch.bool)])
+    return Tokens(ids * kept, embed(ids[:-1]) * ~by_id[:, None], by_id)
+
+
+@pytest.mark.parametrize("read", ["first_norm", "embedding"])
+def test_pasts_of_embeddings_are_those_of_their_ids(monkeypatch, read):
+    """From their first tokens on, in the next step, and where all are seeded; other mixtures beside them
+    are routed as without."""
+    monkeypatch.setattr("vllm_adafuse.serving.requests.CHUNK", 4)
+    monkeypatch.setattr("vllm_adafuse.serving.page_routers.CHUNK", 8)
+    changes = {"router_context": "mean", "context_scale": 3.0, "context_half_life": 2.0}
+    past = SimpleNamespace(**vars(config("two")) | changes | {"router_input": read})
+    place = Place(PLACES["two"].pages, (2, 6, 5))
+    own = tensors("two") | {CONTEXT_WEIGHT: draw(3, HIDDEN + 1)[:, 1:]}
+    by_ids, step = name(new_step(VOCAB)), embedded_step()
+    router = PastRouter(past, None, HIDDEN, VOCAB, EPS, None)
+    router.load(own.__getitem__, True)
+    list(router.stamp(embed, SimpleNamespace(weight=NORM), 0.0))
+    for column, w, c in zip(place.columns, *router.columns):
+        by_ids.table_ids[column, :VOCAB], by_ids.table_weights[column, :VOCAB] = w, c
+    step.routers.put(torch.tensor(place.pages), EXPERTS["two"], past, own)
+    for each in (by_ids, step):
+        each.list(place, EXPERTS["two"], 1.0, past)
+    counts = np.array([9, 3, 4, 5, 8, 1, 10])
+    texts = IDS.split(counts.tolist())
+    for starts, kind in ((0, ""), (1, ""), (1, "ids"), (1, "embeddings"), (1, "both")):
+        for each, how in ((by_ids, "ids"), (step, kind)):
+            if kind:
+                each.requests.forget()
+            each.requests.begin(
+                list("abcdefg"), starts * counts, counts,
+                lambda at, count, how=how: as_given(texts[at][:count], how),
+            )  # fmt: skip
+        by_ids.route(IDS)
+        step.decide(embed(IDS))
+        assert torch.equal(step.gates != 0, by_ids.gates != 0)
+        torch.testing.assert_close(step.gates, by_ids.gates, rtol=1e-5, atol=1e-6)
+        for at in (0, 6):
+            sums = [each.sums[each.requests.table[0, at], 0, :3] for each in (step, by_ids)]
+            torch.testing.assert_close(*sums, rtol=1e-6, atol=1e-6)
+            assert sums[0].any()
+
+
+def test_embeddings_that_nobody_announced_are_refused():
+    past = SimpleNamespace(**DEFAULTS | CONFIGS["one"] | {"router_context": "mean"})
+    route = SimpleNamespace(expert_ids=torch.zeros(ROWS, 1, dtype=torch.int32))
+    router = PastRouter(past, route, HIDDEN, VOCAB, EPS, Requests(4))
+    with pytest.raises(RuntimeError, match="expected token ids: start with --enable-prompt-embeds"):
+        router(None, torch.zeros(3, HIDDEN))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from vllm_adafuse.serving.requests import Requests
+from vllm_adafuse.serving.requests import Requests, Tokens
 
 
 class Told:
@@ -17,8 +17,8 @@ class Told:
     def sees(self, place):
         return place not in self.blind
 
-    def seed(self, place, row, token_ids):
-        self.seeds.append((place, row, token_ids.tolist()))
+    def seed(self, place, row, tokens):
+        self.seeds.append((place, row, tokens.ids.tolist()))
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def step(requests, **batch):
     starts, counts = zip(*batch.values()) if batch else ((), ())
     requests.begin(
         list(batch), np.array(starts, dtype=np.int32), np.array(counts),
-        lambda place, count: torch.arange(count) + 100 * place,
+        lambda place, count: Tokens(torch.arange(count) + 100 * place),
     )  # fmt: skip
     table = requests.table
     ends = np.cumsum(counts)
@@ -91,7 +91,7 @@ def test_upper_bounds_may_have_drafts_that_were_taken_back_before_they_ran():
     def bounded(names, starts, true_starts, counts):
         told.seeds.clear()
         requests.begin(
-            names, np.array(starts), np.array(counts), lambda place, count: torch.arange(count),
+            names, np.array(starts), np.array(counts), lambda place, count: Tokens(torch.arange(count)),
             (torch.tensor(true_starts), None),
         )  # fmt: skip
         assert requests.table[1, : len(names)].tolist() == true_starts

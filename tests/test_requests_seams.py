@@ -71,6 +71,45 @@ def test_steps_and_new_requests_of_the_newer_runner(runner):
     assert not runner.requests.table.any()
 
 
+def test_prompts_of_embeddings_of_the_newer_runner(runner):
+    state, told, rows = State(), runner.requests.followers[0], torch.ones(5, 2)
+    by_id = torch.tensor([1, 0, 0, 0, 1], dtype=torch.uint8)
+    state.prompt_embeds_state = SimpleNamespace(gpu_tensors={"b": (rows, by_id), "a": (rows, None)})
+    runner.requests.embed = lambda ids: ids
+    given = {}
+    told.seed = lambda place, row, tokens: given.update({"ba"[place]: tokens})
+    patch._follow_state(runner, state)
+    state.prepare_inputs(batch_of(("b", 3, 2), ("a", 1, 1)), runner.req_states)
+    assert given["b"].given is rows and given["a"].given is rows and given["a"].by_id is None
+    assert given["b"].by_id.tolist() == [True, False, False, False, True]
+    assert given["b"].ids.tolist() == [30, 31, 32, 33, 34, 35]
+    state.prompt_embeds_state.gpu_tensors.clear()  # later ones are of ids
+    runner.requests.forget()
+    state.prepare_inputs(batch_of(("b", 3, 2)), runner.req_states)
+    assert given["b"].given is None and given["b"].by_id is None
+
+
+def test_prompts_of_embeddings_of_the_older_runner():
+    """Where an embedding stands the ids are another's, who was there before."""
+    requests, rows, given = Requests(4, embed=lambda ids: ids), torch.ones(3, 2), {}
+    follower = Told()
+    follower.seed = lambda place, row, tokens: given.update({place: tokens})
+    requests.followers.append(follower)
+    batch = SimpleNamespace(
+        req_ids=["a", "b"], num_reqs=2, num_computed_tokens_cpu=np.array([4, 3]),
+        token_ids_cpu=np.array([[-1, 7, -1, 9, 5], [1, 2, 3, 4, 5]]), req_prompt_embeds={0: rows},
+        is_token_ids=np.array([[False, True, False, True, True], [True] * 5]),
+    )  # fmt: skip
+    patch._begin_older(requests, batch, {"a": 1, "b": 1}, None)
+    assert given[0].ids.tolist() == [0, 7, 0, 9] and given[0].given is rows
+    assert given[0].by_id.tolist() == [False, True, False, True]
+    assert given[1].ids.tolist() == [1, 2, 3] and given[1].given is None
+    batch.token_ids_cpu[0, 3] = -1
+    requests.forget()
+    with pytest.raises(RuntimeError, match="some are not known here"):
+        patch._begin_older(requests, batch, {"a": 1, "b": 1}, None)
+
+
 def test_what_the_device_knows_of_rejected_drafts(runner):
     """The host's are upper bounds: of starts, and of the tokens of those whose drafts were cut."""
     state = State()
@@ -109,7 +148,10 @@ def test_a_runner_without_the_seam_is_named(runner, monkeypatch):
     assert "has no _prepare_inputs" in next(iter(attach.UNSEEN.values()))
     with pytest.raises(RuntimeError, match="no prepare_inputs, add_request, so a router could not"):
         patch._follow_state(runner, object())
-    runner.requests.followers[0].follows = False
+    runner.requests.embed = lambda ids: ids
+    with pytest.raises(RuntimeError, match="model runner has no gpu_tensors, so a router could not"):
+        patch._follow_state(runner, State())
+    runner.requests.embed, runner.requests.followers[0].follows = None, False
     attach.UNSEEN.clear()
     patch._follow_state(runner, object())  # all others are served
     assert "prepare_inputs" in attach.UNSEEN["newer"]

@@ -51,7 +51,7 @@ def test_parts_of_a_served_model_run_alone_and_leave_no_trace(name, tmp_path):
 
     def warm(model) -> int:
         ids = torch.zeros(1, dtype=torch.int32)
-        return run_parts(model.model, [40, 3, 1], lambda tokens: model.route_any(tokens, ids))
+        return run_parts(model.model, [40, 3, 1], lambda tokens: model.route_any(tokens, ids, None))
 
     with engine(base, adapter) as llm:
         assert llm.apply_model(warm) == [kinds]

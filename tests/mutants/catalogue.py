@@ -3,6 +3,7 @@ once: keep them short, so that they outlive refactorings."""
 
 from __future__ import annotations
 
+from mutants.embeds import EMBEDS
 from mutants.fading import FADING
 from mutants.mutant import Mutant
 from mutants.production import DEPLOY, METRICS
@@ -378,4 +379,4 @@ TOOLS = [
 ]
 
 MUTANTS = [*KERNELS, *DISPATCH, *SHARDING, *ROUTING, *STAGES, *LOADS, *CACHE, *TOOLS, *DEPLOY,
-           *FADING]  # fmt: skip
+           *FADING, *EMBEDS]  # fmt: skip

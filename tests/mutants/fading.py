@@ -45,7 +45,7 @@ FADING = [
     Mutant("pages seed the mean", "vllm_adafuse/serving/page_step.py", "said, fading)", "said, 0.0)",
            f"{PAGES}prefix_hits_and_others_pasts", "after a prefix hit routes are others"),
     Mutant("a pinned router seeds the mean", PAST,
-           "self.c[:, ids], fading_of(self.config.context_half_life))", "self.c[:, ids], 0.0)",
+           "said, fading_of(self.config.context_half_life))", "said, 0.0)",
            f"{PAGES}prefix_hits_and_others_pasts", "after a prefix hit routes are others"),
     Mutant("/metrics counts by the mean", "vllm_adafuse/serving/expert_tables.py", "float(fading))", "0.0)",
            "tests/test_expert_tables.py::test_counts_are_those_of_the_routes", "experts are miscounted"),

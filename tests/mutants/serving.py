@@ -14,7 +14,7 @@ STAMPED = f"{ENGINE}steps_go_on_while_passports_are_stamped[fused]"
 STAGES = [
     Mutant(
         "columns of no passports", "vllm_adafuse/serving/page_step.py",
-        "(sees or not self.vocab_size)", "sees", f"{PAGE_STAGES}a_later_stage_is_told",
+        "(sees or not self.vocab_size or", "(sees or", f"{PAGE_STAGES}a_later_stage_is_told",
         "a later pipeline stage reads an adapter's routes from another's columns",
     ),
     Mutant(

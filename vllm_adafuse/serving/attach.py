@@ -71,11 +71,10 @@ def refuse_context(config: AdapterConfig, subject: str, vllm_config: Any) -> Non
 
 def options_problem(vllm_config: Any) -> str | None:
     """What of an engine's options keeps routers from seeing a request's past; None: nothing."""
-    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    parallel = vllm_config.parallel_config
     found = {
         "context parallelism of prefills (PCP)": parallel.prefill_context_parallel_size > 1,
         "context parallelism of decodes (DCP)": parallel.decode_context_parallel_size > 1,
-        "--enable-prompt-embeds": model.enable_prompt_embeds,
     }
     if named := [name for name, there in found.items() if there]:
         return f"is not served with {' or '.join(named)} yet; leave it out"

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.distributed import get_pp_group
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.config import AdapterConfig
 from vllm_adafuse.kernels.gate import Gate, gate
@@ -194,13 +193,11 @@ class Loader:
 
     def routers(self, step: PageStep) -> PageRouters | None:
         """What decides by embeddings for a step, where this stage gets those and mixtures are taken."""
-        if not (self.model_config.enable_prompt_embeds and get_pp_group().is_first_rank):
+        if not vllm_api.has_embeddings(self.model_config) or self.fits.architecture is None:
             return None
-        if self.fits.architecture is None:
-            return None
-        text = self.model_config.hf_config
+        (rows, pages), text = step.gates.shape, self.model_config.hf_config
         with torch.device(step.slots.device):
-            routers = PageRouters(step.gates.shape[1], text.hidden_size, text.rms_norm_eps)
+            routers = PageRouters(rows, pages, text.hidden_size, text.rms_norm_eps)
         self.read_norm(routers)
         return routers
 

@@ -38,7 +38,7 @@ from vllm_adafuse.serving.wrap.hooks import (
     route_at,
     take_routes,
 )
-from vllm_adafuse.serving.wrap.vllm_lora import without_lora
+from vllm_adafuse.serving.wrap.vllm_lora import backbones_embedding, without_lora
 
 # vLLM shows only what is logged below its own name.
 logger = init_logger("vllm.adafuse")
@@ -84,7 +84,7 @@ class AdaFuseMixin:
         sizes = hf_config.hidden_size, hf_config.vocab_size if stamps else 0, hf_config.rms_norm_eps
         if adapter_config.router_context:
             refuse_context(adapter_config, f"adapter {self.adafuse_adapter.path}", vllm_config)
-            self.adafuse_requests = requests_of(vllm_config)
+            self.adafuse_requests = requests_of(vllm_config, backbones_embedding(self))
             self.adafuse_router = PastRouter(adapter_config, route, *sizes, self.adafuse_requests)
         else:
             self.adafuse_router = Router(adapter_config, route, *sizes)
@@ -206,13 +206,15 @@ class AdaFuseMixin:
             self.adafuse_content.hash,
         )
 
-    def route_any(self, tokens: int, like: torch.Tensor | None) -> None:
-        """Gives so many tokens routes, as a step does, for `warm_up`; like: its token ids."""
+    def route_any(self, tokens: int, ids: torch.Tensor | None, embeds: torch.Tensor | None) -> None:
+        """Gives so many tokens routes, as a step of such ids or embeddings does, for `warm_up`."""
         if self.adafuse_adapter.config.layer_wise:
             return
         router = self.adafuse_router
-        if like is not None and router.by_id:
-            router(like.new_zeros(tokens), None)
+        if router.by_id and embeds is not None:
+            router(None, embeds.new_zeros(tokens, embeds.shape[1]))
+        elif router.by_id and ids is not None:
+            router(ids.new_zeros(tokens), None)
         else:
             router.route.spread(tokens)
 
@@ -226,7 +228,8 @@ class AdaFuseMixin:
     ) -> Any:
         if self.adafuse_cold and not torch.compiler.is_compiling():
             self.adafuse_cold = False
-            warm_up(self.model, self.adafuse_rows, lambda tokens: self.route_any(tokens, input_ids))
+            given = input_ids, inputs_embeds
+            warm_up(self.model, self.adafuse_rows, lambda tokens: self.route_any(tokens, *given))
         if self.adafuse_adapter.config.layer_wise:  # decides in its layers
             return super().forward(
                 input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs

@@ -5,39 +5,51 @@ from __future__ import annotations
 
 import torch
 from vllm_adafuse.format.config import AdapterConfig
+from vllm_adafuse.format.context_keys import CONTEXT_WEIGHT
 from vllm_adafuse.kernels.gate import normed
 from vllm_adafuse.kernels.live_route import CHUNK
 from vllm_adafuse.kernels.page_routes import EXPERT, OWNER, TOP_K
 
 # Rows of `numbers`.
 BIAS, TEMPERATURE, SCALE, NORMED, SOFTMAX_FIRST, FIRST = range(6)
+# Rows of `context`.
+DIVISOR, FACTOR = range(2)
 
 
 class PageRouters(torch.nn.Module):
     """All of them at once, in static buffers: each page has its expert's row.
 
     Args:
+        rows: N, of the largest step.
         pages: P, of the pool.
         hidden_size: H.
         norm_eps: epsilon of the first layer's norm.
 
     Attributes:
-        weight: [P, H] float32.
+        weight: [2 P, H] float32: of each page what its router reads the token by; behind them what
+            it reads the past by, zeros where it sees none.
         norm_weight: [H] float32, factors of the first layer's norm.
         numbers: [6, P] float32, of each page its expert's bias and scale, its adapter's
             temperature, whether that reads the norm and softmaxes first (1 or 0), and whether it is
             the first of its expert's pages.
+        context: [2, P] float64, temperature and context scale / temperature.
+        w, c: [P, N] float32, of each page and token of the step the terms that `context_routes` takes.
+        turns: [N] int32, places in the step, which stand for ids there.
     """
 
-    def __init__(self, pages: int, hidden_size: int, norm_eps: float):
+    def __init__(self, rows: int, pages: int, hidden_size: int, norm_eps: float):
         super().__init__()
         self.norm_eps = norm_eps
         for name, tensor in (
-            ("weight", torch.zeros(pages, hidden_size)),
-            ("norm_weight", torch.ones(hidden_size)),
-            ("numbers", torch.ones(6, pages)),
+            ("weight", torch.zeros(2 * pages, hidden_size, dtype=torch.float32)),
+            ("norm_weight", torch.ones(hidden_size, dtype=torch.float32)),
+            ("numbers", torch.ones(6, pages, dtype=torch.float32)),
+            ("context", torch.ones(2, pages, dtype=torch.float64)),
+            ("w", torch.zeros(pages, rows, dtype=torch.float32)),
+            ("c", torch.zeros(pages, rows, dtype=torch.float32)),
+            ("turns", torch.arange(rows, dtype=torch.int32)),
         ):
-            self.register_buffer(name, tensor.float(), persistent=False)
+            self.register_buffer(name, tensor, persistent=False)
 
     def put(
         self,
@@ -63,13 +75,20 @@ class PageRouters(torch.nn.Module):
         numbers[NORMED] = float(config.router_input == "first_norm")
         numbers[SOFTMAX_FIRST] = float(config.router_weights == "softmax_topk")
         numbers[FIRST] = (index.diff(prepend=index.new_full((1,), -1)) != 0).float()
-        self.weight.index_copy_(0, pages, tensors["router.weight"][index].float().to(pages.device))
+        context = torch.full((2, len(experts)), config.temperature, dtype=torch.float64)
+        context[FACTOR] = config.context_scale / config.temperature
+        weight = tensors["router.weight"]
+        past = tensors.get(CONTEXT_WEIGHT, torch.zeros_like(weight))
+        for rows, at in ((weight, pages), (past, pages + self.numbers.shape[1])):
+            self.weight.index_copy_(0, at, rows[index].float().to(pages.device))
         self.numbers.index_copy_(1, pages, numbers.to(pages.device))
+        self.context.index_copy_(1, pages, context.to(pages.device))
 
     def decide(
         self, embeddings: torch.Tensor, slots: torch.Tensor, directory: torch.Tensor, columns: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Routes the tokens of a step, each by its own adapter's router, as `gate` does.
+        """Routes the tokens of a step, each by its own adapter's router, as `gate` does; of those that
+        see the past it writes w and c.
 
         Args:
             embeddings: [T, H], any float dtype, as they enter layer 0.
@@ -94,14 +113,30 @@ class PageRouters(torch.nn.Module):
         weights = torch.where(softmax_first, among_all, torch.softmax(chosen, -1))
         return directory[EXPERT][pages], weights * number[SCALE][pages]
 
-    def _logits(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """What each page's router says of each token, divided by its temperature: [T, P]."""
-        found = embeddings.new_empty(len(embeddings), len(self.weight), dtype=torch.float32)
+    def said(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """What routers say of tokens that are past: c [P, T] of embeddings [T, H]."""
+        return (self._products(embeddings)[1] * self.context[FACTOR]).t().float()
+
+    def _products(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of embeddings [T, H] with what each page reads a token by, and the past: [T, P] float64."""
         weight = self.weight.double().t()
-        for out, hidden in zip(found.split(CHUNK), embeddings.split(CHUNK)):
-            plain, norm = (
-                normed(hidden, factors, self.norm_eps).double() @ weight
-                for factors in (None, self.norm_weight)
-            )
-            out.copy_(torch.where(self.numbers[NORMED] != 0, norm, plain))
-        return found.add_(self.numbers[BIAS]).div_(self.numbers[TEMPERATURE])
+        plain, norm = (
+            normed(hidden, factors, self.norm_eps).double() @ weight
+            for factors in (None, self.norm_weight)
+        )
+        reads_norm = (self.numbers[NORMED] != 0).repeat(2)
+        by_token, by_past = torch.where(reads_norm, norm, plain).chunk(2, dim=1)
+        return by_token, by_past
+
+    def _logits(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """What each page's router says of each token, divided by its temperature: [T, P]; writes w
+        and c."""
+        bias, tokens = self.numbers[BIAS], len(embeddings)
+        found = embeddings.new_empty(tokens, len(bias), dtype=torch.float32)
+        for start in range(0, tokens, CHUNK):
+            own = slice(start, min(start + CHUNK, tokens))
+            product, past = self._products(embeddings[own])
+            found[own] = product
+            self.w[:, own] = ((product + bias) / self.context[DIVISOR]).t()
+            self.c[:, own] = (past * self.context[FACTOR]).t()
+        return found.add_(bias).div_(self.numbers[TEMPERATURE])

@@ -27,7 +27,7 @@ from vllm_adafuse.kernels.page_routes import (
 from vllm_adafuse.serving.page_routers import PageRouters
 from vllm_adafuse.serving.past import context_of, seed_ring
 from vllm_adafuse.serving.pool import Place, Size
-from vllm_adafuse.serving.requests import Requests, copy_to
+from vllm_adafuse.serving.requests import Requests, Tokens, copy_to
 from vllm_adafuse.serving.routes import Route, SharedRotary, Step
 
 # Slots of tokens whose request has no adapter, and of those whose adapter is lost.
@@ -40,8 +40,8 @@ class PageStep(Step):
     Args:
         rows: N, of the largest step.
         size: of the pool.
-        vocab_size: V, the rows of the passports; 0 where there are none: in later pipeline stages,
-            and with prompt embeddings.
+        vocab_size: V, the rows of the passports; N where steps are given as embeddings, which are a
+            vocabulary of their own; 0 in later pipeline stages.
         requests: of the engine.
 
     Attributes:
@@ -82,7 +82,7 @@ class PageStep(Step):
             ("table_weights", torch.zeros(tables, dtype=torch.float32)),
         ):
             self.register_buffer(name, tensor, persistent=False)
-        # slot -> columns of its experts, and how its memory fades
+        # slot -> rows of its experts in the tables of terms, and how its memory fades
         self._seeing: dict[int, tuple[tuple[int, ...], float]] = {}
         self._batch = np.zeros(0, dtype=np.int32)
         self._listed = np.full(directory.shape, -1, dtype=np.int32)
@@ -121,12 +121,16 @@ class PageStep(Step):
             config: of a mixture.
         """
         listed, pages = self._listed, list(place.pages)
+        terms = place.columns
+        if self.routers is not None:  # rows are pages: of each expert its first
+            before = [-1, *experts]
+            terms = tuple(p for p, e, last in zip(pages, experts, before) if e != last)
         listed[OWNER, pages], listed[EXPERT, pages] = place.slot, experts
         listed[SCALE, place.slot] = np.float32(scale).view(np.int32)
         columns = place.columns
         sees = config is not None and bool(config.router_context) and self.vocab_size > 0
         # Where its tokens' rows are of this step, any columns are theirs.
-        if config is not None and (sees or not self.vocab_size):
+        if config is not None and (sees or not self.vocab_size or self.routers is not None):
             columns = tuple(range(config.top_k))
         listed[TOP_K, place.slot] = len(columns)
         listed[COLUMNS : COLUMNS + len(columns), place.slot] = columns
@@ -134,8 +138,8 @@ class PageStep(Step):
         self._seeing.pop(place.slot, None)
         context = torch.zeros(self.contexts.shape[0], dtype=torch.int32)
         if sees:
-            self._seeing[place.slot] = place.columns, fading_of(config.context_half_life)
-            context = context_of(config, list(place.columns), self.table_ids.shape[0])
+            self._seeing[place.slot] = terms, fading_of(config.context_half_life)
+            context = context_of(config, list(terms), self.table_ids.shape[0])
         copy_to(self.contexts[:, place.slot], context.numpy())
 
     def strike(self, place: Place) -> None:
@@ -158,22 +162,29 @@ class PageStep(Step):
         """See `Follower`."""
         return self.adapts and int(self._batch[place]) in self._seeing
 
-    def seed(self, place: int, row: int, token_ids: torch.Tensor) -> None:
+    def seed(self, place: int, row: int, tokens: Tokens) -> None:
         """See `Follower`."""
         own, fading = self._seeing[int(self._batch[place])]
-        columns = torch.tensor(own).to(token_ids.device)
-        ids = token_ids.long().clamp(0, self.vocab_size - 1)
-        said = self.table_weights[columns[:, None], ids]
-        seed_ring(self.sums[row, :, : len(columns)], said, fading)
+        rows = torch.tensor(own).to(self.slots.device)
+        if self.routers is not None:
+            pieces = tokens.embeddings(self.requests.embed)
+            said = torch.cat([self.routers.said(piece)[rows] for piece in pieces], 1)
+        else:
+            ids = tokens.ids.long().clamp(0, self.vocab_size - 1)
+            said = self.table_weights[rows[:, None], ids]
+        seed_ring(self.sums[row, :, : len(own)], said, fading)
 
     def route(self, token_ids: torch.Tensor) -> None:
         """Writes the gates of a step of T tokens, from their ids [T]."""
         vocab_size = self.vocab_size
-        w, c = self.table_ids.view(torch.float32), self.table_weights
+        w, c = self.table_ids.view(torch.float32)[:, :vocab_size], self.table_weights[:, :vocab_size]
+        if self.routers is not None:
+            w, c = self.routers.w, self.routers.c
         context_routes(
-            token_ids, self.slots, self.contexts, (w[:, :vocab_size], c[:, :vocab_size]),
-            self.sums, self.requests.table,
-            ContextRoutes(self.token_rows, self.table_ids[:, vocab_size:], c[:, vocab_size:]),
+            token_ids, self.slots, self.contexts, (w, c), self.sums, self.requests.table,
+            ContextRoutes(
+                self.token_rows, self.table_ids[:, vocab_size:], self.table_weights[:, vocab_size:]
+            ),
         )  # fmt: skip
         self.spread(token_ids.shape[0])
 
@@ -184,7 +195,7 @@ class PageStep(Step):
         ids, weights = self.routers.decide(embeddings, slots, self.directory, columns)
         self.table_ids[: ids.shape[1], :tokens].copy_(ids.t())
         self.table_weights[: ids.shape[1], :tokens].copy_(weights.t())
-        self.spread(tokens)
+        self.route(self.routers.turns[:tokens])
 
     def spread(self, tokens: int) -> None:
         """Writes the gates of so many tokens, from their rows in the tables."""

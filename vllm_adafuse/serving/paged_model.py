@@ -17,6 +17,7 @@ from vllm_adafuse.serving.pool import Size
 from vllm_adafuse.serving.requests import requests_of
 from vllm_adafuse.serving.routes import SharedRotary
 from vllm_adafuse.serving.wrap.linears import wrap_pages
+from vllm_adafuse.serving.wrap.vllm_lora import backbones_embedding
 
 # vLLM shows only what is logged below its own name.
 logger = init_logger("vllm.adafuse")
@@ -44,8 +45,12 @@ def wrap_model(
     config = vllm_config.model_config
     with torch.device(device):
         rows, family = vllm_api.max_tokens(vllm_config), _family(model)
-        requests = getattr(model, "adafuse_requests", None) or requests_of(vllm_config)
+        requests = getattr(model, "adafuse_requests", None) or requests_of(
+            vllm_config, backbones_embedding(model)
+        )
         vocab_size = config.get_vocab_size() if vllm_api.has_token_ids(config) else 0
+        if vllm_api.has_embeddings(config):
+            vocab_size = rows
         step = PageStep(rows, size, vocab_size, requests)
         step.rotary, behind = SharedRotary(rows, family.rotary_follows), {}
         if family.residual_norms:

@@ -19,7 +19,8 @@ from vllm_adafuse.kernels.context_routes import (
     faded_sums,
     fading_of,
 )
-from vllm_adafuse.serving.requests import Requests
+from vllm_adafuse.kernels.live_route import CHUNK
+from vllm_adafuse.serving.requests import Requests, Tokens
 from vllm_adafuse.serving.routes import Route, Router
 
 
@@ -72,7 +73,8 @@ class PastRouter(Router):
         requests: of the engine; None only to stamp tables.
 
     Attributes:
-        tables: w and c, float32 [E, V] each.
+        w, c: [E, V] float32, of the vocabulary.
+        own_w, own_c: [E, N] float32, of the step's tokens, where those are given as embeddings.
         sums: [S, R, E] float64, as `context_routes` takes it.
     """
 
@@ -89,6 +91,7 @@ class PastRouter(Router):
         experts, rows = config.num_experts, route.expert_ids.shape[0] if route else 0
         context = context_of(config, list(range(experts)), experts)
         most, ring = (requests.most, requests.ring) if requests else (0, 1)
+        embedded = rows if requests and requests.embed else 0
         for name, tensor in (
             ("context_weight", torch.zeros(experts, hidden_size, dtype=torch.float32)),
             ("w", torch.zeros(experts, vocab_size, dtype=torch.float32)),
@@ -97,6 +100,9 @@ class PastRouter(Router):
             ("sums", torch.zeros(most, ring, experts, dtype=torch.float64)),
             ("slots", torch.zeros(rows, dtype=torch.int32)),
             ("rows", torch.zeros(rows, dtype=torch.int32)),
+            ("own_w", torch.zeros(experts, embedded, dtype=torch.float32)),
+            ("own_c", torch.zeros(experts, embedded, dtype=torch.float32)),
+            ("turns", torch.arange(embedded, dtype=torch.int32)),
         ):
             self.register_buffer(name, tensor, persistent=False)
         # In a list: the model's, not a part of this one.
@@ -130,13 +136,17 @@ class PastRouter(Router):
     ) -> Iterator[None]:
         """As `Router.stamp`: both tables, of the whole vocabulary."""
         self.norm_weight.copy_(norm.weight.float() + norm_offset)
-        scale = self.config.context_scale
         for own, embeddings in self._vocabulary(embed, self.w.shape[1]):
-            w, c = context_rows(embeddings, self._gate, self.context_weight, scale)
-            self.w[:, own], self.c[:, own] = w.t(), c.t()
+            self.w[:, own], self.c[:, own] = self._terms(embeddings)
             yield
         for requests in self._requests:
             requests.forget()  # what their tokens add up to was another table's
+
+    def _terms(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """w and c [E, T] of embeddings [T, H]."""
+        scale = self.config.context_scale
+        w, c = context_rows(embeddings, self._gate, self.context_weight, scale)
+        return w.t(), c.t()
 
     @property
     def follows(self) -> bool:
@@ -147,25 +157,33 @@ class PastRouter(Router):
         """See `Follower`."""
         return True
 
-    def seed(self, place: int, row: int, token_ids: torch.Tensor) -> None:
+    def seed(self, place: int, row: int, tokens: Tokens) -> None:
         """See `Follower`."""
-        ids = token_ids.long().clamp(0, self.c.shape[1] - 1)
-        seed_ring(self.sums[row], self.c[:, ids], fading_of(self.config.context_half_life))
+        if embed := self._requests[0].embed:
+            said = torch.cat([self._terms(piece)[1] for piece in tokens.embeddings(embed)], 1)
+        else:
+            said = self.c[:, tokens.ids.long().clamp(0, self.c.shape[1] - 1)]
+        seed_ring(self.sums[row], said, fading_of(self.config.context_half_life))
 
     def forward(self, input_ids: torch.Tensor | None, embeddings: torch.Tensor | None) -> None:
-        """As `Router.forward`, from token ids alone.
+        """As `Router.forward`.
 
         Raises:
-            RuntimeError: there are none.
+            RuntimeError: embeddings reach a server that was not started for them.
         """
-        if input_ids is None or embeddings is not None:
-            raise RuntimeError(
-                "vllm-adafuse: a step of embeddings reached a router with `router.context`, "
-                "expected token ids: leave out --enable-prompt-embeds"
-            )
+        (requests,), tables = self._requests, (self.w, self.c)
+        if embeddings is not None:
+            if requests.embed is None:
+                raise RuntimeError(
+                    "vllm-adafuse: a step of embeddings reached a router with `router.context`, "
+                    "expected token ids: start with --enable-prompt-embeds"
+                )
+            tables, input_ids = (self.own_w, self.own_c), self.turns[: len(embeddings)]
+            for start in range(0, len(embeddings), CHUNK):
+                own = slice(start, min(start + CHUNK, len(embeddings)))
+                self.own_w[:, own], self.own_c[:, own] = self._terms(embeddings[own])
         out = ContextRoutes(self.rows, self.route.expert_ids.t(), self.route.weights.t())
         context_routes(
-            input_ids, self.slots, self.contexts, (self.w, self.c), self.sums,
-            self._requests[0].table, out,
-        )  # fmt: skip
+            input_ids, self.slots, self.contexts, tables, self.sums, requests.table, out
+        )
         self.route.spread(input_ids.shape[0])

@@ -1,9 +1,9 @@
 """Which request each token of a step is of, for routers that see a request's past.
 
 What a request's tokens so far add up to lies on the device, in a row that stays the request's from
-step to step. `Requests` gives rows and has those seeded, from token ids, whose tokens were computed
-elsewhere: hits of the prefix cache, requests resumed after preemption, KV of another engine. It asks
-for no event but the step itself: whoever does not go on where it ended is seeded.
+step to step. `Requests` gives rows and has those seeded, from token ids or embeddings, whose tokens
+were computed elsewhere: hits of the prefix cache, requests resumed after preemption, KV of another
+engine. It asks for no event but the step itself: whoever does not go on where it ended is seeded.
 
 Where drafts are rejected, the next step starts before the last one's end: within the ring of sums
 that a row has (`context_routes`), so it goes on. How many were rejected the host may not know yet;
@@ -14,11 +14,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from vllm_adafuse.kernels.context_routes import OFFSET, START, SUM_ROW
+from vllm_adafuse.kernels.live_route import CHUNK
+from vllm_adafuse.serving import vllm_api
+
+
+class Tokens(NamedTuple):
+    """Of a request, from its first on.
+
+    Attributes:
+        ids: [T] int32 or int64; where an embedding stands for the token any id of the vocabulary.
+        given: [P, H] embeddings of its prompt, of any float dtype; or None.
+        by_id: [P] bool, at which of these places the id counts all the same; None: at none.
+    """
+
+    ids: torch.Tensor
+    given: torch.Tensor | None = None
+    by_id: torch.Tensor | None = None
+
+    def embeddings(self, embed: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[torch.Tensor]:
+        """[n, H] of all tokens, in pieces: those of a long prompt would find no room at once.
+
+        Args:
+            embed: ids [n] -> embeddings [n, H] as they enter layer 0.
+        """
+        for start in range(0, len(self.ids), CHUNK):
+            rows = embed(self.ids[start : start + CHUNK])
+            if self.given is not None and start < len(self.given):
+                given = self.given[start : start + len(rows)].to(rows, non_blocking=True)
+                if self.by_id is not None:
+                    by_id = self.by_id[start : start + len(given)].to(rows.device)
+                    given = torch.where(by_id[:, None], rows[: len(given)], given)
+                rows = torch.cat([given, rows[len(given) :]])
+            yield rows
 
 
 class Follower(Protocol):
@@ -31,9 +63,9 @@ class Follower(Protocol):
     def sees(self, place: int) -> bool:
         """Whether the request at a place in the batch has one."""
 
-    def seed(self, place: int, row: int, token_ids: torch.Tensor) -> None:
-        """Sets a row to the sums over token ids [T] of the request at a place in the batch, and
-        over those without the last ones."""
+    def seed(self, place: int, row: int, tokens: Tokens) -> None:
+        """Sets a row to the sums over tokens of the request at a place in the batch, and over those
+        without the last ones."""
 
 
 class Requests(torch.nn.Module):
@@ -42,18 +74,25 @@ class Requests(torch.nn.Module):
     Args:
         most: S, requests that a step can have (--max-num-seqs).
         ring: R, sums that are kept of each: one more than the tokens that a step may take back.
+        embed: token ids [n] -> embeddings [n, H] as they enter layer 0, where steps are given as
+            embeddings (`--enable-prompt-embeds`); None where they are given as ids.
 
     Attributes:
         table: [3, S + 1] int32 on the device, as `context_routes` takes it; of nobody at first.
         followers: whose rows are seeded.
     """
 
-    def __init__(self, most: int, ring: int = 1):
+    def __init__(
+        self,
+        most: int,
+        ring: int = 1,
+        embed: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ):
         super().__init__()
         table = torch.zeros(3, most + 1, dtype=torch.int32)
         self.register_buffer("table", table, persistent=False)
         self.followers: list[Follower] = []
-        self.most, self.ring = most, ring
+        self.most, self.ring, self.embed = most, ring, embed
         # Request -> its row, and from where to where it can go on; the one used last at the end.
         self._known: dict[str, tuple[int, int, int]] = {}
         self._batch: list[str] = []
@@ -76,7 +115,7 @@ class Requests(torch.nn.Module):
         requests: list[str],
         starts: np.ndarray,
         counts: np.ndarray,
-        tokens_of: Callable[[int, int], torch.Tensor],
+        tokens_of: Callable[[int, int], Tokens],
         on_device: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     ) -> None:
         """Prepares a step.
@@ -85,7 +124,7 @@ class Requests(torch.nn.Module):
             requests: ids of the batch, R of them.
             starts: [R] tokens of each that are computed.
             counts: [R] its tokens in this step.
-            tokens_of: (place, T) -> the first T token ids of a request of the batch.
+            tokens_of: (place, T) -> the first T tokens of a request of the batch.
             on_device: starts [R] and where the requests' tokens begin and end [R + 1], if the host
                 has upper bounds only; else None.
         """
@@ -154,18 +193,21 @@ class Requests(torch.nn.Module):
             goes_on = low <= start <= high + (more if request in before else 0)
             seeing = [] if goes_on or not start else [f for f in self.followers if f.sees(place)]
             if seeing:
-                token_ids = tokens_of(place, start).to(self.table.device, non_blocking=True)
+                tokens = tokens_of(place, start)
+                ids = tokens.ids.to(self.table.device, non_blocking=True)
+                tokens = tokens._replace(ids=ids)
             for follower in seeing:
-                follower.seed(place, row, token_ids)
+                follower.seed(place, row, tokens)
             rows.append(row)
             lows.append(low if goes_on else max(0, start - self.ring + 1))
         self._rows, self._from = np.array([rows, lows], dtype=np.int64)
 
 
-def requests_of(vllm_config: Any) -> Requests:
-    """For an engine of this config."""
+def requests_of(vllm_config: Any, embed: Callable[[torch.Tensor], torch.Tensor]) -> Requests:
+    """For an engine of this config, whose model embeds token ids so."""
     most = vllm_config.scheduler_config.max_num_seqs
-    return Requests(most, 1 + vllm_config.num_speculative_tokens)
+    embedded = vllm_api.has_embeddings(vllm_config.model_config)
+    return Requests(most, 1 + vllm_config.num_speculative_tokens, embed if embedded else None)
 
 
 def copy_to(target: torch.Tensor, source: np.ndarray) -> None:

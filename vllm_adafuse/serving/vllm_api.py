@@ -240,6 +240,13 @@ def has_token_ids(model_config: Any) -> bool:
     return get_pp_group().is_first_rank and not model_config.enable_prompt_embeds
 
 
+def has_embeddings(model_config: Any) -> bool:
+    """Whether this rank's model is given the embeddings of a step's tokens, and no ids."""
+    from vllm.distributed import get_pp_group
+
+    return get_pp_group().is_first_rank and model_config.enable_prompt_embeds
+
+
 # What decoder layers of all families take first.
 LAYER_TAKES = ("positions", "hidden_states", "residual")
 

@@ -34,6 +34,16 @@ def without_lora(model: torch.nn.Module) -> Iterator[None]:
             del module.forward
 
 
+def backbones_embedding(model: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Token ids [T] -> embeddings [T, H] as they enter layer 0 of requests without such a LoRA."""
+
+    def embed(token_ids: torch.Tensor) -> torch.Tensor:
+        with without_lora(model):
+            return model.embed_input_ids(token_ids)
+
+    return embed
+
+
 def decide_logits(module: LogitsProcessorWithLoRA, adapted: Callable[[int], bool]) -> None:
     """Has an output head ask each time whether it computes with LoRA. No graph holds it.
 
