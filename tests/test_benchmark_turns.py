@@ -84,6 +84,22 @@ def test_turns_are_timed_over_the_first_and_so_is_the_hosts_share(clock, capsys)
     assert len(stock.sent) == 3 * 2 + 3 * turns.PREFILLS + 3
 
 
+def test_adapters_that_took_turns_in_the_pool_are_back_before_a_turn_is_timed(clock):
+    class Small(FakeLLM):
+        here = None
+
+        def wait_for_completion(self, use_tqdm):
+            lora = self.sent[-1][2]
+            FakeLLM.now += 2.0 * (lora is not None and lora != self.here)
+            self.here = lora if lora is not None else self.here
+            super().wait_for_completion(use_tqdm)
+
+    llm = Small(1.0)
+    options = Options(model="tiny", batches=[3], prefill=[], steps=(1, 5), repeats=2)
+    rows = turns.take_turns(options, {name: turns.Engine(llm, name) for name in ("one", "other")})
+    assert [row["all"] for row in rows] == [[1000.0, 1000.0]] * 2
+
+
 def test_engines_are_timed_at_the_sizes_that_they_are_asked_for(clock):
     options = Options(model="tiny", batches=[1, 4], prefill=[(4, 8)], steps=(1, 2), repeats=1)
     engines = {"stock": turns.Engine(FakeLLM(1.0)), "two": turns.Engine(FakeLLM(1.0))}

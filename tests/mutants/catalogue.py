@@ -3,6 +3,7 @@ once: keep them short, so that they outlive refactorings."""
 
 from __future__ import annotations
 
+from mutants.benchmarks import BENCHMARKS
 from mutants.embeds import EMBEDS
 from mutants.fading import FADING
 from mutants.mutant import Mutant
@@ -379,4 +380,4 @@ TOOLS = [
 ]
 
 MUTANTS = [*KERNELS, *DISPATCH, *SHARDING, *ROUTING, *STAGES, *LOADS, *CACHE, *TOOLS, *DEPLOY,
-           *FADING, *EMBEDS]  # fmt: skip
+           *FADING, *EMBEDS, *BENCHMARKS]  # fmt: skip
