@@ -21,6 +21,7 @@
       dense_expand   of the experts beyond 128 ranks
     page_projection  the same over pages, in the steps that have adapters
       page_shrink    of thousands of tokens, what each tile of them needs of many pages
+      fp8_shrink     of pages in fp8
     live_route     hidden states at a layer -> routes   (`router.layer`, inside the model)
     layerwise/     the same where each layer decides anew
       linear         x, [W; A; routers], B  -> the adapted projection, routed by its own input

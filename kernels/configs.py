@@ -29,6 +29,9 @@ VERSION = 5
 _VERSION_4 = {"split": "split_k", "slices": "shrink_split_k"}
 # Ranks, of one expert or of several, that one product takes.
 BLOCK_ER = 128
+# Experts of which `Step.active` has bits; with more its word says that all are there. Of more a program
+# of `spread_routes` takes some after the other, too: the gates of all would not stay in its registers.
+MAX_BITS = 64
 # Ranks of a page: the least that tensor cores take.
 PAGE_RANKS = 16
 # Rows that Hopper's tensor cores take at least: of tokens, in whole tiles.

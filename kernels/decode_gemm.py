@@ -126,7 +126,7 @@ def add_delta(
             later = load_b(  # on its way during the product
                 b_at, start + BLOCK_ER, active_ptr, active, n_experts, PADDED, RANK, BLOCK_ER
             )
-            acc = tl.dot(b, lora_a_out, acc, input_precision="ieee")
+            acc = tl.dot(b.to(lora_a_out.dtype), lora_a_out, acc, input_precision="ieee")
             b = later
     return acc
 
@@ -316,7 +316,7 @@ def decode_gemm_triton(
         config = replace(config, rows=min(config.rows, half))
     grid = ShrinkGrid.of(p.lora_a, config.shrink_split_k)
     padded = 0
-    if experts * rank > BLOCK_ER:
+    if experts * rank > BLOCK_ER or shape.fp8:  # by bits registers would not do for fp8
         padded, grid = cdiv(rank, 16) * 16, grid.for_tokens(tokens, experts)
     block_t = max(16, power_of_2(tokens))
     shrink_cols = fit_cols(config.shrink_cols, grid.block_r, block_t, x.element_size())

@@ -16,6 +16,7 @@ from dataclasses import replace
 
 from vllm_adafuse.kernels.configs import (
     BLOCK_ER,
+    MAX_BITS,
     MAX_SPLIT_K,
     ExpandConfig,
     GemmConfig,
@@ -30,6 +31,7 @@ from vllm_adafuse.kernels.plans import (
     CUBLAS,
     DECODE_GEMM,
     EXPAND,
+    FP8_SHRINK,
     NONE,
     PAGE_SHRINK,
     SHRINK,
@@ -125,12 +127,11 @@ TOKEN_LIMITS = (
 
 @functools.cache
 def plan(shape: Shape, num_tokens: int, device: Device) -> Plan:
-    """Which kernels compute a projection of T tokens, and how they are cut.
-
-    Rows of its input begin at multiples of 16 bytes wherever `size_in` elements are one.
-    """
-    if not shape.fused:
-        return Plan(SHRINK if num_tokens <= MAX_SHRINK_TOKENS else CUBLAS, expand=EXPAND)
+    """Which kernels compute a projection of T tokens, and how they are cut. Rows of its input begin at
+    multiples of 16 bytes wherever `size_in` elements are one."""
+    if not shape.fused or shape.fp8 and num_tokens > MAX_STREAM_TOKENS:
+        few = num_tokens <= MAX_SHRINK_TOKENS and not (shape.fp8 and shape.num_experts > MAX_BITS)
+        return Plan(SHRINK if few else FP8_SHRINK if shape.fp8 else CUBLAS, expand=EXPAND)
     if config := gemm_config(shape, num_tokens, device):
         return config_plan(shape, config)
     return cublas_plan(shape, num_tokens, device)
@@ -197,8 +198,9 @@ def gemm_config(shape: Shape, num_tokens: int, device: Device) -> GemmConfig | N
 
 def can_tile(shape: Shape, device: Device) -> bool:
     """Whether the tensor memory accelerator is there, and can read all: rows of x, W and A, and of
-    B and s (all experts together), begin at multiples of 16 bytes."""
-    return device.hopper and not any(n * shape.itemsize % 16 for n in (shape.size_in, shape.ranks))
+    B and s (all experts together), begin at multiples of 16 bytes, and none is in fp8."""
+    whole = math.gcd(shape.size_in, shape.ranks) * shape.itemsize % 16 == 0
+    return device.hopper and whole and not shape.fp8
 
 
 @functools.cache
@@ -233,13 +235,10 @@ def serves(config: GemmConfig | None, tokens: int, tma: bool) -> bool:
 def default_config(
     tokens: int, size_in: int, rows: int, epilogue: str, itemsize: int, tma: bool = False
 ) -> GemmConfig | None:
-    """A sane config for any device; None: cuBLAS is faster.
-
-    Found on an H200, see docs/kernel-notes.md; `find_config` has the arguments.
-    """
-    config = None
-    if tma and MAX_STREAM_ONLY_TOKENS < tokens <= MAX_TILE_TOKENS:
-        config = _tiled(tokens, size_in, rows, epilogue, itemsize)
+    """A sane config for any device, found on an H200 (docs/kernel-notes.md); None: cuBLAS is faster.
+    `find_config` has the arguments."""
+    tiles = tma and MAX_STREAM_ONLY_TOKENS < tokens <= MAX_TILE_TOKENS
+    config = _tiled(tokens, size_in, rows, epilogue, itemsize) if tiles else None
     if tokens > MAX_STREAM_TOKENS:
         return config
     streams_better = itemsize > 2 or (epilogue == "norm" and size_in <= 8192)

@@ -315,19 +315,22 @@ def expand_triton(
     active: torch.Tensor,
     adapted: Sequence[int],
     widths: Sequence[int],
+    tile_blocks: torch.Tensor | None = None,
 ) -> None:
     """Adds the deltas of T tokens to y in place, in one launch.
 
     Args:
         y: [T, out], the projection's own output; rows contiguous.
         lora_a_out: [T, P, E * R], dtype of y, from `shrink`.
-        lora_b: [sum of the adapted widths, E, R] contiguous, dtype of y.
+        lora_b: [sum of the adapted widths, E, R] contiguous, dtype of y or float8_e4m3fn.
         active: [1] int64, bit 0 for experts whose s is zero everywhere.
         adapted: for each of up to three slices of y the index of its linear, -1 for one without
             experts.
         widths: columns of each slice.
+        tile_blocks: which blocks of experts tokens have; s of others is not read. None: of all.
     """
-    launch_expand(y, y, lora_a_out, Read(None, lora_b, None, active), (adapted, widths, 0))
+    read = Read(None, lora_b, None, active, None, tile_blocks)
+    launch_expand(y, y, lora_a_out, read, (adapted, widths, 0))
 
 
 def expand_raw_triton(
@@ -345,7 +348,8 @@ def expand_raw_triton(
         y: [T, out], W x; overwritten where no activation follows and no bias is added, and with
             `strided_out`. Or split-K sums [split_k, T, out], where one product has all
             experts and no activation follows.
-        lora_a_out: [T, S E R], A x of all experts, not yet weighted; or [split_k, T, S E R], as y.
+        lora_a_out: [T, S E R], A x of all experts, weighted if they are in fp8 and else not yet;
+            or [split_k, T, S E R], as y.
         bias: [out], or None: what of the projection's is still to be added.
         p: the projection.
         step: the step's buffers.
@@ -362,7 +366,8 @@ def expand_raw_triton(
     elif result is y and (index or bias is not None):
         result = torch.empty_like(y)
     tile_blocks = step.blocks_of(p.shape, y.shape[-2])
-    read = Read(bias, p.lora_b, step.gates, step.active, step.cos_sin, tile_blocks)
+    gates = None if p.shape.fp8 else step.gates
+    read = Read(bias, p.lora_b, gates, step.active, step.cos_sin, tile_blocks)
     launch_expand(y, result, lora_a_out, read, (p.shape.adapted, widths, index), config, kv_slots)
     return result
 
@@ -375,7 +380,7 @@ def expand_torch(
     widths: Sequence[int],
 ) -> None:
     """By cuBLAS; the reference, see `expand_triton`. Views of lora_a_out and B need contiguous rows alone."""
-    b, row, column = lora_b.flatten(1), 0, 0
+    b, row, column = lora_b.flatten(1).to(y.dtype), 0, 0
     for linear_idx, width in zip(adapted, widths):
         if linear_idx >= 0:
             y[:, column : column + width].addmm_(lora_a_out[:, linear_idx], b[row : row + width].t())

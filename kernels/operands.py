@@ -50,15 +50,21 @@ class Projection:
     Attributes:
         shape: host numbers, by which kernels are chosen.
         lora_a: [S, E, R, in] of S adapted linears, dtype of the model; where W is not quantised a
-            view of the last rows of `fused_weight`.
+            view of the last rows of `fused_weight`. Or in float8_e4m3fn, behind `lora_scale`.
         lora_b: [sum of the adapted widths, E, R] contiguous, same dtype.
-        fused_weight: [out + S E R, in] contiguous: W, then lora_a; None where W is quantised.
+        fused_weight: [out + S E R, in] contiguous: W, then lora_a unless that is in fp8; None where W
+            is quantised.
         bias: [out], or None.
         norm: that follows in the same op, with the epilogue "norm".
         semaphore: [4] int32, zeroed once a step, of this projection alone; None where no kernel
             of ours takes W.
         strided_out: what follows gate_up leaves its result in rows as far apart as those of the
             product, see `stays_in_place`.
+        lora_scale: [S, E, R] float32 contiguous, of experts in fp8: what s is multiplied by, for A and
+            B (`format/fp8.py`). It ends where lora_a begins: kernels have one address for both.
+
+    Raises:
+        ValueError: experts are in fp8 and it stands elsewhere, or they are not and there is one.
     """
 
     shape: Shape
@@ -69,9 +75,21 @@ class Projection:
     norm: Norm | None = None
     semaphore: torch.Tensor | None = None
     strided_out: bool = False
+    lora_scale: torch.Tensor | None = None
     plans: Plans = field(init=False, repr=False)
 
     def __post_init__(self):
+        a, scale = self.lora_a, self.lora_scale
+        fits = a.dtype != torch.float8_e4m3fn and scale is None
+        if self.shape.fp8:
+            behind = scale is not None and scale.data_ptr() + scale.nbytes == a.data_ptr()
+            fits = a.dtype == torch.float8_e4m3fn and behind
+        if not fits:
+            raise ValueError(
+                f"Projection: lora_a is {a.dtype}, fp8 is {self.shape.fp8} in its shape, and "
+                f"lora_scale is {'not ' * (scale is None)}there; expected float8_e4m3fn right behind "
+                "a lora_scale where fp8 is true, else neither"
+            )
         object.__setattr__(self, "plans", plans_of(self.shape, Device.of(self.lora_b.device)))
 
     @cached_property

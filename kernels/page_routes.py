@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from vllm_adafuse.kernels.configs import BLOCK_ER, PAGE_RANKS
+from vllm_adafuse.kernels.configs import BLOCK_ER, MAX_BITS, PAGE_RANKS
 from vllm_adafuse.kernels.dispatch import MAX_ACTIVE_TOKENS
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.registry import register_op
-from vllm_adafuse.kernels.spread_routes import MAX_ACTIVE_BITS, list_active
+from vllm_adafuse.kernels.spread_routes import list_active
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 # Rows of `directory`; from COLUMNS on the columns of a slot.
@@ -137,7 +137,7 @@ def page_routes_triton(token_ids, slots, directory, table_ids, table_weights, in
         token_ids, slots, directory, table_ids, table_weights, *into,
         tokens, table_ids.shape[1], pages, into.semaphores.numel(),
         BLOCK_T=block, BLOCK_P=block_p, BLOCK_PAGES=BLOCK_PAGES, ONE=one,
-        BITS=pages <= MAX_ACTIVE_BITS, num_warps=8 if block >= 128 else 4,
+        BITS=pages <= MAX_BITS, num_warps=8 if block >= 128 else 4,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from vllm_adafuse.kernels.device.epilogues import tiled_widths
 
 # What a plan may name, after its file; cuBLAS has none.
 DECODE_GEMM, TMA_GEMM, CUBLAS = "decode_gemm", "tma_gemm", "cublas"
-SHRINK, PAGE_SHRINK = "shrink", "page_shrink"
+SHRINK, PAGE_SHRINK, FP8_SHRINK = "shrink", "page_shrink", "fp8_shrink"
 NONE, EXPAND, TMA_EXPAND, ADD_NORM = "none", "expand", "tma_expand", "add_norm"
 
 
@@ -71,9 +71,10 @@ class Shape:
         epilogue: what follows in the same op: "", "silu", "gelu_tanh", "rotary", "norm".
         head_dim: with "rotary", else 0.
         has_bias: a bias is added.
-        fused: W is not quantised, and stands in one tensor with A.
+        fused: W is not quantised, and stands in one tensor with A, but for one in fp8.
         tile_blocks: long steps list for every tile of tokens the blocks of experts that it has,
             and leave out the others, see `page_routes`.
+        fp8: A and B are, see `Projection`.
     """
 
     size_in: int
@@ -87,6 +88,7 @@ class Shape:
     has_bias: bool = False
     fused: bool = True
     tile_blocks: bool = False
+    fp8: bool = False
 
     @property
     def kernel_epilogue(self) -> str:
@@ -104,8 +106,8 @@ class Shape:
 
     @property
     def fused_rows(self) -> int:
-        """Rows of W and of A."""
-        return self.size_out + (max(self.adapted) + 1) * self.ranks
+        """Rows of W and of what stands in one tensor with it: A, but for one in fp8."""
+        return self.size_out + (0 if self.fp8 else (max(self.adapted) + 1) * self.ranks)
 
     @property
     def tiled_rows(self) -> int:
@@ -123,8 +125,8 @@ class Plan:
     """What runs for a projection and a number of tokens.
 
     Attributes:
-        kernel: of W and A; SHRINK or CUBLAS of A alone where W is quantised; PAGE_SHRINK of A,
-            while cuBLAS takes W.
+        kernel: of W and A; SHRINK, FP8_SHRINK or CUBLAS of A alone where W is quantised; of A while
+            cuBLAS takes W the first two where A is in fp8, else PAGE_SHRINK.
         config: how it is cut; None for cuBLAS.
         split_k: slices of `in`, whose sums the norm adds up.
         one_gemm: cuBLAS takes W and A together.

@@ -19,11 +19,12 @@ from vllm_adafuse.kernels.decode_gemm import decode_gemm_triton
 from vllm_adafuse.kernels.dense_expand import dense_expand_triton
 from vllm_adafuse.kernels.device.epilogues import activate_torch, result_width, rotate_torch
 from vllm_adafuse.kernels.expand import expand_raw_triton, expand_torch
+from vllm_adafuse.kernels.fp8_shrink import fp8_shrink_triton
 from vllm_adafuse.kernels.kv_slots import KVSlots, kv_slots_torch
 from vllm_adafuse.kernels.operands import Projection, Step
 from vllm_adafuse.kernels.page_shrink import page_shrink_triton
-from vllm_adafuse.kernels.plans import PAGE_SHRINK, TMA_EXPAND, Plan, Shape
-from vllm_adafuse.kernels.shrink import shrink_torch
+from vllm_adafuse.kernels.plans import FP8_SHRINK, PAGE_SHRINK, SHRINK, TMA_EXPAND, Plan, Shape
+from vllm_adafuse.kernels.shrink import shrink_torch, shrink_triton
 from vllm_adafuse.kernels.tma_expand import tma_expand_triton
 from vllm_adafuse.kernels.tma_gemm import tma_gemm_triton
 
@@ -41,7 +42,8 @@ def projection_torch(
     """The reference; see `projection`."""
     shape = p.shape
     y = F.linear(x, p.weight, p.bias)
-    expand_torch(y, shrink_torch(x, p.lora_a, step.gates), p.lora_b, shape.adapted, shape.widths)
+    lora_a_out = shrink_torch(x, p.lora_a, step.gates, p.lora_scale)
+    expand_torch(y, lora_a_out, p.lora_b, shape.adapted, shape.widths)
     return epilogue_torch(y, p, step, kv_slots)
 
 
@@ -150,7 +152,8 @@ def split_k_product(
 def long_product(
     x: torch.Tensor, p: Projection, step: Step, way: Plan
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """W x and A x, and the bias if it is still to be added, by cuBLAS but for A x of many pages.
+    """W x and A x, and the bias if it is still to be added, by cuBLAS but for A x of many pages, and
+    of pages in fp8, which is weighted at once.
 
     One product of both: a few rows more cost nearly nothing at any number of tokens, a second
     launch 6 to 30 us (H200, shapes of Llama-2-7B; docs/kernel-notes.md).
@@ -159,6 +162,13 @@ def long_product(
     if way.kernel == PAGE_SHRINK:
         lora_a_out = page_shrink_triton(x, p.lora_a, step.tile_blocks)
         return F.linear(x, p.weight, p.bias), lora_a_out, None
+    if way.kernel == FP8_SHRINK:
+        listed = step.blocks_of(p.shape, x.shape[0])
+        lora_a_out = fp8_shrink_triton(x, p.lora_a, step.gates, listed)
+        return F.linear(x, p.weight, p.bias), lora_a_out, None
+    if way.kernel == SHRINK:
+        lora_a_out = shrink_triton(x, p.lora_a, step.gates, step.active, step.workspace)
+        return F.linear(x, p.weight, p.bias), lora_a_out.flatten(1), None
     if way.one_gemm:
         gemm_out = F.linear(x, p.fused_weight)
         sizes = out, gemm_out.shape[1] - out

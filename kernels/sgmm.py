@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import torch
 from vllm_adafuse.kernels.expand import expand_torch, expand_triton
+from vllm_adafuse.kernels.fp8_shrink import fp8_shrink_triton
 from vllm_adafuse.kernels.operands import Projection, Step
-from vllm_adafuse.kernels.plans import SHRINK
+from vllm_adafuse.kernels.plans import FP8_SHRINK, SHRINK
 from vllm_adafuse.kernels.shrink import shrink_torch, shrink_triton
 
 
 def sgmm_torch(y: torch.Tensor, x: torch.Tensor, p: Projection, step: Step) -> None:
     """The reference; see `sgmm`."""
-    lora_a_out = shrink_torch(x, p.lora_a, step.gates)
+    lora_a_out = shrink_torch(x, p.lora_a, step.gates, p.lora_scale)
     expand_torch(y, lora_a_out, p.lora_b, p.shape.adapted, p.shape.widths)
 
 
@@ -34,9 +35,14 @@ def sgmm(y: torch.Tensor, x: torch.Tensor, p: Projection, step: Step) -> None:
     """
     if not x.is_cuda:
         return sgmm_torch(y, x, p, step)
-    if p.plans[x.shape[0]].kernel == SHRINK:
+    kernel, tile_blocks = p.plans[x.shape[0]].kernel, None
+    if kernel == SHRINK:
         lora_a_out = shrink_triton(x, p.lora_a, step.gates, step.active, step.workspace)
+    elif kernel == FP8_SHRINK:
+        tile_blocks = step.blocks_of(p.shape, x.shape[0])
+        lora_a_out = fp8_shrink_triton(x, p.lora_a, step.gates, tile_blocks)
     else:
         lora_a_out = shrink_torch(x, p.lora_a, step.gates)
-    expand_triton(y, lora_a_out, p.lora_b, step.active, p.shape.adapted, p.shape.widths)
+    of = p.shape.adapted, p.shape.widths
+    expand_triton(y, lora_a_out, p.lora_b, step.active, *of, tile_blocks)
     return None

@@ -98,7 +98,7 @@ def shrink_triton(
 
     Args:
         x: [T, in], the projection's input; rows contiguous.
-        lora_a: [P, E, R, in] contiguous, dtype of x.
+        lora_a: [P, E, R, in] contiguous, dtype of x; or float8_e4m3fn, see `Projection`.
         gates: [N, E] float32, N >= T; rows past T are not read.
         active: [1] int64, a bit for each expert with a gate in the first T rows.
         workspace: of the device.
@@ -122,11 +122,16 @@ def shrink_triton(
     return lora_a_out
 
 
-def shrink_torch(x: torch.Tensor, lora_a: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-    """The reference and the path of long batches: see `shrink_triton`."""
+def shrink_torch(
+    x: torch.Tensor, lora_a: torch.Tensor, gates: torch.Tensor, scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The reference and the path of long batches: see `shrink_triton`; scale: [P, E, R], of an A in fp8."""
     tokens, size_in = x.shape
     linears, experts, rank, _ = lora_a.shape
-    unweighted = matmul_f32(x, lora_a.view(-1, size_in).t()).view(tokens, linears, experts, rank)
+    a = lora_a.view(-1, size_in).to(x.dtype)
+    unweighted = matmul_f32(x, a.t()).view(tokens, linears, experts, rank)
+    if scale is not None:
+        unweighted *= scale
     lora_a_out = torch.empty(tokens, linears, experts, rank, dtype=x.dtype, device=x.device)
     torch.mul(unweighted, gates[:tokens, None, :, None], out=lora_a_out)
     return lora_a_out.view(tokens, linears, experts * rank)

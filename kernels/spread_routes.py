@@ -13,14 +13,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from vllm_adafuse.kernels.configs import MAX_BITS
 from vllm_adafuse.kernels.dispatch import MAX_ACTIVE_TOKENS
 from vllm_adafuse.kernels.launch import launch
 from vllm_adafuse.kernels.registry import register_op
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
-
-# Experts of which `active` has bits; with more its word says that all are there. Of more a program
-# takes some after the other, too: the gates of all would not stay in its registers.
-MAX_ACTIVE_BITS = 64
 
 
 def new_active(experts: int, device: torch.device | str | None = None) -> torch.Tensor:
@@ -31,7 +28,7 @@ def new_active(experts: int, device: torch.device | str | None = None) -> torch.
 def list_active(used: torch.Tensor, active: torch.Tensor) -> None:
     """Writes the bits, the number and the list of experts (or pages) [E] that are used."""
     experts = used.nonzero()[:, 0]
-    active[0] = (1 << experts).sum() if len(used) <= MAX_ACTIVE_BITS else -1
+    active[0] = (1 << experts).sum() if len(used) <= MAX_BITS else -1
     active[1], active[2 : 2 + len(experts)] = len(experts), experts
 
 

@@ -56,7 +56,7 @@ def wrap() -> None:
 def _checked(original: Callable) -> Callable:
     @functools.wraps(original)
     def create(self, *args, **kwargs):
-        from vllm_adafuse.serving import attach, lora_start, options
+        from vllm_adafuse.serving import attach, fits, lora_start, options
 
         try:
             options.refuse(
@@ -66,6 +66,7 @@ def _checked(original: Callable) -> Callable:
             made = original(self, *args, **kwargs)
             if hasattr(made, "model_config"):
                 attach.check_engine(made)
+                fits.in_fp8(made)
                 lora_start.check_start(made, getattr(self, _MODULES, None) or ())
             return made
         except AdapterError:

@@ -22,6 +22,7 @@ from vllm_adafuse.kernels import (
     dense_expand,
     dispatch,
     expand,
+    fp8_shrink,
     page_shrink,
     shrink,
     spread_routes,
@@ -113,6 +114,58 @@ def build(
         "serialized": is_serialized(built.asm["ptx"], target),
         "ptx": hashlib.sha256(normalised(built.asm["ptx"], built.name).encode()).hexdigest()[:16],
     }
+
+
+def of_fp8() -> list[dict]:
+    """Of experts in fp8: as a pool has them, a page for an expert."""
+    POINTERS.update(a_ptr="*fp8e4nv", b_ptr="*fp8e4nv", y_ptr="*bf16")
+    gate_up = {"WIDTH0": 14336, "WIDTH1": 14336, "WIDTH2": 0, "ADAPTED0": 0, "ADAPTED1": 1, "ADAPTED2": -1}
+    qkv = {"WIDTH0": 4096, "WIDTH1": 1024, "WIDTH2": 1024, "ADAPTED0": 0, "ADAPTED1": 1, "ADAPTED2": 2}
+    rows = []
+    for act, widths, size_out, steps, expands in (
+        ("silu", gate_up, 14336, (16, 32), ((128, 8), (300, 32))),
+        ("rotary", qkv, 3072, (16,), ((16000, 32),)),
+    ):
+        number = epilogues.EPILOGUES.index(act)
+        turns = {"HALF": 64} if act == "rotary" else {"HALF": 0, "cos_sin_ptr": None}
+        shape = widths | turns | {"bias_ptr": None, "HAS_BIAS": False, "EPILOGUE": number} | NO_KV_SLOTS
+        for tokens in steps:
+            config = dispatch.default_config(tokens, 4096, size_out, act, 2)
+            constants = shape | {
+                "EVEN": True, "SPLIT_K": config.split_k, "LEAVE": False, "BLOCK_T": tokens,
+                "BLOCK_R": 16, "BLOCK_ER": 128, "RANK": 16, "ROWS": config.rows, "COLS": config.cols,
+                "SHRINK_COLS": config.shrink_cols, "SHRINK_STAGES": shrink.SHRINK_STAGES,
+                "PDL": True, "STAGES": config.stages,
+            }  # fmt: skip
+            name = f"decode_gemm fp8 act={number} tokens={tokens}, listed"
+            kernel, listing = decode_gemm._decode_gemm_kernel, constants | {"PADDED": 16}
+            rows.append(build(name, kernel, listing, config.warps, config.stages))
+        for tokens, pages in expands:
+            config, listed = dispatch.choose_expand(tokens, True, 2), tokens > 256
+            columns = min(config.columns, 64)
+            constants = shape | configs.expert_blocks(pages, 16, False) | {
+                "RAW": False, "gates_ptr": None, "ALL": True, "ALL_ADAPTED": True, "EVEN": True,
+                "BLOCK_T": config.tokens, "BLOCK_OUT": columns, "LOOP": config.loop,
+                "STAGES": config.stages, "PDL": True, "SPLIT_K": 0, "LISTED": 128 * listed,
+            } | ({} if listed else {"tile_blocks_ptr": None})  # fmt: skip
+            name = f"expand fp8 act={number} tokens={tokens}, {pages} pages"
+            rows.append(build(name, expand._expand_kernel, constants, config.warps, 2))
+        without = constants | {f"ADAPTED{i}": -1 for i in range(3)} | {"LISTED": 0}
+        without |= {"tile_blocks_ptr": None, "ALL_ADAPTED": False}
+        name = f"expand fp8 act={number}, no deltas"
+        rows.append(build(name, expand._expand_kernel, without, config.warps, 2))
+    block_in = shrink.fit_cols(shrink.BLOCK_IN, 16, 64, 2)
+    constants = {"BLOCK_T": 64, "BLOCK_R": 16, "BLOCK_IN": block_in, "STAGES": 3, "PDL": True}
+    rows.append(build("shrink fp8", shrink._shrink_kernel, constants, 4, 3))
+    for block_e, listed in ((1, False), (2, True), (8, True)):
+        constants = {
+            "RANK": 16, "LISTED": 128 * listed, "PARTS": 8 // block_e, "BLOCK_T": 64,
+            "BLOCK_E": block_e, "BLOCK_IN": shrink.fit_cols(fp8_shrink.BLOCK_IN, 16 * block_e, 64, 2),
+            "STAGES": shrink.SHRINK_STAGES, "PDL": True,
+        } | ({} if listed else {"tile_blocks_ptr": None})  # fmt: skip
+        kernel, name = fp8_shrink._fp8_shrink_kernel, f"fp8_shrink of {block_e} pages"
+        rows.append(build(name, kernel, constants, 8 if block_e == 8 else 4, 3))
+    return rows
 
 
 def main() -> None:
@@ -254,7 +307,7 @@ def main() -> None:
         }  # fmt: skip
         name = f"switch {dtype} r={rank}"
         rows.append(build(name, switch._switch_kernel, constants, config.warps, config.stages))
-    print(json.dumps(rows))
+    print(json.dumps(rows + of_fp8()))
 
 
 if __name__ == "__main__":

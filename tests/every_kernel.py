@@ -28,6 +28,7 @@ from vllm_adafuse.kernels.context_routes import context_routes_triton
 from vllm_adafuse.kernels.decode_gemm import decode_gemm_triton
 from vllm_adafuse.kernels.dense_expand import dense_expand_triton
 from vllm_adafuse.kernels.expand import expand_raw_triton
+from vllm_adafuse.kernels.fp8_shrink import fp8_shrink_triton
 from vllm_adafuse.kernels.gather_routes import gather_routes_triton
 from vllm_adafuse.kernels.layerwise.ffn_down import ffn_down
 from vllm_adafuse.kernels.layerwise.ffn_mix import ffn_mix
@@ -75,11 +76,12 @@ def _turns(tokens):
     return torch.randn(tokens, HEAD, generator=g).to(HALF).to(DEVICE)
 
 
-def gemm(launch, tokens, widths, epilogue, **options) -> Run:
+def gemm(launch, tokens, widths, epilogue, fp8=False, **options) -> Run:
     """A whole projection; s is NaN before it."""
     p = _half(tokens, 128, widths, **options)
     cos_sin = _turns(tokens) if epilogue == "rotary" else None
     of, step = p.projection(epilogue, cos_sin), p.step(cos_sin)
+    of = p.in_fp8(epilogue, cos_sin)[1] if fp8 else of
 
     def run():
         p.workspace.lora_a_out.fill_(255)
@@ -100,6 +102,12 @@ def page_shrink() -> Run:
     tile_blocks = new_tile_blocks(150, 24, p.x.device)
     tile_blocks[:] = torch.tensor([3, 0, 1, 2], device=DEVICE)
     return lambda: [page_shrink_triton(p.x, p.lora_a, tile_blocks)]
+
+
+def fp8_shrink() -> Run:
+    p = _half(150, 64, [64, 64], 24)
+    _, of = p.in_fp8()
+    return lambda: [fp8_shrink_triton(p.x, of.lora_a, p.gates)]
 
 
 def expand(launch, tokens=40, epilogue="", tiles=False) -> Run:
@@ -153,12 +161,13 @@ def normed(launch, tokens) -> Run:
     return run
 
 
-def pages(tokens, epilogue, has_adapters) -> Run:
+def pages(tokens, epilogue, has_adapters, fp8=False) -> Run:
     """A projection of tokens whose requests name adapters; keys and values go to the cache."""
     widths = [2 * HEAD, HEAD, HEAD] if epilogue == "rotary" else [64, 64]
     p = _half(tokens, 64, widths, 12)
     cos_sin = _turns(tokens) if epilogue == "rotary" else None
     of, step = p.projection(epilogue, cos_sin), p.step(cos_sin)
+    of = p.in_fp8(epilogue, cos_sin)[1] if fp8 else of
     kv_slots = make_pages(tokens, 1, HEAD, HALF) if epilogue == "rotary" else None
 
     def run():
@@ -294,11 +303,13 @@ CASES: dict[str, Callable[[], Run]] = {
     "decode_gemm": lambda: gemm(decode_gemm_triton, 8, [128, 128], "silu"),
     "decode_gemm, many pages": lambda: gemm(decode_gemm_triton, 16, [128], "", experts=40),
     "decode_gemm, heads": lambda: gemm(decode_gemm_triton, 3, [64, 32, 32], "rotary"),
+    "decode_gemm, fp8": lambda: gemm(decode_gemm_triton, 8, [128, 128], "silu", True),
     "tma_gemm": lambda: gemm(tma_gemm_triton, 40, [128, 128], "silu"),
     "tma_gemm, r 64": lambda: gemm(tma_gemm_triton, 40, [128], "", rank=64),
     "tma_gemm, heads": lambda: gemm(tma_gemm_triton, 70, [64, 64, 64], "rotary"),
     "shrink": shrink,
     "page_shrink": page_shrink,
+    "fp8_shrink": fp8_shrink,
     "expand": lambda: expand(expand_short),
     "expand, heads": lambda: expand(expand_short, epilogue="rotary"),
     "tma_expand": lambda: expand(tma_expand_triton, 150, "silu"),
@@ -313,6 +324,7 @@ CASES: dict[str, Callable[[], Run]] = {
     "pages, long": lambda: pages(300, "silu", True),
     "pages, heads into the cache": lambda: pages(40, "rotary", True),
     "pages, no adapters": lambda: pages(40, "rotary", False),
+    "pages, fp8": lambda: pages(40, "silu", True, fp8=True),
     "pages and norm": lambda: normed(lambda *given: page_projection_norm(*given, True), 20),
     "pages and norm, no adapters": lambda: normed(lambda *given: page_projection_norm(*given, False), 20),
     "epilogue alone": epilogue_alone,

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from vllm_adafuse.format.fp8 import round_pair, widened
 from vllm_adafuse.kernels.operands import Projection, Step, stays_in_place
 from vllm_adafuse.kernels.page_routes import list_blocks, new_tile_blocks
-from vllm_adafuse.kernels.plans import Shape
+from vllm_adafuse.kernels.plans import Shape, on_pages
 from vllm_adafuse.kernels.projection_norm import workspace_sizes
 from vllm_adafuse.kernels.spread_routes import list_active, new_active
 from vllm_adafuse.kernels.workspace import Workspace
@@ -47,6 +48,34 @@ class Problem:
         return Projection(
             shape, lora_a, self.lora_b, fused_weight, self.bias, norm, semaphore,
             in_place and stays_in_place(shape),
+        )  # fmt: skip
+
+    def in_fp8(self, *options, **more) -> tuple[Problem, Projection]:
+        """The problem as its experts are when they have been rounded, and `projection` of the rounded
+        ones, on pages."""
+        linears, experts, rank, size_in = self.lora_a.shape
+        row, parts = 0, []
+        for linear_idx in range(linears):
+            rows = sum(w for w, part in zip(self.widths, self.adapted) if part == linear_idx)
+            parts.append((self.lora_a[linear_idx], self.lora_b[row : row + rows].transpose(0, 1)))
+            row += rows
+        rounded, left = [round_pair(*part) for part in parts], [widened(*part) for part in parts]
+        numbers = 4 * self.lora_a.shape[:-1].numel()
+        memory = self.lora_a.new_empty(numbers + self.lora_a.numel(), dtype=torch.uint8)
+        scale = memory[:numbers].view(torch.float32).view(linears, experts, rank)
+        lora_a = memory[numbers:].view(torch.float8_e4m3fn).view(self.lora_a.shape)
+        lora_a.copy_(torch.stack([a for a, _, _ in rounded]))
+        scale.copy_(torch.stack([s for _, _, s in rounded]))
+        lora_b = torch.cat([b.transpose(0, 1).view(torch.uint8) for _, b, _ in rounded]).contiguous()
+        truth = replace(
+            self, lora_a=torch.stack([a for a, _ in left]),
+            lora_b=torch.cat([b.transpose(0, 1) for _, b in left]).contiguous(),
+        )  # fmt: skip
+        of = self.projection(*options, **more)
+        return truth, replace(
+            of, shape=on_pages(replace(of.shape, fp8=True)), lora_a=lora_a, lora_scale=scale,
+            lora_b=lora_b.view(torch.float8_e4m3fn),
+            fused_weight=self.weight if of.shape.fused else None,
         )  # fmt: skip
 
     def step(self, cos_sin=None, tile_blocks=None) -> Step:

@@ -100,6 +100,8 @@ def test_pages_are_experts_of_all_linears():
     assert {(s.num_experts, s.rank) for s in shapes.values()} == {(9, 16)}
     assert all(s.tile_blocks for s in shapes.values())
     assert not any(s.tile_blocks for *_, s in shapes_on_pages(backbone, model, 8))
+    assert not any(s.fp8 for s in shapes.values())
+    assert all(s.fp8 for *_, s in shapes_on_pages(backbone, model, 9, fp8=True))
 
 
 def test_devices_and_layers_by_name():
@@ -139,6 +141,10 @@ def test_many_adapters_lie_on_pages(base, adapter, lora, capsys):  # noqa: F811
         ["0-2", "self_attn.qkv_proj", "rotary"], ["0-2", "self_attn.o_proj", "norm"],
         ["0-2", "mlp.gate_up_proj", "silu"], ["0-2", "mlp.down_proj", "norm"],
     ]  # fmt: skip
+    code, out, err = run(capsys, "explain", base, lora, "--lora-dtype", "fp8", "--max-lora-rank", 24,
+                         "--tokens", 100, *device)  # fmt: skip
+    assert code == 0 and out.startswith("100 tokens, NVIDIA H200, 2 pages of 16 ranks in fp8; "), err
+    assert out.count("fp8_shrink of A, cublas of W") == 4
     code, out, err = run(capsys, "explain", base, lora, "--max-loras", 3, *device)
     assert code == 0 and "3 pages of 16 ranks" in out, err
     code, _, err = run(capsys, "explain", base, adapter, lora, *device)

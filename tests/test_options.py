@@ -120,7 +120,7 @@ def test_additional_config(config, words, base):
 def test_good_additional_config_and_that_of_others(base):
     config = {"adafuse": {"lora": "vllm", "backbone": "refuse"}, "other": {"adafuse_x": 1}}
     assert config_of(base, additional_config=config).additional_config == config
-    assert [option(config, name) for name in OPTIONS] == ["vllm", "refuse"]
+    assert [option(config, name) for name in OPTIONS] == ["vllm", "refuse", "auto"]
     assert [option(other, "lora") for other in ({}, None, {"adafuse": {}})] == ["adafuse"] * 3
     assert not check_options(None)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -94,12 +94,13 @@ def shapes_of(
 
 
 def shapes_on_pages(
-    backbone: Backbone, model: Model, pages: int, ranks: int = 1
+    backbone: Backbone, model: Model, pages: int, ranks: int = 1, fp8: bool = False
 ) -> Iterator[tuple[int, str, Shape]]:
     """The same where requests choose their adapters: all linears, and an expert for each page.
 
     Args:
         pages: of the pool.
+        fp8: it is in fp8.
 
     Raises:
         AdapterError: see `shapes_of`.
@@ -107,7 +108,7 @@ def shapes_on_pages(
     config = SimpleNamespace(num_experts=pages, rank=PAGE_RANKS)
     everywhere = SimpleNamespace(projections=tuple(backbone.linears), config=config)
     for layer, name, shape in shapes_of(backbone, model, everywhere, ranks):
-        yield layer, name, on_pages(shape)
+        yield layer, name, on_pages(replace(shape, fp8=fp8))
 
 
 def shapes_of_layer(

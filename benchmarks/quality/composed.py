@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from vllm_adafuse.experts.context import RATE_TIMES_HIDDEN
 
 from benchmarks.quality.corpus import SUFFIXES, Recipe
@@ -36,6 +37,7 @@ from benchmarks.quality.loras import (
     merged,
     one_hot,
     right_half,
+    round_experts,
     train_lora,
 )
 from benchmarks.quality.made import MADE
@@ -48,6 +50,7 @@ ROUTER_STEPS = 2
 TOKEN_RATE = 8.0  # times the rate of the LoRAs: of a router that sees the token alone
 CLASSIFIER_STEPS = 2.0  # times those of a LoRA
 HALF_LIVES = (16, 64)  # tokens, of memories that decay
+FP8 = "context-k2-fp8"
 MERGES = ("ties", "dare_ties", "dare_linear")
 # Cost of a token, where 1 is training a LoRA of one domain: of all ranks together, of a router
 # over all LoRAs, of judging.
@@ -91,6 +94,7 @@ def kinds(experts: int) -> dict[str, Kind]:
         "one-lora": Kind("one LoRA of all text and all ranks"),
         "centroid": Kind("nearest centroid in front", True),
         "classifier": Kind("classifier in front", True),
+        FP8: Kind("context passport, k 2, experts in fp8"),
         "context-k2-plain": Kind("context, k 2, router trained on plain text"),
         **{f"context-k2-half{n}": Kind(f"context, k 2, memory of half-life {n}")
            for n in HALF_LIVES},
@@ -101,7 +105,7 @@ def kinds(experts: int) -> dict[str, Kind]:
 # First and last, where time is short: what is compared, then what takes seconds, then the rest.
 FIRST = ("oracle", "context-k2", "uniform", *MERGES, "centroid", "classifier", "token-k2",
          f"context-k2-half{HALF_LIVES[0]}")  # fmt: skip
-LATE = ("context-k2-plain", "base", "oracle-each")
+LATE = (FP8, "context-k2-plain", "base", "oracle-each")
 
 
 class Worker:
@@ -122,7 +126,8 @@ class Worker:
         return self.judge(model, lambda own: force(model, gates(own)))
 
     def routed(self, name: str) -> dict[str, Any]:
-        """A router over frozen LoRAs: "context-k2", "token-k2", "context-k2-plain", …"""
+        """A router over frozen LoRAs: "context-k2", "token-k2", "context-k2-plain", …; with `FP8` the
+        one of "context-k2", over LoRAs that are rounded afterwards."""
         what, k, *how = name.split("-")
         size, seed = self.size, self.unit.seed
         context = "mean" if what == "context" else ""
@@ -137,7 +142,17 @@ class Worker:
         steps = ROUTER_STEPS * self.unit.steps
         rate = RATE_TIMES_HIDDEN / size.hidden if context else TOKEN_RATE * size.choices[0][0]
         batch = lambda: self.desk.batch(count, rng, asked)  # noqa: E731
-        figures = fit(model, list(router.parameters()), batch, steps, rate, 0.0)
+        figures, kept = {}, self.unit.folder / f"{what}-{k}-router.safetensors"
+        if name == FP8 and kept.is_file():
+            router.load_state_dict(load_file(kept))
+        else:
+            figures = fit(model, list(router.parameters()), batch, steps, rate, 0.0)
+        if not how:
+            part = kept.with_suffix(".part")
+            save_file(router.state_dict(), part)
+            part.rename(kept)
+        if name == FP8:
+            round_experts(model)
         return figures | self.judge(model)
 
     def fronted(self, choose: Choose) -> dict[str, Any]:
@@ -309,6 +324,9 @@ def verdict(rows: list[dict[str, Any]], experts: int) -> list[str]:
              for s, row in found[main].items()]  # fmt: skip
     lines.append("context k 2 ahead of the oracle of the first half on requests that switch: "
                  f"{sum(ahead)} of {len(ahead)} seeds: {_met(all(ahead))}")  # fmt: skip
+    if both := [(row, found[main][s]) for s, row in found.get(FP8, {}).items() if s in found[main]]:
+        lost = statistics.mean(mixed(row) - mixed(whole) for row, whole in both)
+        lines.append(f"experts in fp8 against the same in float32: {math.expm1(lost):+.3%}")
     for n in HALF_LIVES:
         decay = found.get(f"{main}-half{n}", {})
         if both := [(decay[s], found[main][s]) for s in decay if s in found[main]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm_adafuse.format.fp8 import widened
 from vllm_adafuse.training import AdaFuseModel, MixtureConfig
 
 from benchmarks.quality.data import Data
@@ -66,6 +67,15 @@ def compose(work: Path, loras: list[Path], **options: Any) -> AdaFuseModel:
     model.load_state_dict(state)
     model.groups.requires_grad_(False)
     return model
+
+
+def round_experts(model: AdaFuseModel) -> None:
+    """Leaves of a model's experts what a pool in fp8 holds of them."""
+    state = model.state_dict()
+    for a in [name for name in state if name.endswith(".lora_A")]:
+        b = a.removesuffix("A") + "B"
+        state[a], state[b] = widened(state[a], state[b])
+    model.load_state_dict(state)
 
 
 def force(model: AdaFuseModel, gates: torch.Tensor) -> None:

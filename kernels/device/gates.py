@@ -89,6 +89,7 @@ def add_deltas(
     """y + Σ_e s[rows, e] B[columns, e], [BLOCK_T, BLOCK_OUT] float32; ONE: one chunk is all;
     LISTED: which chunks these rows have stands in a list, behind their number."""
     if ONE:
+        first_b = first_b.to(first_s.dtype)  # from fp8
         return tl.dot(first_s, tl.trans(first_b), y, input_precision="ieee")
     BLOCKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     count = tl.cdiv(n_experts, BLOCK_E)
@@ -109,5 +110,6 @@ def add_deltas(
                 lora_a_out_at, gates_ptr, rows, first_rank, token_mask, n_experts, chunk,
                 RANK, RAW, EVEN_K, BLOCK_T, BLOCK_E, BLOCK_R,
             )  # fmt: skip
+            b = b.to(lora_a_out.dtype)
             y = tl.dot(lora_a_out, tl.trans(b), y, input_precision="ieee")
     return y

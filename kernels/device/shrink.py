@@ -9,6 +9,13 @@ from vllm_adafuse.kernels.device.sync import last_sums, range_of_k
 
 
 @triton.jit
+def load_scale(a_ptr, n_ranks, places, mask):
+    """The factors of some of an fp8 A's ranks, of all of which they stand right in front of it."""
+    scale_ptr = (a_ptr - 4 * n_ranks).to(tl.pointer_type(tl.float32))
+    return tl.load(scale_ptr + places, mask=mask, other=0.0)
+
+
+@triton.jit
 def _shrink_slice(
     slot, linear_idx, expert, block, pid_k, used, x_ptr, a_ptr, gates_ptr, lora_a_out_ptr,
     partial_ptr, split_k_semaphore_ptr, semaphore_ptr, n_tokens, x_stride, size_in, n_experts, rank,
@@ -38,12 +45,15 @@ def _shrink_slice(
                 x_ptr + rows[None, :] * x_stride + k[:, None],
                 mask=token_mask[None, :] & k_mask[:, None], other=0.0,
             )  # fmt: skip
-            sums = tl.dot(a, x, sums, input_precision="ieee")
+            sums = tl.dot(a.to(x.dtype), x, sums, input_precision="ieee")
         if split_k > 1:
             sums, last = last_sums(
                 sums, partial_ptr, split_k_semaphore_ptr, slot, pid_k, split_k, BLOCK_R, BLOCK_T
             )
     if last:
+        if a_ptr.dtype.element_ty == tl.float8e4nv:
+            places = (linear_idx * n_experts + expert) * rank + ranks
+            sums *= load_scale(a_ptr, n_linears * n_experts * rank, places, real)[:, None]
         gates = tl.load(gates_ptr + rows * n_experts + expert, mask=token_mask, other=0.0)
         at = ((rows * n_linears + linear_idx) * n_experts + expert)[None, :] * rank + ranks[:, None]
         # Not a bare product: what another token sees of this expert must not matter.

@@ -55,6 +55,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--max-lora-rank", type=int, metavar="R", help="as given to vllm serve (default 16)"
     )
+    parser.add_argument(
+        "--lora-dtype", choices=("auto", "fp8"), default="auto",
+        help="as `adafuse.lora_dtype` of --additional-config: experts on pages in fp8",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
@@ -83,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
     named = args.device is not None
     device = device_named(args.device) if named else Device.of(torch.device("cuda"))
     model = Model.of(read_config(base))
-    on_pages = len(args.adapters) > 1 or args.max_loras or args.max_lora_rank
+    asked = args.max_loras or args.max_lora_rank or args.lora_dtype != "auto"
+    on_pages = len(args.adapters) > 1 or asked
     said, shapes = (_of_pool if on_pages else _of_one)(args, base, model)
     print(printable(f"{args.tokens} tokens, {device.name}, {said}"))
     lines = explain(shapes, args.tokens, device)
@@ -125,8 +130,9 @@ def _of_pool(args: argparse.Namespace, base: str, model: Model) -> tuple[str, Sh
         if problems:
             raise AdapterError(f"adapter {path}", problems)
     pages = pool_size(loras, rank).pages
-    said = f"{pages} pages of {PAGE_RANKS} ranks; steps without adapters take cuBLAS"
-    return said, shapes_on_pages(backbone, model, pages, args.tensor_parallel_size)
+    fp8 = args.lora_dtype == "fp8"
+    said = f"{pages} pages of {PAGE_RANKS} ranks{' in fp8' * fp8}; steps without adapters take cuBLAS"
+    return said, shapes_on_pages(backbone, model, pages, args.tensor_parallel_size, fp8)
 
 
 def cells_of(line: Line) -> tuple[str, ...]:
@@ -138,7 +144,7 @@ def cells_of(line: Line) -> tuple[str, ...]:
         config = f"split_k {found.split_k}"
     kernel = found.kernel + (" of A, W by vLLM" if not line.shape.fused else "")
     if line.shape.fused and found.config is None and not found.one_gemm:
-        kernel += " twice"
+        kernel += " of A, cublas of W" if line.shape.fp8 else " twice"
     dense = "" if found.dense_from is None else f"cublas from expert {found.dense_from} on"
     expand = "" if found.expand == "none" else found.expand
     deltas = ", ".join(filter(None, (dense, expand))) or "within"

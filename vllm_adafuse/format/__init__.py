@@ -5,6 +5,7 @@
     layout.py              the tensors that a config asks for on a backbone
     adapter.py             an adapter directory: checked, read
     values.py, overflow.py what its tensors hold
+    fp8.py                 experts in eight bits
     digest.py, origin.py   hashes: of an adapter's content, of the backbone it was made on
     backbone.py            a backbone: names, shapes, tensors
     architectures.py       the table of decoder families

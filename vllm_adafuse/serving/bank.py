@@ -104,6 +104,7 @@ class ExpertBank(torch.nn.Module):
         self.register_buffer("lora_a", fused[rows:].view(self._shape_a), persistent=False)
         b = memory[aligned(fused.numel()) :][: math.prod(self._shape_b)].view(self._shape_b)
         self.register_buffer("lora_b", b, persistent=False)
+        self.register_buffer("lora_scale", None, persistent=False)
 
     @property
     def nbytes(self) -> int:
@@ -154,7 +155,7 @@ class ExpertBank(torch.nn.Module):
         return Projection(
             self.shape, self.lora_a, self.lora_b, self.fused_weight if self.is_fused else None,
             self.bias_of(), None if self.norm_of is None else self.norm_of(),
-            route.semaphores[self.index], self.strided_out,
+            route.semaphores[self.index], self.strided_out, self.lora_scale,
         )  # fmt: skip
 
     @functools.cached_property

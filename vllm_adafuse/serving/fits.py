@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import functools
 
+import torch
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.architectures import ARCHITECTURES, PREFIX, Architecture
 from vllm_adafuse.format.backbone import Backbone
-from vllm_adafuse.format.config import AdapterConfig
+from vllm_adafuse.format.config import SECTION, AdapterConfig
 from vllm_adafuse.format.origin import backbone_hash, origin_problem
 from vllm_adafuse.format.places import find_local_backbone
 from vllm_adafuse.serving import vllm_api
@@ -116,3 +118,42 @@ def check_engine(vllm_config: VllmConfig) -> None:
                 f"of them out, or let vLLM serve all adapters ({VLLM_LORA})"
             ],
         )
+
+
+def in_fp8(vllm_config: VllmConfig) -> bool:
+    """Whether the pool's experts are in fp8: the option `lora_dtype`.
+
+    Raises:
+        AdapterError: they are to be, and cannot.
+    """
+    if option(vllm_config.additional_config, "lora_dtype") != "fp8":
+        return False
+    model, problems = vllm_config.model_config, []
+    if not vllm_api.serves_lora(vllm_config):
+        problems.append(
+            "it is for adapters that requests choose from a pool of ours: serve with --enable-lora, "
+            "without `adafuse.lora` \"vllm\", or leave it out"
+        )
+    if isinstance(getattr(model.hf_config, SECTION, None), dict):
+        problems.append(
+            "an adapter that is everybody's stays in the model's dtype: name it by --lora-modules and "
+            "in requests (without --hf-overrides), or leave the option out"
+        )
+    if model.dtype not in (torch.bfloat16, torch.float32):
+        name = str(model.dtype).removeprefix("torch.")
+        problems.append(
+            f"the model is in {name}, whose range is too small for what stands between A and B then: "
+            "--dtype bfloat16, or leave it out"
+        )
+    if not (current_platform.is_cpu() or _reads_fp8()):
+        problems.append(
+            "kernels read such experts on NVIDIA GPUs of compute capability 8.9 and later (Ada, Hopper), "
+            "and plain torch does on a CPU: leave it out here"
+        )
+    if problems:
+        raise AdapterError('--additional-config: `adafuse.lora_dtype` "fp8"', problems)
+    return True
+
+
+def _reads_fp8() -> bool:
+    return current_platform.is_cuda() and current_platform.has_device_capability(89)

@@ -67,9 +67,8 @@ class Hosted:
 
     @property
     def nbytes(self) -> int:
-        tensors = [t for packed in self.packed if packed for t in (packed.a, packed.b)]
-        tensors += rest_tensors(self.rest) if self.rest else ()
-        return sum(t.nbytes for t in [*tensors, *(self.passports or ())])
+        tensors = [*(rest_tensors(self.rest) if self.rest else ()), *(self.passports or ())]
+        return sum(of.nbytes for of in [*filter(None, self.packed), *tensors])
 
 
 class Loader:

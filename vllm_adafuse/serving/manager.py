@@ -103,9 +103,9 @@ class AdapterManager:
         pages = self.pool.size.pages
         logger.info(
             "AdaFuse: LoRA requests are served on a pool of %d pages of %d ranks in %d projections "
-            "(--max-loras %d x --max-lora-rank %d): %d bytes, and %d of passports; all pages free",
+            "(--max-loras %d x --max-lora-rank %d): %d bytes%s, and %d of passports; all pages free",
             pages, PAGE_RANKS, len(self.banks), self.max_loras, self.max_lora_rank,
-            sum(bank.nbytes for bank in self.banks),
+            sum(bank.nbytes for bank in self.banks), " in fp8" * self.banks[0].fp8,
             self.step.table_ids.nbytes + self.step.table_weights.nbytes,
         )  # fmt: skip
         return model

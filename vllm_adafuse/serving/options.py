@@ -22,6 +22,7 @@ OVERRIDE = "adafuse_adapter"
 OPTIONS: dict[str, tuple[str, ...]] = {
     "lora": ("adafuse", "vllm", "both"),
     "backbone": ("warn", "refuse"),
+    "lora_dtype": ("auto", "fp8"),
 }
 
 # What serving itself leaves there, see `vllm_api.mark_compiled`.

@@ -9,6 +9,7 @@ from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.architectures import ARCHITECTURES, Architecture
 from vllm_adafuse.serving import projections, vllm_api
 from vllm_adafuse.serving.bank import place_banks
+from vllm_adafuse.serving.fits import in_fp8
 from vllm_adafuse.serving.ops import make_known
 from vllm_adafuse.serving.page_bank import PageBank
 from vllm_adafuse.serving.page_step import PageStep
@@ -39,10 +40,10 @@ def wrap_model(
         device: of the model.
 
     Raises:
-        AdapterError: there is none.
+        AdapterError: there is none; or the pool cannot be in fp8.
     """
     _check_default(model)
-    config = vllm_config.model_config
+    config, fp8 = vllm_config.model_config, in_fp8(vllm_config)
     with torch.device(device):
         rows, family = vllm_api.max_tokens(vllm_config), _family(model)
         requests = getattr(model, "adafuse_requests", None) or requests_of(
@@ -66,7 +67,7 @@ def wrap_model(
                 continue
             try:
                 fuse = projections.can_fuse(layer)
-                bank = PageBank(layer, linears, size.pages, step, len(banks), fuse)
+                bank = PageBank(layer, linears, size.pages, step, len(banks), fuse, fp8)
             except (TypeError, ValueError) as e:
                 left.append(f"{layer.prefix} ({e})")
                 continue
@@ -93,7 +94,7 @@ def wrap_model(
         logger.warning(
             "AdaFuse: adapters of these linears are refused, none can be added there: %s", left
         )
-    vllm_api.mark_compiled(vllm_config, f"pages {size.pages} {size.columns}")
+    vllm_api.mark_compiled(vllm_config, f"pages {size.pages} {size.columns}{' fp8' * fp8}")
     return step, banks
 
 
