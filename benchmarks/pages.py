@@ -141,12 +141,16 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def smaller(svg: str) -> str:
-    """The same picture in half the bytes: to a hundredth of a point, no comments, no indentation, a class
-    for each style, no names that nobody asks for."""
+    """The same picture in less than half the bytes: to a hundredth of a point, no comments, no indentation,
+    a class for each style, no names that nobody asks for, no groups and turns that change nothing."""
     svg = re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), svg)
     svg = re.sub(r"<!--.*?-->\n?", "", svg, flags=re.S)
     svg = re.sub(r"\n\s+", "\n", svg).replace(" \n", "\n")
     svg = re.sub(r'<g id="([^"]+)"', lambda m: m[0] if f"#{m[1]}" in svg else "<g", svg)
+    svg = re.sub(r"<metadata>.*?</metadata>\n?", "", svg, flags=re.S)
+    svg = re.sub(r' transform="rotate\(-?0[ )][^"]*"', "", svg)
+    open_groups: list[bool] = []  # whether each stays
+    svg = re.sub(r"<g( [^>]*)?>\n?|</g>\n?", lambda m: _group(m, open_groups), svg)
     svg = re.sub(r'(?<= d=")[^"]+', _dense, svg)
     styles: dict[str, int] = {}
 
@@ -156,6 +160,15 @@ def smaller(svg: str) -> str:
     svg = re.sub(r'style="([^"]+)"', class_of, svg)
     rules = "".join(f".s{number}{{{style}}}" for style, number in styles.items())
     return svg.replace("</style>", f"{rules}</style>", 1)
+
+
+def _group(tag: re.Match, open_groups: list[bool]) -> str:
+    """A group's tag, or nothing of one without attributes."""
+    if tag[0].startswith("</"):
+        return tag[0] if open_groups.pop() else ""
+    if not tag[0].rstrip().endswith("/>"):
+        open_groups.append(tag[1] is not None)
+    return tag[0] if tag[1] is not None else ""
 
 
 def _dense(path: re.Match) -> str:
