@@ -102,9 +102,13 @@ def shortened(value: Any) -> Any:
 
 
 def in_lines(content: dict[str, Any]) -> str:
-    """JSON with a line for each key, and for each row."""
-    keys = {key: json.dumps(value) for key, value in content.items()}
-    rows = ",\n".join(json.dumps(row) for row in content["rows"])
+    """JSON with a line for each key, and for each row, and no blanks in them."""
+
+    def line(value: Any) -> str:
+        return json.dumps(value, separators=(",", ":"))
+
+    keys = {key: line(value) for key, value in content.items()}
+    rows = ",\n".join(line(row) for row in content["rows"])
     keys["rows"] = f"[\n{rows}\n]"
-    lines = ",\n".join(f"{json.dumps(key)}: {value}" for key, value in keys.items())
+    lines = ",\n".join(f"{line(key)}:{value}" for key, value in keys.items())
     return f"{{\n{lines}\n}}\n"

@@ -1,5 +1,7 @@
 """Weights that are packed: how small, how near, and what else is refused."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -36,16 +38,26 @@ def test_a_directory_is_packed_in_its_place_and_copied_unpacked(tmp_path):
     (tmp_path / "a").mkdir()
     save_file(weights(), tmp_path / "a" / "model.safetensors")
     (tmp_path / "a" / "config.json").write_text("{}")
+    words = json.dumps({f"word{i}": i for i in range(500)})
+    (tmp_path / "a" / "tokenizer.json").write_text(words)
     pack_directory(tmp_path)
-    assert {f.name for f in (tmp_path / "a").iterdir()} == {"config.json", "model.safetensors.xz"}
+    names = {f.name for f in (tmp_path / "a").iterdir()}
+    assert names == {"config.json", "model.safetensors.xz", "tokenizer.json.xz"}
+    assert (tmp_path / "a" / "tokenizer.json.xz").stat().st_size < len(words) / 2
     unpack_directory(tmp_path / "a", tmp_path / "b")
-    assert {f.name for f in (tmp_path / "b").iterdir()} == {"config.json", "model.safetensors"}
+    names = {f.name for f in (tmp_path / "b").iterdir()}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert (tmp_path / "b" / "tokenizer.json").read_text() == words
     expected = unpack((tmp_path / "a" / "model.safetensors.xz").read_bytes())
     found = load_file(tmp_path / "b" / "model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_other_files_are_refused():
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "tokenizer.json.xz").write_bytes(b"no such file")
+    with pytest.raises(AdapterError, match="tokenizer.json.xz: not a packed tokenizer"):
+        unpack_directory(tmp_path / "a", tmp_path / "b")
     for content in (b"", b"no such file", pack(weights())[:-20]):
         with pytest.raises(AdapterError, match="not a packed file"):
             unpack(content)

@@ -1,5 +1,5 @@
 """Weights in a third of bfloat16's bytes, for the demo's models: whole steps of each row's largest
-value, compressed."""
+value, compressed; and tokenizers, compressed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from vllm_adafuse.errors import AdapterError
 STEPS = 31  # of a row's largest value; 63 levels, some five bits of a normal weight
 SCALE = ".scale"
 SUFFIX = ".safetensors.xz"
+TOKENIZER = "tokenizer.json"
 
 
 def pack(tensors: dict[str, torch.Tensor]) -> bytes:
@@ -33,7 +34,11 @@ def pack(tensors: dict[str, torch.Tensor]) -> bytes:
         scale = (tensor.float().abs().amax(-1, keepdim=True) / STEPS).bfloat16()
         steps = tensor.float() / scale.float().clamp(min=torch.finfo(torch.bfloat16).tiny)
         packed[name], packed[name + SCALE] = steps.round().to(torch.int8), scale
-    return lzma.compress(save(packed), preset=9 | lzma.PRESET_EXTREME)
+    return _compress(save(packed))
+
+
+def _compress(content: bytes) -> bytes:
+    return lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)
 
 
 def unpack(content: bytes) -> dict[str, torch.Tensor]:
@@ -54,10 +59,11 @@ def unpack(content: bytes) -> dict[str, torch.Tensor]:
 
 
 def unpack_directory(packed: Path, out: Path) -> None:
-    """Copies a checkpoint or an adapter, or a folder of them, its weights unpacked.
+    """Copies a checkpoint or an adapter, or a folder of them, its weights and tokenizer unpacked.
 
     Args:
-        packed: has files NAME.safetensors.xz where others have NAME.safetensors.
+        packed: has files NAME.safetensors.xz where others have NAME.safetensors, and
+            tokenizer.json.xz.
         out: the directory to make.
 
     Raises:
@@ -68,10 +74,19 @@ def unpack_directory(packed: Path, out: Path) -> None:
         tensors = unpack(file.read_bytes())
         save_file(tensors, file.with_suffix(""), metadata={"format": "pt"})
         file.unlink()
+    for file in sorted(out.rglob(f"{TOKENIZER}.xz")):
+        try:
+            file.with_suffix("").write_bytes(lzma.decompress(file.read_bytes()))
+        except lzma.LZMAError as e:
+            raise AdapterError(str(packed), [f"{file.name}: not a packed tokenizer: {e}"]) from e
+        file.unlink()
 
 
 def pack_directory(directory: Path) -> None:
-    """Packs a directory's weights in their place."""
+    """Packs a directory's weights and tokenizer in their place."""
     for file in sorted(directory.rglob("*.safetensors")):
         file.with_name(file.name + ".xz").write_bytes(pack(load_file(file)))
+        file.unlink()
+    for file in sorted(directory.rglob(TOKENIZER)):
+        file.with_name(file.name + ".xz").write_bytes(_compress(file.read_bytes()))
         file.unlink()

@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm_adafuse.format.adapter import check_adapter
 from vllm_adafuse.format.backbone import Backbone
-from vllm_adafuse.packed import SUFFIX, pack, pack_directory, unpack, unpack_directory
+from vllm_adafuse.packed import SUFFIX, TOKENIZER, pack, pack_directory, unpack, unpack_directory
 from vllm_adafuse.training import AdaFuseModel, MixtureConfig
 from vllm_adafuse.training.align import fit_router, router_inputs
 from vllm_adafuse.training.watch import count_experts
@@ -43,7 +43,7 @@ FILES = {
     "made_with.json",
     *(f"adapter/adapter_{name}" for name in ("config.json", f"model{SUFFIX}")),
     *(f"backbone/{name}" for name in ("config.json", "generation_config.json", f"model{SUFFIX}",
-                                      "tokenizer.json", "tokenizer_config.json")),
+                                      f"{TOKENIZER}.xz", "tokenizer_config.json")),
 }  # fmt: skip
 SHARES = {"python": 0.5, "prose": 0.5, "c": 0.0, "html": 0.0, "json": 0.0}
 NAMED = 1.2
