@@ -68,9 +68,9 @@ def _begin_older(
     def tokens_of(place: int, count: int) -> Tokens:
         token_ids, given, by_id = batch.token_ids_cpu[place, :count].copy(), None, None
         if requests.embed is not None:
-            given, by_id = batch.req_prompt_embeds.get(place), batch.is_token_ids[place, :count]
-            token_ids[~by_id] = 0  # what stands there is nobody's
-            by_id = torch.from_numpy(by_id.copy())
+            given = batch.req_prompt_embeds.get(place)
+            by_id = torch.asarray(batch.is_token_ids[place, :count], copy=True)
+            token_ids[~by_id.numpy()] = 0  # what stands there is nobody's
         if (token_ids < 0).any():
             raise RuntimeError(
                 f"vllm-adafuse: request {batch.req_ids[place]} goes on after {count} tokens of "

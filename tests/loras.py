@@ -65,7 +65,10 @@ def engine_config(model_config, pipelined=False, **options):
             setattr(model_config, name, value)
     return SimpleNamespace(
         model_config=model_config,
-        parallel_config=SimpleNamespace(pipeline_parallel_size=1 + pipelined),
+        parallel_config=SimpleNamespace(
+            pipeline_parallel_size=1 + pipelined, prefill_context_parallel_size=1,
+            decode_context_parallel_size=1,
+        ),  # fmt: skip
         load_config=SimpleNamespace(load_format="auto"),
         lora_config=SimpleNamespace(max_loras=4, max_lora_rank=128),
         additional_config={"adafuse": options} if options else {},

@@ -95,6 +95,21 @@ def test_reference_and_offline_routes_equal_the_formula(base, tmp_path, half_lif
     assert (model.adafuse.gates[0, 0].nonzero().flatten() == alone[0].sort().values).all()
 
 
+def test_embeddings_are_routed_as_their_ids(model):
+    """The reference, of embeddings: whole, and behind a cache of ids."""
+    embedding = model.get_input_embeddings()
+    with torch.no_grad():
+        model(IDS)
+        expected, cache = model.adafuse.gates, DynamicCache()
+        model(inputs_embeds=embedding(IDS))
+        torch.testing.assert_close(model.adafuse.gates, expected)
+        model(IDS[:, :25], past_key_values=cache)
+        model(inputs_embeds=embedding(IDS[:, 25:]), past_key_values=cache)
+        torch.testing.assert_close(model.adafuse.gates, expected[:, 25:])
+        model(inputs_embeds=embedding(IDS) + 0.1 * torch.sin(torch.arange(128.0)))
+        assert not torch.allclose(model.adafuse.gates, expected)
+
+
 def test_offline_chunks_do_not_matter(llama, adapter, monkeypatch):
     whole = OfflineRouter(load_adapter(adapter), llama).routes(IDS[0])
     monkeypatch.setattr("vllm_adafuse.offline.routing.CHUNK", 7)

@@ -31,6 +31,11 @@ def loader_of(base, family="LlamaForCausalLM", linears=None, pipelined=False, em
         ({"routing": "layer_wise"}, {}, "`routing` layer_wise"),
         ({"router_layer": 2}, {}, "`router.layer` 2"),
         ({}, {"family": "OtherForCausalLM"}, "whose embedding is not known"),
+        # Of images: what stands for them has no embedding among those of ids.
+        *[
+            (options, {"family": "LlavaForConditionalGeneration"}, "a mixture on LlavaForConditional")
+            for options in ({}, {"router_context": "mean"})
+        ],
     ],
 )
 def test_mixtures_that_are_served_alone(adapter, loader, message, tmp_path):
