@@ -96,39 +96,73 @@ def load_b(
 
 
 @triton.jit
-def add_delta(
-    acc, b_at, b, active_ptr, active, lora_a_out_ptr, semaphore_ptr, shrinks,
-    n_tokens, linear_idx, n_linears, n_experts,
-    WAITS: tl.constexpr, PADDED: tl.constexpr, RANK: tl.constexpr,
+def load_s(
+    lora_a_out_at, start, token_mask, active_ptr, active, n_experts,
+    PADDED: tl.constexpr, RANK: tl.constexpr, BLOCK_ER: tl.constexpr,
+):  # fmt: skip
+    """A block of ranks of s [columns, T]; see `_columns`."""
+    columns, used = _columns(start, active_ptr, active, n_experts, PADDED, RANK, BLOCK_ER)
+    mask = token_mask[None, :] & used[:, None]
+    return tl.load(lora_a_out_at + columns[:, None], mask=mask, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def add_deltas(
+    acc, acc_up, b_at, b_up_at, b, b_up, active_ptr, asked, asked_up, active, lora_a_out_ptr,
+    semaphore_ptr, shrinks, n_tokens, linear_idx, linear_up, n_linears, n_experts,
+    PAIRS: tl.constexpr, SHARED: tl.constexpr, PADDED: tl.constexpr, RANK: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_ER: tl.constexpr,
 ):  # fmt: skip
-    """acc [rows, T] + B[rows] s[linear].
+    """acc [rows, T] + B[rows] s[linear], and with PAIRS of the other member too.
 
-    b: the first block of columns of B, loaded long before.
-    WAITS: until all of s is there, unless the tile has done so before: to ask is a way to memory.
+    b, b_up: the first blocks of columns of B, loaded long before. All of a step is asked for in the
+    step before, for each way to memory shows here: nothing is left that would hide it.
+    asked: `active` of a member with experts, else 0. SHARED: both members have one s.
     """
     tokens = tl.arange(0, BLOCK_T)
     token_mask = tokens < n_tokens
-    lora_a_out_at = lora_a_out_ptr + (tokens * n_linears + linear_idx)[None, :] * (n_experts * RANK)
-    if active != 0:
-        if WAITS:
-            wait_for_shrink(semaphore_ptr, shrinks)
+    size = n_experts * RANK
+    lora_a_out_at = lora_a_out_ptr + (tokens * n_linears + linear_idx)[None, :] * size
+    lora_a_out_up_at = lora_a_out_ptr + (tokens * n_linears + linear_up)[None, :] * size
+    if (asked != 0) | (asked_up != 0):
+        wait_for_shrink(semaphore_ptr, shrinks)
+        s = load_s(
+            lora_a_out_at, 0, token_mask, active_ptr, asked, n_experts, PADDED, RANK, BLOCK_ER
+        )
+        s_up = s
+        if PAIRS and not SHARED:
+            s_up = load_s(
+                lora_a_out_up_at, 0, token_mask, active_ptr, asked_up, n_experts, PADDED, RANK,
+                BLOCK_ER,
+            )  # fmt: skip
         # One block without a list. Out of a loop Triton would keep b in shared memory all along.
-        end = n_experts * RANK
+        end = size
         if PADDED:
             end = active.to(tl.int32) * PADDED
         for start in range(0, end, BLOCK_ER):
-            columns, used = _columns(start, active_ptr, active, n_experts, PADDED, RANK, BLOCK_ER)
-            lora_a_out = tl.load(
-                lora_a_out_at + columns[:, None],
-                mask=token_mask[None, :] & used[:, None], other=0.0, cache_modifier=".cg",
-            )  # fmt: skip
-            later = load_b(  # on its way during the product
-                b_at, start + BLOCK_ER, active_ptr, active, n_experts, PADDED, RANK, BLOCK_ER
-            )
-            acc = tl.dot(b.to(lora_a_out.dtype), lora_a_out, acc, input_precision="ieee")
-            b = later
-    return acc
+            after = start + BLOCK_ER
+            later = load_b(b_at, after, active_ptr, asked, n_experts, PADDED, RANK, BLOCK_ER)
+            later_up, later_s, later_s_up = b_up, s, s_up
+            if PAIRS:
+                later_up = load_b(
+                    b_up_at, after, active_ptr, asked_up, n_experts, PADDED, RANK, BLOCK_ER
+                )
+            if PADDED:
+                later_s = load_s(
+                    lora_a_out_at, after, token_mask, active_ptr, asked, n_experts, PADDED, RANK,
+                    BLOCK_ER,
+                )  # fmt: skip
+                later_s_up = later_s
+                if PAIRS and not SHARED:
+                    later_s_up = load_s(
+                        lora_a_out_up_at, after, token_mask, active_ptr, asked_up, n_experts,
+                        PADDED, RANK, BLOCK_ER,
+                    )  # fmt: skip
+            acc = tl.dot(b.to(s.dtype), s, acc, input_precision="ieee")
+            if PAIRS:
+                acc_up = tl.dot(b_up.to(s.dtype), s_up, acc_up, input_precision="ieee")
+            b, b_up, s, s_up = later, later_up, later_s, later_s_up
+    return acc, acc_up
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -205,14 +239,13 @@ def _decode_gemm_kernel(
             slots, shrinks = n_experts * of_expert, active.to(tl.int32) * of_expert
         b_at = b_ptr + (rows - skipped).to(tl.int64)[:, None] * size
         b_up_at = b_at
-        adds = (linear_idx >= 0) & (pid_k == 0)
-        asked = tl.where(adds, active, 0)
+        asked = tl.where((linear_idx >= 0) & (pid_k == 0), active, 0)
+        asked_up = tl.where(linear_up >= 0, active, 0) if EPILOGUE != 0 else active * 0
         b = load_b(b_at, 0, active_ptr, asked, n_experts, PADDED, RANK, BLOCK_ER)
         b_up = b
         if EPILOGUE != 0:
-            asked = tl.where(linear_up >= 0, active, 0)
-            b_up_at = b_at + APART_B * size
-            b_up = load_b(b_up_at, 0, active_ptr, asked, n_experts, PADDED, RANK, BLOCK_ER)
+            b_up_at = b_up_at + APART_B * size
+            b_up = load_b(b_up_at, 0, active_ptr, asked_up, n_experts, PADDED, RANK, BLOCK_ER)
         for start in tl.range(begin, end, COLS, num_stages=STAGES):
             k = start + tl.arange(0, COLS)
             k_mask = k < end
@@ -231,11 +264,11 @@ def _decode_gemm_kernel(
                 else:
                     w = tl.load(up_at + k[None, :], mask=k_mask[None, :], other=0.0)
                 acc_up = tl.dot(w, x, acc_up, input_precision="ieee")
-        if adds:
-            acc = add_delta(
-                acc, b_at, b, active_ptr, active, lora_a_out_ptr, semaphore_ptr, shrinks,
-                n_tokens, linear_idx, n_linears, n_experts, True, PADDED, RANK, BLOCK_T, BLOCK_ER,
-            )  # fmt: skip
+        acc, acc_up = add_deltas(
+            acc, acc_up, b_at, b_up_at, b, b_up, active_ptr, asked, asked_up, active, lora_a_out_ptr,
+            semaphore_ptr, shrinks, n_tokens, linear_idx, linear_up, n_linears, n_experts,
+            EPILOGUE != 0, EPILOGUE == 3, PADDED, RANK, BLOCK_T, BLOCK_ER,
+        )  # fmt: skip
         last = True
         if SPLIT_K > 1 and not LEAVE:
             acc, last = last_sums(
@@ -245,15 +278,8 @@ def _decode_gemm_kernel(
         if last:
             if HAS_BIAS:
                 acc += tl.load(bias_ptr + rows).to(tl.float32)[:, None]
-            if EPILOGUE != 0:
-                if linear_up >= 0:
-                    acc_up = add_delta(
-                        acc_up, b_up_at, b_up, active_ptr, active, lora_a_out_ptr, semaphore_ptr,
-                        shrinks, n_tokens, linear_up, n_linears, n_experts,
-                        EPILOGUE != 3 and ADAPTED0 < 0, PADDED, RANK, BLOCK_T, BLOCK_ER,
-                    )  # fmt: skip
-                if HAS_BIAS:
-                    acc_up += tl.load(bias_ptr + APART + rows).to(tl.float32)[:, None]
+            if EPILOGUE != 0 and HAS_BIAS:
+                acc_up += tl.load(bias_ptr + APART + rows).to(tl.float32)[:, None]
             y_at = y_ptr + tokens[None, :] * y_stride + (first + local_rows)[:, None]
             if LEAVE:
                 y_at += pid_k * n_tokens * y_stride
