@@ -23,6 +23,7 @@ from vllm_adafuse.kernels.dispatch import choose_norm
 from vllm_adafuse.kernels.launch import Bound, bind, overlap
 from vllm_adafuse.kernels.operands import Norm
 from vllm_adafuse.kernels.plans import on_hopper
+from vllm_adafuse.kernels.room import new_rows
 from vllm_adafuse.kernels.whole import cdiv
 
 
@@ -139,9 +140,9 @@ def add_norm_triton(
     """
     tokens, width = residual.shape
     _, experts, rank = lora_b.shape
-    out = residual.new_empty(tokens, width)
+    out = new_rows(residual, tokens, width)
     if z is None:
-        z = torch.empty_like(out)
+        z = residual.new_empty(tokens, width)
     split_k = y.shape[0] if y.dim() == 3 else 0
     block_t, kernel = _plan(
         width, split_k, lora_a_out is not None, experts, rank, residual.element_size(), config, on_hopper(y)

@@ -43,18 +43,21 @@ from vllm_adafuse.kernels.plans import (
 )
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
-# W is streamed up to so many tokens in every case, up to the second number where that is the better
-# config, and tiled up to the third: then cuBLAS is faster. (a24accf, 3772b8a, b1bfbb7: streaming 128
-# tokens takes 42.7 us for qkv, cuBLAS 30; tiles are the better config of three in four from 17 on.)
-MAX_STREAM_ONLY_TOKENS = 16
-MAX_STREAM_TOKENS = 32
+# W is streamed up to so many tokens, but before a rotary embedding, up to the second number where that
+# is the better config, and tiled up to the third: then cuBLAS is faster. (a24accf, 3772b8a, b1bfbb7:
+# streaming 128 tokens takes 42.7 us for qkv, cuBLAS 30; tiles are the better config from 17 on.)
+MAX_STREAM_ONLY_TOKENS, MAX_STREAM_TOKENS = 16, 32
 MAX_TILE_TOKENS = 128
-# Up to so many tokens tiles are not worth a measurement. (d08f767, 8 tokens: qkv 19.6 us streamed,
-# 27.0 tiled, gate_up 61.7 and 75.6.)
+# Up to so many tokens tiles are not worth a measurement, beyond they are for a rotary embedding: a
+# norm of so many programs leaves no processor for each streamed tile. (dc5dc15, behind a norm: qkv of 8
+# tokens 19.7 us streamed, 27.3 tiled, of 16 24.1 and 19.4; gate_up of 16 64.3 and 66.6.)
 MAX_UNTILED_TOKENS = 8
+# So many rows of a tile outside of x cost more than to copy it (dc5dc15, qkv: 32 4.1 us, 16 0.3).
+MIN_MISSING_ROWS = 24
 # With more ranks over all experts 17 to 32 tokens are streamed: tiles would take inactive experts
-# along (3010da1: E 64, r 16, gate_up 72.5 us, 84.9 tiled), and 65 to 128 left to cuBLAS (d08f767: qkv
-# 42.3 us, 95.1 tiled). gate_up is from 129 ranks to the second (7bf8d2a: E 16 61, 65; E 32 78, 75).
+# along (dc5dc15: E 64, 24 tokens, gate_up 84 us, 95 tiled, but qkv 42 and 37), more left to cuBLAS, but
+# 33 to 64 of qkv and down (56: gate_up 94 us tiled, 91; o 28.4, 24.5; qkv 38, 39; down 51, 57; d08f767:
+# 128, qkv 95, 42). gate_up is streamed from 129 ranks to the second (7bf8d2a: E 16 61, 65; E 32 78, 75).
 MAX_TILED_RANKS, MAX_STREAMED_GATE_UP_RANKS = 512, 256
 # Beyond 128 ranks the shrink outlasts a streamed W unless its steps are long, and rotary's other
 # programs leave room for it (b4c16c0: E 32, 8 tokens, qkv 24.3 us, 21.6; of 4 mixtures 28.1, 25.4).
@@ -85,30 +88,26 @@ MIN_DENSE_TOKENS = 2
 # (e1dd462, gate_up, qkv: 200 tokens 99.6 us for 93.0, 28.3 for 28.7; 512 197 for 186, 66.8 for 51.9;
 # 1000 419 for 381, 102 for 88; E 64, 1504 tokens 1102 for 728, 352 for 213).
 MAX_SHORT_TOKENS = 256
-# Longer steps have long programs in `expand` (e1dd462: 512 tokens of qkv 51.9 us in short ones, 66.8
-# else, 1000 88.9 and 101.5; gate_up 402 and 419, 1504 570 and 569).
+# Longer steps have long programs in `expand` (e1dd462: 512 tokens of qkv 66.8 us, 51.9 in short ones).
 MAX_SHORT_EXPAND_TOKENS = 1024
 # Below, pages are for `expand`, which goes by lists too; longer steps have large programs.
 MIN_WIDE_TOKENS = 4096
 # Rows of A from which those steps shrink by the pages that their tiles list, fewer all of them with W
-# (3cc4061, requests of 500 tokens in turn, with W: qkv of 32 pages, 1536 rows, 651 us, by lists 593; of 16
-# 581 and 584; down of 32, 512 rows, 1404 and 1484).
+# (3cc4061: qkv of 32 pages, 1536 rows, with W 651 us, by lists 593; of 16 581, 584; down of 32 1404, 1484).
 MIN_PAGE_SHRINK_ROWS = 1536
 # Ranks of all experts, up to which long steps take cuBLAS for those beyond one product, or for all
-# before a norm (d08f767, 8192 tokens: o 633 us for 1060 at E r 1024, 791 for 1656 at 2048).
-# Beyond, as with 8 ranks an expert, `expand` multiplies all experts, and takes two to four times
-# as long: f34e476, E/r/k 64/32/2 in 8192 tokens, qkv 375 us for 959, gate_up 1516 for 4235.
+# before a norm (d08f767, 8192 tokens: o 633 us for 1060 at E r 1024, 791 for 1656 at 2048). Beyond, as
+# with 8 ranks an expert, `expand` multiplies all, for two to four times as long (f34e476, 64/32/2: 375, 959).
 MAX_DENSE_RANKS = 2048
 # From so many tokens on the norm adds the deltas: before, its programs are too few. (d08f767: o and
 # down 277 and 705 us so at 4096, 251 and 667 else; at 8192 488 and 1357, 490 and 1414.)
 MIN_FUSED_NORM_TOKENS = 8192
-# Over a quantised W: shrink by its own kernel; beyond, by one product over all experts. (d08f767,
-# with the expand: at 64 qkv 9.4 us for 12.9, down 12.0 for 12.8; at 128 12.0 for 13.7, 16.6 for 13.6.)
+# Over a quantised W: shrink by its own kernel; beyond, by one product over all experts (d08f767, with
+# the expand: at 64 qkv 9.4 us for 12.9, down 12.0 for 12.8; at 128 12.0 for 13.7, 16.6 for 13.6).
 MAX_SHRINK_TOKENS = 64
-# Up to so many tokens `active` tells the truth; longer steps touch all experts, and say so. One
-# program has to know them all. (d08f767, `spread_routes` at 256: E 8 2.0 us for 1.5, E 64 4.4 for
-# 5.7; at 512 2.3 for 1.5, 8.8 for 5.8.) A layer's own router tells it to fewer (d08f767, qkv of 16
-# experts: 8 tokens 26.1 us for 24.8, 16 28.0 for 23.9).
+# Up to so many tokens `active` tells the truth; longer steps touch all experts, and say so: one program
+# has to know them all (d08f767, `spread_routes` at 256: E 64 4.4 us for 5.7; at 512 8.8 for 5.8). A
+# layer's own router tells it to fewer (d08f767, qkv, E 16: 8 tokens 26.1 us for 24.8, 16 28.0 for 23.9).
 MAX_ACTIVE_TOKENS = 256
 MAX_LAYER_ACTIVE_TOKENS = 8
 # Layer-wise: tokens of a program of `route_layer` change here (d08f767: at 512 and 1024 within 2 %);
@@ -118,10 +117,10 @@ MAX_SMALL_ROUTE_TOKENS = 512
 MAX_LAYER_FUSED_TOKENS = 256
 
 TOKEN_LIMITS = (
-    MIN_DENSE_TOKENS, MAX_LAYER_ACTIVE_TOKENS, MAX_STREAM_ONLY_TOKENS, MAX_STREAM_TOKENS,
-    MAX_LOW_TILE_TOKENS, MAX_SHRINK_TOKENS, MAX_TILE_TOKENS, MAX_BIAS_TOKENS, MAX_SHORT_TOKENS,
-    MAX_ACTIVE_TOKENS, MAX_LAYER_FUSED_TOKENS, MAX_SMALL_ROUTE_TOKENS, MAX_SHORT_EXPAND_TOKENS,
-    MIN_WIDE_TOKENS, MIN_FUSED_NORM_TOKENS,
+    MIN_DENSE_TOKENS, MAX_UNTILED_TOKENS, MAX_LAYER_ACTIVE_TOKENS, MAX_STREAM_ONLY_TOKENS,
+    MAX_STREAM_TOKENS, MAX_LOW_TILE_TOKENS, MAX_SHRINK_TOKENS, MAX_TILE_TOKENS, MAX_BIAS_TOKENS,
+    MAX_SHORT_TOKENS, MAX_ACTIVE_TOKENS, MAX_LAYER_FUSED_TOKENS, MAX_SMALL_ROUTE_TOKENS,
+    MAX_SHORT_EXPAND_TOKENS, MIN_WIDE_TOKENS, MIN_FUSED_NORM_TOKENS,
 )  # fmt: skip
 
 
@@ -173,14 +172,16 @@ def gemm_config(shape: Shape, num_tokens: int, device: Device) -> GemmConfig | N
         return None
     key = s.size_in, s.tiled_rows, s.epilogue, s.itemsize
     some, many = MAX_STREAM_ONLY_TOKENS < num_tokens <= MAX_STREAM_TOKENS, s.ranks > BLOCK_ER
+    most, rotary, norm = s.ranks > MAX_TILED_RANKS, s.epilogue == "rotary", s.epilogue == "norm"
     gate_up = many and is_gate_up(s.kernel_epilogue)
-    if some and (s.ranks > MAX_TILED_RANKS or gate_up and s.ranks <= MAX_STREAMED_GATE_UP_RANKS):
+    long = norm and s.size_in > MIN_LONG_IN and s.itemsize == 2
+    if some and (most and not rotary or gate_up and s.ranks <= MAX_STREAMED_GATE_UP_RANKS):
         return default_config(num_tokens, *key)
-    if num_tokens > MAX_LOW_TILE_TOKENS and s.ranks > MAX_TILED_RANKS:
+    by_cublas = gate_up or norm and not long
+    if most and num_tokens > (MAX_STREAM_TOKENS if by_cublas else MAX_LOW_TILE_TOKENS):
         return None
     tma = can_tile(s, device)
     found = find_config(device.name, power_of_2(num_tokens), *key, tma)
-    long = s.epilogue == "norm" and s.size_in > MIN_LONG_IN and s.itemsize == 2
     if found is None and many and tma and long:
         split_k = min(MAX_SPLIT_K, max(1, MAX_NORM_TILES // cdiv(s.tiled_rows, 128)))
         found = GemmConfig(128, 128, split_k, 4, 3, shrink_split_k=4, tma=True)
@@ -188,10 +189,10 @@ def gemm_config(shape: Shape, num_tokens: int, device: Device) -> GemmConfig | N
         tiles = sum(cdiv(w, found.rows) for w in tiled_widths(s.widths, s.kernel_epilogue))
         room, shrinks = PROCESSORS - tiles * found.split_k, cdiv(s.fused_rows - s.size_out, 64)
         # Three linears wait longer for a shrink in one piece (d08f767: E 32, 32 tokens, 31.6 us, 29).
-        least = 2 if s.epilogue == "rotary" and num_tokens <= MAX_STREAM_TOKENS else 1
+        least = 2 if rotary and (most or num_tokens <= MAX_STREAM_TOKENS) else 1
         return found.with_room(max(room, least * shrinks), shrinks)
     if many and found:
-        stages = min(found.stages, MAX_MANY_STAGES) if s.epilogue == "rotary" else found.stages
+        stages = min(found.stages, MAX_MANY_STAGES) if rotary else found.stages
         return replace(found, shrink_cols=MANY_SHRINK_COLS, stages=stages)
     return found
 
@@ -235,9 +236,9 @@ def serves(config: GemmConfig | None, tokens: int, tma: bool) -> bool:
 def default_config(
     tokens: int, size_in: int, rows: int, epilogue: str, itemsize: int, tma: bool = False
 ) -> GemmConfig | None:
-    """A sane config for any device, found on an H200 (docs/kernel-notes.md); None: cuBLAS is faster.
-    `find_config` has the arguments."""
-    tiles = tma and MAX_STREAM_ONLY_TOKENS < tokens <= MAX_TILE_TOKENS
+    """A sane config for any device; None: cuBLAS is faster. `find_config` has the arguments."""
+    least = MAX_UNTILED_TOKENS if epilogue == "rotary" else MAX_STREAM_ONLY_TOKENS
+    tiles = tma and least < tokens <= MAX_TILE_TOKENS
     config = _tiled(tokens, size_in, rows, epilogue, itemsize) if tiles else None
     if tokens > MAX_STREAM_TOKENS:
         return config

@@ -24,6 +24,7 @@ from vllm_adafuse.kernels.kv_slots import KVSlots, kv_slots_torch
 from vllm_adafuse.kernels.operands import Projection, Step
 from vllm_adafuse.kernels.page_shrink import page_shrink_triton
 from vllm_adafuse.kernels.plans import FP8_SHRINK, PAGE_SHRINK, SHRINK, TMA_EXPAND, Plan, Shape
+from vllm_adafuse.kernels.room import new_rows
 from vllm_adafuse.kernels.shrink import shrink_torch, shrink_triton
 from vllm_adafuse.kernels.tma_expand import tma_expand_triton
 from vllm_adafuse.kernels.tma_gemm import tma_gemm_triton
@@ -69,7 +70,7 @@ def result_layout(shape: Shape, strided_out: bool) -> tuple[int, int]:
 def new_result(x: torch.Tensor, shape: Shape, strided_out: bool) -> torch.Tensor:
     """Where the result of T tokens goes."""
     width, stride = result_layout(shape, strided_out)
-    return x.new_empty_strided((x.shape[0], width), (stride, 1))
+    return new_rows(x, x.shape[0], width, stride)
 
 
 def projection(

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
-from vllm_adafuse.kernels.configs import MAX_SHRINK_SPLIT_K, MIN_TILE_TOKENS, GemmConfig
+from vllm_adafuse.kernels.configs import MAX_SHRINK_SPLIT_K, GemmConfig
 from vllm_adafuse.kernels.device.epilogues import (
     EPILOGUES,
     activate,
@@ -49,6 +49,7 @@ from vllm_adafuse.kernels.kv_slots import NO_KV_SLOTS, KVSlots, rows_in_kv, star
 from vllm_adafuse.kernels.launch import launch, overlap
 from vllm_adafuse.kernels.operands import Projection, Step
 from vllm_adafuse.kernels.plans import on_hopper, waits_in_loops
+from vllm_adafuse.kernels.room import tile_tokens, with_room
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
 # Rows of A in a tile.
@@ -330,7 +331,8 @@ def tma_gemm_triton(
     if half:
         config = replace(config, rows=min(config.pieces[0], half))
     rows, piece1 = config.pieces
-    block_t = max(MIN_TILE_TOKENS, power_of_2(tokens))
+    block_t = tile_tokens(tokens)
+    x, there = with_room(x, block_t)
     count = sum(cdiv(w, config.rows) for w in members)
     shrinks = cdiv(lora_a.shape[0], SHRINK_ROWS) * config.shrink_split_k
     widths, adapted = [*widths, 0, 0][:3], [*adapted, -1, -1][:3]
@@ -347,7 +349,7 @@ def tma_gemm_triton(
     up_blocks = b_blocks[1] if len(of_b) > 1 else [None, None]
     launch(
         _tma_gemm_kernel, (shrinks + count * split_k,),
-        TensorDescriptor(x, list(x.shape), list(x.stride()), [block_t, config.cols]), *w_blocks,
+        TensorDescriptor(x, [there, size_in], list(x.stride()), [block_t, config.cols]), *w_blocks,
         TensorDescriptor(lora_a, list(lora_a.shape), [size_in, 1], [SHRINK_ROWS, config.cols]),
         TensorDescriptor(lora_a_out, [tokens, ranks], [ranks, 1], [block_t, config.cols]),
         *b_blocks[0], *up_blocks, fused, p.bias, y, step.cos_sin, step.gates, step.active, lora_a_out,

@@ -88,6 +88,13 @@ def test_a_token_does_not_see_its_company(size_in, experts, rank, sums_of_sixtee
     assert torch.equal(one[5], two[5]) and not torch.equal(one[4], two[4])
 
 
+@pytest.mark.parametrize("adapted", [[0, 1], [0, -1], [-1, 0]])
+def test_a_list_of_blocks_for_both_members(adapted):
+    p = make_problem(12, 96, [64, 64], 40, 2, 16, adapted=adapted)
+    assert (p.gates != 0).any(0).sum() > 16  # blocks of 8 experts
+    assert error(run(p, "silu"), linear_truth(p, "silu")) <= 1e-5
+
+
 def test_rows_without_gates_are_the_bare_projection(sums_of_sixteen):
     p = make_problem(4, 64, [64], 4, 2, 4)
     p.gates[2] = 0

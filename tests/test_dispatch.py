@@ -121,10 +121,10 @@ def test_long_tiles_take_one_round_of_processors_where_they_can(rows, height):
 
 # Of Mistral-7B, Llama-3-70B, Llama-2-7B and 13B.
 @pytest.mark.parametrize("rows", [3072, 5120, 6144, 7680])
-@pytest.mark.parametrize("tokens", [1, 16, 32, 64, 128])
+@pytest.mark.parametrize("tokens", [1, 8, 9, 16, 32, 64, 128])
 def test_a_projection_of_heads_has_programs_for_a_large_gpu(rows, tokens):
     config = default_config(tokens, 4096, rows, "rotary", 2, True)
-    assert 66 <= -(-rows // config.rows) <= 240 and config.tma == (tokens > 16)
+    assert 66 <= -(-rows // config.rows) <= 240 and config.tma == (tokens > 8)
 
 
 @pytest.mark.parametrize("rows", [2304, 2560])  # of Qwen2.5-7B and Llama-3.2-3B
@@ -189,7 +189,10 @@ def test_many_ranks_go_ways_of_their_own():
     assert kernels(8, 128) == [tiled, cublas, tiled, cublas]
     assert kernels(16, 128) == [tiled, cublas, tiled, tiled]
     assert kernels(32, 32) == [tiled, streamed, tiled, tiled]
-    assert kernels(64, 32) == [streamed] * 4 and kernels(64, 65) == [cublas] * 4
+    assert kernels(8, 16) == [tiled, streamed, streamed, streamed] and kernels(8, 8) == [streamed] * 4
+    assert kernels(64, 32) == [tiled, streamed, streamed, streamed]
+    assert kernels(64, 33) == kernels(64, 64) == [tiled, cublas, cublas, tiled]
+    assert kernels(32, 64) == [tiled] * 4 and kernels(64, 65) == [cublas] * 4
 
 
 def test_where_the_wide_expand_begins():

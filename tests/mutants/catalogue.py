@@ -9,6 +9,7 @@ from mutants.fading import FADING
 from mutants.mutant import Mutant
 from mutants.production import DEPLOY, METRICS
 from mutants.serving import LOADS, STAGES
+from mutants.tiles import TILES
 
 WAITS = "tests/test_waits.py::test_tiles_wait_for_all_of_the_shrink"
 GPU_WAY = "tests/test_gpu_way.py::test_"
@@ -63,7 +64,7 @@ KERNELS = [
     ),
     Mutant(
         "the second member has no delta", "kernels/decode_gemm.py",
-        "                if linear_up >= 0:", "                if linear_up < -1:",
+        "asked_up = tl.where(linear_up >= 0, active, 0)", "asked_up = tl.where(linear_up < -1, active, 0)",
         f"{STREAM}gate_up_with_its_activation[adapted0-silu]",
         "up_proj goes without its experts",
     ),
@@ -380,4 +381,4 @@ TOOLS = [
 ]
 
 MUTANTS = [*KERNELS, *DISPATCH, *SHARDING, *ROUTING, *STAGES, *LOADS, *CACHE, *TOOLS, *DEPLOY,
-           *FADING, *EMBEDS, *BENCHMARKS]  # fmt: skip
+           *FADING, *EMBEDS, *TILES, *BENCHMARKS]  # fmt: skip
