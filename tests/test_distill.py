@@ -117,6 +117,30 @@ def test_distilling_comes_nearer_to_the_teacher(base, tmp_path):
     assert check_adapter(saved, Backbone.from_path(str(base)))[1] == []
 
 
+def test_a_student_may_see_the_past(base, tmp_path):
+    """It starts as one that does not, learns to, and is what plain transformers say of its files."""
+    path = layer_wise(base, tmp_path / "teacher", router_scope="block")
+    teacher = load_reference(base, path)
+    batches = [random_ids(4, 32, seed=seed) for seed in range(3)]
+    context = {"router_context": "mean", "context_scale": 2.0, "context_half_life": 6.0}
+    students = [
+        make_student(str(path), teacher, backbone_of(base), batches, **changes) for changes in ({}, context)
+    ]
+    with torch.no_grad():
+        blind, seeing = (student.eval()(input_ids=batches[0]).logits for student in students)
+    assert difference(seeing, blind) <= 1e-5
+    distill(teacher, students[1], batches, DistillOptions(steps=9, lr=1e-2))
+    saved = students[1].save_pretrained(tmp_path / "student")
+    adapter, problems = check_adapter(saved, Backbone.from_path(str(base)))
+    config = adapter.config
+    assert not problems and (config.router_context, config.context_half_life) == ("mean", 6.0)
+    assert students[1].routers[0].context.abs().max() > 1e-3
+    with torch.no_grad():
+        found = students[1].eval()(input_ids=batches[0]).logits
+        expected = load_reference(base, saved)(batches[0]).logits
+    assert difference(found, expected) <= 1e-3
+
+
 def test_a_teacher_that_says_nan_stops_it_at_once(base, tmp_path):
     path = layer_wise(base, tmp_path / "teacher", router_scope="block")
     teacher = load_reference(base, path)
@@ -146,12 +170,15 @@ def test_the_command_states_what_was_lost(base, tmp_path, capsys):
     data = tmp_path / "texts.jsonl"
     data.write_text("\n".join(json.dumps({"text": t}) for t in list(real_texts())[:30]))
     options = ("--data", data, "--length", 32, "--steps", 4, "--batch-size", 4, "--quiet")
+    options += ("--router-context", "mean", "--router-context-half-life", 8)
     code, out, err = run(capsys, "distill", path, *options, "--output", tmp_path / "made")
     assert code == 0, err
     rows = {line[:14].strip(): line.split()[-4:] for line in out.splitlines()[2:-1]}
     assert list(rows) == ["teacher", "student, start", "student", "backbone"]
     assert float(rows["teacher"][-1]) == 0 < float(rows["student"][-1])
     assert run(capsys, "check", tmp_path / "made")[0] == 0
+    config = json.loads((tmp_path / "made" / "adapter_config.json").read_text())
+    assert (config["router.context"], config["router.context_half_life"]) == ("mean", 8.0)
     code, _, err = run(capsys, "distill", tmp_path / "made", *options, "--output", tmp_path / "x")
     assert code == 1 and "it is pre-gated already" in err
 

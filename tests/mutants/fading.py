@@ -12,6 +12,7 @@ FORMAT = "tests/test_context.py::test_"
 TRAINED = "tests/test_context_training.py::test_"
 COMPOSED = "tests/test_compose_context.py::test_"
 CHANGED = "tests/test_change_mixture.py::test_"
+DISTILLED = "tests/test_distill.py::test_"
 PAGES = "tests/test_engine_context_pages.py::test_"
 KERNEL, PAST = "kernels/context_routes.py", "vllm_adafuse/serving/past.py"
 LAYERS, COMPOSE = "vllm_adafuse/training/layers.py", "vllm_adafuse/experts/compose.py"
@@ -80,4 +81,8 @@ FADING = [
     Mutant("a changed mixture learns with the mean", "vllm_adafuse/experts/change.py",
            "                config.context_half_life,\n", "", f"{CHANGED}the_router_stays_of_its_form",
            "an added expert's row is of another router"),
+    Mutant("a student starts with a past", "vllm_adafuse/training/align.py", "router.context.data.zero_()", "pass",
+           f"{DISTILLED}a_student_may_see_the_past", "what it begins with is no imitation of its teacher"),
+    Mutant("distill takes no half-life", "vllm_adafuse/cli/cmd_distill.py", ', "context_half_life"', "",
+           f"{DISTILLED}the_command_states_what_was_lost", "an option is read and not obeyed"),
 ]  # fmt: skip

@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vllm_adafuse.cli.common import ADAPTER_HELP, BASE_HELP, add_example, open_adapter, usable
+from vllm_adafuse.cli.common import (
+    ADAPTER_HELP,
+    BASE_HELP,
+    add_context,
+    add_example,
+    open_adapter,
+    usable,
+)
 from vllm_adafuse.cli.parser import COUNT
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.config import ROUTER_INPUTS
@@ -42,6 +49,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--router-layer", type=int, default=0, metavar="M",
         help="decide on entering layer M, which sees context if M > 0; the teacher's experts below "
         "M are left out (default 0)")  # fmt: skip
+    add_context(parser)
     add("--router-input", choices=ROUTER_INPUTS, default=ROUTER_INPUTS[0],
         help="what the router reads: the state, or the norm of it")  # fmt: skip
     add("--tune-experts", action="store_true", help="also train the experts: loses less")
@@ -81,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
         args.steps, args.lr, args.expert_lr if args.tune_experts else 0.0,
         length=args.length, batch_size=args.batch_size, held_out=args.held_out,
     )  # fmt: skip
-    changes = {"router_layer": args.router_layer, "router_input": args.router_input}
+    taken = "router_layer", "router_input", "router_context", "context_scale", "context_half_life"
+    changes = {name: getattr(args, name) for name in taken}
     if args.top_k is not None:
         changes["top_k"] = args.top_k
     report = distil_files(

@@ -6,10 +6,9 @@ import argparse
 from pathlib import Path
 
 from vllm_adafuse.cli.cmd_random import LAYERS, names
-from vllm_adafuse.cli.common import add_example, share
+from vllm_adafuse.cli.common import add_context, add_example, share
 from vllm_adafuse.errors import AdapterError
 from vllm_adafuse.format.config import ROUTER_INPUTS, ROUTER_WEIGHTS
-from vllm_adafuse.format.context_keys import CONTEXTS
 from vllm_adafuse.format.places import output_problem, require_backbone
 from vllm_adafuse.text import printable
 
@@ -69,13 +68,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--router-layer", type=int, default=0, metavar="M",
         help="decide on entering layer M, which sees context if M > 0; layers below stay plain "
         "(default 0: at the entrance, by the token alone)")  # fmt: skip
-    add("--router-context", choices=CONTEXTS, default="",
-        help="mean: the router at the entrance also sees the mean of the request so "
-        "far")  # fmt: skip
-    add("--router-context-scale", dest="context_scale", type=float, default=4.0, metavar="S",
-        help="how much that counts (default 4)")  # fmt: skip
-    add("--router-context-half-life", dest="context_half_life", type=float, metavar="N",
-        help="what was said counts half after N tokens (default: all counts alike)")  # fmt: skip
+    add_context(router)
     add("--routing", choices=("pre_gated", "layer_wise"), default="pre_gated",
         help="layer_wise: a router in every layer, slower to serve")  # fmt: skip
     add("--router-scope", choices=("linear", "block"), default="linear",

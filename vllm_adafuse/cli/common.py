@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_adafuse.errors import AdapterError
+from vllm_adafuse.format.context_keys import CONTEXTS
 from vllm_adafuse.format.places import find_local_backbone, require_backbone
 from vllm_adafuse.format.reading import where
 
@@ -96,6 +97,18 @@ def add_example(parser: argparse.ArgumentParser, example: str) -> None:
     """Puts an example under a subcommand's help."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = f"example:\n{example}"
+
+
+def add_context(group: argparse._ActionsContainer) -> None:
+    """Adds the options of a router that is trained to see the past; see `MixtureConfig`."""
+    add = group.add_argument
+    add("--router-context", choices=CONTEXTS, default="",
+        help="mean: the router at the entrance also sees the mean of the request so "
+        "far")  # fmt: skip
+    add("--router-context-scale", dest="context_scale", type=float, default=4.0, metavar="S",
+        help="how much that counts (default 4)")  # fmt: skip
+    add("--router-context-half-life", dest="context_half_life", type=float, metavar="N",
+        help="what was said counts half after N tokens (default: all counts alike)")  # fmt: skip
 
 
 def console() -> Console:

@@ -196,7 +196,8 @@ def router_inputs(model: AdaFuseModel, batches: Iterable[torch.Tensor]) -> torch
 def fit_router(
     student: AdaFuseModel, inputs: torch.Tensor, target: torch.Tensor, steps: int = 300
 ) -> float:
-    """Starts the student's router: cross entropy with what it should say, everything else frozen.
+    """Starts the student's router: cross entropy with what it should say, everything else frozen. What
+    it says of the past is nothing at first: `target` is of tokens alone.
 
     Args:
         student: pre-gated.
@@ -209,6 +210,8 @@ def fit_router(
     """
     (router,) = student.routers
     target = target.to(inputs.device)
+    if router.context is not None:
+        router.context.data.zero_()
     rate = 0.3 / math.sqrt(inputs.shape[1])
     optimizer = torch.optim.Adam(router.parameters(), lr=rate)
     generator = torch.Generator().manual_seed(0)
