@@ -64,7 +64,7 @@ class Problem:
         memory = self.lora_a.new_empty(numbers + self.lora_a.numel(), dtype=torch.uint8)
         scale = memory[:numbers].view(torch.float32).view(linears, experts, rank)
         lora_a = memory[numbers:].view(torch.float8_e4m3fn).view(self.lora_a.shape)
-        lora_a.copy_(torch.stack([a for a, _, _ in rounded]))
+        memory[numbers:].copy_(torch.stack([a.view(torch.uint8) for a, _, _ in rounded]).flatten())
         scale.copy_(torch.stack([s for _, _, s in rounded]))
         lora_b = torch.cat([b.transpose(0, 1).view(torch.uint8) for _, b, _ in rounded]).contiguous()
         truth = replace(

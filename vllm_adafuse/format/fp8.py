@@ -34,7 +34,7 @@ def round_pair(
     a, of_a = _rounded(a, -1)
     b, of_b = _rounded(b, -2)
     exponents = (of_a.squeeze(-1) + of_b.squeeze(-2)).clamp(-126, 127)
-    scale = torch.ldexp(torch.ones(exponents.shape), exponents)
+    scale = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
     return a, b, scale
 
 
