@@ -12,6 +12,7 @@ Rows, each an engine with what its requests name in turn:
     both_one, both_many, both_base  as one, many and base, with vLLM's own LoRA beside ours
     both_rest      that engine, one LoRA that adapts embedding and output head too
     mixtures       ours, 4 mixtures of E experts, top-k, and the base
+    fp8_one, fp8_many, fp8_mixtures  as one, many and mixtures, with experts in fp8
 
 Random weights (`load_format="dummy"`), vLLM's default settings but for the share of
 memory, greedy. Engines take turns as in `benchmarks.engine`, where the terms are explained.
@@ -55,8 +56,8 @@ from benchmarks.spawn import spawned_with
 from benchmarks.turns import Engine, take_turns
 
 MIXTURES = 4
-ENGINES = "vllm", "adafuse", "both", "mixtures"
-BOTH = {"adafuse": {"lora": "both"}}
+ENGINES = "vllm", "adafuse", "both", "mixtures", "fp8", "fp8_mixtures"
+BOTH, FP8 = {"adafuse": {"lora": "both"}}, {"adafuse": {"lora_dtype": "fp8"}}
 # Adapters that one engine is asked for at the same time; its worker reads as many at once.
 LOADS = 4
 
@@ -174,7 +175,7 @@ def make_engines(options: argparse.Namespace, root: Path) -> dict[str, Engine]:
     rest, mixtures = None, []
     with phase("adapters are made"):
         loras = make_loras(options, root, options.loras)
-        if "mixtures" in options.engines:
+        if {"mixtures", "fp8_mixtures"}.intersection(options.engines):
             mixtures = make_mixtures(options, root)
         if "both" in options.engines:
             path = add_rest(root / "base", root / "lora0", root / "rest", options.r)
@@ -192,6 +193,8 @@ def make_engines(options: argparse.Namespace, root: Path) -> dict[str, Engine]:
             "loads": mixtures,
         },
     }  # fmt: skip
+    kinds["fp8"] = many | {"additional_config": FP8}
+    kinds["fp8_mixtures"] = kinds["mixtures"] | {"additional_config": FP8}
     wanted: dict[str, dict] = {"stock": {}}
     wanted |= {name: extra for name, extra in kinds.items() if name in options.engines}
     rows: dict[str, Engine] = {}
@@ -207,6 +210,8 @@ def make_engines(options: argparse.Namespace, root: Path) -> dict[str, Engine]:
                 "both_base": Engine(llm), "both_rest": Engine(llm, rest),
             },
             "mixtures": {"mixtures": Engine(llm, [*mixtures, None])},
+            "fp8": {"fp8_one": Engine(llm, loras[0]), "fp8_many": Engine(llm, loras)},
+            "fp8_mixtures": {"fp8_mixtures": Engine(llm, [*mixtures, None])},
         }[name]  # fmt: skip
     return rows
 

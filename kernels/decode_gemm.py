@@ -45,6 +45,10 @@ from vllm_adafuse.kernels.plans import on_hopper
 from vllm_adafuse.kernels.shrink import SHRINK_STAGES, ShrinkGrid, fit_cols
 from vllm_adafuse.kernels.whole import cdiv, power_of_2
 
+# To widen B takes registers: of 128 ranks it spills (two members, 32 tokens, sm_90), and so it does by bits
+# instead of the list.
+FP8_BLOCK_ER = 64
+
 
 def workspace_sizes(lora_a: torch.Tensor, rows: int) -> tuple[int, int, int]:
     """What a projection of `rows` rows may need of a `Workspace`: bytes, floats, semaphores."""
@@ -342,7 +346,7 @@ def decode_gemm_triton(
         config = replace(config, rows=min(config.rows, half))
     grid = ShrinkGrid.of(p.lora_a, config.shrink_split_k)
     padded = 0
-    if experts * rank > BLOCK_ER or shape.fp8:  # by bits registers would not do for fp8
+    if experts * rank > BLOCK_ER or shape.fp8:
         padded, grid = cdiv(rank, 16) * 16, grid.for_tokens(tokens, experts)
     block_t = max(16, power_of_2(tokens))
     shrink_cols = fit_cols(config.shrink_cols, grid.block_r, block_t, x.element_size())
@@ -362,7 +366,7 @@ def decode_gemm_triton(
         HAS_BIAS=p.bias is not None, EPILOGUE=index, HALF=half, KV=kv_slots is not None,
         EVEN=size_in % (config.cols * config.split_k) == 0,
         SPLIT_K=config.split_k, LEAVE=leave, BLOCK_T=block_t, BLOCK_R=grid.block_r,
-        BLOCK_ER=block_er(experts * rank),
+        BLOCK_ER=block_er(min(experts * rank, FP8_BLOCK_ER) if shape.fp8 else experts * rank),
         RANK=rank, PADDED=padded, ROWS=config.rows, COLS=config.cols, STAGES=config.stages,
         SHRINK_COLS=shrink_cols, SHRINK_STAGES=SHRINK_STAGES,
         num_warps=config.warps, num_stages=config.stages, **overlap(on_hopper(x)),

@@ -133,7 +133,7 @@ def of_fp8() -> list[dict]:
             config = dispatch.default_config(tokens, 4096, size_out, act, 2)
             constants = shape | {
                 "EVEN": True, "SPLIT_K": config.split_k, "LEAVE": False, "BLOCK_T": tokens,
-                "BLOCK_R": 16, "BLOCK_ER": 128, "RANK": 16, "ROWS": config.rows, "COLS": config.cols,
+                "BLOCK_R": 16, "BLOCK_ER": decode_gemm.FP8_BLOCK_ER, "RANK": 16, "ROWS": config.rows, "COLS": config.cols,
                 "SHRINK_COLS": config.shrink_cols, "SHRINK_STAGES": shrink.SHRINK_STAGES,
                 "PDL": True, "STAGES": config.stages,
             }  # fmt: skip

@@ -98,6 +98,12 @@ def test_each_engine_has_the_adapters_of_its_rows_before_the_first_turn(monkeypa
     both = wanted["both"]
     assert both["loads"] == [0, 1, 2, rows["both_rest"].lora]
     assert both["max_cpu_loras"] == 4  # or one of them would be read anew in every turn
+    for name, rounded in (("adafuse", "fp8"), ("mixtures", "fp8_mixtures")):
+        assert wanted[rounded] == wanted[name] | {"additional_config": lora.FP8}
+    assert [rows[name].lora for name in ("fp8_one", "fp8_many")] == [0, [0, 1, 2]]
+    assert rows["fp8_mixtures"].lora == rows["mixtures"].lora
+    wanted, rows = made(monkeypatch, tmp_path, ["fp8_mixtures"])
+    assert wanted["fp8_mixtures"]["loads"] == ["mixture"] and list(rows) == ["stock", "fp8_mixtures"]
     wanted, rows = made(monkeypatch, tmp_path, ["adafuse"])
     assert list(wanted) == ["stock", "adafuse"] and list(rows) == ["stock", "one", "many", "base"]
 

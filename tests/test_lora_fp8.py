@@ -26,10 +26,12 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models import registry
 from vllm.platforms import current_platform
 from vllm_adafuse.errors import AdapterError
-from vllm_adafuse.format.fp8 import widened
+from vllm_adafuse.format.fp8 import round_pair, widened
 from vllm_adafuse.format.random_adapter import make_random_adapter
 from vllm_adafuse.serving import manager as managers
 from vllm_adafuse.serving.fits import in_fp8
+from vllm_adafuse.serving.page_bank import Packer
+from vllm_adafuse.serving.projections import Shard
 
 OPTION = {"adafuse": {"lora_dtype": "fp8"}}
 TOGETHER = ["base", "mix", "mix8", "few", "third"]
@@ -117,6 +119,28 @@ def test_pages_that_are_given_up_hold_no_factor(served):
     bank.write(torch.tensor(place), None)
     for of in (bank.lora_scale, bank.lora_a.float(), bank.lora_b.float()):
         assert (of[:, place] == 0).all()
+
+
+def test_ranks_that_share_a_linear_round_alike():
+    """By the largest numbers of all of it, of which a rank may have none."""
+    a, b = torch.randn(2, 20, 12), torch.randn(2, 8, 20)
+    a[:, :, 0], b[:, 7] = 100.0, 100.0
+    whole_a, whole_b, scale = round_pair(a, b)
+    e4m3 = {"dtype": torch.float8_e4m3fn}
+    for part, inputs in ((0, slice(6, 12)), (4, slice(0, 6))):
+        bank = SimpleNamespace(
+            fp8=True, names=["q"], linear_shards=[[Shard(8, part, 4)]], input_slice=inputs,
+            lora_a=torch.zeros(1, 9, 16, 6, **e4m3), lora_b=torch.zeros(4, 9, 16, **e4m3),
+        )  # fmt: skip
+        packer = Packer([bank], [1, 3], 5)
+        packer.add("q", 0, a, b)
+        (packed,) = packer.packed
+        of_a = packed.a[0, 1:].view(torch.float8_e4m3fn).view(2, 32, 6)[:, :20]
+        of_b = packed.b[:, 1:].view(torch.float8_e4m3fn).view(4, 2, 32)[..., :20].transpose(0, 1)
+        assert torch.equal(of_a.float(), whole_a[..., inputs].float())
+        assert torch.equal(of_b.float(), whole_b[:, part : part + 4].float())
+        assert torch.equal(packed.scale[0, 1:].view(2, 32)[:, :20], scale)
+        assert (packed.scale[0, 0] == 0).all() and packed.nbytes == 5 * 16 * (6 + 4 + 4)
 
 
 def refusal(model, **options):
