@@ -14,7 +14,7 @@ from unittest.mock import patch
 import benchmark_package  # noqa: F401
 import pytest
 
-from benchmarks import engine, lora_load, record, serve
+from benchmarks import engine, lora_load, record
 from benchmarks.engine_options import Options, shapes
 from benchmarks.engine_report import is_unsteady
 from benchmarks.pages import read_results
@@ -319,19 +319,6 @@ def test_overheads_of_unsteady_turns_are_marked():
     assert not is_unsteady({"median": 4.1, "all": [4.1]})
 
 
-def test_the_servers_tokenizer_keeps_lengths(tmp_path):
-    from transformers import AutoTokenizer
-
-    serve.save_tokenizer(tmp_path, 500)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    ids = [7, 499, 7, *range(2, 500)]
-    assert len(tokenizer) == 500 and tokenizer.all_special_ids == [0, 1]
-    assert tokenizer.encode(tokenizer.decode(ids)) == ids
-    # What vLLM asks of a text before it counts its tokens (renderers/params.py).
-    assert len(tokenizer.decode([499] * 100)) <= 100 * max(map(len, tokenizer.get_vocab()))
-    assert tokenizer.num_special_tokens_to_add() == 0
-
-
 def test_loads_beside_streams_are_saved_row_by_row(tmp_path, monkeypatch):
     async def measure(options, root):
         yield {"what": "without loads", "largest_ms": options.quiet}
@@ -348,35 +335,3 @@ def test_loads_beside_streams_are_saved_row_by_row(tmp_path, monkeypatch):
     options, row = content["rows"]
     assert options["options"]["model"] == "tiny" and "out" not in options["options"]
     assert row == {"what": "without loads", "largest_ms": 2.0} and content["commit"] == "c0ffee"
-
-
-def test_requests_of_a_server_with_many_adapters_name_one_of_them(tmp_path, monkeypatch):
-    options = serve.Options(engines=["mixtures:4", "vllm:2"], num_prompts=6, input_len=2, output_len=3)
-    for first in ("lora", "mixture"):
-        (tmp_path / first).mkdir()
-        (tmp_path / first / "adapter_model.safetensors").write_text("")
-    ours, theirs = (serve.command(kind, options, tmp_path) for kind in options.engines)
-    modules = [f"mixture{i}={tmp_path}/mixture{i}" for i in range(4)]
-    assert ours[ours.index("--lora-modules") + 1 :] == modules
-    assert ours[ours.index("--max-loras") :][:4] == ["--max-loras", "4", "--max-lora-rank", "128"]
-    assert json.dumps(engine.VLLM_LORA) in theirs and json.dumps(engine.VLLM_LORA) not in ours
-    files = [tmp_path / f"mixture{end}" / "adapter_model.safetensors" for end in ("", 0, 3)]
-    assert len({file.stat().st_ino for file in files}) == 1
-    asked = []
-
-    def run(argv, **_):
-        asked.append(argv)
-        figures = dict.fromkeys(serve.FIGURES, 1.0) | {"completed": 6 - len(asked) // 2}
-        figures |= {"total_input_tokens": 12, "total_output_tokens": 18}
-        Path(argv[argv.index("--result-dir") + 1], "result-inf.json").write_text(json.dumps(figures))
-        return subprocess.CompletedProcess(argv, 0, "", "")
-
-    monkeypatch.setattr(subprocess, "run", run)
-    server, names = serve.Server("http://127.0.0.1:1", None, tmp_path), ["mixture0", "mixture1"]
-    assert serve.load(server, "inf", options, tmp_path, 0, names)["p99_itl_ms"] == 1.0
-    assert asked[0][-5:] == ["--lora-modules", *names, "--lora-assignment", "random"]
-    with pytest.raises(RuntimeError, match="5 of 6 requests completed"):
-        serve.load(server, "inf", options, tmp_path, 0, [])
-    assert "--lora-modules" not in asked[1]
-    with pytest.raises(ValueError, match="engines has loras:0, expected stock, adafuse, loras:N"):
-        serve.Options(engines=["loras:0"])

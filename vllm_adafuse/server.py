@@ -93,19 +93,36 @@ def running_server(
     timeout: float = 300.0,
     env: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
-    """Starts a server on a free loopback port, waits for /health, stops it at the end.
+    """`started_server`, once it is healthy.
 
     Args:
-        argv: a command from `vllm_serve`; --host and --port are added.
-        log: the file for its output, overwritten.
+        argv, log, env: as there.
         timeout: seconds that it may take to become healthy.
-        env: variables to set over this process's own.
 
     Yields:
         The healthy server.
 
     Raises:
         ServerError: it ended, or was not healthy in time.
+    """
+    with started_server(argv, log, env) as server:
+        wait_until_healthy(server, timeout)
+        yield server
+
+
+@contextlib.contextmanager
+def started_server(
+    argv: Sequence[str], log: str | Path, env: Mapping[str, str] | None = None
+) -> Iterator[Server]:
+    """Starts a server on a free loopback port, stops it at the end.
+
+    Args:
+        argv: a command from `vllm_serve`; --host and --port are added.
+        log: the file for its output, overwritten.
+        env: variables to set over this process's own.
+
+    Yields:
+        The server, which answers nobody yet: `wait_until_healthy`.
     """
     port, log = free_port(), Path(log)
     with log.open("wb") as output:
@@ -117,15 +134,18 @@ def running_server(
             env={**os.environ, **(env or {})},
             start_new_session=True,  # a group of its own: engine processes are stopped with it
         )
-    server = Server(f"http://127.0.0.1:{port}", process, log)
     try:
-        _wait_until_healthy(server, timeout)
-        yield server
+        yield Server(f"http://127.0.0.1:{port}", process, log)
     finally:
         stop(process)
 
 
-def _wait_until_healthy(server: Server, timeout: float) -> None:
+def wait_until_healthy(server: Server, timeout: float) -> None:
+    """Waits for /health, at most `timeout` seconds.
+
+    Raises:
+        ServerError: the server ended, or was not healthy in time.
+    """
     deadline = time.monotonic() + timeout
     while not server.healthy():
         if (code := server.process.poll()) is not None:

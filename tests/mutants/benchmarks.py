@@ -7,6 +7,7 @@ from mutants.mutant import Mutant
 LORA = "tests/test_lora_benchmark.py::test_"
 EACH = f"{LORA}each_engine_has_the_adapters_of_its_rows_before_the_first_turn"
 AT_ONCE = f"{LORA}an_engine_loads_several_adapters_at_once_and_is_asked_one_by_one"
+SERVE = "tests/test_serve_benchmark.py::test_"
 TURNS = "tests/test_benchmark_turns.py::test_"
 
 BENCHMARKS = [
@@ -38,5 +39,30 @@ BENCHMARKS = [
         "if engine.lora is None:",
         f"{TURNS}adapters_that_took_turns_in_the_pool_are_back_before_a_turn_is_timed",
         "the short generation brings adapters back: steps seem shorter than they are",
+    ),
+    Mutant(
+        "servers end one by one", "benchmarks/serve.py",
+        "server.process.send_signal(signal.SIGINT)", "server.healthy()",
+        f"{SERVE}servers_start_at_once_and_end_at_once",
+        "20 seconds for each that is slow, while the job's time is up",
+    ),
+    Mutant(
+        "servers start one by one", "benchmarks/serve.py",
+        "servers[kind] = stack.enter_context(started_server(argv, log))",
+        "servers[kind] = stack.enter_context(started_server(argv, log))\n"
+        "                    wait_until_healthy(servers[kind], 2)",
+        f"{SERVE}servers_start_at_once_and_end_at_once",
+        "a minute of a GPU for each",
+    ),
+    Mutant(
+        "the last turn is the figure", "benchmarks/serve.py",
+        "statistics.median(turn[name] for turn in turns)", "turns[-1][name]",
+        f"{SERVE}servers_take_turns_and_a_figure_is_the_median_of_them",
+        "a second in which the host was busy is told as an engine's throughput",
+    ),
+    Mutant(
+        "more servers than the device holds", "benchmarks/serve.py", "+ self.cache_gib + BESIDE",
+        "", f"{SERVE}as_many_servers_run_at_once_as_the_device_holds",
+        "servers run out of memory as they start",
     ),
 ]
