@@ -218,15 +218,15 @@ def test_what_counting_costs():
 
 def test_plots_in_fewer_bytes():
     svg = (
-        '<svg><metadata>\n<a>by</a>\n</metadata>\n<defs><style type="text/css">*{a: b}</style></defs>\n'
+        '<!DOCTYPE svg\n"no">\n<svg><metadata>\n<a>by</a>\n</metadata>\n<defs><style type="text/css">*{a: b}</style></defs>\n'
         '<!-- no -->\n   <g id="axes_1">\n'
         '<path d="M 1.23456 2 \nL 3 -4.0001 \nz\n" style="fill: none"/><g id="used"/>'
         '<g clip-path="url(#c)"><g>\n<use xlink:href="#used" style="fill: none"/>\n</g>\n</g>'
-        '<text style="x: y" transform="rotate(-0 1 2)">M 1 L 2</text>'
+        '<text style="font: 7px A B, C, D, sans-serif; x: y" transform="rotate(-0 1 2)">M 1 L 2</text>'
         '<text transform="rotate(-90 1 2)"/></g></svg>'
     )
     assert smaller(svg) == (
-        '<svg><defs><style type="text/css">*{a: b}.s0{fill: none}.s1{x: y}</style></defs>\n'
+        '<svg><defs><style type="text/css">*{a: b}.s0{fill: none}.s1{font: 7px A B, sans-serif; x: y}</style></defs>\n'
         '<path d="M1.23 2L3 -4z" class="s0"/><g id="used"/>'
         '<g clip-path="url(#c)"><use xlink:href="#used" class="s0"/>\n</g>'
         '<text class="s1">M 1 L 2</text><text transform="rotate(-90 1 2)"/></svg>'
