@@ -9,11 +9,13 @@ from vllm_adafuse.kernels import configs
 from vllm_adafuse.kernels.configs import GemmConfig, configs_file, save_configs, shape_key
 from vllm_adafuse.kernels.dispatch import (
     TOKEN_LIMITS,
+    choose_expand,
     choose_wide,
     default_config,
     find_config,
     gemm_config,
     plan,
+    product_split_k,
 )
 from vllm_adafuse.kernels.plans import TMA_EXPAND, Device, Shape, on_pages
 from vllm_adafuse.kernels.shrink import ShrinkGrid
@@ -226,3 +228,10 @@ def test_a_streamed_projection_of_many_ranks_has_a_shrink_in_long_steps():
 def test_slots_of_a_shrink_for_tokens(linears, slots):
     grid = ShrinkGrid.of(torch.empty(linears, 32, 16, 512), 2).for_tokens(8, 32)
     assert grid.slots == slots
+
+
+def test_slices_of_cublas_meet_programs_of_one_tile():
+    # Programs of several tiles read s once, before their loop, and of the first slice alone.
+    down = Shape(28672, (8192,), (0,), 8, 16, 2, "norm")
+    sliced = [tokens for tokens in range(1, max(TOKEN_LIMITS) + 2) if product_split_k(down, tokens) > 1]
+    assert sliced and {choose_expand(tokens, False, 2).loop for tokens in sliced} == {1}

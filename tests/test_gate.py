@@ -1,10 +1,13 @@
 """The live router: formula, ties, both weight rules; independent of the batch."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from ops import DEVICE, error
 from vllm_adafuse.kernels.gate import Gate, gate
+from vllm_adafuse.serving.routes import Router
 
 
 def inputs(tokens=6, hidden=32, experts=5, dtype=torch.float32, seed=0):
@@ -69,3 +72,13 @@ def test_a_row_does_not_depend_on_the_batch():
     exact = (hidden.double() @ weight.double().T + bias.double()).softmax(-1).topk(2)
     assert torch.equal(ids.long(), exact.indices)
     assert error(weights, exact.values * scales.double()[exact.indices]) <= 1e-5
+
+
+def test_a_router_has_the_norms_factors_in_float32():
+    norm = SimpleNamespace(weight=torch.tensor([0.001, -0.5], dtype=torch.bfloat16))
+    config = SimpleNamespace(num_experts=2, top_k=1, scales=[1.0, 1.0])
+    router = Router(config, None, 2, 0, 1e-5)
+    for offset in (0.0, 1.0):
+        assert not list(router.stamp(torch.nn.Identity(), norm, offset))
+        expected = norm.weight.double() + offset
+        torch.testing.assert_close(router.norm_weight.double(), expected, rtol=0, atol=1e-7)

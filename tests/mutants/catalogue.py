@@ -99,6 +99,12 @@ KERNELS = [
 
 DISPATCH = [
     Mutant(
+        "programs of many tiles get slices", "kernels/dispatch.py",
+        "MAX_SHORT_EXPAND_TOKENS = 1024", "MAX_SHORT_EXPAND_TOKENS = 192",
+        "tests/test_dispatch.py::test_slices_of_cublas_meet_programs_of_one_tile",
+        "of down's experts the half of `in` is left out",
+    ),
+    Mutant(
         "split-K sums without experts", "kernels/projection_norm.py",
         "    if way.expand == ADD_NORM:",
         "    if way.split_k > 1:\n        lora_a_out.zero_()\n    if way.expand == ADD_NORM:",
@@ -163,6 +169,12 @@ SHARDING = [
 ]
 
 ROUTING = [
+    Mutant(
+        "a norm without its offset", "vllm_adafuse/serving/routes.py",
+        "return norm.weight.float() + offset", "return norm.weight.float()",
+        "tests/test_gate.py::test_a_router_has_the_norms_factors_in_float32",
+        "routers of Gemma that read the first norm read zeros, nearly",
+    ),
     Mutant(
         "one expert a token", "kernels/spread_routes.py",
         "gates += tl.where(", "gates = tl.where(", "tests/test_spread_routes.py",

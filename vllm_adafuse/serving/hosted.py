@@ -30,7 +30,7 @@ from vllm_adafuse.serving.past import PastRouter
 from vllm_adafuse.serving.plain_loras import VLLM_LORA, read_base, read_heads
 from vllm_adafuse.serving.pool import Place, Size, pages_of_rank
 from vllm_adafuse.serving.rest import Rest, rest_tensors
-from vllm_adafuse.serving.routes import PASSPORT_CHUNK, Router
+from vllm_adafuse.serving.routes import PASSPORT_CHUNK, Router, norm_factors
 from vllm_adafuse.serving.wrap.vllm_lora import without_lora
 from vllm_adafuse.text import some
 
@@ -204,7 +204,7 @@ class Loader:
     def read_norm(self, routers: PageRouters) -> None:
         """Gives routers the norm's factors, as they are now."""
         norm = self.model.model.layers[0].input_layernorm
-        routers.norm_weight.copy_(norm.weight.float() + self.fits.architecture.norm_offset)
+        routers.norm_weight.copy_(norm_factors(norm, self.fits.architecture.norm_offset))
 
     @torch.no_grad()
     def rehearse_stamp(self) -> None:

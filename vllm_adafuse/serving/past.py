@@ -21,7 +21,7 @@ from vllm_adafuse.kernels.context_routes import (
 )
 from vllm_adafuse.kernels.live_route import CHUNK
 from vllm_adafuse.serving.requests import Requests, Tokens
-from vllm_adafuse.serving.routes import Route, Router
+from vllm_adafuse.serving.routes import Route, Router, norm_factors
 
 
 def context_of(config: AdapterConfig, columns: list[int], most: int) -> torch.Tensor:
@@ -135,7 +135,7 @@ class PastRouter(Router):
         norm_offset: float,
     ) -> Iterator[None]:
         """As `Router.stamp`: both tables, of the whole vocabulary."""
-        self.norm_weight.copy_(norm.weight.float() + norm_offset)
+        self.norm_weight.copy_(norm_factors(norm, norm_offset))
         for own, embeddings in self._vocabulary(embed, self.w.shape[1]):
             self.w[:, own], self.c[:, own] = self._terms(embeddings)
             yield

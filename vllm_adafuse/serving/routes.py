@@ -20,6 +20,11 @@ ROUTES = "adafuse_expert_ids", "adafuse_weights"
 PAGE_ROUTES = "adafuse_page_expert_ids", "adafuse_page_weights"
 
 
+def norm_factors(norm: torch.nn.Module, offset: float) -> torch.Tensor:
+    """What an RMSNorm multiplies by: [H] float32, of a family whose factors are offset + weight."""
+    return norm.weight.float() + offset
+
+
 class Step(torch.nn.Module):
     """What every projection reads of a step, in static buffers: CUDA graphs replay over their
     addresses.
@@ -236,7 +241,7 @@ class Router(torch.nn.Module):
             norm: input norm of the layer that the router stands at.
             norm_offset: its factors are norm_offset + weight.
         """
-        self.norm_weight.copy_(norm.weight.float() + norm_offset)
+        self.norm_weight.copy_(norm_factors(norm, norm_offset))
         for own, embeddings in self._vocabulary(embed, self.passport_ids.shape[0]):
             ids, weights = self.decide(embeddings)
             self.passport_ids[own].copy_(ids)
