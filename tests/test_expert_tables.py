@@ -140,6 +140,13 @@ def told(name, experts):
     return [metrics.experts_counter().labels(name, str(e))._value.get() for e in range(experts)]
 
 
+def test_nobody_waits_for_the_table_of_an_adapter_that_has_none(temporary):
+    worker = Meter(engine_config(), 8)
+    worker._writer.submit(time.sleep, 0.5)
+    lora = SimpleNamespace(config=None, passports=None)
+    assert worker.leave_table("e" * 64, lora).done()
+
+
 def test_requests_count_for_experts_of_their_adapter(temporary):
     config, columns = mixture(3, 2)
     vllm_config = engine_config(section={"adapter": "/x/everybodys", "content": "9" * 64})

@@ -93,6 +93,12 @@ DEPLOY = [
         "a panel stays empty",
     ),
     Mutant(
+        "a wait for no table", "vllm_adafuse/serving/meter.py",
+        "if hosted.passports is None:", "if hosted is None:",
+        f"{TABLES}nobody_waits_for_the_table_of_an_adapter_that_has_none",
+        "who loads a LoRA is asked to come again",
+    ),
+    Mutant(
         "experts of the first tokens alone", "vllm_adafuse/serving/expert_tables.py",
         "chosen.ravel(), minlength=int", "chosen[:1].ravel(), minlength=int",
         f"{TABLES}counts_are_those_of_the_routes", "an expert that works looks idle",

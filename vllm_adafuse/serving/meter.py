@@ -73,7 +73,12 @@ class Meter:
 
     def leave_table(self, content: str, hosted: Any) -> Future:
         """What an adapter's router says of token ids is known, or is another. Of many experts that is
-        too much to write between two steps: it is done when the result is there."""
+        too much to write between two steps: it is done when the result is there; at once of an adapter
+        that has no table, for which nobody is to ask again."""
+        if hosted.passports is None:
+            done: Future = Future()
+            done.set_result(None)
+            return done
         return self._writer.submit(self.tables.leave, content, hosted.config, hosted.passports)
 
     def stamped(self, adapter: int, hosted: Any) -> None:
