@@ -24,7 +24,7 @@ PLACES = {
 }  # fmt: skip
 EXPERTS = {"two": [0, 0, 1, 2, 2], "all": [0, 1, 2], "one": [0, 1]}
 CONFIGS = {
-    "two": {"num_experts": 3, "top_k": 2, "scales": (2.0, 0.5, 1.0), "temperature": 0.3},
+    "two": {"num_experts": 3, "top_k": 2, "scales": (2.1, 0.5, 1.0), "temperature": 0.3},
     "all": {
         "num_experts": 3, "top_k": 2, "scales": (1.0, 4.0, 0.5), "router_weights": "softmax_topk",
     },
@@ -209,6 +209,19 @@ def test_embeddings_are_routed_as_their_ids(first):
     later = name(new_step(0))
     later.receive(*step.sent(ROWS))
     assert torch.equal(later.gates, step.gates)
+
+
+def test_numbers_of_routers_are_not_rounded_to_the_models_dtype():
+    """vLLM loads with the model's dtype for the default."""
+    plain = embedded_step().routers
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = embedded_step().routers
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, tensor in plain.named_buffers():
+        if name not in ("w", "c"):
+            assert torch.equal(dict(found.named_buffers())[name], tensor), name
 
 
 def as_given(ids, kind):

@@ -67,11 +67,11 @@ class PageRouters(torch.nn.Module):
             tensors: of its router, by their names in the file.
         """
         index = torch.tensor(experts)
-        numbers = torch.zeros(6, len(experts))
+        numbers = torch.zeros(6, len(experts), dtype=torch.float32)
         if (bias := tensors.get("router.bias")) is not None:
             numbers[BIAS] = bias[index].float()
         numbers[TEMPERATURE] = config.temperature
-        numbers[SCALE] = torch.tensor(config.scales)[index]
+        numbers[SCALE] = torch.tensor(config.scales, dtype=torch.float32)[index]
         numbers[NORMED] = float(config.router_input == "first_norm")
         numbers[SOFTMAX_FIRST] = float(config.router_weights == "softmax_topk")
         numbers[FIRST] = (index.diff(prepend=index.new_full((1,), -1)) != 0).float()
