@@ -139,9 +139,10 @@ def _tiles(*some: tuple[tuple[int, ...], str]):
 
 
 def _untiled(limit: str) -> Iterator[Cell]:
-    """Tiles, where streaming alone is tried."""
+    """Tiles, where streaming alone is tried, and streaming where a rotary embedding has tiles."""
     for tokens in (8, 16):
-        for shape in ("llama-3-8b qkv", "llama-3-8b gate_up", "llama-3-70b gate_up"):
+        yield Cell(limit, beyond(limit, tokens), tokens, "llama-3-8b", "qkv", "default")
+        for shape in ("llama-3-8b gate_up", "llama-3-70b gate_up"):
             yield Cell(limit, {"MAX_STREAM_ONLY_TOKENS": tokens - 1}, tokens, *shape.split(), "default")
 
 

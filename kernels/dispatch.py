@@ -48,9 +48,8 @@ from vllm_adafuse.kernels.whole import cdiv, power_of_2
 # streaming 128 tokens takes 42.7 us for qkv, cuBLAS 30; tiles are the better config from 17 on.)
 MAX_STREAM_ONLY_TOKENS, MAX_STREAM_TOKENS = 16, 32
 MAX_TILE_TOKENS = 128
-# Up to so many tokens tiles are not worth a measurement, beyond they are for a rotary embedding: a
-# norm of so many programs leaves no processor for each streamed tile. (dc5dc15, behind a norm: qkv of 8
-# tokens 19.7 us streamed, 27.3 tiled, of 16 24.1 and 19.4; gate_up of 16 64.3 and 66.6.)
+# Beyond so many tokens tiles are for a rotary embedding: a norm of so many programs leaves no processor
+# for each streamed tile (dc5dc15: qkv of 8 tokens 19.7 us streamed, 27.3 tiled, of 16 24.1 and 19.4).
 MAX_UNTILED_TOKENS = 8
 # So many rows of a tile outside of x cost more than to copy it (dc5dc15, qkv: 32 4.1 us, 16 0.3).
 MIN_MISSING_ROWS = 24
@@ -180,8 +179,9 @@ def gemm_config(shape: Shape, num_tokens: int, device: Device) -> GemmConfig | N
     by_cublas = gate_up or norm and not long
     if most and num_tokens > (MAX_STREAM_TOKENS if by_cublas else MAX_LOW_TILE_TOKENS):
         return None
-    tma = can_tile(s, device)
-    found = find_config(device.name, power_of_2(num_tokens), *key, tma)
+    tma, few = can_tile(s, device), most and rotary and num_tokens <= MAX_STREAM_ONLY_TOKENS
+    like = min(num_tokens, MAX_UNTILED_TOKENS) if few else num_tokens  # streamed, by the list
+    found = find_config(device.name, power_of_2(like), *key, tma)
     if found is None and many and tma and long:
         split_k = min(MAX_SPLIT_K, max(1, MAX_NORM_TILES // cdiv(s.tiled_rows, 128)))
         found = GemmConfig(128, 128, split_k, 4, 3, shrink_split_k=4, tma=True)

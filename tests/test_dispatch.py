@@ -193,6 +193,7 @@ def test_many_ranks_go_ways_of_their_own():
     assert kernels(32, 32) == [tiled, streamed, tiled, tiled]
     assert kernels(8, 16) == [tiled, streamed, streamed, streamed] and kernels(8, 8) == [streamed] * 4
     assert kernels(64, 32) == [tiled, streamed, streamed, streamed]
+    assert kernels(64, 16) == [streamed] * 4
     assert kernels(64, 33) == kernels(64, 64) == [tiled, cublas, cublas, tiled]
     assert kernels(32, 64) == [tiled] * 4 and kernels(64, 65) == [cublas] * 4
 

@@ -50,14 +50,17 @@ def test_cublas_and_an_expand(bias, epilogue, ranks):
 
 
 @pytest.mark.parametrize(
-    "tokens,experts,tiled",
+    "tokens,experts,epilogue,tiled",
     [
-        (16, 8, False), (17, 8, True), (32, 32, True),
-        (17, 33, False), (32, 33, False), (33, 33, True),
+        (8, 8, "rotary", False), (9, 8, "rotary", True), (16, 32, "rotary", True),
+        (16, 33, "rotary", False), (17, 33, "rotary", True), (33, 33, "rotary", True),
+        (16, 8, "", False), (17, 8, "", True), (32, 32, "", True),
+        (17, 33, "", False), (32, 33, "", False), (33, 33, "", True),
     ],
 )  # fmt: skip
-def test_tiles_or_a_stream_by_tokens_and_ranks(tokens, experts, tiled):
-    of = Shape(4096, (4096, 4096, 4096), (0, 1, 2), experts, 16, 2, "rotary", 128)
+def test_tiles_or_a_stream_by_tokens_and_ranks(tokens, experts, epilogue, tiled):
+    head = 128 if epilogue else 0
+    of = Shape(4096, (4096, 4096, 4096), (0, 1, 2), experts, 16, 2, epilogue, head)
     way = plan(of, tokens, Device("a GPU", 9))
     assert way.kernel == (TMA_GEMM if tiled else DECODE_GEMM)
     assert way.config.tma == tiled and serves(way.config, tokens, True)

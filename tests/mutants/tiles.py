@@ -21,6 +21,12 @@ TILES = [
         "up_proj's experts beyond the first 128 ranks multiply gate's sums",
     ),
     Mutant(
+        "qkv of many experts is tiled early", "kernels/dispatch.py",
+        "if few else num_tokens  # streamed", "if False else num_tokens  # streamed",
+        "tests/test_dispatch.py::test_many_ranks_go_ways_of_their_own",
+        "9 tokens of 64 experts take all 1024 ranks along",
+    ),
+    Mutant(
         "rows that are not there", "kernels/room.py",
         "if room - there < MIN_MISSING_ROWS:", "if True:",
         "tests/test_room.py::test_what_lacks_much_of_a_tile_is_copied",
