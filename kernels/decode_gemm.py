@@ -100,7 +100,7 @@ def load_b(
 
 
 @triton.jit
-def load_s(
+def _load_lora_a_out(
     lora_a_out_at, start, token_mask, active_ptr, active, n_experts,
     PADDED: tl.constexpr, RANK: tl.constexpr, BLOCK_ER: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +111,25 @@ def load_s(
 
 
 @triton.jit
-def add_deltas(
+def _of_members(
+    lora_a_out_at, lora_a_out_up_at, start, token_mask, active_ptr, asked, asked_up, n_experts,
+    APART: tl.constexpr, PADDED: tl.constexpr, RANK: tl.constexpr, BLOCK_ER: tl.constexpr,
+):  # fmt: skip
+    """The same of both members, which have one s unless they are APART."""
+    s = _load_lora_a_out(
+        lora_a_out_at, start, token_mask, active_ptr, asked, n_experts, PADDED, RANK, BLOCK_ER
+    )
+    s_up = s
+    if APART:
+        s_up = _load_lora_a_out(
+            lora_a_out_up_at, start, token_mask, active_ptr, asked_up, n_experts, PADDED, RANK,
+            BLOCK_ER,
+        )  # fmt: skip
+    return s, s_up
+
+
+@triton.jit
+def add_both_deltas(
     acc, acc_up, b_at, b_up_at, b, b_up, active_ptr, asked, asked_up, active, lora_a_out_ptr,
     semaphore_ptr, shrinks, n_tokens, linear_idx, linear_up, n_linears, n_experts,
     PAIRS: tl.constexpr, SHARED: tl.constexpr, PADDED: tl.constexpr, RANK: tl.constexpr,
@@ -130,15 +148,10 @@ def add_deltas(
     lora_a_out_up_at = lora_a_out_ptr + (tokens * n_linears + linear_up)[None, :] * size
     if (asked != 0) | (asked_up != 0):
         wait_for_shrink(semaphore_ptr, shrinks)
-        s = load_s(
-            lora_a_out_at, 0, token_mask, active_ptr, asked, n_experts, PADDED, RANK, BLOCK_ER
-        )
-        s_up = s
-        if PAIRS and not SHARED:
-            s_up = load_s(
-                lora_a_out_up_at, 0, token_mask, active_ptr, asked_up, n_experts, PADDED, RANK,
-                BLOCK_ER,
-            )  # fmt: skip
+        s, s_up = _of_members(
+            lora_a_out_at, lora_a_out_up_at, 0, token_mask, active_ptr, asked, asked_up, n_experts,
+            PAIRS and not SHARED, PADDED, RANK, BLOCK_ER,
+        )  # fmt: skip
         # One block without a list. Out of a loop Triton would keep b in shared memory all along.
         end = size
         if PADDED:
@@ -152,16 +165,10 @@ def add_deltas(
                     b_up_at, after, active_ptr, asked_up, n_experts, PADDED, RANK, BLOCK_ER
                 )
             if PADDED:
-                later_s = load_s(
-                    lora_a_out_at, after, token_mask, active_ptr, asked, n_experts, PADDED, RANK,
-                    BLOCK_ER,
+                later_s, later_s_up = _of_members(
+                    lora_a_out_at, lora_a_out_up_at, after, token_mask, active_ptr, asked, asked_up,
+                    n_experts, PAIRS and not SHARED, PADDED, RANK, BLOCK_ER,
                 )  # fmt: skip
-                later_s_up = later_s
-                if PAIRS and not SHARED:
-                    later_s_up = load_s(
-                        lora_a_out_up_at, after, token_mask, active_ptr, asked_up, n_experts,
-                        PADDED, RANK, BLOCK_ER,
-                    )  # fmt: skip
             acc = tl.dot(b.to(s.dtype), s, acc, input_precision="ieee")
             if PAIRS:
                 acc_up = tl.dot(b_up.to(s.dtype), s_up, acc_up, input_precision="ieee")
@@ -268,7 +275,7 @@ def _decode_gemm_kernel(
                 else:
                     w = tl.load(up_at + k[None, :], mask=k_mask[None, :], other=0.0)
                 acc_up = tl.dot(w, x, acc_up, input_precision="ieee")
-        acc, acc_up = add_deltas(
+        acc, acc_up = add_both_deltas(
             acc, acc_up, b_at, b_up_at, b, b_up, active_ptr, asked, asked_up, active, lora_a_out_ptr,
             semaphore_ptr, shrinks, n_tokens, linear_idx, linear_up, n_linears, n_experts,
             EPILOGUE != 0, EPILOGUE == 3, PADDED, RANK, BLOCK_T, BLOCK_ER,

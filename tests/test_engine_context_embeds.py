@@ -3,30 +3,18 @@ that requests choose, in one batch with prompts of token ids."""
 
 import pytest
 import torch
-from engines import MAX_LOGPROB_ERROR, TIE, engine, greedy, load_reference, make_pair
-from loras import FEW, make_lora
+from engines import MAX_LOGPROB_ERROR, TIE, engine, greedy
 from test_engine_company import counter
-from test_engine_context import CONTEXT, model_of, prompts
-from test_engine_context_pages import MIXTURES, NAMES, requests_of
-from vllm_adafuse.format.random_adapter import make_random_adapter
+from test_engine_context import model_of, prompts
+from test_engine_context_pages import NAMES, ROOM, make_company, requests_of
 from vllm_adafuse.serving.metrics import COLLECTOR, experts_counter
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     root = tmp_path_factory.mktemp("embeds")
-    default = {"num_experts": 2, "seed": 3, "router_context_half_life": 3.0}
-    base, default = make_pair(root / "pair", **default, **CONTEXT)
-    references = {"base": load_reference(base, default)}
-    for name, options in MIXTURES.items():
-        path = make_random_adapter(base, root / name, dtype=torch.float32, **{"top_k": 2} | options)
-        references[name] = load_reference(base, path)
-    references["lora"] = make_lora(base, root / "lora", 4, **FEW)
-    # Few blocks and few tokens a step: prompts come in chunks, and requests are preempted.
-    options = {"num_gpu_blocks_override": 13, "block_size": 32, "max_num_batched_tokens": 48}
-    options |= {"enable_lora": True, "max_loras": 4, "max_lora_rank": 64, "max_num_seqs": 8}
-    options |= {"enable_prompt_embeds": True, "disable_log_stats": False}
-    with engine(base, default, **options) as llm:
+    base, default, references = make_company(root)
+    with engine(base, default, **ROOM, enable_prompt_embeds=True) as llm:
         yield llm, root, references
 
 

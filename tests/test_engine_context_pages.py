@@ -32,9 +32,16 @@ KINDS = "accepted", "draft"
 NAMES = ["past", "base", "token", "wide", "lora"]
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pages")
+# Few blocks and few tokens a step: prompts come in chunks, and requests are preempted.
+ROOM = {
+    "num_gpu_blocks_override": 13, "block_size": 32, "max_num_batched_tokens": 48,
+    "enable_lora": True, "max_loras": 4, "max_lora_rank": 64, "max_num_seqs": 8,
+    "disable_log_stats": False,
+}  # fmt: skip
+
+
+def make_company(root):
+    """A backbone, everybody's default, and name -> reference of all that requests can choose."""
     # Of another shape than what requests choose; a router that sees the past itself.
     default = {"num_experts": 2, "seed": 3, "router_context_half_life": 3.0}
     base, default = make_pair(root / "pair", **default, **CONTEXT)
@@ -43,11 +50,16 @@ def served(tmp_path_factory):
         path = make_random_adapter(base, root / name, dtype=torch.float32, **{"top_k": 2} | options)
         references[name] = load_reference(base, path)
     references["lora"] = make_lora(base, root / "lora", 4, **FEW)
-    options = {"num_gpu_blocks_override": 13, "block_size": 32, "max_num_batched_tokens": 48}
-    options |= {"enable_lora": True, "max_loras": 4, "max_lora_rank": 64, "max_num_seqs": 8}
+    return base, default, references
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pages")
+    base, default, references = make_company(root)
     # The bare backbone's drafts, of which most are rejected; test_engine_context.py has none.
     drafts = {"method": "draft_model", "model": str(base), "num_speculative_tokens": 3}
-    options |= {"disable_log_stats": False, "speculative_config": drafts | {"max_model_len": 256}}
+    options = ROOM | {"speculative_config": drafts | {"max_model_len": 256}}
     with engine(base, default, **options) as llm:
         yield llm, root, references
 

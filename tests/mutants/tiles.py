@@ -15,8 +15,7 @@ TILES = [
     ),
     Mutant(
         "gate's s for up", "kernels/decode_gemm.py",
-        "later_s_up = later_s\n                if PAIRS and not SHARED:",
-        "later_s_up = later_s\n                if False:",
+        "    s_up = s\n    if APART:", "    s_up = s\n    if False:",
         f"{STREAM}a_list_of_blocks_for_both_members",
         "up_proj's experts beyond the first 128 ranks multiply gate's sums",
     ),
